@@ -1,0 +1,36 @@
+"""SAE-steered CLIP models for clip_benchmark.
+
+Importing this package is cheap: it is imported at every interpreter start (by the hook that makes
+``clip_benchmark`` know the steered models), so each public name is loaded when it is first used.
+"""
+
+__version__ = "0.1.0"
+
+#: Public name -> the module that defines it.
+_HOME = {
+    "Checkpoint": "vs2_plugin.checkpoint.manifest",
+    "Context": "vs2_plugin.steering.context",
+    "Method": "vs2_plugin.method",
+    "Option": "vs2_plugin.method",
+    "SaeConfig": "vs2_plugin.sae.topk",
+    "SteeredCLIP": "vs2_plugin.harness.model",
+    "Store": "vs2_plugin.checkpoint.store",
+    "TopKSAE": "vs2_plugin.sae.topk",
+    "Vs2Error": "vs2_plugin.errors",
+    "hookimpl": "vs2_plugin.hookspecs",
+    "load": "vs2_plugin.harness.loader",
+    "vs2_steer": "vs2_plugin.steering.operators",
+}
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name):
+    if name in _HOME:
+        from importlib import import_module
+
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return __all__

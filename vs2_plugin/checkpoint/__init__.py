@@ -1,0 +1,1 @@
+"""SAE checkpoints: what one holds, where they lie, and how the right one is found."""

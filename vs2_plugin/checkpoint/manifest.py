@@ -1,0 +1,238 @@
+"""One checkpoint: a folder with an SAE per site, as EleutherAI sparsify lays them out, and ``vs2.json`` beside them.
+
+    <name>/
+      vs2.json                                   this package's own facts
+      visual.transformer.resblocks.11/
+        cfg.json
+        sae.safetensors
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vs2_plugin import __version__
+from vs2_plugin.errors import CheckpointError, CheckpointNotFound
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vs2_plugin.clip.backbone import Tower
+    from vs2_plugin.sae.topk import TopKSAE
+
+__all__ = ["MANIFEST", "Checkpoint", "SiteFacts", "save_checkpoint"]
+
+MANIFEST = "vs2.json"
+_FORMAT = "vs2-checkpoint"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SiteFacts:
+    """One SAE of a checkpoint."""
+
+    hookpoint: str
+    """The site; also the name of the SAE's folder."""
+    width: int
+    """d."""
+    mean: list[float]
+    """μ, ``d`` numbers: mean activation over the unlabeled training split."""
+    fvu: float
+    """FVU over held-out training activations."""
+    fvu_quantiles: dict[str, float]
+    """Quantile, as text, -> per-sample FVU over held-out training activations."""
+    training: dict[str, Any]
+    """The settings of the training, and its figures."""
+    files: dict[str, str]
+    """File name -> SHA-256, for each file of the SAE."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint, as ``vs2.json`` tells it. The SAEs themselves are read by :meth:`load`."""
+
+    folder: Path
+    """Where it lies."""
+    digest: str
+    """SHA-256 over what the results depend on: tower, data, sites, means, quantiles and the SAEs' files."""
+    backbone: str
+    """open_clip model name that it was trained for."""
+    pretrained: str
+    """Weights tag or file."""
+    tower: dict[str, Any]
+    """What identifies the vision tower; see :class:`vs2_plugin.clip.backbone.Tower`."""
+    data: dict[str, Any]
+    """``datasets``, ``split``, ``images``, ``labels`` (none or train), ``transductive``, ``amp``."""
+    sites: list[SiteFacts]
+    """One per SAE, in the order of the tower."""
+    created: dict[str, Any] = field(default_factory=dict)
+    """Versions of the software, and the command."""
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Checkpoint:
+        """Read ``vs2.json``.
+
+        Raises:
+            CheckpointNotFound: there is none.
+            CheckpointError: it is damaged or of another format version.
+        """
+        folder = Path(folder)
+        path = folder / MANIFEST
+        try:
+            raw = path.read_bytes()
+        except OSError as error:
+            raise CheckpointNotFound(f"no SAE checkpoint in {folder}: no readable {MANIFEST} ({error.strerror})") from error
+        try:
+            facts = json.loads(raw)
+            if not isinstance(facts, dict) or facts.get("format") != _FORMAT:
+                raise CheckpointError(f"{path} is no {_FORMAT} file")
+            if facts.get("format_version") != _VERSION:
+                raise CheckpointError(
+                    f"{path} has format version {facts.get('format_version')}, this vs2-plugin ({__version__}) reads {_VERSION}; "
+                    "train the checkpoint again or install the version that wrote it"
+                )
+            sites = [SiteFacts(**{f.name: site[f.name] for f in fields(SiteFacts)}) for site in facts["sites"]]
+            names = ("backbone", "pretrained", "tower", "data", "created")
+            found = cls(folder=folder, digest=_digest(facts), sites=sites, **{name: facts[name] for name in names})
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is damaged: {type(error).__name__} {error}; train the checkpoint again") from error
+        if not sites or any(len(site.mean) != site.width for site in sites):
+            raise CheckpointError(f"{path} is damaged: a site without SAE or with a mean of another width")
+        return found
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.name
+
+    @property
+    def transductive(self) -> bool:
+        """Whether it was trained on the images that are evaluated."""
+        return bool(self.data.get("transductive"))
+
+    def site(self, hookpoint: str | None = None) -> SiteFacts:
+        """The SAE at ``hookpoint``; by default the last one of the tower.
+
+        Raises:
+            CheckpointError: the checkpoint has none there.
+        """
+        if hookpoint is None:
+            return self.sites[-1]
+        for site in self.sites:
+            if site.hookpoint == hookpoint:
+                return site
+        raise CheckpointError(f"checkpoint {self.name!r} has no SAE at {hookpoint}; it has {', '.join(s.hookpoint for s in self.sites)}")
+
+    def require_tower(self, tower: Tower) -> None:
+        """Refuse a tower other than the one that the SAEs were trained on.
+
+        Raises:
+            CheckpointError: saying what differs.
+        """
+        from vs2_plugin.clip.backbone import Tower
+
+        try:
+            trained_on = Tower.from_json(self.tower)
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{self.folder / MANIFEST} is damaged: tower lacks {error}") from error
+        difference = trained_on.difference(tower)
+        if difference:
+            raise CheckpointError(f"checkpoint {self.name!r} ({self.backbone}, {self.pretrained or 'random weights'}) is of another tower: {difference}")
+
+    def load(self, site: SiteFacts) -> tuple[TopKSAE, Tensor]:
+        """Read the SAE of ``site`` and its mean ``[d]``, verified against ``vs2.json``.
+
+        Raises:
+            CheckpointError: a file is missing, changed or of another shape.
+        """
+        import torch
+
+        from vs2_plugin.sae.files import load_sae
+
+        folder = self.folder / site.hookpoint
+        for name, expected in site.files.items():
+            try:
+                found = _sha256(folder / name)
+            except OSError as error:
+                raise CheckpointError(f"checkpoint {self.name!r} is damaged: {folder / name}: {error.strerror}") from error
+            if found != expected:
+                raise CheckpointError(
+                    f"checkpoint {self.name!r} is damaged: {folder / name} is not the file that was written (SHA-256 "
+                    f"{found[:12]}, expected {expected[:12]})"
+                )
+        sae = load_sae(folder)
+        if sae.config.d_in != site.width:
+            raise CheckpointError(f"checkpoint {self.name!r}: the SAE at {site.hookpoint} has width {sae.config.d_in}, expected {site.width}")
+        return sae, torch.tensor(site.mean, dtype=torch.float32)
+
+    def verify(self) -> None:
+        """Read every file of the checkpoint. Raises CheckpointError at the first that is not whole."""
+        for site in self.sites:
+            self.load(site)
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    backbone: str,
+    pretrained: str,
+    tower: Tower,
+    data: dict[str, Any],
+    saes: Sequence[tuple[SiteFacts, TopKSAE]],
+    created: dict[str, Any],
+) -> Checkpoint:
+    """Write a checkpoint so that ``folder`` holds either all of it or what was there before.
+
+    The ``files`` of each :class:`SiteFacts` are filled in here.
+    """
+    from vs2_plugin.sae.files import CONFIG_FILE, WEIGHTS_FILE, save_sae
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        sites = []
+        for facts, sae in saes:
+            save_sae(sae, scratch / facts.hookpoint)
+            digests = {name: _sha256(scratch / facts.hookpoint / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+            sites.append({**asdict(facts), "files": digests})
+        facts = {
+            "format": _FORMAT,
+            "format_version": _VERSION,
+            "backbone": backbone,
+            "pretrained": pretrained,
+            "tower": tower.to_json(),
+            "data": data,
+            "sites": sites,
+            "created": {"vs2_plugin": __version__, **created},
+        }
+        (scratch / MANIFEST).write_text(json.dumps(facts, indent=1) + "\n")
+        scratch.chmod(0o755)  # mkdtemp's 0700 would hide it from colleagues who share the store
+        if folder.exists():
+            aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+            os.replace(folder, aside / folder.name)
+            os.replace(scratch, folder)
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.replace(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return Checkpoint.open(folder)
+
+
+def _digest(facts: dict[str, Any]) -> str:
+    # Without times, versions and commands: the same training gives the same digest.
+    sites = [{key: value for key, value in site.items() if key != "training"} for site in facts["sites"]]
+    return hashlib.sha256(json.dumps([facts["tower"], facts["data"], sites], sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()

@@ -1,0 +1,122 @@
+"""The store: where checkpoints and cached activations lie, and the names by which they are found.
+
+    <store>/checkpoints/<name>/…     see checkpoint.manifest
+    <store>/activations/<key>/…      see data.activations
+
+The store is ``--store``, else the environment variable ``VS2_STORE``, else the platform's cache folder. No heavy
+imports here: the harness looks a checkpoint up before it loads anything.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from vs2_plugin.checkpoint.manifest import MANIFEST, Checkpoint
+from vs2_plugin.errors import CheckpointNotFound, DataError
+
+__all__ = ["ENVIRONMENT_VARIABLE", "Store", "checkpoint_name"]
+
+ENVIRONMENT_VARIABLE = "VS2_STORE"
+
+
+def checkpoint_name(backbone: str, pretrained: str, dataset: str) -> str:
+    """The name under which the checkpoint of a backbone, its weights and a data set is found.
+
+    >>> checkpoint_name("ViT-B-32", "openai", "cifar100")
+    'ViT-B-32_openai_cifar100'
+    >>> checkpoint_name("local-dir:models/tiny", "openai", "wds/digits")
+    'local-dir-tiny_wds-digits'
+    """
+    if backbone.startswith("local-dir:"):
+        parts = [f"local-dir-{Path(backbone.partition(':')[2]).name}"]
+    elif backbone.startswith("hf-hub:"):
+        parts = [backbone]  # the weights come with the name
+    else:
+        parts = [backbone, Path(pretrained).stem if os.sep in pretrained else pretrained or "random"]
+    return "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", part.replace("_", "-")) for part in (*parts, dataset))
+
+
+@dataclass(frozen=True)
+class Store:
+    """A store's folder."""
+
+    root: Path
+    """Where it lies; made when something is written."""
+
+    @classmethod
+    def default(cls, root: str | Path | None = None) -> Store:
+        """The store at ``root``, else at ``$VS2_STORE``, else in the platform's cache folder."""
+        chosen = root or os.environ.get(ENVIRONMENT_VARIABLE)
+        if chosen:
+            return cls(Path(chosen).expanduser())
+        from platformdirs import user_cache_dir
+
+        return cls(Path(user_cache_dir("vs2-plugin", appauthor=False)))
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.root / "checkpoints"
+
+    @property
+    def activations(self) -> Path:
+        """The folder of the cached activations."""
+        return self.root / "activations"
+
+    def names(self) -> list[str]:
+        """The names of all checkpoints here."""
+        return sorted(path.parent.name for path in self.checkpoints.glob(f"*/{MANIFEST}") if not path.parent.name.startswith("."))
+
+    def folder(self, name: str) -> Path:
+        """Where the checkpoint called ``name`` lies, or would. Raises DataError for a name that is no plain name."""
+        if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name, re.ASCII):
+            raise DataError(f"checkpoint name {name!r}: expected letters, digits and any of . _ - +")
+        return self.checkpoints / name
+
+    def find(self, name: str) -> Checkpoint:
+        """The checkpoint of that name, or in that folder.
+
+        Raises:
+            CheckpointNotFound: there is none.
+            CheckpointError: it is damaged.
+        """
+        here = self.checkpoints / name
+        if (here / MANIFEST).is_file():
+            return Checkpoint.open(here)
+        elsewhere = Path(name).expanduser()
+        if (elsewhere / MANIFEST).is_file():
+            return Checkpoint.open(elsewhere)
+        names = ", ".join(self.names()) or "none"
+        raise CheckpointNotFound(f"no SAE checkpoint {name!r} in the store {self.root} (there: {names}), and no such folder")
+
+    def cached(self) -> Iterator[Path]:
+        """The folders of cached activations, and what interrupted runs left."""
+        if self.activations.is_dir():
+            yield from sorted(self.activations.iterdir())
+
+    def remove(self, name: str) -> int:
+        """Delete a checkpoint. Returns the bytes freed. Raises CheckpointNotFound if there is none."""
+        folder = self.folder(name)
+        if not folder.is_dir():
+            raise CheckpointNotFound(f"no SAE checkpoint {name!r} in the store {self.root} (there: {', '.join(self.names()) or 'none'})")
+        return _delete(folder)
+
+    def remove_cache(self) -> int:
+        """Delete all cached activations. Returns the bytes freed."""
+        return sum(_delete(folder) for folder in list(self.cached()))
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes in the files below ``folder``."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _delete(folder: Path) -> int:
+    size = folder_size(folder)
+    shutil.rmtree(folder)
+    return size

@@ -1,0 +1,1 @@
+"""The commands: ``vs2`` and ``vs2-train-sae``."""

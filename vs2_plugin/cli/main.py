@@ -1,0 +1,125 @@
+"""``vs2``: the demo, the list of methods, the doctor, the store."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vs2_plugin import __version__
+from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE, Store, folder_size
+from vs2_plugin.cli.common import end_well, gigabytes
+
+__all__ = ["main", "parser"]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="vs2",
+        description="SAE-steered CLIP models for clip_benchmark. Evaluate with clip_benchmark itself; train SAEs with vs2-train-sae.",
+        epilog="examples:\n  vs2 demo\n  vs2 methods\n  vs2 doctor\n  vs2 store list\n  vs2 store remove ViT-B-32_openai_cifar100\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--version", action="version", version=f"vs2-plugin {__version__}")
+    commands = made.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    demo = commands.add_parser("demo", help="the whole way, offline: train an SAE, evaluate CLIP and VS2 on handwritten digits")
+    demo.add_argument("--out", type=Path, default=Path("vs2-demo"), help="folder to work in (default: %(default)s)")
+    demo.add_argument("--quiet", action="store_true", help="hide the output of the commands")
+    demo.set_defaults(run=_demo)
+
+    methods = commands.add_parser("methods", help="every steering method with its options")
+    methods.set_defaults(run=_methods)
+
+    doctor = commands.add_parser("doctor", help="check the installation, the plugins and the store")
+    doctor.add_argument("--store", help=f"folder of the store (default: ${ENVIRONMENT_VARIABLE}, else the platform's cache folder)")
+    doctor.set_defaults(run=_doctor)
+
+    store = commands.add_parser("store", help="list or remove checkpoints and cached activations")
+    store.add_argument("--store", help=f"folder of the store (default: ${ENVIRONMENT_VARIABLE}, else the platform's cache folder)")
+    actions = store.add_subparsers(dest="action", metavar="ACTION", required=True)
+    actions.add_parser("list", help="what is there").set_defaults(run=_store_list)
+    remove = actions.add_parser("remove", help="delete checkpoints, or cached activations", epilog="example: vs2 store remove --cache")
+    remove.add_argument("names", nargs="*", metavar="NAME", help="checkpoints to delete")
+    remove.add_argument("--cache", action="store_true", help="delete all cached activations (they are made again when needed)")
+    remove.set_defaults(run=_store_remove)
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the command."""
+    args = parser().parse_args(argv)
+    return end_well("vs2", lambda: args.run(args))
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from vs2_plugin.demo.run import demo
+
+    demo(args.out, args.quiet)
+
+
+def _methods(args: argparse.Namespace) -> int:
+    from vs2_plugin.plugins import registry
+
+    known = registry()
+    for name, method in known.methods.items():
+        aliases = f" (also {', '.join(method.aliases)})" if method.aliases else ""
+        print(f"{name}:{aliases}  {method.summary}")
+        print(f"    from {known.owners[name]}; labels used: {method.labels}; {'steers along an SAE checkpoint' if method.needs_checkpoint else 'needs no checkpoint'}")
+        for option in method.options:
+            excludes = f", not with {' or '.join(option.excludes)}" if option.excludes else ""
+            print(f"    @{option.name}={option.type.__name__:<6} {option.describe()}{excludes}. {option.help}")
+    for name, claimants in known.conflicts.items():
+        print(f"vs2: error: method {name!r} is claimed by {' and '.join(claimants)}; uninstall one of them", file=sys.stderr)
+    for plugin, problem in known.broken.items():
+        print(f"vs2: error: plugin {plugin} failed to load: {problem}", file=sys.stderr)
+    return 1 if known.conflicts or known.broken else 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from vs2_plugin.cli.doctor import doctor
+
+    return doctor(Store.default(args.store))
+
+
+def _store_list(args: argparse.Namespace) -> None:
+    from vs2_plugin.checkpoint.manifest import Checkpoint
+    from vs2_plugin.errors import CheckpointError
+
+    store = Store.default(args.store)
+    print(f"store {store.root}")
+    for name in store.names():
+        folder = store.folder(name)
+        try:
+            checkpoint = Checkpoint.open(folder)
+        except CheckpointError as error:
+            print(f"  {name}  damaged: {error}")
+            continue
+        data, sites = checkpoint.data, checkpoint.sites
+        marks = "  transductive" if checkpoint.transductive else ""
+        print(
+            f"  {name}  {checkpoint.backbone} {checkpoint.pretrained or ''} on {' '.join(data['datasets'])} ({data['images']:,} images), "
+            f"{len(sites)} site(s), FVU {sites[-1].fvu:.4f}, {gigabytes(folder_size(folder))}{marks}"
+        )
+    if not store.names():
+        print("  no checkpoints; train one with vs2-train-sae")
+    cached = list(store.cached())
+    print(f"  cached activations: {len(cached)} set(s), {gigabytes(sum(map(folder_size, cached)))}")
+
+
+def _store_remove(args: argparse.Namespace) -> None:
+    from vs2_plugin.errors import SettingError
+
+    store = Store.default(args.store)
+    if not args.names and not args.cache:
+        raise SettingError("nothing to remove: name checkpoints (see vs2 store list), or give --cache")
+    for name in args.names:
+        print(f"removed {name}: {gigabytes(store.remove(name))}")
+    if args.cache:
+        print(f"removed cached activations: {gigabytes(store.remove_cache())}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

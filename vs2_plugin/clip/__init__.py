@@ -1,0 +1,1 @@
+"""open_clip models: loading them, telling one tower from another, reading and editing activations at a site."""

@@ -1,0 +1,175 @@
+"""Loads open_clip models as the harness does, and tells one vision tower from another."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vs2_plugin.errors import TowerError
+
+__all__ = ["HUB", "LOCAL", "Loaded", "Tower", "check_backbone", "ignores_pretrained", "load_backbone", "warn_about_quickgelu"]
+
+HUB, LOCAL = "hf-hub:", "local-dir:"
+
+
+@dataclass(frozen=True)
+class Tower:
+    """What makes a vision tower this one and no other. An SAE fits the tower it was trained on, and nothing else."""
+
+    parameters: str
+    """SHA-256 over names, shapes, dtypes and bytes of the vision tower's parameters and buffers."""
+    activations: list[str]
+    """The kinds of activation function in it (QuickGELU, GELU, …): weights do not tell them apart."""
+    preprocessing: dict[str, Any]
+    """How images reach it: size, mean, std, interpolation, resize mode."""
+
+    @classmethod
+    def of(cls, model: nn.Module, transform: Any) -> Tower:
+        """The tower of an open_clip ``model`` whose images ``transform`` prepares."""
+        visual = model.visual
+        digest = hashlib.sha256()
+        for name, tensor in sorted(visual.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        kinds = {
+            type(module).__name__
+            for module in visual.modules()
+            if type(module).__name__ == "QuickGELU" or type(module).__module__ == "torch.nn.modules.activation"
+        }
+        preprocessing = getattr(visual, "preprocess_cfg", None) or {"transform": str(transform)}
+        return cls(
+            parameters=digest.hexdigest(),
+            activations=sorted(kinds - {"MultiheadAttention"}),
+            preprocessing=_plain(preprocessing),
+        )
+
+    @classmethod
+    def from_json(cls, facts: dict[str, Any]) -> Tower:
+        """Read what :meth:`to_json` wrote. Raises TypeError or KeyError if it is something else."""
+        return cls(**{field.name: facts[field.name] for field in fields(cls)})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    def difference(self, other: Tower) -> str | None:
+        """In words, how ``other`` (the tower at hand) differs from this one; None if it does not."""
+        if self.activations != other.activations:
+            return (
+                f"it was trained on a tower with {' and '.join(self.activations)}, this one has "
+                f"{' and '.join(other.activations)}"
+            )
+        if self.preprocessing != other.preprocessing:
+            keys = sorted(
+                key
+                for key in self.preprocessing.keys() | other.preprocessing.keys()
+                if self.preprocessing.get(key) != other.preprocessing.get(key)
+            )
+            parts = [f"{key} {self.preprocessing.get(key)}, not {other.preprocessing.get(key)}" for key in keys]
+            return f"its images were preprocessed with {'; '.join(parts)}"
+        if self.parameters != other.parameters:
+            return f"its vision tower had other parameters (SHA-256 {self.parameters[:12]}, this one has {other.parameters[:12]})"
+        return None
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as it comes back from JSON: tuples become lists."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
+
+
+@dataclass
+class Loaded:
+    """A model as the harness loads it."""
+
+    model: nn.Module
+    """The open_clip model, in evaluation mode, on its device."""
+    transform: Any
+    """Its image preprocessing."""
+    tokenizer: Any
+    """Its text tokenizer."""
+
+
+def ignores_pretrained(backbone: str) -> bool:
+    """Whether the weights come with the backbone's name, so that ``--pretrained`` says nothing."""
+    return backbone.startswith((HUB, LOCAL))
+
+
+def check_backbone(backbone: str, pretrained: str) -> None:
+    """Refuse, without loading anything, a backbone or weights tag that open_clip does not know.
+
+    Raises:
+        TowerError: saying what was wrong and what comes close.
+    """
+    import open_clip
+
+    if backbone.startswith(LOCAL):
+        folder = Path(backbone[len(LOCAL) :])
+        if not (folder / "open_clip_config.json").is_file():
+            raise TowerError(f"{backbone!r}: no file {folder / 'open_clip_config.json'}; expected a folder that open_clip wrote")
+        return
+    if backbone.startswith(HUB):
+        return
+    known = open_clip.list_models()
+    name = backbone.replace("/", "-")
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise TowerError(f"open_clip has no model {backbone!r}; {hint}All names: python -c 'import open_clip; print(open_clip.list_models())'")
+    if not pretrained or os.path.isfile(pretrained):
+        return
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained.lower().replace("-", "_") not in tags and pretrained not in tags:
+        offered = ", ".join(tags) or "none: use --pretrained '' for random weights, or a file"
+        raise TowerError(f"{backbone} has no weights {pretrained!r}; known tags: {offered}")
+
+
+_warned: set[tuple[str, str]] = set()
+
+
+def warn_about_quickgelu(backbone: str, pretrained: str) -> None:
+    """Say once, on stderr, that these weights were trained with QuickGELU and this architecture is without."""
+    import open_clip
+
+    if ignores_pretrained(backbone) or (backbone, pretrained) in _warned:
+        return
+    weights = getattr(open_clip, "get_pretrained_cfg", open_clip.pretrained.get_pretrained_cfg)(backbone, pretrained) or {}
+    architecture = open_clip.get_model_config(backbone) or {}
+    if weights.get("quick_gelu", False) and not architecture.get("quick_gelu", False):
+        _warned.add((backbone, pretrained))
+        better = f"{backbone}-quickgelu"
+        better = f"; {better} is the right name for them" if better in open_clip.list_models() else ""
+        print(
+            f"vs2: warning: the weights {pretrained!r} were trained with QuickGELU and {backbone} has GELU, which costs accuracy{better}",
+            file=sys.stderr,
+        )
+
+
+def load_backbone(backbone: str, pretrained: str, cache_dir: str | None = None, device: str = "cpu") -> Loaded:
+    """Load a model by clip_benchmark's own function, so that training and evaluation see the same one.
+
+    Raises:
+        TowerError: open_clip does not know it, or could not fetch or read it.
+    """
+    from clip_benchmark.models.open_clip import load_open_clip
+
+    check_backbone(backbone, pretrained)
+    warn_about_quickgelu(backbone, pretrained)
+    try:
+        model, transform, tokenizer = load_open_clip(model_name=backbone, pretrained=pretrained, cache_dir=cache_dir, device=device)
+    except Exception as error:  # whatever open_clip, the hub client or the network raised
+        weights = "" if ignores_pretrained(backbone) else f" with weights {pretrained!r}"
+        reason = " ".join(str(error).split())[:300]
+        raise TowerError(f"could not load {backbone}{weights}: {type(error).__name__}: {reason}") from error
+    return Loaded(model.eval(), transform, tokenizer)

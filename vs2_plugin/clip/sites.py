@@ -1,0 +1,193 @@
+"""Sites: where in a vision tower an activation is read or edited.
+
+A site is named by its hookpoint, the path under the model of the module whose output holds the activation:
+
+- ``visual.transformer.resblocks.11``: the CLS token after block 11 (counted from 0) of an open_clip
+  ``VisionTransformer`` that pools by its CLS token;
+- ``visual``: the tower's output embedding, for every other tower (average or attention pooling, timm trunks,
+  ResNets), which have no CLS token to speak of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vs2_plugin.errors import PluginError, TowerError
+
+__all__ = ["OUTPUT", "Site", "block_sites", "default_site", "Edit", "edit", "editing", "find_site", "in_float32", "output_site", "reading"]
+
+OUTPUT = "visual"
+_BLOCKS = "visual.transformer.resblocks"
+#: Name under which a steering module is attached to the module it steers; see :func:`edit`.
+_ATTACHED = "vs2_steering"
+
+Steering = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place in one tower."""
+
+    hookpoint: str
+    """Path of the module under the model."""
+    width: int
+    """d, the width of the activation."""
+    token_dim: int | None = None
+    """Which dimension of the output ``[batch, tokens, d]`` or ``[tokens, batch, d]`` counts tokens (1 or 0);
+    None where the output is the embedding ``[batch, d]`` itself."""
+
+    @property
+    def block(self) -> int | None:
+        """Number of the block, counted from 0; None at the output embedding."""
+        return None if self.token_dim is None else int(self.hookpoint.rsplit(".", 1)[1])
+
+    def __str__(self) -> str:
+        return "the output embedding" if self.token_dim is None else f"block {self.block}"
+
+    def module(self, model: nn.Module) -> nn.Module:
+        """The module of ``model`` whose output holds the activation."""
+        return model.get_submodule(self.hookpoint)
+
+    def read(self, output: Tensor | tuple) -> Tensor:
+        """The activation ``[batch, d]`` in the module's output."""
+        if self.token_dim is None:
+            return output[0] if isinstance(output, tuple) else output
+        return output.select(self.token_dim, 0)
+
+    def write(self, output: Tensor | tuple, activation: Tensor) -> Tensor | tuple:
+        """A copy of the module's output with the activation replaced."""
+        if self.token_dim is None:
+            return (activation, *output[1:]) if isinstance(output, tuple) else activation
+        output = output.clone()
+        output.select(self.token_dim, 0).copy_(activation)
+        return output
+
+
+def block_sites(model: nn.Module) -> list[Site]:
+    """A site per transformer block, first to last; empty for a tower without a CLS token that is pooled."""
+    visual = model.visual
+    blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
+    pools_cls = (
+        blocks is not None
+        and getattr(visual, "class_embedding", None) is not None
+        and getattr(visual, "attn_pool", None) is None
+        # open_clip before 2.21 has a flag in place of pool_type
+        and getattr(visual, "pool_type", "avg" if getattr(visual, "global_average_pool", False) else "tok") == "tok"
+    )
+    if not pools_cls:
+        return []
+    # Blocks got [tokens, batch, d] in every open_clip 2.x before the attribute appeared, and do so when it is False.
+    token_dim = 1 if getattr(visual.transformer, "batch_first", False) else 0
+    width = visual.class_embedding.shape[-1]
+    return [Site(f"{_BLOCKS}.{index}", width, token_dim) for index in range(len(blocks))]
+
+
+def output_site(model: nn.Module) -> Site:
+    """The tower's output embedding."""
+    width = getattr(model.visual, "output_dim", None)
+    return Site(OUTPUT, width if isinstance(width, int) else _probe_width(model))
+
+
+def default_site(model: nn.Module) -> Site:
+    """The last block, before the final LayerNorm and the projection; the output embedding where there is no CLS token."""
+    return (block_sites(model) or [output_site(model)])[-1]
+
+
+def find_site(model: nn.Module, hookpoint: str) -> Site:
+    """The site of that hookpoint.
+
+    Raises:
+        TowerError: this tower has no such site.
+    """
+    if hookpoint == OUTPUT:
+        return output_site(model)
+    sites = block_sites(model)
+    for site in sites:
+        if site.hookpoint == hookpoint:
+            return site
+    offered = f"{sites[0].hookpoint} to {sites[-1].hookpoint}, and {OUTPUT}" if sites else f"only {OUTPUT} (it pools no CLS token)"
+    raise TowerError(f"this vision tower has no site {hookpoint!r}; it has {offered}")
+
+
+@torch.no_grad()
+def _probe_width(model: nn.Module) -> int:
+    size = getattr(model.visual, "image_size", 224)
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    like = next(model.visual.parameters())
+    was_training = model.visual.training
+    output = model.visual.eval()(torch.zeros(1, 3, height, width, dtype=like.dtype, device=like.device))
+    model.visual.train(was_training)
+    return (output[0] if isinstance(output, tuple) else output).shape[-1]
+
+
+def in_float32(steering: Steering, x: Tensor) -> Tensor:
+    """Apply ``steering`` to ``[batch, d]`` in float32, inside any autocast, and return the dtype of ``x``."""
+    with torch.autocast(x.device.type, enabled=False):
+        steered = steering(x.float())
+    if not isinstance(steered, Tensor) or steered.shape != x.shape:
+        got = tuple(steered.shape) if isinstance(steered, Tensor) else type(steered).__name__
+        raise PluginError(f"the steering method returned {got} for activations {tuple(x.shape)}; expected the same shape")
+    return steered.to(x.dtype)
+
+
+def edit(model: nn.Module, site: Site, steering: Steering) -> Edit:
+    """Steer the activation at ``site`` in every forward pass until the handle's ``remove()``.
+
+    A steering that is an ``nn.Module`` is attached to the module it steers, so that it moves between devices with
+    the model and that ``DataParallel`` replicates both together.
+    """
+    module = site.module(model)
+    if isinstance(steering, nn.Module):
+        module.add_module(_ATTACHED, steering)
+
+    def hook(module: nn.Module, args: object, output: Tensor | tuple) -> Tensor | tuple:
+        current = module._modules.get(_ATTACHED, steering)  # the replica's own under DataParallel
+        return site.write(output, in_float32(current, site.read(output)))
+
+    return Edit(module, module.register_forward_hook(hook))
+
+
+class Edit:
+    """A steering in place. :meth:`remove` takes it out again."""
+
+    def __init__(self, module: nn.Module, handle) -> None:
+        self._module, self._handle = module, handle
+
+    def remove(self) -> None:
+        """Take out the hook and what was attached."""
+        self._handle.remove()
+        self._module._modules.pop(_ATTACHED, None)
+
+
+@contextmanager
+def editing(model: nn.Module, site: Site, steering: Steering) -> Iterator[None]:
+    """Steer at ``site`` within a ``with`` block."""
+    handle = edit(model, site, steering)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def reading(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
+    """Within the ``with`` block, each forward pass leaves the activations ``[batch, d]`` of ``sites`` in the dict."""
+    found: dict[Site, Tensor] = {}
+
+    def recorder(site: Site):
+        def hook(module: nn.Module, args: object, output: Tensor | tuple) -> None:
+            found[site] = site.read(output).detach()
+
+        return hook
+
+    handles = [site.module(model).register_forward_hook(recorder(site)) for site in sites]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,1 @@
+"""Training images and their activations. Labels and test images are never read here."""

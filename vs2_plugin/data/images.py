@@ -1,0 +1,125 @@
+"""Batches of training images of any data set that clip_benchmark knows, without their labels."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+
+from vs2_plugin.data.shards import open_shards
+from vs2_plugin.errors import DataError, Vs2Error
+
+__all__ = ["TrainingImages", "open_images"]
+
+
+@dataclass
+class TrainingImages:
+    """The images of one split, preprocessed for one tower."""
+
+    source: Dataset
+    """Items are images, or tuples whose first element is one."""
+    count: int | None
+    """How many will be read; None for a stream of unknown length."""
+    limit: int | None
+    """At most this many of a stream."""
+    fingerprint: Any
+    """Plain JSON values that change when the images do."""
+
+    def batches(self, batch_size: int, num_workers: int) -> Iterator[Tensor]:
+        """Images ``[batch, 3, height, width]``, each once, in a fixed order.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
+        streamed = isinstance(self.source, IterableDataset)
+        loader = DataLoader(
+            self.source,
+            batch_size=batch_size,
+            num_workers=min(num_workers, 1) if streamed else num_workers,  # each worker would repeat a stream
+            collate_fn=_stack_images,
+            pin_memory=torch.cuda.is_available(),
+        )
+        left = self.limit if streamed and self.limit is not None else None
+        try:
+            for images in loader:
+                if left is not None:
+                    images, left = images[:left], left - len(images)
+                if len(images):
+                    yield images
+                if left is not None and left <= 0:
+                    return
+        except Vs2Error:
+            raise
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            raise DataError(f"cannot read the training images: {_one_line(error)}") from error
+
+
+def _stack_images(samples: list) -> Tensor:
+    # Whatever follows the image (a label, captions) is dropped unread.
+    return torch.stack([sample[0] if isinstance(sample, (tuple, list)) else sample for sample in samples])
+
+
+def open_images(
+    dataset: str,
+    root: str,
+    split: str,
+    transform: Any,
+    *,
+    max_images: int | None = None,
+    seed: int = 0,
+    wds_cache_dir: str | None = None,
+) -> TrainingImages:
+    """Open a split of a clip_benchmark data set, downloading it where clip_benchmark can.
+
+    Args:
+        dataset: its name; ``wds/NAME`` for webdataset shards.
+        root: its folder (for shards also a URL); ``{dataset}`` and ``{dataset_cleaned}`` are filled in.
+        split: the split's name.
+        transform: the tower's preprocessing.
+        max_images: read no more than this: a random subset, or the first of a stream.
+        seed: picks that subset.
+
+    Raises:
+        DataError: the data set, its split or its files are not there.
+    """
+    name = dataset.removeprefix("wds/")
+    root = root.format(dataset=name, dataset_cleaned=name.replace("/", "-"))
+    if dataset.startswith("wds/"):
+        source = open_shards(root, split, transform)
+        fingerprint = source.fingerprint()
+    else:
+        source = _build(dataset, root, split, transform, wds_cache_dir)
+        fingerprint = [type(source).__name__]
+    try:
+        total = len(source)
+    except TypeError:
+        return TrainingImages(source, None, max_images, fingerprint)
+    if total == 0:
+        raise DataError(f"the split {split!r} of {dataset} in {root} is empty")
+    if max_images is not None and max_images < total:
+        chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:max_images].sort().values
+        source, fingerprint = Subset(source, chosen.tolist()), [fingerprint, total, max_images, seed]
+    return TrainingImages(source, len(source), max_images, [fingerprint, total])
+
+
+def _build(dataset: str, root: str, split: str, transform: Any, wds_cache_dir: str | None) -> Dataset:
+    from clip_benchmark.datasets.builder import build_dataset, get_dataset_default_task
+
+    build = inspect.unwrap(build_dataset)  # without the binding of steered models that the harness glue adds
+    try:
+        return build(
+            dataset_name=dataset, root=root, transform=transform, split=split, download=True,
+            task=get_dataset_default_task(dataset), wds_cache_dir=wds_cache_dir,
+        )  # fmt: skip
+    except (Exception, SystemExit) as error:  # torchvision, downloads, missing packages: anything
+        raise DataError(f"clip_benchmark could not build the split {split!r} of {dataset!r} in {root!r}: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,0 +1,128 @@
+"""Images out of webdataset shards, in clip_benchmark's layout ``DIR/SPLIT/{nshards.txt,0.tar,1.tar,…}``.
+
+Only the images are read: shards without labels (no ``.cls``) are as good as any. Local shards are indexed by their
+tar headers and read by position, so that the number of images is known, a subset is a random one, and there may be
+fewer shards than loader workers.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+from torch.utils.data import Dataset, IterableDataset
+
+from vs2_plugin.errors import DataError
+
+__all__ = ["EXTENSIONS", "LocalShards", "RemoteShards", "open_shards"]
+
+#: In the order in which clip_benchmark prefers them, should a sample hold several.
+EXTENSIONS = ("webp", "png", "jpg", "jpeg")
+
+
+def open_shards(root: str, split: str, transform) -> Dataset:
+    """The images of a split, local or remote.
+
+    Raises:
+        DataError: no such split, or a shard that cannot be read.
+    """
+    if "://" in root:
+        return RemoteShards(root, split, transform)
+    folder = Path(root) / split
+    listing = folder / "nshards.txt"
+    try:
+        count = int(listing.read_text())
+    except FileNotFoundError:
+        raise DataError(
+            f"no file {listing}; expected webdataset shards there: {listing.name} holding their number, and 0.tar, 1.tar, …"
+        ) from None
+    except ValueError:
+        raise DataError(f"{listing} does not hold the number of shards") from None
+    return LocalShards([folder / f"{index}.tar" for index in range(count)], transform)
+
+
+class LocalShards(Dataset):
+    """Images at known positions of local tar files; an item is one preprocessed image."""
+
+    def __init__(self, files: list[Path], transform) -> None:
+        self.files, self.transform = files, transform
+        self.positions: list[tuple[int, int, int, str]] = []  # file, offset, size, sample key
+        for number, file in enumerate(files):
+            self.positions.extend(self._index(number, file))
+        if not self.positions:
+            raise DataError(f"no images ({', '.join(EXTENSIONS)}) in the {len(files)} shards beside {files[0] if files else '?'}")
+
+    @staticmethod
+    def _index(number: int, file: Path) -> list[tuple[int, int, int, str]]:
+        best: dict[str, tuple[int, tuple[int, int, int, str]]] = {}
+        try:
+            with tarfile.open(file) as tar:
+                for member in tar:
+                    folder, slash, name = member.name.rpartition("/")
+                    stem, _, extension = name.partition(".")
+                    if not member.isfile() or extension.lower() not in EXTENSIONS:
+                        continue
+                    key, rank = folder + slash + stem, EXTENSIONS.index(extension.lower())
+                    if key not in best or rank < best[key][0]:
+                        best[key] = (rank, (number, member.offset_data, member.size, member.name))
+        except (OSError, tarfile.TarError) as error:
+            raise DataError(f"cannot read shard {file}: {error}") from error
+        return [position for _, position in best.values()]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: int):
+        number, offset, size, name = self.positions[index]
+        with open(self.files[number], "rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+        try:
+            image = Image.open(io.BytesIO(data)).convert("RGB")
+        except OSError as error:
+            raise DataError(f"{self.files[number]}: {name} is not a readable image: {error}") from error
+        return self.transform(image)
+
+    def fingerprint(self) -> list:
+        """What changes when the shards do: names, sizes and times."""
+        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in self.files]
+
+
+class RemoteShards(IterableDataset):
+    """A stream of preprocessed images out of shards behind a URL, as clip_benchmark reads them."""
+
+    def __init__(self, root: str, split: str, transform) -> None:
+        import requests
+
+        metadata = data = root.rstrip("/")
+        if root.startswith("https://huggingface.co/datasets"):
+            # A folder of a data set's page, …/tree/BRANCH: small files under raw, large ones under resolve.
+            *head, _, path = root.split("/", 7)
+            metadata, data = "/".join([*head, "raw", path]), "/".join([*head, "resolve", path])
+        listing = f"{metadata}/{split}/nshards.txt"
+        try:
+            answer = requests.get(listing, timeout=30)
+            answer.raise_for_status()
+            count = int(answer.text)
+        except (requests.RequestException, ValueError) as error:
+            raise DataError(f"cannot read {listing} (the number of shards): {error}") from error
+        self.urls = [f"{data}/{split}/{index}.tar" for index in range(count)]
+        self.transform = transform
+
+    def __iter__(self) -> Iterator:
+        import webdataset as wds
+
+        pipeline = (
+            wds.WebDataset(self.urls, shardshuffle=False, nodesplitter=lambda urls: urls)
+            .decode(wds.autodecode.ImageHandler("pil", extensions=list(EXTENSIONS)))
+            .to_tuple(list(EXTENSIONS))
+        )
+        for (image,) in pipeline:
+            yield self.transform(image)
+
+    def fingerprint(self) -> list:
+        """The addresses: what lies behind them cannot be told apart without reading it."""
+        return self.urls

@@ -1,0 +1,60 @@
+"""Which split of a data set an SAE may be trained on. No heavy imports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vs2_plugin.errors import DataError
+
+__all__ = ["TRAIN_NAMES", "Split", "training_split", "without_training_split"]
+
+#: clip_benchmark data sets whose training split has another name than "train".
+TRAIN_NAMES = {"pets": "trainval"}
+
+_IGNORES = "clip_benchmark ignores the split and always gives all images, the test images among them"
+_TEST_ONLY = "it has a test split only"
+# Read from clip_benchmark 1.6's datasets/builder.py; asking these for "train" gives the test images, or fails.
+_WITHOUT = {
+    **dict.fromkeys(("sun397", "eurosat", "caltech101", "winoground", "dummy"), _IGNORES),
+    **dict.fromkeys(("multilingual_mscoco_captions", "crossmodal3600", "xtd10", "xtd200", "flickr30k-200"), _IGNORES),
+    **dict.fromkeys(("imagenetv2", "imagenet_sketch", "imagenet-a", "imagenet-r", "imagenet-o", "objectnet"), _TEST_ONLY),
+}
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images to train on."""
+
+    name: str
+    """The split's name for clip_benchmark."""
+    transductive: bool
+    """Whether these are the images that are evaluated later."""
+
+
+def without_training_split(dataset: str) -> str | None:
+    """Why ``dataset`` has no training split of its own; None if it has one (or is not known here)."""
+    return _TEST_ONLY if dataset.startswith("sugar_crepe/") else _WITHOUT.get(dataset)
+
+
+def training_split(dataset: str, requested: str | None, transductive: bool) -> Split:
+    """The split to train on.
+
+    Args:
+        dataset: a clip_benchmark data-set name.
+        requested: the user's choice; None for the data set's usual one.
+        transductive: whether the user allows training on the images that are evaluated.
+
+    Raises:
+        DataError: those are the only images there are, and ``transductive`` is not set.
+    """
+    reason = without_training_split(dataset)
+    if reason is None and requested == "test":
+        reason = "the split 'test' is the one that is evaluated"
+    if reason is None:
+        return Split(requested or TRAIN_NAMES.get(dataset, "train"), transductive=False)
+    if not transductive:
+        raise DataError(
+            f"{dataset} has no training split to use: {reason}; to train on the images that are evaluated, without their "
+            "labels, add --transductive (the checkpoint and every result will say so)"
+        )
+    return Split(requested or "test", transductive=True)

@@ -1,0 +1,87 @@
+"""``vs2 demo``: the whole way, offline, on real handwritten digits, by the commands that a user would type."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE
+from vs2_plugin.demo.digits import write_digits
+from vs2_plugin.errors import DataError, Vs2Error
+
+__all__ = ["MODEL", "demo", "prepare"]
+
+MODEL = "local-dir:tiny-clip"
+_TINY_CLIP = Path(__file__).parent / "tiny_clip"
+_MINE = ("digits", "tiny-clip", "store", "results")  # all that the demo writes into its folder
+
+
+def prepare(folder: Path) -> dict[str, str]:
+    """Write the digits and the tiny CLIP into ``folder``, and return the environment for commands that run in it.
+
+    Raises:
+        DataError: the folder holds something that is not the demo's.
+    """
+    strange = sorted(path.name for path in folder.iterdir() if path.name not in (*_MINE, "benchmark.csv")) if folder.is_dir() else []
+    if strange:
+        raise DataError(f"{folder} holds {', '.join(strange[:3])}, which the demo did not write; name an empty or new folder with --out")
+    for name in (*_MINE, "benchmark.csv"):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    write_digits(folder / "digits")
+    shutil.copytree(_TINY_CLIP, folder / "tiny-clip")
+    (folder / "results").mkdir()
+    return {**os.environ, ENVIRONMENT_VARIABLE: "store"}
+
+
+def demo(folder: Path, quiet: bool = False) -> None:
+    """Train, evaluate and print the table.
+
+    Raises:
+        Vs2Error: a command failed; its own output says why.
+    """
+    started = time.monotonic()
+    environment = prepare(folder)
+    print(f"# 1,797 real handwritten digits (scikit-learn) and a tiny CLIP, trained on printed glyphs only, in {folder}")
+    print(f"cd {shlex.quote(str(folder))}; export {ENVIRONMENT_VARIABLE}=store")
+    common = ["--dataset", "wds/digits", "--dataset_root", "digits"]
+    _command(folder, environment, quiet, "vs2-train-sae", "--model", MODEL, *common)
+    _command(
+        folder, environment, quiet, "clip_benchmark", "eval", "--model", MODEL, f"vs2:{MODEL}", "--pretrained", "", *common,
+        "--num_workers", "1", "--output", "results/{model}.json", "--quiet",
+    )  # fmt: skip
+    _command(folder, environment, quiet, "clip_benchmark", "build", "results", "--output", "benchmark.csv")
+
+    rows = [json.loads((folder / "results" / f"{name}.json").read_text())["metrics"] for name in (MODEL, f"vs2:{MODEL}")]
+    print()
+    print(table([("zero-shot CLIP", rows[0]), ("VS2", rows[1])]))
+    print(f"\n{time.monotonic() - started:.0f} s. All of it is in {folder}: results/*.json, benchmark.csv, the checkpoint in store/checkpoints.")
+
+
+def table(rows: list[tuple[str, dict]]) -> str:
+    """Accuracies in percent, with the change over the first row in points."""
+    keys = (("acc1", "top-1 %"), ("acc5", "top-5 %"), ("mean_per_class_recall", "recall %"))
+    lines = ["| 897 test images | " + " | ".join(title for _, title in keys) + " | change of top-1 |", "|---|" + "---:|" * (len(keys) + 1)]
+    first = rows[0][1]
+    for name, metrics in rows:
+        change = f"{100 * (metrics['acc1'] - first['acc1']):+.2f}" if metrics is not first else ""
+        lines.append(f"| {name} | " + " | ".join(f"{100 * metrics[key]:.2f}" for key, _ in keys) + f" | {change} |")
+    return "\n".join(lines)
+
+
+def _command(folder: Path, environment: dict[str, str], quiet: bool, *words: str) -> None:
+    print(f"\n$ {shlex.join(words)}", flush=True)
+    # The scripts installed beside this Python, whether or not its environment is the active one.
+    script = shutil.which(words[0], path=os.path.dirname(sys.executable)) or shutil.which(words[0])
+    if script is None:
+        raise Vs2Error(f"the command {words[0]} is not installed beside {sys.executable}; install with: pip install vs2-plugin")
+    hidden = subprocess.DEVNULL if quiet else None
+    done = subprocess.run([script, *words[1:]], cwd=folder, env=environment, stdout=hidden, stderr=hidden)
+    if done.returncode != 0:
+        raise Vs2Error(f"the command above ended with exit code {done.returncode}")

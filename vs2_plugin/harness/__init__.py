@@ -1,0 +1,1 @@
+"""The glue to clip_benchmark. Nothing is imported here: ``autoload`` runs at every interpreter start."""

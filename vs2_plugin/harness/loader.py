@@ -1,0 +1,85 @@
+"""Loads steered models, for the harness and for Python."""
+
+from __future__ import annotations
+
+import weakref
+from argparse import Namespace
+from typing import Any
+
+from vs2_plugin.checkpoint.store import Store, checkpoint_name
+from vs2_plugin.clip.backbone import load_backbone
+from vs2_plugin.errors import CheckpointNotFound
+from vs2_plugin.harness.model import SteeredCLIP
+from vs2_plugin.harness.preflight import missing_checkpoint
+from vs2_plugin.modelstring import parse
+from vs2_plugin.steering.context import Task
+
+__all__ = ["bind_waiting", "load"]
+
+#: The model that was loaded last and does not know its data set yet. clip_benchmark builds that next.
+_waiting: weakref.ref[SteeredCLIP] | None = None
+
+
+def load(
+    model: str,
+    pretrained: str = "",
+    cache_dir: str | None = None,
+    device: str = "cpu",
+    *,
+    dataset: str | None = None,
+    store: Store | None = None,
+) -> tuple[SteeredCLIP, Any, Any]:
+    """Load a steered model.
+
+    Args:
+        model: a model string, ``method:backbone[@checkpoint][@key=value]…``.
+        pretrained: open_clip's weights tag or file; empty for random weights.
+        cache_dir: where downloaded weights are kept.
+        device: where the model shall be.
+        dataset: the data set whose checkpoint is meant, unless the string names one. In the harness, the next data
+            set that is built.
+        store: where checkpoints are; by default as the command line finds it.
+
+    Returns:
+        The model, its image preprocessing and its tokenizer, as ``open_clip`` and ``clip_benchmark`` give them.
+
+    Raises:
+        ModelStringError, TowerError, CheckpointError, PluginError: what is wrong, and what mends it.
+
+    Example::
+
+        model, transform, tokenizer = vs2_plugin.load("vs2:ViT-B-32", "openai", dataset="cifar100")
+        features = model.encode_image(transform(image)[None])
+    """
+    global _waiting
+    spec = parse(model)
+    store = store or Store.default()
+
+    def find(task: Task | None):
+        if not spec.method.needs_checkpoint:
+            return None
+        if spec.checkpoint:
+            return store.find(spec.checkpoint)
+        try:
+            return store.find(checkpoint_name(spec.backbone, pretrained, task.dataset))
+        except CheckpointNotFound:
+            args = Namespace(pretrained=pretrained, dataset=task.dataset, dataset_root=task.root or "root")
+            raise missing_checkpoint([(spec, args)], store) from None
+
+    loaded = load_backbone(spec.backbone, pretrained, cache_dir, device)
+    steered = SteeredCLIP(spec, loaded, find)
+    if dataset is not None:
+        steered.bind(Task(dataset))
+    else:
+        if spec.checkpoint or not spec.method.needs_checkpoint:
+            steered.bind(None)
+        _waiting = weakref.ref(steered)
+    return steered, loaded.transform, loaded.tokenizer
+
+
+def bind_waiting(name: str, root: str, split: str, dataset: Any) -> None:
+    """Tell the model loaded last which data set it is evaluated on. Later data sets (a linear probe's) are not it."""
+    global _waiting
+    model, _waiting = _waiting() if _waiting is not None else None, None
+    if model is not None:
+        model.bind(Task(name, root, split, getattr(dataset, "classes", None), getattr(dataset, "templates", None)))

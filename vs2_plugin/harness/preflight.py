@@ -1,0 +1,132 @@
+"""Checks every planned run before the first one starts, so that a mistake costs a second and not an evaluation."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from argparse import Namespace
+from collections.abc import Sequence
+
+from vs2_plugin.checkpoint.manifest import MANIFEST
+from vs2_plugin.checkpoint.store import Store, checkpoint_name
+from vs2_plugin.clip.backbone import check_backbone, ignores_pretrained, warn_about_quickgelu
+from vs2_plugin.data.splits import without_training_split
+from vs2_plugin.errors import CheckpointNotFound, HarnessError, ModelStringError
+from vs2_plugin.modelstring import ModelString, is_steered, parse
+
+__all__ = ["check", "missing_checkpoint", "train_command"]
+
+
+def check(base: Namespace, runs: Sequence[Namespace]) -> None:
+    """Check the steered ones of ``runs``, which clip_benchmark expanded from its command line ``base``.
+
+    Raises:
+        Vs2Error: the first thing that would go wrong.
+    """
+    _check_pairs(base)
+    steered = [args for args in runs if args.model_type == "open_clip" and is_steered(args.model)]
+    parsed = [(args, parse(args.model)) for args in steered]
+    store = Store.default()
+    missing = []
+    for args, model in parsed:
+        check_backbone(model.backbone, args.pretrained)
+        output = _output_file(args)
+        _check_output(args, output, alone=len({run.model for run in runs}) == 1)
+        if args.skip_load or (args.skip_existing and os.path.exists(output)):
+            continue
+        warn_about_quickgelu(model.backbone, args.pretrained)
+        if model.method.needs_checkpoint:
+            try:
+                _find(model, args, store)
+            except CheckpointNotFound:
+                missing.append((model, args))
+    if missing:
+        raise missing_checkpoint(missing, store)
+
+
+def _check_pairs(base: Namespace) -> None:
+    names = base.pretrained_model or []
+    for name in [names] if isinstance(names, str) else names:
+        if is_steered(name) and not os.path.isfile(name) and name.count(",") != 1:
+            example = name.split(",")[0]
+            raise ModelStringError(f"--pretrained_model {name!r}: expected MODEL,WEIGHTS, for example {example},openai")
+
+
+def _output_file(args: Namespace) -> str:
+    # As clip_benchmark's cli.run makes it.
+    name = args.dataset.removeprefix("wds/")
+    is_file = os.path.isfile(args.pretrained)
+    task = args.task
+    if task == "auto":
+        from clip_benchmark.datasets.builder import get_dataset_default_task
+
+        task = get_dataset_default_task(name)
+    return args.output.format(
+        model=args.model,
+        pretrained=os.path.basename(args.pretrained) if is_file else args.pretrained,
+        pretrained_full_path=args.pretrained.replace("/", "_") if is_file else args.pretrained,
+        task=task,
+        dataset=name.replace("/", "_"),
+        language=args.language,
+    )
+
+
+def _check_output(args: Namespace, output: str, alone: bool) -> None:
+    """Refuse an output file that could not be written once the evaluation is over."""
+    folder = os.path.dirname(output)
+    bad = "/" if "/" in args.model else ":" if os.name == "nt" else ""
+    if "{model}" in args.output and bad and (bad == ":" or not os.path.isdir(folder)):
+        mended = args.output.replace("{model}", re.sub(r"[^A-Za-z0-9.@=+-]+", "-", args.model))
+        call = "" if alone else ", in a call of its own,"
+        raise HarnessError(
+            f"the model name {args.model!r} holds {bad!r}, so the results could not be written to {output!r}; run it{call} with "
+            f"--output {shlex.quote(mended)}"
+        )
+    if folder and not os.path.isdir(folder):
+        raise HarnessError(f"the results could not be written to {output!r}: no folder {folder!r}; make it with: mkdir -p {shlex.quote(folder)}")
+
+
+def _find(model: ModelString, args: Namespace, store: Store) -> None:
+    name = model.checkpoint or checkpoint_name(model.backbone, args.pretrained, args.dataset)
+    if model.checkpoint or not (store.checkpoints / name / MANIFEST).is_file():
+        store.find(name)
+
+
+def train_command(backbone: str, pretrained: str, dataset: str, args: Namespace | None = None) -> str:
+    """The ``vs2-train-sae`` command that makes the checkpoint of a backbone and a data set."""
+    words = ["vs2-train-sae", "--model", backbone]
+    if not ignores_pretrained(backbone):
+        words += ["--pretrained", pretrained]
+    words += ["--dataset", dataset]
+    if without_training_split(dataset):
+        words.append("--transductive")
+    for flag, usual in (("dataset_root", "root"), ("model_cache_dir", None), ("wds_cache_dir", None)):
+        value = getattr(args, flag, usual)
+        if value != usual:
+            words += [f"--{flag}", value]
+    if not pretrained and getattr(args, "seed", 0) and not ignores_pretrained(backbone):
+        words += ["--seed", str(args.seed)]  # random weights: the same seed gives the same tower
+    if not getattr(args, "amp", True):
+        words.append("--no_amp")
+    return shlex.join(words)
+
+
+def missing_checkpoint(missing: Sequence[tuple[ModelString, Namespace]], store: Store) -> CheckpointNotFound:
+    """The error that names what is missing and the commands that make it."""
+    sentences, commands = [], []
+    for model, args in missing:
+        if model.checkpoint:
+            there = ", ".join(store.names()) or "none"
+            sentence = f"no SAE checkpoint {model.checkpoint!r} in the store {store.root} (there: {there}), and no such folder"
+            command = ""
+        else:
+            weights = "" if ignores_pretrained(model.backbone) else f" ({args.pretrained or 'random weights'})"
+            sentence = f"no SAE checkpoint for {model.backbone}{weights} on {args.dataset} in the store {store.root}"
+            command = train_command(model.backbone, args.pretrained, args.dataset, args)
+        if sentence not in sentences:
+            sentences.append(sentence)
+        if command and command not in commands:
+            commands.append(command)
+    hint = f"; train it with: {' && '.join(commands)}" if commands else ""
+    return CheckpointNotFound("; ".join(sentences) + hint)

@@ -1,0 +1,179 @@
+"""Makes clip_benchmark know the steered models. Called by ``autoload`` when a module of it has been imported.
+
+What is changed, and nothing else:
+
+- ``models.TYPE2FUNC`` and ``models.MODEL_TYPES``, in place: the open_clip loader sees steered names, and each method
+  is a model type of its own;
+- ``datasets.builder.build_dataset``: tells a model loaded before it which data set it is evaluated on;
+- ``metrics.*.evaluate``: a steered model's facts join the metrics;
+- ``cli.main_eval`` and ``cli.run``: everything is checked before the first model is loaded, and this package's
+  errors end the command with one line on stderr and exit code 2.
+
+A model that is not steered passes through all of them unchanged.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from copy import copy
+from types import ModuleType
+
+from vs2_plugin.errors import HarnessError, Vs2Error
+from vs2_plugin.modelstring import is_steered
+from vs2_plugin.plugins import registry
+
+__all__ = ["SUPPORTED", "patch"]
+
+SUPPORTED = "1.6"
+
+
+def patch(module: ModuleType) -> None:
+    """Patch a freshly imported module of clip_benchmark.
+
+    Raises:
+        HarnessError: it lacks what is to be patched.
+    """
+    patches = {
+        "clip_benchmark.models": _patch_models,
+        "clip_benchmark.datasets.builder": _patch_builder,
+        "clip_benchmark.cli": _patch_cli,
+    }
+    try:
+        patches.get(module.__name__, _patch_metrics)(module)
+    except AttributeError as error:
+        raise HarnessError(f"this clip_benchmark differs from the supported {SUPPORTED}.x: {error}") from error
+
+
+def _patch_models(module: ModuleType) -> None:
+    stock = module.TYPE2FUNC["open_clip"]
+    if not isinstance(module.MODEL_TYPES, list):
+        raise AttributeError("MODEL_TYPES is no list")
+    known = registry()
+    for label, problem in known.broken.items():
+        print(f"vs2_plugin: plugin {label} failed to load, its methods are not available: {problem}", file=sys.stderr)
+
+    @functools.wraps(stock)
+    def load_open_clip(*args, **kwargs):
+        arguments = inspect.signature(stock).bind(*args, **kwargs)
+        name = arguments.arguments.get("model_name", "")
+        return _load(name, arguments) if is_steered(name) else stock(*args, **kwargs)
+
+    def loader_of(method: str):
+        @functools.wraps(stock)
+        def load_steered(*args, **kwargs):
+            arguments = inspect.signature(stock).bind(*args, **kwargs)
+            arguments.apply_defaults()
+            return _load(with_method(method, arguments.arguments["model_name"]), arguments)
+
+        return load_steered
+
+    def _load(name: str, arguments: inspect.BoundArguments):
+        from vs2_plugin.harness import loader
+
+        arguments.apply_defaults()
+        given = arguments.arguments
+        return loader.load(name, given["pretrained"], given["cache_dir"], given["device"])
+
+    module.TYPE2FUNC["open_clip"] = load_open_clip
+    for name in (*known.names, *known.conflicts):
+        if name not in module.TYPE2FUNC:
+            module.TYPE2FUNC[name] = loader_of(name)
+            module.MODEL_TYPES.append(name)
+
+
+def with_method(method: str, name: str) -> str:
+    """The model string of ``--model_type METHOD --model NAME``.
+
+    >>> with_method("vs2", "ViT-B-32"), with_method("vs2", "vs2:ViT-B-32")
+    ('vs2:ViT-B-32', 'vs2:ViT-B-32')
+    """
+    return name if name.startswith(f"{method}:") else f"{method}:{name}"
+
+
+def _patch_builder(module: ModuleType) -> None:
+    stock = module.build_dataset
+    signature = inspect.signature(stock)
+    for needed in ("dataset_name", "root", "split"):
+        if needed not in signature.parameters:
+            raise AttributeError(f"build_dataset has no parameter {needed!r}")
+
+    @functools.wraps(stock)
+    def build_dataset(*args, **kwargs):
+        dataset = stock(*args, **kwargs)
+        loader = sys.modules.get("vs2_plugin.harness.loader")  # not imported: no steered model was loaded
+        if loader is not None:
+            arguments = signature.bind(*args, **kwargs)
+            arguments.apply_defaults()
+            given = arguments.arguments
+            loader.bind_waiting(given["dataset_name"], given["root"], given["split"], dataset)
+        return dataset
+
+    module.build_dataset = build_dataset
+
+
+def _patch_metrics(module: ModuleType) -> None:
+    stock = module.evaluate
+    signature = inspect.signature(stock)
+    if "model" not in signature.parameters:
+        raise AttributeError(f"{module.__name__}.evaluate has no parameter 'model'")
+
+    @functools.wraps(stock)
+    def evaluate(*args, **kwargs):
+        arguments = signature.bind(*args, **kwargs)
+        facts_of = getattr(arguments.arguments["model"], "vs2_facts", None)
+        if facts_of is None:
+            return stock(*args, **kwargs)
+        facts = facts_of()
+        if "model_id" in arguments.arguments:
+            # The linear probe caches features under this name: another checkpoint must not find them.
+            arguments.arguments["model_id"] += f"-{facts.get('vs2_checkpoint_digest', 'vs2')}"
+        metrics = stock(*arguments.args, **arguments.kwargs)
+        return {**metrics, **facts} if isinstance(metrics, dict) else metrics
+
+    module.evaluate = evaluate
+
+
+def _patch_cli(module: ModuleType) -> None:
+    stock_main_eval, stock_run = module.main_eval, module.run
+
+    @functools.wraps(stock_run)
+    def run(args):
+        return stock_run(_as_model_string(args))
+
+    @functools.wraps(stock_main_eval)
+    def main_eval(base):
+        from vs2_plugin.harness import preflight
+
+        try:
+            preflight.check(base, _planned_runs(base))
+            return stock_main_eval(base)
+        except Vs2Error as error:
+            print(f"vs2: error: {' '.join(str(error).split())}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    def _planned_runs(base) -> list:
+        """What ``main_eval`` would run: its own expansion of models, files and data sets, with the runs recorded."""
+        planned: list = []
+        quiet = copy(base)
+        quiet.verbose = False
+        module.run = lambda args: planned.append(_as_model_string(args))
+        try:
+            stock_main_eval(quiet)
+        except Exception:
+            return planned  # clip_benchmark's own complaint comes when it runs for real
+        finally:
+            module.run = run
+        return planned
+
+    module.run, module.main_eval = run, main_eval
+
+
+def _as_model_string(args):
+    """``--model_type vs2 --model X`` as ``--model vs2:X``, so that results name the method."""
+    known = registry()
+    if args.model_type in known.names or args.model_type in known.conflicts:
+        args = copy(args)
+        args.model, args.model_type = with_method(args.model_type, args.model), "open_clip"
+    return args

@@ -1,0 +1,153 @@
+"""What a steering method declares: its name, its options, and the function that builds it.
+
+No heavy imports here: these declarations are read to parse a model string, long before torch is needed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vs2_plugin.errors import PluginError
+
+__all__ = ["Method", "Option", "Scalar"]
+
+Scalar = float | int | str | bool
+_NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
+#: Prefixes that open_clip itself understands before a colon, and the harness's own model types.
+RESERVED = {"hf-hub", "local-dir", "open_clip", "ja_clip"}
+_TYPES = {float: "number", int: "whole number", str: "word", bool: "true or false"}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One ``@key=value`` of a model string.
+
+    >>> Option("gamma", float, 1.5, minimum=0).parse("2")
+    2.0
+    >>> Option("rule", str, "majority", choices=("majority", "query")).describe()
+    'majority or query (default majority)'
+    """
+
+    name: str
+    """The key; lower-case letters, digits and ``_``."""
+    type: type = float
+    """``float``, ``int``, ``str`` or ``bool``."""
+    default: Scalar | None = None
+    """The value when the key is not given; None means: not set."""
+    minimum: float | None = None
+    """Smallest accepted number."""
+    maximum: float | None = None
+    """Largest accepted number."""
+    choices: tuple[Scalar, ...] | None = None
+    """The accepted values, where they can be listed."""
+    excludes: tuple[str, ...] = ()
+    """Keys that may not be given beside this one."""
+    help: str = ""
+    """One line for ``vs2 methods``."""
+
+    def __post_init__(self) -> None:
+        if not _NAME.match(self.name):
+            raise PluginError(f"option name {self.name!r} is not lower-case letters, digits and '_'")
+        if self.type not in _TYPES:
+            raise PluginError(f"option {self.name!r} has type {self.type!r}; expected float, int, str or bool")
+        if self.default is not None and self.check(self.default) is not None:
+            raise PluginError(f"option {self.name!r}: its default {self.default!r} is not {self.check(self.default)}")
+
+    def parse(self, text: str) -> Scalar:
+        """The value that ``text`` stands for. Raises ValueError with what was expected."""
+        try:
+            value: Scalar = {"true": True, "1": True, "false": False, "0": False}[text.lower()] if self.type is bool else self.type(text)
+        except (ValueError, KeyError):
+            raise ValueError(self.accepted()) from None
+        expected = self.check(value)
+        if expected is not None or (self.type is not str and "_" in text) or text != text.strip():
+            raise ValueError(expected or self.accepted())
+        return value
+
+    def check(self, value: Scalar) -> str | None:
+        """What was expected, if ``value`` is not acceptable; else None."""
+        bad = self.choices is not None and value not in self.choices
+        if self.type in (float, int) and not bad:
+            bad = (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not math.isfinite(value)
+                or (self.minimum is not None and value < self.minimum)
+                or (self.maximum is not None and value > self.maximum)
+            )
+        return self.accepted() if bad else None
+
+    def accepted(self) -> str:
+        """The accepted values in words."""
+        if self.choices is not None:
+            return " or ".join(str(choice) for choice in self.choices)
+        words = f"a {_TYPES[self.type]}" if self.type is not bool else _TYPES[bool]
+        if self.minimum is not None and self.maximum is not None:
+            return f"{words} from {self.minimum:g} to {self.maximum:g}"
+        if self.minimum is not None:
+            return f"{words}, at least {self.minimum:g}"
+        if self.maximum is not None:
+            return f"{words}, at most {self.maximum:g}"
+        return words
+
+    def describe(self) -> str:
+        """The accepted values and the default in words."""
+        default = "not set" if self.default is None else f"default {self.default}"
+        return f"{self.accepted()} ({default})"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A steering method, as a plugin offers it.
+
+    ``build(context, **options)`` is called once per site, with every option of :attr:`options` (given or default),
+    and returns the steering: a callable from activations ``[batch, d]`` (float32) to activations of the same shape.
+    It may be an ``nn.Module``, which then moves between devices with the model. A steering may carry an attribute
+    ``facts``, a mapping of flat scalars that is added to the results' metrics.
+    """
+
+    name: str
+    """What stands before the colon of a model string."""
+    build: Callable[..., Any]
+    """The builder; see above. Its first argument is a :class:`vs2_plugin.Context`."""
+    options: tuple[Option, ...] | list[Option] = ()
+    """The accepted ``@key=value`` options."""
+    summary: str = ""
+    """One line for ``vs2 methods``."""
+    aliases: tuple[str, ...] = ()
+    """Other spellings of the name (these may hold ``+`` and ``-`` too)."""
+    needs_checkpoint: bool = True
+    """Whether the method steers along an SAE checkpoint."""
+    labels: str = "none"
+    """Which labels the method itself uses: ``none``, ``train`` or ``oracle``. Recorded in every result."""
+    _by_name: Mapping[str, Option] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not _NAME.match(self.name) or self.name in RESERVED:
+            reserved = ", ".join(sorted(RESERVED))
+            raise PluginError(f"method name {self.name!r}: expected lower-case letters, digits and '_', and none of {reserved}")
+        for alias in self.aliases:
+            if not re.match(r"[a-z][a-z0-9_+-]*\Z", alias) or alias in RESERVED:
+                raise PluginError(f"method {self.name!r}: alias {alias!r} is not a usable name")
+        if not callable(self.build):
+            raise PluginError(f"method {self.name!r}: build is {self.build!r}; expected a function")
+        if self.labels not in ("none", "train", "oracle"):
+            raise PluginError(f"method {self.name!r}: labels is {self.labels!r}; expected none, train or oracle")
+        object.__setattr__(self, "options", tuple(self.options))
+        by_name = {option.name: option for option in self.options}
+        if len(by_name) != len(self.options):
+            raise PluginError(f"method {self.name!r}: two options share a name")
+        object.__setattr__(self, "_by_name", by_name)
+
+    def option(self, name: str) -> Option | None:
+        """The option of that name, or None."""
+        return self._by_name.get(name)
+
+    def fill(self, given: Mapping[str, Scalar]) -> dict[str, Scalar | None]:
+        """Every option's value: the given ones, defaults for the rest. A given option unsets those it excludes."""
+        unset = {name for key in given for name in self._by_name[key].excludes}
+        return {o.name: given.get(o.name, None if o.name in unset else o.default) for o in self.options}

@@ -1,0 +1,123 @@
+"""The gradients of one training step, from the active latents alone.
+
+Of n latents only k are active in an activation, so of the five products that a dense training step takes, only the
+encoder's is needed: it finds the active ones. The rest are sums over k rows in place of n, which is what
+``embedding_bag`` computes. The mathematics are those of the dense form.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vs2_plugin.sae.topk import Latents, TopKSAE
+
+__all__ = ["fast_bfloat16", "set_gradients"]
+
+
+def fast_bfloat16(sae: TopKSAE) -> bool:
+    """Whether finding the active latents of ``sae`` in bfloat16 pays: on x86 processors with bfloat16 products, where
+    the encoder's product outweighs the second look at k latents that it costs."""
+    if sae.W_dec.device.type != "cpu" or sae.config.num_latents < 16 * sae.config.k:
+        return False
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # absent in older torch
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+@torch.no_grad()
+def set_gradients(
+    sae: TopKSAE, x: Tensor, dead: Tensor | None = None, auxk: float = 0.0, bfloat16: bool = False
+) -> tuple[Tensor, Latents]:
+    """Set ``.grad`` of every parameter of ``sae`` to that of the loss on a batch.
+
+    The loss is ``Σ‖x - x̃‖² / V`` with ``V = Σ‖x - batch mean‖²``, plus AuxK for dead latents (arXiv 2406.04093,
+    appendix A.2): ``auxk · min(1, dead / (d/2)) · Σ‖(x - x̃) - W_decᵀ z‖² / V``, where z holds the d/2 largest dead
+    latents and ``x - x̃`` is taken as constant. From the decoder's gradient the part parallel to the decoder's rows
+    is removed, since it would only change their norms, which are fixed at 1.
+
+    Args:
+        x: the batch, ``[batch, d]``, float32.
+        dead: which latents count as dead, bool ``[n]``.
+        auxk: weight of AuxK; 0 switches it off.
+        bfloat16: find the active latents in bfloat16; their values are float32 all the same.
+
+    Returns:
+        The loss, and the batch's sparse code.
+    """
+    centered = x - sae.b_dec
+    latents = _encode_in_bfloat16(sae, centered) if bfloat16 else sae.encode(x)
+    residual = x - sae.decode(latents)
+    variance = (x - x.mean(0)).pow(2).sum()
+    loss = residual.pow(2).sum() / variance
+
+    to_output = residual * (-2 / variance)  # d loss / d x̃
+    to_values = _products(to_output, latents.indices, sae.W_dec)
+    if sae.config.activation == "relu":
+        to_values *= latents.values > 0
+    order, starts = _by_latent(latents.indices, sae.config.num_latents)
+    sae.W_dec.grad = _sum_by_latent(order, starts, latents.values, to_output)
+    sae.encoder.weight.grad = _sum_by_latent(order, starts, to_values, centered)
+    sae.encoder.bias.grad = F.embedding_bag(order, to_values.reshape(-1, 1), starts, mode="sum").squeeze(1)
+    # The bias is added to the output and subtracted from the encoder's input.
+    sae.b_dec.grad = to_output.sum(0) - sae.encoder.bias.grad @ sae.encoder.weight
+
+    if auxk and dead is not None and dead.any():
+        loss = loss + _add_auxk(sae, x, residual, variance, dead.nonzero().squeeze(1), auxk)
+    parallel = (sae.W_dec.grad * sae.W_dec).sum(1, keepdim=True)
+    sae.W_dec.grad.addcmul_(parallel, sae.W_dec, value=-1)
+    return loss, latents
+
+
+def _encode_in_bfloat16(sae: TopKSAE, centered: Tensor) -> Latents:
+    """The code, its latents found in bfloat16 and their values computed in float32."""
+    encoder = sae.encoder
+    pre = F.linear(centered.bfloat16(), encoder.weight.bfloat16(), encoder.bias.bfloat16())
+    indices = sae.select(pre).indices
+    values = _products(centered, indices, encoder.weight) + encoder.bias[indices]
+    return Latents(values.relu() if sae.config.activation == "relu" else values, indices)
+
+
+def _products(vectors: Tensor, indices: Tensor, table: Tensor) -> Tensor:
+    """Inner products of each vector with its own k rows of a table: ``[batch, k]``, from ``[batch, d]``,
+    ``[batch, k]`` and ``[n, d]``. It is what torch calls the derivative of a bag by its weights."""
+    batch, k = indices.shape
+    bags = torch.arange(batch, device=indices.device)
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        vectors, table, indices.flatten(), bags * k, bags.repeat_interleave(k), 0
+    ).view(batch, k)
+
+
+def _by_latent(indices: Tensor, num_latents: int) -> tuple[Tensor, Tensor]:
+    """Where in ``indices`` ``[batch, k]``, read as one list, each latent occurs: the places sorted by latent, and
+    where each latent's places start."""
+    listed = indices.flatten()
+    counts = torch.bincount(listed, minlength=num_latents)
+    return listed.argsort(stable=True), counts.cumsum(0) - counts
+
+
+def _sum_by_latent(order: Tensor, starts: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
+    """``Σ weights · row`` over the activations in which a latent is active: ``[n, d]``, from ``[batch, k]`` and
+    ``[batch, d]``."""
+    k = weights.shape[1]
+    return F.embedding_bag(order // k, rows, starts, per_sample_weights=weights.flatten()[order], mode="sum")
+
+
+def _add_auxk(sae: TopKSAE, x: Tensor, residual: Tensor, variance: Tensor, dead: Tensor, auxk: float) -> Tensor:
+    """Add the gradients of AuxK; returns its share of the loss. The dead latents are few, so this is dense."""
+    wanted = x.shape[1] // 2
+    parameters = (sae.encoder.weight, sae.encoder.bias, sae.W_dec)
+    with torch.enable_grad():
+        parts = [parameter[dead].detach().requires_grad_() for parameter in parameters]
+        b_dec = sae.b_dec.detach().requires_grad_()
+        weight, bias, decoder = parts
+        values, chosen = F.linear(x - b_dec, weight, bias).topk(min(wanted, len(dead)), dim=-1, sorted=False)
+        if sae.config.activation == "relu":
+            values = values.relu()
+        guess = x.new_zeros(len(x), len(dead)).scatter(-1, chosen, values) @ decoder
+        loss = auxk * min(1.0, len(dead) / wanted) * (guess - residual).pow(2).sum() / variance
+    gradients = torch.autograd.grad(loss, [*parts, b_dec])
+    for parameter, gradient in zip(parameters, gradients, strict=False):
+        parameter.grad.index_add_(0, dead, gradient)
+    sae.b_dec.grad += gradients[-1]
+    return loss.detach()

@@ -1,0 +1,140 @@
+"""The top-k sparse autoencoder and its measure of fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vs2_plugin.errors import SettingError
+
+__all__ = ["Latents", "SaeConfig", "TopKSAE", "fvu", "sample_fvu"]
+
+
+@dataclass(frozen=True)
+class SaeConfig:
+    """The shape of an SAE.
+
+    Raises:
+        SettingError: a value outside its range.
+    """
+
+    d_in: int
+    """Width d of the activations."""
+    num_latents: int
+    """Number of latents n."""
+    k: int = 64
+    """Active latents per activation."""
+    activation: str = "relu"
+    """``relu``: the k largest positive pre-activations. ``abs``: the k pre-activations of largest magnitude, signs
+    kept, without encoder bias (version 3 of arXiv 2506.01247)."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_in", "num_latents", "k"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise SettingError(f"{name} is {getattr(self, name)!r}; expected a whole number, at least 1")
+        if self.k > self.num_latents:
+            raise SettingError(
+                f"k is {self.k}, more than the {self.num_latents} latents; lower k or raise expansion_factor"
+            )
+        if self.activation not in ("relu", "abs"):
+            raise SettingError(f"activation is {self.activation!r}; expected relu or abs")
+
+
+class Latents(NamedTuple):
+    """A sparse code: k active latents per activation."""
+
+    values: Tensor
+    """``[batch, k]``, the latents' activations (0 where fewer than k pre-activations are positive)."""
+    indices: Tensor
+    """``[batch, k]``, which latents; int64."""
+
+
+class TopKSAE(nn.Module):
+    """Top-k sparse autoencoder (arXiv 2506.01247, section 3; arXiv 2406.04093).
+
+    ``c = TopK_k(act(W_enc (x - b_dec) + b_enc))`` and ``x̃ = W_decᵀ c + b_dec``, with decoder directions (rows of
+    ``W_dec``) of unit norm. Parameters have the names and shapes of EleutherAI sparsify: ``encoder.weight``
+    ``[n, d]``, ``encoder.bias`` ``[n]``, ``W_dec`` ``[n, d]``, ``b_dec`` ``[d]``.
+    """
+
+    def __init__(self, config: SaeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = nn.Linear(config.d_in, config.num_latents)
+        nn.init.zeros_(self.encoder.bias)
+        with torch.no_grad():  # W_dec = W_encᵀ, both with rows of unit norm
+            self.encoder.weight /= self.encoder.weight.norm(dim=1, keepdim=True)
+        self.W_dec = nn.Parameter(self.encoder.weight.detach().clone())
+        self.b_dec = nn.Parameter(torch.zeros(config.d_in))
+        if config.activation == "abs":
+            self.encoder.bias.requires_grad_(False)
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        """``W_enc (x - b_dec) + b_enc``: ``[batch, d]`` to ``[batch, n]``."""
+        return F.linear(x - self.b_dec, self.encoder.weight, self.encoder.bias)
+
+    def select(self, pre: Tensor) -> Latents:
+        """The k active latents of pre-activations ``[batch, n]``."""
+        if self.config.activation == "abs":
+            indices = _largest(pre.abs(), self.config.k)[1]
+            return Latents(pre.gather(-1, indices), indices)
+        # Selecting before the ReLU picks the same latents, and zeroes what is not positive.
+        values, indices = _largest(pre, self.config.k)
+        return Latents(F.relu(values), indices)
+
+    def encode(self, x: Tensor) -> Latents:
+        """The sparse code of activations ``[batch, d]``."""
+        return self.select(self.pre_activations(x))
+
+    def combine(self, latents: Latents) -> Tensor:
+        """``W_decᵀ c``, without the bias: ``[batch, d]``. Reads only the k active rows of the decoder."""
+        return F.embedding_bag(latents.indices, self.W_dec, per_sample_weights=latents.values, mode="sum")
+
+    def decode(self, latents: Latents) -> Tensor:
+        """The reconstruction ``x̃ = W_decᵀ c + b_dec``: ``[batch, d]``."""
+        return self.combine(latents) + self.b_dec
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The reconstruction of ``[batch, d]``."""
+        return self.decode(self.encode(x))
+
+    @torch.no_grad()
+    def normalize_decoder(self) -> None:
+        """Scale every decoder direction to unit norm."""
+        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.W_dec.dtype).tiny)
+
+
+def _largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of ``[batch, n]``, in no order, and where they are: ``torch.topk``, in two rounds.
+
+    The k largest lie in the k groups of largest maximum, so a top-k of n/g maxima and one of k·g candidates find
+    them. With groups of g ≈ √(n/k) both are far smaller than n.
+    """
+    n = rows.shape[-1]
+    size = next((g for g in (8, 4) if n % g == 0 and n >= 3 * g * k), 1)
+    if size == 1 or rows.device.type != "cpu":
+        return rows.topk(k, dim=-1, sorted=False)
+    groups = rows.unflatten(-1, (size, n // size)).amax(-2).topk(k, dim=-1, sorted=False).indices
+    candidates = (groups.unsqueeze(-2) + torch.arange(0, n, n // size).unsqueeze(-1)).flatten(-2)
+    values, chosen = rows.gather(-1, candidates).topk(k, dim=-1, sorted=False)
+    return values, candidates.gather(-1, chosen)
+
+
+def fvu(x: Tensor, reconstruction: Tensor) -> Tensor:
+    """Fraction of variance unexplained of a set: ``Σ‖x - x̃‖² / Σ‖x - mean‖²``, a scalar. Both ``[n, d]``."""
+    return (x - reconstruction).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
+
+
+def sample_fvu(x: Tensor, reconstruction: Tensor, mean: Tensor) -> Tensor:
+    """FVU of each activation, ``‖x - x̃‖² / ‖x - μ‖²``: ``[batch]``, from ``[batch, d]`` twice and ``[d]``.
+
+    The mean is the stored one of the training split, so that an image's value does not depend on its batch.
+    It is 0 by definition where ``x = μ``.
+    """
+    variance = (x - mean).pow(2).sum(-1)
+    ratio = (x - reconstruction).pow(2).sum(-1) / variance
+    return torch.where(variance == 0, torch.zeros_like(ratio), ratio)

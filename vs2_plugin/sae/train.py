@@ -1,0 +1,262 @@
+"""Trains one SAE on stored activations."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vs2_plugin.errors import DataError, SettingError
+from vs2_plugin.sae.step import fast_bfloat16, set_gradients
+from vs2_plugin.sae.topk import SaeConfig, TopKSAE, sample_fvu
+
+__all__ = ["QUANTILES", "RECIPES", "Figures", "TrainConfig", "train_sae"]
+
+#: Quantiles of the held-out per-sample FVU that a checkpoint stores.
+QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.995)
+_EVALUATIONS = 20  # held-out evaluations per training
+_HELD_OUT_MAX = 10_000
+_WATCHED_MAX = 2_000  # held-out activations looked at to choose the weights to keep
+_DEAD_MAX = 100_000  # activations looked at to count dead latents
+_CHUNK = 4096  # activations per evaluation step
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The settings of a training. Each is a flag of ``vs2-train-sae`` of the same name.
+
+    Raises:
+        SettingError: a value outside its range.
+    """
+
+    expansion_factor: int = 4
+    """Latents per dimension of the activations: n = expansion_factor · d."""
+    k: int = 64
+    """Active latents per activation."""
+    activation: str = "relu"
+    """relu, or abs: top-k of the magnitude, without ReLU and encoder bias."""
+    lr: float = 2e-3
+    """Peak learning rate of Adam."""
+    warmup: float = 0.05
+    """Share of the steps over which the learning rate rises from 0; it then falls linearly to 0."""
+    samples: int = 0
+    """Activations seen in training, repeats included; 0 means 200 per stored activation, 200,000 to 1,000,000."""
+    sae_batch_size: int = 0
+    """Activations per step; 0 means an eighth of the stored ones, 64 to 4096."""
+    auxk: float = 1 / 32
+    """Weight of the auxiliary loss that revives dead latents (arXiv 2406.04093); 0 switches it off."""
+    dead_after: int = 100
+    """Steps of silence after which a latent counts as dead in training."""
+    rescale: bool = True
+    """Train on activations scaled to unit variance, and scale back afterwards: one learning rate fits all towers."""
+    seed: int = 0
+    """Seed of the initialisation, the held-out choice and the order."""
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "expansion_factor": (1, 1024),
+            "k": (1, 1_000_000),
+            "lr": (1e-9, 1.0),
+            "warmup": (0.0, 1.0),
+            "samples": (0, 10**12),
+            "sae_batch_size": (0, 10**7),
+            "auxk": (0.0, 100.0),
+            "dead_after": (1, 10**9),
+            "seed": (0, 2**32 - 1),
+        }
+        for name, (low, high) in ranges.items():
+            if not low <= getattr(self, name) <= high:
+                raise SettingError(f"{name} is {getattr(self, name)}; expected {low:g} to {high:g}")
+        if self.activation not in ("relu", "abs"):
+            raise SettingError(f"activation is {self.activation!r}; expected relu or abs")
+
+    def for_size(self, count: int) -> TrainConfig:
+        """These settings with the zeros filled in for ``count`` stored activations."""
+        batch = self.sae_batch_size or min(4096, max(64, count // 8))
+        samples = self.samples or min(1_000_000, max(200_000, 200 * count))
+        return TrainConfig(**{**asdict(self), "sae_batch_size": min(batch, count), "samples": samples})
+
+
+#: Named settings. ``paper`` is what arXiv 2506.01247 states; where it is silent, as EleutherAI sparsify does.
+RECIPES = {
+    "default": {},
+    "paper": {"lr": 5e-4, "auxk": 0.0, "rescale": False},
+}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How a training went."""
+
+    fvu: float
+    """``Σ‖x - x̃‖² / Σ‖x - mean‖²`` over held-out activations."""
+    fvu_quantiles: dict[str, float]
+    """Quantile, as text, -> per-sample FVU over held-out activations."""
+    dead: float
+    """Share of latents that no training activation (of at most 100,000) activates."""
+    train_count: int
+    """Activations trained on."""
+    held_out_count: int
+    """Activations held out."""
+    steps: int
+    """Optimizer steps."""
+    seconds: float
+    """Wall-clock time of the training."""
+
+
+def train_sae(
+    activations: np.ndarray,
+    config: TrainConfig,
+    *,
+    device: str | torch.device = "cpu",
+    quiet: bool = False,
+    name: str = "SAE",
+) -> tuple[TopKSAE, Tensor, Figures]:
+    """Train an SAE on activations ``[count, d]`` (a memory-mapped array stays on disk).
+
+    The loss is the batch's FVU, ``Σ‖x - x̃‖² / Σ‖x - batch mean‖²``, plus ``auxk`` times the share of the residual
+    that dead latents fail to explain. A tenth of the activations, at most 10,000, is held out; the weights kept are
+    those of lowest held-out FVU.
+
+    Returns:
+        The SAE (float32, on the CPU), the mean activation μ ``[d]``, and the figures.
+
+    Raises:
+        DataError: too few activations, or values that are not finite.
+        SettingError: k above the number of latents.
+    """
+    started = time.monotonic()
+    count, width = activations.shape
+    if count < 20:
+        raise DataError(f"{count} activations are too few to train an SAE; expected at least 20")
+    config = config.for_size(count)
+    order = np.random.default_rng(config.seed).permutation(count)
+    held = np.sort(order[: min(_HELD_OUT_MAX, count // 10)])
+    train = order[len(held) :]
+    watched = np.sort(order[: min(_WATCHED_MAX, len(held))])
+    batch_size = min(config.sae_batch_size, len(train))
+    steps = max(1, config.samples // batch_size)
+
+    mean, variance = _moments(activations)
+    if not torch.isfinite(mean).all() or not np.isfinite(variance):
+        raise DataError("some activations are not finite; extract them again with --cache_dtype float32")
+    if variance == 0:
+        raise DataError("all activations are equal; are all images the same?")
+    scale = (variance / width) ** 0.5 if config.rescale else 1.0
+
+    torch.manual_seed(config.seed)
+    sae = TopKSAE(SaeConfig(width, config.expansion_factor * width, config.k, config.activation))
+    with torch.no_grad():
+        sae.b_dec.copy_(mean / scale)
+    sae.to(device)
+    rows = lambda chosen: _rows(activations, chosen, device) / scale  # noqa: E731
+
+    optimizer = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr=config.lr, fused=True)
+    warmup = max(1, round(config.warmup * steps))
+    bfloat16 = fast_bfloat16(sae)
+    silent = torch.zeros(sae.config.num_latents, dtype=torch.long, device=device)
+    best = (float("inf"), {})
+    bar = tqdm(total=steps * batch_size, desc=name, unit="act", unit_scale=True, disable=True if quiet else None)
+    batches = _batches(train, batch_size, config.seed)
+    for step in range(1, steps + 1):
+        x = rows(next(batches))
+        _, latents = set_gradients(sae, x, silent >= config.dead_after, config.auxk, bfloat16)
+        optimizer.param_groups[0]["lr"] = config.lr * min(step / warmup, (steps - step + 1) / max(1, steps - warmup))
+        optimizer.step()
+        sae.normalize_decoder()
+        silent += 1
+        silent[latents.indices[latents.values != 0]] = 0
+        bar.update(batch_size)
+        if step % max(1, steps // _EVALUATIONS) == 0 or step == steps:
+            held_fvu = _held_out_fvu(sae, rows, watched)
+            bar.set_postfix(FVU=f"{held_fvu:.4f}", dead=f"{(silent >= config.dead_after).float().mean().item():.3f}")
+            if held_fvu < best[0]:
+                best = (held_fvu, {key: value.clone() for key, value in sae.state_dict().items()})
+    bar.close()
+    if not best[1]:
+        raise DataError(f"the training diverged (held-out FVU {held_fvu}); lower --lr, now {config.lr:g}")
+    sae.load_state_dict(best[1])
+
+    # x / s = W_decᵀ c + b  ⇒  x = W_decᵀ (s c) + s b, and s c = TopK(W_enc (x - s b_dec) + s b_enc).
+    with torch.no_grad():
+        sae.b_dec *= scale
+        sae.encoder.bias *= scale
+    sae.eval().requires_grad_(False)
+    quantiles, total_fvu = _final_fvu(sae, activations, held, mean, device)
+    figures = Figures(
+        fvu=total_fvu,
+        fvu_quantiles=quantiles,
+        dead=_dead_share(sae, activations, np.sort(train[:_DEAD_MAX]), device),
+        train_count=len(train),
+        held_out_count=len(held),
+        steps=steps,
+        seconds=round(time.monotonic() - started, 2),
+    )
+    return sae.cpu(), mean, figures
+
+
+def _rows(activations: np.ndarray, chosen: np.ndarray, device: str | torch.device) -> Tensor:
+    return torch.from_numpy(activations[chosen]).to(device).float()  # torch casts float16 faster than NumPy
+
+
+def _batches(train: np.ndarray, batch_size: int, seed: int) -> Iterator[np.ndarray]:
+    """Batches of row numbers without end: every activation once per pass, in a new order each time."""
+    rng = np.random.default_rng([seed, 1])
+    waiting = np.empty(0, dtype=train.dtype)
+    while True:
+        while len(waiting) < batch_size:
+            waiting = np.concatenate([waiting, rng.permutation(train)])
+        yield np.sort(waiting[:batch_size])  # sorted: the file is read in one direction
+        waiting = waiting[batch_size:]
+
+
+def _chunks(chosen: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(chosen), _CHUNK):
+        yield chosen[start : start + _CHUNK]
+
+
+def _moments(activations: np.ndarray) -> tuple[Tensor, float]:
+    """Mean ``[d]`` and total variance, in float64 and one pass."""
+    total, squares = 0.0, 0.0
+    for rows in _chunks(np.arange(len(activations))):
+        block = np.asarray(activations[rows[0] : rows[-1] + 1], dtype=np.float64)
+        total, squares = total + block.sum(0), squares + (block**2).sum()
+    mean = total / len(activations)
+    return torch.from_numpy(mean).float(), max(0.0, float(squares / len(activations) - (mean**2).sum()))
+
+
+@torch.no_grad()
+def _held_out_fvu(sae: TopKSAE, rows, held: np.ndarray) -> float:
+    unexplained, total, squares = 0.0, 0.0, 0.0
+    for chosen in _chunks(held):
+        x = rows(chosen)
+        unexplained += (x - sae(x)).double().pow(2).sum().item()
+        total, squares = total + x.double().sum(0), squares + x.double().pow(2).sum().item()
+    return unexplained / (squares - (total.pow(2).sum() / len(held)).item())
+
+
+@torch.no_grad()
+def _final_fvu(
+    sae: TopKSAE, activations: np.ndarray, held: np.ndarray, mean: Tensor, device
+) -> tuple[dict[str, float], float]:
+    rows = lambda chosen: _rows(activations, chosen, device)  # noqa: E731
+    center = mean.to(device)
+    each = torch.cat([sample_fvu(rows(chosen), sae(rows(chosen)), center).cpu() for chosen in _chunks(held)])
+    quantiles = torch.quantile(each.double(), torch.tensor(QUANTILES, dtype=torch.double))
+    return {f"{q:g}": round(v, 6) for q, v in zip(QUANTILES, quantiles.tolist())}, round(
+        _held_out_fvu(sae, rows, held), 6
+    )
+
+
+@torch.no_grad()
+def _dead_share(sae: TopKSAE, activations: np.ndarray, chosen: np.ndarray, device) -> float:
+    active = torch.zeros(sae.config.num_latents, dtype=torch.bool, device=device)
+    for part in _chunks(chosen):
+        latents = sae.encode(_rows(activations, part, device))
+        active[latents.indices[latents.values != 0]] = True
+    return round(1 - active.float().mean().item(), 6)

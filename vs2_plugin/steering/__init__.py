@@ -1,0 +1,1 @@
+"""Steering: functions from activations ``[batch, d]`` to activations ``[batch, d]``. Knows SAEs, not the harness."""

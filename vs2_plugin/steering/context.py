@@ -1,0 +1,49 @@
+"""What the builder of a steering method is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from vs2_plugin.sae.topk import TopKSAE
+
+__all__ = ["Context", "Task"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is known of the data set under evaluation."""
+
+    dataset: str
+    """Its name, as typed."""
+    root: str | None = None
+    """Where it lies."""
+    split: str | None = None
+    """The split under evaluation."""
+    classes: list[str] | None = None
+    """Class names; None for a data set without classes."""
+    templates: list[str] | dict[str, list[str]] | None = None
+    """Prompts with ``{c}`` for the class name, or prompts per class."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a builder is given, once per site. All tensors are float32."""
+
+    model: nn.Module
+    """The open_clip model (not yet steered)."""
+    site: str
+    """The hookpoint: the path, under the model, of the module whose output is steered."""
+    width: int
+    """d, the width of the activations there."""
+    sae: TopKSAE | None = None
+    """The SAE of this site; None for a method that needs no checkpoint."""
+    mean: Tensor | None = None
+    """μ ``[d]``: mean activation over the unlabeled training split."""
+    fvu_quantiles: dict[str, float] | None = None
+    """Quantile, as text, -> FVU of held-out training activations."""
+    task: Task | None = None
+    """The data set under evaluation, where it is known."""
