@@ -40,16 +40,14 @@ def doctor(store: Store) -> int:
     if autoload.is_disabled():
         line(False, f"the hook is switched off by {autoload.DISABLE}", f"unset {autoload.DISABLE}")
     else:
-        line(autoload.is_active(), f"the hook is {'active' if autoload.is_active() else 'not active'} in this interpreter", "pip install --force-reinstall vs2-plugin")
-    if autoload.is_active():
         try:
             import clip_benchmark.cli
             import clip_benchmark.models
-
-            patched = hasattr(clip_benchmark.cli.main_eval, "__wrapped__") and "vs2" in clip_benchmark.models.MODEL_TYPES
         except Exception as error:
-            line(False, f"clip_benchmark cannot be imported: {type(error).__name__}: {error}")
+            line(False, f"clip_benchmark cannot be imported: {type(error).__name__}: {error}", "pip install --force-reinstall vs2-plugin")
         else:
+            line(autoload.is_active(), f"the hook is {'active' if autoload.is_active() else 'not active'} in this interpreter", "pip install --force-reinstall vs2-plugin")
+            patched = hasattr(clip_benchmark.cli.main_eval, "__wrapped__") and "vs2" in clip_benchmark.models.MODEL_TYPES
             line(patched, f"clip_benchmark {'knows' if patched else 'does not know'} the steered models")
 
     known = registry()

@@ -1,9 +1,10 @@
 """The import hook that lets the stock ``clip_benchmark`` command know the steered models.
 
-``vs2_plugin_hook.pth`` (``.start`` on Python 3.15 and newer) calls :func:`install` at every interpreter start, so
-this module imports nothing that is not loaded by then. It waits for a few modules of clip_benchmark to be imported,
-lets them be loaded as ever, and then hands each to :mod:`vs2_plugin.harness.register`. ``VS2_PLUGIN_DISABLE=1``
-switches it off.
+``vs2_plugin_hook.pth`` puts a few lines in place at every interpreter start, which import nothing (the first import
+from disk would cost more than a millisecond): when ``clip_benchmark`` is first asked for, they call :func:`install`.
+Python 3.15 and newer reads ``vs2_plugin_hook.start`` instead and calls it at once, so this module imports nothing
+that is not loaded by then. It waits for a few modules of clip_benchmark to be imported, lets them be loaded as ever,
+and then hands each to :mod:`vs2_plugin.harness.register`. ``VS2_PLUGIN_DISABLE=1`` switches it off.
 """
 
 import os
@@ -87,7 +88,7 @@ def is_disabled():
 
 
 def is_active():
-    """Whether the hook is in place in this interpreter."""
+    """Whether the hook is in place in this interpreter, clip_benchmark having been imported."""
     return any(isinstance(finder, Finder) for finder in sys.meta_path)
 
 

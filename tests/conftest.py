@@ -1,0 +1,98 @@
+"""Fixtures that several test modules share: tiny random models, SAEs, images and shards. No test uses a network."""
+
+import os
+
+# Read when torch is loaded: threads that sleep while they wait do not slow each other down on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import io
+import socket
+import tarfile
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def own_store(tmp_path, monkeypatch):
+    """Keep every test away from the user's own store."""
+    monkeypatch.setenv("VS2_STORE", str(tmp_path / "default-store"))
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Fail a test that connects to anything but this machine."""
+    connect = socket.socket.connect
+
+    def local_only(self, address):
+        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            pytest.fail(f"the test connected to {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", local_only)
+
+
+@pytest.fixture(scope="session")
+def make_clip():
+    """A function that builds a tiny random CLIP of open_clip; keywords change its vision tower."""
+    from open_clip.model import CLIP
+
+    def make(seed=0, quick_gelu=False, **vision):
+        torch.manual_seed(seed)
+        vision = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 3, **vision}
+        text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
+        return CLIP(embed_dim=24, vision_cfg=vision, text_cfg=text, quick_gelu=quick_gelu).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_sae():
+    """A function that builds a random SAE with every parameter away from its initial value."""
+    from vs2_plugin import SaeConfig, TopKSAE
+
+    def make(d_in=32, num_latents=64, k=8, seed=0, **config):
+        torch.manual_seed(seed)
+        sae = TopKSAE(SaeConfig(d_in, num_latents, k, **config))
+        with torch.no_grad():
+            sae.b_dec.normal_()
+            sae.encoder.bias.normal_(std=0.1)
+        return sae.eval().requires_grad_(False)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def batch():
+    """Four random images ``[4, 3, 32, 32]``."""
+    return torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="session")
+def picture():
+    """A function that gives the bytes of an 8 × 8 image of one grey value."""
+    from PIL import Image
+
+    def encode(grey, format="png"):
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8), (grey, grey, grey)).save(file, format)
+        return file.getvalue()
+
+    return encode
+
+
+@pytest.fixture(scope="session")
+def write_shards():
+    """A function that writes webdataset shards, each given as ``{member name: bytes}``, and their ``nshards.txt``."""
+
+    def write(folder, shards, mode="w"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, members in enumerate(shards):
+            with tarfile.open(folder / f"{number}.tar", mode) as tar:
+                for name, data in members.items():
+                    member = tarfile.TarInfo(name)
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+        (folder / "nshards.txt").write_text(f"{len(shards)}\n")
+
+    return write

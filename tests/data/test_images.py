@@ -1,0 +1,239 @@
+import pytest
+import torch
+from torch.utils.data import Dataset, IterableDataset
+
+from vs2_plugin.data import images as images_module
+from vs2_plugin.data.images import TrainingImages, open_images
+from vs2_plugin.errors import DataError
+
+
+class Unreadable(tuple):
+    """A sample whose label must not be touched."""
+
+    __slots__ = ()
+
+    def __getitem__(self, index):
+        assert index == 0, "a label was read"
+        return tuple.__getitem__(self, index)
+
+    def __iter__(self):
+        raise AssertionError("a label was read")
+
+
+class Labelled(Dataset):
+    """Images ``[1]`` that hold their own number, each with a label that must not be touched."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return Unreadable((torch.tensor([index]), "label"))
+
+
+class Stream(IterableDataset):
+    def __init__(self, count):
+        self.count = count
+
+    def __iter__(self):
+        return (Unreadable((torch.tensor([index]), "label")) for index in range(self.count))
+
+
+class StreamOfKnownLength(Stream):
+    """As clip_benchmark's vtab/ and tfds/ data sets."""
+
+    def __len__(self):
+        return self.count
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """Put a data set in the place of what clip_benchmark builds."""
+    return lambda dataset: monkeypatch.setattr(images_module, "_build", lambda *args: dataset)
+
+
+def numbers(images, batch_size=4, num_workers=0):
+    return [row.item() for batch in images.batches(batch_size, num_workers) for row in batch]
+
+
+def open_any(**options):
+    return open_images("any", "root", "train", None, **options)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("source", [Labelled(10), StreamOfKnownLength(10)], ids=["map", "stream"])
+def test_every_image_comes_once_in_order_and_no_label_is_read(source, num_workers, built):
+    built(source)
+    images = open_any()
+    assert images.count == 10
+    assert numbers(images, num_workers=num_workers) == list(range(10))
+    assert numbers(images, num_workers=num_workers) == list(range(10))
+
+
+def test_batches_have_the_size_asked_for(built):
+    built(Labelled(10))
+    assert [len(batch) for batch in open_any().batches(4, 0)] == [4, 4, 2]
+
+
+def test_bare_images_and_lists_are_images_too():
+    for sample in (torch.ones(1), [torch.ones(1), "label"]):
+        assert numbers(TrainingImages([sample], 1, None, None)) == [1]
+
+
+def test_a_subset_is_random_in_order_and_the_same_for_the_same_seed(built):
+    built(Labelled(100))
+    chosen = numbers(open_any(max_images=10, seed=3))
+    assert chosen == sorted(set(chosen))
+    assert len(chosen) == 10
+    assert chosen != list(range(10))
+    assert numbers(open_any(max_images=10, seed=3)) == chosen
+    assert numbers(open_any(max_images=10, seed=4)) != chosen
+
+
+def test_a_subset_leaves_the_random_numbers_of_the_rest_alone(built):
+    built(Labelled(100))
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    open_any(max_images=10)
+    assert torch.rand(1) == expected
+
+
+def test_no_subset_is_made_of_fewer_images_than_asked_for(built):
+    built(Labelled(5))
+    images = open_any(max_images=5)
+    assert images.count == 5
+    assert images.fingerprint == open_any().fingerprint
+    assert numbers(images) == list(range(5))
+
+
+def test_the_fingerprint_tells_subsets_and_sizes_apart(built):
+    found = []
+    for count, options in ((100, {}), (101, {}), (100, {"max_images": 9}), (100, {"max_images": 10}), (100, {"max_images": 10, "seed": 1})):
+        built(Labelled(count))
+        found.append(str(open_any(**options).fingerprint))
+    assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize(("limit", "batch_size", "expected"), [(None, 4, 10), (3, 4, 3), (4, 4, 4), (5, 4, 5), (99, 4, 10)])
+def test_a_stream_of_unknown_length_is_cut(limit, batch_size, expected, built):
+    built(Stream(10))
+    images = open_any(max_images=limit)
+    assert images.count is None
+    assert numbers(images, batch_size) == list(range(expected))
+
+
+@pytest.mark.xfail(strict=True, raises=DataError, reason="Subset indexes a stream that has a length (vtab/, tfds/)")
+def test_a_stream_of_known_length_is_cut(built):
+    built(StreamOfKnownLength(10))
+    images = open_any(max_images=4)
+    assert images.count == 4
+    assert numbers(images) == [0, 1, 2, 3]
+
+
+def test_an_empty_split_is_refused(built):
+    built(Labelled(0))
+    with pytest.raises(DataError, match="the split 'train' of any in root is empty"):
+        open_any()
+
+
+# ---- data sets that clip_benchmark builds
+
+
+def write_faces(root, picture):
+    for split, value in (("train", 10), ("test", 200)):
+        for label in ("angry", "happy"):
+            (root / split / label).mkdir(parents=True)
+            (root / split / label / "1.png").write_bytes(picture(value))
+
+
+def grey(image):
+    return torch.tensor([image.getpixel((0, 0))[0]])
+
+
+@pytest.mark.parametrize(("split", "expected"), [("train", [10, 10]), ("test", [200, 200])])
+def test_clip_benchmark_builds_the_split_asked_for(split, expected, tmp_path, picture):
+    write_faces(tmp_path / "fer2013", picture)
+    images = open_images("fer2013", str(tmp_path / "{dataset}"), split, grey)
+    assert numbers(images) == expected
+
+
+def test_the_dummy_data_set_is_read_whatever_its_transform():
+    (found,) = open_images("dummy", "root", "test", None).batches(8, 0)
+    assert found.shape == (1, 3, 224, 224)
+
+
+def test_placeholders_of_the_root_are_filled_in_as_clip_benchmark_does(tmp_path, write_shards, picture):
+    write_shards(tmp_path / "vtab/x" / "train", [{"a.png": picture(5)}])
+    write_shards(tmp_path / "vtab-x" / "train", [{"a.png": picture(6)}])
+    assert numbers(open_images("wds/vtab/x", f"{tmp_path}/{{dataset}}", "train", grey)) == [5]
+    assert numbers(open_images("wds/vtab/x", f"{tmp_path}/{{dataset_cleaned}}", "train", grey)) == [6]
+
+
+@pytest.mark.xfail(strict=True, raises=(KeyError, ValueError), reason="str.format of a root with other braces")
+@pytest.mark.parametrize("root", ["data{set}", "data{"])
+def test_other_braces_in_the_root_are_a_data_error(root):
+    with pytest.raises(DataError):
+        open_images("wds/x", root, "train", grey)
+
+
+NOT_BUILT = [
+    ("no-such-data-set", "train", "Unsupported dataset: no-such-data-set"),
+    ("pets", "train", "Only `trainval` and `test` split available for pets"),
+    ("imagenetv2", "train", "Only `test` split available"),
+    ("tfds/mnist", "train", "tensorflow"),
+]
+
+
+@pytest.mark.parametrize(("dataset", "split", "reason"), NOT_BUILT)
+def test_what_clip_benchmark_cannot_build_is_said_in_one_line(dataset, split, reason, tmp_path):
+    with pytest.raises(DataError) as error:
+        open_images(dataset, str(tmp_path), split, None)
+    assert f"could not build the split {split!r} of {dataset!r}" in str(error.value)
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# ---- damage
+
+
+class Damaged(Labelled):
+    def __init__(self, error):
+        super().__init__(3)
+        self.error = error
+
+    def __getitem__(self, index):
+        if index == 2:
+            raise self.error
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("error", [OSError("broken file"), ValueError("broken file"), KeyError("broken file")], ids=repr)
+def test_an_unreadable_image_is_a_data_error_in_one_line(error, num_workers, built):
+    built(Damaged(error))
+    with pytest.raises(DataError) as found:
+        numbers(open_any(), batch_size=1, num_workers=num_workers)
+    assert str(found.value).startswith("cannot read the training images: ")
+    assert "\n" not in str(found.value)
+
+
+def test_errors_of_this_package_keep_their_words(built):
+    built(Damaged(DataError("0.tar: b.png is not a readable image")))
+    with pytest.raises(DataError, match=r"^0\.tar: b\.png is not a readable image$"):
+        numbers(open_any())
+
+
+@pytest.mark.xfail(strict=True, reason="DataLoader puts the worker's traceback into the message")
+def test_errors_of_this_package_keep_their_words_in_a_worker(built):
+    built(Damaged(DataError("0.tar: b.png is not a readable image")))
+    with pytest.raises(DataError) as error:
+        numbers(open_any(), num_workers=1)
+    assert str(error.value) == "0.tar: b.png is not a readable image"
+
+
+def test_images_of_several_sizes_are_a_data_error():
+    with pytest.raises(DataError, match="cannot read the training images: RuntimeError"):
+        numbers(TrainingImages([torch.ones(1), torch.ones(2)], 2, None, None))

@@ -1,0 +1,311 @@
+import http.server
+import io
+import shutil
+import threading
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vs2_plugin.data.images import open_images
+from vs2_plugin.data.shards import LocalShards, RemoteShards, open_shards
+from vs2_plugin.errors import DataError
+
+
+def grey(image):
+    """A transform: the image's grey value as an array ``[1]``."""
+    import torch
+
+    assert image.mode == "RGB"
+    return torch.tensor([np.asarray(image)[0, 0, 0]])
+
+
+def greys(dataset):
+    return [item.item() for item in dataset]
+
+
+@pytest.fixture
+def shards(tmp_path, write_shards):
+    """A function that writes the shards of the split ``train`` and returns their root."""
+
+    def write(*members, **options):
+        write_shards(tmp_path / "train", members, **options)
+        return str(tmp_path)
+
+    return write
+
+
+def test_images_come_in_the_order_of_the_shards(shards, picture):
+    root = shards({"a.png": picture(1), "b.png": picture(2)}, {}, {"c.png": picture(3)})
+    found = open_shards(root, "train", grey)
+    assert isinstance(found, LocalShards)
+    assert len(found) == 3
+    assert greys(found[index] for index in range(3)) == [1, 2, 3]
+    assert greys([found[2], found[0]]) == [3, 1]
+
+
+def test_what_is_not_an_image_is_never_read(shards, picture):
+    root = shards(
+        {"a.cls": b"\xff\xfe not a number", "a.png": picture(1), "a.json": b"{", "a.txt": b"\xff", "readme": b"", "b.png": picture(2)}
+    )
+    assert greys(map(open_shards(root, "train", grey).__getitem__, range(2))) == [1, 2]
+
+
+IMAGE_NAMES = [
+    # members (their format, by name), the grey values that are read
+    (["a.png", "a.jpg"], [10]),  # clip_benchmark prefers png
+    (["a.jpg", "a.png"], [20]),
+    (["a.jpeg", "a.jpg", "a.png", "a.webp"], [40]),
+    (["a.PNG", "b.Jpg"], [10, 20]),
+    (["x/a.png", "y/a.png"], [10, 20]),
+    (["./a.png", "./b.png"], [10, 20]),
+    (["v1.0/a.png"], [10]),
+    (["a.seg.png", "b.png"], [20]),  # webdataset's extension is all after the first dot
+    (["a.gif", "b.png"], [20]),
+]
+
+
+@pytest.mark.parametrize(("names", "values"), IMAGE_NAMES, ids=[" ".join(row[0]) for row in IMAGE_NAMES])
+def test_one_image_per_sample_is_chosen_as_clip_benchmark_chooses(names, values, shards):
+    members = {}
+    for number, name in enumerate(names, 1):
+        file = io.BytesIO()
+        # Lossless where the format can be, so that the value tells which was read; jpeg keeps a flat grey too.
+        kind = {"jpg": "jpeg", "seg.png": "png"}.get(name.rpartition("/")[2].partition(".")[2].lower(), name.rpartition(".")[2])
+        Image.new("RGB", (8, 8), (10 * number,) * 3).save(file, kind, **({"lossless": True} if kind == "webp" else {}))
+        members[name] = file.getvalue()
+    found = open_shards(shards(members), "train", grey)
+    assert greys(found[index] for index in range(len(found))) == values
+
+
+def test_images_of_any_mode_reach_the_transform_as_rgb(shards):
+    members = {}
+    for mode in ("L", "1", "P", "RGBA", "CMYK"):
+        file = io.BytesIO()
+        Image.new(mode, (8, 8)).save(file, "jpeg" if mode == "CMYK" else "png")
+        members[f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}"] = file.getvalue()
+    found = open_shards(shards(members), "train", grey)
+    assert len([found[index] for index in range(len(found))]) == 5
+
+
+def test_more_workers_than_shards_read_every_image_once(shards, picture):
+    root = shards({f"{i}.png": picture(i) for i in range(7)})
+    images = open_images("wds/x", root, "train", grey)
+    assert greys(row for batch in images.batches(3, num_workers=3) for row in batch) == list(range(7))
+
+
+def test_the_fingerprint_changes_when_a_shard_does(shards, picture):
+    root = shards({"a.png": picture(1)}, {"b.png": picture(2)})
+    before = open_shards(root, "train", grey).fingerprint()
+    assert open_shards(root, "train", grey).fingerprint() == before
+    shards({"a.png": picture(1)}, {"b.png": picture(2), "c.png": picture(3)})
+    assert open_shards(root, "train", grey).fingerprint() != before
+
+
+# ---- damage
+
+
+def no_listing(folder):
+    (folder / "nshards.txt").unlink()
+
+
+def wordy_listing(folder):
+    (folder / "nshards.txt").write_text("many")
+
+
+def binary_listing(folder):
+    (folder / "nshards.txt").write_bytes(b"\xff\xfe")
+
+
+def zero_shards(folder):
+    (folder / "nshards.txt").write_text("0")
+
+
+def one_shard_too_few(folder):
+    (folder / "1.tar").unlink()
+
+
+def empty_file(folder):
+    (folder / "1.tar").write_bytes(b"")
+
+
+def no_tar(folder):
+    (folder / "1.tar").write_bytes(b"<html>404</html>" * 100)
+
+
+def cut_in_an_image(folder):
+    whole = (folder / "1.tar").read_bytes()
+    (folder / "1.tar").write_bytes(whole[:550])
+
+
+DAMAGE = [
+    (no_listing, "no file {folder}/nshards.txt; expected webdataset shards there: nshards.txt holding their number, and 0.tar"),
+    (wordy_listing, "{folder}/nshards.txt does not hold the number of shards"),
+    (binary_listing, "{folder}/nshards.txt does not hold the number of shards"),
+    (zero_shards, "no images (webp, png, jpg, jpeg) in the 0 shards"),
+    (one_shard_too_few, "cannot read shard {folder}/1.tar"),
+    (empty_file, "cannot read shard {folder}/1.tar"),
+    (no_tar, "cannot read shard {folder}/1.tar"),
+    (cut_in_an_image, "cannot read shard {folder}/1.tar"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE)
+def test_damaged_shards_are_named(damage, message, shards, picture):
+    root = shards({"a.png": picture(1)}, {"b.png": picture(2)})
+    folder = Path(root) / "train"
+    damage(folder)
+    with pytest.raises(DataError) as error:
+        open_shards(root, "train", grey)
+    assert message.format(folder=folder) in str(error.value)
+
+
+def test_a_split_that_is_not_there_is_named(shards, picture):
+    root = shards({"a.png": picture(1)})
+    with pytest.raises(DataError, match=r"no file .*valid/nshards\.txt"):
+        open_shards(root, "valid", grey)
+
+
+def test_shards_without_images_are_refused(shards):
+    with pytest.raises(DataError, match=r"no images \(webp, png, jpg, jpeg\) in the 2 shards beside .*0\.tar"):
+        open_shards(shards({"a.cls": b"1"}, {"b.gif": b"GIF89a"}), "train", grey)
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="tarfile ends at a bad header in silence, so images are missing")
+def test_a_damaged_header_between_images_is_noticed(shards, picture):
+    root = shards({f"{i}.png": picture(i) for i in range(3)})
+    file = Path(root) / "train" / "0.tar"
+    whole = bytearray(file.read_bytes())
+    whole[1024:1536] = b"\x07" * 512  # the header of the second image
+    file.write_bytes(whole)
+    try:
+        assert len(open_shards(root, "train", grey)) == 3
+    except DataError:
+        pass
+
+
+COMPRESSED = "compressed shards, which clip_benchmark reads, are indexed by offsets into the uncompressed stream"
+
+
+@pytest.mark.xfail(strict=True, raises=DataError, reason=COMPRESSED)
+def test_compressed_shards_are_read(shards, picture):
+    root = shards({"a.png": picture(1)}, mode="w:gz")
+    assert greys([open_shards(root, "train", grey)[0]]) == [1]
+
+
+@pytest.mark.xfail(strict=True, raises=EOFError, reason="tarfile raises EOFError for a cut compressed file")
+def test_a_cut_compressed_shard_is_named(shards, picture):
+    root = shards({"a.png": picture(1)}, mode="w:gz")
+    file = Path(root) / "train" / "0.tar"
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(DataError, match=r"0\.tar"):
+        open_shards(root, "train", grey)
+
+
+@pytest.mark.parametrize("data", [b"", b"not an image", b"\x89PNG\r\n\x1a\n"], ids=["empty", "text", "header only"])
+def test_a_damaged_image_is_named_with_its_shard(data, shards, picture):
+    found = open_shards(shards({"a.png": picture(1)}, {"b.png": data}), "train", grey)
+    assert greys([found[0]]) == [1]
+    with pytest.raises(DataError, match=r"train/1\.tar: b\.png is not a readable image"):
+        found[1]
+
+
+def test_a_cut_image_is_named(shards):
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype="uint8")).save(file, "png")
+    found = open_shards(shards({"b.png": file.getvalue()[:500]}), "train", grey)
+    with pytest.raises(DataError, match=r"train/0\.tar: b\.png is not a readable image"):
+        found[0]
+
+
+# ---- behind a URL
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def serve(tmp_path, monkeypatch):
+    """The URL of a server on this machine that hands out ``tmp_path``."""
+    if shutil.which("curl") is None:
+        pytest.skip("webdataset fetches shards with curl, which is not installed")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path)) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def read_all(images, num_workers=0):
+    return greys(row for batch in images.batches(2, num_workers) for row in batch)
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_remote_shards_are_streamed_once_and_in_order(num_workers, serve, shards, picture):
+    shards({"a.png": picture(1), "b.jpg": picture(2, "jpeg")}, {"c.png": picture(3)}, {"d.png": picture(4), "d.cls": b"7"})
+    images = open_images("wds/x", serve, "train", grey)
+    assert isinstance(images.source, RemoteShards)
+    assert images.count is None
+    assert images.fingerprint == [f"{serve}/train/{index}.tar" for index in range(3)]
+    assert read_all(images, num_workers) == [1, 2, 3, 4]
+
+
+def test_a_stream_is_cut_at_max_images(serve, shards, picture):
+    shards({f"{i}.png": picture(i) for i in range(5)})
+    assert read_all(open_images("wds/x", serve, "train", grey, max_images=3)) == [0, 1, 2]
+
+
+def test_the_first_of_several_images_is_streamed_as_clip_benchmark_does(serve, shards, picture):
+    shards({"a.jpg": picture(1, "jpeg"), "a.png": picture(2)})
+    assert read_all(open_images("wds/x", serve, "train", grey)) == [2]
+
+
+@pytest.mark.xfail(strict=True, raises=DataError, reason="webdataset's decode() applies its default handlers to every member")
+@pytest.mark.parametrize("members", [{"a.cls": b"garbage"}, {"a.json": b"{"}, {"a.txt": b"\xff"}], ids=str)
+def test_labels_of_remote_shards_are_never_read(members, serve, shards, picture):
+    shards({"a.png": picture(1), **members})
+    assert read_all(open_images("wds/x", serve, "train", grey)) == [1]
+
+
+def test_a_missing_listing_behind_a_url_is_named(serve, shards, picture):
+    shards({"a.png": picture(1)})
+    with pytest.raises(DataError, match="cannot read http://127.0.0.1:.*/valid/nshards.txt .*404"):
+        open_images("wds/x", serve, "valid", grey)
+
+
+def test_a_listing_that_is_no_number_behind_a_url_is_named(serve, shards, picture, tmp_path):
+    shards({"a.png": picture(1)})
+    (tmp_path / "train" / "nshards.txt").write_text("<html>")
+    with pytest.raises(DataError, match="cannot read http://127.0.0.1:.*/train/nshards.txt"):
+        open_images("wds/x", serve, "train", grey)
+
+
+def test_a_missing_shard_behind_a_url_is_a_data_error(serve, shards, picture, tmp_path):
+    shards({"a.png": picture(1)}, {"b.png": picture(2)})
+    (tmp_path / "train" / "1.tar").unlink()
+    with pytest.raises(DataError, match="cannot read the training images"):
+        read_all(open_images("wds/x", serve, "train", grey))
+
+
+def test_hugging_face_addresses_are_split_into_raw_and_resolve(monkeypatch):
+    import requests
+
+    asked = []
+
+    def get(url, timeout):
+        asked.append(url)
+        answer = requests.Response()
+        answer.status_code, answer._content = 200, b"2"
+        return answer
+
+    monkeypatch.setattr(requests, "get", get)
+    found = RemoteShards("https://huggingface.co/datasets/me/wds_x/tree/main", "train", grey)
+    assert asked == ["https://huggingface.co/datasets/me/wds_x/raw/main/train/nshards.txt"]
+    assert found.urls == [f"https://huggingface.co/datasets/me/wds_x/resolve/main/train/{i}.tar" for i in range(2)]

@@ -1,0 +1,218 @@
+"""The unmodified clip_benchmark command with steered models: spellings, parity with the stock models, mistakes."""
+
+import io
+import json
+import shutil
+import tarfile
+
+import pytest
+
+from vs2_plugin.cli import train_sae
+from vs2_plugin.demo.digits import CLASSES
+
+from .conftest import DIGITS, TINY, metrics, run_python, run_script
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--model", f"vs2:{TINY}", "--pretrained", ""),
+        ("--model_type", "vs2", "--model", TINY, "--pretrained", ""),
+        ("--pretrained_model", f"vs2:{TINY},"),
+        ("--pretrained_model", "models.txt"),
+        ("--model", f"vs2:{TINY}@local-dir-tiny-clip_wds-digits@gamma=1.5@lam=2.1", "--pretrained", ""),
+        ("--model", f"vs2:{TINY}@alpha=1.05", "--pretrained", ""),
+    ],
+)
+def test_every_spelling_gives_the_same_accuracy(words, in_demo, clip_benchmark):
+    (in_demo / "models.txt").write_text(f"vs2:{TINY},\n")
+    code, error = clip_benchmark("eval", *words, *DIGITS, "--output", "spelling.json")
+    assert code == 0, error
+    found = json.loads((in_demo / "spelling.json").read_text())
+    assert found["model"].startswith(f"vs2:{TINY}")  # the name says the method, whatever the spelling
+    assert found["metrics"]["acc1"] == metrics(in_demo / f"results/vs2:{TINY}.json")["acc1"]
+
+
+def test_python_m_is_the_same_program(in_demo):
+    done = run_python("-m", "clip_benchmark.cli", "eval", "--model", f"vs2:{TINY}", "--pretrained", "", *DIGITS, "--output", "m.json", cwd=in_demo)
+    assert done.returncode == 0, done.stderr
+    assert metrics(in_demo / "m.json") == metrics(in_demo / f"results/vs2:{TINY}.json")
+
+
+def test_no_steering_is_the_stock_model_bit_for_bit(in_demo, clip_benchmark):
+    clip_benchmark("eval", "--model", f"vs2:{TINY}@alpha=0", f"vs2:{TINY}@gamma=1", "--pretrained", "", *DIGITS, "--output", "noop-{model}.json")
+    stock = metrics(in_demo / f"results/{TINY}.json")
+    for name in ("alpha=0", "gamma=1"):
+        found = metrics(in_demo / f"noop-vs2:{TINY}@{name}.json")
+        assert {key: found[key] for key in stock} == stock
+
+
+def test_stock_models_do_not_notice_the_plugin(in_demo):
+    """Random weights, several models in one call, in processes with and without the hook."""
+    few = in_demo / "few"
+    shutil.rmtree(few, ignore_errors=True)
+    for split in ("train", "test"):  # one shard of each split is enough
+        (few / split).mkdir(parents=True)
+        (few / split / "nshards.txt").write_text("1")
+        shutil.copy(in_demo / "digits" / split / "0.tar", few / split)
+    for name in ("classnames.txt", "zeroshot_classification_templates.txt"):
+        shutil.copy(in_demo / "digits" / name, few)
+    data = ("--dataset", "wds/few", "--dataset_root", "few", "--num_workers", "1", "--quiet")
+    words = ("eval", "--pretrained", "", *data)
+    environment = {"cwd": in_demo, "VS2_STORE": "random-store"}
+    stock = run_script("clip_benchmark", *words, "--model", "ViT-S-32-alt", "--output", "off.json", VS2_PLUGIN_DISABLE="1", **environment)
+    assert stock.returncode == 0, stock.stderr
+    trained = run_script("vs2-train-sae", "--model", "ViT-S-32-alt", "--pretrained", "", *data, "--samples", "2000", **environment)
+    assert trained.returncode == 0, trained.stderr
+    both = run_script("clip_benchmark", *words, "--model", "ViT-S-32-alt", "vs2:ViT-S-32-alt", "vs2:ViT-S-32-alt@alpha=0", "--output", "on-{model}.json", **environment)
+    assert both.returncode == 0, both.stderr
+    off, on = (in_demo / "off.json").read_text(), (in_demo / "on-ViT-S-32-alt.json").read_text()
+    assert off == on
+    unsteered = metrics(in_demo / "on-vs2:ViT-S-32-alt@alpha=0.json")
+    assert {key: unsteered[key] for key in json.loads(off)["metrics"]} == json.loads(off)["metrics"]
+    assert metrics(in_demo / "on-vs2:ViT-S-32-alt.json")["vs2_checkpoint"] == "ViT-S-32-alt_random_wds-few"
+
+
+MISTAKES = [
+    (("--model", "vs3:ViT-B-32"), ["unknown method 'vs3'", "vs2"]),
+    (("--model", "vs2:"), ["no backbone"]),
+    (("--model", "ViT-B-32@gamma=2"), ["no steering method", "vs2:ViT-B-32@gamma=2"]),
+    (("--model", "ViT-B-32", "vs2:ViT-B-32@gama=2"), ["unknown option 'gama'", "gamma, lam, alpha"]),
+    (("--model", f"vs2:{TINY}@lam=-1"), ["lam='-1'", "0 to 1000"]),
+    (("--model", f"vs2:{TINY}@gamma=two"), ["gamma='two'", "a number"]),
+    (("--model", f"vs2:{TINY}@alpha=1@lam=2"), ["'alpha' and 'lam' exclude each other"]),
+    (("--model", "vs2:ViT-B-33"), ["no model 'ViT-B-33'", "ViT-B-32"]),
+    (("--model", "vs2:ViT-B-32", "--pretrained", "opnai"), ["no weights 'opnai'", "openai"]),
+    (("--model", "vs2:local-dir:nowhere"), ["nowhere/open_clip_config.json"]),
+    (("--model", "vs2:ViT-B-32"), ["no SAE checkpoint for ViT-B-32 (random weights) on wds/digits", "vs2-train-sae --model ViT-B-32 --pretrained '' --dataset wds/digits --dataset_root digits"]),
+    (("--model", f"vs2:{TINY}@other"), ["no SAE checkpoint 'other'", "local-dir-tiny-clip_wds-digits"]),
+    (("--model", "vs2:hf-hub:org/name"), ["holds '/'", "--output '{dataset}_{pretrained}_vs2-hf-hub-org-name_{language}_{task}.json'"]),
+    (("--model", f"vs2:{TINY}", "--output", "no/such/folder.json"), ["no folder 'no/such'", "mkdir -p no/such"]),
+    (("--pretrained_model", "vs2:ViT-B-32"), ["expected MODEL,WEIGHTS", "vs2:ViT-B-32,openai"]),
+    (("--model_type", "vs2", "--model", "ViT-B-32@x=1"), ["unknown option 'x'"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "fragments"), MISTAKES, ids=[" ".join(words) for words, _ in MISTAKES])
+def test_mistakes_end_at_once_with_one_line(words, fragments, in_demo, clip_benchmark, monkeypatch):
+    import open_clip
+
+    def loaded_too_early(*args, **kwargs):
+        raise AssertionError("a model was loaded before the mistake was found")
+
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", loaded_too_early)
+    pretrained = () if "--pretrained" in words or "--pretrained_model" in words else ("--pretrained", "")
+    code, error = clip_benchmark("eval", *words, *pretrained, *DIGITS)
+    assert code == 2
+    assert error.startswith("vs2: error: ") and error.count("\n") == 1
+    for fragment in fragments:
+        assert fragment in error
+
+
+def test_mistakes_look_the_same_from_the_shell(in_demo):
+    done = run_script("clip_benchmark", "eval", "--model", "vs2:ViT-B-32@lam=x", "--pretrained", "", *DIGITS, cwd=in_demo)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "vs2: error: model 'vs2:ViT-B-32@lam=x': option lam='x': expected a number from 0 to 1000\n"
+
+
+def test_a_checkpoint_of_another_tower_is_refused(in_demo, clip_benchmark, tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from vs2_plugin.checkpoint.store import Store
+
+    name = "local-dir-tiny-clip_wds-digits"
+    for change, words in (("weights", "other parameters"), ("activation", "QuickGELU"), ("size", "interpolation")):
+        folder = in_demo / "other-clip"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(in_demo / "tiny-clip", folder)
+        config = json.loads((folder / "open_clip_config.json").read_text())
+        if change == "weights":
+            weights = load_file(folder / "open_clip_model.safetensors")
+            weights["visual.proj"] = weights["visual.proj"] + torch.tensor(0.01, dtype=torch.half)
+            save_file(weights, folder / "open_clip_model.safetensors")
+        elif change == "activation":
+            config["model_cfg"]["quick_gelu"] = True
+        else:
+            config["preprocess_cfg"]["interpolation"] = "bilinear"
+        (folder / "open_clip_config.json").write_text(json.dumps(config))
+        code, error = clip_benchmark("eval", "--model", f"vs2:local-dir:other-clip@{name}", "--pretrained", "", *DIGITS, "--output", "x.json")
+        assert code == 2 and error.splitlines()[-1].startswith("vs2: error: ") and words in error.splitlines()[-1]
+    assert name in Store.default().names()
+
+
+def test_damaged_checkpoints_are_refused(in_demo, clip_benchmark):
+    original = in_demo / "store/checkpoints/local-dir-tiny-clip_wds-digits"
+    broken = in_demo / "store/checkpoints/broken"
+    shutil.copytree(original, broken)
+    try:
+        file = next(broken.glob("*/sae.safetensors"))
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+        code, error = clip_benchmark("eval", "--model", f"vs2:{TINY}@broken", "--pretrained", "", *DIGITS, "--output", "x.json")
+        assert code == 2 and "is not the file that was written" in error
+    finally:
+        shutil.rmtree(broken)
+
+
+def test_retrieval_is_steered_too(in_demo, clip_benchmark):
+    """The retrieval task needs features of one dtype from both towers, and a data set without classes."""
+    captions = in_demo / "captions"
+    shutil.rmtree(captions, ignore_errors=True)
+    (captions / "test").mkdir(parents=True)
+    (captions / "dataset_type.txt").write_text("retrieval")
+    (captions / "test/nshards.txt").write_text("1")
+    with tarfile.open(in_demo / "digits/test/0.tar") as source, tarfile.open(captions / "test/0.tar", "w") as target:
+        for member in source:
+            data = source.extractfile(member)
+            if member.name.endswith(".cls"):
+                caption = f"a photo of the digit {CLASSES[int(data.read())]}".encode()
+                member.name, member.size, data = member.name.replace(".cls", ".txt"), len(caption), io.BytesIO(caption)
+            target.addfile(member, data)
+    words = ("--pretrained", "", "--dataset", "wds/captions", "--dataset_root", "captions", "--num_workers", "1", "--task", "zeroshot_retrieval")
+    name = "local-dir-tiny-clip_wds-digits"
+    code, error = clip_benchmark("eval", "--model", TINY, f"vs2:{TINY}@{name}", f"vs2:{TINY}@{name}@alpha=0", *words, "--output", "r-{model}.json")
+    assert code == 0, error
+    plain, steered, unsteered = (metrics(in_demo / f"r-{m}.json") for m in (TINY, f"vs2:{TINY}@{name}", f"vs2:{TINY}@{name}@alpha=0"))
+    assert {key: unsteered[key] for key in plain} == plain
+    assert {key: steered[key] for key in plain} != plain
+    assert steered["vs2_alpha"] == pytest.approx(1.05)
+
+
+class SmokeArguments:
+    """What the harness's own test passes to ``cli.run``: a bare class, its ``dummy`` data set, random weights."""
+
+    dataset, split, task = "dummy", "test", "zeroshot_classification"
+    pretrained, model_type, seed, language = "", "open_clip", 0, "en"
+    amp, verbose, skip_load, skip_existing, distributed = False, True, False, False, False
+    num_workers, batch_size, dataset_root, root, output, annotation_file = 0, 64, "root", "root", "smoke.json", ""
+    model_cache_dir = save_clf = wds_cache_dir = custom_template_file = custom_classname_file = None
+    load_clfs = []
+    dump_classnames = dump_templates = False
+    which = "eval"
+
+
+@pytest.mark.parametrize("model", ["ViT-S-32-alt", "vs2:ViT-S-32-alt@smoke"])
+def test_smoke_path_of_the_harness(model, in_demo, monkeypatch):
+    from clip_benchmark.cli import run
+
+    monkeypatch.setenv("VS2_STORE", "smoke-store")
+    if model.startswith("vs2"):
+        few = ("--samples", "1000", "--max_images", "64", "--name", "smoke", "--quiet")
+        assert train_sae.main(["--model", "ViT-S-32-alt", "--pretrained", "", *DIGITS[:4], "--num_workers", "1", *few]) == 0
+    assert run(type("Arguments", (SmokeArguments,), {"model": model})) == 0
+    found = metrics(in_demo / "smoke.json")
+    assert set(found) >= {"acc1", "acc5", "mean_per_class_recall"}
+    assert ("vs2_method" in found) == model.startswith("vs2")
+
+
+def test_python_callers_get_the_exception(in_demo):
+    import clip_benchmark.models
+
+    from vs2_plugin.errors import CheckpointNotFound, ModelStringError
+
+    with pytest.raises(ModelStringError, match="unknown option 'x'"):
+        clip_benchmark.models.load_clip("open_clip", f"vs2:{TINY}@x=1", "", None, "cpu")
+    with pytest.raises(CheckpointNotFound, match="no SAE checkpoint 'nope'"):
+        clip_benchmark.models.load_clip("vs2", f"{TINY}@nope", "", None, "cpu")

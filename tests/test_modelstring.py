@@ -1,0 +1,214 @@
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vs2_plugin.errors import ModelStringError, PluginError
+from vs2_plugin.method import Method, Option
+from vs2_plugin.modelstring import is_steered, parse
+from vs2_plugin.plugins import Registry
+
+TOY = Method(
+    "toy",
+    print,
+    [
+        Option("count", int, 3, minimum=1),
+        Option("rule", str, "majority", choices=("majority", "query")),
+        Option("word", str),
+        Option("gate", bool, False),
+        Option("ratio", float, 0.5),
+    ],
+    aliases=("toy++",),
+)
+PLAIN = Method("plain", print)
+
+
+@pytest.fixture(scope="module")
+def known():
+    return Registry(methods={"toy": TOY, "plain": PLAIN}, owners={"toy": "t", "plain": "t"}, aliases={"toy++": "toy"})
+
+
+VALID = [
+    # text, backbone, checkpoint, given
+    ("toy:ViT-B-32", "ViT-B-32", None, {}),
+    ("toy:ViT-B/32", "ViT-B/32", None, {}),
+    ("toy:coca_ViT-L-14", "coca_ViT-L-14", None, {}),
+    ("toy:ViT-B-32@mine", "ViT-B-32", "mine", {}),
+    ("toy:ViT-B-32@runs/a b.v1+x", "ViT-B-32", "runs/a b.v1+x", {}),
+    ("toy:ViT-B-32@~/saes/mine", "ViT-B-32", "~/saes/mine", {}),
+    ("toy:ViT-B-32@count=7", "ViT-B-32", None, {"count": 7}),
+    ("toy:ViT-B-32@mine@count=7@ratio=-1e-3", "ViT-B-32", "mine", {"count": 7, "ratio": -0.001}),
+    ("toy:ViT-B-32@rule=query@gate=true", "ViT-B-32", None, {"rule": "query", "gate": True}),
+    ("toy:ViT-B-32@gate=0", "ViT-B-32", None, {"gate": False}),
+    ("toy:ViT-B-32@word=a=b/c", "ViT-B-32", None, {"word": "a=b/c"}),
+    ("toy:ViT-B-32@word=", "ViT-B-32", None, {"word": ""}),
+    ("toy++:ViT-B-32", "ViT-B-32", None, {}),
+    ("toy:hf-hub:laion/CLIP-ViT-B-32-laion2B", "hf-hub:laion/CLIP-ViT-B-32-laion2B", None, {}),
+    ("toy:hf-hub:a/b@mine@count=1", "hf-hub:a/b", "mine", {"count": 1}),
+    ("toy:local-dir:models/tiny clip", "local-dir:models/tiny clip", None, {}),
+    (r"toy:local-dir:C:\models\tiny", r"local-dir:C:\models\tiny", None, {}),
+    ("toy:local-dir:/a/b@mine", "local-dir:/a/b", "mine", {}),
+]
+
+INVALID = [
+    # text, parts of the message: what is wrong, and what is accepted
+    ("", ("no steering method", "method:backbone[@checkpoint][@key=value]…")),
+    ("ViT-B-32", ("no steering method before a ':'", "vs2:ViT-B-32")),
+    ("ViT-B-32@count=2", ("no steering method before a ':'",)),
+    ("a@b:ViT-B-32", ("no steering method before a ':'",)),
+    (":ViT-B-32", ("nothing before the ':'", "plain, toy, toy++")),
+    ("nope:ViT-B-32", ("unknown method 'nope'", "plain, toy, toy++")),
+    ("tpy:ViT-B-32", ("unknown method 'tpy'", "did you mean 'toy'?")),
+    ("Toy:ViT-B-32", ("unknown method 'Toy'", "did you mean 'toy'?")),
+    ("toy:", ("no backbone after 'toy:'", "toy:ViT-B-32")),
+    ("toy:@mine", ("no backbone after 'toy:'",)),
+    ("toy:ViT B", ("backbone 'ViT B'", "hf-hub:org/repo", "local-dir:path")),
+    ("toy:ViT-B-32\n", (r"backbone 'ViT-B-32\n'",)),
+    ("toy:-B-32", ("backbone '-B-32'",)),
+    ("toy:ViT-Ü", ("backbone 'ViT-Ü'",)),
+    ("toy:toy:ViT-B-32", ("backbone 'toy:ViT-B-32'",)),
+    ("toy:hf-hub:", ("backbone 'hf-hub:'", "hf-hub:org/repo")),
+    ("toy:hf-hub:norepo", ("backbone 'hf-hub:norepo'", "hf-hub:org/repo")),
+    ("toy:local-dir:", ("backbone 'local-dir:'", "local-dir:path")),
+    ("toy:ViT-B-32@", ("nothing after the '@' number 1", "checkpoint name or key=value")),
+    ("toy:ViT-B-32@mine@", ("nothing after the '@' number 2",)),
+    ("toy:ViT-B-32@count=2@mine", ("'mine' is no key=value", "checkpoint name stands first")),
+    ("toy:ViT-B-32@a@b", ("'b' is no key=value",)),
+    ("toy:ViT-B-32@a:b", ("checkpoint 'a:b'", "letters, digits and any of . _ - + /")),
+    ("toy:ViT-B-32@ mine", ("checkpoint ' mine'",)),
+    ("toy:ViT-B-32@cuont=2", ("unknown option 'cuont' of toy", "did you mean 'count'?", "Options: count, rule, word, gate, ratio")),
+    ("toy:ViT-B-32@=2", ("unknown option ''", "Options: count")),
+    ("toy:ViT-B-32@Count=2", ("unknown option 'Count'", "did you mean 'count'?")),
+    ("plain:ViT-B-32@gamma=2", ("unknown option 'gamma' of plain", "plain has no options")),
+    ("toy:ViT-B-32@count=2@count=3", ("option 'count' is given twice",)),
+    ("toy:ViT-B-32@count=0", ("option count='0'", "a whole number, at least 1")),
+    ("toy:ViT-B-32@count=1.5", ("option count='1.5'", "a whole number, at least 1")),
+    ("toy:ViT-B-32@count=", ("option count=''", "a whole number, at least 1")),
+    ("toy:ViT-B-32@ratio=nan", ("option ratio='nan'", "a number")),
+    ("toy:ViT-B-32@rule=any", ("option rule='any'", "majority or query")),
+    ("toy:ViT-B-32@gate=yes", ("option gate='yes'", "true or false")),
+]
+
+# The built-in vs2, as everybody has it.
+INVALID_VS2 = [
+    ("vs2:ViT-B-32@gama=2", ("unknown option 'gama' of vs2", "did you mean 'gamma'?", "Options: gamma, lam, alpha")),
+    ("vs2:ViT-B-32@lam=-1", ("option lam='-1'", "a number from 0 to 1000")),
+    ("vs2:ViT-B-32@gamma=inf", ("option gamma='inf'", "a number from -1000 to 1000")),
+    ("vs2:ViT-B-32@alpha=1@gamma=2", ("options 'alpha' and 'gamma' exclude each other",)),
+    ("vs2:ViT-B-32@lam=1@alpha=1", ("options 'alpha' and 'lam' exclude each other",)),
+]
+
+
+@pytest.mark.parametrize(("text", "backbone", "checkpoint", "given"), VALID, ids=[row[0] for row in VALID])
+def test_valid_strings_are_read(known, text, backbone, checkpoint, given):
+    found = parse(text, known)
+    assert (found.method.name, found.backbone, found.checkpoint, found.given) == ("toy", backbone, checkpoint, given)
+    assert parse(str(found), known) == found
+
+
+@pytest.mark.parametrize(("text", "parts"), INVALID, ids=[repr(row[0]) for row in INVALID])
+def test_invalid_strings_are_refused_by_name(known, text, parts):
+    with pytest.raises(ModelStringError) as error:
+        parse(text, known)
+    for part in (f"model {text!r}: ", *parts):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(("text", "parts"), INVALID_VS2, ids=[row[0] for row in INVALID_VS2])
+def test_invalid_strings_of_vs2_are_refused_by_name(text, parts):
+    with pytest.raises(ModelStringError) as error:
+        parse(text)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_options_have_defaults_filled_in_and_excluded_ones_unset():
+    assert parse("vs2:ViT-B-32").options == {"gamma": 1.5, "lam": 2.1, "alpha": None}
+    assert parse("vs2:ViT-B-32@lam=1").options == {"gamma": 1.5, "lam": 1.0, "alpha": None}
+    assert parse("vs2:ViT-B-32@alpha=0.8").options == {"gamma": None, "lam": None, "alpha": 0.8}
+
+
+def test_a_method_that_two_plugins_claim_is_a_plugin_error(known):
+    known = Registry(known.methods, known.owners, known.aliases, conflicts={"toy": ["one", "two"]})
+    with pytest.raises(PluginError, match="'toy' is claimed by one and two"):
+        parse("toy:ViT-B-32", known)
+
+
+PIECES = ["toy", "toy++", "plain", ":", "@", "=", "count", "ratio", "rule", "gate", "word", "1", "-2.5e3", "nan", "query"]
+PIECES += ["true", "ViT-B-32", "hf-hub:", "a/b", "local-dir:", "mine", " ", "\n", "é", "_", "9" * 30]
+
+
+@given(st.text() | st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
+@settings(max_examples=500, deadline=None)
+def test_any_text_is_read_or_refused_and_what_is_read_can_be_written(known, text):
+    try:
+        found = parse(text, known)
+    except (ModelStringError, PluginError) as error:
+        assert "Traceback" not in str(error)
+    else:
+        assert parse(str(found), known) == found
+
+
+OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "count": st.integers(1, 10**15),
+        "ratio": st.floats(allow_nan=False, allow_infinity=False),
+        "rule": st.sampled_from(["majority", "query"]),
+        "gate": st.sampled_from(["true", "false"]),
+    },
+)
+
+
+@given(
+    backbone=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,20}", fullmatch=True)
+    | st.from_regex(r"hf-hub:[A-Za-z0-9_.-]{1,9}/[A-Za-z0-9_.-]{1,9}", fullmatch=True)
+    | st.from_regex(r"local-dir:[^@]{1,20}", fullmatch=True),
+    checkpoint=st.none() | st.from_regex(r"[A-Za-z0-9._+/-]{1,20}", fullmatch=True),
+    options=OPTIONS,
+)
+@settings(deadline=None)
+def test_every_well_formed_string_is_read_as_written(known, backbone, checkpoint, options):
+    text = f"toy:{backbone}" + (f"@{checkpoint}" if checkpoint else "")
+    found = parse(text + "".join(f"@{key}={value}" for key, value in options.items()), known)
+    assert (found.backbone, found.checkpoint) == (backbone, checkpoint)
+    assert {key: str(value).lower() if key == "gate" else value for key, value in found.given.items()} == options
+    assert parse(str(found), known) == found
+
+
+@given(key=st.from_regex(r"[a-z_]{1,15}", fullmatch=True))
+@settings(deadline=None)
+def test_an_unknown_key_is_always_named(known, key):
+    if TOY.option(key) is None:
+        with pytest.raises(ModelStringError, match=re.escape(f"unknown option {key!r} of toy")):
+            parse(f"toy:ViT-B-32@{key}=1", known)
+
+
+def test_open_clips_own_names_are_not_steered():
+    import open_clip
+
+    names = open_clip.list_models()
+    assert len(names) > 50
+    assert [name for name in names if is_steered(name)] == []
+
+
+NAMES = [
+    ("ViT-B-32", False),
+    ("ViT-B/32", False),
+    ("hf-hub:org/model", False),
+    ("local-dir:/models/tiny", False),
+    ("local-dir:/models/a@b", False),
+    ("local-dir:C:/models:x@gamma=2", False),
+    ("vs2:ViT-B-32", True),
+    ("vs2:hf-hub:org/model", True),
+    ("vs2:local-dir:/models/tiny", True),
+    ("nope:ViT-B-32", True),
+    (":ViT-B-32", True),
+    ("ViT-B-32@gamma=2", True),
+]
+
+
+@pytest.mark.parametrize(("name", "steered"), NAMES)
+def test_steered_names_are_told_from_open_clips(name, steered):
+    assert is_steered(name) is steered
