@@ -48,7 +48,11 @@ BROKEN = [
     ("raising a generator's way", half_way(), "OSError: disk gone"),
     ("SystemExit", raising(SystemExit(3)), "SystemExit: 3"),
     ("one method, not a list", SimpleNamespace(vs2_methods=hookimpl(lambda: GOOD)), "TypeError"),
-    ("names, not methods", SimpleNamespace(vs2_methods=hookimpl(lambda: ["vs3"])), "gave 'vs3'; expected vs2_plugin.Method"),
+    (
+        "names, not methods",
+        SimpleNamespace(vs2_methods=hookimpl(lambda: ["vs3"])),
+        "gave 'vs3'; expected vs2_plugin.Method",
+    ),
     ("misspelled hook", SimpleNamespace(vs2_method=hookimpl(lambda: [GOOD])), "vs2_method"),
     ("hook with another argument", with_argument(), "context"),
     ("no hook", SimpleNamespace(), "it implements no hook; expected a function vs2_methods marked with @hookimpl"),

@@ -240,7 +240,10 @@ def test_an_edit_of_the_last_block_is_followed_by_layer_norm_and_projection_only
     model = build(name, make_clip)
     images = images_for(model)
     site = default_site(model)
-    steering = lambda x: x.roll(1, -1) * 1.5  # noqa: E731
+
+    def steering(x):
+        return x.roll(1, -1) * 1.5
+
     with reading(model, [site]) as found:
         encode(model, images)
     with editing(model, site, steering):
@@ -366,7 +369,9 @@ def test_a_steering_module_moves_with_the_model(make_clip, batch, make_sae):
     torch.testing.assert_close(encode(model, batch.double()).float(), steered, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.xfail(raises=RuntimeError, strict=True, reason="in_float32 gives float32 to an SAE that went to half precision")
+@pytest.mark.xfail(
+    raises=RuntimeError, strict=True, reason="in_float32 gives float32 to an SAE that went to half precision"
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_steered_model_can_be_cast_to_half_precision(dtype, make_clip, batch, make_sae):
     model = make_clip()
@@ -402,6 +407,10 @@ def test_two_steering_functions_at_one_site_run_in_order(make_clip, batch):
     site = default_site(model)
     with reading(model, [site]) as stock:
         encode(model, batch)
-    with editing(model, site, lambda x: x * 2), editing(model, site, lambda x: x + 1), reading(model, [site]) as steered:
+    with (
+        editing(model, site, lambda x: x * 2),
+        editing(model, site, lambda x: x + 1),
+        reading(model, [site]) as steered,
+    ):
         encode(model, batch)
     assert torch.equal(steered[site], stock[site] * 2 + 1)

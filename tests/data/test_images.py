@@ -111,13 +111,21 @@ def test_no_subset_is_made_of_fewer_images_than_asked_for(built):
 
 def test_the_fingerprint_tells_subsets_and_sizes_apart(built):
     found = []
-    for count, options in ((100, {}), (101, {}), (100, {"max_images": 9}), (100, {"max_images": 10}), (100, {"max_images": 10, "seed": 1})):
+    for count, options in (
+        (100, {}),
+        (101, {}),
+        (100, {"max_images": 9}),
+        (100, {"max_images": 10}),
+        (100, {"max_images": 10, "seed": 1}),
+    ):
         built(Labelled(count))
         found.append(str(open_any(**options).fingerprint))
     assert len(set(found)) == len(found)
 
 
-@pytest.mark.parametrize(("limit", "batch_size", "expected"), [(None, 4, 10), (3, 4, 3), (4, 4, 4), (5, 4, 5), (99, 4, 10)])
+@pytest.mark.parametrize(
+    ("limit", "batch_size", "expected"), [(None, 4, 10), (3, 4, 3), (4, 4, 4), (5, 4, 5), (99, 4, 10)]
+)
 def test_a_stream_of_unknown_length_is_cut(limit, batch_size, expected, built):
     built(Stream(10))
     images = open_any(max_images=limit)
@@ -210,28 +218,38 @@ class Damaged(Labelled):
         return super().__getitem__(index)
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-@pytest.mark.parametrize("error", [OSError("broken file"), ValueError("broken file"), KeyError("broken file")], ids=repr)
+def complaint(images, num_workers):
+    """What reading the images is refused with. (pytest.raises would keep the loader's workers waiting.)"""
+    try:
+        numbers(images, num_workers=num_workers)
+    except DataError as error:
+        return str(error)
+    return pytest.fail("the images were read")
+
+
+UNREADABLE = [
+    (OSError("broken file"), 0),
+    (ValueError("broken file"), 0),
+    (KeyError("broken file"), 0),
+    (OSError("broken file"), 1),
+]
+
+
+@pytest.mark.parametrize(("error", "num_workers"), UNREADABLE, ids=str)
 def test_an_unreadable_image_is_a_data_error_in_one_line(error, num_workers, built):
     built(Damaged(error))
-    with pytest.raises(DataError) as found:
-        numbers(open_any(), batch_size=1, num_workers=num_workers)
-    assert str(found.value).startswith("cannot read the training images: ")
-    assert "\n" not in str(found.value)
+    said = complaint(open_any(), num_workers)
+    assert said.startswith("cannot read the training images: ")
+    assert "\n" not in said
 
 
-def test_errors_of_this_package_keep_their_words(built):
+IN_A_WORKER = pytest.mark.xfail(strict=True, reason="DataLoader puts the worker's traceback into the message")
+
+
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=IN_A_WORKER)])
+def test_errors_of_this_package_keep_their_words(num_workers, built):
     built(Damaged(DataError("0.tar: b.png is not a readable image")))
-    with pytest.raises(DataError, match=r"^0\.tar: b\.png is not a readable image$"):
-        numbers(open_any())
-
-
-@pytest.mark.xfail(strict=True, reason="DataLoader puts the worker's traceback into the message")
-def test_errors_of_this_package_keep_their_words_in_a_worker(built):
-    built(Damaged(DataError("0.tar: b.png is not a readable image")))
-    with pytest.raises(DataError) as error:
-        numbers(open_any(), num_workers=1)
-    assert str(error.value) == "0.tar: b.png is not a readable image"
+    assert complaint(open_any(), num_workers) == "0.tar: b.png is not a readable image"
 
 
 def test_images_of_several_sizes_are_a_data_error():

@@ -23,7 +23,11 @@ def splits_of(body):
     """What a branch of the builder does with ``split``: ``ignored``, ``used``, or the splits that it allows."""
     statements = ast.Module(body, [])
     for node in ast.walk(statements):
-        if isinstance(node, ast.Assert) and isinstance(node.test, ast.Compare) and ast.unparse(node.test.left) == "split":
+        if (
+            isinstance(node, ast.Assert)
+            and isinstance(node.test, ast.Compare)
+            and ast.unparse(node.test.left) == "split"
+        ):
             allowed = ast.literal_eval(node.test.comparators[0])
             return {allowed} if isinstance(allowed, str) else set(allowed)
     read = {node.id for node in ast.walk(statements) if isinstance(node, ast.Name)}

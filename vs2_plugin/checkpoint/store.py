@@ -37,7 +37,7 @@ def checkpoint_name(backbone: str, pretrained: str, dataset: str) -> str:
     elif backbone.startswith("hf-hub:"):
         parts = [backbone]  # the weights come with the name
     else:
-        parts = [backbone, Path(pretrained).stem if os.sep in pretrained else pretrained or "random"]
+        parts = [backbone, Path(pretrained).stem if os.path.isfile(pretrained) else pretrained or "random"]
     return "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", part.replace("_", "-")) for part in (*parts, dataset))
 
 

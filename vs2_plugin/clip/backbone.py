@@ -171,5 +171,6 @@ def load_backbone(backbone: str, pretrained: str, cache_dir: str | None = None, 
     except Exception as error:  # whatever open_clip, the hub client or the network raised
         weights = "" if ignores_pretrained(backbone) else f" with weights {pretrained!r}"
         reason = " ".join(str(error).split())[:300]
-        raise TowerError(f"could not load {backbone}{weights}: {type(error).__name__}: {reason}") from error
+        hint = "without a network, give the path of a weights file as --pretrained, or a folder as local-dir:PATH"
+        raise TowerError(f"could not load {backbone}{weights} ({hint}): {type(error).__name__}: {reason}") from error
     return Loaded(model.eval(), transform, tokenizer)

@@ -61,6 +61,7 @@ class ActivationCache:
                 column.close()
             count = next(iter(columns.values())).count
             (scratch / _FACTS).write_text(json.dumps({"count": count, "key": key}, indent=2) + "\n")
+            scratch.chmod(0o755)  # mkdtemp's 0700 would hide it from colleagues who share the store
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(scratch, folder)
         finally:

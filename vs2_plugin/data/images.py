@@ -53,10 +53,10 @@ class TrainingImages:
                     yield images
                 if left is not None and left <= 0:
                     return
-        except Vs2Error:
-            raise
+        except Vs2Error as error:
+            raise DataError(_from_worker(error)) from error
         except (OSError, RuntimeError, ValueError, KeyError) as error:
-            raise DataError(f"cannot read the training images: {_one_line(error)}") from error
+            raise DataError(f"cannot read the training images: {type(error).__name__}: {_from_worker(error)}") from error
 
 
 def _stack_images(samples: list) -> Tensor:
@@ -117,7 +117,18 @@ def _build(dataset: str, root: str, split: str, transform: Any, wds_cache_dir: s
             task=get_dataset_default_task(dataset), wds_cache_dir=wds_cache_dir,
         )  # fmt: skip
     except (Exception, SystemExit) as error:  # torchvision, downloads, missing packages: anything
-        raise DataError(f"clip_benchmark could not build the split {split!r} of {dataset!r} in {root!r}: {_one_line(error)}") from error
+        raise DataError(
+            f"clip_benchmark could not build the split {split!r} of {dataset!r} in {root!r} (without a network, put the data "
+            f"there by hand): {_one_line(error)}"
+        ) from error
+
+
+def _from_worker(error: Exception) -> str:
+    """The message of an exception; a loader's worker process wraps it in its traceback, of which it is the last line."""
+    text = str(error).strip()
+    if "Original Traceback" in text:
+        text = text.splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split())[:500]
 
 
 def _one_line(error: BaseException) -> str:

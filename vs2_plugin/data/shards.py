@@ -83,7 +83,7 @@ class LocalShards(Dataset):
         try:
             image = Image.open(io.BytesIO(data)).convert("RGB")
         except OSError as error:
-            raise DataError(f"{self.files[number]}: {name} is not a readable image: {error}") from error
+            raise DataError(f"{self.files[number]}: {name} is not a readable image") from error
         return self.transform(image)
 
     def fingerprint(self) -> list:

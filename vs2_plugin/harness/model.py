@@ -34,10 +34,11 @@ class SteeredCLIP(nn.Module):
         self.model = loaded.model
         self.spec = spec
         self.checkpoint: Checkpoint | None = None
-        self._transform = loaded.transform
+        self._tower = Tower.of(loaded.model, loaded.transform) if spec.method.needs_checkpoint else None
         self._find_checkpoint = find_checkpoint
         self._edit: Edit | None = None
         self._facts: dict[str, Scalar] = {}
+        self.eval()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -61,7 +62,7 @@ class SteeredCLIP(nn.Module):
         if checkpoint is None:
             site, sae, mean, quantiles = default_site(self.model), None, None, None
         else:
-            checkpoint.require_tower(Tower.of(self.model, self._transform))
+            checkpoint.require_tower(self._tower)
             facts = checkpoint.site()
             site, quantiles = find_site(self.model, facts.hookpoint), facts.fvu_quantiles
             if site.width != facts.width:

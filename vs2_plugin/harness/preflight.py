@@ -62,14 +62,19 @@ def _output_file(args: Namespace) -> str:
         from clip_benchmark.datasets.builder import get_dataset_default_task
 
         task = get_dataset_default_task(name)
-    return args.output.format(
-        model=args.model,
-        pretrained=os.path.basename(args.pretrained) if is_file else args.pretrained,
-        pretrained_full_path=args.pretrained.replace("/", "_") if is_file else args.pretrained,
-        task=task,
-        dataset=name.replace("/", "_"),
-        language=args.language,
-    )
+    values = {
+        "model": args.model,
+        "pretrained": os.path.basename(args.pretrained) if is_file else args.pretrained,
+        "pretrained_full_path": args.pretrained.replace("/", "_") if is_file else args.pretrained,
+        "task": task,
+        "dataset": name.replace("/", "_"),
+        "language": args.language,
+    }
+    try:
+        return args.output.format(**values)
+    except (KeyError, IndexError, ValueError) as error:
+        fields = ", ".join(f"{{{name}}}" for name in values)
+        raise HarnessError(f"--output {args.output!r} cannot be filled in ({error}); known fields: {fields}") from None
 
 
 def _check_output(args: Namespace, output: str, alone: bool) -> None:

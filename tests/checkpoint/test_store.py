@@ -1,0 +1,225 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vs2_plugin.checkpoint.manifest import MANIFEST, SiteFacts, save_checkpoint
+from vs2_plugin.checkpoint.store import Store, checkpoint_name, folder_size
+from vs2_plugin.clip.backbone import Tower
+from vs2_plugin.errors import CheckpointError, CheckpointNotFound, DataError
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def put(make_sae):
+    """A function that saves a checkpoint in a folder."""
+
+    def write(folder):
+        facts = SiteFacts("visual", 4, [0.0] * 4, 0.5, {}, {}, {})
+        return save_checkpoint(
+            folder,
+            backbone="RN50",
+            pretrained="",
+            tower=Tower("x", [], {}),
+            data={},
+            created={},
+            saes=[(facts, make_sae(4, 8, 2))],
+        )
+
+    return write
+
+
+# ---- where
+
+
+def test_the_store_is_the_flag_then_the_environment_then_the_platforms_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("VS2_STORE", str(tmp_path / "env"))
+    assert Store.default(tmp_path / "flag").root == tmp_path / "flag"
+    assert Store.default(str(tmp_path / "flag")).root == tmp_path / "flag"
+    assert Store.default().root == tmp_path / "env"
+    assert Store.default("").root == tmp_path / "env"
+    for unset in (lambda: monkeypatch.setenv("VS2_STORE", ""), lambda: monkeypatch.delenv("VS2_STORE")):
+        unset()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        assert tmp_path in Store.default().root.parents
+        assert "vs2-plugin" in Store.default().root.parts
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert Store.default("~/store").root == tmp_path / "store"
+    monkeypatch.setenv("VS2_STORE", "~/other")
+    assert Store.default().root == tmp_path / "other"
+
+
+def test_an_untouched_store_is_empty_and_not_made(store):
+    assert store.names() == []
+    assert list(store.cached()) == []
+    assert store.remove_cache() == 0
+    assert not store.root.exists()
+
+
+# ---- names
+
+
+NAMES = [
+    (("ViT-B-32", "openai", "cifar100"), "ViT-B-32_openai_cifar100"),
+    (("ViT-B-32", "laion2b_s34b_b79k", "wds/vtab/cifar100"), "ViT-B-32_laion2b-s34b-b79k_wds-vtab-cifar100"),
+    (("ViT-B/32", "openai", "sugar_crepe/add_att"), "ViT-B-32_openai_sugar-crepe-add-att"),
+    (("ViT-B-32", "", "cifar100"), "ViT-B-32_random_cifar100"),
+    (("ViT-B-32", "/weights/epoch_5.pt", "cifar100"), "ViT-B-32_epoch-5_cifar100"),
+    (("hf-hub:laion/CLIP-ViT", "openai", "cifar100"), "hf-hub-laion-CLIP-ViT_cifar100"),
+    (("local-dir:models/tiny", "openai", "wds/digits"), "local-dir-tiny_wds-digits"),
+    (("local-dir:/a/b/tiny/", "", "wds/digits"), "local-dir-tiny_wds-digits"),
+    (("local-dir:/a/b:c@d e", "", "wds/digits"), "local-dir-b-c-d-e_wds-digits"),
+    (("coca_ViT-B-32", "x", "y"), "coca-ViT-B-32_x_y"),
+]
+
+
+@pytest.mark.parametrize(("parts", "name"), NAMES)
+def test_the_name_of_a_checkpoint(parts, name, store):
+    assert checkpoint_name(*parts) == name
+    assert store.folder(name) == store.checkpoints / name
+
+
+WORD = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9-]{0,9}", fullmatch=True)
+
+
+@given(first=st.tuples(WORD, WORD, WORD), second=st.tuples(WORD, WORD, WORD))
+def test_different_parts_give_different_names(first, second):
+    assert (checkpoint_name(*first) == checkpoint_name(*second)) == (first == second)
+
+
+@given(backbone=WORD, pretrained=st.text(max_size=20), dataset=st.text(min_size=1, max_size=20))
+def test_every_name_is_a_plain_folder_name(backbone, pretrained, dataset):
+    store = Store(Path("store"))
+    assert store.folder(checkpoint_name(backbone, pretrained, dataset)).parent == store.checkpoints
+
+
+@pytest.mark.xfail(strict=True, reason="only a path with a separator loses its suffix")
+def test_a_weights_file_has_one_name_from_wherever_it_is_named():
+    assert checkpoint_name("RN50", "weights.pt", "x") == checkpoint_name("RN50", "./weights.pt", "x")
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../x", "a/b", "a\\b", ".hidden", "-x", "a b", "a\n", "a:b", "ä", "/etc"]
+)
+def test_a_name_that_is_no_plain_name_is_refused(name, store):
+    for use in (store.folder, store.remove):
+        with pytest.raises(DataError, match="expected letters, digits and any of"):
+            use(name)
+
+
+# ---- finding
+
+
+def test_a_checkpoint_is_found_by_name(store, put):
+    saved = put(store.checkpoints / "mine")
+    assert store.find("mine") == saved
+
+
+def test_a_checkpoint_is_found_by_path(store, put, tmp_path, monkeypatch):
+    saved = put(tmp_path / "elsewhere" / "other")
+    assert store.find(str(saved.folder)) == saved
+    monkeypatch.chdir(tmp_path)
+    assert store.find("elsewhere/other").digest == saved.digest
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert store.find("~/elsewhere/other").digest == saved.digest
+
+
+def test_the_store_comes_before_a_folder_of_the_same_name(store, put, tmp_path, monkeypatch):
+    put(tmp_path / "mine")
+    saved = put(store.checkpoints / "mine")
+    monkeypatch.chdir(tmp_path)
+    assert store.find("mine").folder == saved.folder
+
+
+@pytest.mark.parametrize("name", ["missing", "a/b", "", "..", "x\0y"])
+def test_the_error_says_what_is_there(name, store, put):
+    with pytest.raises(CheckpointNotFound) as error:
+        store.find(name)
+    assert f"no SAE checkpoint {name!r} in the store {store.root} (there: none), and no such folder" in str(error.value)
+    for saved in ("b", "a"):
+        put(store.checkpoints / saved)
+    with pytest.raises(CheckpointNotFound, match=r"\(there: a, b\)"):
+        store.find(name)
+
+
+UNFINDABLE = [
+    pytest.param("~nobody-of-that-name/x", id="no such user"),
+    pytest.param("a" * 300, id="longer than a file name may be"),
+]
+
+
+@pytest.mark.xfail(
+    strict=True, raises=(RuntimeError, OSError), reason="expanduser() and is_file() raise errors of their own"
+)
+@pytest.mark.parametrize("name", UNFINDABLE)
+def test_a_name_that_no_file_can_have_is_not_found(name, store):
+    with pytest.raises(CheckpointNotFound):
+        store.find(name)
+
+
+def test_a_damaged_checkpoint_is_listed_and_told_from_a_missing_one(store, put):
+    folder = put(store.checkpoints / "mine").folder
+    (folder / MANIFEST).write_text("{")
+    assert store.names() == ["mine"]
+    with pytest.raises(CheckpointError, match="is damaged") as error:
+        store.find("mine")
+    assert not isinstance(error.value, CheckpointNotFound)
+
+
+@pytest.mark.xfail(strict=True, raises=DataError, reason="names() lists folders that folder() and remove() refuse")
+def test_every_name_that_is_listed_can_be_removed(store, put):
+    put(store.checkpoints / "my copy")
+    for name in store.names():
+        store.remove(name)
+    assert store.names() == []
+
+
+def test_unfinished_folders_have_no_names(store, put):
+    put(store.checkpoints / "mine")
+    put(store.checkpoints / ".mine.abc")
+    (store.checkpoints / "empty").mkdir()
+    (store.checkpoints / "file").write_text("")
+    assert store.names() == ["mine"]
+
+
+# ---- removing
+
+
+def test_removing_deletes_the_checkpoint_alone_and_says_how_much(store, put):
+    put(store.checkpoints / "other")
+    folder = put(store.checkpoints / "mine").folder
+    size = folder_size(folder)
+    assert size == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) > 0
+    assert store.remove("mine") == size
+    assert store.names() == ["other"]
+    with pytest.raises(CheckpointNotFound, match=r"'mine' in the store .* \(there: other\)"):
+        store.remove("mine")
+
+
+def test_a_damaged_checkpoint_can_be_removed(store, put):
+    folder = put(store.checkpoints / "mine").folder
+    (folder / MANIFEST).unlink()
+    store.remove("mine")
+    assert not folder.exists()
+
+
+def test_cached_activations_and_leftovers_are_listed_and_removed(store, put):
+    put(store.checkpoints / "mine")
+    for name in ("b" * 32, ".a.unfinished"):
+        (store.activations / name).mkdir(parents=True)
+        (store.activations / name / "x.npy").write_bytes(b"12345")
+    assert [path.name for path in store.cached()] == [".a.unfinished", "b" * 32]
+    assert store.remove_cache() == 10
+    assert list(store.cached()) == []
+    assert store.names() == ["mine"]

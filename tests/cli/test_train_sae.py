@@ -1,0 +1,186 @@
+"""vs2-train-sae, in this process, on the demo's digits and tiny CLIP."""
+
+import json
+import shutil
+import tarfile
+
+import pytest
+
+from vs2_plugin.checkpoint.store import Store
+from vs2_plugin.cli import train_sae
+from vs2_plugin.demo.digits import write_digits
+from vs2_plugin.demo.run import _TINY_CLIP
+
+FEW = ["--samples", "2000", "--num_workers", "0", "--quiet"]
+NAME = "local-dir-tiny-clip_wds-digits"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    write_digits(tmp_path / "digits")
+    shutil.copytree(_TINY_CLIP, tmp_path / "tiny-clip")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VS2_STORE", str(tmp_path / "store"))
+    return tmp_path
+
+
+def train(*words: str) -> int:
+    return train_sae.main(["--model", "local-dir:tiny-clip", "--dataset", "wds/digits", "--dataset_root", "digits", *FEW, *words])
+
+
+def test_writes_a_checkpoint_that_is_found_by_its_data_set(folder, capsys):
+    assert train() == 0
+    output = capsys.readouterr().out
+    checkpoint = Store.default().find(NAME)
+    checkpoint.verify()
+    assert checkpoint.data == {"datasets": ["wds/digits"], "split": "train", "images": 900, "labels": "none", "transductive": False, "amp": True, "max_images": None}
+    site = checkpoint.sites[0]
+    assert (site.hookpoint, site.width, site.training["k"], site.training["recipe"]) == ("visual.transformer.resblocks.3", 128, 16, "default")
+    assert f"FVU {site.fvu:.4f}" in output and str(checkpoint.folder) in output
+
+
+def test_the_second_run_extracts_nothing(folder, capsys, monkeypatch):
+    assert train() == 0
+    first = Store.default().find(NAME).digest
+    monkeypatch.setattr("vs2_plugin.data.activations.extract", lambda *args, **kwargs: pytest.fail("extracted again"))
+    assert train("--overwrite") == 0
+    assert Store.default().find(NAME).digest == first  # and the same seed gives the same SAE
+
+
+def test_the_cache_notices_other_images_and_settings(folder, monkeypatch):
+    import vs2_plugin.data.activations as module
+
+    original, calls = module.extract, []
+    monkeypatch.setattr(module, "extract", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
+    for words in ([], ["--max_images", "100"], ["--no_amp"], ["--cache_dtype", "float32"], ["--blocks", "0"], ["--refresh_cache"]):
+        assert train("--overwrite", *words) == 0
+    shutil.copy(folder / "digits/train/0.tar", folder / "digits/train/1.tar")
+    assert train("--overwrite") == 0
+    assert len(calls) == 7
+
+
+def test_labels_are_not_needed_and_not_read(folder):
+    assert train() == 0
+    labeled = Store.default().find(NAME)
+    for shard in (folder / "digits/train").glob("*.tar"):
+        with tarfile.open(shard) as source, tarfile.open(shard.with_suffix(".new"), "w") as target:
+            for member in source:
+                if not member.name.endswith(".cls"):
+                    target.addfile(member, source.extractfile(member))
+        shard.with_suffix(".new").replace(shard)
+    (folder / "digits/classnames.txt").unlink()
+    shutil.rmtree(folder / "digits/test")
+    assert train("--overwrite") == 0
+    assert Store.default().find(NAME).sites[0].files == labeled.sites[0].files
+
+
+def test_data_sets_that_clip_benchmark_builds_are_read_through_it(folder):
+    """ImageNet's unverified form is any folder of images: the one torchvision data set that needs no download."""
+    import io
+
+    from PIL import Image
+
+    with tarfile.open(folder / "digits/train/0.tar") as tar:
+        for index, member in enumerate(m for m in tar if m.name.endswith(".png")):
+            target = folder / "images/train" / f"n{index % 3}" / member.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.open(io.BytesIO(tar.extractfile(member).read())).save(target)
+    words = ["--dataset", "imagenet1k-unverified", "--dataset_root", "images", "--num_workers", "2"]
+    assert train(*words) == 0
+    assert Store.default().find("local-dir-tiny-clip_imagenet1k-unverified").data["images"] == 225
+    (folder / "images/train/n1" / "broken.png").write_bytes(b"no image")
+    assert train(*words, "--overwrite", "--refresh_cache") == 2
+
+
+def test_an_sae_per_block_and_at_the_output(folder):
+    assert train("--blocks", "output", "1", "last", "--name", "several") == 0
+    checkpoint = Store.default().find("several")
+    assert [site.hookpoint for site in checkpoint.sites] == ["visual.transformer.resblocks.1", "visual.transformer.resblocks.3", "visual"]
+    checkpoint.verify()
+
+
+def test_the_paper_recipe(folder):
+    assert train("--recipe", "paper", "--name", "paper") == 0
+    training = Store.default().find("paper").sites[0].training
+    assert (training["expansion_factor"], training["k"], training["lr"], training["recipe"]) == (4, 64, 5e-4, "paper")
+    assert train("--recipe", "paper", "--k", "8", "--overwrite", "--name", "paper") == 0
+    assert Store.default().find("paper").sites[0].training["k"] == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "fragments"),
+    [
+        (["--model", "vs2:ViT-B-32@gamma=2"], ["plain backbone", "--model ViT-B-32"]),
+        (["--model", "ViT-B-33"], ["no model 'ViT-B-33'", "ViT-B-32"]),
+        (["--model", "local-dir:nowhere"], ["nowhere/open_clip_config.json"]),
+        (["--dataset", "eurosat"], ["no training split", "--transductive"]),
+        (["--dataset", "imagenetv2"], ["test split only", "--transductive"]),
+        (["--train_split", "test"], ["is the one that is evaluated", "--transductive"]),
+        (["--dataset_root", "nowhere"], ["nowhere/train/nshards.txt"]),
+        (["--dataset", "no-such-set"], ["could not build the split 'train' of 'no-such-set'", "Unsupported dataset"]),
+        (["--blocks", "12"], ["--blocks '12'", "0 to 3"]),
+        (["--k", "0"], ["k is 0"]),
+        (["--k", "600"], ["k is 600", "512 latents"]),
+        (["--lr", "-1"], ["lr is -1"]),
+        (["--name", "a/b"], ["checkpoint name 'a/b'"]),
+        (["--max_images", "5"], ["5 activations are too few"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_mistakes_end_with_one_line(words, fragments, folder, capsys):
+    assert train(*words) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vs2-train-sae: error: ")]
+    assert len(error) == 1
+    for fragment in fragments:
+        assert fragment in error[0]
+    assert Store.default().names() == []
+
+
+def test_an_existing_checkpoint_is_kept(folder, capsys):
+    assert train() == 0
+    before = Store.default().find(NAME).digest
+    assert train("--seed", "1") == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert Store.default().find(NAME).digest == before
+    assert train("--seed", "1", "--overwrite") == 0
+    assert Store.default().find(NAME).digest != before
+
+
+def test_transductive_training_is_marked_everywhere(folder, capsys, monkeypatch):
+    import sys
+
+    assert train("--train_split", "test", "--transductive") == 0
+    assert Store.default().find(NAME).transductive
+    from clip_benchmark import cli
+
+    words = ["eval", "--model", "vs2:local-dir:tiny-clip", "--pretrained", "", "--dataset", "wds/digits", "--dataset_root", "digits", "--num_workers", "1", "--quiet", "--output", "r.json"]
+    monkeypatch.setattr(sys, "argv", ["clip_benchmark", *words])
+    cli.main()
+    assert json.loads((folder / "r.json").read_text())["metrics"]["vs2_transductive"] is True
+
+
+def test_an_interrupted_extraction_leaves_nothing_half_done(folder, monkeypatch, capsys):
+    from vs2_plugin.data.images import TrainingImages
+
+    original = TrainingImages.batches
+
+    def interrupted(self, *args):
+        yield next(original(self, *args))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrainingImages, "batches", interrupted)
+    assert train() == 130
+    assert "run the same command" in capsys.readouterr().err
+    assert list(Store.default().activations.iterdir()) == [] and Store.default().names() == []
+    monkeypatch.setattr(TrainingImages, "batches", original)
+    assert train() == 0
+
+
+def test_help_lists_the_flags_of_clip_benchmark(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_sae.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for flag in ("--model", "--pretrained", "--dataset", "--dataset_root", "--batch_size", "--num_workers", "--model_cache_dir", "--no_amp", "--seed", "--recipe", "--k"):
+        assert f"{flag} " in text
+    assert "examples:" in text

@@ -1,0 +1,240 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from vs2_plugin.clip.sites import block_sites, default_site, output_site, reading
+from vs2_plugin.data.activations import ActivationCache, extract, require_space
+from vs2_plugin.data.images import TrainingImages
+from vs2_plugin.errors import DataError
+
+KEY = {
+    "tower": {"parameters": "abc"},
+    "dataset": "wds/x",
+    "split": "train",
+    "images": [["0.tar", 7]],
+    "dtype": "float32",
+}
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return ActivationCache(tmp_path / "activations")
+
+
+@pytest.fixture(scope="module")
+def model(make_clip):
+    return make_clip()
+
+
+def pictures(count):
+    made = torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return TrainingImages(list(made), count, None, None)
+
+
+def run(model, images, cache, *, key=KEY, sites=None, batch_size=4, amp=False, dtype=np.float32):
+    sites = sites or [default_site(model)]
+    return extract(
+        model,
+        images,
+        sites,
+        cache,
+        key,
+        batch_size=batch_size,
+        num_workers=0,
+        amp=amp,
+        dtype=np.dtype(dtype),
+        quiet=True,
+    )
+
+
+# ---- extraction
+
+
+def test_the_activations_of_every_site_are_those_of_one_pass(model, cache):
+    images, sites = pictures(10), [*block_sites(model), output_site(model)]
+    found = run(model, images, cache, sites=sites)
+    with torch.no_grad(), reading(model, sites) as expected:
+        model.encode_image(torch.stack(images.source[:4]))
+    for site in sites:
+        assert found[site].shape == (10, site.width)
+        assert isinstance(found[site], np.memmap)
+        assert np.array_equal(found[site][:4], expected[site].numpy())
+    assert not np.array_equal(found[sites[0]], found[sites[1]])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 0), (np.float16, 1e-3)])
+def test_a_column_is_a_plain_npy_file(dtype, tolerance, model, cache):
+    found = run(model, pictures(10), cache, dtype=dtype)
+    (file,) = cache.folder(KEY).glob("*.npy")
+    assert file.name == "visual.transformer.resblocks.2.npy"
+    plain = np.load(file, allow_pickle=False)
+    assert (plain.dtype, plain.shape) == (dtype, (10, 32))
+    exact = run(model, pictures(10), cache, key={"other": 1})[default_site(model)]
+    assert np.allclose(plain, exact, rtol=tolerance, atol=tolerance)
+    assert np.array_equal(plain, found[default_site(model)])
+    assert file.stat().st_size == 128 + plain.nbytes
+
+
+def test_extraction_under_autocast_stores_what_the_tower_gives_there(model, cache):
+    images = pictures(4)
+    found = run(model, images, cache, amp=True)[default_site(model)]
+    with torch.no_grad(), torch.autocast("cpu"), reading(model, [default_site(model)]) as expected:
+        model.encode_image(torch.stack(images.source))
+    assert np.array_equal(found, expected[default_site(model)].float().numpy())
+    assert not np.array_equal(found, run(model, images, cache, amp=False)[default_site(model)])
+
+
+def test_what_was_extracted_is_found_again(model, cache):
+    sites = block_sites(model)
+    assert cache.open(KEY, sites) is None
+    found = run(model, pictures(5), cache, sites=sites)
+    again = cache.open(KEY, sites)
+    assert all(np.array_equal(found[site], again[site]) for site in sites)
+    assert json.loads((cache.folder(KEY) / "activations.json").read_text()) == {"count": 5, "key": KEY}
+
+
+def test_extracting_again_replaces(model, cache):
+    run(model, pictures(5), cache)
+    run(model, pictures(7), cache)
+    assert len(cache.open(KEY, [default_site(model)])[default_site(model)]) == 7
+    assert len(list(cache.root.iterdir())) == 1
+
+
+def test_no_images_at_all_are_a_data_error(model, cache):
+    with pytest.raises(DataError, match="there are no training images"):
+        run(model, pictures(0), cache)
+    assert cache.open(KEY, [default_site(model)]) is None
+    assert list(cache.root.iterdir()) == []
+
+
+class Interrupted(TrainingImages):
+    """Images that end in an exception after the first batch."""
+
+    error = None
+
+    def batches(self, batch_size, num_workers):
+        yield next(super().batches(batch_size, num_workers))
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), DataError("b.png is broken"), MemoryError()], ids=lambda e: type(e).__name__
+)
+@pytest.mark.parametrize("before", [False, True], ids=["nothing there", "earlier run there"])
+def test_an_interrupted_extraction_leaves_what_was_there_and_a_later_one_works(error, before, model, cache):
+    site = default_site(model)
+    if before:
+        run(model, pictures(5), cache)
+    broken = Interrupted(pictures(8).source, 8, None, None)
+    broken.error = error
+    with pytest.raises(type(error)):
+        run(model, broken, cache)
+    left = [path.name for path in cache.root.iterdir()]
+    assert left == ([cache.folder(KEY).name] if before else [])
+    found = cache.open(KEY, [site])
+    assert len(found[site]) == 5 if before else found is None
+    assert len(run(model, pictures(8), cache)[site]) == 8
+
+
+@pytest.mark.parametrize(
+    ("bias", "dtype", "fits"), [(7e4, "float16", False), (6e4, "float16", True), (7e4, "float32", True)]
+)
+def test_an_activation_that_float16_cannot_hold_is_a_data_error(bias, dtype, fits, make_clip, cache):
+    model = make_clip()
+    with torch.no_grad():
+        model.visual.transformer.resblocks[-1].mlp.c_proj.bias[0] = bias
+    if fits:
+        run(model, pictures(3), cache, dtype=dtype)
+        return
+    with pytest.raises(
+        DataError, match=r"an activation at block 2 is 7e\+04, which float16 cannot hold; use --cache_dtype float32"
+    ):
+        run(model, pictures(3), cache, dtype=dtype)
+    assert list(cache.root.iterdir()) == []
+
+
+# ---- the cache
+
+
+CHANGES = [
+    {"tower": {"parameters": "abd"}},
+    {"dataset": "wds/y"},
+    {"split": "trainval"},
+    {"images": [["0.tar", 8]]},
+    {"images": []},
+    {"dtype": "float16"},
+    {"amp": True},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_the_key_changes_with_each_ingredient(change, cache):
+    assert cache.folder({**KEY, **change}) != cache.folder(KEY)
+
+
+def test_the_order_of_the_key_does_not_matter(cache):
+    assert cache.folder(dict(reversed(KEY.items()))) == cache.folder(KEY)
+
+
+def cut(folder, file):
+    (folder / file).write_bytes((folder / file).read_bytes()[:-1])
+
+
+def drop(folder, file):
+    (folder / file).unlink()
+
+
+def swap(folder, file):
+    np.save(folder / file, np.zeros((4, 32), np.float32))
+
+
+def garbage(folder, file):
+    (folder / file).write_bytes(b"garbage")
+
+
+def clear(folder, file):
+    (folder / file).write_bytes(b"")
+
+
+def braces(folder, file):
+    (folder / file).write_text("{}")
+
+
+COLUMN, FACTS = "visual.transformer.resblocks.2.npy", "activations.json"
+DAMAGE = [
+    *((COLUMN, damage) for damage in (cut, drop, swap, garbage)),
+    *((FACTS, damage) for damage in (drop, garbage, clear)),
+    pytest.param(
+        COLUMN, clear, marks=pytest.mark.xfail(strict=True, raises=EOFError, reason="np.load of an empty file")
+    ),
+    pytest.param(FACTS, braces, marks=pytest.mark.xfail(strict=True, raises=KeyError, reason="no count in the facts")),
+]
+
+
+@pytest.mark.parametrize(("file", "damage"), DAMAGE)
+def test_what_is_not_whole_counts_as_not_there(file, damage, model, cache):
+    run(model, pictures(5), cache)
+    damage(cache.folder(KEY), file)
+    assert cache.open(KEY, [default_site(model)]) is None
+
+
+def test_a_site_that_was_not_extracted_counts_as_not_there(model, cache):
+    run(model, pictures(5), cache)
+    assert cache.open(KEY, block_sites(model)) is None
+
+
+# ---- space
+
+
+def test_space_is_measured_where_the_folder_will_be(tmp_path):
+    assert require_space(tmp_path / "not" / "there" / "yet", 1) > 1
+    assert not (tmp_path / "not").exists()
+
+
+def test_too_little_space_is_a_data_error_with_both_figures(tmp_path):
+    with pytest.raises(
+        DataError, match=rf"need 1000000000\.00 GB and {tmp_path} has .* GB free; .*--store.*--max_images"
+    ):
+        require_space(tmp_path / "cache", 10**18)

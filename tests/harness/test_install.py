@@ -1,0 +1,151 @@
+"""Installing, uninstalling and extending, with pip in temporary environments. Needs no network."""
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+PLUGIN = {
+    "pyproject.toml": """
+        [build-system]
+        requires = ["hatchling"]
+        build-backend = "hatchling.build"
+        [project]
+        name = "vs2-centre"
+        version = "0.3"
+        [project.entry-points.vs2_plugin]
+        centre = "vs2_centre"
+        [tool.hatch.build.targets.wheel]
+        include = ["vs2_centre.py"]
+    """,
+    "vs2_centre.py": None,  # the README's example, as it stands there
+}
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """A fresh environment that sees torch and the rest of this one's packages, but not this one's vs2-plugin."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False, symlinks=os.name != "nt")
+    python = folder / "bin" / "python"
+    site = Path(subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True, check=True).stdout.strip())
+    # A plain path line: packages are found, but no .pth of theirs (our own hook) is run from there.
+    others = folder / "others"
+    others.mkdir()
+    for name in ("purelib", "platlib"):
+        for path in Path(sysconfig.get_path(name)).iterdir():
+            if "vs2_plugin" not in path.name and not (others / path.name).exists():
+                (others / path.name).symlink_to(path)
+    (site / "zz_others.pth").write_text(f"{others}\n")
+    return python, site
+
+
+def pip(python: Path, *words: str) -> None:
+    done = subprocess.run([python, "-m", "pip", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def install(python: Path, *what: str) -> None:
+    pip(python, "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", *what)
+
+
+def ask(python: Path, code: str, **env: str) -> str:
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, cwd=python.parent)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+MODEL_TYPES = "import clip_benchmark.models as m; print(m.MODEL_TYPES)"
+
+
+@pytest.mark.parametrize("how", ["plain", "editable"])
+def test_install_and_uninstall(environment, how):
+    python, site = environment
+    before = {path.name for path in site.iterdir()}
+    assert "vs2" not in ask(python, MODEL_TYPES)
+    install(python, *(["--editable"] if how == "editable" else []), str(REPOSITORY))
+    try:
+        assert {"vs2_plugin_hook.pth", "vs2_plugin_hook.start"} <= {path.name for path in site.iterdir()}
+        assert "'vs2'" in ask(python, MODEL_TYPES)
+        assert "'vs2'" not in ask(python, MODEL_TYPES, VS2_PLUGIN_DISABLE="1")
+        assert (python.parent / "vs2").exists() and (python.parent / "vs2-train-sae").exists()
+        assert "True" in ask(python, "import vs2_plugin.demo.run as r; print((r._TINY_CLIP / 'open_clip_model.safetensors').is_file())")
+    finally:
+        pip(python, "uninstall", "--quiet", "--yes", "vs2-plugin")
+    assert {path.name for path in site.iterdir()} == before
+    assert "vs2" not in ask(python, MODEL_TYPES)
+
+
+def test_a_leftover_or_broken_hook_harms_nobody(environment):
+    """The .pth without its package, and a package that cannot be patched in: Python and stock models go on."""
+    python, site = environment
+    hook = site / "vs2_plugin_hook.pth"
+    hook.write_text((REPOSITORY / "vs2_plugin/harness/vs2_plugin_hook.pth").read_text())
+    try:
+        assert ask(python, "print(1)") == "1"
+        assert ask(python, MODEL_TYPES) == "['open_clip', 'ja_clip']"
+        broken = site / "vs2_plugin"
+        (broken / "harness").mkdir(parents=True)
+        (broken / "__init__.py").write_text("")
+        (broken / "harness" / "__init__.py").write_text("raise RuntimeError('broken')")
+        assert ask(python, MODEL_TYPES) == "['open_clip', 'ja_clip']"
+    finally:
+        hook.unlink()
+        import shutil
+
+        shutil.rmtree(site / "vs2_plugin", ignore_errors=True)
+
+
+def test_a_failing_patch_is_said_once_and_stock_models_work():
+    code = (
+        "import sys, vs2_plugin.harness.register as r\n"
+        "def fail(module): raise ValueError('no')\n"
+        "r.patch = fail\n"
+        "import clip_benchmark.models as m, clip_benchmark.datasets.builder\n"
+        "print(m.MODEL_TYPES)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['open_clip', 'ja_clip']"
+    assert done.stderr.count("vs2_plugin: steered models are not available: ValueError: no") == 1
+
+
+def test_the_readme_plugin_works_as_a_package(environment, tmp_path):
+    """A third party's package, built and installed by pip, offers a method that the harness and the command know."""
+    python, _ = environment
+    readme = (REPOSITORY / "README.md").read_text()
+    source = re.search(r"```python\n(# vs2_centre\.py\n.*?)```", readme, re.S).group(1)
+    assert len(source.splitlines()) <= 30
+    from textwrap import dedent
+
+    for name, text in PLUGIN.items():
+        (tmp_path / name).write_text(dedent(text) if text else source)
+    install(python, str(REPOSITORY), str(tmp_path))
+    try:
+        assert "'centre'" in ask(python, MODEL_TYPES)
+        listing = subprocess.run([python.parent / "vs2", "methods"], capture_output=True, text=True)
+        assert listing.returncode == 0 and "vs2-centre 0.3 (entry point 'centre')" in listing.stdout
+        from vs2_plugin.demo.run import prepare
+
+        folder = tmp_path / "work"
+        folder.mkdir()
+        env = prepare(folder)
+        data = ["--dataset", "wds/digits", "--dataset_root", "digits", "--num_workers", "1", "--quiet"]
+        run = lambda *words: subprocess.run([str(python.parent / words[0]), *words[1:]], cwd=folder, env=env, capture_output=True, text=True)  # noqa: E731
+        trained = run("vs2-train-sae", "--model", "local-dir:tiny-clip", *data, "--samples", "2000")
+        assert trained.returncode == 0, trained.stderr
+        script = [str(python), "-m", "clip_benchmark.cli", "eval", "--model", "centre:local-dir:tiny-clip@strength=0.5", "--pretrained", "", *data, "--output", "centre.json"]
+        done = subprocess.run(script, cwd=folder, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        import json
+
+        found = json.loads((folder / "centre.json").read_text())["metrics"]
+        assert found["vs2_method"] == "centre" and found["vs2_strength"] == 0.5
+        assert 0.1 < found["acc1"] <= 1
+    finally:
+        pip(python, "uninstall", "--quiet", "--yes", "vs2-plugin", "vs2-centre")

@@ -1,0 +1,156 @@
+"""SteeredCLIP: what the harness and Python callers touch."""
+
+import copy
+
+import pytest
+import torch
+
+import vs2_plugin
+from vs2_plugin.errors import ModelStringError, PluginError
+from vs2_plugin.method import Method, Option
+from vs2_plugin.plugins import registry
+
+from .conftest import TINY
+
+NAME = "local-dir-tiny-clip_wds-digits"
+
+
+@pytest.fixture
+def images():
+    torch.manual_seed(1)
+    return torch.randn(6, 3, 32, 32)
+
+
+@pytest.fixture
+def add_method(monkeypatch):
+    """Register a method for one test."""
+
+    def add(method: Method) -> None:
+        known = registry()
+        monkeypatch.setitem(known.methods, method.name, method)
+        monkeypatch.setitem(known.owners, method.name, "a test")
+
+    return add
+
+
+def test_load_gives_model_transform_and_tokenizer(in_demo, images):
+    model, transform, tokenizer = vs2_plugin.load(f"vs2:{TINY}", dataset="wds/digits")
+    plain = model.model
+    assert isinstance(model, torch.nn.Module) and not model.training
+    with torch.no_grad():
+        assert torch.equal(model.encode_text(tokenizer(["a"])), plain.encode_text(tokenizer(["a"])))
+        steered = model.encode_image(images)
+        assert torch.equal(steered, model.model.encode_image(images))  # the tower itself is steered
+    assert model.logit_scale is plain.logit_scale and model.visual is plain.visual
+    with pytest.raises(AttributeError):
+        model.no_such_attribute  # noqa: B018
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_dtype_is_the_towers(in_demo, images, amp):
+    model, *_ = vs2_plugin.load(f"vs2:{TINY}", dataset="wds/digits")
+    plain, *_ = vs2_plugin.load(f"vs2:{TINY}@alpha=0", dataset="wds/digits")
+    with torch.no_grad(), torch.autocast("cpu", enabled=amp):
+        steered, unsteered = model.encode_image(images), plain.encode_image(images)
+    assert steered.dtype == unsteered.dtype == (torch.bfloat16 if amp else torch.float32)
+    assert not torch.equal(steered, unsteered)
+
+
+def test_an_image_does_not_depend_on_its_batch(in_demo, images):
+    model, *_ = vs2_plugin.load(f"vs2:{TINY}", dataset="wds/digits")
+    others = torch.cat([images[:1], torch.randn(5, 3, 32, 32) * 3])
+    with torch.no_grad():
+        assert torch.equal(model.encode_image(images)[0], model.encode_image(others)[0])
+        torch.testing.assert_close(model.encode_image(images)[:1], model.encode_image(images[:1]), rtol=1e-4, atol=1e-4)
+
+
+def test_without_a_data_set_it_says_so(in_demo, images):
+    model, *_ = vs2_plugin.load(f"vs2:{TINY}")
+    with pytest.raises(ModelStringError, match="does not know its data set"):
+        model.encode_image(images)
+    named, *_ = vs2_plugin.load(f"vs2:{TINY}@{NAME}")
+    named.encode_image(images)
+
+
+def test_a_copy_is_steered_like_the_original(in_demo, images):
+    model, *_ = vs2_plugin.load(f"vs2:{TINY}", dataset="wds/digits")
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(model).encode_image(images), model.encode_image(images))
+
+
+def test_later_data_sets_do_not_rebind(in_demo):
+    """A linear probe builds its training and validation sets after the test set."""
+    from clip_benchmark.datasets.builder import build_dataset
+    from clip_benchmark.models import load_clip
+
+    model, transform, _ = load_clip("open_clip", f"vs2:{TINY}", "", None, "cpu")
+    build_dataset("wds/digits", root="digits", transform=transform, split="test")
+    digest = model.vs2_facts()["vs2_checkpoint_digest"]
+    build_dataset("wds/other", root="digits", transform=transform, split="train")
+    assert model.vs2_facts()["vs2_checkpoint_digest"] == digest and model.checkpoint.name == NAME
+
+
+def test_a_linear_probe_caches_features_per_checkpoint(in_demo):
+    """Its cache is keyed by the model's name; the digest joins it, so that a retrained SAE finds no stale features."""
+    from types import ModuleType
+
+    from vs2_plugin.harness.register import patch
+
+    seen = []
+    module = ModuleType("clip_benchmark.metrics.linear_probe")
+    module.evaluate = lambda model, model_id, device="cuda": seen.append(model_id) or {"acc1": 1.0}
+    patch(module)
+    model, *_ = vs2_plugin.load(f"vs2:{TINY}@{NAME}")
+    metrics = module.evaluate(model, "name")
+    assert seen == [f"name-{model.vs2_facts()['vs2_checkpoint_digest']}"] and metrics["vs2_method"] == "vs2"
+    assert module.evaluate(torch.nn.Identity(), "name") == {"acc1": 1.0} and seen[1] == "name"
+
+
+def test_an_unsupported_clip_benchmark_is_named():
+    from types import ModuleType
+
+    from vs2_plugin.errors import HarnessError
+    from vs2_plugin.harness.register import patch
+
+    for name in ("models", "datasets.builder", "cli", "metrics.captioning"):
+        with pytest.raises(HarnessError, match="1.6"):
+            patch(ModuleType(f"clip_benchmark.{name}"))
+
+
+def test_methods_without_checkpoint_and_with_facts(in_demo, images, add_method):
+    class Shift(torch.nn.Module):
+        facts = {"shift_norm": 2.0}
+
+        def forward(self, x):
+            return x + 2.0
+
+    add_method(Method("shift", lambda context: Shift(), needs_checkpoint=False, labels="oracle"))
+    model, *_ = vs2_plugin.load(f"shift:{TINY}", dataset="wds/nothing")
+    facts = model.vs2_facts()
+    assert facts["vs2_labels"] == "oracle" and facts["vs2_shift_norm"] == 2.0 and "vs2_checkpoint" not in facts
+    model.encode_image(images)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda context: 1 / 0, "could not be built: ZeroDivisionError"),
+        (lambda context: 7, "built 7; expected a function"),
+        (lambda context, extra: None, "could not be built: TypeError"),
+    ],
+)
+def test_broken_builders_are_named(in_demo, add_method, build, message):
+    add_method(Method("bad", build, needs_checkpoint=False))
+    with pytest.raises(PluginError, match="'bad'") as caught:
+        vs2_plugin.load(f"bad:{TINY}", dataset="x")
+    assert message in str(caught.value)
+
+
+def test_the_context_is_complete(in_demo, add_method):
+    seen = []
+    add_method(Method("look", lambda context, n: seen.append((context, n)) or (lambda x: x), [Option("n", int, 3)]))
+    vs2_plugin.load(f"look:{TINY}@n=5", dataset="wds/digits")
+    context, n = seen[0]
+    assert n == 5 and context.width == 128 and context.mean.shape == (128,) and context.sae.config.d_in == 128
+    assert context.site == "visual.transformer.resblocks.3" and context.task.dataset == "wds/digits"
+    assert set(context.fvu_quantiles) >= {"0.9", "0.95", "0.99", "0.995"}

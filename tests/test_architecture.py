@@ -1,0 +1,132 @@
+"""The dependencies between modules form a tree: mathematics below, commands on top."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vs2_plugin
+
+ROOT = Path(vs2_plugin.__file__).parent
+PARTS = {path.name for path in ROOT.iterdir() if (path / "__init__.py").is_file()}
+
+#: Part -> the parts that nothing in it imports, within functions or for type checking either.
+FORBIDDEN = {
+    "sae": {"checkpoint", "cli", "clip", "data", "demo", "harness", "steering"},
+    "steering": {"checkpoint", "cli", "clip", "data", "demo", "harness"},
+    "clip": {"checkpoint", "cli", "data", "demo", "harness"},
+    "data": {"checkpoint", "cli", "demo", "harness"},
+    "checkpoint": {"cli", "data", "demo", "harness"},
+    "harness": {"cli", "demo"},
+    "": {"cli", "demo"},  # the modules at the top
+    "cli": set(),  # commands and the demo import everything
+    "demo": set(),
+}
+
+
+def imported_by(path):
+    """The modules of this package that a file imports, wherever the statement stands."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name for name in found if name.split(".")[0] == "vs2_plugin"}
+
+
+MODULES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
+
+
+def test_every_part_has_a_rule():
+    assert {*FORBIDDEN} - {""} == PARTS
+    assert len(MODULES) > 30
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_what_lies_below_it(module):
+    part = module.partition("/")[0] if "/" in module else ""
+    imported = {name.split(".")[1] for name in imported_by(ROOT / module) if "." in name}
+    assert imported & FORBIDDEN[part] == set()
+
+
+def new_modules(statement, *options):
+    """The modules that a statement adds to those of a fresh interpreter."""
+    code = f"import os, sys; before = set(sys.modules); {statement}; print(*sorted(set(sys.modules) - before))"
+    command = [sys.executable, *options, "-c", code]
+    environment = {"PYTHONPATH": str(ROOT.parent), "PATH": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_what_runs_at_every_interpreter_start_imports_nothing_else():
+    """With -S no other package's start-up code runs, so that these modules are all that the statement loads."""
+    statement = "import vs2_plugin, vs2_plugin.harness.autoload as hook; hook.install(); hook.is_active()"
+    assert new_modules(statement, "-S") == {"vs2_plugin", "vs2_plugin.harness", "vs2_plugin.harness.autoload"}
+
+
+def test_the_package_itself_is_light():
+    assert new_modules("import vs2_plugin; dir(vs2_plugin); vs2_plugin.__version__", "-S") == {"vs2_plugin"}
+
+
+LIGHT = ["cli.main", "checkpoint.store", "data.splits", "errors", "hookspecs", "method", "modelstring", "plugins"]
+LIGHT += ["steering.builtin"]
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_what_is_read_before_anything_is_loaded_imports_no_torch(name):
+    loaded = new_modules(f"import vs2_plugin.{name}")
+    assert f"vs2_plugin.{name}" in loaded
+    assert loaded & {"torch", "numpy", "open_clip", "clip_benchmark", "safetensors", "PIL"} == set()
+
+
+def test_reading_a_model_string_imports_no_torch():
+    loaded = new_modules(
+        "from vs2_plugin.plugins import Registry; from vs2_plugin.steering import builtin; from vs2_plugin.modelstring import parse; "
+        "known = Registry(); known.add_plugin('built in', builtin); parse('vs2:ViT-B-32@gamma=2', known)"
+    )
+    assert "vs2_plugin.modelstring" in loaded
+    assert "torch" not in loaded
+
+
+def test_every_public_name_resolves_and_is_documented():
+    assert sorted(vs2_plugin.__all__) == dir(vs2_plugin)
+    assert len(vs2_plugin.__all__) > 10
+    for name in vs2_plugin.__all__:
+        value = getattr(vs2_plugin, name)
+        if name not in ("__version__", "hookimpl"):  # a string, and pluggy's marker
+            assert inspect.getdoc(value), name
+            assert value.__module__ == vs2_plugin._HOME[name], name
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'vs2_plugin' has no attribute 'nope'"):
+        vs2_plugin.nope  # noqa: B018
+
+
+def defined_in(tree):
+    """The top-level names of a module, with the node that defines or imports each."""
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name, node
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((alias.asname or alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.Assign):
+            names = (name for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name))
+            yield from ((name.id, node) for name in names)
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "__init__.py"])
+def test_what_a_module_lists_is_there_and_documented(module):
+    tree = ast.parse((ROOT / module).read_text(encoding="utf-8"))
+    defined = dict(defined_in(tree))
+    listed = ast.literal_eval(defined["__all__"].value) if "__all__" in defined else []
+    assert set(listed) <= defined.keys()
+    for name in listed:
+        if isinstance(defined[name], (ast.FunctionDef, ast.ClassDef)):
+            assert ast.get_docstring(defined[name]), name
