@@ -87,7 +87,8 @@ def test_what_is_read_before_anything_is_loaded_imports_no_torch(name):
 
 def test_reading_a_model_string_imports_no_torch():
     loaded = new_modules(
-        "from vs2_plugin.plugins import Registry; from vs2_plugin.steering import builtin; from vs2_plugin.modelstring import parse; "
+        "from vs2_plugin.plugins import Registry; from vs2_plugin.steering import builtin; "
+        "from vs2_plugin.modelstring import parse; "
         "known = Registry(); known.add_plugin('built in', builtin); parse('vs2:ViT-B-32@gamma=2', known)"
     )
     assert "vs2_plugin.modelstring" in loaded

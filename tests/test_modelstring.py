@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vs2_plugin.errors import ModelStringError, PluginError
-from vs2_plugin.method import Method, Option
+from vs2_plugin.method import COMMON, Method, Option
 from vs2_plugin.modelstring import is_steered, parse
 from vs2_plugin.plugins import Registry
 
@@ -16,12 +16,12 @@ TOY = Method(
         Option("count", int, 3, minimum=1),
         Option("rule", str, "majority", choices=("majority", "query")),
         Option("word", str),
-        Option("gate", bool, False),
+        Option("flag", bool, False),
         Option("ratio", float, 0.5),
     ],
     aliases=("toy++",),
 )
-PLAIN = Method("plain", print)
+PLAIN = Method("plain", print, needs_checkpoint=False)
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,8 @@ VALID = [
     ("toy:ViT-B-32@~/saes/mine", "ViT-B-32", "~/saes/mine", {}),
     ("toy:ViT-B-32@count=7", "ViT-B-32", None, {"count": 7}),
     ("toy:ViT-B-32@mine@count=7@ratio=-1e-3", "ViT-B-32", "mine", {"count": 7, "ratio": -0.001}),
-    ("toy:ViT-B-32@rule=query@gate=true", "ViT-B-32", None, {"rule": "query", "gate": True}),
-    ("toy:ViT-B-32@gate=0", "ViT-B-32", None, {"gate": False}),
+    ("toy:ViT-B-32@rule=query@flag=true", "ViT-B-32", None, {"rule": "query", "flag": True}),
+    ("toy:ViT-B-32@flag=0", "ViT-B-32", None, {"flag": False}),
     ("toy:ViT-B-32@word=a=b/c", "ViT-B-32", None, {"word": "a=b/c"}),
     ("toy:ViT-B-32@word=", "ViT-B-32", None, {"word": ""}),
     ("toy++:ViT-B-32", "ViT-B-32", None, {}),
@@ -79,7 +79,7 @@ INVALID = [
     ("toy:ViT-B-32@ mine", ("checkpoint ' mine'",)),
     (
         "toy:ViT-B-32@cuont=2",
-        ("unknown option 'cuont' of toy", "did you mean 'count'?", "Options: count, rule, word, gate, ratio"),
+        ("unknown option 'cuont' of toy", "did you mean 'count'?", "Options: count, rule, word, flag, ratio"),
     ),
     ("toy:ViT-B-32@=2", ("unknown option ''", "Options: count")),
     ("toy:ViT-B-32@Count=2", ("unknown option 'Count'", "did you mean 'count'?")),
@@ -90,7 +90,7 @@ INVALID = [
     ("toy:ViT-B-32@count=", ("option count=''", "a whole number, at least 1")),
     ("toy:ViT-B-32@ratio=nan", ("option ratio='nan'", "a number")),
     ("toy:ViT-B-32@rule=any", ("option rule='any'", "majority or query")),
-    ("toy:ViT-B-32@gate=yes", ("option gate='yes'", "true or false")),
+    ("toy:ViT-B-32@flag=yes", ("option flag='yes'", "true or false")),
 ]
 
 # The built-in vs2, as everybody has it.
@@ -98,6 +98,8 @@ INVALID_VS2 = [
     ("vs2:ViT-B-32@gama=2", ("unknown option 'gama' of vs2", "did you mean 'gamma'?", "Options: gamma, lam, alpha")),
     ("vs2:ViT-B-32@lam=-1", ("option lam='-1'", "a number from 0 to 1000")),
     ("vs2:ViT-B-32@gamma=inf", ("option gamma='inf'", "a number from -1000 to 1000")),
+    ("vs2:ViT-B-32@gate=1", ("option gate='1'", "a number from 0.01 to 0.995")),
+    ("vs2:ViT-B-32@blocks=10,11", ("option blocks='10,11'", "block numbers counted from 0 and joined by +", "or all")),
     ("vs2:ViT-B-32@alpha=1@gamma=2", ("options 'alpha' and 'gamma' exclude each other",)),
     ("vs2:ViT-B-32@lam=1@alpha=1", ("options 'alpha' and 'lam' exclude each other",)),
 ]
@@ -127,9 +129,11 @@ def test_invalid_strings_of_vs2_are_refused_by_name(text, parts):
 
 
 def test_options_have_defaults_filled_in_and_excluded_ones_unset():
-    assert parse("vs2:ViT-B-32").options == {"gamma": 1.5, "lam": 2.1, "alpha": None}
-    assert parse("vs2:ViT-B-32@lam=1").options == {"gamma": 1.5, "lam": 1.0, "alpha": None}
-    assert parse("vs2:ViT-B-32@alpha=0.8").options == {"gamma": None, "lam": None, "alpha": 0.8}
+    common = {option.name: option.default for option in COMMON}
+    assert parse("vs2:ViT-B-32").options == {"gamma": 1.5, "lam": 2.1, "alpha": None, **common}
+    assert parse("vs2:ViT-B-32@lam=1").options == {"gamma": 1.5, "lam": 1.0, "alpha": None, **common}
+    assert parse("vs2:ViT-B-32@alpha=0.8").options == {"gamma": None, "lam": None, "alpha": 0.8, **common}
+    assert parse("vs2:ViT-B-32@gate=0.9@blocks=10+11").options["gate"] == 0.9
 
 
 def test_a_method_that_two_plugins_claim_is_a_plugin_error(known):
@@ -138,7 +142,7 @@ def test_a_method_that_two_plugins_claim_is_a_plugin_error(known):
         parse("toy:ViT-B-32", known)
 
 
-PIECES = ["toy", "toy++", "plain", ":", "@", "=", "count", "ratio", "rule", "gate", "word", "mine", "ViT-B-32"]
+PIECES = ["toy", "toy++", "plain", ":", "@", "=", "count", "ratio", "rule", "flag", "word", "mine", "ViT-B-32"]
 PIECES += ["hf-hub:", "a/b", "local-dir:", "1", "-2.5e3", "9" * 30, "nan", "true", "query", "_", " ", "\n", "é"]
 
 
@@ -159,7 +163,7 @@ OPTIONS = st.fixed_dictionaries(
         "count": st.integers(1, 10**15),
         "ratio": st.floats(allow_nan=False, allow_infinity=False),
         "rule": st.sampled_from(["majority", "query"]),
-        "gate": st.sampled_from(["true", "false"]),
+        "flag": st.sampled_from(["true", "false"]),
     },
 )
 
@@ -176,7 +180,7 @@ def test_every_well_formed_string_is_read_as_written(known, backbone, checkpoint
     text = f"toy:{backbone}" + (f"@{checkpoint}" if checkpoint else "")
     found = parse(text + "".join(f"@{key}={value}" for key, value in options.items()), known)
     assert (found.backbone, found.checkpoint) == (backbone, checkpoint)
-    assert {key: str(value).lower() if key == "gate" else value for key, value in found.given.items()} == options
+    assert {key: str(value).lower() if key == "flag" else value for key, value in found.given.items()} == options
     assert parse(str(found), known) == found
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from vs2_plugin.errors import PluginError
 
-__all__ = ["Method", "Option", "Scalar"]
+__all__ = ["COMMON", "Method", "Option", "Scalar"]
 
 Scalar = float | int | str | bool
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
@@ -44,6 +44,8 @@ class Option:
     """Largest accepted number."""
     choices: tuple[Scalar, ...] | None = None
     """The accepted values, where they can be listed."""
+    pattern: tuple[str, str] | None = None
+    """For a word: a regular expression that it must match, and what that is in words."""
     excludes: tuple[str, ...] = ()
     """Keys that may not be given beside this one."""
     help: str = ""
@@ -52,8 +54,10 @@ class Option:
     def __post_init__(self) -> None:
         if not _NAME.match(self.name):
             raise PluginError(f"option name {self.name!r} is not lower-case letters, digits and '_'")
-        if self.type not in _TYPES:
+        if self.type not in list(_TYPES):
             raise PluginError(f"option {self.name!r} has type {self.type!r}; expected float, int, str or bool")
+        if None not in (self.minimum, self.maximum) and self.minimum > self.maximum:
+            raise PluginError(f"option {self.name!r}: its minimum {self.minimum} is above its maximum {self.maximum}")
         if self.default is not None and self.check(self.default) is not None:
             raise PluginError(f"option {self.name!r}: its default {self.default!r} is not {self.check(self.default)}")
 
@@ -70,21 +74,22 @@ class Option:
 
     def check(self, value: Scalar) -> str | None:
         """What was expected, if ``value`` is not acceptable; else None."""
-        bad = self.choices is not None and value not in self.choices
-        if self.type in (float, int) and not bad:
-            bad = (
-                isinstance(value, bool)
-                or not isinstance(value, (int, float))
-                or not math.isfinite(value)
-                or (self.minimum is not None and value < self.minimum)
-                or (self.maximum is not None and value > self.maximum)
-            )
-        return self.accepted() if bad else None
+        kinds = (int, float) if self.type is float else self.type
+        good = isinstance(value, kinds) and (self.type is bool or not isinstance(value, bool))
+        good = good and (self.choices is None or value in self.choices)
+        good = good and (self.pattern is None or re.fullmatch(self.pattern[0], str(value)) is not None)
+        if good and self.type in (float, int):
+            good = self.minimum is None or value >= self.minimum
+            good = good and (self.maximum is None or value <= self.maximum)
+            good = good and (isinstance(value, int) or math.isfinite(value))
+        return None if good else self.accepted()
 
     def accepted(self) -> str:
         """The accepted values in words."""
         if self.choices is not None:
             return " or ".join(str(choice) for choice in self.choices)
+        if self.pattern is not None:
+            return self.pattern[1]
         words = f"a {_TYPES[self.type]}" if self.type is not bool else _TYPES[bool]
         if self.minimum is not None and self.maximum is not None:
             return f"{words} from {self.minimum:g} to {self.maximum:g}"
@@ -100,6 +105,19 @@ class Option:
         return f"{self.accepted()} ({default})"
 
 
+#: What every method that steers along a checkpoint understands, whoever wrote it; its builder does not see these.
+COMMON = (
+    Option(
+        "blocks", str, None, pattern=(r"all|\d+(\+\d+)*", "block numbers counted from 0 and joined by + (10+11), or all"),
+        help="where to steer; by default the last site of the checkpoint",
+    ),
+    Option(
+        "gate", float, None, minimum=0.01, maximum=0.995,
+        help="steer only images whose FVU is within this quantile of the held-out training activations",
+    ),
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Method:
     """A steering method, as a plugin offers it.
@@ -108,6 +126,9 @@ class Method:
     and returns the steering: a callable from activations ``[batch, d]`` (float32) to activations of the same shape.
     It may be an ``nn.Module``, which then moves between devices with the model. A steering may carry an attribute
     ``facts``, a mapping of flat scalars that is added to the results' metrics.
+
+    A method that steers along a checkpoint has the options of :data:`COMMON` too: the site and the gate are the
+    same for all, and applied around what ``build`` returns.
     """
 
     name: str
@@ -115,7 +136,7 @@ class Method:
     build: Callable[..., Any]
     """The builder; see above. Its first argument is a :class:`vs2_plugin.Context`."""
     options: tuple[Option, ...] | list[Option] = ()
-    """The accepted ``@key=value`` options."""
+    """The ``@key=value`` options of its own."""
     summary: str = ""
     """One line for ``vs2 methods``."""
     aliases: tuple[str, ...] = ()
@@ -138,10 +159,15 @@ class Method:
         if self.labels not in ("none", "train", "oracle"):
             raise PluginError(f"method {self.name!r}: labels is {self.labels!r}; expected none, train or oracle")
         object.__setattr__(self, "options", tuple(self.options))
-        by_name = {option.name: option for option in self.options}
-        if len(by_name) != len(self.options):
-            raise PluginError(f"method {self.name!r}: two options share a name")
+        by_name = {option.name: option for option in self.all_options}
+        if len(by_name) != len(self.all_options):
+            raise PluginError(f"method {self.name!r}: two options share a name, or take that of a common one (blocks, gate)")
         object.__setattr__(self, "_by_name", by_name)
+
+    @property
+    def all_options(self) -> tuple[Option, ...]:
+        """Its own options and the common ones."""
+        return (*self.options, *COMMON) if self.needs_checkpoint else tuple(self.options)
 
     def option(self, name: str) -> Option | None:
         """The option of that name, or None."""
@@ -150,4 +176,4 @@ class Method:
     def fill(self, given: Mapping[str, Scalar]) -> dict[str, Scalar | None]:
         """Every option's value: the given ones, defaults for the rest. A given option unsets those it excludes."""
         unset = {name for key in given for name in self._by_name[key].excludes}
-        return {o.name: given.get(o.name, None if o.name in unset else o.default) for o in self.options}
+        return {o.name: given.get(o.name, None if o.name in unset else o.default) for o in self.all_options}

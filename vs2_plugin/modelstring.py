@@ -76,7 +76,7 @@ def parse(text: str, known: Registry | None = None) -> ModelString:
     2.0
     >>> parse("vs2:ViT-B-32@gama=2")
     Traceback (most recent call last):
-    vs2_plugin.errors.ModelStringError: model 'vs2:ViT-B-32@gama=2': unknown option 'gama' of vs2, did you mean 'gamma'? Options: gamma, lam, alpha
+    vs2_plugin.errors.ModelStringError: model 'vs2:ViT-B-32@gama=2': unknown option 'gama' of vs2, did you mean 'gamma'? Options: gamma, lam, alpha, blocks, gate
     """
     known = known or registry()
 
@@ -117,7 +117,7 @@ def parse(text: str, known: Registry | None = None) -> ModelString:
             continue
         option = method.option(key)
         if option is None:
-            names = [o.name for o in method.options]
+            names = [o.name for o in method.all_options]
             options = f"Options: {', '.join(names)}" if names else f"{method.name} has no options"
             hint = _did_you_mean(key, names)
             raise wrong(f"unknown option {key!r} of {method.name}{hint or '.'} {options}")

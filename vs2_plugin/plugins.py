@@ -49,7 +49,10 @@ class Registry:
             manager.check_pending()  # a misspelled hook is an error, not silence
             if not manager.hook.vs2_methods.get_hookimpls():
                 raise PluginError("it implements no hook; expected a function vs2_methods marked with @hookimpl")
-            found = [method for answer in manager.hook.vs2_methods() for method in answer]
+            answers = manager.hook.vs2_methods()
+            if not answers:  # pluggy leaves out None
+                raise PluginError("vs2_methods() returned nothing; expected a list of vs2_plugin.Method")
+            found = [method for answer in answers for method in answer]
             for method in found:
                 if not isinstance(method, Method):
                     raise PluginError(f"vs2_methods() gave {method!r}; expected vs2_plugin.Method")

@@ -231,12 +231,12 @@ def test_what_open_clip_raises_becomes_one_line(tmp_path):
     (tmp_path / "open_clip_config.json").write_text("{ not json\n")
     with pytest.raises(TowerError) as error:
         load_backbone(f"local-dir:{tmp_path}", "ignored")
-    assert f"could not load local-dir:{tmp_path}: " in str(error.value)
+    assert str(error.value).startswith(f"could not load local-dir:{tmp_path} ")
     assert "\n" not in str(error.value)
 
 
 def test_weights_that_cannot_be_read_are_named(tmp_path):
     broken = tmp_path / "weights.pt"
     broken.write_bytes(os.urandom(64))
-    with pytest.raises(TowerError, match=r"could not load RN50 with weights '.*weights.pt': \w+Error"):
+    with pytest.raises(TowerError, match=r"could not load RN50 with weights '.*weights\.pt'.*: \w+Error"):
         load_backbone("RN50", str(broken))

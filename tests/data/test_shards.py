@@ -1,7 +1,6 @@
 import http.server
 import io
 import shutil
-import tarfile
 import threading
 from functools import partial
 from pathlib import Path
@@ -152,7 +151,8 @@ def cut_in_an_image(folder):
 DAMAGE = [
     (
         no_listing,
-        "no file {folder}/nshards.txt; expected webdataset shards there: nshards.txt holding their number, and 0.tar",
+        "no readable file {folder}/nshards.txt (No such file or directory); expected webdataset shards there: nshards.txt "
+        "holding their number, and 0.tar",
     ),
     (wordy_listing, "{folder}/nshards.txt does not hold the number of shards"),
     (binary_listing, "{folder}/nshards.txt does not hold the number of shards"),
@@ -176,7 +176,7 @@ def test_damaged_shards_are_named(damage, message, shards, picture):
 
 def test_a_split_that_is_not_there_is_named(shards, picture):
     root = shards({"a.png": picture(1)})
-    with pytest.raises(DataError, match=r"no file .*valid/nshards\.txt"):
+    with pytest.raises(DataError, match=r"no readable file .*valid/nshards\.txt"):
         open_shards(root, "valid", grey)
 
 
@@ -185,9 +185,6 @@ def test_shards_without_images_are_refused(shards):
         open_shards(shards({"a.cls": b"1"}, {"b.gif": b"GIF89a"}), "train", grey)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="tarfile ends at a bad header in silence, so images are missing"
-)
 def test_a_damaged_header_between_images_is_noticed(shards, picture):
     root = shards({f"{i}.png": picture(i) for i in range(3)})
     file = Path(root) / "train" / "0.tar"
@@ -203,13 +200,12 @@ def test_a_damaged_header_between_images_is_noticed(shards, picture):
 COMPRESSED = "compressed shards, which clip_benchmark reads, are indexed by offsets into the uncompressed stream"
 
 
-@pytest.mark.xfail(strict=True, raises=DataError, reason=COMPRESSED)
-def test_compressed_shards_are_read(shards, picture):
+def test_a_compressed_shard_is_refused_with_what_is_expected(shards, picture):
     root = shards({"a.png": picture(1)}, mode="w:gz")
-    assert greys([open_shards(root, "train", grey)[0]]) == [1]
+    with pytest.raises(DataError, match="expected an uncompressed tar file"):
+        open_shards(root, "train", grey)
 
 
-@pytest.mark.xfail(strict=True, raises=EOFError, reason="tarfile raises EOFError for a cut compressed file")
 def test_a_cut_compressed_shard_is_named(shards, picture):
     root = shards({"a.png": picture(1)}, mode="w:gz")
     file = Path(root) / "train" / "0.tar"
@@ -269,7 +265,7 @@ def test_remote_shards_are_streamed_once_and_in_order(num_workers, serve, shards
     images = open_images("wds/x", serve, "train", grey)
     assert isinstance(images.source, RemoteShards)
     assert images.count is None
-    assert images.fingerprint == [f"{serve}/train/{index}.tar" for index in range(3)]
+    assert images.fingerprint == [[f"{serve}/train/{index}.tar" for index in range(3)], None]
     assert read_all(images, num_workers) == [1, 2, 3, 4]
 
 
@@ -283,14 +279,12 @@ def test_the_first_of_several_images_is_streamed_as_clip_benchmark_does(serve, s
     assert read_all(open_images("wds/x", serve, "train", grey)) == [2]
 
 
-@pytest.mark.xfail(strict=True, reason="webdataset's decode() applies its default handlers to every member")
 @pytest.mark.parametrize("members", [{"a.cls": b"garbage"}, {"a.json": b"{"}, {"a.txt": b"\xff"}], ids=str)
 def test_labels_of_remote_shards_are_never_read(members, serve, shards, picture):
     shards({"a.png": picture(1), **members})
     assert read_all(open_images("wds/x", serve, "train", grey)) == [1]
 
 
-@pytest.mark.xfail(strict=True, reason="wds_cache_dir is handed to data sets that have no shards, and to no others")
 def test_remote_shards_are_kept_in_the_cache_folder_asked_for(serve, shards, picture, tmp_path):
     shards({"a.png": picture(1)})
     (tmp_path / "cache").mkdir()
@@ -311,9 +305,7 @@ def test_a_listing_that_is_no_number_behind_a_url_is_named(serve, shards, pictur
         open_images("wds/x", serve, "train", grey)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=tarfile.ReadError, reason="a TarError is no OSError, so batches() lets it through"
-)
+# Which of the two notices the missing shard first, curl's exit code or tarfile, differs from run to run.
 def test_a_missing_shard_behind_a_url_is_a_data_error(serve, shards, picture, tmp_path):
     shards({"a.png": picture(1)}, {"b.png": picture(2)})
     (tmp_path / "train" / "1.tar").unlink()

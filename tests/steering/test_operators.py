@@ -4,7 +4,7 @@ import torch
 from vs2_plugin.plugins import find_plugins
 from vs2_plugin.steering.builtin import build_vs2, strength
 from vs2_plugin.steering.context import Context
-from vs2_plugin.steering.operators import VisualSparseSteering, keep_norm, vs2_steer
+from vs2_plugin.steering.operators import SparseSteering, amplified, keep_norm, vs2_steer
 
 
 @pytest.fixture(scope="module", params=["relu", "abs"])
@@ -93,13 +93,23 @@ def test_an_empty_batch_stays_empty(sae):
     assert vs2_steer(torch.zeros(0, 32), sae, 1.05).shape == (0, 32)
 
 
+@pytest.mark.parametrize("gamma", [1.5, 0.0, -1.0])
+def test_the_amplified_reconstruction_takes_the_place_of_the_activation(gamma, sae, x):
+    """``x̂ = D(γ c)`` (arXiv 2506.01247, REC_F+γ)."""
+    latents = sae.encode(x)
+    torch.testing.assert_close(amplified(x, sae, gamma), sae.decode(latents._replace(values=gamma * latents.values)))
+    assert torch.equal(amplified(x, sae, 1.0), sae(x))
+    assert torch.equal(amplified(x, sae, 0.0), sae.b_dec.expand_as(x))
+
+
 # ---- the built-in method
 
 
 def build(sae, **given):
     method = find_plugins().method("vs2")
     context = Context(torch.nn.Identity(), "visual", 32, sae, torch.zeros(32), {})
-    return method.build(context, **method.fill(given))
+    options = method.fill(given)
+    return method.build(context, **{option.name: options[option.name] for option in method.options})
 
 
 def test_alpha_is_all_that_matters_of_gamma_and_lam(sae, x):
@@ -110,13 +120,13 @@ def test_alpha_is_all_that_matters_of_gamma_and_lam(sae, x):
 
 
 def test_the_defaults_are_the_best_pair_of_the_paper(sae):
-    assert build(sae).alpha == strength(1.5, 2.1, None) == pytest.approx(1.05)
+    assert build(sae).facts["alpha"] == strength(1.5, 2.1, None) == pytest.approx(1.05)
     assert strength(None, None, 0.8) == strength(7.0, 7.0, 0.8) == 0.8
 
 
 def test_the_built_steering_holds_its_sae_and_tells_its_strength(sae, x):
     steering = build_vs2(Context(torch.nn.Identity(), "visual", 32, sae), None, None, 0.5)
-    assert isinstance(steering, VisualSparseSteering)
+    assert isinstance(steering, SparseSteering)
     assert dict(steering.facts) == {"alpha": 0.5}
     assert {name.partition(".")[0] for name in steering.state_dict()} == {"sae"}
     assert torch.equal(steering(x), vs2_steer(x, sae, 0.5))

@@ -54,6 +54,12 @@ class SiteFacts:
     files: dict[str, str]
     """File name -> SHA-256, for each file of the SAE."""
 
+    @property
+    def block(self) -> int | None:
+        """The number of the block, counted from 0; None at the output embedding."""
+        number = self.hookpoint.rpartition(".")[2]
+        return int(number) if number.isdigit() else None
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -102,10 +108,11 @@ class Checkpoint:
             sites = [SiteFacts(**{f.name: site[f.name] for f in fields(SiteFacts)}) for site in facts["sites"]]
             names = ("backbone", "pretrained", "tower", "data", "created")
             found = cls(folder=folder, digest=_digest(facts), sites=sites, **{name: facts[name] for name in names})
+            whole = bool(sites) and all(len(site.mean) == site.width for site in sites)
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is damaged: {type(error).__name__} {error}; train the checkpoint again") from error
-        if not sites or any(len(site.mean) != site.width for site in sites):
-            raise CheckpointError(f"{path} is damaged: a site without SAE or with a mean of another width")
+        if not whole:
+            raise CheckpointError(f"{path} is damaged: no sites, or a mean of another width; train the checkpoint again")
         return found
 
     @property
@@ -118,18 +125,24 @@ class Checkpoint:
         """Whether it was trained on the images that are evaluated."""
         return bool(self.data.get("transductive"))
 
-    def site(self, hookpoint: str | None = None) -> SiteFacts:
-        """The SAE at ``hookpoint``; by default the last one of the tower.
+    def select(self, blocks: str | None = None) -> list[SiteFacts]:
+        """The SAEs at ``blocks``: numbers joined by ``+``, ``all``, or None for the last site of the checkpoint.
 
         Raises:
-            CheckpointError: the checkpoint has none there.
+            CheckpointError: it has none there.
         """
-        if hookpoint is None:
-            return self.sites[-1]
-        for site in self.sites:
-            if site.hookpoint == hookpoint:
-                return site
-        raise CheckpointError(f"checkpoint {self.name!r} has no SAE at {hookpoint}; it has {', '.join(s.hookpoint for s in self.sites)}")
+        if blocks is None:
+            return [self.sites[-1]]
+        at_blocks = {site.block: site for site in self.sites if site.block is not None}
+        wanted = sorted(at_blocks) if blocks == "all" else sorted({int(number) for number in blocks.split("+")})
+        missing = [str(number) for number in wanted if number not in at_blocks]
+        if missing or not wanted:
+            there = " ".join(map(str, sorted(at_blocks))) or f"none, only {self.sites[-1].hookpoint}"
+            raise CheckpointError(
+                f"checkpoint {self.name!r} has no SAE at block {' '.join(missing) or blocks} (its blocks: {there}); train them with "
+                f"vs2-train-sae --blocks {' '.join(map(str, wanted)) or 'all'}"
+            )
+        return [at_blocks[number] for number in wanted]
 
     def require_tower(self, tower: Tower) -> None:
         """Refuse a tower other than the one that the SAEs were trained on.
@@ -218,8 +231,14 @@ def save_checkpoint(
         if folder.exists():
             aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
             os.replace(folder, aside / folder.name)
-            os.replace(scratch, folder)
-            shutil.rmtree(aside, ignore_errors=True)
+            try:
+                os.replace(scratch, folder)
+            except OSError:
+                (aside / folder.name).rename(folder)
+                raise
+            finally:
+                if folder.exists():
+                    shutil.rmtree(aside, ignore_errors=True)
         else:
             os.replace(scratch, folder)
     finally:

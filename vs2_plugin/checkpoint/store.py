@@ -53,7 +53,7 @@ class Store:
         """The store at ``root``, else at ``$VS2_STORE``, else in the platform's cache folder."""
         chosen = root or os.environ.get(ENVIRONMENT_VARIABLE)
         if chosen:
-            return cls(Path(chosen).expanduser())
+            return cls(_expand(chosen))
         from platformdirs import user_cache_dir
 
         return cls(Path(user_cache_dir("vs2-plugin", appauthor=False)))
@@ -86,10 +86,10 @@ class Store:
             CheckpointError: it is damaged.
         """
         here = self.checkpoints / name
-        if (here / MANIFEST).is_file():
+        if _is_checkpoint(here):
             return Checkpoint.open(here)
-        elsewhere = Path(name).expanduser()
-        if (elsewhere / MANIFEST).is_file():
+        elsewhere = _expand(name)
+        if _is_checkpoint(elsewhere):
             return Checkpoint.open(elsewhere)
         names = ", ".join(self.names()) or "none"
         raise CheckpointNotFound(f"no SAE checkpoint {name!r} in the store {self.root} (there: {names}), and no such folder")
@@ -101,7 +101,8 @@ class Store:
 
     def remove(self, name: str) -> int:
         """Delete a checkpoint. Returns the bytes freed. Raises CheckpointNotFound if there is none."""
-        folder = self.folder(name)
+        # A folder that somebody put here by hand may have any name.
+        folder = self.checkpoints / name if name in self.names() else self.folder(name)
         if not folder.is_dir():
             raise CheckpointNotFound(f"no SAE checkpoint {name!r} in the store {self.root} (there: {', '.join(self.names()) or 'none'})")
         return _delete(folder)
@@ -109,6 +110,20 @@ class Store:
     def remove_cache(self) -> int:
         """Delete all cached activations. Returns the bytes freed."""
         return sum(_delete(folder) for folder in list(self.cached()))
+
+
+def _expand(path: str | Path) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # a home folder of nobody
+        return Path(path)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    try:
+        return (folder / MANIFEST).is_file()
+    except OSError:  # a name too long for the file system
+        return False
 
 
 def folder_size(folder: Path) -> int:

@@ -61,7 +61,12 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _methods(args: argparse.Namespace) -> int:
+    from vs2_plugin.method import COMMON
     from vs2_plugin.plugins import registry
+
+    def show(option) -> None:
+        excludes = f", not with {' or '.join(option.excludes)}" if option.excludes else ""
+        print(f"    @{option.name}={option.type.__name__:<6} {option.describe()}{excludes}. {option.help}")
 
     known = registry()
     for name, method in known.methods.items():
@@ -69,8 +74,10 @@ def _methods(args: argparse.Namespace) -> int:
         print(f"{name}:{aliases}  {method.summary}")
         print(f"    from {known.owners[name]}; labels used: {method.labels}; {'steers along an SAE checkpoint' if method.needs_checkpoint else 'needs no checkpoint'}")
         for option in method.options:
-            excludes = f", not with {' or '.join(option.excludes)}" if option.excludes else ""
-            print(f"    @{option.name}={option.type.__name__:<6} {option.describe()}{excludes}. {option.help}")
+            show(option)
+    print("every method that steers along an SAE checkpoint has:")
+    for option in COMMON:
+        show(option)
     for name, claimants in known.conflicts.items():
         print(f"vs2: error: method {name!r} is claimed by {' and '.join(claimants)}; uninstall one of them", file=sys.stderr)
     for plugin, problem in known.broken.items():
@@ -91,7 +98,7 @@ def _store_list(args: argparse.Namespace) -> None:
     store = Store.default(args.store)
     print(f"store {store.root}")
     for name in store.names():
-        folder = store.folder(name)
+        folder = store.checkpoints / name
         try:
             checkpoint = Checkpoint.open(folder)
         except CheckpointError as error:

@@ -124,7 +124,7 @@ def check_backbone(backbone: str, pretrained: str) -> None:
     known = open_clip.list_models()
     name = backbone.replace("/", "-")
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        close = [one for one in known if one.lower() == name.lower()] or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise TowerError(f"open_clip has no model {backbone!r}; {hint}All names: python -c 'import open_clip; print(open_clip.list_models())'")
     if not pretrained or os.path.isfile(pretrained):
@@ -142,6 +142,7 @@ def warn_about_quickgelu(backbone: str, pretrained: str) -> None:
     """Say once, on stderr, that these weights were trained with QuickGELU and this architecture is without."""
     import open_clip
 
+    backbone = backbone.replace("/", "-")  # as open_clip reads it
     if ignores_pretrained(backbone) or (backbone, pretrained) in _warned:
         return
     weights = getattr(open_clip, "get_pretrained_cfg", open_clip.pretrained.get_pretrained_cfg)(backbone, pretrained) or {}

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ __all__ = ["OUTPUT", "Site", "block_sites", "default_site", "Edit", "edit", "edi
 
 OUTPUT = "visual"
 _BLOCKS = "visual.transformer.resblocks"
-#: Name under which a steering module is attached to the module it steers; see :func:`edit`.
+#: Name, before a number, under which a steering module is attached to the module it steers; see :func:`edit`.
 _ATTACHED = "vs2_steering"
 
 Steering = Callable[[Tensor], Tensor]
@@ -139,29 +140,46 @@ def edit(model: nn.Module, site: Site, steering: Steering) -> Edit:
     """Steer the activation at ``site`` in every forward pass until the handle's ``remove()``.
 
     A steering that is an ``nn.Module`` is attached to the module it steers, so that it moves between devices with
-    the model and that ``DataParallel`` replicates both together.
+    the model and that ``DataParallel`` replicates both together. It stays in float32 when the model is cast.
     """
     module = site.module(model)
+    name = None
     if isinstance(steering, nn.Module):
-        module.add_module(_ATTACHED, steering)
+        name = next(name for name in (f"{_ATTACHED}_{n}" for n in count()) if name not in module._modules)
+        module.add_module(name, _Float32(steering))
 
     def hook(module: nn.Module, args: object, output: Tensor | tuple) -> Tensor | tuple:
-        current = module._modules.get(_ATTACHED, steering)  # the replica's own under DataParallel
+        current = module._modules[name] if name else steering  # the replica's own under DataParallel
         return site.write(output, in_float32(current, site.read(output)))
 
-    return Edit(module, module.register_forward_hook(hook))
+    return Edit(module, name, module.register_forward_hook(hook))
+
+
+class _Float32(nn.Module):
+    """A steering module that follows the model to another device, but not to another dtype."""
+
+    def __init__(self, steering: nn.Module) -> None:
+        super().__init__()
+        self.steering = steering
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> _Float32:
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.steering(x)
 
 
 class Edit:
     """A steering in place. :meth:`remove` takes it out again."""
 
-    def __init__(self, module: nn.Module, handle) -> None:
-        self._module, self._handle = module, handle
+    def __init__(self, module: nn.Module, attached: str | None, handle) -> None:
+        self._module, self._attached, self._handle = module, attached, handle
 
     def remove(self) -> None:
         """Take out the hook and what was attached."""
         self._handle.remove()
-        self._module._modules.pop(_ATTACHED, None)
+        if self._attached:
+            self._module._modules.pop(self._attached, None)
 
 
 @contextmanager

@@ -43,9 +43,9 @@ class ActivationCache:
         try:
             facts = json.loads((folder / _FACTS).read_text())
             found = {site: np.load(folder / f"{site.hookpoint}.npy", mmap_mode="r") for site in sites}
-        except (OSError, ValueError):
+            whole = all(array.shape == (facts["count"], site.width) for site, array in found.items())
+        except (OSError, ValueError, EOFError, KeyError, TypeError):  # not there, cut short, or not ours
             return None
-        whole = all(array.shape == (facts["count"], site.width) for site, array in found.items())
         return found if whole else None
 
     @contextmanager

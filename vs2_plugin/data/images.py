@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class TrainingImages:
                     return
         except Vs2Error as error:
             raise DataError(_from_worker(error)) from error
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
+        except Exception as error:  # whatever a data set's own code, PIL or a download raises
             raise DataError(f"cannot read the training images: {type(error).__name__}: {_from_worker(error)}") from error
 
 
@@ -88,33 +89,53 @@ def open_images(
         DataError: the data set, its split or its files are not there.
     """
     name = dataset.removeprefix("wds/")
-    root = root.format(dataset=name, dataset_cleaned=name.replace("/", "-"))
+    try:
+        root = root.format(dataset=name, dataset_cleaned=name.replace("/", "-"))
+    except (KeyError, IndexError, ValueError) as error:
+        raise DataError(f"--dataset_root {root!r}: only {{dataset}} and {{dataset_cleaned}} can be filled in ({error})") from None
     if dataset.startswith("wds/"):
-        source = open_shards(root, split, transform)
-        fingerprint = source.fingerprint()
+        source = open_shards(root, split, transform, wds_cache_dir)
     else:
-        source = _build(dataset, root, split, transform, wds_cache_dir)
-        fingerprint = [type(source).__name__]
+        source = _build(dataset, root, split, transform)
     try:
         total = len(source)
     except TypeError:
-        return TrainingImages(source, None, max_images, fingerprint)
+        total = None
     if total == 0:
         raise DataError(f"the split {split!r} of {dataset} in {root} is empty")
+    fingerprint = source.fingerprint() if hasattr(source, "fingerprint") else _probe(source)
+    if isinstance(source, IterableDataset):  # some streams know their length, and none can be indexed
+        count = total if max_images is None or total is None else min(total, max_images)
+        return TrainingImages(source, count, max_images, [fingerprint, total])
     if max_images is not None and max_images < total:
         chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:max_images].sort().values
         source, fingerprint = Subset(source, chosen.tolist()), [fingerprint, total, max_images, seed]
     return TrainingImages(source, len(source), max_images, [fingerprint, total])
 
 
-def _build(dataset: str, root: str, split: str, transform: Any, wds_cache_dir: str | None) -> Dataset:
+def _probe(source: Dataset) -> list:
+    """What tells most changes of a data set that has no files of its own to look at: its length and a few images."""
+    if isinstance(source, IterableDataset):
+        return [type(source).__name__]
+    digest = hashlib.sha256()
+    try:
+        for index in torch.linspace(0, len(source) - 1, 8).long().tolist():
+            digest.update(_stack_images([source[index]]).numpy().tobytes())
+    except Vs2Error:
+        raise
+    except Exception as error:
+        raise DataError(f"cannot read the training images: {_one_line(error)}") from error
+    return [type(source).__name__, digest.hexdigest()]
+
+
+def _build(dataset: str, root: str, split: str, transform: Any) -> Dataset:
     from clip_benchmark.datasets.builder import build_dataset, get_dataset_default_task
 
     build = inspect.unwrap(build_dataset)  # without the binding of steered models that the harness glue adds
     try:
         return build(
             dataset_name=dataset, root=root, transform=transform, split=split, download=True,
-            task=get_dataset_default_task(dataset), wds_cache_dir=wds_cache_dir,
+            task=get_dataset_default_task(dataset),
         )  # fmt: skip
     except (Exception, SystemExit) as error:  # torchvision, downloads, missing packages: anything
         raise DataError(

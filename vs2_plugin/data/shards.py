@@ -23,21 +23,22 @@ __all__ = ["EXTENSIONS", "LocalShards", "RemoteShards", "open_shards"]
 EXTENSIONS = ("webp", "png", "jpg", "jpeg")
 
 
-def open_shards(root: str, split: str, transform) -> Dataset:
-    """The images of a split, local or remote.
+def open_shards(root: str, split: str, transform, cache_dir: str | None = None) -> Dataset:
+    """The images of a split, local or remote; remote shards are kept in ``cache_dir``, if given.
 
     Raises:
         DataError: no such split, or a shard that cannot be read.
     """
     if "://" in root:
-        return RemoteShards(root, split, transform)
+        return RemoteShards(root, split, transform, cache_dir)
     folder = Path(root) / split
     listing = folder / "nshards.txt"
     try:
         count = int(listing.read_text())
-    except FileNotFoundError:
+    except OSError as error:
         raise DataError(
-            f"no file {listing}; expected webdataset shards there: {listing.name} holding their number, and 0.tar, 1.tar, …"
+            f"no readable file {listing} ({error.strerror}); expected webdataset shards there: {listing.name} holding their "
+            "number, and 0.tar, 1.tar, …"
         ) from None
     except ValueError:
         raise DataError(f"{listing} does not hold the number of shards") from None
@@ -59,7 +60,7 @@ class LocalShards(Dataset):
     def _index(number: int, file: Path) -> list[tuple[int, int, int, str]]:
         best: dict[str, tuple[int, tuple[int, int, int, str]]] = {}
         try:
-            with tarfile.open(file) as tar:
+            with tarfile.open(file, "r:") as tar:  # uncompressed, since images are read by their position
                 for member in tar:
                     folder, slash, name = member.name.rpartition("/")
                     stem, _, extension = name.partition(".")
@@ -68,8 +69,14 @@ class LocalShards(Dataset):
                     key, rank = folder + slash + stem, EXTENSIONS.index(extension.lower())
                     if key not in best or rank < best[key][0]:
                         best[key] = (rank, (number, member.offset_data, member.size, member.name))
-        except (OSError, tarfile.TarError) as error:
-            raise DataError(f"cannot read shard {file}: {error}") from error
+                end = tar.offset
+            # Python takes a damaged header for the end of the archive; the real end is zeros, or nothing.
+            with open(file, "rb") as raw:
+                raw.seek(end)
+                if raw.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                    raise DataError(f"shard {file} is damaged at byte {end}")
+        except (OSError, EOFError, tarfile.TarError) as error:
+            raise DataError(f"cannot read shard {file} (expected an uncompressed tar file): {error}") from error
         return [position for _, position in best.values()]
 
     def __len__(self) -> int:
@@ -82,7 +89,7 @@ class LocalShards(Dataset):
             data = file.read(size)
         try:
             image = Image.open(io.BytesIO(data)).convert("RGB")
-        except OSError as error:
+        except (OSError, ValueError, SyntaxError) as error:  # all three come from PIL
             raise DataError(f"{self.files[number]}: {name} is not a readable image") from error
         return self.transform(image)
 
@@ -94,7 +101,7 @@ class LocalShards(Dataset):
 class RemoteShards(IterableDataset):
     """A stream of preprocessed images out of shards behind a URL, as clip_benchmark reads them."""
 
-    def __init__(self, root: str, split: str, transform) -> None:
+    def __init__(self, root: str, split: str, transform, cache_dir: str | None = None) -> None:
         import requests
 
         metadata = data = root.rstrip("/")
@@ -110,14 +117,14 @@ class RemoteShards(IterableDataset):
         except (requests.RequestException, ValueError) as error:
             raise DataError(f"cannot read {listing} (the number of shards): {error}") from error
         self.urls = [f"{data}/{split}/{index}.tar" for index in range(count)]
-        self.transform = transform
+        self.transform, self.cache_dir = transform, cache_dir
 
     def __iter__(self) -> Iterator:
         import webdataset as wds
 
         pipeline = (
-            wds.WebDataset(self.urls, shardshuffle=False, nodesplitter=lambda urls: urls)
-            .decode(wds.autodecode.ImageHandler("pil", extensions=list(EXTENSIONS)))
+            wds.WebDataset(self.urls, shardshuffle=False, nodesplitter=lambda urls: urls, cache_dir=self.cache_dir)
+            .decode(wds.autodecode.ImageHandler("pil", extensions=list(EXTENSIONS)), only=list(EXTENSIONS))
             .to_tuple(list(EXTENSIONS))
         )
         for (image,) in pipeline:

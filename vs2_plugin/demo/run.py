@@ -15,9 +15,20 @@ from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE
 from vs2_plugin.demo.digits import write_digits
 from vs2_plugin.errors import DataError, Vs2Error
 
-__all__ = ["MODEL", "demo", "prepare"]
+__all__ = ["MODEL", "SYSTEMS", "demo", "prepare"]
 
 MODEL = "local-dir:tiny-clip"
+#: Row of the table -> model string.
+SYSTEMS = {
+    "zero-shot CLIP": MODEL,
+    "VS2": f"vs2:{MODEL}",
+    "VS2, gated at q = 0.99": f"vs2:{MODEL}@gate=0.99",
+    "REC_F, reconstruction": f"rec:{MODEL}",
+    "REC_A, at every block": f"rec:{MODEL}@blocks=all",
+    "REC_F+γ, γ = 1.5": f"amp:{MODEL}",
+    "control: γ = 0": f"amp:{MODEL}@gamma=0",
+    "control: γ = -1": f"amp:{MODEL}@gamma=-1",
+}
 _TINY_CLIP = Path(__file__).parent / "tiny_clip"
 _MINE = ("digits", "tiny-clip", "store", "results")  # all that the demo writes into its folder
 
@@ -51,27 +62,29 @@ def demo(folder: Path, quiet: bool = False) -> None:
     print(f"# 1,797 real handwritten digits (scikit-learn) and a tiny CLIP, trained on printed glyphs only, in {folder}")
     print(f"cd {shlex.quote(str(folder))}; export {ENVIRONMENT_VARIABLE}=store")
     common = ["--dataset", "wds/digits", "--dataset_root", "digits"]
-    _command(folder, environment, quiet, "vs2-train-sae", "--model", MODEL, *common)
+    _command(folder, environment, quiet, "vs2-train-sae", "--model", MODEL, *common, "--blocks", "all")
     _command(
-        folder, environment, quiet, "clip_benchmark", "eval", "--model", MODEL, f"vs2:{MODEL}", "--pretrained", "", *common,
+        folder, environment, quiet, "clip_benchmark", "eval", "--model", *SYSTEMS.values(), "--pretrained", "", *common,
         "--num_workers", "1", "--output", "results/{model}.json", "--quiet",
     )  # fmt: skip
     _command(folder, environment, quiet, "clip_benchmark", "build", "results", "--output", "benchmark.csv")
 
-    rows = [json.loads((folder / "results" / f"{name}.json").read_text())["metrics"] for name in (MODEL, f"vs2:{MODEL}")]
+    rows = [(name, json.loads((folder / "results" / f"{model}.json").read_text())["metrics"]) for name, model in SYSTEMS.items()]
     print()
-    print(table([("zero-shot CLIP", rows[0]), ("VS2", rows[1])]))
+    print(table(rows))
     print(f"\n{time.monotonic() - started:.0f} s. All of it is in {folder}: results/*.json, benchmark.csv, the checkpoint in store/checkpoints.")
 
 
 def table(rows: list[tuple[str, dict]]) -> str:
     """Accuracies in percent, with the change over the first row in points."""
     keys = (("acc1", "top-1 %"), ("acc5", "top-5 %"), ("mean_per_class_recall", "recall %"))
-    lines = ["| 897 test images | " + " | ".join(title for _, title in keys) + " | change of top-1 |", "|---|" + "---:|" * (len(keys) + 1)]
+    titles = [title for _, title in keys] + ["change of top-1", "coverage %"]
+    lines = ["| 897 test images | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(titles)]
     first = rows[0][1]
     for name, metrics in rows:
         change = f"{100 * (metrics['acc1'] - first['acc1']):+.2f}" if metrics is not first else ""
-        lines.append(f"| {name} | " + " | ".join(f"{100 * metrics[key]:.2f}" for key, _ in keys) + f" | {change} |")
+        coverage = f"{100 * metrics['vs2_coverage']:.1f}" if "vs2_coverage" in metrics else ""
+        lines.append(f"| {name} | " + " | ".join(f"{100 * metrics[key]:.2f}" for key, _ in keys) + f" | {change} | {coverage} |")
     return "\n".join(lines)
 
 

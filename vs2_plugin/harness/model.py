@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vs2_plugin import __version__
-from vs2_plugin.checkpoint.manifest import Checkpoint
+from vs2_plugin.checkpoint.manifest import Checkpoint, SiteFacts
 from vs2_plugin.clip.backbone import Loaded, Tower
-from vs2_plugin.clip.sites import Edit, default_site, edit, find_site
+from vs2_plugin.clip.sites import Edit, Site, default_site, edit, find_site
 from vs2_plugin.errors import CheckpointError, ModelStringError, PluginError, Vs2Error
 from vs2_plugin.method import Scalar
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.plugins import registry
 from vs2_plugin.steering.context import Context, Task
+from vs2_plugin.steering.gate import Gate, threshold
 
 __all__ = ["SteeredCLIP"]
 
@@ -36,7 +38,8 @@ class SteeredCLIP(nn.Module):
         self.checkpoint: Checkpoint | None = None
         self._tower = Tower.of(loaded.model, loaded.transform) if spec.method.needs_checkpoint else None
         self._find_checkpoint = find_checkpoint
-        self._edit: Edit | None = None
+        self._edits: list[Edit] = []
+        self._gates: list[Gate] = []
         self._facts: dict[str, Scalar] = {}
         self.eval()
 
@@ -53,23 +56,40 @@ class SteeredCLIP(nn.Module):
             CheckpointError: there is none, or it is of another tower.
             PluginError: the method could not be built.
         """
-        if self._edit is not None:
-            self._edit.remove()
-            self._edit = None
-        method, options = self.spec.method, self.spec.options
-        device = next(self.model.parameters()).device
+        while self._edits:
+            self._edits.pop().remove()
+        self._gates = []
         self.checkpoint = checkpoint = self._find_checkpoint(task)
+        device = next(self.model.parameters()).device
         if checkpoint is None:
-            site, sae, mean, quantiles = default_site(self.model), None, None, None
+            site = default_site(self.model)
+            steerings = [(site, self._build(Context(self.model, site.hookpoint, site.width, task=task)))]
         else:
             checkpoint.require_tower(self._tower)
-            facts = checkpoint.site()
-            site, quantiles = find_site(self.model, facts.hookpoint), facts.fvu_quantiles
-            if site.width != facts.width:
-                raise CheckpointError(f"checkpoint {checkpoint.name!r} has width {facts.width} at {site}, the tower has {site.width}")
-            sae, mean = checkpoint.load(facts)
-            sae, mean = sae.to(device), mean.to(device)
-        context = Context(self.model, site.hookpoint, site.width, sae, mean, quantiles, task)
+            steerings = [self._at(facts, device, task) for facts in checkpoint.select(self.spec.options["blocks"])]
+        # Only now, when all of it could be built, is the tower touched.
+        for site, steering in steerings:
+            if isinstance(steering, nn.Module):
+                steering.to(device).eval()
+            self._edits.append(edit(self.model, site, steering))
+        self._facts = self._describe(steerings)
+
+    def _at(self, facts: SiteFacts, device: torch.device, task: Task | None) -> tuple[Site, Gate]:
+        """The gated steering along one SAE of the checkpoint."""
+        site = find_site(self.model, facts.hookpoint)
+        if site.width != facts.width:
+            raise CheckpointError(f"checkpoint {self.checkpoint.name!r} has width {facts.width} at {site}, the tower has {site.width}")
+        sae, mean = self.checkpoint.load(facts)
+        sae, mean = sae.to(device), mean.to(device)
+        steering = self._build(Context(self.model, site.hookpoint, site.width, sae, mean, facts.fvu_quantiles, task))
+        q = self.spec.options["gate"]
+        gate = Gate(steering, sae, mean, None if q is None else threshold(facts.fvu_quantiles, q))
+        self._gates.append(gate)
+        return site, gate
+
+    def _build(self, context: Context) -> Callable[[Tensor], Tensor]:
+        method = self.spec.method
+        options = {option.name: self.spec.options[option.name] for option in method.options}
         try:
             steering = method.build(context, **options)
         except Vs2Error:
@@ -79,16 +99,14 @@ class SteeredCLIP(nn.Module):
             raise PluginError(f"method {method.name!r} of {owner} could not be built: {type(error).__name__}: {error}") from error
         if not callable(steering):
             raise PluginError(f"method {method.name!r} built {steering!r}; expected a function from activations to activations")
-        if isinstance(steering, nn.Module):
-            steering.to(device).eval()
-        self._edit = edit(self.model, site, steering)
-        self._facts = self._describe(site.hookpoint, options, getattr(steering, "facts", {}))
+        return steering
 
-    def _describe(self, hookpoint: str, options: dict, steering_facts: dict) -> dict[str, Scalar]:
+    def _describe(self, steerings: list[tuple[Site, Callable]]) -> dict[str, Scalar]:
         checkpoint, method = self.checkpoint, self.spec.method
-        facts = {"method": method.name, "version": __version__, "site": hookpoint}
-        facts |= {name: value for name, value in options.items() if value is not None}
-        facts |= steering_facts
+        facts = {"method": method.name, "version": __version__, "site": "+".join(site.hookpoint for site, _ in steerings)}
+        facts |= {name: value for name, value in self.spec.options.items() if value is not None}
+        last = steerings[-1][1]
+        facts |= getattr(last.steering if isinstance(last, Gate) else last, "facts", {})
         labels = [method.labels]
         if checkpoint is not None:
             labels.append(checkpoint.data.get("labels", "none"))
@@ -98,15 +116,25 @@ class SteeredCLIP(nn.Module):
                 "transductive": checkpoint.transductive,
             }
         facts["labels"] = max(labels, key=_LABELS.index)
-        return {f"vs2_{name}": value for name, value in facts.items()}
+        return facts
+
+    def reset_statistics(self) -> None:
+        """Forget the images seen so far; the harness glue calls this before each evaluation."""
+        for gate in self._gates:
+            gate.reset()
 
     def vs2_facts(self) -> dict[str, Scalar]:
-        """What the results' metrics say of the steering, as flat scalars."""
-        return dict(self._facts)
+        """What the results' metrics say of the steering, as flat scalars.
+
+        ``vs2_coverage`` and ``vs2_mean_fvu`` are of the images seen since :meth:`reset_statistics`, at the last
+        of several sites.
+        """
+        seen = self._gates[-1].facts if self._gates else {}
+        return {f"vs2_{name}": value for name, value in {**self._facts, **seen}.items()}
 
     def encode_image(self, image: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The steered image embedding ``[batch, embed_dim]``, in the dtype of the model inside."""
-        if self._edit is None:
+        if not self._edits:
             raise ModelStringError(
                 f"model {str(self.spec)!r} does not know its data set yet; name a checkpoint ({self.spec.method.name}:"
                 f"{self.spec.backbone}@NAME) or pass dataset= to vs2_plugin.load"

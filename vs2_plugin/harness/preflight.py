@@ -8,7 +8,6 @@ import shlex
 from argparse import Namespace
 from collections.abc import Sequence
 
-from vs2_plugin.checkpoint.manifest import MANIFEST
 from vs2_plugin.checkpoint.store import Store, checkpoint_name
 from vs2_plugin.clip.backbone import check_backbone, ignores_pretrained, warn_about_quickgelu
 from vs2_plugin.data.splits import without_training_split
@@ -94,8 +93,7 @@ def _check_output(args: Namespace, output: str, alone: bool) -> None:
 
 def _find(model: ModelString, args: Namespace, store: Store) -> None:
     name = model.checkpoint or checkpoint_name(model.backbone, args.pretrained, args.dataset)
-    if model.checkpoint or not (store.checkpoints / name / MANIFEST).is_file():
-        store.find(name)
+    store.find(name).select(model.options["blocks"])
 
 
 def train_command(backbone: str, pretrained: str, dataset: str, args: Namespace | None = None) -> str:

@@ -122,15 +122,15 @@ def _patch_metrics(module: ModuleType) -> None:
     @functools.wraps(stock)
     def evaluate(*args, **kwargs):
         arguments = signature.bind(*args, **kwargs)
-        facts_of = getattr(arguments.arguments["model"], "vs2_facts", None)
-        if facts_of is None:
+        model = arguments.arguments["model"]
+        if not hasattr(model, "vs2_facts"):
             return stock(*args, **kwargs)
-        facts = facts_of()
+        model.reset_statistics()
         if "model_id" in arguments.arguments:
             # The linear probe caches features under this name: another checkpoint must not find them.
-            arguments.arguments["model_id"] += f"-{facts.get('vs2_checkpoint_digest', 'vs2')}"
+            arguments.arguments["model_id"] += f"-{model.vs2_facts().get('vs2_checkpoint_digest', 'vs2')}"
         metrics = stock(*arguments.args, **arguments.kwargs)
-        return {**metrics, **facts} if isinstance(metrics, dict) else metrics
+        return {**metrics, **model.vs2_facts()} if isinstance(metrics, dict) else metrics
 
     module.evaluate = evaluate
 

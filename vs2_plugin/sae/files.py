@@ -55,16 +55,17 @@ def load_sae(folder: Path | str) -> TopKSAE:
     if not isinstance(facts, dict):
         raise CheckpointError(f"{folder / CONFIG_FILE} holds {type(facts).__name__}; expected an object")
 
+    activation = str(facts.get("activation", "topk"))
     unsupported = [key for key in ("skip_connection", "transcode") if facts.get(key)]
     known = {name: ours for ours, name in _ACTIVATION_NAMES.items()}
-    if unsupported or facts.get("activation", "topk") not in known:
-        what = unsupported[0] if unsupported else f"activation {facts['activation']!r}"
+    if unsupported or activation not in known:
+        what = unsupported[0] if unsupported else f"activation {activation!r}"
         raise CheckpointError(f"the SAE in {folder} has {what}; expected a plain top-k SAE (activation topk or abs)")
     try:
         d_in = facts["d_in"]
         # sparsify writes 0 for "d_in times expansion_factor"
         num_latents = facts.get("num_latents") or d_in * facts["expansion_factor"]
-        config = SaeConfig(d_in, num_latents, facts["k"], known[facts.get("activation", "topk")])
+        config = SaeConfig(d_in, num_latents, facts["k"], known[activation])
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} lacks {error}; expected d_in, num_latents and k") from error
     except SettingError as error:
@@ -76,5 +77,7 @@ def load_sae(folder: Path | str) -> TopKSAE:
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if expected != found:
         raise CheckpointError(f"{folder / WEIGHTS_FILE} holds {found}; expected {expected}")
+    if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
+        raise CheckpointError(f"{folder / WEIGHTS_FILE} holds values that are not finite; train the SAE again")
     sae.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     return sae.eval().requires_grad_(False)

@@ -1,14 +1,14 @@
-"""The arithmetic of steering, in float32."""
+"""The arithmetic of steering, in float32: functions of activations ``x`` and their sparse codes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
 from vs2_plugin.sae.topk import TopKSAE
 
-__all__ = ["VisualSparseSteering", "keep_norm", "vs2_steer"]
+__all__ = ["SparseSteering", "amplified", "keep_norm", "vs2_steer"]
 
 
 def keep_norm(steered: Tensor, x: Tensor) -> Tensor:
@@ -29,19 +29,21 @@ def vs2_steer(x: Tensor, sae: TopKSAE, alpha: float) -> Tensor:
     return keep_norm(x + alpha * sae.combine(sae.encode(x)), x)
 
 
-class VisualSparseSteering(nn.Module):
-    """:func:`vs2_steer` with its SAE, as a module that moves between devices with the model."""
+def amplified(x: Tensor, sae: TopKSAE, gamma: float) -> Tensor:
+    """The reconstruction with its code amplified, in place of the activation (arXiv 2506.01247, REC_F+γ).
 
-    def __init__(self, sae: TopKSAE, alpha: float) -> None:
+    ``x̂ = D(γ c) = γ W_decᵀ c + b_dec``; ``gamma`` 1 is the plain reconstruction REC_F, 0 and -1 are its controls.
+    """
+    return gamma * sae.combine(sae.encode(x)) + sae.b_dec
+
+
+class SparseSteering(nn.Module):
+    """A function ``(x, sae, strength)`` of this module with its SAE, as a module that moves with the model."""
+
+    def __init__(self, function: Callable[[Tensor, TopKSAE, float], Tensor], sae: TopKSAE, strength: float, facts: Mapping[str, float]) -> None:
         super().__init__()
-        self.sae = sae
-        self.alpha = alpha
-
-    @property
-    def facts(self) -> Mapping[str, float]:
-        """What the results' metrics say of it."""
-        return {"alpha": self.alpha}
+        self.function, self.sae, self.strength, self.facts = function, sae, strength, facts
 
     def forward(self, x: Tensor) -> Tensor:
         """Steer ``[batch, d]``."""
-        return vs2_steer(x, self.sae, self.alpha)
+        return self.function(x, self.sae, self.strength)

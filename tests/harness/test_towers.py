@@ -1,0 +1,57 @@
+"""Towers without a pooled CLS token, steered at their output embedding: trained, stored and evaluated by the commands."""
+
+import json
+
+import pytest
+
+from vs2_plugin.cli import train_sae
+
+from .conftest import DIGITS, metrics
+
+TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+TOWERS = {
+    "convnext": {  # a timm trunk, with the logit bias and the text tower class that SigLIP has
+        "embed_dim": 64,
+        "init_logit_bias": -10,
+        "custom_text": True,
+        "vision_cfg": {"image_size": 32, "timm_model_name": "convnext_atto", "timm_model_pretrained": False, "timm_pool": "", "timm_proj": "linear"},
+        "text_cfg": TEXT,
+    },
+    "resnet": {"embed_dim": 64, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16}, "text_cfg": TEXT},
+    "coca": {
+        "embed_dim": 64,
+        "custom_text": True,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8, "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
+        "text_cfg": {**TEXT, "width": 64, "embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
+    },
+    "average": {"embed_dim": 64, "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8, "pool_type": "avg"}, "text_cfg": TEXT},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_other_towers_are_steered_at_their_output(name, in_demo, clip_benchmark):
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    folder = in_demo / name
+    folder.mkdir(exist_ok=True)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": TOWERS[name], "preprocess_cfg": {"size": 32}}))
+    torch.manual_seed(0)
+    weights = open_clip.create_model(f"local-dir:{folder}").state_dict()  # random ones
+    save_file({key: value.clone() for key, value in weights.items()}, folder / "open_clip_model.safetensors")
+
+    model = f"local-dir:{name}"
+    few = ("--samples", "4000", "--max_images", "128", "--num_workers", "0", "--quiet", "--overwrite")
+    assert train_sae.main(["--model", model, *DIGITS[:4], *few]) == 0
+    code, error = clip_benchmark("eval", "--model", model, f"vs2:{model}", f"vs2:{model}@alpha=0", f"rec:{model}@gate=0.9", "--pretrained", "", *DIGITS, "--output", "t-{model}.json")
+    assert code == 0, error
+    stock = metrics(in_demo / f"t-{model}.json")
+    unsteered = metrics(in_demo / f"t-vs2:{model}@alpha=0.json")
+    steered = metrics(in_demo / f"t-vs2:{model}.json")
+    assert {key: unsteered[key] for key in stock} == stock
+    assert steered["vs2_site"] == "visual" and steered["vs2_mean_fvu"] > 0
+    assert 0 <= metrics(in_demo / f"t-rec:{model}@gate=0.9.json")["vs2_coverage"] <= 1
+    code, error = clip_benchmark("eval", "--model", f"vs2:{model}@blocks=1", "--pretrained", "", *DIGITS)
+    assert code == 2 and "has no SAE at block 1" in error

@@ -1,0 +1,129 @@
+"""The sparse-aware step against autograd of the dense form."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from vs2_plugin.sae import SaeConfig, TopKSAE, fvu
+from vs2_plugin.sae.step import set_gradients
+
+D_IN, LATENTS, K = 64, 512, 8
+
+
+def dense_gradients(sae, x, dead=None, auxk=0.0):
+    """The loss as a formula over dense codes, differentiated by autograd."""
+    pre = (x - sae.b_dec) @ sae.encoder.weight.T + sae.encoder.bias
+    rank = pre.abs() if sae.config.activation == "abs" else pre
+    act = (lambda t: t) if sae.config.activation == "abs" else torch.relu
+
+    chosen = torch.zeros_like(pre).scatter(1, rank.topk(sae.config.k).indices, 1)
+    residual = x - (act(pre) * chosen) @ sae.W_dec - sae.b_dec
+    variance = (x - x.mean(0)).pow(2).sum()
+    loss = residual.pow(2).sum() / variance
+    count = 0 if dead is None else int(dead.sum())
+    if auxk and count:
+        wanted = x.shape[1] // 2
+        places = pre.masked_fill(~dead, -torch.inf).topk(min(wanted, count)).indices
+        chosen = torch.zeros_like(pre).scatter(1, places, 1)
+        guess = (act(pre) * chosen) @ sae.W_dec
+        loss = loss + auxk * min(1, count / wanted) * (guess - residual.detach()).pow(2).sum() / variance
+    sae.zero_grad()
+    loss.backward()
+    for row, gradient in zip(sae.W_dec.detach(), sae.W_dec.grad, strict=True):
+        gradient -= (gradient @ row) * row
+    return loss.detach()
+
+
+def make_sae(activation, dtype, seed=0):
+    torch.manual_seed(seed)
+    sae = TopKSAE(SaeConfig(D_IN, LATENTS, K, activation)).to(dtype)
+    with torch.no_grad():
+        sae.b_dec.normal_()
+        sae.encoder.weight *= 0.7  # so that encoder and decoder cannot be mistaken for one another
+        if activation == "relu":
+            # so negative that some activations have fewer than k active latents
+            sae.encoder.bias.normal_(mean=-4)
+    return sae, torch.randn(100, D_IN, dtype=dtype) * 2 + 1
+
+
+def gradients(sae):
+    return {name: p.grad.clone() for name, p in sae.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("dead_count", [0, 1, 5, 200])
+@pytest.mark.parametrize("activation", ["relu", "abs"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_gradients_equal_those_of_the_dense_form(activation, dead_count, dtype, tolerance):
+    sae, x = make_sae(activation, dtype)
+    dead = torch.zeros(LATENTS, dtype=torch.bool)
+    dead[torch.randperm(LATENTS)[:dead_count]] = True
+    expected_loss = dense_gradients(sae, x, dead, auxk=0.5)
+    expected = gradients(sae)
+    loss, _ = set_gradients(sae, x, dead, auxk=0.5)
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=tolerance)
+    for name, gradient in gradients(sae).items():
+        assert (gradient - expected[name]).norm() <= tolerance * expected[name].norm(), name
+    assert (sae.W_dec.grad * sae.W_dec).sum(1).abs().max() <= 1e-6
+
+
+def test_the_cases_above_have_partly_empty_codes():
+    sae, x = make_sae("relu", torch.float64)
+    active = (sae.encode(x).values > 0).sum(1)
+    assert active.min() < K
+    assert active.max() > 0
+
+
+def test_auxk_reaches_the_dead_latents_and_no_others():
+    sae, x = make_sae("relu", torch.float64)
+    dead = torch.arange(LATENTS) == 7
+    changed = {}
+    for auxk in (0.0, 1.0):
+        set_gradients(sae, x, dead, auxk)
+        changed[auxk] = gradients(sae)
+    for name in ("encoder.weight", "W_dec"):
+        difference = (changed[1.0][name] - changed[0.0][name]).abs().sum(1)
+        assert difference.nonzero().flatten().tolist() == [7], name
+
+
+@pytest.mark.parametrize("activation", ["relu", "abs"])
+def test_training_follows_the_dense_form(activation):
+    torch.manual_seed(1)
+    factors = torch.rand(1000, 40).pow(6)
+    data = factors @ torch.randn(40, D_IN)
+    fvus = []
+    for gradients_of in (dense_gradients, set_gradients):
+        torch.manual_seed(0)
+        sae = TopKSAE(SaeConfig(D_IN, LATENTS, K, activation))
+        with torch.no_grad():
+            sae.b_dec.copy_(data.mean(0))
+        optimizer = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr=1e-3)
+        for step in range(200):
+            gradients_of(sae, data[torch.arange(step * 100, step * 100 + 100) % 1000])
+            optimizer.step()
+            sae.normalize_decoder()
+        with torch.no_grad():
+            fvus.append(fvu(data, sae(data)).item())
+    assert fvus[0] < 0.3  # it learns something
+    assert fvus[1] == pytest.approx(fvus[0], abs=1e-4)
+
+
+def test_bfloat16_finds_nearly_the_same_latents_and_keeps_their_values_exact():
+    sae, x = make_sae("relu", torch.float32)
+    _, exact = set_gradients(sae, x)
+    _, found = set_gradients(sae, x, bfloat16=True)
+    code = torch.zeros(len(x), LATENTS).scatter(1, exact.indices, exact.values)
+    same = code.gather(1, found.indices) > 0
+    assert same.sum() > 0.97 * (exact.values > 0).sum()
+    torch.testing.assert_close(found.values[same], code.gather(1, found.indices)[same])
+
+
+def test_one_step_takes_one_dense_product():
+    sae, x = make_sae("relu", torch.float32)
+    product = 2 * len(x) * D_IN * LATENTS
+    with FlopCounterMode(display=False) as counter:
+        set_gradients(sae, x)
+    small = 2 * D_IN * LATENTS  # the bias gradient times the encoder: a vector, not the batch
+    assert product <= counter.get_total_flops() <= product + small
+    with FlopCounterMode(display=False) as counter:
+        dense_gradients(sae, x)
+    assert counter.get_total_flops() >= 5 * product

@@ -1,0 +1,62 @@
+"""The gate: steer only what the SAE knows. And what it saw, for the results' metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from torch import Tensor, nn
+
+from vs2_plugin.sae.topk import TopKSAE, sample_fvu
+
+__all__ = ["Gate", "threshold"]
+
+
+def threshold(quantiles: Mapping[str, float], q: float) -> float:
+    """τ, the q-quantile of FVU over held-out training activations, interpolated between the stored ones.
+
+    >>> threshold({"0.9": 0.2, "0.99": 0.5}, 0.99)
+    0.5
+    """
+    levels = sorted((float(level), value) for level, value in quantiles.items())
+    return float(np.interp(q, *zip(*levels, strict=True)))
+
+
+class Gate(nn.Module):
+    """Around any steering: steer an activation only where its FVU is at most τ, and leave it alone bit for bit elsewhere.
+
+    ``FVU(x) = ‖x - x̃‖² / ‖x - μ‖²`` with the stored μ, so that an image's fate does not depend on its batch
+    (arXiv 2506.01247). Without τ everything is steered, and the FVU is only looked at.
+    """
+
+    def __init__(self, steering: Callable[[Tensor], Tensor], sae: TopKSAE, mean: Tensor, tau: float | None) -> None:
+        super().__init__()
+        self.steering, self.sae, self.tau = steering, sae, tau
+        self.register_buffer("mean", mean)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the images seen so far."""
+        self._seen, self._steered, self._total = 0, 0, 0.0
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """``coverage``, the share of images steered, and ``mean_fvu``, over the images seen since :meth:`reset`."""
+        facts = {} if self.tau is None else {"gate_threshold": self.tau}
+        if self._seen:
+            facts |= {"coverage": float(self._steered) / self._seen, "mean_fvu": float(self._total) / self._seen}
+        return facts
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Steer ``[batch, d]`` where the gate is open."""
+        steered = self.steering(x)
+        ratio = sample_fvu(x, self.sae(x), self.mean)
+        # Summed on the device: asking for the numbers here would wait for it after every batch.
+        self._seen += len(x)
+        self._total = self._total + ratio.double().sum()
+        if self.tau is None:
+            self._steered = self._steered + len(x)
+            return steered
+        opened = ratio <= self.tau
+        self._steered = self._steered + opened.sum()
+        return steered.where(opened[:, None], x)
