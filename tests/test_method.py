@@ -120,10 +120,7 @@ NOT_REFUSED_YET = [
     ("declaration", "part"),
     [
         *BAD_OPTIONS,
-        *(
-            pytest.param(*row)
-            for row in NOT_REFUSED_YET
-        ),
+        *(pytest.param(*row) for row in NOT_REFUSED_YET),
     ],
 )
 def test_a_wrong_option_is_a_plugin_error(declaration, part):

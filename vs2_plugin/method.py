@@ -64,7 +64,11 @@ class Option:
     def parse(self, text: str) -> Scalar:
         """The value that ``text`` stands for. Raises ValueError with what was expected."""
         try:
-            value: Scalar = {"true": True, "1": True, "false": False, "0": False}[text.lower()] if self.type is bool else self.type(text)
+            value: Scalar = (
+                {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+                if self.type is bool
+                else self.type(text)
+            )
         except (ValueError, KeyError):
             raise ValueError(self.accepted()) from None
         expected = self.check(value)
@@ -143,6 +147,8 @@ class Method:
     """Other spellings of the name (these may hold ``+`` and ``-`` too)."""
     needs_checkpoint: bool = True
     """Whether the method steers along an SAE checkpoint."""
+    sae: str = "plain"
+    """Which SAE of the checkpoint it steers along: ``plain``, or ``pass`` for the one trained by PASS."""
     labels: str = "none"
     """Which labels the method itself uses: ``none``, ``train`` or ``oracle``. Recorded in every result."""
     _by_name: Mapping[str, Option] = field(init=False, repr=False, compare=False)
@@ -150,18 +156,24 @@ class Method:
     def __post_init__(self) -> None:
         if not _NAME.match(self.name) or self.name in RESERVED:
             reserved = ", ".join(sorted(RESERVED))
-            raise PluginError(f"method name {self.name!r}: expected lower-case letters, digits and '_', and none of {reserved}")
+            raise PluginError(
+                f"method name {self.name!r}: expected lower-case letters, digits and '_', and none of {reserved}"
+            )
         for alias in self.aliases:
             if not re.match(r"[a-z][a-z0-9_+-]*\Z", alias) or alias in RESERVED:
                 raise PluginError(f"method {self.name!r}: alias {alias!r} is not a usable name")
         if not callable(self.build):
             raise PluginError(f"method {self.name!r}: build is {self.build!r}; expected a function")
+        if self.sae not in ("plain", "pass"):
+            raise PluginError(f"method {self.name!r}: sae is {self.sae!r}; expected plain or pass")
         if self.labels not in ("none", "train", "oracle"):
             raise PluginError(f"method {self.name!r}: labels is {self.labels!r}; expected none, train or oracle")
         object.__setattr__(self, "options", tuple(self.options))
         by_name = {option.name: option for option in self.all_options}
         if len(by_name) != len(self.all_options):
-            raise PluginError(f"method {self.name!r}: two options share a name, or take that of a common one (blocks, gate)")
+            raise PluginError(
+                f"method {self.name!r}: two options share a name, or take that of a common one (blocks, gate)"
+            )
         object.__setattr__(self, "_by_name", by_name)
 
     @property

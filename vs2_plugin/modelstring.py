@@ -110,7 +110,9 @@ def parse(text: str, known: Registry | None = None) -> ModelString:
             raise wrong(f"nothing after the '@' number {position + 1}; expected a checkpoint name or key=value")
         if not equals:
             if position > 0:
-                raise wrong(f"{segment!r} is no key=value, and a checkpoint name stands first, right after the backbone")
+                raise wrong(
+                    f"{segment!r} is no key=value, and a checkpoint name stands first, right after the backbone"
+                )
             if not _CHECKPOINT.match(segment) or segment != segment.strip():
                 raise wrong(f"checkpoint {segment!r}: expected letters, digits and any of . _ - + /")
             checkpoint = segment

@@ -15,7 +15,6 @@ DATA = {
     "datasets": ["cifar100"],
     "split": "train",
     "images": 50_000,
-    "labels": "none",
     "transductive": False,
     "amp": True,
 }
@@ -39,7 +38,9 @@ def save(tmp_path, make_sae):
     ):
         def site(hookpoint, seed):
             quantiles = {"0.5": 0.25, "0.99": 0.75}
-            facts = SiteFacts(hookpoint, width, [mean] * width, 0.125, quantiles, training or {"seconds": 1.5}, {})
+            facts = SiteFacts(
+                hookpoint, "plain", "none", width, [mean] * width, 0.125, quantiles, training or {"seconds": 1.5}, {}
+            )
             return facts, make_sae(d_in, 32, 4, seed=seed)
 
         saes = [site(FIRST, seed), site(LAST, seed + 1)]
@@ -138,7 +139,7 @@ CHANGED = {
     "weights": {"seed": 5},
     "mean": {"mean": 0.25},
     "data": {"data": {**DATA, "images": 100}},
-    "labels": {"data": {**DATA, "labels": "train"}},
+    "images": {"data": {**DATA, "images": 1}},
     "tower": {"tower": Tower("cd" * 32, ["GELU"], {})},
 }
 

@@ -20,7 +20,7 @@ def put(make_sae):
     """A function that saves a checkpoint in a folder."""
 
     def write(folder):
-        facts = SiteFacts("visual", 4, [0.0] * 4, 0.5, {}, {}, {})
+        facts = SiteFacts("visual", "plain", "none", 4, [0.0] * 4, 0.5, {}, {}, {})
         return save_checkpoint(
             folder,
             backbone="RN50",

@@ -25,7 +25,9 @@ def folder(tmp_path, monkeypatch):
 
 
 def train(*words: str) -> int:
-    return train_sae.main(["--model", "local-dir:tiny-clip", "--dataset", "wds/digits", "--dataset_root", "digits", *FEW, *words])
+    return train_sae.main(
+        ["--model", "local-dir:tiny-clip", "--dataset", "wds/digits", "--dataset_root", "digits", *FEW, *words]
+    )
 
 
 def test_writes_a_checkpoint_that_is_found_by_its_data_set(folder, capsys):
@@ -33,9 +35,22 @@ def test_writes_a_checkpoint_that_is_found_by_its_data_set(folder, capsys):
     output = capsys.readouterr().out
     checkpoint = Store.default().find(NAME)
     checkpoint.verify()
-    assert checkpoint.data == {"datasets": ["wds/digits"], "split": "train", "images": 900, "labels": "none", "transductive": False, "amp": True, "max_images": None}
+    assert checkpoint.data == {
+        "datasets": ["wds/digits"],
+        "split": "train",
+        "images": 900,
+        "transductive": False,
+        "amp": True,
+        "max_images": None,
+    }
     site = checkpoint.sites[0]
-    assert (site.hookpoint, site.width, site.training["k"], site.training["recipe"]) == ("visual.transformer.resblocks.3", 128, 16, "default")
+    assert (site.variant, site.labels) == ("plain", "none")
+    assert (site.hookpoint, site.width, site.training["k"], site.training["recipe"]) == (
+        "visual.transformer.resblocks.3",
+        128,
+        16,
+        "default",
+    )
     assert f"FVU {site.fvu:.4f}" in output and str(checkpoint.folder) in output
 
 
@@ -52,7 +67,14 @@ def test_the_cache_notices_other_images_and_settings(folder, monkeypatch):
 
     original, calls = module.extract, []
     monkeypatch.setattr(module, "extract", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
-    for words in ([], ["--max_images", "100"], ["--no_amp"], ["--cache_dtype", "float32"], ["--blocks", "0"], ["--refresh_cache"]):
+    for words in (
+        [],
+        ["--max_images", "100"],
+        ["--no_amp"],
+        ["--cache_dtype", "float32"],
+        ["--blocks", "0"],
+        ["--refresh_cache"],
+    ):
         assert train("--overwrite", *words) == 0
     shutil.copy(folder / "digits/train/0.tar", folder / "digits/train/1.tar")
     assert train("--overwrite") == 0
@@ -95,8 +117,71 @@ def test_data_sets_that_clip_benchmark_builds_are_read_through_it(folder):
 def test_an_sae_per_block_and_at_the_output(folder):
     assert train("--blocks", "output", "1", "last", "--name", "several") == 0
     checkpoint = Store.default().find("several")
-    assert [site.hookpoint for site in checkpoint.sites] == ["visual.transformer.resblocks.1", "visual.transformer.resblocks.3", "visual"]
+    assert [site.hookpoint for site in checkpoint.sites] == [
+        "visual.transformer.resblocks.1",
+        "visual.transformer.resblocks.3",
+        "visual",
+    ]
     checkpoint.verify()
+
+
+def test_pass_joins_the_plain_sae_in_one_checkpoint(folder, capsys, monkeypatch):
+    assert train() == 0
+    plain = Store.default().find(NAME)
+    assert train("--pass_weight", "0.8") == 0
+    both = Store.default().find(NAME)
+    both.verify()
+    assert [(site.variant, site.labels) for site in both.sites] == [("plain", "none"), ("pass", "train")]
+    assert both.sites[0] == plain.sites[0] and both.sites[1].files != plain.sites[0].files
+    assert both.sites[1].training["pass_weight"] == 0.8
+    assert train("--pass_weight", "0.8") == 2 and "already with a PASS SAE" in capsys.readouterr().err
+    assert train("--overwrite", "--seed", "1") == 0  # the plain one alone is replaced
+    replaced = Store.default().find(NAME)
+    assert replaced.sites[1] == both.sites[1] and replaced.sites[0].files != both.sites[0].files
+
+
+def test_pass_pulls_the_codes_of_a_class_together(folder):
+    """Against the plain SAE, at the price of FVU; running class means do it too."""
+    import numpy as np
+    import torch
+
+    activations = {}
+    for name, words in {
+        "plain": [],
+        "batch": ["--pass_weight", "4"],
+        "running": ["--pass_weight", "4", "--pass_means", "running"],
+    }.items():
+        assert train("--name", name, "--samples", "40000", *words) == 0
+        site = Store.default().find(name).sites[0]
+        sae, _ = Store.default().find(name).load(site)
+        cached = next(
+            path for path in Store.default().activations.iterdir() if (path / "labels.npy").exists() == bool(words)
+        )
+        x = torch.from_numpy(np.load(next(cached.glob("visual*.npy")))).float()
+        latents = sae.encode(x)
+        codes = torch.zeros(len(x), 512).scatter(1, latents.indices, latents.values)
+        activations[name] = (codes, site.fvu)
+        if words:
+            labels = torch.from_numpy(np.load(cached / "labels.npy"))
+
+    def spread(codes):
+        within = sum((codes[labels == c] - codes[labels == c].mean(0)).pow(2).sum() for c in labels.unique())
+        return (within / (codes - codes.mean(0)).pow(2).sum()).item()
+
+    for name in ("batch", "running"):
+        assert spread(activations[name][0]) < 0.9 * spread(activations["plain"][0])
+        assert activations[name][1] > activations["plain"][1]
+
+
+def test_pass_without_labels_is_refused(folder, capsys):
+    for shard in (folder / "digits/train").glob("*.tar"):
+        with tarfile.open(shard) as source, tarfile.open(shard.with_suffix(".new"), "w") as target:
+            for member in source:
+                if not member.name.endswith(".cls"):
+                    target.addfile(member, source.extractfile(member))
+        shard.with_suffix(".new").replace(shard)
+    assert train("--pass_weight", "0.8") == 2
+    assert "has no label (0000.cls), and labels were asked for" in capsys.readouterr().err
 
 
 def test_the_paper_recipe(folder):
@@ -153,7 +238,22 @@ def test_transductive_training_is_marked_everywhere(folder, capsys, monkeypatch)
     assert Store.default().find(NAME).transductive
     from clip_benchmark import cli
 
-    words = ["eval", "--model", "vs2:local-dir:tiny-clip", "--pretrained", "", "--dataset", "wds/digits", "--dataset_root", "digits", "--num_workers", "1", "--quiet", "--output", "r.json"]
+    words = [
+        "eval",
+        "--model",
+        "vs2:local-dir:tiny-clip",
+        "--pretrained",
+        "",
+        "--dataset",
+        "wds/digits",
+        "--dataset_root",
+        "digits",
+        "--num_workers",
+        "1",
+        "--quiet",
+        "--output",
+        "r.json",
+    ]
     monkeypatch.setattr(sys, "argv", ["clip_benchmark", *words])
     cli.main()
     assert json.loads((folder / "r.json").read_text())["metrics"]["vs2_transductive"] is True
@@ -181,6 +281,18 @@ def test_help_lists_the_flags_of_clip_benchmark(capsys):
         train_sae.main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for flag in ("--model", "--pretrained", "--dataset", "--dataset_root", "--batch_size", "--num_workers", "--model_cache_dir", "--no_amp", "--seed", "--recipe", "--k"):
+    for flag in (
+        "--model",
+        "--pretrained",
+        "--dataset",
+        "--dataset_root",
+        "--batch_size",
+        "--num_workers",
+        "--model_cache_dir",
+        "--no_amp",
+        "--seed",
+        "--recipe",
+        "--k",
+    ):
         assert f"{flag} " in text
     assert "examples:" in text

@@ -206,9 +206,7 @@ COLUMN, FACTS = "visual.transformer.resblocks.2.npy", "activations.json"
 DAMAGE = [
     *((COLUMN, damage) for damage in (cut, drop, swap, garbage)),
     *((FACTS, damage) for damage in (drop, garbage, clear)),
-    pytest.param(
-        COLUMN, clear
-    ),
+    pytest.param(COLUMN, clear),
     pytest.param(FACTS, braces),
 ]
 

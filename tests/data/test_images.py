@@ -55,7 +55,7 @@ def built(monkeypatch):
 
 
 def numbers(images, batch_size=4, num_workers=0):
-    return [row.item() for batch in images.batches(batch_size, num_workers) for row in batch]
+    return [row.item() for batch, _ in images.batches(batch_size, num_workers) for row in batch]
 
 
 def open_any(**options):
@@ -74,7 +74,7 @@ def test_every_image_comes_once_in_order_and_no_label_is_read(source, num_worker
 
 def test_batches_have_the_size_asked_for(built):
     built(Labelled(10))
-    assert [len(batch) for batch in open_any().batches(4, 0)] == [4, 4, 2]
+    assert [len(batch) for batch, _ in open_any().batches(4, 0)] == [4, 4, 2]
 
 
 def test_bare_images_and_lists_are_images_too():
@@ -168,7 +168,7 @@ def test_clip_benchmark_builds_the_split_asked_for(split, expected, tmp_path, pi
 
 
 def test_the_dummy_data_set_is_read_whatever_its_transform():
-    (found,) = open_images("dummy", "root", "test", None).batches(8, 0)
+    ((found, _),) = open_images("dummy", "root", "test", None).batches(8, 0)
     assert found.shape == (1, 3, 224, 224)
 
 

@@ -23,7 +23,9 @@ def run_script(name: str, *words: str, cwd: Path, **environment: str) -> subproc
     return run_python(script, *words, cwd=cwd, program=[], **environment)
 
 
-def run_python(*words: str, cwd: Path, program: list[str] | None = None, **environment: str) -> subprocess.CompletedProcess:
+def run_python(
+    *words: str, cwd: Path, program: list[str] | None = None, **environment: str
+) -> subprocess.CompletedProcess:
     """Run this Python in a process of its own."""
     program = [sys.executable] if program is None else program
     env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **environment}

@@ -34,13 +34,35 @@ def test_every_spelling_gives_the_same_accuracy(words, in_demo, clip_benchmark):
 
 
 def test_python_m_is_the_same_program(in_demo):
-    done = run_python("-m", "clip_benchmark.cli", "eval", "--model", f"vs2:{TINY}", "--pretrained", "", *DIGITS, "--output", "m.json", cwd=in_demo)
+    done = run_python(
+        "-m",
+        "clip_benchmark.cli",
+        "eval",
+        "--model",
+        f"vs2:{TINY}",
+        "--pretrained",
+        "",
+        *DIGITS,
+        "--output",
+        "m.json",
+        cwd=in_demo,
+    )
     assert done.returncode == 0, done.stderr
     assert metrics(in_demo / "m.json") == metrics(in_demo / f"results/vs2:{TINY}.json")
 
 
 def test_no_steering_is_the_stock_model_bit_for_bit(in_demo, clip_benchmark):
-    clip_benchmark("eval", "--model", f"vs2:{TINY}@alpha=0", f"vs2:{TINY}@gamma=1", "--pretrained", "", *DIGITS, "--output", "noop-{model}.json")
+    clip_benchmark(
+        "eval",
+        "--model",
+        f"vs2:{TINY}@alpha=0",
+        f"vs2:{TINY}@gamma=1",
+        "--pretrained",
+        "",
+        *DIGITS,
+        "--output",
+        "noop-{model}.json",
+    )
     stock = metrics(in_demo / f"results/{TINY}.json")
     for name in ("alpha=0", "gamma=1"):
         found = metrics(in_demo / f"noop-vs2:{TINY}@{name}.json")
@@ -60,11 +82,32 @@ def test_stock_models_do_not_notice_the_plugin(in_demo):
     data = ("--dataset", "wds/few", "--dataset_root", "few", "--num_workers", "1", "--quiet")
     words = ("eval", "--pretrained", "", *data)
     environment = {"cwd": in_demo, "VS2_STORE": "random-store"}
-    stock = run_script("clip_benchmark", *words, "--model", "ViT-S-32-alt", "--output", "off.json", VS2_PLUGIN_DISABLE="1", **environment)
+    stock = run_script(
+        "clip_benchmark",
+        *words,
+        "--model",
+        "ViT-S-32-alt",
+        "--output",
+        "off.json",
+        VS2_PLUGIN_DISABLE="1",
+        **environment,
+    )
     assert stock.returncode == 0, stock.stderr
-    trained = run_script("vs2-train-sae", "--model", "ViT-S-32-alt", "--pretrained", "", *data, "--samples", "2000", **environment)
+    trained = run_script(
+        "vs2-train-sae", "--model", "ViT-S-32-alt", "--pretrained", "", *data, "--samples", "2000", **environment
+    )
     assert trained.returncode == 0, trained.stderr
-    both = run_script("clip_benchmark", *words, "--model", "ViT-S-32-alt", "vs2:ViT-S-32-alt", "vs2:ViT-S-32-alt@alpha=0", "--output", "on-{model}.json", **environment)
+    both = run_script(
+        "clip_benchmark",
+        *words,
+        "--model",
+        "ViT-S-32-alt",
+        "vs2:ViT-S-32-alt",
+        "vs2:ViT-S-32-alt@alpha=0",
+        "--output",
+        "on-{model}.json",
+        **environment,
+    )
     assert both.returncode == 0, both.stderr
     off, on = (in_demo / "off.json").read_text(), (in_demo / "on-ViT-S-32-alt.json").read_text()
     assert off == on
@@ -110,7 +153,9 @@ def test_mistakes_end_at_once_with_one_line(words, fragments, in_demo, clip_benc
 
 
 def test_mistakes_look_the_same_from_the_shell(in_demo):
-    done = run_script("clip_benchmark", "eval", "--model", "vs2:ViT-B-32@lam=x", "--pretrained", "", *DIGITS, cwd=in_demo)
+    done = run_script(
+        "clip_benchmark", "eval", "--model", "vs2:ViT-B-32@lam=x", "--pretrained", "", *DIGITS, cwd=in_demo
+    )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "vs2: error: model 'vs2:ViT-B-32@lam=x': option lam='x': expected a number from 0 to 1000\n"
 
@@ -136,7 +181,9 @@ def test_a_checkpoint_of_another_tower_is_refused(in_demo, clip_benchmark, tmp_p
         else:
             config["preprocess_cfg"]["interpolation"] = "bilinear"
         (folder / "open_clip_config.json").write_text(json.dumps(config))
-        code, error = clip_benchmark("eval", "--model", f"vs2:local-dir:other-clip@{name}", "--pretrained", "", *DIGITS, "--output", "x.json")
+        code, error = clip_benchmark(
+            "eval", "--model", f"vs2:local-dir:other-clip@{name}", "--pretrained", "", *DIGITS, "--output", "x.json"
+        )
         assert code == 2 and error.splitlines()[-1].startswith("vs2: error: ") and words in error.splitlines()[-1]
     assert name in Store.default().names()
 
@@ -150,7 +197,9 @@ def test_damaged_checkpoints_are_refused(in_demo, clip_benchmark):
         data = bytearray(file.read_bytes())
         data[-1] ^= 1
         file.write_bytes(data)
-        code, error = clip_benchmark("eval", "--model", f"vs2:{TINY}@broken", "--pretrained", "", *DIGITS, "--output", "x.json")
+        code, error = clip_benchmark(
+            "eval", "--model", f"vs2:{TINY}@broken", "--pretrained", "", *DIGITS, "--output", "x.json"
+        )
         assert code == 2 and "is not the file that was written" in error
     finally:
         shutil.rmtree(broken)
@@ -170,11 +219,33 @@ def test_retrieval_is_steered_too(in_demo, clip_benchmark):
                 caption = f"a photo of the digit {CLASSES[int(data.read())]}".encode()
                 member.name, member.size, data = member.name.replace(".cls", ".txt"), len(caption), io.BytesIO(caption)
             target.addfile(member, data)
-    words = ("--pretrained", "", "--dataset", "wds/captions", "--dataset_root", "captions", "--num_workers", "1", "--task", "zeroshot_retrieval")
+    words = (
+        "--pretrained",
+        "",
+        "--dataset",
+        "wds/captions",
+        "--dataset_root",
+        "captions",
+        "--num_workers",
+        "1",
+        "--task",
+        "zeroshot_retrieval",
+    )
     name = "local-dir-tiny-clip_wds-digits"
-    code, error = clip_benchmark("eval", "--model", TINY, f"vs2:{TINY}@{name}", f"vs2:{TINY}@{name}@alpha=0", *words, "--output", "r-{model}.json")
+    code, error = clip_benchmark(
+        "eval",
+        "--model",
+        TINY,
+        f"vs2:{TINY}@{name}",
+        f"vs2:{TINY}@{name}@alpha=0",
+        *words,
+        "--output",
+        "r-{model}.json",
+    )
     assert code == 0, error
-    plain, steered, unsteered = (metrics(in_demo / f"r-{m}.json") for m in (TINY, f"vs2:{TINY}@{name}", f"vs2:{TINY}@{name}@alpha=0"))
+    plain, steered, unsteered = (
+        metrics(in_demo / f"r-{m}.json") for m in (TINY, f"vs2:{TINY}@{name}", f"vs2:{TINY}@{name}@alpha=0")
+    )
     assert {key: unsteered[key] for key in plain} == plain
     assert {key: steered[key] for key in plain} != plain
     assert steered["vs2_alpha"] == pytest.approx(1.05)
@@ -200,7 +271,10 @@ def test_smoke_path_of_the_harness(model, in_demo, monkeypatch):
     monkeypatch.setenv("VS2_STORE", "smoke-store")
     if model.startswith("vs2"):
         few = ("--samples", "1000", "--max_images", "64", "--name", "smoke", "--quiet")
-        assert train_sae.main(["--model", "ViT-S-32-alt", "--pretrained", "", *DIGITS[:4], "--num_workers", "1", *few]) == 0
+        assert (
+            train_sae.main(["--model", "ViT-S-32-alt", "--pretrained", "", *DIGITS[:4], "--num_workers", "1", *few])
+            == 0
+        )
     assert run(type("Arguments", (SmokeArguments,), {"model": model})) == 0
     found = metrics(in_demo / "smoke.json")
     assert set(found) >= {"acc1", "acc5", "mean_per_class_recall"}

@@ -29,7 +29,8 @@ def test_results_carry_the_facts_of_the_steering(demo):
     assert (steered["vs2_gamma"], steered["vs2_lam"]) == (1.5, 2.1)
     assert steered["vs2_alpha"] == pytest.approx(1.05)
     assert steered["vs2_labels"] == "none" and steered["vs2_transductive"] is False
-    assert steered["vs2_site"] == manifest["sites"][0]["hookpoint"] == "visual.transformer.resblocks.3"
+    plain = [site["hookpoint"] for site in manifest["sites"] if site["variant"] == "plain"]
+    assert steered["vs2_site"] == plain[-1] == "visual.transformer.resblocks.3"
     assert len(steered["vs2_checkpoint_digest"]) == 16
     assert all(isinstance(value, (int, float, str, bool)) for value in steered.values())
     assert not any(key.startswith("vs2_") for key in metrics(demo.folder / "results" / f"{TINY}.json"))
@@ -79,7 +80,9 @@ def test_accuracy_equals_plain_torch(demo, steer):
         # In the harness's own steps, class by class: in bfloat16 logits tie, and the order of rounding decides.
         text = []
         for name in classes:
-            one = torch.nn.functional.normalize(model.encode_text(tokenizer([f"a photo of the digit {name}"])), dim=-1).mean(0)
+            one = torch.nn.functional.normalize(
+                model.encode_text(tokenizer([f"a photo of the digit {name}"])), dim=-1
+            ).mean(0)
             text.append(one / one.norm())
         text = torch.stack(text, dim=1)
         for start in range(0, len(images), 64):
@@ -97,7 +100,19 @@ def test_accuracy_equals_plain_torch(demo, steer):
 
 def test_the_same_seed_gives_the_same_numbers(demo, in_demo):
     for output in ("again-1.json", "again-2.json"):
-        done = run_script("clip_benchmark", "eval", "--model", f"vs2:{TINY}", "--pretrained", "", *DIGITS, "--output", output, cwd=in_demo, VS2_STORE="store")
+        done = run_script(
+            "clip_benchmark",
+            "eval",
+            "--model",
+            f"vs2:{TINY}",
+            "--pretrained",
+            "",
+            *DIGITS,
+            "--output",
+            output,
+            cwd=in_demo,
+            VS2_STORE="store",
+        )
         assert done.returncode == 0, done.stderr
     first = (in_demo / "again-1.json").read_text()
     assert first == (in_demo / "again-2.json").read_text()

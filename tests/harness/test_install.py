@@ -34,7 +34,14 @@ def environment(tmp_path_factory):
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False, symlinks=os.name != "nt")
     python = folder / "bin" / "python"
-    site = Path(subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True, check=True).stdout.strip())
+    site = Path(
+        subprocess.run(
+            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    )
     # A plain path line: packages are found, but no .pth of theirs (our own hook) is run from there.
     others = folder / "others"
     others.mkdir()
@@ -56,7 +63,9 @@ def install(python: Path, *what: str) -> None:
 
 
 def ask(python: Path, code: str, **env: str) -> str:
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, cwd=python.parent)
+    done = subprocess.run(
+        [python, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, cwd=python.parent
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -75,7 +84,9 @@ def test_install_and_uninstall(environment, how):
         assert "'vs2'" in ask(python, MODEL_TYPES)
         assert "'vs2'" not in ask(python, MODEL_TYPES, VS2_PLUGIN_DISABLE="1")
         assert (python.parent / "vs2").exists() and (python.parent / "vs2-train-sae").exists()
-        assert "True" in ask(python, "import vs2_plugin.demo.run as r; print((r._TINY_CLIP / 'open_clip_model.safetensors').is_file())")
+        assert "True" in ask(
+            python, "import vs2_plugin.demo.run as r; print((r._TINY_CLIP / 'open_clip_model.safetensors').is_file())"
+        )
     finally:
         pip(python, "uninstall", "--quiet", "--yes", "vs2-plugin")
     assert {path.name for path in site.iterdir()} == before
@@ -136,10 +147,24 @@ def test_the_readme_plugin_works_as_a_package(environment, tmp_path):
         folder.mkdir()
         env = prepare(folder)
         data = ["--dataset", "wds/digits", "--dataset_root", "digits", "--num_workers", "1", "--quiet"]
-        run = lambda *words: subprocess.run([str(python.parent / words[0]), *words[1:]], cwd=folder, env=env, capture_output=True, text=True)  # noqa: E731
+        run = lambda *words: subprocess.run(
+            [str(python.parent / words[0]), *words[1:]], cwd=folder, env=env, capture_output=True, text=True
+        )  # noqa: E731
         trained = run("vs2-train-sae", "--model", "local-dir:tiny-clip", *data, "--samples", "2000")
         assert trained.returncode == 0, trained.stderr
-        script = [str(python), "-m", "clip_benchmark.cli", "eval", "--model", "centre:local-dir:tiny-clip@strength=0.5", "--pretrained", "", *data, "--output", "centre.json"]
+        script = [
+            str(python),
+            "-m",
+            "clip_benchmark.cli",
+            "eval",
+            "--model",
+            "centre:local-dir:tiny-clip@strength=0.5",
+            "--pretrained",
+            "",
+            *data,
+            "--output",
+            "centre.json",
+        ]
         done = subprocess.run(script, cwd=folder, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         import json

@@ -37,7 +37,9 @@ def test_other_towers_are_steered_at_their_output(name, in_demo, clip_benchmark)
 
     folder = in_demo / name
     folder.mkdir(exist_ok=True)
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": TOWERS[name], "preprocess_cfg": {"size": 32}}))
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": TOWERS[name], "preprocess_cfg": {"size": 32}})
+    )
     torch.manual_seed(0)
     weights = open_clip.create_model(f"local-dir:{folder}").state_dict()  # random ones
     save_file({key: value.clone() for key, value in weights.items()}, folder / "open_clip_model.safetensors")
@@ -45,7 +47,19 @@ def test_other_towers_are_steered_at_their_output(name, in_demo, clip_benchmark)
     model = f"local-dir:{name}"
     few = ("--samples", "4000", "--max_images", "128", "--num_workers", "0", "--quiet", "--overwrite")
     assert train_sae.main(["--model", model, *DIGITS[:4], *few]) == 0
-    code, error = clip_benchmark("eval", "--model", model, f"vs2:{model}", f"vs2:{model}@alpha=0", f"rec:{model}@gate=0.9", "--pretrained", "", *DIGITS, "--output", "t-{model}.json")
+    code, error = clip_benchmark(
+        "eval",
+        "--model",
+        model,
+        f"vs2:{model}",
+        f"vs2:{model}@alpha=0",
+        f"rec:{model}@gate=0.9",
+        "--pretrained",
+        "",
+        *DIGITS,
+        "--output",
+        "t-{model}.json",
+    )
     assert code == 0, error
     stock = metrics(in_demo / f"t-{model}.json")
     unsteered = metrics(in_demo / f"t-vs2:{model}@alpha=0.json")

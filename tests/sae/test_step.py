@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vs2_plugin.sae import SaeConfig, TopKSAE, fvu
-from vs2_plugin.sae.step import set_gradients
+from vs2_plugin.sae import Latents, SaeConfig, TopKSAE, fvu
+from vs2_plugin.sae.step import ClassMeans, set_gradients
 
 D_IN, LATENTS, K = 64, 512, 8
 
@@ -127,3 +127,41 @@ def test_one_step_takes_one_dense_product():
     with FlopCounterMode(display=False) as counter:
         dense_gradients(sae, x)
     assert counter.get_total_flops() >= 5 * product
+
+
+@pytest.mark.parametrize("activation", ["relu", "abs"])
+def test_the_term_of_pass_has_the_gradients_of_autograd(activation):
+    """Against the term written out densely, class by class; one class is absent, one has a single image."""
+    torch.manual_seed(0)
+    sae = TopKSAE(SaeConfig(16, 48, 6, activation))
+    with torch.no_grad():
+        sae.b_dec.normal_()
+        sae.encoder.bias.normal_(std=0.1)
+    x, labels = torch.randn(40, 16), torch.randint(0, 5, (40,)).clamp_max(3)
+    labels[0] = 5
+    loss, _ = set_gradients(sae, x, classes=ClassMeans(0.8, 7, running=False), labels=labels)
+    ours = {name: p.grad.clone() for name, p in sae.named_parameters() if p.requires_grad}
+
+    sae.zero_grad()
+    latents = sae.encode(x)
+    codes = torch.zeros(40, 48).scatter(1, latents.indices, latents.values)
+    spread = sum((codes[labels == c] - codes[labels == c].mean(0)).pow(2).sum() for c in labels.unique())
+    error = (x - codes @ sae.W_dec - sae.b_dec).pow(2).sum()
+    expected = (error + 0.8 * spread) / (x - x.mean(0)).pow(2).sum()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    sae.W_dec.grad -= (sae.W_dec.grad * sae.W_dec).sum(1, keepdim=True) * sae.W_dec.detach()
+    for name, parameter in sae.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_running_class_means_forget_a_tenth_with_each_batch_of_the_class():
+    classes = ClassMeans(1.0, 3, running=True)
+    code = lambda value: Latents(torch.tensor([[value]]), torch.tensor([[2]]))  # noqa: E731
+    first, _ = classes(code(1.0), torch.tensor([1]), 4)
+    assert first.item() == 0  # the first code is the mean
+    classes(code(5.0), torch.tensor([0]), 4)  # another class changes nothing
+    term, slope = classes(code(2.0), torch.tensor([1]), 4)
+    mean = 0.9 * 1.0 + 0.1 * 2.0
+    assert term.item() == pytest.approx((2.0 - mean) ** 2) and slope.item() == pytest.approx(2 * (2.0 - mean))

@@ -82,10 +82,14 @@ def test_the_gate_agrees_with_the_reference(trained, activations):
     gate = Gate(build("vs2:X", sae, mean), sae, mean, tau)
     steered = gate(x)
     expected = [
-        reference.gated(arrays, row, K, mean.double().numpy(), tau, reference.vs2(arrays, row, K, 1.5, 2.1, activation), activation)
+        reference.gated(
+            arrays, row, K, mean.double().numpy(), tau, reference.vs2(arrays, row, K, 1.5, 2.1, activation), activation
+        )
         for row in x.double().numpy()
     ]
     assert np.abs(steered.double().numpy() - np.stack(expected)).max() / np.linalg.norm(x.numpy(), axis=1).mean() < 1e-5
     skipped = torch.from_numpy(ratios > tau)
     assert skipped.sum() == 29 and torch.equal(steered[skipped], x[skipped])
-    assert gate.facts["coverage"] == pytest.approx(31 / 60) and gate.facts["mean_fvu"] == pytest.approx(ratios.mean(), rel=1e-4)
+    assert gate.facts["coverage"] == pytest.approx(31 / 60) and gate.facts["mean_fvu"] == pytest.approx(
+        ratios.mean(), rel=1e-4
+    )

@@ -1,10 +1,11 @@
 """One checkpoint: a folder with an SAE per site, as EleutherAI sparsify lays them out, and ``vs2.json`` beside them.
 
-    <name>/
-      vs2.json                                   this package's own facts
-      visual.transformer.resblocks.11/
-        cfg.json
-        sae.safetensors
+<name>/
+  vs2.json                                   this package's own facts
+  visual.transformer.resblocks.11/           the plain SAE of a site
+    cfg.json
+    sae.safetensors
+  visual.transformer.resblocks.11.pass/      the one trained by PASS, with labels
 """
 
 from __future__ import annotations
@@ -40,7 +41,11 @@ class SiteFacts:
     """One SAE of a checkpoint."""
 
     hookpoint: str
-    """The site; also the name of the SAE's folder."""
+    """The site."""
+    variant: str
+    """``plain``, or ``pass`` for an SAE that was trained by PASS."""
+    labels: str
+    """The labels used in its training: ``none`` or ``train``."""
     width: int
     """d."""
     mean: list[float]
@@ -53,6 +58,11 @@ class SiteFacts:
     """The settings of the training, and its figures."""
     files: dict[str, str]
     """File name -> SHA-256, for each file of the SAE."""
+
+    @property
+    def folder(self) -> str:
+        """The name of the SAE's folder in the checkpoint."""
+        return self.hookpoint if self.variant == "plain" else f"{self.hookpoint}.{self.variant}"
 
     @property
     def block(self) -> int | None:
@@ -76,9 +86,9 @@ class Checkpoint:
     tower: dict[str, Any]
     """What identifies the vision tower; see :class:`vs2_plugin.clip.backbone.Tower`."""
     data: dict[str, Any]
-    """``datasets``, ``split``, ``images``, ``labels`` (none or train), ``transductive``, ``amp``."""
+    """``datasets``, ``split``, ``images``, ``transductive``, ``amp``."""
     sites: list[SiteFacts]
-    """One per SAE, in the order of the tower."""
+    """One per SAE: the plain ones in the order of the tower, then those of other variants."""
     created: dict[str, Any] = field(default_factory=dict)
     """Versions of the software, and the command."""
 
@@ -95,7 +105,9 @@ class Checkpoint:
         try:
             raw = path.read_bytes()
         except OSError as error:
-            raise CheckpointNotFound(f"no SAE checkpoint in {folder}: no readable {MANIFEST} ({error.strerror})") from error
+            raise CheckpointNotFound(
+                f"no SAE checkpoint in {folder}: no readable {MANIFEST} ({error.strerror})"
+            ) from error
         try:
             facts = json.loads(raw)
             if not isinstance(facts, dict) or facts.get("format") != _FORMAT:
@@ -110,9 +122,13 @@ class Checkpoint:
             found = cls(folder=folder, digest=_digest(facts), sites=sites, **{name: facts[name] for name in names})
             whole = bool(sites) and all(len(site.mean) == site.width for site in sites)
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} is damaged: {type(error).__name__} {error}; train the checkpoint again") from error
+            raise CheckpointError(
+                f"{path} is damaged: {type(error).__name__} {error}; train the checkpoint again"
+            ) from error
         if not whole:
-            raise CheckpointError(f"{path} is damaged: no sites, or a mean of another width; train the checkpoint again")
+            raise CheckpointError(
+                f"{path} is damaged: no sites, or a mean of another width; train the checkpoint again"
+            )
         return found
 
     @property
@@ -125,19 +141,27 @@ class Checkpoint:
         """Whether it was trained on the images that are evaluated."""
         return bool(self.data.get("transductive"))
 
-    def select(self, blocks: str | None = None) -> list[SiteFacts]:
-        """The SAEs at ``blocks``: numbers joined by ``+``, ``all``, or None for the last site of the checkpoint.
+    def select(self, blocks: str | None = None, variant: str = "plain") -> list[SiteFacts]:
+        """The SAEs of a variant at ``blocks``: numbers joined by ``+``, ``all``, or None for the last site there is.
 
         Raises:
             CheckpointError: it has none there.
         """
+        sites = [site for site in self.sites if site.variant == variant]
+        if not sites:
+            there = " and ".join(sorted({site.variant for site in self.sites}))
+            how = " and --pass_weight 0.8 (it reads the training labels)" if variant == "pass" else ""
+            raise CheckpointError(
+                f"checkpoint {self.name!r} has no {variant} SAE, only {there}; add one to it by vs2-train-sae with its "
+                f"--model, --pretrained and --dataset{how}"
+            )
         if blocks is None:
-            return [self.sites[-1]]
-        at_blocks = {site.block: site for site in self.sites if site.block is not None}
+            return [sites[-1]]
+        at_blocks = {site.block: site for site in sites if site.block is not None}
         wanted = sorted(at_blocks) if blocks == "all" else sorted({int(number) for number in blocks.split("+")})
         missing = [str(number) for number in wanted if number not in at_blocks]
         if missing or not wanted:
-            there = " ".join(map(str, sorted(at_blocks))) or f"none, only {self.sites[-1].hookpoint}"
+            there = " ".join(map(str, sorted(at_blocks))) or f"none, only {sites[-1].hookpoint}"
             raise CheckpointError(
                 f"checkpoint {self.name!r} has no SAE at block {' '.join(missing) or blocks} (its blocks: {there}); train them with "
                 f"vs2-train-sae --blocks {' '.join(map(str, wanted)) or 'all'}"
@@ -158,7 +182,9 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder / MANIFEST} is damaged: tower lacks {error}") from error
         difference = trained_on.difference(tower)
         if difference:
-            raise CheckpointError(f"checkpoint {self.name!r} ({self.backbone}, {self.pretrained or 'random weights'}) is of another tower: {difference}")
+            raise CheckpointError(
+                f"checkpoint {self.name!r} ({self.backbone}, {self.pretrained or 'random weights'}) is of another tower: {difference}"
+            )
 
     def load(self, site: SiteFacts) -> tuple[TopKSAE, Tensor]:
         """Read the SAE of ``site`` and its mean ``[d]``, verified against ``vs2.json``.
@@ -170,12 +196,14 @@ class Checkpoint:
 
         from vs2_plugin.sae.files import load_sae
 
-        folder = self.folder / site.hookpoint
+        folder = self.folder / site.folder
         for name, expected in site.files.items():
             try:
                 found = _sha256(folder / name)
             except OSError as error:
-                raise CheckpointError(f"checkpoint {self.name!r} is damaged: {folder / name}: {error.strerror}") from error
+                raise CheckpointError(
+                    f"checkpoint {self.name!r} is damaged: {folder / name}: {error.strerror}"
+                ) from error
             if found != expected:
                 raise CheckpointError(
                     f"checkpoint {self.name!r} is damaged: {folder / name} is not the file that was written (SHA-256 "
@@ -183,7 +211,9 @@ class Checkpoint:
                 )
         sae = load_sae(folder)
         if sae.config.d_in != site.width:
-            raise CheckpointError(f"checkpoint {self.name!r}: the SAE at {site.hookpoint} has width {sae.config.d_in}, expected {site.width}")
+            raise CheckpointError(
+                f"checkpoint {self.name!r}: the SAE at {site.hookpoint} has width {sae.config.d_in}, expected {site.width}"
+            )
         return sae, torch.tensor(site.mean, dtype=torch.float32)
 
     def verify(self) -> None:
@@ -213,8 +243,8 @@ def save_checkpoint(
     try:
         sites = []
         for facts, sae in saes:
-            save_sae(sae, scratch / facts.hookpoint)
-            digests = {name: _sha256(scratch / facts.hookpoint / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+            save_sae(sae, scratch / facts.folder)
+            digests = {name: _sha256(scratch / facts.folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
             sites.append({**asdict(facts), "files": digests})
         facts = {
             "format": _FORMAT,
@@ -254,4 +284,8 @@ def _digest(facts: dict[str, Any]) -> str:
 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else hashlib.sha256(file.read()).hexdigest()
+        )

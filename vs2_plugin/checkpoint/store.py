@@ -70,7 +70,9 @@ class Store:
 
     def names(self) -> list[str]:
         """The names of all checkpoints here."""
-        return sorted(path.parent.name for path in self.checkpoints.glob(f"*/{MANIFEST}") if not path.parent.name.startswith("."))
+        return sorted(
+            path.parent.name for path in self.checkpoints.glob(f"*/{MANIFEST}") if not path.parent.name.startswith(".")
+        )
 
     def folder(self, name: str) -> Path:
         """Where the checkpoint called ``name`` lies, or would. Raises DataError for a name that is no plain name."""
@@ -92,7 +94,9 @@ class Store:
         if _is_checkpoint(elsewhere):
             return Checkpoint.open(elsewhere)
         names = ", ".join(self.names()) or "none"
-        raise CheckpointNotFound(f"no SAE checkpoint {name!r} in the store {self.root} (there: {names}), and no such folder")
+        raise CheckpointNotFound(
+            f"no SAE checkpoint {name!r} in the store {self.root} (there: {names}), and no such folder"
+        )
 
     def cached(self) -> Iterator[Path]:
         """The folders of cached activations, and what interrupted runs left."""
@@ -104,7 +108,9 @@ class Store:
         # A folder that somebody put here by hand may have any name.
         folder = self.checkpoints / name if name in self.names() else self.folder(name)
         if not folder.is_dir():
-            raise CheckpointNotFound(f"no SAE checkpoint {name!r} in the store {self.root} (there: {', '.join(self.names()) or 'none'})")
+            raise CheckpointNotFound(
+                f"no SAE checkpoint {name!r} in the store {self.root} (there: {', '.join(self.names()) or 'none'})"
+            )
         return _delete(folder)
 
     def remove_cache(self) -> int:

@@ -26,7 +26,16 @@ def doctor(store: Store) -> int:
 
     print(f"vs2-plugin {__version__}, Python {platform.python_version()} on {platform.system()} {platform.machine()}")
     print("packages")
-    for name in ("torch", "torchvision", "open_clip_torch", "clip-benchmark", "webdataset", "numpy", "pluggy", "safetensors"):
+    for name in (
+        "torch",
+        "torchvision",
+        "open_clip_torch",
+        "clip-benchmark",
+        "webdataset",
+        "numpy",
+        "pluggy",
+        "safetensors",
+    ):
         try:
             found = version(name)
         except PackageNotFoundError:
@@ -44,17 +53,31 @@ def doctor(store: Store) -> int:
             import clip_benchmark.cli
             import clip_benchmark.models
         except Exception as error:
-            line(False, f"clip_benchmark cannot be imported: {type(error).__name__}: {error}", "pip install --force-reinstall vs2-plugin")
+            line(
+                False,
+                f"clip_benchmark cannot be imported: {type(error).__name__}: {error}",
+                "pip install --force-reinstall vs2-plugin",
+            )
         else:
-            line(autoload.is_active(), f"the hook is {'active' if autoload.is_active() else 'not active'} in this interpreter", "pip install --force-reinstall vs2-plugin")
-            patched = hasattr(clip_benchmark.cli.main_eval, "__wrapped__") and "vs2" in clip_benchmark.models.MODEL_TYPES
+            line(
+                autoload.is_active(),
+                f"the hook is {'active' if autoload.is_active() else 'not active'} in this interpreter",
+                "pip install --force-reinstall vs2-plugin",
+            )
+            patched = (
+                hasattr(clip_benchmark.cli.main_eval, "__wrapped__") and "vs2" in clip_benchmark.models.MODEL_TYPES
+            )
             line(patched, f"clip_benchmark {'knows' if patched else 'does not know'} the steered models")
 
     known = registry()
     print("plugins and methods")
     for plugin in known.plugins:
         names = [name for name, owner in known.owners.items() if owner == plugin]
-        line(plugin not in known.broken, f"{plugin}: {', '.join(names) or 'no methods'}" + (f" ({known.broken[plugin]})" if plugin in known.broken else ""))
+        line(
+            plugin not in known.broken,
+            f"{plugin}: {', '.join(names) or 'no methods'}"
+            + (f" ({known.broken[plugin]})" if plugin in known.broken else ""),
+        )
     for name, claimants in known.conflicts.items():
         line(False, f"method {name!r} is claimed by {' and '.join(claimants)}", "uninstall one of them")
 

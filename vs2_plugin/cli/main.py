@@ -25,7 +25,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--version", action="version", version=f"vs2-plugin {__version__}")
     commands = made.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    demo = commands.add_parser("demo", help="the whole way, offline: train an SAE, evaluate CLIP and VS2 on handwritten digits")
+    demo = commands.add_parser(
+        "demo", help="the whole way, offline: train an SAE, evaluate CLIP and VS2 on handwritten digits"
+    )
     demo.add_argument("--out", type=Path, default=Path("vs2-demo"), help="folder to work in (default: %(default)s)")
     demo.add_argument("--quiet", action="store_true", help="hide the output of the commands")
     demo.set_defaults(run=_demo)
@@ -34,16 +36,24 @@ def parser() -> argparse.ArgumentParser:
     methods.set_defaults(run=_methods)
 
     doctor = commands.add_parser("doctor", help="check the installation, the plugins and the store")
-    doctor.add_argument("--store", help=f"folder of the store (default: ${ENVIRONMENT_VARIABLE}, else the platform's cache folder)")
+    doctor.add_argument(
+        "--store", help=f"folder of the store (default: ${ENVIRONMENT_VARIABLE}, else the platform's cache folder)"
+    )
     doctor.set_defaults(run=_doctor)
 
     store = commands.add_parser("store", help="list or remove checkpoints and cached activations")
-    store.add_argument("--store", help=f"folder of the store (default: ${ENVIRONMENT_VARIABLE}, else the platform's cache folder)")
+    store.add_argument(
+        "--store", help=f"folder of the store (default: ${ENVIRONMENT_VARIABLE}, else the platform's cache folder)"
+    )
     actions = store.add_subparsers(dest="action", metavar="ACTION", required=True)
     actions.add_parser("list", help="what is there").set_defaults(run=_store_list)
-    remove = actions.add_parser("remove", help="delete checkpoints, or cached activations", epilog="example: vs2 store remove --cache")
+    remove = actions.add_parser(
+        "remove", help="delete checkpoints, or cached activations", epilog="example: vs2 store remove --cache"
+    )
     remove.add_argument("names", nargs="*", metavar="NAME", help="checkpoints to delete")
-    remove.add_argument("--cache", action="store_true", help="delete all cached activations (they are made again when needed)")
+    remove.add_argument(
+        "--cache", action="store_true", help="delete all cached activations (they are made again when needed)"
+    )
     remove.set_defaults(run=_store_remove)
     return made
 
@@ -72,14 +82,19 @@ def _methods(args: argparse.Namespace) -> int:
     for name, method in known.methods.items():
         aliases = f" (also {', '.join(method.aliases)})" if method.aliases else ""
         print(f"{name}:{aliases}  {method.summary}")
-        print(f"    from {known.owners[name]}; labels used: {method.labels}; {'steers along an SAE checkpoint' if method.needs_checkpoint else 'needs no checkpoint'}")
+        print(
+            f"    from {known.owners[name]}; labels used: {method.labels}; {'steers along an SAE checkpoint' if method.needs_checkpoint else 'needs no checkpoint'}"
+        )
         for option in method.options:
             show(option)
     print("every method that steers along an SAE checkpoint has:")
     for option in COMMON:
         show(option)
     for name, claimants in known.conflicts.items():
-        print(f"vs2: error: method {name!r} is claimed by {' and '.join(claimants)}; uninstall one of them", file=sys.stderr)
+        print(
+            f"vs2: error: method {name!r} is claimed by {' and '.join(claimants)}; uninstall one of them",
+            file=sys.stderr,
+        )
     for plugin, problem in known.broken.items():
         print(f"vs2: error: plugin {plugin} failed to load: {problem}", file=sys.stderr)
     return 1 if known.conflicts or known.broken else 0

@@ -12,7 +12,7 @@ from typing import Any
 from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE, Store, checkpoint_name
 from vs2_plugin.cli.common import end_well, gigabytes
 from vs2_plugin.data.splits import training_split
-from vs2_plugin.errors import DataError, SettingError, TowerError
+from vs2_plugin.errors import CheckpointError, DataError, SettingError, TowerError
 
 __all__ = ["main", "parser"]
 
@@ -44,14 +44,33 @@ def parser() -> argparse.ArgumentParser:
     )
     data = made.add_argument_group("model and data (as for clip_benchmark)")
     data.add_argument("--model", default="ViT-B-32-quickgelu", help="open_clip model name (default: %(default)s)")
-    data.add_argument("--pretrained", default="laion400m_e32", help="weights tag or file; '' for random weights (default: %(default)s)")
-    data.add_argument("--dataset", required=True, help="data-set name that clip_benchmark knows, or wds/NAME for webdataset shards; labels are not needed")
+    data.add_argument(
+        "--pretrained",
+        default="laion400m_e32",
+        help="weights tag or file; '' for random weights (default: %(default)s)",
+    )
+    data.add_argument(
+        "--dataset",
+        required=True,
+        help="data-set name that clip_benchmark knows, or wds/NAME for webdataset shards; labels are not needed",
+    )
     data.add_argument("--dataset_root", default="root", help="its folder, or the URL of shards (default: %(default)s)")
     data.add_argument("--train_split", help="the split to train on (default: the data set's training split)")
-    data.add_argument("--transductive", action="store_true", help="allow training on the images that are evaluated, for data sets without a training split; marked in checkpoint and results")
-    data.add_argument("--max_images", type=_positive, help="use at most this many images: a random subset (default: all)")
+    data.add_argument(
+        "--transductive",
+        action="store_true",
+        help="allow training on the images that are evaluated, for data sets without a training split; marked in checkpoint and results",
+    )
+    data.add_argument(
+        "--max_images", type=_positive, help="use at most this many images: a random subset (default: all)"
+    )
     data.add_argument("--batch_size", type=_positive, default=64, help="images per forward pass (default: %(default)s)")
-    data.add_argument("--num_workers", type=int, default=min(4, os.cpu_count() or 1), help="image loader processes (default: %(default)s)")
+    data.add_argument(
+        "--num_workers",
+        type=int,
+        default=min(4, os.cpu_count() or 1),
+        help="image loader processes (default: %(default)s)",
+    )
     data.add_argument("--no_amp", action="store_false", dest="amp", help="extract in full precision")
     data.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     data.add_argument("--model_cache_dir", help="where downloaded models are kept")
@@ -59,8 +78,19 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--quiet", action="store_true", help="no progress, only the result")
 
     sae = made.add_argument_group("SAE")
-    sae.add_argument("--recipe", choices=sorted(RECIPES), default="default", help="named settings, which single flags override; paper: those of arXiv 2506.01247 (default: %(default)s)")
-    sae.add_argument("--blocks", nargs="+", default=["last"], metavar="BLOCK", help="where: last, all, output (the embedding), or block numbers counted from 0; one SAE each (default: last)")
+    sae.add_argument(
+        "--recipe",
+        choices=sorted(RECIPES),
+        default="default",
+        help="named settings, which single flags override; paper: those of arXiv 2506.01247 (default: %(default)s)",
+    )
+    sae.add_argument(
+        "--blocks",
+        nargs="+",
+        default=["last"],
+        metavar="BLOCK",
+        help="where: last, all, output (the embedding), or block numbers counted from 0; one SAE each (default: last)",
+    )
     usual = TrainConfig()
     helps = {
         "expansion_factor": "latents per dimension of the activations",
@@ -71,19 +101,37 @@ def parser() -> argparse.ArgumentParser:
         "samples": "activations seen in training, repeats included; 0: by the size of the data set",
         "sae_batch_size": "activations per step; 0: by the size of the data set",
         "auxk": "weight of the loss that revives dead latents; 0: off",
+        "init": "decoder directions to start from: differences of activations (data), or random ones",
+        "pass_weight": "PASS (arXiv 2506.01247): pull the codes of a class towards their mean with this weight (the paper: 0.8); reads the training labels, and adds a second SAE for pass: to the checkpoint",
+        "pass_means": "the means of PASS: of the batch, or running ones for batches with few images per class",
         "dead_after": "steps of silence after which a latent counts as dead",
     }
     for name, text in helps.items():
         value = getattr(usual, name)
-        choices = ("relu", "abs") if name == "activation" else None
-        default = "" if name == "k" else f" (default: {value:g})" if not isinstance(value, str) else f" (default: {value})"
+        choices = {"activation": ("relu", "abs"), "init": ("data", "random"), "pass_means": ("batch", "running")}.get(
+            name
+        )
+        default = (
+            "" if name == "k" else f" (default: {value:g})" if not isinstance(value, str) else f" (default: {value})"
+        )
         sae.add_argument(f"--{name}", type=type(value), choices=choices, help=text + default)
 
     store = made.add_argument_group("store")
-    store.add_argument("--store", help=f"folder of checkpoints and cached activations (default: ${ENVIRONMENT_VARIABLE}, else the platform's cache folder)")
-    store.add_argument("--name", help="name of the checkpoint, for vs2:MODEL@NAME (default: one that --model and --dataset find by themselves)")
+    store.add_argument(
+        "--store",
+        help=f"folder of checkpoints and cached activations (default: ${ENVIRONMENT_VARIABLE}, else the platform's cache folder)",
+    )
+    store.add_argument(
+        "--name",
+        help="name of the checkpoint, for vs2:MODEL@NAME (default: one that --model and --dataset find by themselves)",
+    )
     store.add_argument("--overwrite", action="store_true", help="replace a checkpoint of that name")
-    store.add_argument("--cache_dtype", choices=("float16", "float32"), default="float16", help="precision of cached activations (default: %(default)s)")
+    store.add_argument(
+        "--cache_dtype",
+        choices=("float16", "float32"),
+        default="float16",
+        help="precision of cached activations (default: %(default)s)",
+    )
     store.add_argument("--refresh_cache", action="store_true", help="extract again, even if the activations are cached")
     return made
 
@@ -98,7 +146,11 @@ def _positive(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command."""
     args = parser().parse_args(argv)
-    return end_well("vs2-train-sae", lambda: run(args), "; activations that were extracted completely are kept: run the same command to go on")
+    return end_well(
+        "vs2-train-sae",
+        lambda: run(args),
+        "; activations that were extracted completely are kept: run the same command to go on",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -113,7 +165,9 @@ def run(args: argparse.Namespace) -> None:
 
     if is_steered(args.model):
         backbone = args.model.partition(":")[2].partition("@")[0] or "ViT-B-32"
-        raise TowerError(f"--model {args.model!r}: an SAE is trained for the plain backbone; use --model {shlex.quote(backbone)}")
+        raise TowerError(
+            f"--model {args.model!r}: an SAE is trained for the plain backbone; use --model {shlex.quote(backbone)}"
+        )
     if ignores_pretrained(args.model):
         args.pretrained = ""
     check_backbone(args.model, args.pretrained)
@@ -121,8 +175,8 @@ def run(args: argparse.Namespace) -> None:
     store = Store.default(args.store)
     name = args.name or checkpoint_name(args.model, args.pretrained, args.dataset)
     folder = store.folder(name)
-    if folder.exists() and not args.overwrite:
-        raise DataError(f"there is a checkpoint {name!r} in {store.root} already; replace it with --overwrite, or give another --name")
+    variant = "pass" if args.pass_weight else "plain"
+    existing = _existing(store, name, variant, args.overwrite)
     config = _config(args)  # before anything slow
 
     import numpy as np
@@ -141,11 +195,17 @@ def run(args: argparse.Namespace) -> None:
     sites = _sites(loaded.model, args.blocks)
     images = open_images(
         args.dataset, args.dataset_root, split.name, loaded.transform,
-        max_images=args.max_images, seed=args.seed, wds_cache_dir=args.wds_cache_dir,
+        max_images=args.max_images, seed=args.seed, wds_cache_dir=args.wds_cache_dir, labels=variant == "pass",
     )  # fmt: skip
-    say(f"{args.model} on the split {split.name!r} of {args.dataset}: {_count(images.count)} images, {', '.join(map(str, sites))}, on {device}")
+    say(
+        f"{args.model} on the split {split.name!r} of {args.dataset}: {_count(images.count)} images, {', '.join(map(str, sites))}, on {device}"
+    )
+    if images.labels:
+        say("PASS: the training labels are read; the checkpoint and every result of pass: say so")
     if split.transductive:
-        say("transductive: these are the images that are evaluated (without their labels); the checkpoint and every result say so")
+        say(
+            "transductive: these are the images that are evaluated (without their labels); the checkpoint and every result say so"
+        )
 
     cache = ActivationCache(store.activations)
     dtype = np.dtype(args.cache_dtype)
@@ -153,7 +213,7 @@ def run(args: argparse.Namespace) -> None:
         "tower": tower.to_json(), "sites": [site.hookpoint for site in sites], "dataset": args.dataset,
         "root": os.path.abspath(args.dataset_root) if "://" not in args.dataset_root else args.dataset_root,
         "split": split.name, "images": images.fingerprint, "max_images": args.max_images, "seed": args.seed if args.max_images else None,
-        "amp": args.amp, "device": device, "dtype": dtype.name,
+        "amp": args.amp, "device": device, "dtype": dtype.name, "labels": images.labels,
     }  # fmt: skip
     activations = None if args.refresh_cache else cache.open(key, sites)
     if activations is not None:
@@ -168,13 +228,16 @@ def run(args: argparse.Namespace) -> None:
             batch_size=args.batch_size, num_workers=args.num_workers, amp=args.amp, dtype=dtype, quiet=args.quiet,
         )  # fmt: skip
     count = len(activations[sites[0]])
+    labels = cache.labels(key) if images.labels else None
 
-    saes = []
+    saes = [] if existing is None else _keep(existing, variant, tower)
     for site in sites:
         settings = config(site.width).for_size(count)
-        sae, mean, figures = train_sae(activations[site], settings, device=device, quiet=args.quiet, name=f"SAE at {site}")
+        sae, mean, figures = train_sae(
+            activations[site], settings, labels=labels, device=device, quiet=args.quiet, name=f"SAE at {site}"
+        )
         facts = SiteFacts(
-            site.hookpoint, site.width, mean.tolist(), figures.fvu, figures.fvu_quantiles,
+            site.hookpoint, variant, "none" if labels is None else "train", site.width, mean.tolist(), figures.fvu, figures.fvu_quantiles,
             training={"recipe": args.recipe, **vars(settings), **{k: v for k, v in vars(figures).items() if not k.startswith("fvu")}},
             files={},
         )  # fmt: skip
@@ -187,13 +250,44 @@ def run(args: argparse.Namespace) -> None:
     checkpoint = save_checkpoint(
         folder, backbone=args.model, pretrained=args.pretrained, tower=tower,
         data={
-            "datasets": [args.dataset], "split": split.name, "images": count, "labels": "none",
-            "transductive": split.transductive, "amp": args.amp, "max_images": args.max_images,
+            "datasets": [args.dataset], "split": split.name, "images": count, "transductive": split.transductive, "amp": args.amp, "max_images": args.max_images,
         },
-        saes=saes, created=_versions(),
+        saes=sorted(saes, key=lambda pair: pair[0].variant != "plain"), created=_versions(),
     )  # fmt: skip
     print(f"wrote {checkpoint.folder}")
     say("evaluate with: " + _evaluate_command(args, named=args.name is not None))
+
+
+def _existing(store: Store, name: str, variant: str, overwrite: bool):
+    """The checkpoint that this training adds to; None if there is none.
+
+    Raises:
+        DataError: it holds an SAE of this variant already.
+    """
+    from vs2_plugin.checkpoint.manifest import Checkpoint
+
+    if not store.folder(name).exists():
+        return None
+    try:
+        existing = Checkpoint.open(store.folder(name))
+    except CheckpointError:
+        if overwrite:
+            return None
+        raise
+    if any(site.variant == variant for site in existing.sites) and not overwrite:
+        raise DataError(
+            f"there is a checkpoint {name!r} in {store.root} already{' with a PASS SAE' if variant == 'pass' else ''}; replace it "
+            "with --overwrite, or give another --name"
+        )
+    return existing
+
+
+def _keep(existing, variant: str, tower) -> list:
+    """The SAEs of the other variant, which stay in the checkpoint. Raises CheckpointError if they are of another tower."""
+    others = [site for site in existing.sites if site.variant != variant]
+    if others:
+        existing.require_tower(tower)
+    return [(site, existing.load(site)[0]) for site in others]
 
 
 def _config(args: argparse.Namespace):
@@ -203,7 +297,9 @@ def _config(args: argparse.Namespace):
     chosen: dict[str, Any] = dict(RECIPES[args.recipe])
     if args.recipe == "paper":
         chosen |= _paper_shape(args.model)
-    chosen |= {key: value for key, value in vars(args).items() if key in TrainConfig.__dataclass_fields__ and value is not None}
+    chosen |= {
+        key: value for key, value in vars(args).items() if key in TrainConfig.__dataclass_fields__ and value is not None
+    }
 
     def config(width: int) -> TrainConfig:
         return TrainConfig(**{"k": min(64, max(1, width // 8)), **chosen})
@@ -234,7 +330,11 @@ def _sites(model, blocks: Sequence[str]):
         elif word.isdigit() and int(word) < len(offered):
             chosen.append(offered[int(word)])
         else:
-            numbers = f"block numbers from 0 to {len(offered) - 1}" if offered else "no block numbers, as this tower pools no CLS token"
+            numbers = (
+                f"block numbers from 0 to {len(offered) - 1}"
+                if offered
+                else "no block numbers, as this tower pools no CLS token"
+            )
             raise SettingError(f"--blocks {word!r}: expected last, all, output, or {numbers}")
     in_order = [*offered, *(site for site in chosen if site not in offered)]
     return [site for site in dict.fromkeys(in_order) if site in chosen]
@@ -247,11 +347,15 @@ def _count(count: int | None) -> str:
 def _versions() -> dict[str, Any]:
     from importlib.metadata import version
 
-    return {"torch": version("torch"), "open_clip": version("open_clip_torch"), "command": shlex.join(["vs2-train-sae", *sys.argv[1:]])}
+    return {
+        "torch": version("torch"),
+        "open_clip": version("open_clip_torch"),
+        "command": shlex.join(["vs2-train-sae", *sys.argv[1:]]),
+    }
 
 
 def _evaluate_command(args: argparse.Namespace, named: bool) -> str:
-    model = f"vs2:{args.model}" + (f"@{args.name}" if named else "")
+    model = f"{'pass' if args.pass_weight else 'vs2'}:{args.model}" + (f"@{args.name}" if named else "")
     words = ["clip_benchmark", "eval", "--model", args.model, model, "--pretrained", args.pretrained]
     return shlex.join([*words, "--dataset", args.dataset, "--dataset_root", args.dataset_root])
 

@@ -15,7 +15,16 @@ from torch import nn
 
 from vs2_plugin.errors import TowerError
 
-__all__ = ["HUB", "LOCAL", "Loaded", "Tower", "check_backbone", "ignores_pretrained", "load_backbone", "warn_about_quickgelu"]
+__all__ = [
+    "HUB",
+    "LOCAL",
+    "Loaded",
+    "Tower",
+    "check_backbone",
+    "ignores_pretrained",
+    "load_backbone",
+    "warn_about_quickgelu",
+]
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
 
@@ -117,16 +126,22 @@ def check_backbone(backbone: str, pretrained: str) -> None:
     if backbone.startswith(LOCAL):
         folder = Path(backbone[len(LOCAL) :])
         if not (folder / "open_clip_config.json").is_file():
-            raise TowerError(f"{backbone!r}: no file {folder / 'open_clip_config.json'}; expected a folder that open_clip wrote")
+            raise TowerError(
+                f"{backbone!r}: no file {folder / 'open_clip_config.json'}; expected a folder that open_clip wrote"
+            )
         return
     if backbone.startswith(HUB):
         return
     known = open_clip.list_models()
     name = backbone.replace("/", "-")
     if name not in known:
-        close = [one for one in known if one.lower() == name.lower()] or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        close = [one for one in known if one.lower() == name.lower()] or difflib.get_close_matches(
+            name, known, n=3, cutoff=0.5
+        )
         hint = f"did you mean {' or '.join(close)}? " if close else ""
-        raise TowerError(f"open_clip has no model {backbone!r}; {hint}All names: python -c 'import open_clip; print(open_clip.list_models())'")
+        raise TowerError(
+            f"open_clip has no model {backbone!r}; {hint}All names: python -c 'import open_clip; print(open_clip.list_models())'"
+        )
     if not pretrained or os.path.isfile(pretrained):
         return
     tags = open_clip.list_pretrained_tags_by_model(name)
@@ -145,7 +160,9 @@ def warn_about_quickgelu(backbone: str, pretrained: str) -> None:
     backbone = backbone.replace("/", "-")  # as open_clip reads it
     if ignores_pretrained(backbone) or (backbone, pretrained) in _warned:
         return
-    weights = getattr(open_clip, "get_pretrained_cfg", open_clip.pretrained.get_pretrained_cfg)(backbone, pretrained) or {}
+    weights = (
+        getattr(open_clip, "get_pretrained_cfg", open_clip.pretrained.get_pretrained_cfg)(backbone, pretrained) or {}
+    )
     architecture = open_clip.get_model_config(backbone) or {}
     if weights.get("quick_gelu", False) and not architecture.get("quick_gelu", False):
         _warned.add((backbone, pretrained))
@@ -168,7 +185,9 @@ def load_backbone(backbone: str, pretrained: str, cache_dir: str | None = None, 
     check_backbone(backbone, pretrained)
     warn_about_quickgelu(backbone, pretrained)
     try:
-        model, transform, tokenizer = load_open_clip(model_name=backbone, pretrained=pretrained, cache_dir=cache_dir, device=device)
+        model, transform, tokenizer = load_open_clip(
+            model_name=backbone, pretrained=pretrained, cache_dir=cache_dir, device=device
+        )
     except Exception as error:  # whatever open_clip, the hub client or the network raised
         weights = "" if ignores_pretrained(backbone) else f" with weights {pretrained!r}"
         reason = " ".join(str(error).split())[:300]

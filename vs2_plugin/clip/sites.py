@@ -20,7 +20,19 @@ from torch import Tensor, nn
 
 from vs2_plugin.errors import PluginError, TowerError
 
-__all__ = ["OUTPUT", "Site", "block_sites", "default_site", "Edit", "edit", "editing", "find_site", "in_float32", "output_site", "reading"]
+__all__ = [
+    "OUTPUT",
+    "Site",
+    "block_sites",
+    "default_site",
+    "Edit",
+    "edit",
+    "editing",
+    "find_site",
+    "in_float32",
+    "output_site",
+    "reading",
+]
 
 OUTPUT = "visual"
 _BLOCKS = "visual.transformer.resblocks"
@@ -111,7 +123,11 @@ def find_site(model: nn.Module, hookpoint: str) -> Site:
     for site in sites:
         if site.hookpoint == hookpoint:
             return site
-    offered = f"{sites[0].hookpoint} to {sites[-1].hookpoint}, and {OUTPUT}" if sites else f"only {OUTPUT} (it pools no CLS token)"
+    offered = (
+        f"{sites[0].hookpoint} to {sites[-1].hookpoint}, and {OUTPUT}"
+        if sites
+        else f"only {OUTPUT} (it pools no CLS token)"
+    )
     raise TowerError(f"this vision tower has no site {hookpoint!r}; it has {offered}")
 
 
@@ -132,7 +148,9 @@ def in_float32(steering: Steering, x: Tensor) -> Tensor:
         steered = steering(x.float())
     if not isinstance(steered, Tensor) or steered.shape != x.shape:
         got = tuple(steered.shape) if isinstance(steered, Tensor) else type(steered).__name__
-        raise PluginError(f"the steering method returned {got} for activations {tuple(x.shape)}; expected the same shape")
+        raise PluginError(
+            f"the steering method returned {got} for activations {tuple(x.shape)}; expected the same shape"
+        )
     return steered.to(x.dtype)
 
 

@@ -24,6 +24,7 @@ from vs2_plugin.errors import DataError
 __all__ = ["ActivationCache", "extract", "require_space"]
 
 _FACTS = "activations.json"
+_LABELS = "labels.npy"
 
 
 class ActivationCache:
@@ -48,17 +49,27 @@ class ActivationCache:
             return None
         return found if whole else None
 
+    def labels(self, key: dict[str, Any]) -> np.ndarray:
+        """The labels ``[count]`` (int64) of activations that were extracted with theirs."""
+        return np.load(self.folder(key) / _LABELS)
+
     @contextmanager
-    def writing(self, key: dict[str, Any], sites: Sequence[Site], dtype: np.dtype) -> Iterator[dict[Site, _Column]]:
-        """Columns to append to, one per site. They appear under the key, all at once, when the block ends well."""
+    def writing(
+        self, key: dict[str, Any], sites: Sequence[Site], dtype: np.dtype
+    ) -> Iterator[tuple[dict[Site, _Column], list[np.ndarray]]]:
+        """Columns to append to, one per site, and a list for the labels of each batch, if any. They appear under the
+        key, all at once, when the block ends well."""
         folder = self.folder(key)
         self.root.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=self.root))
         columns = {site: _Column(scratch / f"{site.hookpoint}.npy", site.width, dtype) for site in sites}
+        labels: list[np.ndarray] = []
         try:
-            yield columns
+            yield columns, labels
             for column in columns.values():
                 column.close()
+            if labels:
+                np.save(scratch / _LABELS, np.concatenate(labels))
             count = next(iter(columns.values())).count
             (scratch / _FACTS).write_text(json.dumps({"count": count, "key": key}, indent=2) + "\n")
             scratch.chmod(0o755)  # mkdtemp's 0700 would hide it from colleagues who share the store
@@ -135,8 +146,8 @@ def extract(
     """
     device = next(model.parameters()).device
     bar = tqdm(total=images.count, desc="activations", unit="img", disable=True if quiet else None)
-    with cache.writing(key, sites, dtype) as columns, reading(model, sites) as found, bar:
-        for batch in images.batches(batch_size, num_workers):
+    with cache.writing(key, sites, dtype) as (columns, all_labels), reading(model, sites) as found, bar:
+        for batch, labels in images.batches(batch_size, num_workers):
             with torch.autocast(device.type, enabled=amp):
                 model.encode_image(batch.to(device, non_blocking=True))
             for site, column in columns.items():
@@ -149,6 +160,8 @@ def extract(
                         "use --cache_dtype float32"
                     )
                 column.append(stored)
+            if labels is not None:
+                all_labels.append(labels.numpy())
             bar.update(len(batch))
         if next(iter(columns.values())).count == 0:
             raise DataError("there are no training images")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
@@ -23,16 +24,18 @@ class TrainingImages:
     """The images of one split, preprocessed for one tower."""
 
     source: Dataset
-    """Items are images, or tuples whose first element is one."""
+    """Items are images, or tuples of image and more: a label, captions."""
     count: int | None
     """How many will be read; None for a stream of unknown length."""
     limit: int | None
     """At most this many of a stream."""
     fingerprint: Any
     """Plain JSON values that change when the images do."""
+    labels: bool = False
+    """Whether labels are read too."""
 
-    def batches(self, batch_size: int, num_workers: int) -> Iterator[Tensor]:
-        """Images ``[batch, 3, height, width]``, each once, in a fixed order.
+    def batches(self, batch_size: int, num_workers: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Images ``[batch, 3, height, width]``, each once, in a fixed order, and their labels ``[batch]`` (int64), or None.
 
         Raises:
             DataError: an image cannot be read.
@@ -42,27 +45,41 @@ class TrainingImages:
             self.source,
             batch_size=batch_size,
             num_workers=min(num_workers, 1) if streamed else num_workers,  # each worker would repeat a stream
-            collate_fn=_stack_images,
+            collate_fn=_stack_labeled if self.labels else _stack_images,
             pin_memory=torch.cuda.is_available(),
         )
         left = self.limit if streamed and self.limit is not None else None
         try:
-            for images in loader:
+            for batch in loader:
+                images, labels = batch if self.labels else (batch, None)
                 if left is not None:
-                    images, left = images[:left], left - len(images)
+                    images, labels, left = images[:left], labels[:left] if self.labels else None, left - len(images)
                 if len(images):
-                    yield images
+                    yield images, labels
                 if left is not None and left <= 0:
                     return
         except Vs2Error as error:
             raise DataError(_from_worker(error)) from error
         except Exception as error:  # whatever a data set's own code, PIL or a download raises
-            raise DataError(f"cannot read the training images: {type(error).__name__}: {_from_worker(error)}") from error
+            raise DataError(
+                f"cannot read the training images: {type(error).__name__}: {_from_worker(error)}"
+            ) from error
 
 
 def _stack_images(samples: list) -> Tensor:
     # Whatever follows the image (a label, captions) is dropped unread.
     return torch.stack([sample[0] if isinstance(sample, (tuple, list)) else sample for sample in samples])
+
+
+def _stack_labeled(samples: list) -> tuple[Tensor, Tensor]:
+    labels = [sample[1] if isinstance(sample, (tuple, list)) and len(sample) > 1 else None for sample in samples]
+    if not all(
+        isinstance(label, (int, np.integer)) or (isinstance(label, Tensor) and label.ndim == 0) for label in labels
+    ):
+        raise DataError(
+            f"labels were asked for, and this data set gives {labels[0]!r}; expected one class number per image"
+        )
+    return _stack_images(samples), torch.tensor([int(label) for label in labels])
 
 
 def open_images(
@@ -74,6 +91,7 @@ def open_images(
     max_images: int | None = None,
     seed: int = 0,
     wds_cache_dir: str | None = None,
+    labels: bool = False,
 ) -> TrainingImages:
     """Open a split of a clip_benchmark data set, downloading it where clip_benchmark can.
 
@@ -84,6 +102,7 @@ def open_images(
         transform: the tower's preprocessing.
         max_images: read no more than this: a random subset, or the first of a stream.
         seed: picks that subset.
+        labels: read the labels too; otherwise they are not looked at.
 
     Raises:
         DataError: the data set, its split or its files are not there.
@@ -92,9 +111,11 @@ def open_images(
     try:
         root = root.format(dataset=name, dataset_cleaned=name.replace("/", "-"))
     except (KeyError, IndexError, ValueError) as error:
-        raise DataError(f"--dataset_root {root!r}: only {{dataset}} and {{dataset_cleaned}} can be filled in ({error})") from None
+        raise DataError(
+            f"--dataset_root {root!r}: only {{dataset}} and {{dataset_cleaned}} can be filled in ({error})"
+        ) from None
     if dataset.startswith("wds/"):
-        source = open_shards(root, split, transform, wds_cache_dir)
+        source = open_shards(root, split, transform, wds_cache_dir, labels)
     else:
         source = _build(dataset, root, split, transform)
     try:
@@ -106,11 +127,11 @@ def open_images(
     fingerprint = source.fingerprint() if hasattr(source, "fingerprint") else _probe(source)
     if isinstance(source, IterableDataset):  # some streams know their length, and none can be indexed
         count = total if max_images is None or total is None else min(total, max_images)
-        return TrainingImages(source, count, max_images, [fingerprint, total])
+        return TrainingImages(source, count, max_images, [fingerprint, total], labels)
     if max_images is not None and max_images < total:
         chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:max_images].sort().values
         source, fingerprint = Subset(source, chosen.tolist()), [fingerprint, total, max_images, seed]
-    return TrainingImages(source, len(source), max_images, [fingerprint, total])
+    return TrainingImages(source, len(source), max_images, [fingerprint, total], labels)
 
 
 def _probe(source: Dataset) -> list:

@@ -1,8 +1,8 @@
 """Images out of webdataset shards, in clip_benchmark's layout ``DIR/SPLIT/{nshards.txt,0.tar,1.tar,…}``.
 
-Only the images are read: shards without labels (no ``.cls``) are as good as any. Local shards are indexed by their
-tar headers and read by position, so that the number of images is known, a subset is a random one, and there may be
-fewer shards than loader workers.
+Only the images are read, unless labels are asked for: shards without labels (no ``.cls``) are as good as any. Local
+shards are indexed by their tar headers and read by position, so that the number of images is known, a subset is a random
+one, and there may be fewer shards than loader workers.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ __all__ = ["EXTENSIONS", "LocalShards", "RemoteShards", "open_shards"]
 EXTENSIONS = ("webp", "png", "jpg", "jpeg")
 
 
-def open_shards(root: str, split: str, transform, cache_dir: str | None = None) -> Dataset:
-    """The images of a split, local or remote; remote shards are kept in ``cache_dir``, if given.
+def open_shards(root: str, split: str, transform, cache_dir: str | None = None, labels: bool = False) -> Dataset:
+    """The images of a split, local or remote, or pairs of image and label. Remote shards are kept in ``cache_dir``.
 
     Raises:
         DataError: no such split, or a shard that cannot be read.
     """
     if "://" in root:
-        return RemoteShards(root, split, transform, cache_dir)
+        return RemoteShards(root, split, transform, cache_dir, labels)
     folder = Path(root) / split
     listing = folder / "nshards.txt"
     try:
@@ -42,31 +42,42 @@ def open_shards(root: str, split: str, transform, cache_dir: str | None = None) 
         ) from None
     except ValueError:
         raise DataError(f"{listing} does not hold the number of shards") from None
-    return LocalShards([folder / f"{index}.tar" for index in range(count)], transform)
+    return LocalShards([folder / f"{index}.tar" for index in range(count)], transform, labels)
 
 
 class LocalShards(Dataset):
-    """Images at known positions of local tar files; an item is one preprocessed image."""
+    """Images at known positions of local tar files; an item is one preprocessed image, or a pair of it and its label."""
 
-    def __init__(self, files: list[Path], transform) -> None:
+    def __init__(self, files: list[Path], transform, labels: bool = False) -> None:
         self.files, self.transform = files, transform
-        self.positions: list[tuple[int, int, int, str]] = []  # file, offset, size, sample key
+        self.positions: list[tuple[int, int, int, str]] = []  # file, offset, size, member name
+        self.labels: list[int] | None = [] if labels else None
         for number, file in enumerate(files):
-            self.positions.extend(self._index(number, file))
+            images, classes = self._index(number, file)
+            self.positions.extend(images.values())
+            if self.labels is not None:
+                self.labels.extend(self._label(file, key, classes) for key in images)
         if not self.positions:
-            raise DataError(f"no images ({', '.join(EXTENSIONS)}) in the {len(files)} shards beside {files[0] if files else '?'}")
+            raise DataError(
+                f"no images ({', '.join(EXTENSIONS)}) in the {len(files)} shards beside {files[0] if files else '?'}"
+            )
 
     @staticmethod
-    def _index(number: int, file: Path) -> list[tuple[int, int, int, str]]:
+    def _index(number: int, file: Path) -> tuple[dict[str, tuple[int, int, int, str]], dict[str, tuple[int, int]]]:
+        """Sample key -> where its image lies, and -> where its label lies."""
         best: dict[str, tuple[int, tuple[int, int, int, str]]] = {}
+        classes: dict[str, tuple[int, int]] = {}
         try:
             with tarfile.open(file, "r:") as tar:  # uncompressed, since images are read by their position
                 for member in tar:
                     folder, slash, name = member.name.rpartition("/")
                     stem, _, extension = name.partition(".")
+                    key = folder + slash + stem
+                    if extension.lower() == "cls":
+                        classes[key] = (member.offset_data, member.size)
                     if not member.isfile() or extension.lower() not in EXTENSIONS:
                         continue
-                    key, rank = folder + slash + stem, EXTENSIONS.index(extension.lower())
+                    rank = EXTENSIONS.index(extension.lower())
                     if key not in best or rank < best[key][0]:
                         best[key] = (rank, (number, member.offset_data, member.size, member.name))
                 end = tar.offset
@@ -77,7 +88,20 @@ class LocalShards(Dataset):
                     raise DataError(f"shard {file} is damaged at byte {end}")
         except (OSError, EOFError, tarfile.TarError) as error:
             raise DataError(f"cannot read shard {file} (expected an uncompressed tar file): {error}") from error
-        return [position for _, position in best.values()]
+        return {key: position for key, (_, position) in best.items()}, classes
+
+    @staticmethod
+    def _label(file: Path, key: str, classes: dict[str, tuple[int, int]]) -> int:
+        if key not in classes:
+            raise DataError(f"{file}: the image {key!r} has no label ({key}.cls), and labels were asked for")
+        offset, size = classes[key]
+        with open(file, "rb") as raw:
+            raw.seek(offset)
+            text = raw.read(size)
+        try:
+            return int(text)
+        except ValueError:
+            raise DataError(f"{file}: {key}.cls holds {text[:20]!r}; expected the number of a class") from None
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -91,7 +115,8 @@ class LocalShards(Dataset):
             image = Image.open(io.BytesIO(data)).convert("RGB")
         except (OSError, ValueError, SyntaxError) as error:  # all three come from PIL
             raise DataError(f"{self.files[number]}: {name} is not a readable image") from error
-        return self.transform(image)
+        image = self.transform(image)
+        return image if self.labels is None else (image, self.labels[index])
 
     def fingerprint(self) -> list:
         """What changes when the shards do: names, sizes and times."""
@@ -99,9 +124,9 @@ class LocalShards(Dataset):
 
 
 class RemoteShards(IterableDataset):
-    """A stream of preprocessed images out of shards behind a URL, as clip_benchmark reads them."""
+    """A stream of preprocessed images, or pairs of image and label, out of shards behind a URL."""
 
-    def __init__(self, root: str, split: str, transform, cache_dir: str | None = None) -> None:
+    def __init__(self, root: str, split: str, transform, cache_dir: str | None = None, labels: bool = False) -> None:
         import requests
 
         metadata = data = root.rstrip("/")
@@ -117,7 +142,7 @@ class RemoteShards(IterableDataset):
         except (requests.RequestException, ValueError) as error:
             raise DataError(f"cannot read {listing} (the number of shards): {error}") from error
         self.urls = [f"{data}/{split}/{index}.tar" for index in range(count)]
-        self.transform, self.cache_dir = transform, cache_dir
+        self.transform, self.cache_dir, self.labels = transform, cache_dir, labels
 
     def __iter__(self) -> Iterator:
         import webdataset as wds
@@ -125,10 +150,10 @@ class RemoteShards(IterableDataset):
         pipeline = (
             wds.WebDataset(self.urls, shardshuffle=False, nodesplitter=lambda urls: urls, cache_dir=self.cache_dir)
             .decode(wds.autodecode.ImageHandler("pil", extensions=list(EXTENSIONS)), only=list(EXTENSIONS))
-            .to_tuple(list(EXTENSIONS))
+            .to_tuple(list(EXTENSIONS), *(["cls"] if self.labels else []))
         )
-        for (image,) in pipeline:
-            yield self.transform(image)
+        for image, *label in pipeline:
+            yield (self.transform(image), int(label[0])) if self.labels else self.transform(image)
 
     def fingerprint(self) -> list:
         """The addresses: what lies behind them cannot be told apart without reading it."""

@@ -17,7 +17,9 @@ _TEST_ONLY = "it has a test split only"
 _WITHOUT = {
     **dict.fromkeys(("sun397", "eurosat", "caltech101", "winoground", "dummy"), _IGNORES),
     **dict.fromkeys(("multilingual_mscoco_captions", "crossmodal3600", "xtd10", "xtd200", "flickr30k-200"), _IGNORES),
-    **dict.fromkeys(("imagenetv2", "imagenet_sketch", "imagenet-a", "imagenet-r", "imagenet-o", "objectnet"), _TEST_ONLY),
+    **dict.fromkeys(
+        ("imagenetv2", "imagenet_sketch", "imagenet-a", "imagenet-r", "imagenet-o", "objectnet"), _TEST_ONLY
+    ),
 }
 
 

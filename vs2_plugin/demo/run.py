@@ -23,6 +23,7 @@ SYSTEMS = {
     "zero-shot CLIP": MODEL,
     "VS2": f"vs2:{MODEL}",
     "VS2, gated at q = 0.99": f"vs2:{MODEL}@gate=0.99",
+    "VS2 + PASS (training labels)": f"pass:{MODEL}",
     "REC_F, reconstruction": f"rec:{MODEL}",
     "REC_A, at every block": f"rec:{MODEL}@blocks=all",
     "REC_F+γ, γ = 1.5": f"amp:{MODEL}",
@@ -39,9 +40,15 @@ def prepare(folder: Path) -> dict[str, str]:
     Raises:
         DataError: the folder holds something that is not the demo's.
     """
-    strange = sorted(path.name for path in folder.iterdir() if path.name not in (*_MINE, "benchmark.csv")) if folder.is_dir() else []
+    strange = (
+        sorted(path.name for path in folder.iterdir() if path.name not in (*_MINE, "benchmark.csv"))
+        if folder.is_dir()
+        else []
+    )
     if strange:
-        raise DataError(f"{folder} holds {', '.join(strange[:3])}, which the demo did not write; name an empty or new folder with --out")
+        raise DataError(
+            f"{folder} holds {', '.join(strange[:3])}, which the demo did not write; name an empty or new folder with --out"
+        )
     for name in (*_MINE, "benchmark.csv"):
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -59,20 +66,28 @@ def demo(folder: Path, quiet: bool = False) -> None:
     """
     started = time.monotonic()
     environment = prepare(folder)
-    print(f"# 1,797 real handwritten digits (scikit-learn) and a tiny CLIP, trained on printed glyphs only, in {folder}")
+    print(
+        f"# 1,797 real handwritten digits (scikit-learn) and a tiny CLIP, trained on printed glyphs only, in {folder}"
+    )
     print(f"cd {shlex.quote(str(folder))}; export {ENVIRONMENT_VARIABLE}=store")
     common = ["--dataset", "wds/digits", "--dataset_root", "digits"]
     _command(folder, environment, quiet, "vs2-train-sae", "--model", MODEL, *common, "--blocks", "all")
+    _command(folder, environment, quiet, "vs2-train-sae", "--model", MODEL, *common, "--pass_weight", "0.8")
     _command(
         folder, environment, quiet, "clip_benchmark", "eval", "--model", *SYSTEMS.values(), "--pretrained", "", *common,
         "--num_workers", "1", "--output", "results/{model}.json", "--quiet",
     )  # fmt: skip
     _command(folder, environment, quiet, "clip_benchmark", "build", "results", "--output", "benchmark.csv")
 
-    rows = [(name, json.loads((folder / "results" / f"{model}.json").read_text())["metrics"]) for name, model in SYSTEMS.items()]
+    rows = [
+        (name, json.loads((folder / "results" / f"{model}.json").read_text())["metrics"])
+        for name, model in SYSTEMS.items()
+    ]
     print()
     print(table(rows))
-    print(f"\n{time.monotonic() - started:.0f} s. All of it is in {folder}: results/*.json, benchmark.csv, the checkpoint in store/checkpoints.")
+    print(
+        f"\n{time.monotonic() - started:.0f} s. All of it is in {folder}: results/*.json, benchmark.csv, the checkpoint in store/checkpoints."
+    )
 
 
 def table(rows: list[tuple[str, dict]]) -> str:
@@ -84,7 +99,9 @@ def table(rows: list[tuple[str, dict]]) -> str:
     for name, metrics in rows:
         change = f"{100 * (metrics['acc1'] - first['acc1']):+.2f}" if metrics is not first else ""
         coverage = f"{100 * metrics['vs2_coverage']:.1f}" if "vs2_coverage" in metrics else ""
-        lines.append(f"| {name} | " + " | ".join(f"{100 * metrics[key]:.2f}" for key, _ in keys) + f" | {change} | {coverage} |")
+        lines.append(
+            f"| {name} | " + " | ".join(f"{100 * metrics[key]:.2f}" for key, _ in keys) + f" | {change} | {coverage} |"
+        )
     return "\n".join(lines)
 
 
@@ -93,7 +110,9 @@ def _command(folder: Path, environment: dict[str, str], quiet: bool, *words: str
     # The scripts installed beside this Python, whether or not its environment is the active one.
     script = shutil.which(words[0], path=os.path.dirname(sys.executable)) or shutil.which(words[0])
     if script is None:
-        raise Vs2Error(f"the command {words[0]} is not installed beside {sys.executable}; install with: pip install vs2-plugin")
+        raise Vs2Error(
+            f"the command {words[0]} is not installed beside {sys.executable}; install with: pip install vs2-plugin"
+        )
     hidden = subprocess.DEVNULL if quiet else None
     done = subprocess.run([script, *words[1:]], cwd=folder, env=environment, stdout=hidden, stderr=hidden)
     if done.returncode != 0:

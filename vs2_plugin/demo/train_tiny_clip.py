@@ -43,7 +43,14 @@ GLYPHS = (
     + [(c, f"capital letter {c}") for c in string.ascii_uppercase]
     + [(c, f"small letter {c}") for c in string.ascii_lowercase]
 )
-TEMPLATES = ("a photo of the {}", "a picture of the {}", "an image of the {}", "the {}", "a printed {}", "a drawing of the {}")
+TEMPLATES = (
+    "a photo of the {}",
+    "a picture of the {}",
+    "an image of the {}",
+    "the {}",
+    "a printed {}",
+    "a drawing of the {}",
+)
 #: Text fonts only: the mathematical symbol fonts beside them hold no digits.
 FONT_PATTERNS = ("DejaVuSans*.ttf", "DejaVuSerif*.ttf", "STIXGeneral*.ttf", "cm[brst][10st]*.ttf")
 CELL = 64  # glyphs are drawn once at this size; every training image is a random view of one

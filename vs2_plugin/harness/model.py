@@ -31,7 +31,9 @@ class SteeredCLIP(nn.Module):
     ``logit_scale``, …). Steering sits in a hook of the vision tower, so whatever runs the tower is steered.
     """
 
-    def __init__(self, spec: ModelString, loaded: Loaded, find_checkpoint: Callable[[Task | None], Checkpoint | None]) -> None:
+    def __init__(
+        self, spec: ModelString, loaded: Loaded, find_checkpoint: Callable[[Task | None], Checkpoint | None]
+    ) -> None:
         super().__init__()
         self.model = loaded.model
         self.spec = spec
@@ -66,7 +68,10 @@ class SteeredCLIP(nn.Module):
             steerings = [(site, self._build(Context(self.model, site.hookpoint, site.width, task=task)))]
         else:
             checkpoint.require_tower(self._tower)
-            steerings = [self._at(facts, device, task) for facts in checkpoint.select(self.spec.options["blocks"])]
+            steerings = [
+                self._at(facts, device, task)
+                for facts in checkpoint.select(self.spec.options["blocks"], self.spec.method.sae)
+            ]
         # Only now, when all of it could be built, is the tower touched.
         for site, steering in steerings:
             if isinstance(steering, nn.Module):
@@ -78,7 +83,9 @@ class SteeredCLIP(nn.Module):
         """The gated steering along one SAE of the checkpoint."""
         site = find_site(self.model, facts.hookpoint)
         if site.width != facts.width:
-            raise CheckpointError(f"checkpoint {self.checkpoint.name!r} has width {facts.width} at {site}, the tower has {site.width}")
+            raise CheckpointError(
+                f"checkpoint {self.checkpoint.name!r} has width {facts.width} at {site}, the tower has {site.width}"
+            )
         sae, mean = self.checkpoint.load(facts)
         sae, mean = sae.to(device), mean.to(device)
         steering = self._build(Context(self.model, site.hookpoint, site.width, sae, mean, facts.fvu_quantiles, task))
@@ -96,20 +103,28 @@ class SteeredCLIP(nn.Module):
             raise
         except Exception as error:
             owner = registry().owners.get(method.name, "?")
-            raise PluginError(f"method {method.name!r} of {owner} could not be built: {type(error).__name__}: {error}") from error
+            raise PluginError(
+                f"method {method.name!r} of {owner} could not be built: {type(error).__name__}: {error}"
+            ) from error
         if not callable(steering):
-            raise PluginError(f"method {method.name!r} built {steering!r}; expected a function from activations to activations")
+            raise PluginError(
+                f"method {method.name!r} built {steering!r}; expected a function from activations to activations"
+            )
         return steering
 
     def _describe(self, steerings: list[tuple[Site, Callable]]) -> dict[str, Scalar]:
         checkpoint, method = self.checkpoint, self.spec.method
-        facts = {"method": method.name, "version": __version__, "site": "+".join(site.hookpoint for site, _ in steerings)}
+        facts = {
+            "method": method.name,
+            "version": __version__,
+            "site": "+".join(site.hookpoint for site, _ in steerings),
+        }
         facts |= {name: value for name, value in self.spec.options.items() if value is not None}
         last = steerings[-1][1]
         facts |= getattr(last.steering if isinstance(last, Gate) else last, "facts", {})
         labels = [method.labels]
         if checkpoint is not None:
-            labels.append(checkpoint.data.get("labels", "none"))
+            labels += [site.labels for site in checkpoint.select(self.spec.options["blocks"], method.sae)]
             facts |= {
                 "checkpoint": checkpoint.name,
                 "checkpoint_digest": checkpoint.digest[:16],

@@ -88,16 +88,20 @@ def _check_output(args: Namespace, output: str, alone: bool) -> None:
             f"--output {shlex.quote(mended)}"
         )
     if folder and not os.path.isdir(folder):
-        raise HarnessError(f"the results could not be written to {output!r}: no folder {folder!r}; make it with: mkdir -p {shlex.quote(folder)}")
+        raise HarnessError(
+            f"the results could not be written to {output!r}: no folder {folder!r}; make it with: mkdir -p {shlex.quote(folder)}"
+        )
 
 
 def _find(model: ModelString, args: Namespace, store: Store) -> None:
     name = model.checkpoint or checkpoint_name(model.backbone, args.pretrained, args.dataset)
-    store.find(name).select(model.options["blocks"])
+    store.find(name).select(model.options["blocks"], model.method.sae)
 
 
-def train_command(backbone: str, pretrained: str, dataset: str, args: Namespace | None = None) -> str:
-    """The ``vs2-train-sae`` command that makes the checkpoint of a backbone and a data set."""
+def train_command(
+    backbone: str, pretrained: str, dataset: str, args: Namespace | None = None, sae: str = "plain"
+) -> str:
+    """The ``vs2-train-sae`` command that makes the checkpoint of a backbone and a data set, with a plain or a PASS SAE."""
     words = ["vs2-train-sae", "--model", backbone]
     if not ignores_pretrained(backbone):
         words += ["--pretrained", pretrained]
@@ -110,6 +114,8 @@ def train_command(backbone: str, pretrained: str, dataset: str, args: Namespace 
             words += [f"--{flag}", value]
     if not pretrained and getattr(args, "seed", 0) and not ignores_pretrained(backbone):
         words += ["--seed", str(args.seed)]  # random weights: the same seed gives the same tower
+    if sae == "pass":
+        words += ["--pass_weight", "0.8"]
     if not getattr(args, "amp", True):
         words.append("--no_amp")
     return shlex.join(words)
@@ -121,12 +127,14 @@ def missing_checkpoint(missing: Sequence[tuple[ModelString, Namespace]], store: 
     for model, args in missing:
         if model.checkpoint:
             there = ", ".join(store.names()) or "none"
-            sentence = f"no SAE checkpoint {model.checkpoint!r} in the store {store.root} (there: {there}), and no such folder"
+            sentence = (
+                f"no SAE checkpoint {model.checkpoint!r} in the store {store.root} (there: {there}), and no such folder"
+            )
             command = ""
         else:
             weights = "" if ignores_pretrained(model.backbone) else f" ({args.pretrained or 'random weights'})"
             sentence = f"no SAE checkpoint for {model.backbone}{weights} on {args.dataset} in the store {store.root}"
-            command = train_command(model.backbone, args.pretrained, args.dataset, args)
+            command = train_command(model.backbone, args.pretrained, args.dataset, args, model.method.sae)
         if sentence not in sentences:
             sentences.append(sentence)
         if command and command not in commands:

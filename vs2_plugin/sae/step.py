@@ -13,7 +13,44 @@ from torch import Tensor
 
 from vs2_plugin.sae.topk import Latents, TopKSAE
 
-__all__ = ["fast_bfloat16", "set_gradients"]
+__all__ = ["ClassMeans", "fast_bfloat16", "set_gradients"]
+
+
+class ClassMeans:
+    """PASS (arXiv 2506.01247): pulls each code towards the mean code of its class.
+
+    The term is ``weight · Σ‖c_i - m(class i)‖² / V`` with the loss's own V. The means m are those of the batch, or
+    running ones, which forget a tenth with each batch that holds the class: for batches with few images per class.
+    A mean of the batch moves with its codes, but since ``Σ (c - m) = 0`` within a class, the derivative is the same.
+    """
+
+    def __init__(self, weight: float, num_classes: int, running: bool) -> None:
+        self.weight, self.num_classes, self.running = weight, num_classes, running
+        self._means: Tensor | None = None  # [classes, n], once running
+        self._seen: Tensor | None = None
+
+    def __call__(self, latents: Latents, labels: Tensor, num_latents: int) -> tuple[Tensor, Tensor]:
+        """The term times V, and its derivative by the active latents' values ``[batch, k]``."""
+        values, indices = latents
+        means = self._update(values, indices, labels, num_latents)
+        own = means.view(-1)[labels[:, None] * num_latents + indices]
+        # Σ over all latents: where c is 0, (c - m)² is m².
+        total = (values * (values - 2 * own)).sum() + means.pow(2).sum(1)[labels].sum()
+        return self.weight * total, 2 * self.weight * (values - own)
+
+    def _update(self, values: Tensor, indices: Tensor, labels: Tensor, num_latents: int) -> Tensor:
+        sums = values.new_zeros(self.num_classes * num_latents)
+        sums.index_add_(0, (labels[:, None] * num_latents + indices).flatten(), values.flatten())
+        counts = torch.bincount(labels, minlength=self.num_classes)[:, None]
+        batch_means = sums.view(self.num_classes, num_latents) / counts.clamp_min(1)
+        if not self.running:
+            return batch_means
+        if self._means is None:
+            self._means, self._seen = batch_means.clone(), counts > 0
+        share = torch.where(self._seen, 0.1, 1.0) * (counts > 0)
+        self._means.lerp_(batch_means, share)
+        self._seen |= counts > 0
+        return self._means
 
 
 def fast_bfloat16(sae: TopKSAE) -> bool:
@@ -27,7 +64,13 @@ def fast_bfloat16(sae: TopKSAE) -> bool:
 
 @torch.no_grad()
 def set_gradients(
-    sae: TopKSAE, x: Tensor, dead: Tensor | None = None, auxk: float = 0.0, bfloat16: bool = False
+    sae: TopKSAE,
+    x: Tensor,
+    dead: Tensor | None = None,
+    auxk: float = 0.0,
+    bfloat16: bool = False,
+    classes: ClassMeans | None = None,
+    labels: Tensor | None = None,
 ) -> tuple[Tensor, Latents]:
     """Set ``.grad`` of every parameter of ``sae`` to that of the loss on a batch.
 
@@ -41,6 +84,8 @@ def set_gradients(
         dead: which latents count as dead, bool ``[n]``.
         auxk: weight of AuxK; 0 switches it off.
         bfloat16: find the active latents in bfloat16; their values are float32 all the same.
+        classes: adds the term of PASS; needs ``labels``.
+        labels: the batch's classes, int64 ``[batch]``.
 
     Returns:
         The loss, and the batch's sparse code.
@@ -53,6 +98,9 @@ def set_gradients(
 
     to_output = residual * (-2 / variance)  # d loss / d x̃
     to_values = _products(to_output, latents.indices, sae.W_dec)
+    if classes is not None:
+        term, by_values = classes(latents, labels, sae.config.num_latents)
+        loss, to_values = loss + term / variance, to_values + by_values / variance
     if sae.config.activation == "relu":
         to_values *= latents.values > 0
     order, starts = _by_latent(latents.indices, sae.config.num_latents)

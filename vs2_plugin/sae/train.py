@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vs2_plugin.errors import DataError, SettingError
-from vs2_plugin.sae.step import fast_bfloat16, set_gradients
+from vs2_plugin.sae.step import ClassMeans, fast_bfloat16, set_gradients
 from vs2_plugin.sae.topk import SaeConfig, TopKSAE, sample_fvu
 
 __all__ = ["QUANTILES", "RECIPES", "Figures", "TrainConfig", "train_sae"]
@@ -57,6 +58,10 @@ class TrainConfig:
     """Weight of the auxiliary loss that revives dead latents (arXiv 2406.04093); 0 switches it off."""
     dead_after: int = 100
     """Steps of silence after which a latent counts as dead in training."""
+    pass_weight: float = 0.0
+    """Weight of the PASS term, which pulls the codes of a class towards their mean; 0 switches it off."""
+    pass_means: str = "batch"
+    """The means of PASS: those of the batch, or running ones, for batches with few images per class."""
     rescale: bool = True
     """Train on activations scaled to unit variance, and scale back afterwards: one learning rate fits all towers."""
     seed: int = 0
@@ -72,6 +77,7 @@ class TrainConfig:
             "sae_batch_size": (0, 10**7),
             "auxk": (0.0, 100.0),
             "dead_after": (1, 10**9),
+            "pass_weight": (0.0, 1000.0),
             "seed": (0, 2**32 - 1),
         }
         for name, (low, high) in ranges.items():
@@ -81,6 +87,8 @@ class TrainConfig:
             raise SettingError(f"activation is {self.activation!r}; expected relu or abs")
         if self.init not in ("data", "random"):
             raise SettingError(f"init is {self.init!r}; expected data or random")
+        if self.pass_means not in ("batch", "running"):
+            raise SettingError(f"pass_means is {self.pass_means!r}; expected batch or running")
         if self.sae_batch_size == 1:
             raise SettingError(
                 "sae_batch_size is 1; expected at least 2, since the loss is relative to the batch's variance"
@@ -124,6 +132,7 @@ def train_sae(
     activations: np.ndarray,
     config: TrainConfig,
     *,
+    labels: np.ndarray | None = None,
     device: str | torch.device = "cpu",
     quiet: bool = False,
     name: str = "SAE",
@@ -133,6 +142,9 @@ def train_sae(
     The loss is the batch's FVU, ``Σ‖x - x̃‖² / Σ‖x - batch mean‖²``, plus ``auxk`` times the share of the residual
     that dead latents fail to explain. A tenth of the activations, at most 10,000, is held out; the weights kept are
     those of lowest FVU on the held-out ones (on 2,000 of them, looked at 20 times).
+
+    With ``pass_weight``, the loss has the term of PASS (:class:`vs2_plugin.sae.step.ClassMeans`), which trades FVU for
+    codes that agree within a class: ``labels`` (int64 ``[count]``) are needed, and the weights kept are the last.
 
     Returns:
         The SAE (float32, on the CPU), the mean activation μ ``[d]``, and the figures.
@@ -145,6 +157,8 @@ def train_sae(
     count, width = activations.shape
     if count < 20:
         raise DataError(f"{count} activations are too few to train an SAE; expected at least 20")
+    if config.pass_weight and labels is None:
+        raise DataError("pass_weight is set and there are no labels; PASS needs one per activation")
     config = config.for_size(count)
     order = np.random.default_rng(config.seed).permutation(count)
     held = np.sort(order[: min(_HELD_OUT_MAX, count // 10)])
@@ -171,10 +185,16 @@ def train_sae(
     def rows(chosen: np.ndarray) -> Tensor:
         return _rows(activations, chosen, device) / scale
 
+    classes = None
+    if config.pass_weight:
+        known, labels = np.unique(labels, return_inverse=True)
+        classes = ClassMeans(config.pass_weight, len(known), config.pass_means == "running")
+        labels = torch.from_numpy(labels).to(device)
+
     with _threads_for(batch_size * width * sae.config.num_latents):
         bar = tqdm(total=steps * batch_size, desc=name, unit="act", unit_scale=True, disable=True if quiet else None)
         with bar:
-            _fit(sae, rows, _batches(train, batch_size, config.seed), watched, steps, config, bar)
+            _fit(sae, rows, _batches(train, batch_size, config.seed), watched, steps, config, bar, classes, labels)
 
     # x / s = W_decᵀ c + b  ⇒  x = W_decᵀ (s c) + s b, and s c = TopK(W_enc (x - s b_dec) + s b_enc).
     with torch.no_grad():
@@ -203,16 +223,21 @@ def _fit(
     steps: int,
     config: TrainConfig,
     bar: tqdm,
+    classes: ClassMeans | None,
+    labels: Tensor | None,
 ) -> None:
-    """Train ``sae`` in place, and leave in it the weights of lowest FVU on the ``watched`` activations."""
+    """Train ``sae`` in place. It ends with the weights of lowest FVU on the ``watched`` activations; with PASS, whose
+    aim is another, with the last."""
     optimizer = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr=config.lr, fused=True)
     bfloat16 = fast_bfloat16(sae)
     warmup = max(1, round(config.warmup * steps))
     silent = torch.zeros(sae.config.num_latents, dtype=torch.long, device=sae.W_dec.device)
     best = (float("inf"), {})
     for step in range(1, steps + 1):
-        x = rows(next(batches))
-        _, latents = set_gradients(sae, x, silent >= config.dead_after, config.auxk, bfloat16)
+        chosen = next(batches)
+        x = rows(chosen)
+        own = None if classes is None else labels[chosen]
+        _, latents = set_gradients(sae, x, silent >= config.dead_after, config.auxk, bfloat16, classes, own)
         optimizer.param_groups[0]["lr"] = config.lr * min(step / warmup, (steps - step + 1) / max(1, steps - warmup))
         optimizer.step()
         sae.normalize_decoder()
@@ -222,7 +247,7 @@ def _fit(
         if step % max(1, steps // _EVALUATIONS) == 0 or step == steps:
             held_fvu = _held_out_fvu(sae, rows, watched)
             bar.set_postfix(FVU=f"{held_fvu:.4f}", dead=f"{(silent >= config.dead_after).float().mean().item():.3f}")
-            if held_fvu < best[0]:
+            if held_fvu < best[0] or (classes is not None and math.isfinite(held_fvu)):
                 best = (held_fvu, {key: value.clone() for key, value in sae.state_dict().items()})
     if not best[1]:
         raise DataError(f"the training diverged (held-out FVU {held_fvu}); lower --lr, now {config.lr:g}")

@@ -53,9 +53,22 @@ def build_rec(context: Context) -> SparseSteering:
 @hookimpl
 def vs2_methods() -> list[Method]:
     """The methods of this package."""
-    gamma = Option("gamma", float, 1.5, minimum=-_LIMIT, maximum=_LIMIT, help="amplification; 0 and -1 are the paper's controls")
+    gamma = Option(
+        "gamma", float, 1.5, minimum=-_LIMIT, maximum=_LIMIT, help="amplification; 0 and -1 are the paper's controls"
+    )
     return [
-        Method("vs2", build_vs2, STRENGTH, summary="Visual Sparse Steering: amplify the active SAE latents of each image"),
-        Method("rec", build_rec, summary="the SAE's reconstruction in place of the activation (REC_F; @blocks=all: REC_A)"),
+        Method(
+            "vs2", build_vs2, STRENGTH, summary="Visual Sparse Steering: amplify the active SAE latents of each image"
+        ),
+        Method(
+            "pass",
+            build_vs2,
+            STRENGTH,
+            sae="pass",
+            summary="VS2 with an SAE trained by PASS, which uses the training labels",
+        ),
+        Method(
+            "rec", build_rec, summary="the SAE's reconstruction in place of the activation (REC_F; @blocks=all: REC_A)"
+        ),
         Method("amp", build_amp, [gamma], summary="the reconstruction with its latents amplified (REC_F+gamma)"),
     ]

@@ -40,7 +40,13 @@ def amplified(x: Tensor, sae: TopKSAE, gamma: float) -> Tensor:
 class SparseSteering(nn.Module):
     """A function ``(x, sae, strength)`` of this module with its SAE, as a module that moves with the model."""
 
-    def __init__(self, function: Callable[[Tensor, TopKSAE, float], Tensor], sae: TopKSAE, strength: float, facts: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        function: Callable[[Tensor, TopKSAE, float], Tensor],
+        sae: TopKSAE,
+        strength: float,
+        facts: Mapping[str, float],
+    ) -> None:
         super().__init__()
         self.function, self.sae, self.strength, self.facts = function, sae, strength, facts
 
