@@ -112,7 +112,8 @@ class Option:
 #: What every method that steers along a checkpoint understands, whoever wrote it; its builder does not see these.
 COMMON = (
     Option(
-        "blocks", str, None, pattern=(r"all|\d+(\+\d+)*", "block numbers counted from 0 and joined by + (10+11), or all"),
+        "blocks", str, None,
+        pattern=(r"all|\d+(\+\d+)*", "block numbers counted from 0 and joined by + (10+11), or all"),
         help="where to steer; by default the last site of the checkpoint",
     ),
     Option(

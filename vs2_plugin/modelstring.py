@@ -58,8 +58,8 @@ def _write(value: Scalar) -> str:
 def is_steered(name: str) -> bool:
     """Whether a model name is for this package rather than open_clip.
 
-    >>> is_steered("ViT-B-32"), is_steered("hf-hub:org/model"), is_steered("vs2:ViT-B-32"), is_steered("ViT-B-32@gamma=2")
-    (False, False, True, True)
+    >>> [is_steered(name) for name in ("ViT-B-32", "hf-hub:org/model", "vs2:ViT-B-32", "ViT-B-32@gamma=2")]
+    [False, False, True, True]
     """
     # open_clip's own names hold neither ':' nor '@', except for its two schemas; a path of local-dir: may.
     return (":" in name or "@" in name) and not name.startswith(_SCHEMAS)
@@ -74,9 +74,9 @@ def parse(text: str, known: Registry | None = None) -> ModelString:
 
     >>> parse("vs2:ViT-B-32@gamma=2").options["gamma"]
     2.0
-    >>> parse("vs2:ViT-B-32@gama=2")
+    >>> parse("vs2:ViT-B-32@lam=-1")
     Traceback (most recent call last):
-    vs2_plugin.errors.ModelStringError: model 'vs2:ViT-B-32@gama=2': unknown option 'gama' of vs2, did you mean 'gamma'? Options: gamma, lam, alpha, blocks, gate
+    vs2_plugin.errors.ModelStringError: model 'vs2:ViT-B-32@lam=-1': option lam='-1': expected a number from 0 to 1000
     """
     known = known or registry()
 

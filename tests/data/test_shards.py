@@ -151,7 +151,8 @@ def cut_in_an_image(folder):
 DAMAGE = [
     (
         no_listing,
-        "no readable file {folder}/nshards.txt (No such file or directory); expected webdataset shards there: nshards.txt "
+        "no readable file {folder}/nshards.txt (No such file or directory); expected webdataset shards "
+        "there: nshards.txt "
         "holding their number, and 0.tar",
     ),
     (wordy_listing, "{folder}/nshards.txt does not hold the number of shards"),

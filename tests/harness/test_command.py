@@ -127,13 +127,22 @@ MISTAKES = [
     (("--model", "vs2:ViT-B-33"), ["no model 'ViT-B-33'", "ViT-B-32"]),
     (("--model", "vs2:ViT-B-32", "--pretrained", "opnai"), ["no weights 'opnai'", "openai"]),
     (("--model", "vs2:local-dir:nowhere"), ["nowhere/open_clip_config.json"]),
-    (("--model", "vs2:ViT-B-32"), ["no SAE checkpoint for ViT-B-32 (random weights) on wds/digits", "vs2-train-sae --model ViT-B-32 --pretrained '' --dataset wds/digits --dataset_root digits"]),
+    (
+        ("--model", "vs2:ViT-B-32"),
+        [
+            "no SAE checkpoint for ViT-B-32 (random weights) on wds/digits",
+            "vs2-train-sae --model ViT-B-32 --pretrained '' --dataset wds/digits --dataset_root digits",
+        ],
+    ),
     (("--model", f"vs2:{TINY}@other"), ["no SAE checkpoint 'other'", "local-dir-tiny-clip_wds-digits"]),
-    (("--model", "vs2:hf-hub:org/name"), ["holds '/'", "--output '{dataset}_{pretrained}_vs2-hf-hub-org-name_{language}_{task}.json'"]),
+    (
+        ("--model", "vs2:hf-hub:org/name"),
+        ["holds '/'", "--output '{dataset}_{pretrained}_vs2-hf-hub-org-name_{language}_{task}.json'"],
+    ),
     (("--model", f"vs2:{TINY}", "--output", "no/such/folder.json"), ["no folder 'no/such'", "mkdir -p no/such"]),
     (("--pretrained_model", "vs2:ViT-B-32"), ["expected MODEL,WEIGHTS", "vs2:ViT-B-32,openai"]),
     (("--model_type", "vs2", "--model", "ViT-B-32@x=1"), ["unknown option 'x'"]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("words", "fragments"), MISTAKES, ids=[" ".join(words) for words, _ in MISTAKES])

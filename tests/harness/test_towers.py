@@ -1,4 +1,4 @@
-"""Towers without a pooled CLS token, steered at their output embedding: trained, stored and evaluated by the commands."""
+"""Towers without a pooled CLS token, steered at their output: trained, stored and evaluated by the commands."""
 
 import json
 
@@ -14,19 +14,49 @@ TOWERS = {
         "embed_dim": 64,
         "init_logit_bias": -10,
         "custom_text": True,
-        "vision_cfg": {"image_size": 32, "timm_model_name": "convnext_atto", "timm_model_pretrained": False, "timm_pool": "", "timm_proj": "linear"},
+        "vision_cfg": {
+            "image_size": 32,
+            "timm_model_name": "convnext_atto",
+            "timm_model_pretrained": False,
+            "timm_pool": "",
+            "timm_proj": "linear",
+        },
         "text_cfg": TEXT,
     },
-    "resnet": {"embed_dim": 64, "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16}, "text_cfg": TEXT},
+    "resnet": {
+        "embed_dim": 64,
+        "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16},
+        "text_cfg": TEXT,
+    },
     "coca": {
         "embed_dim": 64,
         "custom_text": True,
-        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8, "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
+        "vision_cfg": {
+            "image_size": 32,
+            "layers": 2,
+            "width": 64,
+            "head_width": 32,
+            "patch_size": 8,
+            "attentional_pool": True,
+            "attn_pooler_heads": 2,
+            "output_tokens": True,
+        },
         "text_cfg": {**TEXT, "width": 64, "embed_cls": True, "output_tokens": True},
         "multimodal_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
     },
-    "average": {"embed_dim": 64, "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8, "pool_type": "avg"}, "text_cfg": TEXT},
-}  # fmt: skip
+    "average": {
+        "embed_dim": 64,
+        "vision_cfg": {
+            "image_size": 32,
+            "layers": 2,
+            "width": 64,
+            "head_width": 32,
+            "patch_size": 8,
+            "pool_type": "avg",
+        },
+        "text_cfg": TEXT,
+    },
+}
 
 
 @pytest.mark.parametrize("name", TOWERS)

@@ -114,7 +114,8 @@ class Checkpoint:
                 raise CheckpointError(f"{path} is no {_FORMAT} file")
             if facts.get("format_version") != _VERSION:
                 raise CheckpointError(
-                    f"{path} has format version {facts.get('format_version')}, this vs2-plugin ({__version__}) reads {_VERSION}; "
+                    f"{path} has format version {facts.get('format_version')}, this vs2-plugin "
+                    f"({__version__}) reads {_VERSION}; "
                     "train the checkpoint again or install the version that wrote it"
                 )
             sites = [SiteFacts(**{f.name: site[f.name] for f in fields(SiteFacts)}) for site in facts["sites"]]
@@ -163,7 +164,8 @@ class Checkpoint:
         if missing or not wanted:
             there = " ".join(map(str, sorted(at_blocks))) or f"none, only {sites[-1].hookpoint}"
             raise CheckpointError(
-                f"checkpoint {self.name!r} has no SAE at block {' '.join(missing) or blocks} (its blocks: {there}); train them with "
+                f"checkpoint {self.name!r} has no SAE at block {' '.join(missing) or blocks} (its blocks: "
+                f"{there}); train them with "
                 f"vs2-train-sae --blocks {' '.join(map(str, wanted)) or 'all'}"
             )
         return [at_blocks[number] for number in wanted]
@@ -183,7 +185,8 @@ class Checkpoint:
         difference = trained_on.difference(tower)
         if difference:
             raise CheckpointError(
-                f"checkpoint {self.name!r} ({self.backbone}, {self.pretrained or 'random weights'}) is of another tower: {difference}"
+                f"checkpoint {self.name!r} ({self.backbone}, {self.pretrained or 'random weights'}) is of "
+                f"another tower: {difference}"
             )
 
     def load(self, site: SiteFacts) -> tuple[TopKSAE, Tensor]:
@@ -212,7 +215,8 @@ class Checkpoint:
         sae = load_sae(folder)
         if sae.config.d_in != site.width:
             raise CheckpointError(
-                f"checkpoint {self.name!r}: the SAE at {site.hookpoint} has width {sae.config.d_in}, expected {site.width}"
+                f"checkpoint {self.name!r}: the SAE at {site.hookpoint} has width {sae.config.d_in}, "
+                f"expected {site.width}"
             )
         return sae, torch.tensor(site.mean, dtype=torch.float32)
 

@@ -1,4 +1,4 @@
-"""``vs2 doctor``: what is installed, whether the hook is in place, what the store holds; exit code 1 if something is wrong."""
+"""``vs2 doctor``: what is installed, whether the hook is in place, what the store holds; exit code 1 for a problem."""
 
 from __future__ import annotations
 

@@ -18,8 +18,10 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(
         prog="vs2",
-        description="SAE-steered CLIP models for clip_benchmark. Evaluate with clip_benchmark itself; train SAEs with vs2-train-sae.",
-        epilog="examples:\n  vs2 demo\n  vs2 methods\n  vs2 doctor\n  vs2 store list\n  vs2 store remove ViT-B-32_openai_cifar100\n",
+        description="SAE-steered CLIP models for clip_benchmark. Evaluate with clip_benchmark itself; "
+        "train SAEs with vs2-train-sae.",
+        epilog="examples:\n  vs2 demo\n  vs2 methods\n  vs2 doctor\n  vs2 store list\n  vs2 store remove "
+        "ViT-B-32_openai_cifar100\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--version", action="version", version=f"vs2-plugin {__version__}")
@@ -83,7 +85,8 @@ def _methods(args: argparse.Namespace) -> int:
         aliases = f" (also {', '.join(method.aliases)})" if method.aliases else ""
         print(f"{name}:{aliases}  {method.summary}")
         print(
-            f"    from {known.owners[name]}; labels used: {method.labels}; {'steers along an SAE checkpoint' if method.needs_checkpoint else 'needs no checkpoint'}"
+            f"    from {known.owners[name]}; labels used: {method.labels}; "
+            f"{'steers along an SAE checkpoint' if method.needs_checkpoint else 'needs no checkpoint'}"
         )
         for option in method.options:
             show(option)
@@ -122,7 +125,8 @@ def _store_list(args: argparse.Namespace) -> None:
         data, sites = checkpoint.data, checkpoint.sites
         marks = "  transductive" if checkpoint.transductive else ""
         print(
-            f"  {name}  {checkpoint.backbone} {checkpoint.pretrained or ''} on {' '.join(data['datasets'])} ({data['images']:,} images), "
+            f"  {name}  {checkpoint.backbone} {checkpoint.pretrained or ''} on "
+            f"{' '.join(data['datasets'])} ({data['images']:,} images), "
             f"{len(sites)} site(s), FVU {sites[-1].fvu:.4f}, {gigabytes(folder_size(folder))}{marks}"
         )
     if not store.names():

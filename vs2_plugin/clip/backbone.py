@@ -85,7 +85,8 @@ class Tower:
             parts = [f"{key} {self.preprocessing.get(key)}, not {other.preprocessing.get(key)}" for key in keys]
             return f"its images were preprocessed with {'; '.join(parts)}"
         if self.parameters != other.parameters:
-            return f"its vision tower had other parameters (SHA-256 {self.parameters[:12]}, this one has {other.parameters[:12]})"
+            theirs, ours = self.parameters[:12], other.parameters[:12]
+            return f"its vision tower had other parameters (SHA-256 {theirs}, this one has {ours})"
         return None
 
 
@@ -140,7 +141,8 @@ def check_backbone(backbone: str, pretrained: str) -> None:
         )
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise TowerError(
-            f"open_clip has no model {backbone!r}; {hint}All names: python -c 'import open_clip; print(open_clip.list_models())'"
+            f"open_clip has no model {backbone!r}; {hint}All names: python -c 'import open_clip; "
+            "print(open_clip.list_models())'"
         )
     if not pretrained or os.path.isfile(pretrained):
         return
@@ -169,7 +171,8 @@ def warn_about_quickgelu(backbone: str, pretrained: str) -> None:
         better = f"{backbone}-quickgelu"
         better = f"; {better} is the right name for them" if better in open_clip.list_models() else ""
         print(
-            f"vs2: warning: the weights {pretrained!r} were trained with QuickGELU and {backbone} has GELU, which costs accuracy{better}",
+            f"vs2: warning: the weights {pretrained!r} were trained with QuickGELU and {backbone} has "
+            f"GELU, which costs accuracy{better}",
             file=sys.stderr,
         )
 

@@ -107,7 +107,7 @@ def output_site(model: nn.Module) -> Site:
 
 
 def default_site(model: nn.Module) -> Site:
-    """The last block, before the final LayerNorm and the projection; the output embedding where there is no CLS token."""
+    """The last block, before the final LayerNorm and the projection; without a pooled CLS token, the output."""
     return (block_sites(model) or [output_site(model)])[-1]
 
 

@@ -116,7 +116,8 @@ def require_space(folder: Path, needed: int) -> int:
     free = shutil.disk_usage(there).free
     if needed > free:
         raise DataError(
-            f"the activations need {needed / 1e9:.2f} GB and {there} has {free / 1e9:.2f} GB free; free some, name another "
+            f"the activations need {needed / 1e9:.2f} GB and {there} has {free / 1e9:.2f} GB free; free "
+            "some, name another "
             "disk with --store, or take fewer images with --max_images"
         )
     return free
@@ -156,7 +157,8 @@ def extract(
                     stored = rows.astype(dtype)
                 if not np.isfinite(stored).all():
                     raise DataError(
-                        f"an activation at {site} is {np.abs(rows).max():.3g}, which {np.dtype(dtype).name} cannot hold; "
+                        f"an activation at {site} is {np.abs(rows).max():.3g}, which "
+                        f"{np.dtype(dtype).name} cannot hold; "
                         "use --cache_dtype float32"
                     )
                 column.append(stored)

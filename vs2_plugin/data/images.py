@@ -35,7 +35,7 @@ class TrainingImages:
     """Whether labels are read too."""
 
     def batches(self, batch_size: int, num_workers: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Images ``[batch, 3, height, width]``, each once, in a fixed order, and their labels ``[batch]`` (int64), or None.
+        """Images ``[batch, 3, height, width]``, each once, in a fixed order, with labels ``[batch]`` (int64) or None.
 
         Raises:
             DataError: an image cannot be read.
@@ -160,13 +160,14 @@ def _build(dataset: str, root: str, split: str, transform: Any) -> Dataset:
         )  # fmt: skip
     except (Exception, SystemExit) as error:  # torchvision, downloads, missing packages: anything
         raise DataError(
-            f"clip_benchmark could not build the split {split!r} of {dataset!r} in {root!r} (without a network, put the data "
+            f"clip_benchmark could not build the split {split!r} of {dataset!r} in {root!r} (without a "
+            "network, put the data "
             f"there by hand): {_one_line(error)}"
         ) from error
 
 
 def _from_worker(error: Exception) -> str:
-    """The message of an exception; a loader's worker process wraps it in its traceback, of which it is the last line."""
+    """The message of an exception. A loader's worker wraps it in its traceback, of which it is the last line."""
     text = str(error).strip()
     if "Original Traceback" in text:
         text = text.splitlines()[-1].partition(": ")[2]

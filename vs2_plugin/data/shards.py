@@ -1,8 +1,8 @@
 """Images out of webdataset shards, in clip_benchmark's layout ``DIR/SPLIT/{nshards.txt,0.tar,1.tar,…}``.
 
 Only the images are read, unless labels are asked for: shards without labels (no ``.cls``) are as good as any. Local
-shards are indexed by their tar headers and read by position, so that the number of images is known, a subset is a random
-one, and there may be fewer shards than loader workers.
+shards are indexed by their tar headers and read by position, so that the number of images is known, a subset is a
+random one, and there may be fewer shards than loader workers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def open_shards(root: str, split: str, transform, cache_dir: str | None = None, 
         count = int(listing.read_text())
     except OSError as error:
         raise DataError(
-            f"no readable file {listing} ({error.strerror}); expected webdataset shards there: {listing.name} holding their "
+            f"no readable file {listing} ({error.strerror}); expected webdataset shards there: "
+            f"{listing.name} holding their "
             "number, and 0.tar, 1.tar, …"
         ) from None
     except ValueError:
@@ -46,7 +47,7 @@ def open_shards(root: str, split: str, transform, cache_dir: str | None = None, 
 
 
 class LocalShards(Dataset):
-    """Images at known positions of local tar files; an item is one preprocessed image, or a pair of it and its label."""
+    """Images at known positions of local tar files; an item is a preprocessed image, or a pair of it and its label."""
 
     def __init__(self, files: list[Path], transform, labels: bool = False) -> None:
         self.files, self.transform = files, transform

@@ -56,7 +56,8 @@ def training_split(dataset: str, requested: str | None, transductive: bool) -> S
         return Split(requested or TRAIN_NAMES.get(dataset, "train"), transductive=False)
     if not transductive:
         raise DataError(
-            f"{dataset} has no training split to use: {reason}; to train on the images that are evaluated, without their "
+            f"{dataset} has no training split to use: {reason}; to train on the images that are evaluated, "
+            "without their "
             "labels, add --transductive (the checkpoint and every result will say so)"
         )
     return Split(requested or "test", transductive=True)

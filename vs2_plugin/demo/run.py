@@ -47,7 +47,8 @@ def prepare(folder: Path) -> dict[str, str]:
     )
     if strange:
         raise DataError(
-            f"{folder} holds {', '.join(strange[:3])}, which the demo did not write; name an empty or new folder with --out"
+            f"{folder} holds {', '.join(strange[:3])}, which the demo did not write; name an empty or new "
+            "folder with --out"
         )
     for name in (*_MINE, "benchmark.csv"):
         path = folder / name
@@ -86,7 +87,8 @@ def demo(folder: Path, quiet: bool = False) -> None:
     print()
     print(table(rows))
     print(
-        f"\n{time.monotonic() - started:.0f} s. All of it is in {folder}: results/*.json, benchmark.csv, the checkpoint in store/checkpoints."
+        f"\n{time.monotonic() - started:.0f} s. All of it is in {folder}: results/*.json, benchmark.csv, "
+        "the checkpoint in store/checkpoints."
     )
 
 

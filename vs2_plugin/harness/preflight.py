@@ -84,12 +84,14 @@ def _check_output(args: Namespace, output: str, alone: bool) -> None:
         mended = args.output.replace("{model}", re.sub(r"[^A-Za-z0-9.@=+-]+", "-", args.model))
         call = "" if alone else ", in a call of its own,"
         raise HarnessError(
-            f"the model name {args.model!r} holds {bad!r}, so the results could not be written to {output!r}; run it{call} with "
+            f"the model name {args.model!r} holds {bad!r}, so the results could not be written to "
+            f"{output!r}; run it{call} with "
             f"--output {shlex.quote(mended)}"
         )
     if folder and not os.path.isdir(folder):
         raise HarnessError(
-            f"the results could not be written to {output!r}: no folder {folder!r}; make it with: mkdir -p {shlex.quote(folder)}"
+            f"the results could not be written to {output!r}: no folder {folder!r}; make it with: mkdir -p "
+            f"{shlex.quote(folder)}"
         )
 
 
@@ -101,7 +103,7 @@ def _find(model: ModelString, args: Namespace, store: Store) -> None:
 def train_command(
     backbone: str, pretrained: str, dataset: str, args: Namespace | None = None, sae: str = "plain"
 ) -> str:
-    """The ``vs2-train-sae`` command that makes the checkpoint of a backbone and a data set, with a plain or a PASS SAE."""
+    """The ``vs2-train-sae`` command that makes the checkpoint of a backbone and a data set, plain or by PASS."""
     words = ["vs2-train-sae", "--model", backbone]
     if not ignores_pretrained(backbone):
         words += ["--pretrained", pretrained]

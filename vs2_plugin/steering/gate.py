@@ -23,7 +23,7 @@ def threshold(quantiles: Mapping[str, float], q: float) -> float:
 
 
 class Gate(nn.Module):
-    """Around any steering: steer an activation only where its FVU is at most τ, and leave it alone bit for bit elsewhere.
+    """Around any steering: steer an activation where its FVU is at most τ, and elsewhere leave it alone, bit for bit.
 
     ``FVU(x) = ‖x - x̃‖² / ‖x - μ‖²`` with the stored μ, so that an image's fate does not depend on its batch
     (arXiv 2506.01247). Without τ everything is steered, and the FVU is only looked at.
