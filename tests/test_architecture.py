@@ -131,3 +131,13 @@ def test_what_a_module_lists_is_there_and_documented(module):
     for name in listed:
         if isinstance(defined[name], (ast.FunctionDef, ast.ClassDef)):
             assert ast.get_docstring(defined[name]), name
+
+
+def test_what_is_printed_is_ascii():
+    """A terminal that knows no UTF-8 would turn a help text or an error into a traceback."""
+    for path in sorted(ROOT.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                assert node.value.isascii(), f"{path}:{node.lineno}: {node.value!r}"

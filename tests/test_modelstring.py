@@ -53,7 +53,7 @@ VALID = [
 
 INVALID = [
     # text, parts of the message: what is wrong, and what is accepted
-    ("", ("no steering method", "method:backbone[@checkpoint][@key=value]…")),
+    ("", ("no steering method", "method:backbone[@checkpoint][@key=value]...")),
     ("ViT-B-32", ("no steering method before a ':'", "vs2:ViT-B-32")),
     ("ViT-B-32@count=2", ("no steering method before a ':'",)),
     ("a@b:ViT-B-32", ("no steering method before a ':'",)),

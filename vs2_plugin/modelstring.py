@@ -20,7 +20,7 @@ from vs2_plugin.plugins import Registry, registry
 
 __all__ = ["GRAMMAR", "ModelString", "is_steered", "parse"]
 
-GRAMMAR = "method:backbone[@checkpoint][@key=value]…"
+GRAMMAR = "method:backbone[@checkpoint][@key=value]..."
 #: What open_clip itself reads before a colon.
 _SCHEMAS = ("hf-hub:", "local-dir:")
 _BACKBONE = re.compile(r"(hf-hub:[\w.\-]+/[\w.\-]+|local-dir:[^@]+|[A-Za-z0-9][\w.\-/]*)\Z", re.ASCII)

@@ -26,9 +26,9 @@ SYSTEMS = {
     "VS2 + PASS (training labels)": f"pass:{MODEL}",
     "REC_F, reconstruction": f"rec:{MODEL}",
     "REC_A, at every block": f"rec:{MODEL}@blocks=all",
-    "REC_F+γ, γ = 1.5": f"amp:{MODEL}",
-    "control: γ = 0": f"amp:{MODEL}@gamma=0",
-    "control: γ = -1": f"amp:{MODEL}@gamma=-1",
+    "REC_F+gamma, gamma = 1.5": f"amp:{MODEL}",
+    "control: gamma = 0": f"amp:{MODEL}@gamma=0",
+    "control: gamma = -1": f"amp:{MODEL}@gamma=-1",
 }
 _TINY_CLIP = Path(__file__).parent / "tiny_clip"
 _MINE = ("digits", "tiny-clip", "store", "results")  # all that the demo writes into its folder

@@ -20,7 +20,7 @@ STRENGTH = (
     Option("lam", float, 2.1, minimum=0, maximum=_LIMIT, help="weight of the steering vector"),
     Option(
         "alpha", float, None, minimum=-_LIMIT, maximum=_LIMIT, excludes=("gamma", "lam"),
-        help="lam·(gamma-1), all that matters; instead of gamma and lam",
+        help="lam*(gamma-1), all that matters; instead of gamma and lam",
     ),
 )  # fmt: skip
 
