@@ -39,7 +39,7 @@ def open_shards(root: str, split: str, transform, cache_dir: str | None = None, 
         raise DataError(
             f"no readable file {listing} ({error.strerror}); expected webdataset shards there: "
             f"{listing.name} holding their "
-            "number, and 0.tar, 1.tar, …"
+            "number, and 0.tar, 1.tar, ..."
         ) from None
     except ValueError:
         raise DataError(f"{listing} does not hold the number of shards") from None
