@@ -410,3 +410,18 @@ def test_two_steering_functions_at_one_site_run_in_order(make_clip, batch):
     ):
         encode(model, batch)
     assert torch.equal(steered[site], stock[site] * 2 + 1)
+
+
+def test_a_replica_steers_with_its_own_module(make_clip, batch):
+    """DataParallel calls shallow copies of modules that hold copies of their children: the hook must use those."""
+    model, original, copied = make_clip(), Counting(), Counting()
+    site = default_site(model)
+    edit(model, site, original)
+    block = site.module(model)
+    replica = block._replicate_for_data_parallel()
+    (name,) = [name for name in block._modules if name.startswith("vs2_steering")]
+    replica._modules = {**block._modules, name: copied}
+    replica._parameters = block._parameters
+    with torch.no_grad():
+        replica(model.visual._embeds(batch))
+    assert (original.calls, copied.calls) == (0, 1)
