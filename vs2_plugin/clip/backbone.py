@@ -125,6 +125,8 @@ def check_backbone(backbone: str, pretrained: str) -> None:
     import open_clip
 
     if backbone.startswith(LOCAL):
+        if not hasattr(open_clip.factory, "LOCAL_DIR_PREFIX"):
+            raise TowerError(f"{backbone!r}: {LOCAL} names need open_clip 3; pip install 'open_clip_torch>=3'")
         folder = Path(backbone[len(LOCAL) :])
         if not (folder / "open_clip_config.json").is_file():
             raise TowerError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from vs2_plugin.sae.topk import TopKSAE, sample_fvu
@@ -53,10 +54,10 @@ class Gate(nn.Module):
         ratio = sample_fvu(x, self.sae(x), self.mean)
         # Summed on the device: asking for the numbers here would wait for it after every batch.
         self._seen += len(x)
-        self._total = self._total + ratio.double().sum()
+        self._total = ratio.double().sum() + torch.as_tensor(self._total, device=ratio.device)
         if self.tau is None:
-            self._steered = self._steered + len(x)
+            self._steered += len(x)
             return steered
         opened = ratio <= self.tau
-        self._steered = self._steered + opened.sum()
+        self._steered = opened.sum() + torch.as_tensor(self._steered, device=ratio.device)
         return steered.where(opened[:, None], x)
