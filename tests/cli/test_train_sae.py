@@ -37,8 +37,9 @@ def test_writes_a_checkpoint_that_is_found_by_its_data_set(folder, capsys):
     checkpoint.verify()
     assert checkpoint.data == {
         "datasets": ["wds/digits"],
-        "split": "train",
+        "splits": ["train"],
         "images": 900,
+        "calibrated_on": ["wds/digits"],
         "transductive": False,
         "amp": True,
         "max_images": None,
@@ -182,6 +183,32 @@ def test_pass_without_labels_is_refused(folder, capsys):
         shard.with_suffix(".new").replace(shard)
     assert train("--pass_weight", "0.8") == 2
     assert "has no label (0000.cls), and labels were asked for" in capsys.readouterr().err
+
+
+def test_one_sae_over_several_data_sets(folder, capsys):
+    """The union of their training images; each is extracted once, and thresholds can be calibrated on some of them."""
+    (folder / "sets").mkdir()
+    for name, shards in {"odd": (1, 3), "even": (0, 2)}.items():
+        target = folder / "sets" / name / "train"
+        target.mkdir(parents=True)
+        (target / "nshards.txt").write_text("2")
+        for number, shard in enumerate(shards):
+            shutil.copy(folder / f"digits/train/{shard}.tar", target / f"{number}.tar")
+    both = ["--dataset", "wds/odd", "wds/even", "--dataset_root", "sets/{dataset}"]
+    assert train(*both, "--name", "both") == 0
+    assert len(list(Store.default().cached())) == 2
+    assert train(*both, "--name", "odd-only", "--calibrate_on", "wds/odd") == 0
+    assert len(list(Store.default().cached())) == 2
+    everything, some = Store.default().find("both"), Store.default().find("odd-only")
+    assert everything.data["datasets"] == ["wds/odd", "wds/even"] and everything.data["images"] == 900
+    assert some.data["calibrated_on"] == ["wds/odd"]
+    assert some.sites[0].files == everything.sites[0].files  # the same SAE
+    assert some.sites[0].fvu_quantiles != everything.sites[0].fvu_quantiles
+    assert train(*both, "--pass_weight", "0.8", "--name", "both") == 0  # their classes are not each other's
+    assert train(*both, "--calibrate_on", "wds/none", "--name", "x") == 2
+    assert "expected some of --dataset: wds/odd wds/even" in capsys.readouterr().err
+    assert train(*both) == 0
+    assert "local-dir-tiny-clip_wds-odd+wds-even" in Store.default().names()
 
 
 def test_the_paper_recipe(folder):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vs2_plugin.clip.sites import block_sites, default_site, output_site, reading
-from vs2_plugin.data.activations import ActivationCache, extract, require_space
+from vs2_plugin.data.activations import ActivationCache, extract, require_space, stack
 from vs2_plugin.data.images import TrainingImages
 from vs2_plugin.errors import DataError
 
@@ -236,3 +236,22 @@ def test_too_little_space_is_a_data_error_with_both_figures(tmp_path):
         DataError, match=rf"need 1000000000\.00 GB and {tmp_path} has .* GB free; .*--store.*--max_images"
     ):
         require_space(tmp_path / "cache", 10**18)
+
+
+@pytest.mark.parametrize(
+    "rows", [0, 6, slice(1, 6), slice(None), np.array([0, 2, 3, 6]), np.array([5, 1, 1]), np.array([], int)]
+)
+def test_stacked_arrays_read_as_one(rows):
+    parts = [
+        np.arange(8, dtype=np.float16).reshape(4, 2),
+        np.empty((0, 2), np.float16),
+        np.arange(50, 56, dtype=np.float16).reshape(3, 2),
+    ]
+    stacked, whole = stack(parts), np.concatenate(parts)
+    assert stacked.shape == whole.shape and len(stacked) == 7
+    assert np.array_equal(stacked[rows], whole[rows]) and stacked[rows].dtype == np.float16
+
+
+def test_one_array_is_not_wrapped():
+    array = np.zeros((3, 2))
+    assert stack([array]) is array

@@ -22,6 +22,7 @@ examples:
   vs2-train-sae --model ViT-B-32-quickgelu --pretrained openai --dataset cifar100 --dataset_root root
   vs2-train-sae --model ViT-B-16-quickgelu --pretrained openai --dataset cifar100 --recipe paper
   vs2-train-sae --model ViT-B-32 --pretrained laion2b_s34b_b79k --dataset wds/mine --dataset_root mine --k 32
+  vs2-train-sae --model ViT-B-32-quickgelu --pretrained openai --dataset cifar100 food101 --name both
   vs2-train-sae --model ViT-L-14 --pretrained openai --dataset cars --name cars-wide --expansion_factor 10 --k 128
 
 afterwards:
@@ -50,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--dataset",
         required=True,
-        help="data-set name that clip_benchmark knows, or wds/NAME for webdataset shards; labels are not needed",
+        nargs="+",
+        help="data sets that clip_benchmark knows, or wds/NAME for webdataset shards; labels are not needed. Several "
+        "make one SAE for all, used by its name",
     )
     data.add_argument("--dataset_root", default="root", help="its folder, or the URL of shards (default: %(default)s)")
     data.add_argument("--train_split", help="the split to train on (default: the data set's training split)")
@@ -113,6 +116,13 @@ def parser() -> argparse.ArgumentParser:
         value = getattr(usual, name)
         default = "" if name == "k" else f" (default: {value if isinstance(value, str) else f'{value:g}'})"
         sae.add_argument(f"--{name}", type=type(value), choices=words.get(name), help=text + default)
+
+    sae.add_argument(
+        "--calibrate_on",
+        nargs="+",
+        metavar="DATASET",
+        help="of several data sets, those whose held-out activations set the thresholds of the gate (default: all)",
+    )
 
     store = made.add_argument_group("store")
     store.add_argument(

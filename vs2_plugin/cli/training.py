@@ -9,22 +9,22 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from vs2_plugin.checkpoint.manifest import Checkpoint, SiteFacts, save_checkpoint
 from vs2_plugin.checkpoint.store import Store, checkpoint_name
 from vs2_plugin.cli.common import gigabytes
-from vs2_plugin.data.splits import training_split
+from vs2_plugin.data.splits import Split, training_split
 from vs2_plugin.errors import CheckpointError, DataError, SettingError, TowerError
 from vs2_plugin.modelstring import is_steered
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import nn
 
     from vs2_plugin.clip.backbone import Loaded, Tower
     from vs2_plugin.clip.sites import Site
-    from vs2_plugin.data.images import TrainingImages
     from vs2_plugin.sae import TopKSAE, TrainConfig
 
 __all__ = ["run"]
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
         Vs2Error: what is wrong, before any image is read where that can be told.
     """
     from vs2_plugin.clip.backbone import Tower, check_backbone, ignores_pretrained, load_backbone
-    from vs2_plugin.data.images import open_images
+    from vs2_plugin.data.activations import stack
 
     say = (lambda *words: None) if args.quiet else print
     if is_steered(args.model):
@@ -47,9 +47,13 @@ def run(args: argparse.Namespace) -> None:
     if ignores_pretrained(args.model):
         args.pretrained = ""
     check_backbone(args.model, args.pretrained)
-    split = training_split(args.dataset, args.train_split, args.transductive)
+    splits = {dataset: training_split(dataset, args.train_split, args.transductive) for dataset in args.dataset}
+    calibrate_on = args.calibrate_on or list(splits)
+    strangers = [dataset for dataset in calibrate_on if dataset not in splits]
+    if strangers:
+        raise SettingError(f"--calibrate_on {strangers[0]!r}: expected some of --dataset: {' '.join(splits)}")
     store = Store.default(args.store)
-    folder = store.folder(args.name or checkpoint_name(args.model, args.pretrained, args.dataset))
+    folder = store.folder(args.name or checkpoint_name(args.model, args.pretrained, "+".join(splits)))
     variant = "pass" if args.pass_weight else "plain"
     existing = _existing(folder, variant, args.overwrite)
     settings = _settings(args)
@@ -61,38 +65,35 @@ def run(args: argparse.Namespace) -> None:
     loaded = load_backbone(args.model, args.pretrained, args.model_cache_dir, device)
     tower = Tower.of(loaded.model, loaded.transform)
     sites = _sites(loaded.model, args.blocks)
-    images = open_images(
-        args.dataset,
-        args.dataset_root,
-        split.name,
-        loaded.transform,
-        max_images=args.max_images,
-        seed=args.seed,
-        wds_cache_dir=args.wds_cache_dir,
-        labels=variant == "pass",
-    )
-    number = "an unknown number of" if images.count is None else f"{images.count:,}"
-    places = ", ".join(map(str, sites))
-    say(f"{args.model} on the split {split.name!r} of {args.dataset}: {number} images, {places}, on {device}")
-    if images.labels:
+    if variant == "pass":
         say("PASS: the training labels are read; the checkpoint and every result of pass: say so")
-    if split.transductive:
-        say("transductive: these images are the ones evaluated; the checkpoint and every result say so")
+    if any(split.transductive for split in splits.values()):
+        say("transductive: images that are evaluated are trained on; the checkpoint and every result say so")
+    parts = [_extract(args, store, loaded, tower, sites, *item, device, say) for item in splits.items()]
+    counts = [part.count for part in parts]
 
-    activations, labels = _activations(args, store, loaded, tower, sites, images, split.name, device, say)
-    count = len(activations[sites[0]])
     data = {
-        "datasets": [args.dataset],
-        "split": split.name,
-        "images": count,
-        "transductive": split.transductive,
+        "datasets": list(splits),
+        "splits": [split.name for split in splits.values()],
+        "images": sum(counts),
+        "calibrated_on": calibrate_on,
+        "transductive": any(split.transductive for split in splits.values()),
         "amp": args.amp,
         "max_images": args.max_images,
     }
     saes = [] if existing is None else _keep(existing, variant, tower, data)
     for site in sites:
-        config = settings(site.width).for_size(count)
-        saes.append(_train(site, activations[site], labels, config, args, device))
+        saes.append(
+            _train(
+                site,
+                stack([part.activations[site] for part in parts]),
+                _all_labels(parts) if variant == "pass" else None,
+                np.repeat([dataset in calibrate_on for dataset in splits], counts),
+                settings(site.width).for_size(sum(counts)),
+                args,
+                device,
+            )
+        )
     checkpoint = save_checkpoint(
         folder,
         backbone=args.model,
@@ -107,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
         },
     )
     print(f"wrote {checkpoint.folder}")
-    say(f"evaluate with: {_evaluate_command(args)}")
+    say(f"evaluate with: {_evaluate_command(args, checkpoint)}")
 
 
 def _existing(folder: os.PathLike, variant: str, overwrite: bool) -> Checkpoint | None:
@@ -197,21 +198,51 @@ def _sites(model: nn.Module, blocks: Sequence[str]) -> list[Site]:
     return [site for site in dict.fromkeys(in_order) if site in chosen]
 
 
-def _activations(
+class _Part(NamedTuple):
+    """What one data set contributes."""
+
+    activations: dict[Site, np.ndarray]
+    """Per site ``[count, d]``."""
+    labels: np.ndarray | None
+    """``[count]``, where they were asked for."""
+    count: int
+    """Number of images."""
+
+
+def _all_labels(parts: Sequence[_Part]) -> np.ndarray:
+    """The labels of all data sets, whose classes are not each other's."""
+    starts = np.cumsum([0, *(int(part.labels.max()) + 1 for part in parts)])
+    return np.concatenate([part.labels + start for part, start in zip(parts, starts, strict=False)])
+
+
+def _extract(
     args: argparse.Namespace,
     store: Store,
     loaded: Loaded,
     tower: Tower,
     sites: list[Site],
-    images: TrainingImages,
-    split: str,
+    dataset: str,
+    split: Split,
     device: str,
     say: Callable[..., None],
-) -> tuple[dict[Site, np.ndarray], np.ndarray | None]:
-    """The activations at ``sites``, from the cache or extracted into it, and the labels where they were asked for."""
-    import numpy as np
-
+) -> _Part:
+    """The activations of one data set at ``sites``, from the cache or extracted into it."""
     from vs2_plugin.data.activations import ActivationCache, extract, require_space
+    from vs2_plugin.data.images import open_images
+
+    images = open_images(
+        dataset,
+        args.dataset_root,
+        split.name,
+        loaded.transform,
+        max_images=args.max_images,
+        seed=args.seed,
+        wds_cache_dir=args.wds_cache_dir,
+        labels=bool(args.pass_weight),
+    )
+    number = "an unknown number of" if images.count is None else f"{images.count:,}"
+    places = ", ".join(map(str, sites))
+    say(f"{args.model} on the split {split.name!r} of {dataset}: {number} images, {places}, on {device}")
 
     cache = ActivationCache(store.activations)
     dtype = np.dtype(args.cache_dtype)
@@ -219,9 +250,9 @@ def _activations(
     key = {  # all that the activations depend on
         "tower": tower.to_json(),
         "sites": [site.hookpoint for site in sites],
-        "dataset": args.dataset,
+        "dataset": dataset,
         "root": args.dataset_root if remote else os.path.abspath(args.dataset_root),
-        "split": split,
+        "split": split.name,
         "images": images.fingerprint,
         "max_images": args.max_images,
         "seed": args.seed if args.max_images else None,
@@ -250,13 +281,14 @@ def _activations(
             dtype=dtype,
             quiet=args.quiet,
         )
-    return activations, cache.labels(key) if images.labels else None
+    return _Part(activations, cache.labels(key) if images.labels else None, len(activations[sites[0]]))
 
 
 def _train(
     site: Site,
     activations: np.ndarray,
     labels: np.ndarray | None,
+    calibration: np.ndarray,
     config: TrainConfig,
     args: argparse.Namespace,
     device: str,
@@ -265,7 +297,9 @@ def _train(
     from vs2_plugin.sae.train import train_sae
 
     name = f"SAE at {site}"
-    sae, mean, figures = train_sae(activations, config, labels=labels, device=device, quiet=args.quiet, name=name)
+    sae, mean, figures = train_sae(
+        activations, config, labels=labels, calibration=calibration, device=device, quiet=args.quiet, name=name
+    )
     print(
         f"{name}: {sae.config.num_latents} latents, {sae.config.k} active; FVU {figures.fvu:.4f} on "
         f"{figures.held_out_count:,} held-out activations, {figures.dead:.1%} of latents dead, "
@@ -286,7 +320,8 @@ def _train(
     return facts, sae
 
 
-def _evaluate_command(args: argparse.Namespace) -> str:
-    model = f"{'pass' if args.pass_weight else 'vs2'}:{args.model}" + (f"@{args.name}" if args.name else "")
+def _evaluate_command(args: argparse.Namespace, checkpoint: Checkpoint) -> str:
+    named = args.name is not None or len(args.dataset) > 1  # else it is found by its data set
+    model = f"{'pass' if args.pass_weight else 'vs2'}:{args.model}" + (f"@{checkpoint.name}" if named else "")
     words = ["clip_benchmark", "eval", "--model", args.model, model, "--pretrained", args.pretrained]
-    return shlex.join([*words, "--dataset", args.dataset, "--dataset_root", args.dataset_root])
+    return shlex.join([*words, "--dataset", *args.dataset, "--dataset_root", args.dataset_root])

@@ -21,7 +21,7 @@ from vs2_plugin.clip.sites import Site, reading
 from vs2_plugin.data.images import TrainingImages
 from vs2_plugin.errors import DataError
 
-__all__ = ["ActivationCache", "extract", "require_space"]
+__all__ = ["ActivationCache", "extract", "require_space", "stack"]
 
 _FACTS = "activations.json"
 _LABELS = "labels.npy"
@@ -106,6 +106,33 @@ class _Column:
             self._file.flush()
             self._write_header()
             self._file.close()
+
+
+def stack(parts: Sequence[np.ndarray]) -> np.ndarray | _Stack:
+    """Several memory-mapped arrays ``[count, d]`` as one, which stays on disk."""
+    return parts[0] if len(parts) == 1 else _Stack(parts)
+
+
+class _Stack:
+    """Arrays under each other; read by a row number, a slice, or an array of row numbers."""
+
+    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+        self._parts = parts
+        self._starts = np.cumsum([0, *map(len, parts)])
+        self.shape = (int(self._starts[-1]), parts[0].shape[1])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: int | slice | np.ndarray) -> np.ndarray:
+        numbers = rows if isinstance(rows, np.ndarray) else np.arange(len(self))[rows]
+        found = np.empty((numbers.size, self.shape[1]), self._parts[0].dtype)
+        flat = np.atleast_1d(numbers)
+        owner = np.searchsorted(self._starts, flat, side="right") - 1
+        for index, part in enumerate(self._parts):
+            mine = owner == index
+            found[mine] = part[flat[mine] - self._starts[index]]
+        return found if numbers.ndim else found[0]
 
 
 def require_space(folder: Path, needed: int) -> int:

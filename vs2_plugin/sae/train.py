@@ -133,6 +133,7 @@ def train_sae(
     config: TrainConfig,
     *,
     labels: np.ndarray | None = None,
+    calibration: np.ndarray | None = None,
     device: str | torch.device = "cpu",
     quiet: bool = False,
     name: str = "SAE",
@@ -145,6 +146,8 @@ def train_sae(
 
     With ``pass_weight``, the loss has the term of PASS (:class:`vs2_plugin.sae.step.ClassMeans`), which trades FVU for
     codes that agree within a class: ``labels`` (int64 ``[count]``) are needed, and the weights kept are the last.
+
+    ``calibration`` (bool ``[count]``) says which activations the FVU quantiles are of; by default all.
 
     Returns:
         The SAE (float32, on the CPU), the mean activation μ ``[d]``, and the figures.
@@ -201,7 +204,10 @@ def train_sae(
         sae.b_dec *= scale
         sae.encoder.bias *= scale
     sae.eval().requires_grad_(False)
-    samples_fvu = _samples_fvu(sae, activations, held, mean, device)
+    calibrated = held if calibration is None else held[calibration[held]]
+    if not len(calibrated):
+        raise DataError("none of the activations to calibrate on is held out; take more images of those data sets")
+    samples_fvu = _samples_fvu(sae, activations, calibrated, mean, device)
     quantiles = torch.quantile(samples_fvu, torch.tensor(QUANTILES, dtype=torch.double)).tolist()
     figures = Figures(
         fvu=round(_held_out_fvu(sae, lambda chosen: _rows(activations, chosen, device), held), 6),
