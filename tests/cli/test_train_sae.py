@@ -30,6 +30,15 @@ def train(*words: str) -> int:
     )
 
 
+def drop_labels(folder):
+    for shard in (folder / "digits/train").glob("*.tar"):
+        with tarfile.open(shard) as source, tarfile.open(shard.with_suffix(".new"), "w") as target:
+            for member in source:
+                if not member.name.endswith(".cls"):
+                    target.addfile(member, source.extractfile(member))
+        shard.with_suffix(".new").replace(shard)
+
+
 def test_writes_a_checkpoint_that_is_found_by_its_data_set(folder, capsys):
     assert train() == 0
     output = capsys.readouterr().out
@@ -85,12 +94,7 @@ def test_the_cache_notices_other_images_and_settings(folder, monkeypatch):
 def test_labels_are_not_needed_and_not_read(folder):
     assert train() == 0
     labeled = Store.default().find(NAME)
-    for shard in (folder / "digits/train").glob("*.tar"):
-        with tarfile.open(shard) as source, tarfile.open(shard.with_suffix(".new"), "w") as target:
-            for member in source:
-                if not member.name.endswith(".cls"):
-                    target.addfile(member, source.extractfile(member))
-        shard.with_suffix(".new").replace(shard)
+    drop_labels(folder)
     (folder / "digits/classnames.txt").unlink()
     shutil.rmtree(folder / "digits/test")
     assert train("--overwrite") == 0
@@ -175,12 +179,7 @@ def test_pass_pulls_the_codes_of_a_class_together(folder):
 
 
 def test_pass_without_labels_is_refused(folder, capsys):
-    for shard in (folder / "digits/train").glob("*.tar"):
-        with tarfile.open(shard) as source, tarfile.open(shard.with_suffix(".new"), "w") as target:
-            for member in source:
-                if not member.name.endswith(".cls"):
-                    target.addfile(member, source.extractfile(member))
-        shard.with_suffix(".new").replace(shard)
+    drop_labels(folder)
     assert train("--pass_weight", "0.8") == 2
     assert "has no label (0000.cls), and labels were asked for" in capsys.readouterr().err
 
