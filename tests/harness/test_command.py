@@ -197,6 +197,17 @@ def test_a_checkpoint_of_another_tower_is_refused(in_demo, clip_benchmark, tmp_p
     assert name in Store.default().names()
 
 
+def test_a_data_set_that_cannot_be_built_ends_with_one_line(in_demo, clip_benchmark):
+    model = f"vs2:{TINY}@local-dir-tiny-clip_wds-digits"
+    for words, reason in (
+        (("--dataset", "wds/digits", "--dataset_root", "nowhere"), "nowhere/test/nshards.txt"),
+        (("--dataset", "no-such-set"), "Unsupported dataset: no-such-set"),
+    ):
+        code, error = clip_benchmark("eval", "--model", model, "--pretrained", "", *words, "--quiet")
+        assert code == 2 and reason in error.splitlines()[-1]
+        assert error.splitlines()[-1].startswith("vs2: error: clip_benchmark could not build the split 'test' of ")
+
+
 def test_damaged_checkpoints_are_refused(in_demo, clip_benchmark):
     original = in_demo / "store/checkpoints/local-dir-tiny-clip_wds-digits"
     broken = in_demo / "store/checkpoints/broken"

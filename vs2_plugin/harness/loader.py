@@ -14,7 +14,7 @@ from vs2_plugin.harness.preflight import missing_checkpoint
 from vs2_plugin.modelstring import parse
 from vs2_plugin.steering.context import Task
 
-__all__ = ["bind_waiting", "load"]
+__all__ = ["bind_waiting", "is_waiting", "load"]
 
 #: The model that was loaded last and does not know its data set yet. clip_benchmark builds that next.
 _waiting: weakref.ref[SteeredCLIP] | None = None
@@ -75,6 +75,11 @@ def load(
             steered.bind(None)
         _waiting = weakref.ref(steered)
     return steered, loaded.transform, loaded.tokenizer
+
+
+def is_waiting() -> bool:
+    """Whether a steered model does not know its data set yet."""
+    return _waiting is not None and _waiting() is not None
 
 
 def bind_waiting(name: str, root: str, split: str, dataset: Any) -> None:

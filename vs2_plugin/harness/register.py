@@ -20,7 +20,7 @@ import sys
 from copy import copy
 from types import ModuleType
 
-from vs2_plugin.errors import HarnessError, Vs2Error
+from vs2_plugin.errors import DataError, HarnessError, Vs2Error
 from vs2_plugin.modelstring import is_steered
 from vs2_plugin.plugins import registry
 
@@ -101,13 +101,20 @@ def _patch_builder(module: ModuleType) -> None:
 
     @functools.wraps(stock)
     def build_dataset(*args, **kwargs):
-        dataset = stock(*args, **kwargs)
-        loader = sys.modules.get("vs2_plugin.harness.loader")  # not imported: no steered model was loaded
-        if loader is not None:
-            arguments = signature.bind(*args, **kwargs)
-            arguments.apply_defaults()
-            given = arguments.arguments
-            loader.bind_waiting(given["dataset_name"], given["root"], given["split"], dataset)
+        loader = sys.modules.get("vs2_plugin.harness.loader")
+        if loader is None or not loader.is_waiting():  # no steered model was loaded before
+            return stock(*args, **kwargs)
+        arguments = signature.bind(*args, **kwargs)
+        arguments.apply_defaults()
+        name, root, split = (arguments.arguments[key] for key in ("dataset_name", "root", "split"))
+        try:
+            dataset = stock(*args, **kwargs)
+        except Exception as error:  # a download, a missing file or package: anything
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise DataError(
+                f"clip_benchmark could not build the split {split!r} of {name!r} in {root!r}: {reason}"
+            ) from error
+        loader.bind_waiting(name, root, split, dataset)
         return dataset
 
     module.build_dataset = build_dataset
