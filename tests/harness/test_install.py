@@ -174,3 +174,13 @@ def test_the_readme_plugin_works_as_a_package(environment, tmp_path):
         assert 0.1 < found["acc1"] <= 1
     finally:
         pip(python, "uninstall", "--quiet", "--yes", "vs2-plugin", "vs2-centre")
+
+
+def test_the_start_file_names_the_hook():
+    """Python 3.15 and newer resolves each line of it (PEP 829) as this does."""
+    import pkgutil
+
+    from vs2_plugin.harness import autoload
+
+    (line,) = (REPOSITORY / "vs2_plugin/harness/vs2_plugin_hook.start").read_text().splitlines()
+    assert pkgutil.resolve_name(line) is autoload.install
