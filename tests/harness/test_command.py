@@ -69,16 +69,39 @@ def test_no_steering_is_the_stock_model_bit_for_bit(in_demo, clip_benchmark):
         assert {key: found[key] for key in stock} == stock
 
 
+def few_digits(folder, name: str, shard: int) -> None:
+    """A data set of one shard of the digits per split, as ``folder/name``."""
+    shutil.rmtree(folder / name, ignore_errors=True)
+    for split in ("train", "test"):
+        (folder / name / split).mkdir(parents=True)
+        (folder / name / split / "nshards.txt").write_text("1")
+        shutil.copy(folder / "digits" / split / f"{shard}.tar", folder / name / split / "0.tar")
+    for file in ("classnames.txt", "zeroshot_classification_templates.txt"):
+        shutil.copy(folder / "digits" / file, folder / name)
+
+
+def test_several_data_sets_in_one_call_each_with_its_own_checkpoint(in_demo, clip_benchmark):
+    data = ("--dataset", "wds/first", "wds/second", "--dataset_root", "{dataset}", "--num_workers", "1", "--quiet")
+    words = ("--model", TINY, f"vs2:{TINY}", "--pretrained", "", *data, "--output", "s-{dataset}-{model}.json")
+    for shard, name in enumerate(("first", "second")):
+        few_digits(in_demo, name, shard)
+    # One checkpoint is missing: nothing is evaluated, not even what could be.
+    few = ("--dataset_root", "{dataset}", "--samples", "2000", "--num_workers", "0", "--quiet", "--overwrite")
+    assert train_sae.main(["--model", TINY, "--dataset", "wds/first", *few]) == 0
+    code, error = clip_benchmark("eval", *words)
+    assert code == 2 and f"vs2-train-sae --model {TINY} --dataset wds/second --dataset_root '{{dataset}}'" in error
+    assert not list(in_demo.glob("s-*.json"))
+    assert train_sae.main(["--model", TINY, "--dataset", "wds/second", *few]) == 0
+    code, error = clip_benchmark("eval", *words)
+    assert code == 0, error
+    for name in ("first", "second"):
+        assert metrics(in_demo / f"s-{name}-vs2:{TINY}.json")["vs2_checkpoint"] == f"local-dir-tiny-clip_wds-{name}"
+        assert "vs2_checkpoint" not in metrics(in_demo / f"s-{name}-{TINY}.json")
+
+
 def test_stock_models_do_not_notice_the_plugin(in_demo):
     """Random weights, several models in one call, in processes with and without the hook."""
-    few = in_demo / "few"
-    shutil.rmtree(few, ignore_errors=True)
-    for split in ("train", "test"):  # one shard of each split is enough
-        (few / split).mkdir(parents=True)
-        (few / split / "nshards.txt").write_text("1")
-        shutil.copy(in_demo / "digits" / split / "0.tar", few / split)
-    for name in ("classnames.txt", "zeroshot_classification_templates.txt"):
-        shutil.copy(in_demo / "digits" / name, few)
+    few_digits(in_demo, "few", 0)
     data = ("--dataset", "wds/few", "--dataset_root", "few", "--num_workers", "1", "--quiet")
     words = ("eval", "--pretrained", "", *data)
     environment = {"cwd": in_demo, "VS2_STORE": "random-store"}

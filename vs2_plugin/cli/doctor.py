@@ -90,7 +90,7 @@ def doctor(store: Store) -> int:
         except Vs2Error as error:
             line(False, f"{folder.name}: {error}", f"vs2 store remove {folder.name}")
         else:
-            sites = ", ".join(f"{site.hookpoint} FVU {site.fvu:.4f}" for site in checkpoint.sites)
+            sites = ", ".join(f"{site.folder} FVU {site.fvu:.4f}" for site in checkpoint.sites)
             line(True, f"{folder.name}: {checkpoint.data['images']:,} images, {sites}")
     if not folders:
         print("      no checkpoints yet; train one with vs2-train-sae")
