@@ -13,7 +13,7 @@ from typing import Any
 
 from vs2_plugin.errors import PluginError
 
-__all__ = ["COMMON", "Method", "Option", "Scalar"]
+__all__ = ["COMMON", "LABELS", "NEIGHBOURS", "Method", "Option", "Scalar"]
 
 Scalar = float | int | str | bool
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
@@ -109,7 +109,23 @@ class Option:
         return f"{self.accepted()} ({default})"
 
 
-#: What every method that steers along a checkpoint understands, whoever wrote it; its builder does not see these.
+#: For a method that reads labels of the gallery's images: which. The framework knows an oracle by this option.
+LABELS = Option(
+    "labels", str, "pseudo", choices=("pseudo", "oracle"),
+    help="of the neighbours: their zero-shot classes, or (oracle, an upper bound) the training labels",
+)  # fmt: skip
+
+#: What every method that looks up neighbours understands; its builder does not see these.
+NEIGHBOURS = (
+    Option("n", int, 50, minimum=1, maximum=100_000, help="N, the number of neighbours"),
+    Option(
+        "encoder", str, "clip", pattern=(r"[A-Za-z0-9][\w.-]*", "clip, or the name of a timm model"),
+        help="what images are compared by: the CLIP embedding, or a vs2-train-sae --retrieval_encoder",
+    ),
+    Option("search", str, "exact", choices=("exact", "faiss"), help="faiss: approximate, for millions of images"),
+)  # fmt: skip
+
+#: What every method that steers at a site of a checkpoint understands, whoever wrote it; builders do not see these.
 COMMON = (
     Option(
         "blocks", str, None,
@@ -132,8 +148,9 @@ class Method:
     It may be an ``nn.Module``, which then moves between devices with the model. A steering may carry an attribute
     ``facts``, a mapping of flat scalars that is added to the results' metrics.
 
-    A method that steers along a checkpoint has the options of :data:`COMMON` too: the site and the gate are the
-    same for all, and applied around what ``build`` returns.
+    A method that steers at a site of a checkpoint has the options of :data:`COMMON` too: the site and the gate are
+    the same for all, and applied around what ``build`` returns. One that looks up neighbours has those of
+    :data:`NEIGHBOURS`.
     """
 
     name: str
@@ -152,6 +169,15 @@ class Method:
     """Which SAE of the checkpoint it steers along: ``plain``, or ``pass`` for the one trained by PASS."""
     labels: str = "none"
     """Which labels the method itself uses: ``none``, ``train`` or ``oracle``. Recorded in every result."""
+    gallery: str = "none"
+    """What it needs of the checkpoint's gallery of training images: ``none``, its ``images``, or the ``neighbours`` of
+    each query among them. The context then holds a retriever."""
+    site: str = "checkpoint"
+    """Where it steers: at the sites of the ``checkpoint``, or at the tower's ``output`` embedding."""
+    classes: bool = False
+    """Whether it needs the class embeddings, and so runs in zero-shot classification only."""
+    unreported: tuple[str, ...] = ()
+    """Metrics of clip_benchmark that mean nothing for this method, and are left out of its results."""
     _by_name: Mapping[str, Option] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -169,22 +195,38 @@ class Method:
             raise PluginError(f"method {self.name!r}: sae is {self.sae!r}; expected plain or pass")
         if self.labels not in ("none", "train", "oracle"):
             raise PluginError(f"method {self.name!r}: labels is {self.labels!r}; expected none, train or oracle")
+        if self.gallery not in ("none", "images", "neighbours"):
+            raise PluginError(f"method {self.name!r}: gallery is {self.gallery!r}; expected none, images or neighbours")
+        if self.site not in ("checkpoint", "output"):
+            raise PluginError(f"method {self.name!r}: site is {self.site!r}; expected checkpoint or output")
+        if self.gallery != "none" and not self.needs_checkpoint:
+            raise PluginError(f"method {self.name!r} needs a gallery, which lies in a checkpoint; set needs_checkpoint")
         object.__setattr__(self, "options", tuple(self.options))
         by_name = {option.name: option for option in self.all_options}
         if len(by_name) != len(self.all_options):
             raise PluginError(
-                f"method {self.name!r}: two options share a name, or take that of a common one (blocks, gate)"
+                f"method {self.name!r}: two options share a name, or take that of a common one "
+                f"({', '.join(option.name for option in self.all_options[len(self.options) :])})"
             )
         object.__setattr__(self, "_by_name", by_name)
 
     @property
     def all_options(self) -> tuple[Option, ...]:
         """Its own options and the common ones."""
-        return (*self.options, *COMMON) if self.needs_checkpoint else tuple(self.options)
+        common = COMMON if self.needs_checkpoint and self.site == "checkpoint" else ()
+        return (*self.options, *(NEIGHBOURS if self.gallery == "neighbours" else ()), *common)
 
     def option(self, name: str) -> Option | None:
         """The option of that name, or None."""
         return self._by_name.get(name)
+
+    def labels_used(self, options: Mapping[str, Scalar | None]) -> str:
+        """Which labels it uses with these options: :attr:`labels`, or ``oracle`` by the option :data:`LABELS`."""
+        return "oracle" if options.get(LABELS.name) == "oracle" else self.labels
+
+    def needs_classes(self, options: Mapping[str, Scalar | None]) -> bool:
+        """Whether it needs the class embeddings with these options."""
+        return self.classes or options.get(LABELS.name) == "pseudo"
 
     def fill(self, given: Mapping[str, Scalar]) -> dict[str, Scalar | None]:
         """Every option's value: the given ones, defaults for the rest. A given option unsets those it excludes."""

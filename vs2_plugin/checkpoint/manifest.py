@@ -6,6 +6,7 @@
     cfg.json
     sae.safetensors
   visual.transformer.resblocks.11.pass/      the one trained by PASS, with labels
+  gallery/                                   see checkpoint.gallery; may be absent
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from vs2_plugin.errors import CheckpointError, CheckpointNotFound
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from vs2_plugin.checkpoint.gallery import GalleryFiles
     from vs2_plugin.clip.backbone import Tower
     from vs2_plugin.sae.topk import TopKSAE
 
 __all__ = ["MANIFEST", "Checkpoint", "SiteFacts", "save_checkpoint"]
 
 MANIFEST = "vs2.json"
+GALLERY = "gallery"
 _FORMAT = "vs2-checkpoint"
 _VERSION = 1
 
@@ -78,7 +81,7 @@ class Checkpoint:
     folder: Path
     """Where it lies."""
     digest: str
-    """SHA-256 over what the results depend on: tower, data, sites, means, quantiles and the SAEs' files."""
+    """SHA-256 over what results depend on: tower, data, gallery, sites, means, quantiles and the SAEs' files."""
     backbone: str
     """open_clip model name that it was trained for."""
     pretrained: str
@@ -89,6 +92,8 @@ class Checkpoint:
     """``datasets``, ``split``, ``images``, ``transductive``, ``amp``."""
     sites: list[SiteFacts]
     """One per SAE: the plain ones in the order of the tower, then those of other variants."""
+    gallery: dict[str, Any] | None = None
+    """What the gallery holds, if there is one; see :mod:`vs2_plugin.checkpoint.gallery`."""
     created: dict[str, Any] = field(default_factory=dict)
     """Versions of the software, and the command."""
 
@@ -120,7 +125,13 @@ class Checkpoint:
                 )
             sites = [SiteFacts(**{f.name: site[f.name] for f in fields(SiteFacts)}) for site in facts["sites"]]
             names = ("backbone", "pretrained", "tower", "data", "created")
-            found = cls(folder=folder, digest=_digest(facts), sites=sites, **{name: facts[name] for name in names})
+            found = cls(
+                folder=folder,
+                digest=_digest(facts),
+                sites=sites,
+                gallery=facts.get("gallery"),
+                **{name: facts[name] for name in names},
+            )
             whole = bool(sites) and all(len(site.mean) == site.width for site in sites)
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
@@ -189,6 +200,36 @@ class Checkpoint:
                 f"another tower: {difference}"
             )
 
+    def require_gallery(self, labels: bool = False, encoder: str = "clip", n: int = 1) -> dict[str, Any]:
+        """What the gallery holds, as ``vs2.json`` says.
+
+        Args:
+            labels: whether training labels are needed.
+            encoder: the embeddings that are needed.
+            n: how many images, at least.
+
+        Raises:
+            CheckpointError: there is none, or it lacks something.
+        """
+        again = "; train the checkpoint again by the same vs2-train-sae command with --overwrite"
+        if self.gallery is None:
+            raise CheckpointError(f"checkpoint {self.name!r} has no gallery of training images{again}")
+        if labels and not self.gallery.get("labels"):
+            raise CheckpointError(
+                f"checkpoint {self.name!r} keeps no training labels, which an oracle reads{again} --gallery_labels"
+            )
+        encoders = self.gallery.get("encoders", {})
+        if encoder not in encoders:
+            there = ", ".join(encoders)
+            raise CheckpointError(
+                f"checkpoint {self.name!r} has no embeddings by {encoder!r} (there: {there}){again} "
+                f"--retrieval_encoder {encoder}"
+            )
+        count = sum(part["count"] for part in self.gallery.get("parts", []))
+        if n > count:
+            raise CheckpointError(f"n is {n}, and the gallery of checkpoint {self.name!r} holds {count} images")
+        return self.gallery
+
     def load(self, site: SiteFacts) -> tuple[TopKSAE, Tensor]:
         """Read the SAE of ``site`` and its mean ``[d]``, verified against ``vs2.json``.
 
@@ -222,8 +263,12 @@ class Checkpoint:
 
     def verify(self) -> None:
         """Read every file of the checkpoint. Raises CheckpointError at the first that is not whole."""
+        from vs2_plugin.checkpoint.gallery import open_gallery
+
         for site in self.sites:
             self.load(site)
+        if self.gallery is not None:
+            open_gallery(self)
 
 
 def save_checkpoint(
@@ -235,10 +280,11 @@ def save_checkpoint(
     data: dict[str, Any],
     saes: Sequence[tuple[SiteFacts, TopKSAE]],
     created: dict[str, Any],
+    gallery: GalleryFiles | None = None,
 ) -> Checkpoint:
     """Write a checkpoint so that ``folder`` holds either all of it or what was there before.
 
-    The ``files`` of each :class:`SiteFacts` are filled in here.
+    The ``files`` of each :class:`SiteFacts` are filled in here. The gallery's files are linked, where that can be.
     """
     from vs2_plugin.sae.files import CONFIG_FILE, WEIGHTS_FILE, save_sae
 
@@ -260,6 +306,8 @@ def save_checkpoint(
             "sites": sites,
             "created": {"vs2_plugin": __version__, **created},
         }
+        if gallery is not None:
+            facts["gallery"] = gallery.write(scratch / GALLERY)
         (scratch / MANIFEST).write_text(json.dumps(facts, indent=1) + "\n")
         scratch.chmod(0o755)  # mkdtemp's 0700 would hide it from colleagues who share the store
         if folder.exists():
@@ -283,7 +331,8 @@ def save_checkpoint(
 def _digest(facts: dict[str, Any]) -> str:
     # Without times, versions and commands: the same training gives the same digest.
     sites = [{key: value for key, value in site.items() if key != "training"} for site in facts["sites"]]
-    return hashlib.sha256(json.dumps([facts["tower"], facts["data"], sites], sort_keys=True).encode()).hexdigest()
+    whole = [facts["tower"], facts["data"], sites, facts.get("gallery")]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

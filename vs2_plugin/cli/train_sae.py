@@ -24,6 +24,8 @@ examples:
   vs2-train-sae --model ViT-B-32 --pretrained laion2b_s34b_b79k --dataset wds/mine --dataset_root mine --k 32
   vs2-train-sae --model ViT-B-32-quickgelu --pretrained openai --dataset cifar100 food101 --name both
   vs2-train-sae --model ViT-L-14 --pretrained openai --dataset cars --name cars-wide --expansion_factor 10 --k 128
+  vs2-train-sae --model ViT-B-32-quickgelu --pretrained openai --dataset cifar100 --retrieval_encoder \
+      vit_small_patch14_dinov2 --gallery_labels
 
 afterwards:
   clip_benchmark eval --model vs2:ViT-B-32-quickgelu --pretrained openai --dataset cifar100 --dataset_root root
@@ -122,6 +124,26 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="DATASET",
         help="of several data sets, those whose held-out activations set the thresholds of the gate (default: all)",
+    )
+
+    gallery = made.add_argument_group(
+        "gallery", "what vs2pp, clipsteer, rag, knn and proto look up; links to the cached activations, no copies"
+    )
+    gallery.add_argument(
+        "--no_gallery", action="store_false", dest="gallery", help="keep no gallery beside the checkpoint"
+    )
+    gallery.add_argument(
+        "--gallery_labels",
+        action="store_true",
+        help="keep the training labels too, for the methods that are oracles; nothing else reads them",
+    )
+    gallery.add_argument(
+        "--retrieval_encoder",
+        nargs="+",
+        default=[],
+        metavar="MODEL[,FILE]",
+        help="timm models by whose embeddings images can be compared too (@encoder=MODEL), for example "
+        "vit_small_patch14_dinov2; FILE holds their weights (default: those that timm fetches)",
     )
 
     store = made.add_argument_group("store")

@@ -1,4 +1,4 @@
-"""What ``vs2-train-sae`` does: activations, an SAE per site, the checkpoint."""
+"""What ``vs2-train-sae`` does once the activations are there: an SAE per site, and the checkpoint."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vs2_plugin.arrays import stack
 from vs2_plugin.checkpoint.manifest import Checkpoint, SiteFacts, save_checkpoint
 from vs2_plugin.checkpoint.store import Store, checkpoint_name
-from vs2_plugin.cli.common import gigabytes
-from vs2_plugin.data.splits import Split, training_split
+from vs2_plugin.cli.extraction import Extraction, all_labels, load_encoders
+from vs2_plugin.data.splits import training_split
 from vs2_plugin.errors import CheckpointError, DataError, SettingError, TowerError
 from vs2_plugin.modelstring import is_steered
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from vs2_plugin.clip.backbone import Loaded, Tower
     from vs2_plugin.clip.sites import Site
     from vs2_plugin.sae import TopKSAE, TrainConfig
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
         Vs2Error: what is wrong, before any image is read where that can be told.
     """
     from vs2_plugin.clip.backbone import Tower, check_backbone, ignores_pretrained, load_backbone
-    from vs2_plugin.data.activations import stack
+    from vs2_plugin.clip.sites import find_site
 
     say = (lambda *words: None) if args.quiet else print
     if is_steered(args.model):
@@ -69,8 +69,24 @@ def run(args: argparse.Namespace) -> None:
         say("PASS: the training labels are read; the checkpoint and every result of pass: say so")
     if any(split.transductive for split in splits.values()):
         say("transductive: images that are evaluated are trained on; the checkpoint and every result say so")
-    parts = [_extract(args, store, loaded, tower, sites, *item, device, say) for item in splits.items()]
-    counts = [part.count for part in parts]
+
+    kept = [] if existing is None else [site for site in existing.sites if site.variant != variant]
+    if kept:
+        existing.require_tower(tower)
+    held = existing.gallery if kept and args.gallery else None  # what the gallery there holds stays in it
+    extraction = Extraction(
+        args=args,
+        store=store,
+        loaded=loaded,
+        tower=tower,
+        sites=_in_order(loaded.model, [*sites, *(find_site(loaded.model, site.hookpoint) for site in kept)]),
+        encoders=load_encoders(args, held, tower, device),
+        labels=variant == "pass" or args.gallery_labels or bool(held and held["labels"]),
+        device=device,
+        say=say,
+    )
+    parts = [extraction.run(dataset, split) for dataset, split in splits.items()]
+    counts = [len(part) for part in parts]
 
     data = {
         "datasets": list(splits),
@@ -81,13 +97,13 @@ def run(args: argparse.Namespace) -> None:
         "amp": args.amp,
         "max_images": args.max_images,
     }
-    saes = [] if existing is None else _keep(existing, variant, tower, data)
+    saes = _keep(existing, kept, data)
     for site in sites:
         saes.append(
             _train(
                 site,
-                stack([part.activations[site] for part in parts]),
-                _all_labels(parts) if variant == "pass" else None,
+                stack([part.tower.columns[site.hookpoint] for part in parts]),
+                all_labels(parts) if variant == "pass" else None,
                 np.repeat([dataset in calibrate_on for dataset in splits], counts),
                 settings(site.width).for_size(sum(counts)),
                 args,
@@ -101,6 +117,7 @@ def run(args: argparse.Namespace) -> None:
         tower=tower,
         data=data,
         saes=sorted(saes, key=lambda pair: pair[0].variant != "plain"),
+        gallery=extraction.gallery(parts),
         created={
             "torch": version("torch"),
             "open_clip": version("open_clip_torch"),
@@ -134,21 +151,19 @@ def _existing(folder: os.PathLike, variant: str, overwrite: bool) -> Checkpoint 
     return existing
 
 
-def _keep(existing: Checkpoint, variant: str, tower: Tower, data: dict[str, Any]) -> list[tuple[SiteFacts, TopKSAE]]:
+def _keep(
+    existing: Checkpoint | None, kept: Sequence[SiteFacts], data: dict[str, Any]
+) -> list[tuple[SiteFacts, TopKSAE]]:
     """The SAEs of the other variant, which stay in the checkpoint.
 
     Raises:
-        CheckpointError: they are of another tower.
         DataError: they are of other data.
     """
-    others = [site for site in existing.sites if site.variant != variant]
-    if others:
-        existing.require_tower(tower)
-        differing = [name for name in data if existing.data.get(name) != data[name]]
-        if differing:
-            facts = ", ".join(f"{name} {existing.data.get(name)}, now {data[name]}" for name in differing)
-            raise DataError(f"the other SAE of checkpoint {existing.name!r} is of other data ({facts}); give --name")
-    return [(site, existing.load(site)[0]) for site in others]
+    differing = [name for name in data if existing.data.get(name) != data[name]] if kept else []
+    if differing:
+        facts = ", ".join(f"{name} {existing.data.get(name)}, now {data[name]}" for name in differing)
+        raise DataError(f"the other SAE of checkpoint {existing.name!r} is of other data ({facts}); give --name")
+    return [(site, existing.load(site)[0]) for site in kept]
 
 
 def _settings(args: argparse.Namespace) -> Callable[[int], TrainConfig]:
@@ -194,94 +209,14 @@ def _sites(model: nn.Module, blocks: Sequence[str]) -> list[Site]:
             numbers = f"block numbers from 0 to {len(offered) - 1}"
             numbers = numbers if offered else "no block numbers, as this tower pools no CLS token"
             raise SettingError(f"--blocks {word!r}: expected last, all, output, or {numbers}")
-    in_order = [*offered, *(site for site in chosen if site not in offered)]
-    return [site for site in dict.fromkeys(in_order) if site in chosen]
+    return _in_order(model, chosen)
 
 
-class _Part(NamedTuple):
-    """What one data set contributes."""
+def _in_order(model: nn.Module, chosen: Sequence[Site]) -> list[Site]:
+    """The chosen sites, each once, in the order of the tower."""
+    from vs2_plugin.clip.sites import block_sites, output_site
 
-    activations: dict[Site, np.ndarray]
-    """Per site ``[count, d]``."""
-    labels: np.ndarray | None
-    """``[count]``, where they were asked for."""
-    count: int
-    """Number of images."""
-
-
-def _all_labels(parts: Sequence[_Part]) -> np.ndarray:
-    """The labels of all data sets, whose classes are not each other's."""
-    starts = np.cumsum([0, *(int(part.labels.max()) + 1 for part in parts)])
-    return np.concatenate([part.labels + start for part, start in zip(parts, starts, strict=False)])
-
-
-def _extract(
-    args: argparse.Namespace,
-    store: Store,
-    loaded: Loaded,
-    tower: Tower,
-    sites: list[Site],
-    dataset: str,
-    split: Split,
-    device: str,
-    say: Callable[..., None],
-) -> _Part:
-    """The activations of one data set at ``sites``, from the cache or extracted into it."""
-    from vs2_plugin.data.activations import ActivationCache, extract, require_space
-    from vs2_plugin.data.images import open_images
-
-    images = open_images(
-        dataset,
-        args.dataset_root,
-        split.name,
-        loaded.transform,
-        max_images=args.max_images,
-        seed=args.seed,
-        wds_cache_dir=args.wds_cache_dir,
-        labels=bool(args.pass_weight),
-    )
-    number = "an unknown number of" if images.count is None else f"{images.count:,}"
-    places = ", ".join(map(str, sites))
-    say(f"{args.model} on the split {split.name!r} of {dataset}: {number} images, {places}, on {device}")
-
-    cache = ActivationCache(store.activations)
-    dtype = np.dtype(args.cache_dtype)
-    remote = "://" in args.dataset_root
-    key = {  # all that the activations depend on
-        "tower": tower.to_json(),
-        "sites": [site.hookpoint for site in sites],
-        "dataset": dataset,
-        "root": args.dataset_root if remote else os.path.abspath(args.dataset_root),
-        "split": split.name,
-        "images": images.fingerprint,
-        "max_images": args.max_images,
-        "seed": args.seed if args.max_images else None,
-        "labels": images.labels,
-        "amp": args.amp,
-        "device": device,
-        "dtype": dtype.name,
-    }
-    activations = None if args.refresh_cache else cache.open(key, sites)
-    if activations is not None:
-        say(f"activations: cached, in {cache.folder(key)}")
-    else:
-        if images.count is not None:
-            needed = images.count * sum(site.width for site in sites) * dtype.itemsize
-            free = require_space(store.activations, needed)
-            say(f"activations: {gigabytes(needed)} on disk, in {cache.folder(key)} ({gigabytes(free)} free)")
-        activations = extract(
-            loaded.model,
-            images,
-            sites,
-            cache,
-            key,
-            batch_size=args.batch_size,
-            num_workers=args.num_workers,
-            amp=args.amp,
-            dtype=dtype,
-            quiet=args.quiet,
-        )
-    return _Part(activations, cache.labels(key) if images.labels else None, len(activations[sites[0]]))
+    return [site for site in (*block_sites(model), output_site(model)) if site in chosen]
 
 
 def _train(

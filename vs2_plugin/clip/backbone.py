@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import os
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from vs2_plugin.arrays import digest_of
 from vs2_plugin.errors import TowerError
 
 __all__ = [
@@ -44,10 +43,6 @@ class Tower:
     def of(cls, model: nn.Module, transform: Any) -> Tower:
         """The tower of an open_clip ``model`` whose images ``transform`` prepares."""
         visual = model.visual
-        digest = hashlib.sha256()
-        for name, tensor in sorted(visual.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         kinds = {
             type(module).__name__
             for module in visual.modules()
@@ -55,7 +50,7 @@ class Tower:
         }
         preprocessing = getattr(visual, "preprocess_cfg", None) or {"transform": str(transform)}
         return cls(
-            parameters=digest.hexdigest(),
+            parameters=digest_of(visual.state_dict()),
             activations=sorted(kinds - {"MultiheadAttention"}),
             preprocessing=_plain(preprocessing),
         )

@@ -28,9 +28,11 @@ __all__ = [
     "Edit",
     "edit",
     "editing",
+    "embedding_from",
     "find_site",
     "in_float32",
     "output_site",
+    "paused",
     "reading",
 ]
 
@@ -131,6 +133,18 @@ def find_site(model: nn.Module, hookpoint: str) -> Site:
     raise TowerError(f"this vision tower has no site {hookpoint!r}; it has {offered}")
 
 
+def embedding_from(model: nn.Module, site: Site, x: Tensor) -> Tensor:
+    """The tower's output embedding ``[batch, embed_dim]`` (float32) from the activation ``[batch, d]`` at its default
+    site: what is left of the tower after it."""
+    if site.token_dim is None:
+        return x.float()
+    visual = model.visual
+    dtype = next(visual.parameters()).dtype
+    with torch.autocast(x.device.type, enabled=False):
+        pooled = visual.ln_post(x.to(dtype)).float()
+        return pooled if visual.proj is None else pooled @ visual.proj.float()
+
+
 @torch.no_grad()
 def _probe_width(model: nn.Module) -> int:
     size = getattr(model.visual, "image_size", 224)
@@ -166,11 +180,16 @@ def edit(model: nn.Module, site: Site, steering: Steering) -> Edit:
         name = next(name for name in (f"{_ATTACHED}_{n}" for n in count()) if name not in module._modules)
         module.add_module(name, _Float32(steering))
 
+    handle = Edit(module, name)
+
     def hook(module: nn.Module, args: object, output: Tensor | tuple) -> Tensor | tuple:
+        if handle.paused:
+            return output
         current = module._modules[name] if name else steering  # the replica's own under DataParallel
         return site.write(output, in_float32(current, site.read(output)))
 
-    return Edit(module, name, module.register_forward_hook(hook))
+    handle.hook = module.register_forward_hook(hook)
+    return handle
 
 
 class _Float32(nn.Module):
@@ -190,12 +209,12 @@ class _Float32(nn.Module):
 class Edit:
     """A steering in place. :meth:`remove` takes it out again."""
 
-    def __init__(self, module: nn.Module, attached: str | None, handle) -> None:
-        self._module, self._attached, self._handle = module, attached, handle
+    def __init__(self, module: nn.Module, attached: str | None) -> None:
+        self._module, self._attached, self.paused = module, attached, False
 
     def remove(self) -> None:
         """Take out the hook and what was attached."""
-        self._handle.remove()
+        self.hook.remove()
         if self._attached:
             self._module._modules.pop(self._attached, None)
 
@@ -208,6 +227,18 @@ def editing(model: nn.Module, site: Site, steering: Steering) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def paused(edits: Sequence[Edit]) -> Iterator[None]:
+    """Within the ``with`` block the tower is as if ``edits`` were not there."""
+    for handle in edits:
+        handle.paused = True
+    try:
+        yield
+    finally:
+        for handle in edits:
+            handle.paused = False
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The on-disk cache of activations: one plain ``.npy`` per site, written once, read by memory map."""
+"""The on-disk cache of activations: one plain ``.npy`` per column, written once, read by memory map."""
 
 from __future__ import annotations
 
@@ -7,24 +7,47 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from vs2_plugin.arrays import Column
 from vs2_plugin.clip.sites import Site, reading
 from vs2_plugin.data.images import TrainingImages
 from vs2_plugin.errors import DataError
 
-__all__ = ["ActivationCache", "extract", "require_space", "stack"]
+__all__ = ["ActivationCache", "Encode", "Extracted", "activations_at", "extract", "require_space"]
 
 _FACTS = "activations.json"
+_DIGESTS = "digests.npy"
 _LABELS = "labels.npy"
+
+#: Images ``[batch, 3, height, width]`` to rows ``[batch, width]`` of each column, by its name.
+Encode = Callable[[Tensor], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What was extracted of the images of one split, in their order."""
+
+    folder: Path
+    """Where it lies: ``<column>.npy``, ``digests.npy`` and, where labels were read, ``labels.npy``."""
+    columns: dict[str, np.ndarray]
+    """Column name -> memory-mapped ``[count, width]``. Activations are named by their hookpoint."""
+    digests: np.ndarray
+    """uint64 ``[count]``: what tells an image from all others; see :func:`vs2_plugin.data.images.image_digest`."""
+    labels: np.ndarray | None
+    """int64 ``[count]``, if they were read."""
+
+    def __len__(self) -> int:
+        return len(self.digests)
 
 
 class ActivationCache:
@@ -38,101 +61,69 @@ class ActivationCache:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return self.root / digest[:32]
 
-    def open(self, key: dict[str, Any], sites: Sequence[Site]) -> dict[Site, np.ndarray] | None:
-        """The memory-mapped activations ``[count, d]`` per site; None if they are not there, or not whole."""
+    def open(self, key: dict[str, Any], widths: Mapping[str, int], labels: bool = False) -> Extracted | None:
+        """The columns named in ``widths``, memory-mapped; None if they are not there, or not whole."""
         folder = self.folder(key)
         try:
-            facts = json.loads((folder / _FACTS).read_text())
-            found = {site: np.load(folder / f"{site.hookpoint}.npy", mmap_mode="r") for site in sites}
-            whole = all(array.shape == (facts["count"], site.width) for site, array in found.items())
+            count = json.loads((folder / _FACTS).read_text())["count"]
+            columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in widths}
+            found = Extracted(
+                folder, columns, np.load(folder / _DIGESTS), np.load(folder / _LABELS) if labels else None
+            )
+            whole = all(columns[name].shape == (count, width) for name, width in widths.items())
+            whole = whole and len(found.digests) == count and (not labels or len(found.labels) == count)
         except (OSError, ValueError, EOFError, KeyError, TypeError):  # not there, cut short, or not ours
             return None
         return found if whole else None
 
-    def labels(self, key: dict[str, Any]) -> np.ndarray:
-        """The labels ``[count]`` (int64) of activations that were extracted with theirs."""
-        return np.load(self.folder(key) / _LABELS)
-
     @contextmanager
-    def writing(
-        self, key: dict[str, Any], sites: Sequence[Site], dtype: np.dtype
-    ) -> Iterator[tuple[dict[Site, _Column], list[np.ndarray]]]:
-        """Columns to append to, one per site, and a list for the labels of each batch, if any. They appear under the
-        key, all at once, when the block ends well."""
+    def writing(self, key: dict[str, Any], widths: Mapping[str, int], dtype: np.dtype) -> Iterator[_Writer]:
+        """What to add batches to. All appears under the key, at once, when the block ends well."""
         folder = self.folder(key)
         self.root.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=self.root))
-        columns = {site: _Column(scratch / f"{site.hookpoint}.npy", site.width, dtype) for site in sites}
-        labels: list[np.ndarray] = []
+        writer = _Writer({name: Column(scratch / f"{name}.npy", width, dtype) for name, width in widths.items()})
         try:
-            yield columns, labels
-            for column in columns.values():
-                column.close()
-            if labels:
-                np.save(scratch / _LABELS, np.concatenate(labels))
-            count = next(iter(columns.values())).count
-            (scratch / _FACTS).write_text(json.dumps({"count": count, "key": key}, indent=2) + "\n")
+            yield writer
+            writer.close()
+            np.save(scratch / _DIGESTS, np.concatenate(writer.digests))
+            if writer.labels:
+                np.save(scratch / _LABELS, np.concatenate(writer.labels))
+            (scratch / _FACTS).write_text(json.dumps({"count": writer.count, "key": key}, indent=2) + "\n")
             scratch.chmod(0o755)  # mkdtemp's 0700 would hide it from colleagues who share the store
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(scratch, folder)
         finally:
-            for column in columns.values():
-                column.close()
+            writer.close()
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-class _Column:
-    """An ``.npy`` file that grows: numpy leaves room in the header for the final count."""
+class _Writer:
+    """Columns under construction."""
 
-    def __init__(self, path: Path, width: int, dtype: np.dtype) -> None:
-        self.width, self.dtype, self.count = width, np.dtype(dtype), 0
-        self._file = open(path, "wb+")
-        self._write_header()
+    def __init__(self, columns: dict[str, Column]) -> None:
+        self.columns = columns
+        self.digests: list[np.ndarray] = []
+        self.labels: list[np.ndarray] = []
 
-    def _write_header(self) -> None:
-        shape = (self.count, self.width)
-        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
-        self._file.seek(0)
-        np.lib.format.write_array_header_1_0(self._file, header)
-
-    def append(self, rows: np.ndarray) -> None:
-        """Add rows ``[batch, d]``."""
-        rows.astype(self.dtype, copy=False).tofile(self._file)
-        self.count += len(rows)
+    @property
+    def count(self) -> int:
+        return sum(map(len, self.digests))
 
     def close(self) -> None:
-        """Write the final count."""
-        if not self._file.closed:
-            self._file.flush()
-            self._write_header()
-            self._file.close()
+        for column in self.columns.values():
+            column.close()
 
 
-def stack(parts: Sequence[np.ndarray]) -> np.ndarray | _Stack:
-    """Several memory-mapped arrays ``[count, d]`` as one, which stays on disk."""
-    return parts[0] if len(parts) == 1 else _Stack(parts)
+def activations_at(model: nn.Module, sites: Sequence[Site], amp: bool) -> Encode:
+    """The encoder for :func:`extract` that reads the activations at ``sites`` of an open_clip model."""
 
+    def encode(images: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(images.device.type, enabled=amp), reading(model, sites) as found:
+            model.encode_image(images)
+        return {site.hookpoint: found[site] for site in sites}
 
-class _Stack:
-    """Arrays under each other; read by a row number, a slice, or an array of row numbers."""
-
-    def __init__(self, parts: Sequence[np.ndarray]) -> None:
-        self._parts = parts
-        self._starts = np.cumsum([0, *map(len, parts)])
-        self.shape = (int(self._starts[-1]), parts[0].shape[1])
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: int | slice | np.ndarray) -> np.ndarray:
-        numbers = rows if isinstance(rows, np.ndarray) else np.arange(len(self))[rows]
-        found = np.empty((numbers.size, self.shape[1]), self._parts[0].dtype)
-        flat = np.atleast_1d(numbers)
-        owner = np.searchsorted(self._starts, flat, side="right") - 1
-        for index, part in enumerate(self._parts):
-            mine = owner == index
-            found[mine] = part[flat[mine] - self._starts[index]]
-        return found if numbers.ndim else found[0]
+    return encode
 
 
 def require_space(folder: Path, needed: int) -> int:
@@ -152,46 +143,42 @@ def require_space(folder: Path, needed: int) -> int:
 
 @torch.no_grad()
 def extract(
-    model: nn.Module,
+    encode: Encode,
+    widths: Mapping[str, int],
     images: TrainingImages,
-    sites: Sequence[Site],
     cache: ActivationCache,
     key: dict[str, Any],
     *,
+    device: str | torch.device,
     batch_size: int,
     num_workers: int,
-    amp: bool,
     dtype: np.dtype,
+    name: str = "activations",
     quiet: bool = False,
-) -> dict[Site, np.ndarray]:
-    """Run every image through the tower once and store the activations at ``sites``.
-
-    Returns:
-        The memory-mapped activations ``[count, d]`` per site.
+) -> Extracted:
+    """Run every image through ``encode`` once and store its columns, of the widths given.
 
     Raises:
-        DataError: an image cannot be read, or an activation does not fit ``dtype``.
+        DataError: an image cannot be read, or a value does not fit ``dtype``.
     """
-    device = next(model.parameters()).device
-    bar = tqdm(total=images.count, desc="activations", unit="img", disable=True if quiet else None)
-    with cache.writing(key, sites, dtype) as (columns, all_labels), reading(model, sites) as found, bar:
-        for batch, labels in images.batches(batch_size, num_workers):
-            with torch.autocast(device.type, enabled=amp):
-                model.encode_image(batch.to(device, non_blocking=True))
-            for site, column in columns.items():
-                rows = found[site].float().cpu().numpy()
+    bar = tqdm(total=images.count, desc=name, unit="img", disable=True if quiet else None)
+    with cache.writing(key, widths, dtype) as writer, bar:
+        for batch in images.batches(batch_size, num_workers):
+            found = encode(batch.images.to(device, non_blocking=True))
+            for column, into in writer.columns.items():
+                rows = found[column].float().cpu().numpy()
                 with np.errstate(over="ignore"):
                     stored = rows.astype(dtype)
                 if not np.isfinite(stored).all():
                     raise DataError(
-                        f"an activation at {site} is {np.abs(rows).max():.3g}, which "
-                        f"{np.dtype(dtype).name} cannot hold; "
-                        "use --cache_dtype float32"
+                        f"an activation at {column} is {np.abs(rows).max():.3g}, which {np.dtype(dtype).name} cannot "
+                        "hold; use --cache_dtype float32"
                     )
-                column.append(stored)
-            if labels is not None:
-                all_labels.append(labels.numpy())
-            bar.update(len(batch))
-        if next(iter(columns.values())).count == 0:
+                into.append(stored)
+            writer.digests.append(batch.digests)
+            if batch.labels is not None:
+                writer.labels.append(batch.labels)
+            bar.update(len(batch.images))
+        if writer.count == 0:
             raise DataError("there are no training images")
-    return cache.open(key, sites)
+    return cache.open(key, widths, images.labels)

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,25 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from vs2_plugin.data.shards import open_shards
 from vs2_plugin.errors import DataError, Vs2Error
 
-__all__ = ["TrainingImages", "open_images"]
+__all__ = ["Batch", "TrainingImages", "image_digest", "open_images"]
+
+
+class Batch(NamedTuple):
+    """Some of the images."""
+
+    images: Tensor
+    """``[batch, 3, height, width]``, preprocessed."""
+    digests: np.ndarray
+    """uint64 ``[batch]``."""
+    labels: np.ndarray | None
+    """int64 ``[batch]``, where they are read."""
+
+
+def image_digest(image: Tensor) -> int:
+    """64 bits of SHA-256 over the bytes of a preprocessed image: the harness keeps neither names nor order, so that
+    this is what tells whether two images are the same one."""
+    data = image.detach().to("cpu", torch.float32).contiguous().numpy()
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
 
 
 @dataclass
@@ -34,8 +52,8 @@ class TrainingImages:
     labels: bool = False
     """Whether labels are read too."""
 
-    def batches(self, batch_size: int, num_workers: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Images ``[batch, 3, height, width]``, each once, in a fixed order, with labels ``[batch]`` (int64) or None.
+    def batches(self, batch_size: int, num_workers: int) -> Iterator[Batch]:
+        """All images, each once, in a fixed order.
 
         Raises:
             DataError: an image cannot be read.
@@ -45,17 +63,19 @@ class TrainingImages:
             self.source,
             batch_size=batch_size,
             num_workers=min(num_workers, 1) if streamed else num_workers,  # each worker would repeat a stream
-            collate_fn=_stack_labeled if self.labels else _stack_images,
+            collate_fn=_batch_with_labels if self.labels else _batch,
             pin_memory=torch.cuda.is_available(),
         )
         left = self.limit if streamed and self.limit is not None else None
         try:
             for batch in loader:
-                images, labels = batch if self.labels else (batch, None)
                 if left is not None:
-                    images, labels, left = images[:left], labels[:left] if self.labels else None, left - len(images)
-                if len(images):
-                    yield images, labels
+                    batch, left = (
+                        Batch(*(part if part is None else part[:left] for part in batch)),
+                        left - len(batch[0]),
+                    )
+                if len(batch.images):
+                    yield batch
                 if left is not None and left <= 0:
                     return
         except Vs2Error as error:
@@ -71,7 +91,13 @@ def _stack_images(samples: list) -> Tensor:
     return torch.stack([sample[0] if isinstance(sample, (tuple, list)) else sample for sample in samples])
 
 
-def _stack_labeled(samples: list) -> tuple[Tensor, Tensor]:
+# Digests and labels are computed where images are loaded: in the workers, beside each other.
+def _batch(samples: list) -> Batch:
+    images = _stack_images(samples)
+    return Batch(images, np.array([image_digest(image) for image in images], dtype=np.uint64), None)
+
+
+def _batch_with_labels(samples: list) -> Batch:
     labels = [sample[1] if isinstance(sample, (tuple, list)) and len(sample) > 1 else None for sample in samples]
     if not all(
         isinstance(label, (int, np.integer)) or (isinstance(label, Tensor) and label.ndim == 0) for label in labels
@@ -79,7 +105,7 @@ def _stack_labeled(samples: list) -> tuple[Tensor, Tensor]:
         raise DataError(
             f"labels were asked for, and this data set gives {labels[0]!r}; expected one class number per image"
         )
-    return _stack_images(samples), torch.tensor([int(label) for label in labels])
+    return _batch(samples)._replace(labels=np.array([int(label) for label in labels], dtype=np.int64))
 
 
 def open_images(

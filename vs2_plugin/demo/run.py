@@ -27,6 +27,16 @@ SYSTEMS = {
     "REC_F, reconstruction": f"rec:{MODEL}",
     "REC_A, at every block": f"rec:{MODEL}@blocks=all",
     "REC_F+gamma, gamma = 1.5": f"amp:{MODEL}",
+    "VS2++, pseudo-labels": f"vs2pp:{MODEL}",
+    "VS2++, query rule": f"vs2pp:{MODEL}@rule=query",
+    "CLIP steering, pseudo-labels": f"clipsteer:{MODEL}",
+    "weighted RAG": f"rag:{MODEL}",
+    "weighted RAG, pseudo-labels": f"rag:{MODEL}@labels=pseudo",
+    "k-NN vote": f"knn:{MODEL}",
+    "VS2++, oracle (training labels)": f"vs2pp:{MODEL}@labels=oracle",
+    "CLIP steering, oracle (training labels)": f"clipsteer:{MODEL}@labels=oracle",
+    "weighted RAG, oracle (training labels)": f"rag:{MODEL}@labels=oracle",
+    "oracle prototypes (test labels)": f"proto:{MODEL}",
     "control: gamma = 0": f"amp:{MODEL}@gamma=0",
     "control: gamma = -1": f"amp:{MODEL}@gamma=-1",
 }
@@ -102,7 +112,9 @@ def table(rows: list[tuple[str, dict]]) -> str:
         change = f"{100 * (metrics['acc1'] - first['acc1']):+.2f}" if metrics is not first else ""
         coverage = f"{100 * metrics['vs2_coverage']:.1f}" if "vs2_coverage" in metrics else ""
         lines.append(
-            f"| {name} | " + " | ".join(f"{100 * metrics[key]:.2f}" for key, _ in keys) + f" | {change} | {coverage} |"
+            f"| {name} | "
+            + " | ".join(f"{100 * metrics[key]:.2f}" if key in metrics else "" for key, _ in keys)
+            + f" | {change} | {coverage} |"
         )
     return "\n".join(lines)
 

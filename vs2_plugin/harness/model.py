@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vs2_plugin import __version__
+from vs2_plugin.checkpoint.gallery import index_file, open_gallery
 from vs2_plugin.checkpoint.manifest import Checkpoint, SiteFacts
 from vs2_plugin.clip.backbone import Loaded, Tower
-from vs2_plugin.clip.sites import Edit, Site, default_site, edit, find_site
+from vs2_plugin.clip.sites import Edit, Site, default_site, edit, embedding_from, find_site, output_site, paused
+from vs2_plugin.data.images import image_digest
 from vs2_plugin.errors import CheckpointError, ModelStringError, PluginError, Vs2Error
 from vs2_plugin.method import Scalar
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.plugins import registry
+from vs2_plugin.retrieval.encoders import load_encoder
+from vs2_plugin.retrieval.gallery import CLIP
+from vs2_plugin.retrieval.retriever import Retriever
+from vs2_plugin.retrieval.search import open_search
 from vs2_plugin.steering.context import Context, Task
 from vs2_plugin.steering.gate import Gate, threshold
 
@@ -41,7 +46,11 @@ class SteeredCLIP(nn.Module):
         self._tower = Tower.of(loaded.model, loaded.transform) if spec.method.needs_checkpoint else None
         self._find_checkpoint = find_checkpoint
         self._edits: list[Edit] = []
+        self._steerings: list[Callable[[Tensor], Tensor]] = []
         self._gates: list[Gate] = []
+        self._retriever: Retriever | None = None
+        self._two_passes = False
+        self._targets: Tensor | None = None
         self._facts: dict[str, Scalar] = {}
         self.eval()
 
@@ -60,39 +69,75 @@ class SteeredCLIP(nn.Module):
         """
         while self._edits:
             self._edits.pop().remove()
-        self._gates = []
         self.checkpoint = checkpoint = self._find_checkpoint(task)
-        device = next(self.model.parameters()).device
-        if checkpoint is None:
-            site = default_site(self.model)
-            steerings = [(site, self._build(Context(self.model, site.hookpoint, site.width, task=task)))]
-        else:
+        if checkpoint is not None:
             checkpoint.require_tower(self._tower)
-            steerings = [
-                self._at(facts, device, task)
-                for facts in checkpoint.select(self.spec.options["blocks"], self.spec.method.sae)
-            ]
+        self._retriever = self._open_retriever()
+        sites = self._sites()
+        built = [self._at(site, facts, task) for site, facts in sites]
         # Only now, when all of it could be built, is the tower touched.
-        for site, steering in steerings:
-            if isinstance(steering, nn.Module):
-                steering.to(device).eval()
-            self._edits.append(edit(self.model, site, steering))
-        self._facts = self._describe(steerings)
+        device = next(self.model.parameters()).device
+        self._steerings = [steering for _, steering in built]
+        self._gates = [gate for gate, _ in built if isinstance(gate, Gate)]
+        # Where the first steering is at the tower's end, the plain embedding is had from the activation there.
+        self._two_passes = sites[0][0] not in (default_site(self.model), output_site(self.model))
+        for index, ((site, _), (outer, _)) in enumerate(zip(sites, built, strict=True)):
+            if self._retriever is not None and index == 0 and not self._two_passes:
+                outer = _Looking(outer, self._retriever, self.model, site)
+            if isinstance(outer, nn.Module):
+                outer.to(device).eval()
+            self._edits.append(edit(self.model, site, outer))
+        self._facts = self._describe([site for site, _ in sites])
 
-    def _at(self, facts: SiteFacts, device: torch.device, task: Task | None) -> tuple[Site, Gate]:
-        """The gated steering along one SAE of the checkpoint."""
-        site = find_site(self.model, facts.hookpoint)
-        if site.width != facts.width:
-            raise CheckpointError(
-                f"checkpoint {self.checkpoint.name!r} has width {facts.width} at {site}, the tower has {site.width}"
+    def _sites(self) -> list[tuple[Site, SiteFacts | None]]:
+        """Where to steer, with the SAE there, if the method steers along one."""
+        if self.spec.method.site == "output":
+            return [(output_site(self.model), None)]
+        if self.checkpoint is None:
+            return [(default_site(self.model), None)]
+        found = []
+        for facts in self.checkpoint.select(self.spec.options["blocks"], self.spec.method.sae):
+            site = find_site(self.model, facts.hookpoint)
+            if site.width != facts.width:
+                raise CheckpointError(
+                    f"checkpoint {self.checkpoint.name!r} has width {facts.width} at {site}, the tower has {site.width}"
+                )
+            found.append((site, facts))
+        return found
+
+    def _open_retriever(self) -> Retriever | None:
+        method, options = self.spec.method, self.spec.options
+        if method.gallery == "none":
+            return None
+        device = next(self.model.parameters()).device
+        oracle = method.gallery == "neighbours" and method.labels_used(options) == "oracle"
+        if method.gallery == "images":
+            self.checkpoint.require_gallery()
+            return Retriever(open_gallery(self.checkpoint), device)
+        name = options["encoder"]
+        facts = self.checkpoint.require_gallery(oracle, name, options["n"])["encoders"][name]
+        gallery = open_gallery(self.checkpoint)
+        encoder = None
+        if name != CLIP:
+            encoder = load_encoder(name, facts["weights"], self._tower.preprocessing, device, facts)
+        search = open_search(options["search"], gallery.embeddings[name], index_file(self.checkpoint, name), device)
+        return Retriever(gallery, device, n=options["n"], search=search, encode=encoder, digest=image_digest)
+
+    def _at(self, site: Site, facts: SiteFacts | None, task: Task | None) -> tuple[Any, Callable[[Tensor], Tensor]]:
+        """What to put at a site: the method's steering, gated where it steers along an SAE; and the steering itself."""
+        if facts is None:
+            steering = self._build(
+                Context(self.model, site.hookpoint, site.width, task=task, retriever=self._retriever)
             )
+            return steering, steering
+        device = next(self.model.parameters()).device
         sae, mean = self.checkpoint.load(facts)
         sae, mean = sae.to(device), mean.to(device)
-        steering = self._build(Context(self.model, site.hookpoint, site.width, sae, mean, facts.fvu_quantiles, task))
+        steering = self._build(
+            Context(self.model, site.hookpoint, site.width, sae, mean, facts.fvu_quantiles, task, self._retriever)
+        )
         q = self.spec.options["gate"]
-        gate = Gate(steering, sae, mean, None if q is None else threshold(facts.fvu_quantiles, q))
-        self._gates.append(gate)
-        return site, gate
+        return Gate(steering, sae, mean, None if q is None else threshold(facts.fvu_quantiles, q)), steering
 
     def _build(self, context: Context) -> Callable[[Tensor], Tensor]:
         method = self.spec.method
@@ -112,31 +157,41 @@ class SteeredCLIP(nn.Module):
             )
         return steering
 
-    def _describe(self, steerings: list[tuple[Site, Callable]]) -> dict[str, Scalar]:
-        checkpoint, method = self.checkpoint, self.spec.method
+    def _describe(self, sites: list[Site]) -> dict[str, Scalar]:
+        checkpoint, method, options = self.checkpoint, self.spec.method, self.spec.options
         facts = {
             "method": method.name,
             "version": __version__,
-            "site": "+".join(site.hookpoint for site, _ in steerings),
+            "site": "+".join(site.hookpoint for site in sites),
         }
-        facts |= {name: value for name, value in self.spec.options.items() if value is not None}
-        last = steerings[-1][1]
-        facts |= getattr(last.steering if isinstance(last, Gate) else last, "facts", {})
-        labels = [method.labels]
+        facts |= {name: value for name, value in options.items() if value is not None}
+        used = [method.labels_used(options)]
         if checkpoint is not None:
-            labels += [site.labels for site in checkpoint.select(self.spec.options["blocks"], method.sae)]
+            if method.site == "checkpoint":
+                used += [site.labels for site in checkpoint.select(options["blocks"], method.sae)]
             facts |= {
                 "checkpoint": checkpoint.name,
                 "checkpoint_digest": checkpoint.digest[:16],
                 "transductive": checkpoint.transductive,
             }
-        facts["labels"] = max(labels, key=_LABELS.index)
+        facts["labels"] = max(used, key=_LABELS.index)
         return facts
+
+    def set_classifier(self, classifier: Tensor) -> None:
+        """Tell a method that needs the classes the zero-shot classifier ``[embed_dim, classes]``. The harness glue does
+        so; in Python it is up to the caller, before the first image is encoded."""
+        if self._retriever is not None:
+            self._retriever.set_classifier(classifier)
+
+    def set_targets(self, targets: Tensor | None) -> None:
+        """Tell an oracle the true classes ``[batch]`` of the images that are encoded next."""
+        self._targets = targets
 
     def reset_statistics(self) -> None:
         """Forget the images seen so far; the harness glue calls this before each evaluation."""
-        for gate in self._gates:
-            gate.reset()
+        for part in (*self._gates, *self._steerings):
+            if hasattr(part, "reset"):
+                part.reset()
 
     def vs2_facts(self) -> dict[str, Scalar]:
         """What the results' metrics say of the steering, as flat scalars.
@@ -144,8 +199,18 @@ class SteeredCLIP(nn.Module):
         ``vs2_coverage`` and ``vs2_mean_fvu`` are of the images seen since :meth:`reset_statistics`, at the last
         of several sites.
         """
-        seen = self._gates[-1].facts if self._gates else {}
+        seen = {**getattr(self._steerings[-1], "facts", {})} if self._steerings else {}
+        seen |= self._gates[-1].facts if self._gates else {}
         return {f"vs2_{name}": value for name, value in {**self._facts, **seen}.items()}
+
+    def record_images(self, recording: bool) -> None:
+        """Keep, or no longer keep, what :meth:`per_image` tells."""
+        for gate in self._gates:
+            gate.recording = recording
+
+    def per_image(self) -> dict[str, Tensor]:
+        """What the last site's gate saw of each image since :meth:`reset_statistics`: ``fvu`` and ``steered``."""
+        return self._gates[-1].per_image() if self._gates else {}
 
     def encode_image(self, image: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The steered image embedding ``[batch, embed_dim]``, in the dtype of the model inside."""
@@ -154,7 +219,17 @@ class SteeredCLIP(nn.Module):
                 f"model {str(self.spec)!r} does not know its data set yet; name a checkpoint ({self.spec.method.name}:"
                 f"{self.spec.backbone}@NAME) or pass dataset= to vs2_plugin.load"
             )
-        return self.model.encode_image(image, *args, **kwargs)
+        if self._retriever is None:
+            return self.model.encode_image(image, *args, **kwargs)
+        self._retriever.begin(image, self._targets)
+        try:
+            if self._two_passes:
+                with paused(self._edits):
+                    plain = self.model.encode_image(image)
+                self._retriever.embed(lambda: plain)
+            return self.model.encode_image(image, *args, **kwargs)
+        finally:
+            self._retriever.end()
 
     def encode_text(self, text: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The text embedding; steering leaves it alone."""
@@ -163,3 +238,18 @@ class SteeredCLIP(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The forward pass of the model inside."""
         return self.model(*args, **kwargs)
+
+
+class _Looking(nn.Module):
+    """Around the first steering, at the tower's end: shows the retriever the plain embedding of the batch."""
+
+    def __init__(
+        self, steering: Callable[[Tensor], Tensor], retriever: Retriever, model: nn.Module, site: Site
+    ) -> None:
+        super().__init__()
+        self.steering, self.retriever, self.site = steering, retriever, site
+        self._model = [model]  # in a list: the model is no part of its own steering
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.retriever.embed(lambda: embedding_from(self._model[0], self.site, x))
+        return self.steering(x)

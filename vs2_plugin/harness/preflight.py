@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
@@ -14,7 +15,7 @@ from vs2_plugin.data.splits import without_training_split
 from vs2_plugin.errors import CheckpointNotFound, HarnessError, ModelStringError
 from vs2_plugin.modelstring import ModelString, is_steered, parse
 
-__all__ = ["check", "missing_checkpoint", "train_command"]
+__all__ = ["check", "missing_checkpoint", "output_file", "train_command"]
 
 
 def check(base: Namespace, runs: Sequence[Namespace]) -> None:
@@ -30,11 +31,14 @@ def check(base: Namespace, runs: Sequence[Namespace]) -> None:
     missing = []
     for args, model in parsed:
         check_backbone(model.backbone, args.pretrained)
-        output = _output_file(args)
+        output = output_file(args)
         _check_output(args, output, alone=len({run.model for run in runs}) == 1)
         if args.skip_load or (args.skip_existing and os.path.exists(output)):
             continue
         warn_about_quickgelu(model.backbone, args.pretrained)
+        _check_task(model, args)
+        if model.method.labels_used(model.options) == "oracle":
+            print(f"vs2: {args.model} is an oracle: it reads labels; its accuracy is an upper bound", file=sys.stderr)
         if model.method.needs_checkpoint:
             try:
                 _find(model, args, store)
@@ -52,15 +56,11 @@ def _check_pairs(base: Namespace) -> None:
             raise ModelStringError(f"--pretrained_model {name!r}: expected MODEL,WEIGHTS, for example {example},openai")
 
 
-def _output_file(args: Namespace) -> str:
-    # As clip_benchmark's cli.run makes it.
+def output_file(args: Namespace) -> str:
+    """The results file of a run, as clip_benchmark's ``cli.run`` makes its name."""
     name = args.dataset.removeprefix("wds/")
     is_file = os.path.isfile(args.pretrained)
-    task = args.task
-    if task == "auto":
-        from clip_benchmark.datasets.builder import get_dataset_default_task
-
-        task = get_dataset_default_task(name)
+    task = _task(args)
     values = {
         "model": args.model,
         "pretrained": os.path.basename(args.pretrained) if is_file else args.pretrained,
@@ -74,6 +74,42 @@ def _output_file(args: Namespace) -> str:
     except (KeyError, IndexError, ValueError) as error:
         fields = ", ".join(f"{{{name}}}" for name in values)
         raise HarnessError(f"--output {args.output!r} cannot be filled in ({error}); known fields: {fields}") from None
+
+
+def _task(args: Namespace) -> str:
+    if args.task != "auto":
+        return args.task
+    from clip_benchmark.datasets.builder import get_dataset_default_task
+
+    return get_dataset_default_task(args.dataset.removeprefix("wds/"))
+
+
+def _check_task(model: ModelString, args: Namespace) -> None:
+    """Refuse a task in which the method has nothing to say."""
+    task, name = _task(args), model.method.name
+    if task == "captioning":
+        raise HarnessError(
+            f"{args.model}: captions are written from the tokens of the image tower, which steering leaves alone; "
+            f"evaluate the plain model: --model {shlex.quote(model.backbone)}"
+        )
+    if model.method.needs_classes(model.options) and task != "zeroshot_classification":
+        how = f" with @labels={model.options['labels']}" if not model.method.classes else ""
+        raise HarnessError(
+            f"{args.model}: {name}{how} needs classes, and {task} has none; expected the task zeroshot_classification"
+        )
+    if model.method.gallery != "none" and task == "linear_probe":
+        raise HarnessError(
+            f"{args.model}: a linear probe encodes images in several copies of the model, and {name} looks up the "
+            "neighbours of one batch at a time; expected another task, or a method without a gallery"
+        )
+    if task == "linear_probe" and not _has_cuda():
+        raise HarnessError(f"{args.model}: clip_benchmark's linear probe needs a CUDA device, and there is none")
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _check_output(args: Namespace, output: str, alone: bool) -> None:
@@ -96,8 +132,14 @@ def _check_output(args: Namespace, output: str, alone: bool) -> None:
 
 
 def _find(model: ModelString, args: Namespace, store: Store) -> None:
-    name = model.checkpoint or checkpoint_name(model.backbone, args.pretrained, args.dataset)
-    store.find(name).select(model.options["blocks"], model.method.sae)
+    found = store.find(model.checkpoint or checkpoint_name(model.backbone, args.pretrained, args.dataset))
+    method, options = model.method, model.options
+    if method.site == "checkpoint":
+        found.select(options["blocks"], method.sae)
+    if method.gallery == "images":
+        found.require_gallery()
+    elif method.gallery == "neighbours":
+        found.require_gallery(method.labels_used(options) == "oracle", options["encoder"], options["n"])
 
 
 def train_command(

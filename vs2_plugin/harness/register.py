@@ -6,6 +6,8 @@ What is changed, and nothing else:
   is a model type of its own;
 - ``datasets.builder.build_dataset``: tells a model loaded before it which data set it is evaluated on;
 - ``metrics.*.evaluate``: a steered model's facts join the metrics;
+- ``metrics.zeroshot_classification.run_classification``: a steered model learns the classifier, and an oracle the
+  targets; where ``VS2_PER_IMAGE`` asks for it, the images of any model are recorded;
 - ``cli.main_eval`` and ``cli.run``: everything is checked before the first model is loaded, and this package's
   errors end the command with one line on stderr and exit code 2.
 
@@ -16,17 +18,24 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import sys
 from copy import copy
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from vs2_plugin.errors import DataError, HarnessError, Vs2Error
 from vs2_plugin.modelstring import is_steered
 from vs2_plugin.plugins import registry
 
-__all__ = ["SUPPORTED", "patch"]
+if TYPE_CHECKING:
+    from vs2_plugin.harness.per_image import Recorder
+
+__all__ = ["PER_IMAGE", "SUPPORTED", "patch"]
 
 SUPPORTED = "1.6"
+#: The environment variable that asks for per-image results.
+PER_IMAGE = "VS2_PER_IMAGE"
 
 
 def patch(module: ModuleType) -> None:
@@ -130,6 +139,8 @@ def _patch_metrics(module: ModuleType) -> None:
     def evaluate(*args, **kwargs):
         arguments = signature.bind(*args, **kwargs)
         model = arguments.arguments["model"]
+        if _recorder is not None:
+            _recorder.classes = arguments.arguments.get("classnames")
         if not hasattr(model, "vs2_facts"):
             return stock(*args, **kwargs)
         model.reset_statistics()
@@ -137,9 +148,68 @@ def _patch_metrics(module: ModuleType) -> None:
             # The linear probe caches features under this name: another checkpoint must not find them.
             arguments.arguments["model_id"] += f"-{model.vs2_facts().get('vs2_checkpoint_digest', 'vs2')}"
         metrics = stock(*arguments.args, **arguments.kwargs)
-        return {**metrics, **model.vs2_facts()} if isinstance(metrics, dict) else metrics
+        if not isinstance(metrics, dict):
+            return metrics
+        unreported = model.spec.method.unreported
+        kept = {name: value for name, value in metrics.items() if name not in unreported}
+        return {**kept, **model.vs2_facts()}
 
     module.evaluate = evaluate
+    if module.__name__.endswith(".zeroshot_classification"):
+        _patch_classification(module)
+
+
+#: Records the run at hand for per-image results; None where nobody asked for them.
+_recorder: Recorder | None = None
+
+
+def _patch_classification(module: ModuleType) -> None:
+    """Tell steered models the classifier, which exists before the first image is encoded, and oracles the targets.
+    Record the images, if asked to."""
+    stock = module.run_classification
+    signature = inspect.signature(stock)
+    for needed in ("model", "classifier", "dataloader"):
+        if needed not in signature.parameters:
+            raise AttributeError(f"run_classification has no parameter {needed!r}")
+
+    @functools.wraps(stock)
+    def run_classification(*args, **kwargs):
+        given = signature.bind(*args, **kwargs).arguments
+        model = given["model"] if hasattr(given["model"], "vs2_facts") else None
+        if model is not None:
+            model.set_classifier(given["classifier"])
+            model.record_images(_recorder is not None)
+        if model is not None or _recorder is not None:
+            given["dataloader"] = _Telling(given["dataloader"], model)
+        try:
+            logits, target = stock(**given)
+        finally:
+            if model is not None:
+                model.set_targets(None)
+        if _recorder is not None:
+            _recorder.finish(logits, target, {} if model is None else model.per_image())
+        return logits, target
+
+    module.run_classification = run_classification
+
+
+class _Telling:
+    """A data loader that tells a steered model the targets of each batch just before it hands out the images."""
+
+    def __init__(self, dataloader, model) -> None:
+        self._dataloader, self._model = dataloader, model
+
+    def __getattr__(self, name: str):
+        return getattr(self._dataloader, name)
+
+    def __len__(self) -> int:
+        return len(self._dataloader)
+
+    def __iter__(self):
+        for images, target in self._dataloader if _recorder is None else _recorder.watch(self._dataloader):
+            if self._model is not None:
+                self._model.set_targets(target)
+            yield images, target
 
 
 def _patch_cli(module: ModuleType) -> None:
@@ -147,7 +217,19 @@ def _patch_cli(module: ModuleType) -> None:
 
     @functools.wraps(stock_run)
     def run(args):
-        return stock_run(_as_model_string(args))
+        global _recorder
+        args = _as_model_string(args)
+        if os.environ.get(PER_IMAGE, "") in ("", "0"):
+            return stock_run(args)
+        from vs2_plugin.harness import per_image, preflight
+
+        _recorder = per_image.Recorder()
+        try:
+            done = stock_run(args)
+            _recorder.save(preflight.output_file(args))
+        finally:
+            _recorder = None
+        return done
 
     @functools.wraps(stock_main_eval)
     def main_eval(base):

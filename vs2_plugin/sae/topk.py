@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vs2_plugin.errors import SettingError
 
-__all__ = ["Latents", "SaeConfig", "TopKSAE", "fvu", "sample_fvu"]
+__all__ = ["Latents", "SaeConfig", "TopKSAE", "fvu", "largest", "sample_fvu"]
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,10 @@ class TopKSAE(nn.Module):
     def select(self, pre: Tensor) -> Latents:
         """The k active latents of pre-activations ``[batch, n]``."""
         if self.config.activation == "abs":
-            indices = _largest(pre.abs(), self.config.k)[1]
+            indices = largest(pre.abs(), self.config.k)[1]
             return Latents(pre.gather(-1, indices), indices)
         # Selecting before the ReLU picks the same latents, and zeroes what is not positive.
-        values, indices = _largest(pre, self.config.k)
+        values, indices = largest(pre, self.config.k)
         return Latents(F.relu(values), indices)
 
     def encode(self, x: Tensor) -> Latents:
@@ -108,7 +108,7 @@ class TopKSAE(nn.Module):
         self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.W_dec.dtype).tiny)
 
 
-def _largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row of ``[batch, n]``, in no order, and where they are: ``torch.topk``, in two rounds.
 
     The k largest lie in the k groups of largest maximum, so a top-k of n/g maxima and one of k·g candidates find

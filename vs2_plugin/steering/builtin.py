@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vs2_plugin.hookspecs import hookimpl
-from vs2_plugin.method import Method, Option
+from vs2_plugin.method import LABELS, Method, Option
 
 if TYPE_CHECKING:
     from vs2_plugin.steering.context import Context
     from vs2_plugin.steering.operators import SparseSteering
+    from vs2_plugin.steering.selective import (
+        Activations,
+        Codes,
+        MixedSteering,
+        NeighbourSteering,
+        PrototypeSteering,
+        VoteSteering,
+    )
 
 # Beyond this, steering is all there is left of the activation, and float32 starts to lose digits.
 _LIMIT = 1000.0
@@ -22,6 +31,12 @@ STRENGTH = (
         "alpha", float, None, minimum=-_LIMIT, maximum=_LIMIT, excludes=("gamma", "lam"),
         help="lam*(gamma-1), all that matters; instead of gamma and lam",
     ),
+)  # fmt: skip
+
+MIX = Option("mix", float, 0.5, minimum=0, maximum=1, help="weight of the image's own embedding")
+RULE = Option(
+    "rule", str, "majority", choices=("majority", "query"),
+    help="which neighbours to steer towards: those of their most frequent class, or of the image's own zero-shot class",
 )  # fmt: skip
 
 
@@ -50,6 +65,53 @@ def build_rec(context: Context) -> SparseSteering:
     return build_amp(context, gamma=1.0)
 
 
+def build_vs2pp(context: Context, gamma, lam, alpha, rule: str, labels: str) -> NeighbourSteering:
+    """VS2++ at one site."""
+    from vs2_plugin.steering.selective import NeighbourSteering
+
+    return NeighbourSteering(context.retriever, _codes(context), strength(gamma, lam, alpha), rule, labels)
+
+
+def build_clipsteer(context: Context, gamma, lam, alpha, rule: str, labels: str) -> NeighbourSteering:
+    """CLIP steering at one site."""
+    from vs2_plugin.steering.selective import NeighbourSteering
+
+    return NeighbourSteering(context.retriever, _activations(context), strength(gamma, lam, alpha), rule, labels)
+
+
+def build_proto(context: Context, gamma, lam, alpha) -> PrototypeSteering:
+    """Oracle prototypes at one site."""
+    from vs2_plugin.steering.selective import PrototypeSteering
+
+    return PrototypeSteering(context.retriever, _codes(context), strength(gamma, lam, alpha))
+
+
+def build_rag(context: Context, mix: float, labels: str) -> MixedSteering:
+    """Weighted RAG."""
+    from vs2_plugin.steering.selective import MixedSteering
+
+    return MixedSteering(context.retriever, mix, labels)
+
+
+def build_knn(context: Context) -> VoteSteering:
+    """Vote of the neighbours."""
+    from vs2_plugin.steering.selective import VoteSteering
+
+    return VoteSteering(context.retriever)
+
+
+def _activations(context: Context) -> Activations:
+    from vs2_plugin.steering.selective import Activations
+
+    return Activations(context.retriever.gallery.activations[context.site], context.retriever.device)
+
+
+def _codes(context: Context) -> Codes:
+    from vs2_plugin.steering.selective import Codes
+
+    return Codes(context.sae, _activations(context), len(context.retriever.gallery))
+
+
 @hookimpl
 def vs2_methods() -> list[Method]:
     """The methods of this package."""
@@ -71,4 +133,24 @@ def vs2_methods() -> list[Method]:
             "rec", build_rec, summary="the SAE's reconstruction in place of the activation (REC_F; @blocks=all: REC_A)"
         ),
         Method("amp", build_amp, [gamma], summary="the reconstruction with its latents amplified (REC_F+gamma)"),
-    ]
+        Method(
+            "vs2pp", build_vs2pp, [*STRENGTH, RULE, LABELS], aliases=("vs2++",), gallery="neighbours", classes=True,
+            summary="VS2++: steer towards the latents of neighbours of one class, away from those of the others",
+        ),
+        Method(
+            "clipsteer", build_clipsteer, [*STRENGTH, RULE, LABELS], gallery="neighbours", classes=True,
+            summary="as VS2++, along the neighbours' activations instead of their latents (CLIP steering)",
+        ),
+        Method(
+            "rag", build_rag, [MIX, replace(LABELS, default="none", choices=("none", *LABELS.choices))],
+            gallery="neighbours", site="output", summary="the embedding mixed with its neighbours' (weighted RAG)",
+        ),
+        Method(
+            "knn", build_knn, gallery="neighbours", site="output", classes=True, unreported=("acc5",),
+            summary="vote of the neighbours' zero-shot classes",
+        ),
+        Method(
+            "proto", build_proto, STRENGTH, gallery="images", classes=True, labels="oracle",
+            summary="oracle: steer towards the latents of the image's true class (its prototype)",
+        ),
+    ]  # fmt: skip

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from vs2_plugin.retrieval.retriever import Retriever
     from vs2_plugin.sae.topk import TopKSAE
 
 __all__ = ["Context", "Task"]
@@ -40,10 +41,12 @@ class Context:
     width: int
     """d, the width of the activations there."""
     sae: TopKSAE | None = None
-    """The SAE of this site; None for a method that needs no checkpoint."""
+    """The SAE of this site; None for a method that needs no checkpoint, or steers the output embedding."""
     mean: Tensor | None = None
     """μ ``[d]``: mean activation over the unlabeled training split."""
     fvu_quantiles: dict[str, float] | None = None
     """Quantile, as text, -> FVU of held-out training activations."""
     task: Task | None = None
     """The data set under evaluation, where it is known."""
+    retriever: Retriever | None = None
+    """The gallery and, in each forward pass, the neighbours of the images at hand; for methods with a gallery."""

@@ -34,11 +34,19 @@ class Gate(nn.Module):
         super().__init__()
         self.steering, self.sae, self.tau = steering, sae, tau
         self.register_buffer("mean", mean)
+        #: Whether to keep what :meth:`per_image` tells.
+        self.recording = False
         self.reset()
 
     def reset(self) -> None:
         """Forget the images seen so far."""
         self._seen, self._steered, self._total = 0, 0, 0.0
+        self._ratios: list[Tensor] = []
+
+    def per_image(self) -> dict[str, Tensor]:
+        """``fvu`` (float32) and ``steered`` (bool) of each image seen since :meth:`reset`, if :attr:`recording`."""
+        ratios = torch.cat([ratio.cpu() for ratio in self._ratios])
+        return {"fvu": ratios, "steered": ratios <= (float("inf") if self.tau is None else self.tau)}
 
     @property
     def facts(self) -> dict[str, float]:
@@ -52,6 +60,8 @@ class Gate(nn.Module):
         """Steer ``[batch, d]`` where the gate is open."""
         steered = self.steering(x)
         ratio = sample_fvu(x, self.sae(x), self.mean)
+        if self.recording:
+            self._ratios.append(ratio)
         # Summed on the device: asking for the numbers here would wait for it after every batch.
         self._seen += len(x)
         self._total = ratio.double().sum() + torch.as_tensor(self._total, device=ratio.device)

@@ -1,0 +1,209 @@
+"""The first half of ``vs2-train-sae``: what is read of the training images, and what of it becomes the gallery."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vs2_plugin.checkpoint.gallery import GalleryFiles, GalleryPart
+from vs2_plugin.checkpoint.store import Store
+from vs2_plugin.cli.common import gigabytes
+from vs2_plugin.data.splits import Split
+from vs2_plugin.errors import DataError, SettingError
+from vs2_plugin.retrieval.gallery import CLIP
+
+if TYPE_CHECKING:
+    from vs2_plugin.clip.backbone import Loaded, Tower
+    from vs2_plugin.clip.sites import Site
+    from vs2_plugin.data.activations import Encode, Extracted
+    from vs2_plugin.data.images import TrainingImages
+    from vs2_plugin.retrieval.encoders import TimmEncoder
+
+__all__ = ["Extraction", "Part", "all_labels", "load_encoders"]
+
+#: Retrieval encoder -> the encoder, and the facts by which it is loaded again.
+Encoders = dict[str, tuple["TimmEncoder", dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one data set contributes."""
+
+    dataset: str
+    """Its name."""
+    tower: Extracted
+    """Columns: hookpoint -> activations; with a gallery also the output embedding."""
+    encoded: dict[str, Extracted]
+    """Retrieval encoder -> its embeddings, in a column of its name."""
+
+    def __len__(self) -> int:
+        return len(self.tower)
+
+
+def all_labels(parts: Sequence[Part]) -> np.ndarray:
+    """The labels of all data sets, whose classes are not each other's: int64 ``[count]``."""
+    starts = np.cumsum([0, *(int(part.tower.labels.max()) + 1 for part in parts)])
+    return np.concatenate([part.tower.labels + start for part, start in zip(parts, starts, strict=False)])
+
+
+def load_encoders(args: argparse.Namespace, held: dict[str, Any] | None, tower: Tower, device: str) -> Encoders:
+    """The retrieval encoders beside CLIP: those asked for, and those whose embeddings a gallery holds already."""
+    from vs2_plugin.retrieval.encoders import load_encoder, split_name
+
+    wanted = dict(split_name(text) for text in args.retrieval_encoder)
+    for name, facts in (held or {"encoders": {}})["encoders"].items():
+        if name != CLIP:
+            wanted.setdefault(name, facts["weights"])
+    if CLIP in wanted:
+        raise SettingError("--retrieval_encoder clip: the CLIP embedding is always kept; expected names of timm models")
+    if wanted and not args.gallery:
+        raise SettingError("--retrieval_encoder makes embeddings for the gallery; leave out --no_gallery")
+    loaded = {}
+    for name, weights in wanted.items():
+        encoder = load_encoder(name, weights, tower.preprocessing, device)
+        loaded[name] = encoder, encoder.facts(name, weights and os.path.abspath(weights))
+    return loaded
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What is read of every image, by one command line."""
+
+    args: argparse.Namespace
+    """The command line."""
+    store: Store
+    """Where the cache lies."""
+    loaded: Loaded
+    """The model, on its device."""
+    tower: Tower
+    """What identifies its vision tower."""
+    sites: Sequence[Site]
+    """Where activations are read."""
+    encoders: Encoders
+    """Retrieval encoders."""
+    labels: bool
+    """Whether labels are read."""
+    device: str
+    """Where the model is."""
+    say: Callable[..., None]
+    """Tells the user."""
+
+    @property
+    def output(self) -> Site:
+        """The tower's output embedding, which the gallery needs."""
+        from vs2_plugin.clip.sites import output_site
+
+        return output_site(self.loaded.model)
+
+    def run(self, dataset: str, split: Split) -> Part:
+        """Everything of one data set, from the cache or extracted into it.
+
+        Raises:
+            DataError: an image cannot be read, or the disk is too small.
+        """
+        from vs2_plugin.data.activations import activations_at
+        from vs2_plugin.data.images import open_images
+
+        args = self.args
+        images = open_images(
+            dataset,
+            args.dataset_root,
+            split.name,
+            self.loaded.transform,
+            max_images=args.max_images,
+            seed=args.seed,
+            wds_cache_dir=args.wds_cache_dir,
+            labels=self.labels,
+        )
+        number = "an unknown number of" if images.count is None else f"{images.count:,}"
+        places = ", ".join(map(str, self.sites))
+        self.say(f"{args.model} on the split {split.name!r} of {dataset}: {number} images, {places}, on {self.device}")
+        remote = "://" in args.dataset_root
+        source = {  # all that the images depend on
+            "preprocessing": self.tower.preprocessing,
+            "dataset": dataset,
+            "root": args.dataset_root if remote else os.path.abspath(args.dataset_root),
+            "split": split.name,
+            "images": images.fingerprint,
+            "max_images": args.max_images,
+            "seed": args.seed if args.max_images else None,
+            "labels": self.labels,
+            "amp": args.amp,
+            "device": self.device,
+            "dtype": args.cache_dtype,
+        }
+        read = list(dict.fromkeys([*self.sites, *([self.output] if args.gallery else [])]))
+        widths = {site.hookpoint: site.width for site in read}
+        key = {"tower": self.tower.to_json(), "sites": list(widths), **source}
+        encode = activations_at(self.loaded.model, read, args.amp)
+        of_tower = self._cached(encode, widths, images, key, "activations")
+        encoded = {}
+        for name, (encoder, facts) in self.encoders.items():
+            encode = self._encoding(name, encoder)
+            key = {"encoder": facts, **source}
+            encoded[name] = self._cached(encode, {name: encoder.width}, images, key, f"embeddings by {name}")
+            if not np.array_equal(encoded[name].digests, of_tower.digests):
+                raise DataError(f"{dataset} gave its images in another order the second time; expected a fixed one")
+        return Part(dataset, of_tower, encoded)
+
+    def _encoding(self, name: str, encoder: TimmEncoder) -> Encode:
+        import torch
+
+        def encode(images):
+            with torch.autocast(images.device.type, enabled=self.args.amp):
+                return {name: encoder(images)}
+
+        return encode
+
+    def _cached(
+        self, encode: Encode, widths: dict[str, int], images: TrainingImages, key: dict[str, Any], name: str
+    ) -> Extracted:
+        from vs2_plugin.data.activations import ActivationCache, extract, require_space
+
+        cache = ActivationCache(self.store.activations)
+        found = None if self.args.refresh_cache else cache.open(key, widths, images.labels)
+        if found is not None:
+            self.say(f"{name}: cached, in {cache.folder(key)}")
+            return found
+        dtype = np.dtype(self.args.cache_dtype)
+        if images.count is not None:
+            needed = images.count * sum(widths.values()) * dtype.itemsize
+            free = require_space(self.store.activations, needed)
+            self.say(f"{name}: {gigabytes(needed)} on disk, in {cache.folder(key)} ({gigabytes(free)} free)")
+        return extract(
+            encode,
+            widths,
+            images,
+            cache,
+            key,
+            device=self.device,
+            batch_size=self.args.batch_size,
+            num_workers=self.args.num_workers,
+            dtype=dtype,
+            name=name,
+            quiet=self.args.quiet,
+        )
+
+    def gallery(self, parts: Sequence[Part]) -> GalleryFiles | None:
+        """The gallery of a checkpoint: the extracted files, under the names that they have there."""
+        if not self.args.gallery:
+            return None
+        facts = {CLIP: {"width": self.output.width}, **{name: facts for name, (_, facts) in self.encoders.items()}}
+        sites = [site.hookpoint for site in self.sites]
+        return GalleryFiles([self._gallery_part(part) for part in parts], sites, facts, self.labels)
+
+    def _gallery_part(self, part: Part) -> GalleryPart:
+        folder = part.tower.folder
+        files = {site.hookpoint: folder / f"{site.hookpoint}.npy" for site in self.sites}
+        files[f"embedding.{CLIP}"] = folder / f"{self.output.hookpoint}.npy"
+        files |= {f"embedding.{name}": found.folder / f"{name}.npy" for name, found in part.encoded.items()}
+        files["digests"] = folder / "digests.npy"
+        if self.labels:
+            files["labels"] = folder / "labels.npy"
+        classes = int(part.tower.labels.max()) + 1 if self.labels else None
+        return GalleryPart(part.dataset, len(part), classes, folder.name, files)

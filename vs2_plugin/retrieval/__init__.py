@@ -1,0 +1,1 @@
+"""Retrieval: the gallery of unlabeled training images, cosine search in it, and the neighbours of a query."""

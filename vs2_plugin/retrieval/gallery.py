@@ -1,0 +1,37 @@
+"""What a checkpoint keeps of the training images, for methods that look them up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from vs2_plugin.arrays import Stack
+
+__all__ = ["CLIP", "Gallery"]
+
+#: Name of the embeddings that the CLIP tower itself gives; other encoders have the names of their timm models.
+CLIP = "clip"
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The training images, in one order for all arrays. Large arrays are memory maps, and may exceed the memory."""
+
+    activations: Mapping[str, np.ndarray | Stack]
+    """Hookpoint -> ``[count, d]``, half precision."""
+    embeddings: Mapping[str, np.ndarray | Stack]
+    """Encoder -> ``[count, e]``, half precision, not normalised. CLIP's plain embedding, ``clip``, is always there."""
+    digests: np.ndarray
+    """uint64 ``[count]``: tells whether a query is one of the images."""
+    labels: np.ndarray | None = None
+    """int64 ``[count]``: the training labels, where they were asked for. Only oracles read them."""
+    datasets: tuple[str, ...] = ()
+    """The data sets that the images are of."""
+    encoders: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Encoder -> the facts by which it is loaded again."""
+
+    def __len__(self) -> int:
+        return len(self.digests)

@@ -1,0 +1,118 @@
+"""Cosine search in embeddings that may be larger than memory."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vs2_plugin.arrays import Stack
+from vs2_plugin.errors import SettingError
+from vs2_plugin.sae.topk import largest
+
+__all__ = ["ExactSearch", "FaissSearch", "Search", "blocks", "open_search"]
+
+_BLOCK = 1 << 16
+#: Embeddings up to this many bytes (as float32) are kept in the processor's memory, larger ones read block by block.
+_RESIDENT = 2 << 30
+
+
+class Search(Protocol):
+    """Finds, for queries ``[batch, e]`` (float32, unit norm), the n embeddings of largest cosine: the cosines and the
+    row numbers ``[batch, n]``, best first."""
+
+    def __call__(self, queries: Tensor, n: int) -> tuple[Tensor, Tensor]: ...
+
+
+def blocks(embeddings: np.ndarray | Stack, device: str | torch.device) -> Iterator[Tensor]:
+    """The embeddings ``[count, e]`` in blocks: float32, of unit norm, on ``device``."""
+    for start in range(0, len(embeddings), _BLOCK):
+        rows = np.asarray(embeddings[start : start + _BLOCK])
+        yield F.normalize(torch.from_numpy(rows.copy()).to(device).float(), dim=-1)
+
+
+class ExactSearch:
+    """Every query against every embedding, in blocks, in float32."""
+
+    def __init__(self, embeddings: np.ndarray | Stack, device: str | torch.device) -> None:
+        self._embeddings, self._device = embeddings, torch.device(device)
+        limit = torch.cuda.mem_get_info(device)[0] // 4 if self._device.type == "cuda" else _RESIDENT
+        fits = 4 * len(embeddings) * embeddings.shape[1] <= limit
+        self._resident = list(blocks(embeddings, device)) if fits else None
+
+    def __call__(self, queries: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """See :class:`Search`."""
+        best = rows = None
+        start = 0
+        for block in self._resident or blocks(self._embeddings, self._device):
+            cosines, found = largest(queries @ block.T, min(n, len(block)))
+            found = found + start
+            start += len(block)
+            if best is not None:
+                cosines, found = torch.cat([best, cosines], dim=1), torch.cat([rows, found], dim=1)
+            best, order = cosines.topk(min(n, cosines.shape[1]), dim=1)
+            rows = found.gather(1, order)
+        return best, rows
+
+
+class FaissSearch:
+    """Approximate search by FAISS, for millions of images: an inverted file over half-precision vectors.
+
+    The index is built once and kept beside the embeddings, where that folder can be written.
+
+    Raises:
+        SettingError: FAISS is not installed.
+    """
+
+    def __init__(self, embeddings: np.ndarray | Stack, file: Path, device: str | torch.device) -> None:
+        try:
+            import faiss
+        except ImportError:
+            raise SettingError("@search=faiss needs FAISS; install it with: pip install 'vs2-plugin[faiss]'") from None
+        self._device = device
+        index = faiss.read_index(os.fspath(file)) if file.is_file() else None
+        if index is None or (index.ntotal, index.d) != embeddings.shape:
+            index = self._build(faiss, embeddings)
+            self._keep(faiss, index, file)
+        lists = faiss.extract_index_ivf(index)
+        lists.nprobe = max(1, lists.nlist // 16)
+        self._index = index
+
+    @staticmethod
+    def _build(faiss, embeddings: np.ndarray | Stack):
+        count, width = embeddings.shape
+        # As many lists as FAISS advises (4 to 16 times the root of the count), as long as each can be learned from 39.
+        lists = max(1, min(int(4 * count**0.5), count // 39))
+        index = faiss.index_factory(width, f"IVF{lists},SQfp16", faiss.METRIC_INNER_PRODUCT)
+        sample = np.sort(np.random.default_rng(0).permutation(count)[: 64 * lists])
+        index.train(np.concatenate([block.numpy() for block in blocks(embeddings[sample], "cpu")]))
+        for block in blocks(embeddings, "cpu"):
+            index.add(block.numpy())
+        return index
+
+    @staticmethod
+    def _keep(faiss, index, file: Path) -> None:
+        try:
+            with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as scratch:
+                faiss.write_index(index, scratch.name)
+            os.chmod(scratch.name, 0o644)  # colleagues may share the store
+            os.replace(scratch.name, file)
+        except (OSError, RuntimeError):  # a folder that cannot be written: the index serves this run
+            return
+
+    def __call__(self, queries: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """See :class:`Search`. Where FAISS finds fewer than n, the rest are rows -1."""
+        cosines, rows = self._index.search(queries.cpu().numpy(), n)
+        return torch.from_numpy(cosines).to(self._device), torch.from_numpy(rows).to(self._device)
+
+
+def open_search(kind: str, embeddings: np.ndarray | Stack, file: Path, device: str | torch.device) -> Search:
+    """The search of that kind: ``exact`` or ``faiss`` (whose index lies, or will lie, in ``file``)."""
+    return FaissSearch(embeddings, file, device) if kind == "faiss" else ExactSearch(embeddings, device)
