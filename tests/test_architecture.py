@@ -15,13 +15,16 @@ PARTS = {path.name for path in ROOT.iterdir() if (path / "__init__.py").is_file(
 
 #: Part -> the parts that nothing in it imports, within functions or for type checking either.
 FORBIDDEN = {
-    "sae": {"checkpoint", "cli", "clip", "data", "demo", "harness", "steering"},
+    "sae": {"checkpoint", "cli", "clip", "data", "demo", "harness", "retrieval", "steering"},
+    "retrieval": {"checkpoint", "cli", "clip", "data", "demo", "harness", "steering"},
     "steering": {"checkpoint", "cli", "clip", "data", "demo", "harness"},
-    "clip": {"checkpoint", "cli", "data", "demo", "harness"},
-    "data": {"checkpoint", "cli", "demo", "harness"},
+    "clip": {"checkpoint", "cli", "data", "demo", "harness", "retrieval"},
+    "data": {"checkpoint", "cli", "demo", "harness", "retrieval"},
     "checkpoint": {"cli", "data", "demo", "harness"},
-    "harness": {"cli", "demo"},
-    "": {"cli", "demo"},  # the modules at the top
+    "harness": {"cli", "demo", "sweep"},
+    "sweep": {"cli", "demo", "report"},
+    "report": PARTS - {"report"},  # reads files; needs no model
+    "": {"cli", "demo", "report", "sweep"},  # the modules at the top
     "cli": set(),  # commands and the demo import everything
     "demo": set(),
 }

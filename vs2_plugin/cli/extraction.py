@@ -15,6 +15,7 @@ from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli.common import gigabytes
 from vs2_plugin.data.splits import Split
 from vs2_plugin.errors import DataError, SettingError
+from vs2_plugin.processes import ALONE, Processes
 from vs2_plugin.retrieval.gallery import CLIP
 
 if TYPE_CHECKING:
@@ -92,6 +93,8 @@ class Extraction:
     """Where the model is."""
     say: Callable[..., None]
     """Tells the user."""
+    processes: Processes = ALONE
+    """Who shares the work."""
 
     @property
     def output(self) -> Site:
@@ -134,7 +137,7 @@ class Extraction:
             "seed": args.seed if args.max_images else None,
             "labels": self.labels,
             "amp": args.amp,
-            "device": self.device,
+            "device": self.device.partition(":")[0],
             "dtype": args.cache_dtype,
         }
         read = list(dict.fromkeys([*self.sites, *([self.output] if args.gallery else [])]))
@@ -187,6 +190,7 @@ class Extraction:
             dtype=dtype,
             name=name,
             quiet=self.args.quiet,
+            processes=self.processes,
         )
 
     def gallery(self, parts: Sequence[Part]) -> GalleryFiles | None:

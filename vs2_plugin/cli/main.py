@@ -1,4 +1,4 @@
-"""``vs2``: the demo, the list of methods, the doctor, the store."""
+"""``vs2``: the demo, reports, the list of methods, the doctor, the store."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 from vs2_plugin import __version__
 from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE, Store, folder_size
 from vs2_plugin.cli.common import end_well, gigabytes
+from vs2_plugin.cli.report import add_report
+from vs2_plugin.cli.sweep import add_sweep
 
 __all__ = ["main", "parser"]
 
@@ -20,8 +22,8 @@ def parser() -> argparse.ArgumentParser:
         prog="vs2",
         description="SAE-steered CLIP models for clip_benchmark. Evaluate with clip_benchmark itself; "
         "train SAEs with vs2-train-sae.",
-        epilog="examples:\n  vs2 demo\n  vs2 methods\n  vs2 doctor\n  vs2 store list\n  vs2 store remove "
-        "ViT-B-32_openai_cifar100\n",
+        epilog="examples:\n  vs2 demo\n  vs2 report results\n  vs2 methods\n  vs2 doctor\n  vs2 store list\n"
+        "  vs2 store remove ViT-B-32_openai_cifar100\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--version", action="version", version=f"vs2-plugin {__version__}")
@@ -42,6 +44,9 @@ def parser() -> argparse.ArgumentParser:
         "--store", help=f"folder of the store (default: ${ENVIRONMENT_VARIABLE}, else the platform's cache folder)"
     )
     doctor.set_defaults(run=_doctor)
+
+    add_report(commands)
+    add_sweep(commands)
 
     store = commands.add_parser("store", help="list or remove checkpoints and cached activations")
     store.add_argument(
@@ -73,26 +78,29 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _methods(args: argparse.Namespace) -> int:
-    from vs2_plugin.method import COMMON
+    from vs2_plugin.method import COMMON, NEIGHBOURS, Method
     from vs2_plugin.plugins import registry
 
     def show(option) -> None:
         excludes = f", not with {' or '.join(option.excludes)}" if option.excludes else ""
         print(f"    @{option.name}={option.type.__name__:<6} {option.describe()}{excludes}. {option.help}")
 
+    def needs(method: Method) -> str:
+        where = "steers the output embedding" if method.site == "output" else "steers at the sites of a checkpoint"
+        looks = {"none": "", "images": ", looks into its gallery", "neighbours": ", along an image's neighbours"}
+        return where + looks[method.gallery] if method.needs_checkpoint else "needs no checkpoint"
+
     known = registry()
     for name, method in known.methods.items():
         aliases = f" (also {', '.join(method.aliases)})" if method.aliases else ""
         print(f"{name}:{aliases}  {method.summary}")
-        print(
-            f"    from {known.owners[name]}; labels used: {method.labels}; "
-            f"{'steers along an SAE checkpoint' if method.needs_checkpoint else 'needs no checkpoint'}"
-        )
+        print(f"    from {known.owners[name]}; labels used: {method.labels}; {needs(method)}")
         for option in method.options:
             show(option)
-    print("every method that steers along an SAE checkpoint has:")
-    for option in COMMON:
-        show(option)
+    for group, who in ((COMMON, "at the sites of a checkpoint"), (NEIGHBOURS, "along an image's neighbours")):
+        print(f"every method that steers {who} has:")
+        for option in group:
+            show(option)
     for name, claimants in known.conflicts.items():
         print(
             f"vs2: error: method {name!r} is claimed by {' and '.join(claimants)}; uninstall one of them",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE
 from vs2_plugin.cli import training
 from vs2_plugin.cli.common import end_well
+from vs2_plugin.processes import joined
 
 __all__ = ["main", "parser"]
 
@@ -26,6 +27,9 @@ examples:
   vs2-train-sae --model ViT-L-14 --pretrained openai --dataset cars --name cars-wide --expansion_factor 10 --k 128
   vs2-train-sae --model ViT-B-32-quickgelu --pretrained openai --dataset cifar100 --retrieval_encoder \
       vit_small_patch14_dinov2 --gallery_labels
+
+several processes (one per GPU), which share the images and every training step:
+  torchrun --nproc_per_node=4 --no_python vs2-train-sae --model ViT-L-14 --pretrained openai --dataset cifar100
 
 afterwards:
   clip_benchmark eval --model vs2:ViT-B-32-quickgelu --pretrained openai --dataset cifar100 --dataset_root root
@@ -177,12 +181,17 @@ def _at_least(least: int) -> Callable[[str], int]:
     return number
 
 
+def _run(args: argparse.Namespace) -> None:
+    with joined() as processes:
+        training.run(args, processes)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command."""
     args = parser().parse_args(argv)
     return end_well(
         "vs2-train-sae",
-        lambda: training.run(args),
+        lambda: _run(args),
         "; activations that were extracted completely are kept: run the same command to go on",
     )
 

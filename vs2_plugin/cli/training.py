@@ -20,6 +20,7 @@ from vs2_plugin.cli.extraction import Extraction, all_labels, load_encoders
 from vs2_plugin.data.splits import training_split
 from vs2_plugin.errors import CheckpointError, DataError, SettingError, TowerError
 from vs2_plugin.modelstring import is_steered
+from vs2_plugin.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,12 +31,13 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 
-def run(args: argparse.Namespace) -> None:
-    """Do what the command line of :mod:`vs2_plugin.cli.train_sae` says.
+def run(args: argparse.Namespace, processes: Processes = ALONE) -> None:
+    """Do what the command line of :mod:`vs2_plugin.cli.train_sae` says, alone or with others.
 
     Raises:
         Vs2Error: what is wrong, before any image is read where that can be told.
     """
+    args.quiet = args.quiet or not processes.first
     from vs2_plugin.clip.backbone import Tower, check_backbone, ignores_pretrained, load_backbone
     from vs2_plugin.clip.sites import find_site
 
@@ -60,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
 
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = f"cuda:{processes.local_rank}" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)  # as clip_benchmark does before it loads a model
     loaded = load_backbone(args.model, args.pretrained, args.model_cache_dir, device)
     tower = Tower.of(loaded.model, loaded.transform)
@@ -84,6 +86,7 @@ def run(args: argparse.Namespace) -> None:
         labels=variant == "pass" or args.gallery_labels or bool(held and held["labels"]),
         device=device,
         say=say,
+        processes=processes,
     )
     parts = [extraction.run(dataset, split) for dataset, split in splits.items()]
     counts = [len(part) for part in parts]
@@ -108,8 +111,11 @@ def run(args: argparse.Namespace) -> None:
                 settings(site.width).for_size(sum(counts)),
                 args,
                 device,
+                processes,
             )
         )
+    if not processes.first:
+        return  # the first one writes the checkpoint
     checkpoint = save_checkpoint(
         folder,
         backbone=args.model,
@@ -227,19 +233,28 @@ def _train(
     config: TrainConfig,
     args: argparse.Namespace,
     device: str,
+    processes: Processes,
 ) -> tuple[SiteFacts, TopKSAE]:
     """Train the SAE of one site and say how it went."""
     from vs2_plugin.sae.train import train_sae
 
     name = f"SAE at {site}"
     sae, mean, figures = train_sae(
-        activations, config, labels=labels, calibration=calibration, device=device, quiet=args.quiet, name=name
+        activations,
+        config,
+        labels=labels,
+        calibration=calibration,
+        device=device,
+        quiet=args.quiet,
+        name=name,
+        processes=processes,
     )
-    print(
-        f"{name}: {sae.config.num_latents} latents, {sae.config.k} active; FVU {figures.fvu:.4f} on "
-        f"{figures.held_out_count:,} held-out activations, {figures.dead:.1%} of latents dead, "
-        f"{figures.train_count:,} activations in {figures.seconds:.1f} s"
-    )
+    if processes.first:
+        print(
+            f"{name}: {sae.config.num_latents} latents, {sae.config.k} active; FVU {figures.fvu:.4f} on "
+            f"{figures.held_out_count:,} held-out activations, {figures.dead:.1%} of latents dead, "
+            f"{figures.train_count:,} activations in {figures.seconds:.1f} s"
+        )
     progress = {key: value for key, value in asdict(figures).items() if not key.startswith("fvu")}
     facts = SiteFacts(
         hookpoint=site.hookpoint,

@@ -22,12 +22,14 @@ from vs2_plugin.arrays import Column
 from vs2_plugin.clip.sites import Site, reading
 from vs2_plugin.data.images import TrainingImages
 from vs2_plugin.errors import DataError
+from vs2_plugin.processes import ALONE, Processes, wait
 
 __all__ = ["ActivationCache", "Encode", "Extracted", "activations_at", "extract", "require_space"]
 
 _FACTS = "activations.json"
 _DIGESTS = "digests.npy"
 _LABELS = "labels.npy"
+_CHUNK = 1 << 16
 
 #: Images ``[batch, 3, height, width]`` to rows ``[batch, width]`` of each column, by its name.
 Encode = Callable[[Tensor], Mapping[str, Tensor]]
@@ -77,7 +79,9 @@ class ActivationCache:
         return found if whole else None
 
     @contextmanager
-    def writing(self, key: dict[str, Any], widths: Mapping[str, int], dtype: np.dtype) -> Iterator[_Writer]:
+    def writing(
+        self, key: dict[str, Any], widths: Mapping[str, int], dtype: np.dtype, labels: bool = False
+    ) -> Iterator[_Writer]:
         """What to add batches to. All appears under the key, at once, when the block ends well."""
         folder = self.folder(key)
         self.root.mkdir(parents=True, exist_ok=True)
@@ -86,9 +90,9 @@ class ActivationCache:
         try:
             yield writer
             writer.close()
-            np.save(scratch / _DIGESTS, np.concatenate(writer.digests))
-            if writer.labels:
-                np.save(scratch / _LABELS, np.concatenate(writer.labels))
+            np.save(scratch / _DIGESTS, np.concatenate([np.empty(0, np.uint64), *writer.digests]))
+            if labels:
+                np.save(scratch / _LABELS, np.concatenate([np.empty(0, np.int64), *writer.labels]))
             (scratch / _FACTS).write_text(json.dumps({"count": writer.count, "key": key}, indent=2) + "\n")
             scratch.chmod(0o755)  # mkdtemp's 0700 would hide it from colleagues who share the store
             shutil.rmtree(folder, ignore_errors=True)
@@ -96,6 +100,29 @@ class ActivationCache:
         finally:
             writer.close()
             shutil.rmtree(scratch, ignore_errors=True)
+
+    def join(
+        self,
+        parts: Sequence[dict[str, Any]],
+        key: dict[str, Any],
+        widths: Mapping[str, int],
+        dtype: np.dtype,
+        labels: bool,
+    ) -> None:
+        """Put what lies under the keys ``parts`` under one key, in their order, and remove the parts."""
+        with self.writing(key, widths, dtype, labels) as writer:
+            for part in parts:
+                found = self.open(part, widths, labels)
+                for name, column in writer.columns.items():
+                    for start in range(0, len(found), _CHUNK):
+                        column.append(found.columns[name][start : start + _CHUNK])
+                writer.digests.append(found.digests)
+                if labels:
+                    writer.labels.append(found.labels)
+            if writer.count == 0:
+                raise DataError("there are no training images")
+        for part in parts:
+            shutil.rmtree(self.folder(part), ignore_errors=True)
 
 
 class _Writer:
@@ -155,14 +182,46 @@ def extract(
     dtype: np.dtype,
     name: str = "activations",
     quiet: bool = False,
+    processes: Processes = ALONE,
 ) -> Extracted:
     """Run every image through ``encode`` once and store its columns, of the widths given.
+
+    Joined ``processes`` extract a part each, on a file system that they share; the first puts the parts together.
 
     Raises:
         DataError: an image cannot be read, or a value does not fit ``dtype``.
     """
+    if processes.world == 1:
+        _extract(encode, widths, images, cache, key, device, batch_size, num_workers, dtype, name, quiet)
+        return cache.open(key, widths, images.labels)
+    keys = [{**key, "part": [rank, processes.world]} for rank in range(processes.world)]
+    mine = images.part(processes, batch_size)
+    own = keys[processes.rank]
+    _extract(
+        encode, widths, mine, cache, own, device, batch_size, num_workers, dtype, name, quiet or processes.rank > 0
+    )
+    wait()
+    if processes.first:
+        cache.join(keys, key, widths, dtype, images.labels)
+    wait()
+    return cache.open(key, widths, images.labels)
+
+
+def _extract(
+    encode: Encode,
+    widths: Mapping[str, int],
+    images: TrainingImages,
+    cache: ActivationCache,
+    key: dict[str, Any],
+    device: str | torch.device,
+    batch_size: int,
+    num_workers: int,
+    dtype: np.dtype,
+    name: str,
+    quiet: bool,
+) -> None:
     bar = tqdm(total=images.count, desc=name, unit="img", disable=True if quiet else None)
-    with cache.writing(key, widths, dtype) as writer, bar:
+    with cache.writing(key, widths, dtype, images.labels) as writer, bar:
         for batch in images.batches(batch_size, num_workers):
             found = encode(batch.images.to(device, non_blocking=True))
             for column, into in writer.columns.items():
@@ -179,6 +238,5 @@ def extract(
             if batch.labels is not None:
                 writer.labels.append(batch.labels)
             bar.update(len(batch.images))
-        if writer.count == 0:
+        if writer.count == 0 and "part" not in key:
             raise DataError("there are no training images")
-    return cache.open(key, widths, images.labels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from vs2_plugin.data.shards import open_shards
 from vs2_plugin.errors import DataError, Vs2Error
+from vs2_plugin.processes import Processes
 
 __all__ = ["Batch", "TrainingImages", "image_digest", "open_images"]
 
@@ -51,6 +52,24 @@ class TrainingImages:
     """Plain JSON values that change when the images do."""
     labels: bool = False
     """Whether labels are read too."""
+
+    def part(self, processes: Processes, batch_size: int) -> TrainingImages:
+        """This process's images: blocks of whole batches that follow each other, or of whole shards of a stream.
+
+        Raises:
+            DataError: a stream that cannot be shared.
+        """
+        if processes.world == 1:
+            return self
+        if not isinstance(self.source, IterableDataset):
+            block = processes.block(len(self.source), batch_size)
+            return replace(self, source=Subset(self.source, block), count=len(block))
+        if not hasattr(self.source, "part") or self.limit is not None:
+            what = "--max_images of a stream" if self.limit is not None else f"a {type(self.source).__name__}"
+            raise DataError(
+                f"{what} cannot be shared among {processes.world} processes; run it in one, without torchrun"
+            )
+        return replace(self, source=self.source.part(processes), count=None)
 
     def batches(self, batch_size: int, num_workers: int) -> Iterator[Batch]:
         """All images, each once, in a fixed order.

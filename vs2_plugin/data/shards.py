@@ -10,12 +10,14 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
 from vs2_plugin.errors import DataError
+from vs2_plugin.processes import Processes
 
 __all__ = ["EXTENSIONS", "LocalShards", "RemoteShards", "open_shards"]
 
@@ -145,7 +147,15 @@ class RemoteShards(IterableDataset):
         self.urls = [f"{data}/{split}/{index}.tar" for index in range(count)]
         self.transform, self.cache_dir, self.labels = transform, cache_dir, labels
 
+    def part(self, processes: Processes) -> RemoteShards:
+        """The shards of one of several processes: each shard is one's, and blocks of them follow each other."""
+        mine = copy(self)
+        mine.urls = [self.urls[index] for index in processes.block(len(self.urls))]
+        return mine
+
     def __iter__(self) -> Iterator:
+        if not self.urls:  # more processes than shards
+            return
         import webdataset as wds
 
         pipeline = (

@@ -1,6 +1,5 @@
 """Train the tiny CLIP that the demo uses, from glyphs of the fonts that matplotlib ships.
 
-    pip install "vs2-plugin[tiny-clip]"
     python -m vs2_plugin.demo.train_tiny_clip --out tiny-clip
 
 It never sees a handwritten digit: the demo's zero-shot task is a real change of domain, from printed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,9 +18,10 @@ from vs2_plugin.method import Scalar
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.plugins import registry
 from vs2_plugin.retrieval.encoders import load_encoder
-from vs2_plugin.retrieval.gallery import CLIP
+from vs2_plugin.retrieval.gallery import CLIP, Gallery
 from vs2_plugin.retrieval.retriever import Retriever
-from vs2_plugin.retrieval.search import open_search
+from vs2_plugin.retrieval.search import Search, open_search
+from vs2_plugin.sae.topk import TopKSAE
 from vs2_plugin.steering.context import Context, Task
 from vs2_plugin.steering.gate import Gate, threshold
 
@@ -37,13 +38,17 @@ class SteeredCLIP(nn.Module):
     """
 
     def __init__(
-        self, spec: ModelString, loaded: Loaded, find_checkpoint: Callable[[Task | None], Checkpoint | None]
+        self,
+        spec: ModelString,
+        loaded: Loaded,
+        find_checkpoint: Callable[[Task | None], Checkpoint | None],
+        tower: Tower | None = None,
     ) -> None:
         super().__init__()
         self.model = loaded.model
         self.spec = spec
         self.checkpoint: Checkpoint | None = None
-        self._tower = Tower.of(loaded.model, loaded.transform) if spec.method.needs_checkpoint else None
+        self._tower = tower or (Tower.of(loaded.model, loaded.transform) if spec.method.needs_checkpoint else None)
         self._find_checkpoint = find_checkpoint
         self._edits: list[Edit] = []
         self._steerings: list[Callable[[Tensor], Tensor]] = []
@@ -67,27 +72,39 @@ class SteeredCLIP(nn.Module):
             CheckpointError: there is none, or it is of another tower.
             PluginError: the method could not be built.
         """
+        self._detach()
+        # Only when all of it could be built is the tower touched.
+        self._attach(self._prepare(task))
+
+    def _attach(self, steered: list[tuple[Site, Callable[[Tensor], Tensor]]]) -> None:
+        self._edits += [edit(self.model, site, steering) for site, steering in steered]
+
+    def _detach(self) -> None:
         while self._edits:
             self._edits.pop().remove()
+
+    def _prepare(self, task: Task | None) -> list[tuple[Site, Callable[[Tensor], Tensor]]]:
+        """Where to steer and by what, for ``task``."""
         self.checkpoint = checkpoint = self._find_checkpoint(task)
         if checkpoint is not None:
             checkpoint.require_tower(self._tower)
         self._retriever = self._open_retriever()
         sites = self._sites()
         built = [self._at(site, facts, task) for site, facts in sites]
-        # Only now, when all of it could be built, is the tower touched.
         device = next(self.model.parameters()).device
         self._steerings = [steering for _, steering in built]
         self._gates = [gate for gate, _ in built if isinstance(gate, Gate)]
         # Where the first steering is at the tower's end, the plain embedding is had from the activation there.
         self._two_passes = sites[0][0] not in (default_site(self.model), output_site(self.model))
+        steered = []
         for index, ((site, _), (outer, _)) in enumerate(zip(sites, built, strict=True)):
             if self._retriever is not None and index == 0 and not self._two_passes:
                 outer = _Looking(outer, self._retriever, self.model, site)
             if isinstance(outer, nn.Module):
                 outer.to(device).eval()
-            self._edits.append(edit(self.model, site, outer))
+            steered.append((site, outer))
         self._facts = self._describe([site for site, _ in sites])
+        return steered
 
     def _sites(self) -> list[tuple[Site, SiteFacts | None]]:
         """Where to steer, with the SAE there, if the method steers along one."""
@@ -117,11 +134,23 @@ class SteeredCLIP(nn.Module):
         name = options["encoder"]
         facts = self.checkpoint.require_gallery(oracle, name, options["n"])["encoders"][name]
         gallery = open_gallery(self.checkpoint)
-        encoder = None
-        if name != CLIP:
-            encoder = load_encoder(name, facts["weights"], self._tower.preprocessing, device, facts)
-        search = open_search(options["search"], gallery.embeddings[name], index_file(self.checkpoint, name), device)
+        encoder = None if name == CLIP else self._load_encoder(name, facts)
+        search = self._open_search(name, gallery)
         return Retriever(gallery, device, n=options["n"], search=search, encode=encoder, digest=image_digest)
+
+    def _load_encoder(self, name: str, facts: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
+        device = next(self.model.parameters()).device
+        return load_encoder(name, facts["weights"], self._tower.preprocessing, device, facts)
+
+    def _open_search(self, name: str, gallery: Gallery) -> Search:
+        device = next(self.model.parameters()).device
+        file = index_file(self.checkpoint, name)
+        return open_search(self.spec.options["search"], gallery.embeddings[name], file, device)
+
+    def _load_sae(self, facts: SiteFacts) -> tuple[TopKSAE, Tensor]:
+        device = next(self.model.parameters()).device
+        sae, mean = self.checkpoint.load(facts)
+        return sae.to(device), mean.to(device)
 
     def _at(self, site: Site, facts: SiteFacts | None, task: Task | None) -> tuple[Any, Callable[[Tensor], Tensor]]:
         """What to put at a site: the method's steering, gated where it steers along an SAE; and the steering itself."""
@@ -130,9 +159,7 @@ class SteeredCLIP(nn.Module):
                 Context(self.model, site.hookpoint, site.width, task=task, retriever=self._retriever)
             )
             return steering, steering
-        device = next(self.model.parameters()).device
-        sae, mean = self.checkpoint.load(facts)
-        sae, mean = sae.to(device), mean.to(device)
+        sae, mean = self._load_sae(facts)
         steering = self._build(
             Context(self.model, site.hookpoint, site.width, sae, mean, facts.fvu_quantiles, task, self._retriever)
         )

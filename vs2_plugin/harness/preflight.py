@@ -143,9 +143,25 @@ def _find(model: ModelString, args: Namespace, store: Store) -> None:
 
 
 def train_command(
-    backbone: str, pretrained: str, dataset: str, args: Namespace | None = None, sae: str = "plain"
+    backbone: str,
+    pretrained: str,
+    dataset: str,
+    args: Namespace | None = None,
+    sae: str = "plain",
+    labels: bool = False,
+    encoder: str = "clip",
 ) -> str:
-    """The ``vs2-train-sae`` command that makes the checkpoint of a backbone and a data set, plain or by PASS."""
+    """The ``vs2-train-sae`` command that makes the checkpoint of a backbone and a data set.
+
+    Args:
+        backbone: open_clip model name.
+        pretrained: its weights.
+        dataset: the data set.
+        args: the evaluation's command line, whose flags are taken over.
+        sae: ``plain``, or ``pass``.
+        labels: whether the gallery shall hold the training labels.
+        encoder: a retrieval encoder.
+    """
     words = ["vs2-train-sae", "--model", backbone]
     if not ignores_pretrained(backbone):
         words += ["--pretrained", pretrained]
@@ -160,6 +176,10 @@ def train_command(
         words += ["--seed", str(args.seed)]  # random weights: the same seed gives the same tower
     if sae == "pass":
         words += ["--pass_weight", "0.8"]
+    if labels:
+        words.append("--gallery_labels")
+    if encoder != "clip":
+        words += ["--retrieval_encoder", encoder]
     if not getattr(args, "amp", True):
         words.append("--no_amp")
     return shlex.join(words)
@@ -178,7 +198,10 @@ def missing_checkpoint(missing: Sequence[tuple[ModelString, Namespace]], store: 
         else:
             weights = "" if ignores_pretrained(model.backbone) else f" ({args.pretrained or 'random weights'})"
             sentence = f"no SAE checkpoint for {model.backbone}{weights} on {args.dataset} in the store {store.root}"
-            command = train_command(model.backbone, args.pretrained, args.dataset, args, model.method.sae)
+            method, options = model.method, model.options
+            labels = method.gallery == "neighbours" and method.labels_used(options) == "oracle"
+            encoder = options["encoder"] if method.gallery == "neighbours" else "clip"
+            command = train_command(model.backbone, args.pretrained, args.dataset, args, method.sae, labels, encoder)
         if sentence not in sentences:
             sentences.append(sentence)
         if command and command not in commands:

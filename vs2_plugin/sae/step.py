@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vs2_plugin.processes import mean_row, total
 from vs2_plugin.sae.topk import Latents, TopKSAE
 
 __all__ = ["ClassMeans", "fast_bfloat16", "set_gradients"]
@@ -41,7 +42,7 @@ class ClassMeans:
     def _update(self, values: Tensor, indices: Tensor, labels: Tensor, num_latents: int) -> Tensor:
         sums = values.new_zeros(self.num_classes * num_latents)
         sums.index_add_(0, (labels[:, None] * num_latents + indices).flatten(), values.flatten())
-        counts = torch.bincount(labels, minlength=self.num_classes)[:, None]
+        sums, counts = total(sums), total(torch.bincount(labels, minlength=self.num_classes))[:, None]
         batch_means = sums.view(self.num_classes, num_latents) / counts.clamp_min(1)
         if not self.running:
             return batch_means
@@ -79,8 +80,11 @@ def set_gradients(
     latents and ``x - x̃`` is taken as constant. From the decoder's gradient the part parallel to the decoder's rows
     is removed, since it would only change their norms, which are fixed at 1.
 
+    Several processes work on one batch, each on its share x of it: V, the batch mean and the class means are those of
+    the whole batch, and the gradients are summed. That is what DistributedDataParallel does with autograd's gradients.
+
     Args:
-        x: the batch, ``[batch, d]``, float32.
+        x: the batch, ``[batch, d]``, float32; this process's share of it.
         dead: which latents count as dead, bool ``[n]``.
         auxk: weight of AuxK; 0 switches it off.
         bfloat16: find the active latents in bfloat16; their values are float32 all the same.
@@ -88,12 +92,12 @@ def set_gradients(
         labels: the batch's classes, int64 ``[batch]``.
 
     Returns:
-        The loss, and the batch's sparse code.
+        This process's share of the loss, and its sparse code.
     """
     centered = x - sae.b_dec
     latents = _encode_in_bfloat16(sae, centered) if bfloat16 else sae.encode(x)
     residual = x - sae.decode(latents)
-    variance = (x - x.mean(0)).pow(2).sum()
+    variance = total((x - mean_row(x)).pow(2).sum())
     loss = residual.pow(2).sum() / variance
 
     to_output = residual * (-2 / variance)  # d loss / d x̃
@@ -112,6 +116,8 @@ def set_gradients(
 
     if auxk and dead is not None and dead.any():
         loss = loss + _add_auxk(sae, x, residual, variance, dead.nonzero().squeeze(1), auxk)
+    for parameter in sae.parameters():
+        total(parameter.grad)
     parallel = (sae.W_dec.grad * sae.W_dec).sum(1, keepdim=True)
     sae.W_dec.grad.addcmul_(parallel, sae.W_dec, value=-1)
     return loss, latents

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vs2_plugin.errors import DataError, SettingError
+from vs2_plugin.processes import ALONE, Processes, total
 from vs2_plugin.sae.step import ClassMeans, fast_bfloat16, set_gradients
 from vs2_plugin.sae.topk import SaeConfig, TopKSAE, sample_fvu
 
@@ -137,6 +138,7 @@ def train_sae(
     device: str | torch.device = "cpu",
     quiet: bool = False,
     name: str = "SAE",
+    processes: Processes = ALONE,
 ) -> tuple[TopKSAE, Tensor, Figures]:
     """Train an SAE on activations ``[count, d]`` (a memory-mapped array stays on disk).
 
@@ -148,6 +150,8 @@ def train_sae(
     codes that agree within a class: ``labels`` (int64 ``[count]``) are needed, and the weights kept are the last.
 
     ``calibration`` (bool ``[count]``) says which activations the FVU quantiles are of; by default all.
+
+    Joined ``processes`` call this with the same arguments and share each batch; the result is the same in all.
 
     Returns:
         The SAE (float32, on the CPU), the mean activation μ ``[d]``, and the figures.
@@ -169,6 +173,8 @@ def train_sae(
     watched = np.sort(order[: min(_WATCHED_MAX, len(held))])
     batch_size = min(config.sae_batch_size, len(train))
     steps = max(1, config.samples // batch_size)
+    if batch_size < processes.world:
+        raise SettingError(f"sae_batch_size is {batch_size}; expected at least one activation per process")
 
     mean, variance = _moments(activations)
     if not torch.isfinite(mean).all() or not np.isfinite(variance):
@@ -197,7 +203,9 @@ def train_sae(
     with _threads_for(batch_size * width * sae.config.num_latents):
         bar = tqdm(total=steps * batch_size, desc=name, unit="act", unit_scale=True, disable=True if quiet else None)
         with bar:
-            _fit(sae, rows, _batches(train, batch_size, config.seed), watched, steps, config, bar, classes, labels)
+            batches = _batches(train, batch_size, config.seed)
+            shares = (batch[processes.rank :: processes.world] for batch in batches)
+            _fit(sae, rows, shares, watched, steps, batch_size, config, bar, classes, labels)
 
     # x / s = W_decᵀ c + b  ⇒  x = W_decᵀ (s c) + s b, and s c = TopK(W_enc (x - s b_dec) + s b_enc).
     with torch.no_grad():
@@ -227,6 +235,7 @@ def _fit(
     batches: Iterator[np.ndarray],
     watched: np.ndarray,
     steps: int,
+    batch_size: int,
     config: TrainConfig,
     bar: tqdm,
     classes: ClassMeans | None,
@@ -248,8 +257,10 @@ def _fit(
         optimizer.step()
         sae.normalize_decoder()
         silent += 1
-        silent[latents.indices[latents.values != 0]] = 0
-        bar.update(len(x))
+        active = torch.zeros_like(silent)
+        active[latents.indices[latents.values != 0]] = 1
+        silent[total(active) > 0] = 0
+        bar.update(batch_size)
         if step % max(1, steps // _EVALUATIONS) == 0 or step == steps:
             held_fvu = _held_out_fvu(sae, rows, watched)
             bar.set_postfix(FVU=f"{held_fvu:.4f}", dead=f"{(silent >= config.dead_after).float().mean().item():.3f}")

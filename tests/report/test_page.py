@@ -1,0 +1,273 @@
+"""The report as a whole: what is in it, hostile names, missing pieces, the command."""
+
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image
+
+from vs2_plugin.cli.main import main
+from vs2_plugin.errors import DataError
+from vs2_plugin.report.page import write
+from vs2_plugin.report.results import read
+
+VOID = {"meta", "br", "img", "link", "use", "path", "line", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """The elements and the text of a page; fails where an element is not closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.words, self._open = [], [], []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split()).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def report(where, out):
+    files = write(read([where])[0], out)
+    return (
+        Page((out / "index.html").read_text(encoding="utf-8")),
+        (out / "report.md").read_text(encoding="utf-8"),
+        files,
+    )
+
+
+def test_every_part_is_there(results, tmp_path):
+    page, markdown, files = report(results, tmp_path / "out")
+    figures = ["accuracy", "gate", "against-alpha", "against-n", "gamma-lambda-vs2"]
+    figures += [f"{kind}-{method}" for kind in ("fvu", "calibration") for method in ("vs2", "pass", "other")]
+    assert {path.name for path in files} == {
+        "index.html",
+        "report.md",
+        *(f"wds-animals-{name}.png" for name in figures),
+    }
+    for words in (
+        "600 test images, 6 classes", "interval of the change", "mended", "ECE, points", "peak memory, GB",
+        "coverage %", "training labels", "oracle labels", "Coverage and accuracy against q", "gamma and lambda: vs2",
+        "Accuracy by FVU: vs2", "Calibration: pass", "mostly confused with",
+    ):  # fmt: skip
+        assert words in page.text, words
+    assert "| `pass` | **train** |" in markdown and "| `zero-shot` | none |" in markdown
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", markdown):
+        assert (tmp_path / "out" / name).is_file()
+    for path in files[2:]:
+        with Image.open(path) as image:
+            assert image.format == "PNG" and image.width > 600
+            assert np.asarray(image.convert("L")).std() > 5, path.name  # something is drawn
+
+
+def test_numbers_in_the_tables_are_those_of_the_results(results, tmp_path):
+    _, markdown, _ = report(results, tmp_path / "out")
+    titles, _, steered = [line.split(" | ") for line in markdown.splitlines() if line.startswith("| ")][:3]
+    row = dict(zip(titles, steered, strict=True))
+    runs = {run.model: run for run in read([results])[0]}
+    gained = runs["vs2:B"].number("acc1") - runs["B"].number("acc1")
+    assert row["| model"] == "| `vs2`" and row["change, points"] == f"{100 * gained:+.2f}"
+    assert row["top-1 %"] == f"{100 * runs['vs2:B'].number('acc1'):.2f}"
+    assert int(row["mended"]) - int(row["broken"]) == round(600 * gained)
+    assert row["seconds"] == "1.5" and row["peak memory, GB |"] == "2.00 |"
+
+
+def test_the_page_needs_nothing_from_outside(results, tmp_path):
+    page, _, _ = report(results, tmp_path / "out")
+    assert {tag for tag, _ in page.elements} & {"script", "link", "img", "iframe", "object", "base"} == set()
+    for tag, attributes in page.elements:
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            inside = ("#", "data:image/png;base64,")  # the scale of colours is a picture
+            assert name not in ("src", "href", "xlink:href") or value.startswith(inside), (tag, value)
+            assert "url(" not in (value or "") or "url(#" in value
+    assert any("default-src 'none'" in (attributes.get("content") or "") for _, attributes in page.elements)
+    text = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    references = set(re.findall(r"url\(#(.*?)\)", text)) | set(re.findall(r'href="#(.*?)"', text))
+    names = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert references <= set(names)
+
+
+def test_the_same_results_give_the_same_files_and_matplotlib_is_left_as_it_was(results, tmp_path):
+    matplotlib.rcParams["lines.linewidth"] = 7.5
+    try:
+        before = dict(matplotlib.rcParams)
+        first = [path.read_bytes() for path in report(results, tmp_path / "out")[2]]
+        assert dict(matplotlib.rcParams) == before
+    finally:
+        matplotlib.rcParams["lines.linewidth"] = 1.5
+    assert [path.read_bytes() for path in report(results, tmp_path / "again")[2]] == first
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</td><img src=x onerror=alert(2)>",
+    "a|b`c*_[d](e)\n# f",
+    "$\\frac{$",
+    "\ud800\x00\u202e",
+    "&lt;",
+]
+
+
+def test_hostile_names_are_only_text(write_run, make_images, steered, tmp_path):
+    bad = HOSTILE[0] + HOSTILE[1] + HOSTILE[2] + HOSTILE[3]
+    common = {"dataset": bad, "pretrained": f"'\"{bad}"}
+    classes = [name.replace("\0", "") for name in HOSTILE[:4]] + ["\u732b", "&lt;"]
+    write_run("B" + bad, images=make_images(0.5, classes=classes), name="1", **common)
+    for number, gate in enumerate((0.9, 0.99)):
+        facts = steered(f"vs2{HOSTILE[1]}", HOSTILE[1] + HOSTILE[4], gate=gate, checkpoint=bad, alpha=[1])
+        images = make_images(0.5 + gate / 10, 1, sae=True, classes=classes)
+        path = write_run(f"vs2:B{bad}@sae@gate={gate}", name=f"s{number}", images=images, metrics=facts, **common)
+    write_run(f"vs2:B{bad}@alpha=1", name="odd", metrics=steered(HOSTILE[4], alpha={}, gamma=float("nan")), **common)
+    write_run("B" + HOSTILE[4], dataset=HOSTILE[4], task=HOSTILE[1], name="4", metrics={HOSTILE[1]: 0.5})
+    page, markdown, files = report(path.parent, tmp_path / "out")
+    assert {tag for tag, _ in page.elements} & {"script", "img"} == set()
+    assert HOSTILE[0] in page.text and HOSTILE[1] in page.text
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]+\.png", path.name) for path in files[2:])
+    outside_code = re.sub(r"`[^`\n]*`", "", markdown.partition("\n")[2])  # without the comment that marks the file
+    assert "<" not in outside_code and "\n# f" not in markdown
+    tables = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables if "`zero-shot`" in line or "gate=" in line} == {
+        len(re.findall(r"(?<!\\)\|", next(line for line in tables if line.startswith("| model"))))
+    }
+
+
+def test_what_is_missing_is_named_with_the_command_that_makes_it(write_run, steered, tmp_path):
+    path = write_run("vs2:ViT-B-32", metrics=steered(), dataset="my set")
+    page, markdown, files = report(path.parent, tmp_path / "out")
+    assert "clip_benchmark eval --model ViT-B-32 --pretrained laion --dataset 'my set'" in page.text
+    assert "VS2_PER_IMAGE=1 clip_benchmark eval --model vs2:ViT-B-32 --pretrained laion" in page.text
+    assert "@gate=0.9 " in page.text and "@gamma=2@lam=1 " in page.text
+    assert [path.name for path in files] == ["index.html", "report.md", "my-set-accuracy.png"]
+    assert "change" not in markdown.partition("\n\n![")[0] and "interval" not in markdown.partition("\n\n![")[0]
+
+
+def test_runs_of_other_images_are_said_to_be(write_run, make_images, steered, tmp_path):
+    write_run("B", images=make_images(0.5))
+    path = write_run("vs2:B", images=make_images(0.6, count=500), metrics=steered())
+    assert "zero-shot was evaluated on other images" in report(path.parent, tmp_path / "out")[0].text
+
+
+def test_other_tasks_and_metrics_come_as_they_are(write_run, steered, tmp_path):
+    metrics = {"image_retrieval_recall@5": 0.25, "text_retrieval_recall@5": 0.5}
+    path = write_run("B", dataset="flickr8k", task="zeroshot_retrieval", metrics=metrics, name="1")
+    probe = {"lp_acc1": 0.75, "fewshot_k": 16, **steered(labels="train")}
+    write_run("vs2:B", dataset="flickr8k", task="linear_probe", metrics=probe, name="2")
+    write_run("B", dataset="voc", metrics={"mean_average_precision": 0.5, "acc1": None}, name="3")
+    page, markdown, files = report(path.parent, tmp_path / "out")
+    assert [path.name for path in files] == ["index.html", "report.md"]
+    assert "image_retrieval_recall@5" in page.text and "0.2500" in page.text and "0.7500" in page.text
+    assert "mean_average_precision" in page.text and "vs2_coverage" not in page.text and "training labels" in page.text
+    assert "image\\_retrieval\\_recall@5" in markdown
+
+
+def test_class_that_gains_shows_the_confusion_that_was_mended(write_run, make_images, steered, tmp_path):
+    before, after = make_images(0.5), make_images(0.5)
+    foxes = np.flatnonzero(before["target"] == 2)
+    before["prediction"][foxes] = 1
+    after["prediction"][foxes] = np.where(np.arange(len(foxes)) % 2, 2, 1)
+    write_run("B", images=before)
+    path = write_run("vs2:B", images=after, metrics=steered())
+    page, markdown, _ = report(path.parent, tmp_path / "out")
+    half = len(foxes) // 2
+    points = f"{100 * half / len(foxes):.1f}"
+    assert f"| fox | +{points} | was dog ({half} of {half}) | 0.0 | {points} | {len(foxes)} |" in markdown
+    assert f"fox +{points} was dog ({half} of {half}) 0.0 {points} {len(foxes)}" in page.text
+
+
+def test_classes_without_names_have_numbers(write_run, make_images, steered, tmp_path):
+    unknown = {"classes": np.array([], np.str_), "peak_memory": np.int64(0)}
+    write_run("B", images=make_images(0.5) | unknown)
+    path = write_run("vs2:B", images=make_images(0.7, 1) | unknown, metrics=steered())
+    page, _, _ = report(path.parent, tmp_path / "out")
+    assert "600 test images." in page.text and "was class " in page.text and "peak memory" not in page.text
+
+
+def test_a_folder_with_other_files_is_written_to_but_nothing_of_others_overwritten(write_run, tmp_path):
+    path, out = write_run("B"), tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    report(path.parent, out)
+    report(path.parent, out)  # its own files are replaced
+    (out / "wds-animals-accuracy.png").write_bytes(b"mine")
+    (out / "index.html").unlink()
+    with pytest.raises(DataError, match="wds-animals-accuracy.png is there, and no report wrote it; .* --out"):
+        report(path.parent, out)
+    assert not (out / "index.html").exists()
+    assert (out / "notes.txt").read_text() == "mine" and (out / "wds-animals-accuracy.png").read_bytes() == b"mine"
+    with pytest.raises(DataError, match="cannot write into"):
+        write(read([path])[0], path)
+
+
+def test_two_data_sets_whose_names_differ_in_signs_only(write_run, tmp_path):
+    write_run("B", name="1", dataset="a/b")
+    path = write_run("B", name="2", dataset="a:b")
+    page, _, files = report(path.parent, tmp_path / "out")
+    assert [path.name for path in files[2:]] == ["a-b-accuracy.png", "a-b-accuracy-1.png"]
+    assert ("a", {"href": "#data-2"}) in page.elements
+
+
+def test_the_command(results, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (results / "other.json").write_text("{}")
+    assert main(["report", str(results)]) == 0
+    captured = capsys.readouterr()
+    assert "12 result(s), 6 with per-image results" in captured.out and "wrote report/index.html" in captured.out
+    assert captured.err.startswith("vs2: passed over ") and len(captured.err.splitlines()) == 1
+    assert main(["report", str(results), "--out", "quiet", "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "") and (tmp_path / "quiet" / "index.html").is_file()
+
+
+def test_errors_of_the_command_are_one_line(results, tmp_path, capsys):
+    next(results.glob("*.images.npz")).write_bytes(b"torn")
+    (tmp_path / "x.json").write_text(json.dumps({"a": "b"}))
+    for words in ([results], [tmp_path / "x.json"], [tmp_path / "missing.json"]):
+        assert main(["report", *map(str, words), "--out", str(tmp_path / "out")]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == "" and captured.err.startswith("vs2: error: ") and len(captured.err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_shows_examples(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["report", "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "VS2_PER_IMAGE=1 clip_benchmark eval" in text and "vs2 report results" in text
+
+
+def test_large_results_stay_small_on_the_page(write_run, make_images, steered, tmp_path):
+    classes = [f"class {number}" for number in range(200)]
+    write_run("B", images=make_images(0.5, count=5000, classes=classes))
+    for number in range(8):
+        images = make_images(0.5 + number / 50, number, count=5000, classes=classes, sae=True)
+        path = write_run(f"vs2:B@alpha={number}", images=images, metrics=steered(alpha=float(number)))
+    page, _, _ = report(path.parent, tmp_path / "out")
+    assert len((tmp_path / "out" / "index.html").read_bytes()) < 2_000_000
+    assert page.text.count("mostly confused with") == 7 and "No class changed its accuracy." in page.text
+
+
+def test_pngs_are_small_enough_to_commit(results, tmp_path):
+    for path in report(results, tmp_path / "out")[2][2:]:
+        content = path.read_bytes()
+        assert len(content) < 200_000 and Image.open(io.BytesIO(content)).info["Software"] == "vs2 report"

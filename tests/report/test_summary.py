@@ -1,0 +1,125 @@
+"""Results side by side: what is compared with what, and which settings make a curve."""
+
+import numpy as np
+import pytest
+
+from vs2_plugin.report.results import read
+from vs2_plugin.report.summary import summarise
+
+
+def group_of(*paths):
+    (section,) = summarise(read(paths)[0])
+    (group,) = section.groups
+    return group
+
+
+def test_rows_are_compared_with_zero_shot_of_their_backbone_and_weights(write_run, steered):
+    for folder, pretrained, accuracy in (("one", "laion", 0.4), ("two", "openai", 0.5)):
+        write_run("B", accuracy, folder=folder, pretrained=pretrained)
+        paths = write_run("vs2:B", 0.6, folder=folder, pretrained=pretrained, metrics=steered()).parent.parent
+    write_run("vs2:L", 0.7, folder="one", metrics=steered())
+    (section,) = summarise(read([paths])[0])
+    changes = {(group.backbone, group.pretrained): group.steered[0].change for group in section.groups}
+    assert changes["B", "laion"] == pytest.approx(0.2) and changes["B", "openai"] == pytest.approx(0.1)
+    assert changes["L", "laion"] is None
+
+
+def test_data_sets_languages_and_tasks_are_kept_apart(write_run):
+    write_run("B", name="1")
+    write_run("B", name="2", dataset="cub")
+    write_run("B", name="3", dataset="cub", language="de")
+    path = write_run("B", name="4", dataset="cub", task="zeroshot_retrieval", metrics={"image_retrieval_recall@5": 0.5})
+    sections = summarise(read([path.parent])[0])
+    assert [section.title for section in sections] == ["cub", "cub (de)", "wds/animals"]
+    assert [len(section.groups) for section in sections] == [1, 1, 1]
+    assert [run.task for run in sections[0].others["zeroshot_retrieval"]] == ["zeroshot_retrieval"]
+
+
+def test_a_pair_is_that_of_a_loop_over_images(write_run, make_images, steered):
+    before, after = make_images(0.5, 1), make_images(0.6, 2, sae=True)
+    after["prediction"][:50] = (after["prediction"][:50] + 1) % 6
+    group = group_of(write_run("B", images=before), write_run("vs2:B", images=after, metrics=steered()))
+    (row,) = group.steered
+    was = {int(d): p == t for d, p, t in zip(before["digest"], before["prediction"], before["target"], strict=True)}
+    now = {int(d): p == t for d, p, t in zip(after["digest"], after["prediction"], after["target"], strict=True)}
+    assert row.mended == sum(now[d] and not was[d] for d in now)
+    assert row.broken == sum(was[d] and not now[d] for d in now)
+    assert row.change == pytest.approx((row.mended - row.broken) / 600)
+    assert row.change_interval.low < row.change < row.change_interval.high
+    assert row.interval.low < row.top1 < row.interval.high
+    assert sum(change.mended for change in row.classes) == row.mended
+    assert len(row.bins) == 10
+
+
+def test_other_images_or_classes_are_not_paired(write_run, make_images, steered):
+    zero = write_run("B", images=make_images(0.5))
+    fewer = write_run("vs2:B", images=make_images(0.6, count=500, sae=True), metrics=steered())
+    renamed = write_run("vs2:B@gamma=2", images=make_images(0.6, classes=list("uvwxyz")), metrics=steered(gamma=2))
+    for row in group_of(zero, fewer, renamed).steered:
+        assert row.before is row.mended is row.change_interval is None
+        assert row.classes == row.bins == []
+        assert row.interval is not None and row.change is not None
+
+
+def test_zero_shot_with_per_image_results_is_preferred(write_run, make_images):
+    write_run("B", 0.4, name="1")
+    path = write_run("B", images=make_images(0.5), name="2")
+    group = group_of(path.parent)
+    assert group.zero.run.path == path
+    assert [row.label for row in group.rows] == ["zero-shot (results/2.json)", "zero-shot (results/1.json)"]
+
+
+def test_order_and_labels(results):
+    group = group_of(results)
+    assert [row.label for row in group.rows][:4] == ["zero-shot", "vs2", "vs2 @gate=0.9", "vs2 @gate=0.99"]
+    assert [row.run.labels for row in group.rows][-2:] == ["train", "oracle"]
+    assert [row.label for row in group.methods] == ["vs2", "selective @n=10", "pass", "other"]
+
+
+def test_curves_join_results_that_differ_in_one_setting(results):
+    curves = group_of(results).curves()
+    assert {*curves} == {"alpha", "gate", "n"}
+    (gate,) = curves["gate"]
+    assert gate.label == "vs2" and [value for value, _ in gate.points] == [0.9, 0.99, None]
+    (alpha,) = curves["alpha"]
+    assert [value for value, _ in alpha.points] == [0.5, 1.0, 1.05, 2.0]
+    assert [value for value, _ in curves["n"][0].points] == [10, 50]
+
+
+def test_curves_of_methods_without_lambda_and_of_saes_with_another_k(write_run, steered):
+    for gamma in (0, -1, 1.5):
+        path = write_run(f"amp:B@gamma={gamma}", metrics=steered("amp", gamma=gamma))
+    for k in (32, 64):
+        write_run(f"vs2:B@sae-{k}", metrics=steered(checkpoint=f"sae-{k}", k=k))
+    curves = group_of(path.parent).curves()
+    assert {*curves} == {"gamma", "k"}
+    assert [value for value, _ in curves["gamma"][0].points] == [-1, 0, 1.5]
+    assert [value for value, _ in curves["k"][0].points] == [32, 64]
+
+
+def test_results_that_differ_in_two_settings_make_no_curve(write_run, steered):
+    write_run("vs2:B@gate=0.9", metrics=steered(gate=0.9))
+    path = write_run("vs2:B@other@gate=0.99", metrics=steered(gate=0.99, checkpoint="other"))
+    assert group_of(path.parent).curves() == {}
+
+
+def test_pseudo_labels_are_another_setting_although_they_read_no_label(write_run, steered):
+    for options in ("@mix=0.3", "@mix=0.7", "@labels=pseudo@mix=0.3", "@labels=pseudo@mix=0.7"):
+        path = write_run(f"rag:B{options}", metrics=steered("rag", mix=float(options[-3:])))
+    found = {curve.label: [value for value, _ in curve.points] for curve in group_of(path.parent).curves()["mix"]}
+    assert found == {"rag": [0.3, 0.7], "rag @labels=pseudo": [0.3, 0.7]}
+
+
+def test_the_grid_holds_every_pair_of_gamma_and_lambda(results):
+    ((label, cells),) = group_of(results).grids()
+    assert label == "vs2"
+    assert {*cells} == {(1.5, 2.1), *((gamma, lam) for gamma in (1.5, 2.0) for lam in (1.0, 2.0))}
+
+
+def test_many_rows_leave_the_accuracy_figure_to_those_that_no_curve_shows(write_run, steered):
+    write_run("B")
+    for alpha in np.arange(1, 20) / 4:
+        path = write_run(f"vs2:B@alpha={alpha}", metrics=steered(alpha=float(alpha)))
+    write_run("other:B", metrics=steered("other"))
+    group = group_of(path.parent)
+    assert [row.label for row in group.main] == ["zero-shot", "vs2 @alpha=0.25", "other"]

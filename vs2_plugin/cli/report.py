@@ -1,0 +1,55 @@
+"""``vs2 report``: a page, a Markdown table and figures from result files."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+__all__ = ["add_report"]
+
+_DESCRIPTION = """\
+Turn clip_benchmark's result files (of steered and of plain models) into one page that opens from disk
+(index.html), a Markdown table (report.md) and figures (PNG). Changes are over the plain model of the same
+backbone, weights and data set: give its results too. With per-image results (evaluate with VS2_PER_IMAGE=1)
+there are confidence intervals, images mended and broken, classes, calibration, accuracy by FVU, time and memory."""
+
+_EXAMPLES = """\
+examples:
+  VS2_PER_IMAGE=1 clip_benchmark eval --model ViT-B-32 vs2:ViT-B-32 vs2:ViT-B-32@gate=0.99 \\
+      --pretrained laion2b_s34b_b79k --dataset cifar100 --output 'results/{model}.json'
+  vs2 report results
+  vs2 report results/*.json elsewhere/cub.json --out cifar-and-cub
+"""
+
+
+def add_report(commands: argparse._SubParsersAction) -> None:
+    """Add the sub-command."""
+    report = commands.add_parser(
+        "report",
+        help="a page, a Markdown table and figures from clip_benchmark's result files",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    report.add_argument(
+        "results", nargs="+", type=Path, metavar="RESULTS", help="result files, or folders that are searched for *.json"
+    )
+    report.add_argument("--out", type=Path, default=Path("report"), help="folder to write (default: %(default)s)")
+    report.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    report.set_defaults(run=_report)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from vs2_plugin.report.page import write
+    from vs2_plugin.report.results import read
+
+    runs, passed_over = read(args.results)
+    written = write(runs, args.out)
+    if args.quiet:
+        return
+    for reason in passed_over:
+        print(f"vs2: passed over {reason}", file=sys.stderr)
+    print(f"{len(runs)} result(s), {sum(run.images is not None for run in runs)} with per-image results")
+    for path in written:
+        print(f"wrote {path}")

@@ -1,0 +1,344 @@
+"""The figures, by matplotlib: as PNG files, and as SVG that takes its colours from the page."""
+
+from __future__ import annotations
+
+import io
+import re
+import textwrap
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from vs2_plugin.report.statistics import interval
+from vs2_plugin.report.summary import Curve, Group, Row
+
+__all__ = ["COLOURS", "Picture", "draw"]
+
+#: CSS variable -> its colour on white (Okabe and Ito's, which colour-blind readers can tell apart). The page gives
+#: others for a dark background; no other colour may be one of these.
+COLOURS = {
+    "--paper": "#fefefe",
+    "--ink": "#1c2733",
+    "--faint": "#d5dae1",
+    "--plain": "#6b7683",
+    "--one": "#0072b2",
+    "--two": "#c25400",
+    "--three": "#008a63",
+    "--four": "#a8498b",
+    "--five": "#8a6d00",
+    "--six": "#3d5a98",
+}
+_PAPER, _INK, _FAINT, _PLAIN, *_LINES = COLOURS.values()
+_MARKERS = "osD^vP"
+#: Labels used -> colour, marker, fill, words.
+_LABELS = {
+    "none": (_LINES[0], "o", "full", "no labels"),
+    "train": (_LINES[1], "D", "none", "training labels used"),
+    "oracle": (_LINES[3], "^", "none", "oracle: true labels used"),
+    "?": (_LINES[2], "v", "none", "labels not stated"),
+}
+_WIDTH = 4.2  # inches: at 360 CSS pixels the letters stay readable
+_STYLE = {
+    "font.size": 9,
+    "axes.edgecolor": _PLAIN,
+    "axes.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _FAINT,
+    "grid.linewidth": 0.6,
+    "text.color": _INK,
+    "text.parse_math": False,  # a model's name may hold a dollar
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 5,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "figure.constrained_layout.use": True,
+    "svg.fonttype": "path",
+    "savefig.dpi": 200,
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, drawn."""
+
+    name: str
+    title: str
+    caption: str
+    svg: str
+    """For the page: colours are CSS variables."""
+    png: bytes
+
+
+def draw(group: Group) -> list[Picture]:
+    """Every figure for which the results of one backbone hold the data."""
+    pictures = []
+
+    def add(name: str, title: str, caption: str, plot: Callable[..., Figure], *args: object) -> None:
+        # Whatever the user's own matplotlib settings are, and without changing them.
+        with matplotlib.rc_context(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph")  # names in letters that the font has not
+            matplotlib.rcdefaults()
+            matplotlib.rcParams.update(_STYLE, **{"svg.hashsalt": name})
+            pictures.append(Picture(name, title, caption, *_render(plot(*args))))
+
+    zero = group.zero
+    fewer = "" if len(group.main) == len(group.rows) else " Left out: results that the curves show."
+    add("accuracy", "Top-1 accuracy", _ACCURACY + fewer, _accuracy, group.main)
+    curves = group.curves()
+    if "gate" in curves:
+        add("gate", "Coverage and accuracy against q", _GATE, _gate, curves.pop("gate"), zero)
+    for label, cells in group.grids():
+        add(f"gamma-lambda-{label}", f"gamma and lambda: {label}", _GRID, _grid, cells)
+    for key, lines in curves.items():
+        add(f"against-{key}", f"Top-1 accuracy against {key}", _CURVE.get(key, _ALONG), _curve, key, lines, zero)
+    caption = _FVU
+    for row in group.methods:
+        if row.bins:
+            add(f"fvu-{row.run.method}", f"Accuracy by FVU: {row.label}", caption, _fvu, row)
+            caption = _AGAIN
+    caption = _RELIABLE
+    for row in group.methods:
+        if row.before is not None:
+            add(f"calibration-{row.run.method}", f"Calibration: {row.label}", caption, _reliability, row, zero)
+            caption = _AGAIN
+    return pictures
+
+
+_ACCURACY = (
+    "Dots: share of test images classified correctly; lines: 95 % confidence intervals, where there are per-image "
+    "results. The dashed line is zero-shot CLIP. The axis need not start at zero. The intervals say how "
+    "much other test images of the same kind could change; not, how much another training of the SAE could. Whether "
+    "a method differs from zero-shot, the interval of the change in the table says better."
+)
+_GATE = (
+    "Results that differ only in the gate: images are steered where their FVU is within the q-quantile of held-out "
+    "training activations. Above: share of the test images that were steered. Below: top-1 accuracy; the dashed line "
+    "is zero-shot CLIP. The values of q are evenly spaced here."
+)
+_GRID = "Top-1 accuracy in percent, of results that differ only in gamma and lambda. Empty: not evaluated."
+_ALONG = "Results that differ only in this setting. The dashed line is zero-shot CLIP."
+_CURVE = {
+    "alpha": "Results that differ only in strength: alpha = lambda (gamma - 1) is all that matters of gamma and "
+    "lambda. The dashed line is zero-shot CLIP.",
+    "k": "Results that differ only in k, the number of active latents of the SAE. The dashed line is zero-shot CLIP.",
+    "n": "Results that differ only in N, the number of neighbours retrieved. The dashed line is zero-shot CLIP.",
+}
+_FVU = (
+    "The test images in bins of about equal size by their FVU, the share of an activation's variance that the SAE does "
+    "not explain: small on the left. Accuracy of both models on the same images, with 95 % confidence intervals. The "
+    "dotted line, if any, is the gate: images to its right were not steered."
+)
+_AGAIN = "Read like the first of these figures."
+_RELIABLE = (
+    "Above: accuracy against mean confidence in 15 equal bins of confidence; on the diagonal, confidence is right on "
+    "average, below it too high. Below: share of the images in each bin. ECE, the expected calibration error, is the "
+    "distance from the diagonal, averaged over images. Larger dots stand for more images."
+)
+
+
+def _render(figure: Figure) -> tuple[str, bytes]:
+    """The figure as SVG for the page, and as PNG on white."""
+    png, svg = io.BytesIO(), io.StringIO()
+    figure.savefig(png, format="png", facecolor=_PAPER, metadata={"Software": "vs2 report"})
+    figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+    text = svg.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # the same in every figure; what is referred to has a hash
+    text = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true">', text, count=1)
+    for variable, colour in COLOURS.items():
+        text = text.replace(colour, f"var({variable})")
+    return text, png.getvalue()
+
+
+def _figure(height: float) -> Figure:
+    return Figure(figsize=(_WIDTH, height))
+
+
+def _zero_line(axes, zero: Row | None) -> None:
+    if zero is not None:
+        axes.axhline(100 * zero.top1, color=_PLAIN, linestyle="--", linewidth=1.2, label="zero-shot")
+
+
+def _spread(values: list[float], intervals: list) -> np.ndarray | None:
+    """Error bars ``[2, n]`` in points; none where there is no interval."""
+    if not any(intervals):
+        return None
+    bounds = np.array([found or (value, value) for value, found in zip(values, intervals, strict=True)])
+    return 100 * np.abs(bounds.T - np.array(values))
+
+
+def _accuracy(rows: list[Row]) -> Figure:
+    names = [textwrap.fill(row.label, 42) for row in rows]
+    lines = np.array([name.count("\n") + 1 for name in names])
+    # A row is its name's lines and, below them, its dot: names stand above so that a phone has room for both.
+    heights = 0.17 * lines + 0.22
+    places = np.cumsum(heights) - 0.1
+    figure = _figure(heights.sum() + 0.95)
+    axes = figure.add_subplot()
+    shown = {}
+    for row, name, place in zip(rows, names, places, strict=True):
+        colour, marker, fill, words = _LABELS.get(row.run.labels, _LABELS["?"])
+        if row.run.method is None:
+            colour, marker, fill, words = _PLAIN, "s", "full", "zero-shot"
+        spread = _spread([row.top1], [row.interval])
+        shown[words] = axes.errorbar(
+            100 * row.top1, place, xerr=spread, color=colour, marker=marker, fillstyle=fill, linestyle="", capsize=2.5
+        )
+        axes.text(
+            0.01, place - 0.13, name, transform=axes.get_yaxis_transform(), verticalalignment="baseline",
+            linespacing=1.15,
+            bbox={"facecolor": _PAPER, "edgecolor": "none", "pad": 0.5},  # or the dashed line would cross it
+        )  # fmt: skip
+        axes.axhline(place + 0.1, color=_FAINT, linewidth=0.6)
+        axes.annotate(
+            f"{100 * row.top1:.2f}", (1, place), xycoords=axes.get_yaxis_transform(), xytext=(3, 0),
+            textcoords="offset points", verticalalignment="center", annotation_clip=False,
+        )  # fmt: skip
+    if rows[0].run.method is None:
+        axes.axvline(100 * rows[0].top1, color=_PLAIN, linestyle="--", linewidth=1.0, zorder=0)
+    axes.set_ylim(places[-1] + 0.1, 0)
+    axes.margins(x=0.08)
+    axes.grid(axis="y", visible=False)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel("top-1 accuracy, %")
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def _lines(axes, curves: list[Curve], place: Callable, value: Callable[[Row], float | None], spread: bool) -> None:
+    for number, curve in enumerate(curves):
+        kept = [(place(x), row) for x, row in curve.points if value(row) is not None]
+        axes.errorbar(
+            [x for x, _ in kept],
+            [100 * value(row) for _, row in kept],
+            yerr=_spread([row.top1 for _, row in kept], [row.interval for _, row in kept]) if spread and kept else None,
+            color=_LINES[number % len(_LINES)],
+            marker=_MARKERS[number % len(_MARKERS)],
+            capsize=2,
+            elinewidth=0.8,
+            label=_short(curve.label),
+        )
+
+
+def _short(label: str) -> str:
+    return textwrap.shorten(label, 44, placeholder="...")
+
+
+def _legend(figure: Figure, axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3 if max(map(len, labels)) < 14 else 1)
+
+
+def _curve(key: str, curves: list[Curve], zero: Row | None) -> Figure:
+    figure = _figure(3.0)
+    axes = figure.add_subplot()
+    _zero_line(axes, zero)
+    _lines(axes, curves, float, lambda row: row.top1, spread=True)
+    axes.set_xlabel(
+        {"alpha": "alpha = lambda (gamma - 1)", "n": "N, neighbours", "k": "k, active latents"}.get(key, key)
+    )
+    axes.set_ylabel("top-1 accuracy, %")
+    _legend(figure, axes)
+    return figure
+
+
+def _gate(curves: list[Curve], zero: Row | None) -> Figure:
+    values = {x for curve in curves for x, _ in curve.points}
+    ticks = [*sorted(values - {None}), *({None} & values)]
+    figure = _figure(4.0)
+    above, below = figure.subplots(2, sharex=True)
+    _lines(above, curves, ticks.index, lambda row: row.run.number("vs2_coverage"), spread=False)
+    _zero_line(below, zero)
+    _lines(below, curves, ticks.index, lambda row: row.top1, spread=True)
+    above.set_ylim(-4, 104)
+    above.set_ylabel("images steered, %")
+    below.set_ylabel("top-1 accuracy, %")
+    below.set_xticks(range(len(ticks)), ["no gate" if tick is None else f"{tick:g}" for tick in ticks])
+    below.margins(x=0.08)
+    below.set_xlabel("q of the gate")
+    _legend(figure, below)
+    return figure
+
+
+def _grid(cells: dict[tuple[float, float], Row]) -> Figure:
+    gammas, lams = (sorted({key[axis] for key in cells}) for axis in (0, 1))
+    values = np.full((len(lams), len(gammas)), np.nan)
+    for (gamma, lam), row in cells.items():
+        values[lams.index(lam), gammas.index(gamma)] = 100 * row.top1
+    figure = _figure(1.1 + 0.38 * max(len(lams), 4))
+    axes = figure.add_subplot()
+    axes.grid(visible=False)
+    mesh = axes.pcolormesh(values, cmap="cividis")
+    for (y, x), value in np.ndenumerate(values):
+        if np.isfinite(value) and len(gammas) <= 8:
+            dark = mesh.norm(value) < 0.42
+            axes.text(
+                x + 0.5, y + 0.5, f"{value:.1f}", color="white" if dark else "black",
+                horizontalalignment="center", verticalalignment="center", fontsize=8,
+            )  # fmt: skip
+    axes.set_xticks(np.arange(len(gammas)) + 0.5, [f"{gamma:g}" for gamma in gammas])
+    axes.set_yticks(np.arange(len(lams)) + 0.5, [f"{lam:g}" for lam in lams])
+    axes.set_xlabel("gamma")
+    axes.set_ylabel("lambda")
+    bar = figure.colorbar(mesh, ax=axes, label="top-1 accuracy, %")
+    bar.outline.set_visible(False)
+    return figure
+
+
+def _fvu(row: Row) -> Figure:
+    figure = _figure(3.0)
+    axes = figure.add_subplot()
+    edges = [row.bins[0].low, *(found.high for found in row.bins)]
+    series = (
+        ("zero-shot", row.was_correct, _PLAIN, "s", -0.07),
+        (row.label, row.run.images.correct, _LINES[0], "o", 0.07),
+    )
+    for label, correct, colour, marker, shift in series:
+        shares = [float(correct[found.images].mean()) for found in row.bins]
+        intervals = [interval(correct[found.images]) for found in row.bins]
+        axes.errorbar(
+            np.arange(len(shares)) + 0.5 + shift, 100 * np.array(shares), yerr=_spread(shares, intervals),
+            color=colour, marker=marker, capsize=2, elinewidth=0.8, label=_short(label),
+        )  # fmt: skip
+    threshold = row.run.number("vs2_gate_threshold")
+    if threshold is not None and edges[0] < threshold < edges[-1]:
+        axes.axvline(np.interp(threshold, edges, range(len(edges))), color=_INK, linestyle=":")
+    # Every other label: all of them would run into each other.
+    axes.set_xticks(range(len(edges)), ["" if number % 2 else f"{edge:.2g}" for number, edge in enumerate(edges)])
+    axes.set_xlabel("FVU of the image (edges of the bins)")
+    axes.set_ylabel("top-1 accuracy, %")
+    _legend(figure, axes)
+    return figure
+
+
+def _reliability(row: Row, zero: Row) -> Figure:
+    figure = _figure(4.4)
+    above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    above.plot((0, 100), (0, 100), color=_INK, linewidth=0.8, linestyle=":")
+    for shown, colour, marker in ((zero, _PLAIN, "s"), (row, _LINES[0], "o")):
+        found = shown.calibration
+        filled = found.share > 0
+        label = f"{_short(shown.label)}: ECE {100 * found.ece:.1f} points"
+        places = 100 * found.confidence[filled], 100 * found.accuracy[filled]
+        above.plot(*places, color=colour, marker=marker, markersize=3, linewidth=0.8, label=label)
+        above.scatter(*places, 100 * found.share[filled], color=colour, marker=marker, clip_on=False, zorder=3)
+        below.stairs(100 * found.share, np.linspace(0, 100, len(found.share) + 1), color=colour, linewidth=1.4)
+    above.set_xlim(0, 100)
+    above.set_ylim(0, 100)
+    above.set_ylabel("accuracy, %")
+    below.set_ylabel("images, %")
+    below.set_xlabel("confidence (largest probability), %")
+    figure.align_ylabels()
+    _legend(figure, above)
+    return figure

@@ -1,0 +1,232 @@
+"""Writes the report: a page, a Markdown table and the figures."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import shlex
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from vs2_plugin import __version__
+from vs2_plugin.errors import DataError
+from vs2_plugin.report.figures import COLOURS, Picture, draw
+from vs2_plugin.report.results import Run
+from vs2_plugin.report.statistics import ClassChange
+from vs2_plugin.report.summary import Group, Row, Section, summarise
+
+__all__ = ["Column", "columns", "hints", "write"]
+
+#: Stands in every file that a report writes, near the beginning.
+MARK = "vs2 report"
+_SHOWN_CLASSES = 8
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the main table."""
+
+    title: str
+    cells: list[str]
+    """In the order of the rows; empty where there is nothing to say."""
+    meaning: str
+
+
+def write(runs: Iterable[Run], folder: Path) -> list[Path]:
+    """Write ``index.html``, ``report.md`` and the figures into ``folder``; returns the files written.
+
+    Raises:
+        DataError: a file of that name is there that no report wrote, or the folder cannot be written to.
+    """
+    sections = summarise(runs)
+    files: dict[str, bytes] = {}
+    named: dict[Group, list[tuple[Picture, str]]] = {}
+    for section in sections:
+        for group in section.groups:
+            whose = (group.backbone, group.pretrained) if len(section.groups) > 1 else ()
+            for picture in draw(group):
+                name = _unused(_slug(section.title, *whose, picture.name), files)
+                named.setdefault(group, []).append((picture, name))
+                files[name] = picture.png
+    context = {
+        "mark": MARK,
+        "version": __version__,
+        "sections": sections,
+        "colours": COLOURS,
+        "columns": columns,
+        "hints": hints,
+        "gains_and_losses": gains_and_losses,
+        "metric_names": metric_names,
+        "pictures": named.__getitem__,
+    }
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=lambda name: name.endswith(".html.jinja"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"fixed": fixed, "svg": Markup, "cell": _cell, "code": _code}
+    page = {name: environment.get_template(f"{name}.jinja").render(context) for name in ("index.html", "report.md")}
+    return _save(folder, {name: text.encode("utf-8", "replace") for name, text in page.items()} | files)
+
+
+def fixed(value: float | None, digits: int = 2, sign: bool = False, scale: float = 100) -> str:
+    """``scale * value`` with so many decimals, by default a share in percent; nothing for None.
+
+    >>> fixed(0.58863), fixed(-0.0011, sign=True), fixed(None)
+    ('58.86', '-0.11', '')
+    """
+    if value is None or math.isnan(value):
+        return ""
+    return f"{scale * value:{'+' if sign else ''}.{digits}f}"
+
+
+def columns(rows: Sequence[Row]) -> list[Column]:
+    """The columns of the main table that have something to say, but for the first two."""
+
+    def metric(name: str, digits: int = 2) -> list[str]:
+        return [fixed(row.run.number(name), digits) for row in rows]
+
+    def between(bounds: Iterable, sign: bool = False) -> list[str]:
+        return [f"{fixed(b.low, 1, sign)} to {fixed(b.high, 1, sign)}" if b else "" for b in bounds]
+
+    def of_images(name: str, digits: int, scale: float) -> list[str]:
+        return [fixed(row.run.images and getattr(row.run.images, name), digits, scale=scale) for row in rows]
+
+    found = [
+        Column("top-1 %", metric("acc1"), "share of test images classified correctly"),
+        Column("95 % interval", between(row.interval for row in rows), "of top-1: percentile bootstrap over images"),
+        Column("change, points", [fixed(row.change, sign=True) for row in rows], "of top-1 over zero-shot"),
+        Column(
+            "interval of the change", between((row.change_interval for row in rows), sign=True),
+            "95 %, paired: percentile bootstrap over images that both models classified",
+        ),
+        Column("top-5 %", metric("acc5"), "share of images with the true class among the first five"),
+        Column("recall %", metric("mean_per_class_recall"), "accuracy per class, averaged over the classes"),
+        Column("mended", [fixed(row.mended, 0, scale=1) for row in rows], "images that only zero-shot got wrong"),
+        Column("broken", [fixed(row.broken, 0, scale=1) for row in rows], "images that only zero-shot got right"),
+        Column("coverage %", metric("vs2_coverage", 1), "share of images that were steered"),
+        Column(
+            "ECE, points", [fixed(row.calibration and row.calibration.ece) for row in rows],
+            "expected calibration error, 15 equal bins",
+        ),
+        Column("seconds", of_images("seconds", 1, 1), "wall clock of the run, loading included"),
+        Column(
+            "peak memory, GB", of_images("peak_memory", 2, 1e-9),
+            "of the process during the run; on a GPU, of the device",
+        ),
+    ]  # fmt: skip
+    return [column for column in found if any(column.cells)]
+
+
+def gains_and_losses(row: Row) -> list[tuple[str, ClassChange, str]]:
+    """Class name, change, and the confusion mended or made, of the largest gains and losses."""
+    name = row.run.images.name
+
+    def confusion(change: ClassChange) -> str:
+        found = change.mended_from if change.change > 0 else change.broken_to
+        if found is None:
+            return ""
+        label, times = found
+        of = change.mended if change.change > 0 else change.broken
+        return f"{'was' if change.change > 0 else 'became'} {name(label)} ({times} of {of})"
+
+    gains = [change for change in row.classes if change.change > 0][:_SHOWN_CLASSES]
+    losses = [change for change in row.classes if change.change < 0][-_SHOWN_CLASSES:]
+    return [(name(change.label), change, confusion(change)) for change in (*gains, *losses)]
+
+
+def metric_names(runs: Sequence[Run]) -> list[str]:
+    """The numbers that any of the results holds, but for what steered models say of themselves."""
+    names = dict.fromkeys(name for run in runs for name in run.metrics)
+    return [name for name in names if not name.startswith("vs2_") and any(run.number(name) is not None for run in runs)]
+
+
+def hints(group: Group, section: Section) -> list[tuple[str, str]]:
+    """What is not shown for lack of data, and the command that gets it."""
+    wanted = []
+
+    def want(what: str, *models: str, before: str = "") -> None:
+        words = ("clip_benchmark", "eval", "--model", *models, "--pretrained", group.pretrained)
+        wanted.append((what, before + shlex.join((*words, "--dataset", section.dataset))))
+
+    per_image = "VS2_PER_IMAGE=1 "
+    if group.zero is None:
+        want("Changes over zero-shot: there is no result of the plain model.", group.backbone)
+    bare = [row for row in group.rows if row.run.images is None]
+    if bare:
+        whose = "" if len(bare) == len(group.rows) else f" of {_some(bare)}"
+        want(
+            f"Intervals, images mended and broken, classes, calibration, accuracy by FVU, time and memory{whose}: "
+            "there are no per-image results.",
+            *(row.run.model for row in bare),
+            before=per_image,
+        )
+    elsewhere = [row for row in group.steered if row.run.images and row.zero and row.zero.images and row.before is None]
+    if elsewhere:
+        want(
+            f"Comparison image by image of {_some(elsewhere)}: zero-shot was evaluated on other images, or with other "
+            "class names.",
+            group.backbone,
+            *(row.run.model for row in elsewhere),
+            before=per_image,
+        )
+    if "gate" not in group.curves():
+        models = [f"vs2:{group.backbone}@gate={q}" for q in (0.9, 0.95, 0.99)]
+        want("Coverage against q: needs results that differ in the gate only.", *models)
+    if not group.grids():
+        models = [f"vs2:{group.backbone}@gamma={gamma}@lam={lam}" for gamma in (1.5, 2) for lam in (1, 2)]
+        want("The heat map of gamma and lambda: needs results that differ in these two only.", *models)
+    return wanted
+
+
+def _some(rows: list[Row]) -> str:
+    names = [row.label for row in rows]
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _slug(*words: str) -> str:
+    """A file name that is safe everywhere.
+
+    >>> _slug("wds/digits", "local-dir:tiny-clip", "")
+    'wds-digits-local-dir-tiny-clip'
+    """
+    return re.sub(r"[^A-Za-z0-9_]+", "-", " ".join(word for word in words if word)).strip("-")[:80] or "data"
+
+
+def _unused(stem: str, files: Container[str]) -> str:
+    names = (f"{stem}{'-' if number else ''}{number or ''}.png" for number in itertools.count())
+    return next(name for name in names if name not in files)
+
+
+def _cell(text: object) -> str:
+    """Text for Markdown, where a name may hold anything."""
+    flat = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", flat)
+
+
+def _code(text: object) -> str:
+    """Text for a code span in a Markdown table."""
+    return "`" + " ".join(str(text).replace("`", "'").split()).replace("|", "\\|") + "`"
+
+
+def _save(folder: Path, files: dict[str, bytes]) -> list[Path]:
+    """Write all or, where a file is not a report's, nothing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in files:
+            path = folder / name
+            if path.exists() and MARK.encode() not in path.read_bytes()[:2000]:
+                raise DataError(f"{path} is there, and no report wrote it; name another folder with --out")
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+    except OSError as error:
+        raise DataError(f"cannot write into {folder}: {error.strerror}; name another folder with --out") from error
+    return [folder / name for name in files]

@@ -1,0 +1,159 @@
+"""The statistics of the report: intervals, pairing, calibration, classes, bins of FVU. NumPy only."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+__all__ = [
+    "Bin",
+    "Calibration",
+    "ClassChange",
+    "Interval",
+    "by_fvu",
+    "calibration",
+    "class_changes",
+    "interval",
+    "pair",
+]
+
+#: Bins of the expected calibration error.
+BINS = 15
+
+
+class Interval(NamedTuple):
+    """A confidence interval."""
+
+    low: float
+    high: float
+
+
+class Calibration(NamedTuple):
+    """How well confidences fit accuracies, over equal bins of confidence; ``nan`` in empty ones."""
+
+    ece: float
+    """Expected calibration error."""
+    share: np.ndarray
+    """Share of the images in each bin, ``[bins]``."""
+    confidence: np.ndarray
+    """Mean confidence in each bin."""
+    accuracy: np.ndarray
+    """Accuracy in each bin."""
+
+
+class ClassChange(NamedTuple):
+    """What steering did to the images of one class."""
+
+    label: int
+    images: int
+    before: float
+    """Accuracy of zero-shot on these images."""
+    after: float
+    """Accuracy of the steered model on the same images."""
+    mended: int
+    """Images that zero-shot got wrong and steering right."""
+    mended_from: tuple[int, int] | None
+    """The class that zero-shot gave most of the mended images, and how many."""
+    broken: int
+    """Images that zero-shot got right and steering wrong."""
+    broken_to: tuple[int, int] | None
+    """The class that steering gave most of the broken images, and how many."""
+
+    @property
+    def change(self) -> float:
+        """Change of the accuracy."""
+        return self.after - self.before
+
+
+class Bin(NamedTuple):
+    """The images of one range of FVU."""
+
+    low: float
+    high: float
+    images: np.ndarray
+    """Which images, bool ``[n]``."""
+
+
+def interval(values: np.ndarray, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
+    """Percentile bootstrap interval of the mean of ``values`` ``[n]``.
+
+    Drawing n images with replacement draws each distinct value a multinomial number of times. That is what is drawn
+    here: the same distribution as with a weight per image, at a cost that does not grow with n.
+    """
+    distinct, counts = np.unique(np.asarray(values, dtype=float), return_counts=True)
+    n = counts.sum()
+    means = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples) @ distinct / n
+    tail = (1 - level) / 2
+    return Interval(*np.quantile(means, [tail, 1 - tail]).tolist())
+
+
+def pair(
+    digest: np.ndarray, target: np.ndarray, other_digest: np.ndarray, other_target: np.ndarray
+) -> np.ndarray | None:
+    """The indices that put the images of another run into the order of this one; None: they are not the same images.
+
+    Images that occur more than once are paired in the order of their occurrence: their pixels are the same, so it
+    does not matter which is which.
+    """
+    if len(digest) != len(other_digest):
+        return None
+    here, there = np.lexsort((target, digest)), np.lexsort((other_target, other_digest))
+    same = np.array_equal(digest[here], other_digest[there]) and np.array_equal(target[here], other_target[there])
+    if not same:
+        return None
+    order = np.empty_like(here)
+    order[here] = there
+    return order
+
+
+def calibration(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> Calibration:
+    """``ECE = Σ_b n_b/n |acc_b - conf_b|`` over equal bins ``(b/bins, (b+1)/bins]`` of confidence (arXiv 1706.04599).
+
+    Takes ``[n]`` probabilities of the predicted class and ``[n]`` bools.
+    """
+    confidence = confidence.astype(float)
+    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    counts = np.bincount(index, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        mean = np.bincount(index, confidence, bins) / counts
+        accuracy = np.bincount(index, correct, bins) / counts
+    share = counts / len(confidence)
+    return Calibration(float(np.nansum(share * np.abs(accuracy - mean))), share, mean, accuracy)
+
+
+def class_changes(target: np.ndarray, before: np.ndarray, after: np.ndarray) -> list[ClassChange]:
+    """What changed for each class that has images, from the largest gain to the largest loss.
+
+    Takes true classes and both predictions ``[n]`` of the same images in the same order.
+    """
+    changes = []
+    order = np.argsort(target, kind="stable")
+    labels, starts = np.unique(target[order], return_index=True)
+    for label, mine in zip(labels.tolist(), np.split(order, starts[1:]), strict=True):
+        was, now = before[mine] == label, after[mine] == label
+        mended, broken = mine[~was & now], mine[was & ~now]
+        changes.append(
+            ClassChange(
+                label, len(mine), float(was.mean()), float(now.mean()),
+                len(mended), _most(before[mended]), len(broken), _most(after[broken]),
+            )
+        )  # fmt: skip
+    return sorted(changes, key=lambda change: (-change.change, -change.mended, change.label))
+
+
+def _most(given: np.ndarray) -> tuple[int, int] | None:
+    """The most frequent class, the first of several, and how often; None of none."""
+    if not len(given):
+        return None
+    labels, counts = np.unique(given, return_counts=True)
+    return int(labels[counts.argmax()]), int(counts.max())
+
+
+def by_fvu(fvu: np.ndarray, bins: int = 10, least: int = 20) -> list[Bin]:
+    """Bins of about as many images each, at least ``least``, by rising FVU ``[n]``; equal values share a bin."""
+    bins = max(1, min(bins, len(fvu) // least))
+    edges = np.unique(np.quantile(fvu, np.linspace(0, 1, bins + 1)))
+    index = np.clip(np.searchsorted(edges, fvu, side="left") - 1, 0, max(len(edges) - 2, 0))
+    pairs = zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
+    return [Bin(low, high, index == number) for number, (low, high) in enumerate(pairs)]

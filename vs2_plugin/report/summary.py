@@ -1,0 +1,282 @@
+"""Puts results side by side: data sets, backbones, each method against the zero-shot result of its backbone."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from vs2_plugin.report.results import Images, Run
+from vs2_plugin.report.statistics import (
+    Bin,
+    Calibration,
+    ClassChange,
+    Interval,
+    by_fvu,
+    calibration,
+    class_changes,
+    interval,
+    pair,
+)
+
+__all__ = ["Curve", "Group", "Row", "Section", "summarise"]
+
+_STRENGTH = {"gamma", "lam", "alpha"}
+_LABELS = ("none", "train", "oracle")
+#: More rows than this are too many for one figure.
+_MANY = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A result, and what it changes over zero-shot. What it has no data for is None."""
+
+    run: Run
+    label: str
+    zero: Run | None = field(default=None, repr=False)
+    """The zero-shot result that it is compared with; None for a zero-shot result itself."""
+
+    @property
+    def top1(self) -> float:
+        """Accuracy."""
+        return self.run.number("acc1")
+
+    @property
+    def change(self) -> float | None:
+        """Change of the accuracy over zero-shot."""
+        return None if self.zero is None else self.top1 - self.zero.number("acc1")
+
+    @cached_property
+    def interval(self) -> Interval | None:
+        """95 % bootstrap interval of the accuracy."""
+        return None if self.run.images is None else interval(self.run.images.correct)
+
+    @cached_property
+    def before(self) -> np.ndarray | None:
+        """Zero-shot's predictions in the order of this run's images; None where they cannot be paired."""
+        mine, other = self.run.images, self.zero and self.zero.images
+        if mine is None or other is None or mine.classes != other.classes:
+            return None
+        order = pair(mine.digest, mine.target, other.digest, other.target)
+        return None if order is None else other.prediction[order]
+
+    @cached_property
+    def was_correct(self) -> np.ndarray | None:
+        """Which of this run's images zero-shot classified correctly, bool ``[n]``."""
+        return None if self.before is None else self.before == self.run.images.target
+
+    @cached_property
+    def change_interval(self) -> Interval | None:
+        """95 % bootstrap interval of the change, over the same images."""
+        if self.before is None:
+            return None
+        return interval(self.run.images.correct.astype(int) - self.was_correct)
+
+    @property
+    def mended(self) -> int | None:
+        """Images that zero-shot got wrong and this run right."""
+        return None if self.before is None else int((~self.was_correct & self.run.images.correct).sum())
+
+    @property
+    def broken(self) -> int | None:
+        """Images that zero-shot got right and this run wrong."""
+        return None if self.before is None else int((self.was_correct & ~self.run.images.correct).sum())
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """How well the confidences fit."""
+        return None if self.run.images is None else calibration(self.run.images.confidence, self.run.images.correct)
+
+    @cached_property
+    def classes(self) -> list[ClassChange]:
+        """Every class, from the largest gain to the largest loss; empty where images cannot be paired."""
+        if self.before is None:
+            return []
+        return class_changes(self.run.images.target, self.before, self.run.images.prediction)
+
+    @cached_property
+    def bins(self) -> list[Bin]:
+        """The images by FVU; empty where images cannot be paired, have no FVU, or are too few for two bins."""
+        if self.before is None or self.run.images.fvu is None:
+            return []
+        bins = by_fvu(self.run.images.fvu)
+        return bins if len(bins) > 1 else []
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """Results that differ in one setting only."""
+
+    label: str
+    points: tuple[tuple[float | None, Row], ...]
+    """Value and result, by rising value; the value None (no gate) stands last."""
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The results of one backbone on one data set."""
+
+    backbone: str
+    pretrained: str
+    rows: list[Row]
+    """Zero-shot first, then by the labels used, vs2 before other methods."""
+
+    @property
+    def title(self) -> str:
+        """The backbone and its weights."""
+        return f"{self.backbone}, {self.pretrained}" if self.pretrained else self.backbone
+
+    @property
+    def zero(self) -> Row | None:
+        """The zero-shot result that the others are compared with."""
+        return next((row for row in self.rows if row.run.method is None), None)
+
+    @property
+    def images(self) -> Images | None:
+        """Per-image results of one of the rows."""
+        return next((row.run.images for row in self.rows if row.run.images), None)
+
+    @property
+    def steered(self) -> list[Row]:
+        """All but zero-shot."""
+        return [row for row in self.rows if row.run.method is not None]
+
+    @property
+    def methods(self) -> list[Row]:
+        """The first result of each method: the ones with figures of their own."""
+        return list({row.run.method: row for row in reversed(self.steered)}.values())[::-1]
+
+    @property
+    def main(self) -> list[Row]:
+        """The rows without, where there are many, those of a method that curves and grids show."""
+        if len(self.rows) <= _MANY:
+            return self.rows
+        shown = [row for curves in self.curves().values() for curve in curves for _, row in curve.points]
+        shown += [row for _, cells in self.grids() for row in cells.values()]
+        kept = {id(row) for row in self.rows} - {id(row) for row in shown} | {id(row) for row in self.methods}
+        return [row for row in self.rows if id(row) in kept]
+
+    def curves(self) -> dict[str, list[Curve]]:
+        """Setting -> curves along it. ``alpha`` stands for gamma and lam where both are there."""
+        found = {"alpha": self._along("alpha", _STRENGTH)}
+        found["gamma"] = self._along("gamma", {"gamma"}, lambda run: run.fact("alpha") is None)
+        found["k"] = self._along("k", {"k", "checkpoint"})  # an SAE of another k is another checkpoint
+        for key in sorted(self._options - _STRENGTH - {"k"}):
+            found[key] = self._along(key, {key})
+        return {key: curves for key, curves in found.items() if curves}
+
+    def grids(self) -> list[tuple[str, dict[tuple[float, float], Row]]]:
+        """Label and results by (gamma, lam), of results that differ in these only; at least two of each."""
+        found = []
+        for label, rows in self._alike(_STRENGTH):
+            cells = {(row.run.number("vs2_gamma"), row.run.number("vs2_lam")): row for row in reversed(rows)}
+            cells = {key: row for key, row in cells.items() if None not in key}
+            if all(len({key[axis] for key in cells}) > 1 for axis in (0, 1)):
+                found.append((label, cells))
+        return found
+
+    @property
+    def _options(self) -> set[str]:
+        return set().union(*(row.run.given for row in self.steered))
+
+    def _along(self, key: str, free: set[str], fits: Callable[[Run], bool] = lambda run: True) -> list[Curve]:
+        curves = []
+        for label, rows in self._alike(free):
+            points = {row.run.number(f"vs2_{key}"): row for row in reversed(rows) if fits(row.run)}
+            numbers = sorted(value for value in points if value is not None)
+            if key == "gate" and numbers and None in points:
+                numbers.append(None)
+            if len(numbers) > 1:
+                curves.append(Curve(label, tuple((value, points[value]) for value in numbers)))
+        return curves
+
+    def _alike(self, free: set[str]) -> list[tuple[str, list[Row]]]:
+        """The steered results that agree in method, checkpoint, site and all options but the ``free`` ones."""
+        fixed = sorted(({"method", "checkpoint", "site"} | self._options) - free)
+        alike: dict[tuple, list[Row]] = {}
+        for row in self.steered:
+            alike.setdefault(tuple(str(row.run.setting(key)) for key in fixed), []).append(row)
+        return [(_label(rows[0].run, free), rows) for rows in alike.values()]
+
+
+@dataclass(frozen=True, eq=False)
+class Section:
+    """One data set."""
+
+    dataset: str
+    language: str
+    groups: list[Group]
+    others: dict[str, list[Run]]
+    """Task -> results that have no accuracy."""
+
+    @property
+    def title(self) -> str:
+        """The data set, and the language where it is not English."""
+        return self.dataset if self.language == "en" else f"{self.dataset} ({self.language})"
+
+
+def summarise(runs: Iterable[Run]) -> list[Section]:
+    """One section per data set and language, in alphabetical order, English first."""
+    sections = []
+    data_sets = _by(runs, lambda run: (run.dataset, run.language != "en", run.language))
+    for (dataset, _, language), mine in data_sets.items():
+        # A linear probe or a multi-label data set has metrics of its own.
+        ranked = [run for run in mine if run.task == "zeroshot_classification" and run.number("acc1") is not None]
+        rest = [run for run in mine if run not in ranked]
+        backbones = _by(ranked, lambda run: (run.backbone, run.pretrained))
+        groups = [_group(*key, members) for key, members in backbones.items()]
+        sections.append(Section(dataset, language, groups, _by(rest, lambda run: run.task)))
+    return sections
+
+
+def _by(runs: Iterable[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
+    found: dict[Any, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: (key(run), _natural(run.model), str(run.path))):
+        found.setdefault(key(run), []).append(run)
+    return found
+
+
+def _group(backbone: str, pretrained: str, runs: list[Run]) -> Group:
+    def rank(run: Run) -> tuple:
+        labels = _LABELS.index(run.labels) if run.labels in _LABELS else len(_LABELS)
+        # Of several zero-shot results, the one that has per-image results is the one to compare with.
+        bare = run.method is None and run.images is None
+        return run.method is not None, bare, labels, run.method != "vs2", run.method, len(run.segments)
+
+    runs = sorted(runs, key=rank)
+    zero = next((run for run in runs if run.method is None), None)
+    labels = [_label(run) for run in runs]
+    again = Counter(labels)
+    rows = [
+        # Two files of one model are told apart by where they lie.
+        Row(
+            run,
+            f"{label} ({'/'.join(run.path.parts[-2:])})" if again[label] > 1 else label,
+            None if run.method is None else zero,
+        )
+        for run, label in zip(runs, labels, strict=True)
+    ]
+    return Group(backbone, pretrained, rows)
+
+
+def _label(run: Run, without: Iterable[str] = ()) -> str:
+    """The method with its options, but for those named."""
+    if run.method is None:
+        return "zero-shot"
+    kept = (part for part in run.segments[1:] if part.partition("=")[0] not in without)
+    return " ".join([run.method, *(f"@{part}" for part in kept)])
+
+
+def _natural(text: str) -> list[str | float]:
+    """Sorts ``n=9`` before ``n=10``.
+
+    >>> _natural("gamma=-1.5")
+    ['gamma=', -1.5, '']
+    """
+    parts = re.split(r"((?<==)-?\d+(?:\.\d+)?|\d+(?:\.\d+)?)", text)
+    return [float(part) if number % 2 else part for number, part in enumerate(parts)]
