@@ -1,0 +1,106 @@
+"""Several processes, as torchrun starts them, against one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vs2_plugin.processes import ALONE, Processes
+
+TRAIN = ["-m", "vs2_plugin.cli.train_sae", "--model", "local-dir:tiny-clip", "--dataset", "wds/digits"]
+TRAIN += ["--dataset_root", "digits", "--samples", "10000", "--max_images", "500", "--batch_size", "32"]
+
+
+@pytest.mark.parametrize(("count", "unit", "world"), [(10, 1, 3), (10, 4, 2), (0, 4, 2), (3, 1, 5), (100, 64, 4)])
+def test_blocks_follow_each_other_and_hold_everything_once(count, unit, world):
+    blocks = [Processes(rank, world).block(count, unit) for rank in range(world)]
+    assert [number for block in blocks for number in block] == list(range(count))
+    assert all(block.start % unit == 0 for block in blocks if block)
+
+
+def test_one_process_has_everything():
+    assert ALONE.first and ALONE.block(7, 3) == range(7)
+
+
+def torchrun(*words, cwd, **environment):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words]
+    env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=200)
+
+
+STEP = """
+import sys, torch
+from vs2_plugin import SaeConfig, TopKSAE
+from vs2_plugin.processes import joined
+from vs2_plugin.sae.step import ClassMeans, set_gradients
+
+with joined() as processes:
+    torch.manual_seed(0)
+    sae = TopKSAE(SaeConfig(16, 48, 4))
+    x, labels = torch.randn(31, 16) + 3, torch.randint(0, 5, (31,))
+    dead = torch.arange(48) % 7 == 0
+    mine = slice(processes.rank, None, processes.world)
+    set_gradients(sae, x[mine], dead, 0.5, False, ClassMeans(0.8, 5, sys.argv[2] == "running"), labels[mine])
+    if processes.first:
+        torch.save([parameter.grad for parameter in sae.parameters()], sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("means", ["batch", "running"])
+def test_two_processes_have_the_gradients_of_one(tmp_path, means):
+    """Uneven shares, PASS and AuxK included."""
+    import torch
+
+    (tmp_path / "step.py").write_text(STEP)
+    env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    subprocess.run([sys.executable, "step.py", "one.pt", means], cwd=tmp_path, env=env, check=True, timeout=120)
+    done = torchrun("step.py", "two.pt", means, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    one, two = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
+    for single, joint in zip(one, two, strict=True):
+        assert single.abs().max() > 0
+        torch.testing.assert_close(joint, single, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from vs2_plugin.demo.run import prepare
+
+    made = tmp_path_factory.mktemp("processes")
+    prepare(made)
+    return made
+
+
+def test_two_processes_extract_and_train_what_one_does(folder):
+    env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "VS2_STORE": "one"}
+    labels = ["--pass_weight", "0.8"]
+    subprocess.run([sys.executable, *TRAIN, *labels], cwd=folder, env=env, check=True, timeout=300, capture_output=True)
+    done = torchrun(*TRAIN, *labels, cwd=folder, VS2_STORE="two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote ") == 1  # the first process speaks for both
+
+    caches = [sorted((folder / store / "activations").iterdir()) for store in ("one", "two")]
+    assert [path.name for path in caches[0]] == [path.name for path in caches[1]]  # no parts are left
+    for file in caches[0][0].glob("*.npy"):
+        assert np.array_equal(np.load(file), np.load(caches[1][0] / file.name)), file.name
+    name = "checkpoints/local-dir-tiny-clip_wds-digits/vs2.json"
+    one, two = (json.loads((folder / store / name).read_text())["sites"][0] for store in ("one", "two"))
+    assert two["fvu"] == pytest.approx(one["fvu"], abs=1e-3)
+    assert two["training"]["train_count"] == one["training"]["train_count"] == 450
+
+
+def test_the_harness_divides_its_runs(folder):
+    """clip_benchmark's own --distributed gives each process some of the runs."""
+    script = Path(sys.executable).with_name("clip_benchmark")
+    models = ["local-dir:tiny-clip", "pass:local-dir:tiny-clip", "pass:local-dir:tiny-clip@alpha=0"]
+    words = ["eval", "--model", *models, "--pretrained", "", "--dataset", "wds/digits", "--dataset_root", "digits"]
+    words += ["--num_workers", "1", "--quiet", "--output", "results/{model}.json"]
+    done = torchrun("--no_python", str(script), *words, "--distributed", cwd=folder, VS2_STORE="one")
+    assert done.returncode == 0, done.stderr
+    found = [json.loads((folder / "results" / f"{model}.json").read_text())["metrics"] for model in models]
+    assert found[0]["acc1"] == found[2]["acc1"] != found[1]["acc1"]
+    assert found[1]["vs2_method"] == "pass"
