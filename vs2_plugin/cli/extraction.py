@@ -52,12 +52,12 @@ def all_labels(parts: Sequence[Part]) -> np.ndarray:
     return np.concatenate([part.tower.labels + start for part, start in zip(parts, starts, strict=False)])
 
 
-def load_encoders(args: argparse.Namespace, held: dict[str, Any] | None, tower: Tower, device: str) -> Encoders:
-    """The retrieval encoders beside CLIP: those asked for, and those whose embeddings a gallery holds already."""
+def load_encoders(args: argparse.Namespace, held: Sequence[dict[str, Any]], tower: Tower, device: str) -> Encoders:
+    """The retrieval encoders beside CLIP: those asked for, and those whose embeddings galleries hold already."""
     from vs2_plugin.retrieval.encoders import load_encoder, split_name
 
     wanted = dict(split_name(text) for text in args.retrieval_encoder)
-    for name, facts in (held or {"encoders": {}})["encoders"].items():
+    for name, facts in ((name, facts) for gallery in held for name, facts in gallery["encoders"].items()):
         if name != CLIP:
             wanted.setdefault(name, facts["weights"])
     if CLIP in wanted:
@@ -119,7 +119,7 @@ class Extraction:
             split.name,
             self.loaded.transform,
             max_images=args.max_images,
-            seed=args.seed,
+            seed=args.seed[0],
             wds_cache_dir=args.wds_cache_dir,
             labels=self.labels,
         )
@@ -134,7 +134,7 @@ class Extraction:
             "split": split.name,
             "images": images.fingerprint,
             "max_images": args.max_images,
-            "seed": args.seed if args.max_images else None,
+            "seed": args.seed[0] if args.max_images else None,
             "labels": self.labels,
             "amp": args.amp,
             "device": self.device.partition(":")[0],

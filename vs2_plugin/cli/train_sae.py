@@ -28,6 +28,10 @@ examples:
   vs2-train-sae --model ViT-B-32-quickgelu --pretrained openai --dataset cifar100 --retrieval_encoder \
       vit_small_patch14_dinov2 --gallery_labels
 
+several at once:
+  vs2-train-sae --model ViT-B-32-quickgelu --pretrained openai --dataset cifar100 --blocks all --k 32 64 --seed 0 1 2
+  vs2-train-sae --model ViT-B-32-quickgelu --pretrained openai --dataset cifar100 --pass_weight 0 0.8
+
 several processes (one per GPU), which share the images and every training step:
   torchrun --nproc_per_node=4 --no_python vs2-train-sae --model ViT-L-14 --pretrained openai --dataset cifar100
 
@@ -82,12 +86,17 @@ def parser() -> argparse.ArgumentParser:
         help="image loader processes (default: %(default)s)",
     )
     data.add_argument("--no_amp", action="store_false", dest="amp", help="extract in full precision")
-    data.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    data.add_argument("--seed", type=int, nargs="+", default=[0], help="random seed, or several (default: 0)")
     data.add_argument("--model_cache_dir", help="where downloaded models are kept")
     data.add_argument("--wds_cache_dir", help="where clip_benchmark keeps downloaded shards")
     data.add_argument("--quiet", action="store_true", help="no progress, only the result")
 
-    sae = made.add_argument_group("SAE")
+    sae = made.add_argument_group(
+        "SAE",
+        "--k, --expansion_factor, --pass_weight and --seed take several values: all SAEs are trained from one pass over"
+        "the activations, each combination a checkpoint called NAME-k32-x8-seed1; --pass_weight 0 0.8 puts the plain "
+        "SAE and that of PASS into one checkpoint",
+    )
     sae.add_argument(
         "--recipe",
         choices=sorted(RECIPES),
@@ -114,14 +123,15 @@ def parser() -> argparse.ArgumentParser:
         "auxk": "weight of the loss that revives dead latents; 0: off",
         "init": "decoder directions to start from: differences of activations (data), or random ones",
         "pass_weight": "PASS (arXiv 2506.01247): pull the codes of a class towards their mean with this "
-        "weight (the paper: 0.8); reads the training labels, and adds a second SAE for pass: to the checkpoint",
+        "weight (the paper: 0.8); reads the training labels, and adds a second SAE, for pass:, to the checkpoint",
         "pass_means": "the means of PASS: of the batch, or running ones for batches with few images per class",
         "dead_after": "steps of silence after which a latent counts as dead",
     }
     for name, text in helps.items():
         value = getattr(usual, name)
         default = "" if name == "k" else f" (default: {value if isinstance(value, str) else f'{value:g}'})"
-        sae.add_argument(f"--{name}", type=type(value), choices=words.get(name), help=text + default)
+        several = {"nargs": "+"} if name in ("k", "expansion_factor", "pass_weight") else {}
+        sae.add_argument(f"--{name}", type=type(value), choices=words.get(name), help=text + default, **several)
 
     sae.add_argument(
         "--calibrate_on",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from vs2_plugin.clip.sites import Site
     from vs2_plugin.sae import TopKSAE, TrainConfig
+    from vs2_plugin.sae.train import Trained
 
 __all__ = ["run"]
 
@@ -55,35 +57,35 @@ def run(args: argparse.Namespace, processes: Processes = ALONE) -> None:
     if strangers:
         raise SettingError(f"--calibrate_on {strangers[0]!r}: expected some of --dataset: {' '.join(splits)}")
     store = Store.default(args.store)
-    folder = store.folder(args.name or checkpoint_name(args.model, args.pretrained, "+".join(splits)))
-    variant = "pass" if args.pass_weight else "plain"
-    existing = _existing(folder, variant, args.overwrite)
-    settings = _settings(args)
+    plans = _plans(args, store)
+    any_pass = any("pass" in plan.variants for plan in plans)
 
     import torch
 
     device = f"cuda:{processes.local_rank}" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(args.seed)  # as clip_benchmark does before it loads a model
+    torch.manual_seed(args.seed[0])  # as clip_benchmark does before it loads a model
     loaded = load_backbone(args.model, args.pretrained, args.model_cache_dir, device)
     tower = Tower.of(loaded.model, loaded.transform)
     sites = _sites(loaded.model, args.blocks)
-    if variant == "pass":
+    if any_pass:
         say("PASS: the training labels are read; the checkpoint and every result of pass: say so")
     if any(split.transductive for split in splits.values()):
         say("transductive: images that are evaluated are trained on; the checkpoint and every result say so")
 
-    kept = [] if existing is None else [site for site in existing.sites if site.variant != variant]
-    if kept:
-        existing.require_tower(tower)
-    held = existing.gallery if kept and args.gallery else None  # what the gallery there holds stays in it
+    for plan in plans:
+        if plan.kept:
+            plan.existing.require_tower(tower)
+    kept = [find_site(loaded.model, site.hookpoint) for plan in plans for site in plan.kept]
+    # What the galleries of checkpoints that stay hold already, the new ones hold too.
+    held = [plan.existing.gallery for plan in plans if plan.kept and args.gallery and plan.existing.gallery]
     extraction = Extraction(
         args=args,
         store=store,
         loaded=loaded,
         tower=tower,
-        sites=_in_order(loaded.model, [*sites, *(find_site(loaded.model, site.hookpoint) for site in kept)]),
+        sites=_in_order(loaded.model, [*sites, *kept]),
         encoders=load_encoders(args, held, tower, device),
-        labels=variant == "pass" or args.gallery_labels or bool(held and held["labels"]),
+        labels=any_pass or args.gallery_labels or any(gallery["labels"] for gallery in held),
         device=device,
         say=say,
         processes=processes,
@@ -100,47 +102,122 @@ def run(args: argparse.Namespace, processes: Processes = ALONE) -> None:
         "amp": args.amp,
         "max_images": args.max_images,
     }
-    saes = _keep(existing, kept, data)
-    for site in sites:
-        saes.append(
-            _train(
-                site,
-                stack([part.tower.columns[site.hookpoint] for part in parts]),
-                all_labels(parts) if variant == "pass" else None,
-                np.repeat([dataset in calibrate_on for dataset in splits], counts),
-                settings(site.width).for_size(sum(counts)),
-                args,
-                device,
-                processes,
-            )
-        )
-    if not processes.first:
-        return  # the first one writes the checkpoint
-    checkpoint = save_checkpoint(
-        folder,
-        backbone=args.model,
-        pretrained=args.pretrained,
-        tower=tower,
-        data=data,
-        saes=sorted(saes, key=lambda pair: pair[0].variant != "plain"),
-        gallery=extraction.gallery(parts),
-        created={
-            "torch": version("torch"),
-            "open_clip": version("open_clip_torch"),
-            "command": shlex.join(["vs2-train-sae", *sys.argv[1:]]),
-        },
+    saes = [plan.keep(data) for plan in plans]
+    trained = _train(
+        args,
+        plans,
+        {site: stack([part.tower.columns[site.hookpoint] for part in parts]) for site in sites},
+        all_labels(parts) if any_pass else None,
+        np.repeat([dataset in calibrate_on for dataset in splits], counts),
+        device,
+        processes,
     )
-    print(f"wrote {checkpoint.folder}")
-    say(f"evaluate with: {_evaluate_command(args, checkpoint)}")
+    if not processes.first:
+        return  # the first one writes the checkpoints
+    for plan, stay, new in zip(plans, saes, trained, strict=True):
+        checkpoint = save_checkpoint(
+            plan.folder,
+            backbone=args.model,
+            pretrained=args.pretrained,
+            tower=tower,
+            data=data,
+            saes=sorted([*stay, *new], key=lambda pair: pair[0].variant != "plain"),
+            gallery=extraction.gallery(parts),
+            created={
+                "torch": version("torch"),
+                "open_clip": version("open_clip_torch"),
+                "command": shlex.join(["vs2-train-sae", *sys.argv[1:]]),
+            },
+        )
+        print(f"wrote {checkpoint.folder}")
+    names = [plan.folder.name for plan in plans] if args.name or len(plans) > 1 or len(splits) > 1 else [""]
+    say(f"evaluate with: {_evaluate_command(args, names, plans[0].variants)}")
 
 
-def _existing(folder: os.PathLike, variant: str, overwrite: bool) -> Checkpoint | None:
-    """The checkpoint that this training adds to; None if there is none.
+@dataclass(frozen=True)
+class _Plan:
+    """One checkpoint to write."""
+
+    folder: Path
+    """Where."""
+    settings: Mapping[str, Any]
+    """Settings of its SAEs, by the names of :class:`TrainConfig`; ``k`` may be missing."""
+    variants: Mapping[str, float]
+    """Variant to train -> PASS weight."""
+    existing: Checkpoint | None
+    """The checkpoint that is there."""
+
+    @property
+    def kept(self) -> list[SiteFacts]:
+        """The SAEs that stay: those of other variants."""
+        return [] if self.existing is None else [s for s in self.existing.sites if s.variant not in self.variants]
+
+    def keep(self, data: Mapping[str, Any]) -> list[tuple[SiteFacts, TopKSAE]]:
+        """Read the SAEs that stay.
+
+        Raises:
+            DataError: they are of other data.
+        """
+        kept = self.kept
+        differing = [name for name in data if self.existing.data.get(name) != data[name]] if kept else []
+        if differing:
+            facts = ", ".join(f"{name} {self.existing.data.get(name)}, now {data[name]}" for name in differing)
+            name = self.existing.name
+            raise DataError(f"the other SAE of checkpoint {name!r} is of other data ({facts}); give --name")
+        return [(site, self.existing.load(site)[0]) for site in kept]
+
+    def config(self, variant: str, width: int) -> TrainConfig:
+        """The settings for activations of a width. Raises SettingError."""
+        from vs2_plugin.sae.train import TrainConfig
+
+        usual = {"k": min(64, max(1, width // 8))}
+        return TrainConfig(**{**usual, **self.settings, "pass_weight": self.variants[variant]})
+
+
+def _plans(args: argparse.Namespace, store: Store) -> list[_Plan]:
+    """The checkpoints that the command line asks for: one for each combination of what has several values.
 
     Raises:
-        DataError: it holds an SAE of this variant already.
+        SettingError: a setting outside its range.
+        DataError: a checkpoint is there already.
     """
-    if not os.path.exists(folder):
+    from vs2_plugin.sae.train import RECIPES, TrainConfig
+
+    fields = TrainConfig.__dataclass_fields__
+    given = {name: value for name, value in vars(args).items() if name in fields and value is not None}
+    shape = _paper_shape(args.model) if args.recipe == "paper" else {}
+    several = {name: given.pop(name, [shape[name]] if name in shape else []) for name in _SEVERAL}
+    chosen = {**RECIPES[args.recipe], **given}
+    weights = dict.fromkeys(several.pop("pass_weight") or [0.0])
+    passes = [weight for weight in weights if weight] or [0.0]
+    base = args.name or checkpoint_name(args.model, args.pretrained, "+".join(args.dataset))
+    plans = []
+    for *values, weight in product(*(values or [None] for values in several.values()), passes):
+        named = dict(zip(several, values, strict=True))
+        suffix = "".join(f"-{_SEVERAL[name]}{value:g}" for name, value in named.items() if len(several[name]) > 1)
+        suffix += f"-pass{weight:g}" if len(passes) > 1 else ""
+        variants = {"plain": 0.0} if 0.0 in weights else {}
+        variants |= {"pass": weight} if weight else {}
+        folder = store.folder(base + suffix)
+        settings = {**chosen, **{name: value for name, value in named.items() if value is not None}}
+        plan = _Plan(folder, settings, variants, _existing(folder, variants, args.overwrite))
+        for variant in variants:
+            plan.config(variant, 512)
+        plans.append(plan)
+    return plans
+
+
+#: Settings that may have several values -> what stands before the value in a checkpoint's name.
+_SEVERAL = {"k": "k", "expansion_factor": "x", "seed": "seed", "pass_weight": "pass"}
+
+
+def _existing(folder: Path, variants: Iterable[str], overwrite: bool) -> Checkpoint | None:
+    """The checkpoint that a training adds to; None if there is none.
+
+    Raises:
+        DataError: it holds an SAE of such a variant already.
+    """
+    if not folder.exists():
         return None
     try:
         existing = Checkpoint.open(folder)
@@ -148,45 +225,14 @@ def _existing(folder: os.PathLike, variant: str, overwrite: bool) -> Checkpoint 
         if overwrite:
             return None
         raise
-    if any(site.variant == variant for site in existing.sites) and not overwrite:
-        what = " with a PASS SAE" if variant == "pass" else ""
+    again = [variant for variant in variants if any(site.variant == variant for site in existing.sites)]
+    if again and not overwrite:
+        what = " with a PASS SAE" if again == ["pass"] else ""
         raise DataError(
             f"there is a checkpoint {existing.name!r} in {existing.folder.parent} already{what}; replace it with "
             "--overwrite, or give another --name"
         )
     return existing
-
-
-def _keep(
-    existing: Checkpoint | None, kept: Sequence[SiteFacts], data: dict[str, Any]
-) -> list[tuple[SiteFacts, TopKSAE]]:
-    """The SAEs of the other variant, which stay in the checkpoint.
-
-    Raises:
-        DataError: they are of other data.
-    """
-    differing = [name for name in data if existing.data.get(name) != data[name]] if kept else []
-    if differing:
-        facts = ", ".join(f"{name} {existing.data.get(name)}, now {data[name]}" for name in differing)
-        raise DataError(f"the other SAE of checkpoint {existing.name!r} is of other data ({facts}); give --name")
-    return [(site, existing.load(site)[0]) for site in kept]
-
-
-def _settings(args: argparse.Namespace) -> Callable[[int], TrainConfig]:
-    """A function from the activations' width to the training settings. Raises SettingError for wrong ones now."""
-    from vs2_plugin.sae.train import RECIPES, TrainConfig
-
-    chosen: dict[str, Any] = dict(RECIPES[args.recipe])
-    if args.recipe == "paper":
-        chosen |= _paper_shape(args.model)
-    fields = TrainConfig.__dataclass_fields__
-    chosen |= {name: value for name, value in vars(args).items() if name in fields and value is not None}
-
-    def settings(width: int) -> TrainConfig:
-        return TrainConfig(**{"k": min(64, max(1, width // 8)), **chosen})
-
-    settings(512)
-    return settings
 
 
 def _paper_shape(backbone: str) -> dict[str, int]:
@@ -226,52 +272,68 @@ def _in_order(model: nn.Module, chosen: Sequence[Site]) -> list[Site]:
 
 
 def _train(
-    site: Site,
-    activations: np.ndarray,
+    args: argparse.Namespace,
+    plans: Sequence[_Plan],
+    activations: Mapping[Site, np.ndarray],
     labels: np.ndarray | None,
     calibration: np.ndarray,
-    config: TrainConfig,
-    args: argparse.Namespace,
     device: str,
     processes: Processes,
-) -> tuple[SiteFacts, TopKSAE]:
-    """Train the SAE of one site and say how it went."""
-    from vs2_plugin.sae.train import train_sae
+) -> list[list[tuple[SiteFacts, TopKSAE]]]:
+    """Train the SAEs of all plans and say how it went. What two plans have in common is trained once."""
+    from vs2_plugin.sae.train import Job, train_saes
 
-    name = f"SAE at {site}"
-    sae, mean, figures = train_sae(
-        activations,
-        config,
-        labels=labels,
-        calibration=calibration,
-        device=device,
-        quiet=args.quiet,
-        name=name,
-        processes=processes,
+    wanted = [
+        [(variant, site, plan.config(variant, site.width)) for variant in plan.variants for site in activations]
+        for plan in plans
+    ]
+    jobs = {}
+    for plan, saes in zip(plans, wanted, strict=True):
+        for variant, site, config in saes:
+            which = f" of {plan.folder.name}" if len(plans) > 1 else ""
+            name = f"{'PASS ' if variant == 'pass' and len(plan.variants) > 1 else ''}SAE at {site}{which}"
+            own = labels if variant == "pass" else None
+            jobs.setdefault((site, config), Job(name, activations[site], config, own))
+    trained = train_saes(
+        list(jobs.values()), calibration=calibration, device=device, quiet=args.quiet, processes=processes
     )
-    if processes.first:
-        print(
-            f"{name}: {sae.config.num_latents} latents, {sae.config.k} active; FVU {figures.fvu:.4f} on "
-            f"{figures.held_out_count:,} held-out activations, {figures.dead:.1%} of latents dead, "
-            f"{figures.train_count:,} activations in {figures.seconds:.1f} s"
-        )
+    results = dict(zip(jobs, trained, strict=True))
+    for job, (sae, _, figures) in zip(jobs.values(), trained, strict=True):
+        if processes.first:
+            print(
+                f"{job.name}: {sae.config.num_latents} latents, {sae.config.k} active; FVU {figures.fvu:.4f} on "
+                f"{figures.held_out_count:,} held-out activations, {figures.dead:.1%} of latents dead, "
+                f"{figures.train_count:,} activations in {figures.seconds:.1f} s"
+            )
+    return [
+        [
+            (_facts(args, site, variant, config, results[site, config]), results[site, config].sae)
+            for variant, site, config in saes
+        ]
+        for saes in wanted
+    ]
+
+
+def _facts(args: argparse.Namespace, site: Site, variant: str, config: TrainConfig, trained: Trained) -> SiteFacts:
+    """What the checkpoint tells of an SAE."""
+    figures = trained.figures
     progress = {key: value for key, value in asdict(figures).items() if not key.startswith("fvu")}
-    facts = SiteFacts(
+    settings = asdict(config.for_size(figures.train_count + figures.held_out_count))
+    return SiteFacts(
         hookpoint=site.hookpoint,
-        variant="plain" if labels is None else "pass",
-        labels="none" if labels is None else "train",
+        variant=variant,
+        labels="train" if variant == "pass" else "none",
         width=site.width,
-        mean=mean.tolist(),
+        mean=trained.mean.tolist(),
         fvu=figures.fvu,
         fvu_quantiles=figures.fvu_quantiles,
-        training={"recipe": args.recipe, **asdict(config), **progress},
+        training={"recipe": args.recipe, **settings, **progress},
         files={},
     )
-    return facts, sae
 
 
-def _evaluate_command(args: argparse.Namespace, checkpoint: Checkpoint) -> str:
-    named = args.name is not None or len(args.dataset) > 1  # else it is found by its data set
-    model = f"{'pass' if args.pass_weight else 'vs2'}:{args.model}" + (f"@{checkpoint.name}" if named else "")
-    words = ["clip_benchmark", "eval", "--model", args.model, model, "--pretrained", args.pretrained]
+def _evaluate_command(args: argparse.Namespace, names: Sequence[str], variants: Iterable[str]) -> str:
+    methods = ["vs2" if variant == "plain" else "pass" for variant in variants]
+    models = [f"{method}:{args.model}" + (f"@{name}" if name else "") for name in names for method in methods]
+    words = ["clip_benchmark", "eval", "--model", args.model, *models, "--pretrained", args.pretrained]
     return shlex.join([*words, "--dataset", *args.dataset, "--dataset_root", args.dataset_root])

@@ -1,7 +1,8 @@
 """Per-image results of zero-shot classification, on request: ``VS2_PER_IMAGE=1 clip_benchmark eval …``.
 
-Beside ``X.json`` lies then ``X.images.npz``, for plain models and steered ones: arrays with one entry per image, in
-the order of the run.
+The metrics in ``X.json`` then hold ``vs2_ece`` (expected calibration error, 15 bins), ``vs2_seconds`` and
+``vs2_peak_memory`` too, of plain models as well. Beside it lies ``X.images.npz``: arrays with one entry per image, in the
+order of the run.
 
     digest               uint64   of the preprocessed image: the same in every run, whereas the order is not
     target, prediction   int32    class numbers
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 
 from vs2_plugin.data.images import image_digest
+from vs2_plugin.report.statistics import calibration
 
 __all__ = ["Recorder", "images_file"]
 
@@ -80,6 +82,14 @@ class Recorder:
             "target_probability": probability.gather(1, target[:, None])[:, 0].numpy(),
             **{name: values.numpy() for name, values in facts.items()},
         }
+
+    def facts(self) -> dict[str, float | int]:
+        """For the metrics: expected calibration error, seconds so far, and peak memory."""
+        known = {"seconds": round(time.monotonic() - self._started, 3), "peak_memory": _peak()}
+        if self._arrays:
+            correct = self._arrays["prediction"] == self._arrays["target"]
+            known["ece"] = calibration(self._arrays["confidence"], correct).ece
+        return {f"vs2_{name}": value for name, value in known.items()}
 
     def save(self, output: str) -> None:
         """Write the file that belongs to ``output``, whole or not at all. Nothing if there was no classification."""

@@ -142,7 +142,8 @@ def _patch_metrics(module: ModuleType) -> None:
         if _recorder is not None:
             _recorder.classes = arguments.arguments.get("classnames")
         if not hasattr(model, "vs2_facts"):
-            return stock(*args, **kwargs)
+            metrics = stock(*args, **kwargs)
+            return metrics if _recorder is None else {**metrics, **_recorder.facts()}
         model.reset_statistics()
         if "model_id" in arguments.arguments:
             # The linear probe caches features under this name: another checkpoint must not find them.
@@ -152,7 +153,7 @@ def _patch_metrics(module: ModuleType) -> None:
             return metrics
         unreported = model.spec.method.unreported
         kept = {name: value for name, value in metrics.items() if name not in unreported}
-        return {**kept, **model.vs2_facts()}
+        return {**kept, **model.vs2_facts(), **({} if _recorder is None else _recorder.facts())}
 
     module.evaluate = evaluate
     if module.__name__.endswith(".zeroshot_classification"):

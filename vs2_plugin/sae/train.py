@@ -1,12 +1,13 @@
-"""Trains one SAE on stored activations."""
+"""Trains SAEs on stored activations."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from vs2_plugin.processes import ALONE, Processes, total
 from vs2_plugin.sae.step import ClassMeans, fast_bfloat16, set_gradients
 from vs2_plugin.sae.topk import SaeConfig, TopKSAE, sample_fvu
 
-__all__ = ["QUANTILES", "RECIPES", "Figures", "TrainConfig", "train_sae"]
+__all__ = ["QUANTILES", "RECIPES", "Figures", "Job", "TrainConfig", "Trained", "train_sae", "train_saes"]
 
 #: Quantiles of the held-out per-sample FVU that a checkpoint stores.
 QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.995)
@@ -126,7 +127,32 @@ class Figures:
     steps: int
     """Optimizer steps."""
     seconds: float
-    """Wall-clock time of the training."""
+    """Wall-clock time of the training, with that of the SAEs trained beside it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One SAE to train."""
+
+    name: str
+    """What it is called in progress and errors."""
+    activations: np.ndarray
+    """``[count, d]``; a memory-mapped array stays on disk."""
+    config: TrainConfig
+    """The settings."""
+    labels: np.ndarray | None = None
+    """int64 ``[count]``, for PASS."""
+
+
+class Trained(NamedTuple):
+    """A trained SAE."""
+
+    sae: TopKSAE
+    """float32, on the CPU."""
+    mean: Tensor
+    """μ ``[d]``, the mean activation."""
+    figures: Figures
+    """How it went."""
 
 
 def train_sae(
@@ -139,136 +165,177 @@ def train_sae(
     quiet: bool = False,
     name: str = "SAE",
     processes: Processes = ALONE,
-) -> tuple[TopKSAE, Tensor, Figures]:
-    """Train an SAE on activations ``[count, d]`` (a memory-mapped array stays on disk).
+) -> Trained:
+    """Train an SAE on activations ``[count, d]``; see :func:`train_saes`."""
+    job = Job(name, activations, config, labels)
+    return train_saes([job], calibration=calibration, device=device, quiet=quiet, processes=processes)[0]
+
+
+def train_saes(
+    jobs: Sequence[Job],
+    *,
+    calibration: np.ndarray | None = None,
+    device: str | torch.device = "cpu",
+    quiet: bool = False,
+    processes: Processes = ALONE,
+) -> list[Trained]:
+    """Train SAEs on activations of the same images: at several sites, of several sizes, by several seeds.
+
+    Those of the same seed, batch size and length share one pass: each batch is read once for all SAEs of its site.
+    Every SAE comes out as it would alone.
 
     The loss is the batch's FVU, ``Σ‖x - x̃‖² / Σ‖x - batch mean‖²``, plus ``auxk`` times the share of the residual
     that dead latents fail to explain. A tenth of the activations, at most 10,000, is held out; the weights kept are
     those of lowest FVU on the held-out ones (on 2,000 of them, looked at 20 times).
 
     With ``pass_weight``, the loss has the term of PASS (:class:`vs2_plugin.sae.step.ClassMeans`), which trades FVU for
-    codes that agree within a class: ``labels`` (int64 ``[count]``) are needed, and the weights kept are the last.
+    codes that agree within a class: labels are needed, and the weights kept are the last.
 
     ``calibration`` (bool ``[count]``) says which activations the FVU quantiles are of; by default all.
 
     Joined ``processes`` call this with the same arguments and share each batch; the result is the same in all.
 
-    Returns:
-        The SAE (float32, on the CPU), the mean activation μ ``[d]``, and the figures.
-
     Raises:
         DataError: too few activations, all of them equal, or values that are not finite; or the training diverged.
         SettingError: k above the number of latents.
     """
-    started = time.monotonic()
-    count, width = activations.shape
+    count = len(jobs[0].activations)
     if count < 20:
         raise DataError(f"{count} activations are too few to train an SAE; expected at least 20")
-    if config.pass_weight and labels is None:
-        raise DataError("pass_weight is set and there are no labels; PASS needs one per activation")
-    config = config.for_size(count)
-    order = np.random.default_rng(config.seed).permutation(count)
-    held = np.sort(order[: min(_HELD_OUT_MAX, count // 10)])
-    train = order[len(held) :]
-    watched = np.sort(order[: min(_WATCHED_MAX, len(held))])
-    batch_size = min(config.sae_batch_size, len(train))
-    steps = max(1, config.samples // batch_size)
-    if batch_size < processes.world:
-        raise SettingError(f"sae_batch_size is {batch_size}; expected at least one activation per process")
+    jobs = [replace(job, config=job.config.for_size(count)) for job in jobs]
+    for job in jobs:
+        if job.config.pass_weight and job.labels is None:
+            raise DataError("pass_weight is set and there are no labels; PASS needs one per activation")
+        if job.config.sae_batch_size < processes.world:
+            size = job.config.sae_batch_size
+            raise SettingError(f"sae_batch_size is {size}; expected at least one activation per process")
+    moments = {id(job.activations): job.activations for job in jobs}
+    moments = {key: _moments(activations) for key, activations in moments.items()}
+    passes: dict[tuple, list[int]] = {}
+    for index, job in enumerate(jobs):
+        passes.setdefault((job.config.seed, job.config.sae_batch_size, job.config.samples), []).append(index)
+    trained: dict[int, Trained] = {}
+    for together in passes.values():
+        runs = [_Run(jobs[index], *moments[id(jobs[index].activations)], device) for index in together]
+        _train_together(runs, quiet, processes)
+        trained.update({index: run.finish(calibration) for index, run in zip(together, runs, strict=True)})
+    return [trained[index] for index in range(len(jobs))]
 
-    mean, variance = _moments(activations)
-    if not torch.isfinite(mean).all() or not np.isfinite(variance):
-        raise DataError("some activations are not finite; extract them again with --cache_dtype float32")
-    if variance == 0:
-        raise DataError("all activations are equal; are all images the same?")
-    scale = (variance / width) ** 0.5 if config.rescale else 1.0
 
-    torch.manual_seed(config.seed)
-    sae = TopKSAE(SaeConfig(width, config.expansion_factor * width, config.k, config.activation))
-    with torch.no_grad():
-        sae.b_dec.copy_(mean / scale)
-    if config.init == "data":
-        _start_from_data(sae, activations, train, config.seed)
-    sae.to(device)
-
-    def rows(chosen: np.ndarray) -> Tensor:
-        return _rows(activations, chosen, device) / scale
-
-    classes = None
-    if config.pass_weight:
-        known, labels = np.unique(labels, return_inverse=True)
-        classes = ClassMeans(config.pass_weight, len(known), config.pass_means == "running")
-        labels = torch.from_numpy(labels).to(device)
-
-    with _threads_for(batch_size * width * sae.config.num_latents):
-        bar = tqdm(total=steps * batch_size, desc=name, unit="act", unit_scale=True, disable=True if quiet else None)
-        with bar:
-            batches = _batches(train, batch_size, config.seed)
-            shares = (batch[processes.rank :: processes.world] for batch in batches)
-            _fit(sae, rows, shares, watched, steps, batch_size, config, bar, classes, labels)
-
-    # x / s = W_decᵀ c + b  ⇒  x = W_decᵀ (s c) + s b, and s c = TopK(W_enc (x - s b_dec) + s b_enc).
-    with torch.no_grad():
-        sae.b_dec *= scale
-        sae.encoder.bias *= scale
-    sae.eval().requires_grad_(False)
-    calibrated = held if calibration is None else held[calibration[held]]
-    if not len(calibrated):
-        raise DataError("none of the activations to calibrate on is held out; take more images of those data sets")
-    samples_fvu = _samples_fvu(sae, activations, calibrated, mean, device)
-    quantiles = torch.quantile(samples_fvu, torch.tensor(QUANTILES, dtype=torch.double)).tolist()
-    figures = Figures(
-        fvu=round(_held_out_fvu(sae, lambda chosen: _rows(activations, chosen, device), held), 6),
-        fvu_quantiles={f"{q:g}": round(value, 6) for q, value in zip(QUANTILES, quantiles, strict=True)},
-        dead=_dead_share(sae, activations, np.sort(train[:_DEAD_MAX]), device),
-        train_count=len(train),
-        held_out_count=len(held),
-        steps=steps,
-        seconds=round(time.monotonic() - started, 2),
+def _train_together(runs: Sequence[_Run], quiet: bool, processes: Processes) -> None:
+    """One pass for SAEs that see the same batches."""
+    first = runs[0]
+    name = first.job.name if len(runs) == 1 else f"{len(runs)} SAEs"
+    shown = tqdm(
+        total=first.steps * first.batch_size, desc=name, unit="act", unit_scale=True, disable=True if quiet else None
     )
-    return sae.cpu(), mean, figures
+    batches = _batches(first.train, first.batch_size, first.job.config.seed)
+    arrays = {id(run.job.activations): run.job.activations for run in runs}
+    with _threads_for(max(run.work for run in runs)), shown as bar:
+        for step in range(1, first.steps + 1):
+            chosen = next(batches)[processes.rank :: processes.world]
+            read = {key: _rows(activations, chosen, first.device) for key, activations in arrays.items()}
+            for run in runs:
+                run.step(read[id(run.job.activations)], chosen, step)
+            bar.update(first.batch_size)
+            if step % max(1, first.steps // _EVALUATIONS) == 0 or step == first.steps:
+                seen = [run.look() for run in runs]
+                bar.set_postfix(FVU=f"{np.mean([fvu for fvu, _ in seen]):.4f}", dead=f"{max(d for _, d in seen):.3f}")
 
 
-def _fit(
-    sae: TopKSAE,
-    rows: Callable[[np.ndarray], Tensor],
-    batches: Iterator[np.ndarray],
-    watched: np.ndarray,
-    steps: int,
-    batch_size: int,
-    config: TrainConfig,
-    bar: tqdm,
-    classes: ClassMeans | None,
-    labels: Tensor | None,
-) -> None:
-    """Train ``sae`` in place. It ends with the weights of lowest FVU on the ``watched`` activations; with PASS, whose
-    aim is another, with the last."""
-    optimizer = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr=config.lr, fused=True)
-    bfloat16 = fast_bfloat16(sae)
-    warmup = max(1, round(config.warmup * steps))
-    silent = torch.zeros(sae.config.num_latents, dtype=torch.long, device=sae.W_dec.device)
-    best = (float("inf"), {})
-    for step in range(1, steps + 1):
-        chosen = next(batches)
-        x = rows(chosen)
-        own = None if classes is None else labels[chosen]
-        _, latents = set_gradients(sae, x, silent >= config.dead_after, config.auxk, bfloat16, classes, own)
-        optimizer.param_groups[0]["lr"] = config.lr * min(step / warmup, (steps - step + 1) / max(1, steps - warmup))
-        optimizer.step()
+class _Run:
+    """The training of one SAE."""
+
+    def __init__(self, job: Job, mean: Tensor, variance: float, device: str | torch.device) -> None:
+        config, activations = job.config, job.activations
+        self.job, self.device, self.mean, self._started = job, device, mean, time.monotonic()
+        count, width = activations.shape
+        order = np.random.default_rng(config.seed).permutation(count)
+        self.held = np.sort(order[: min(_HELD_OUT_MAX, count // 10)])
+        self.watched = np.sort(order[: min(_WATCHED_MAX, len(self.held))])
+        self.train = order[len(self.held) :]
+        self.batch_size = min(config.sae_batch_size, len(self.train))
+        self.steps = max(1, config.samples // self.batch_size)
+        if not torch.isfinite(mean).all() or not np.isfinite(variance):
+            raise DataError("some activations are not finite; extract them again with --cache_dtype float32")
+        if variance == 0:
+            raise DataError("all activations are equal; are all images the same?")
+        self.scale = (variance / width) ** 0.5 if config.rescale else 1.0
+
+        torch.manual_seed(config.seed)
+        self.sae = TopKSAE(SaeConfig(width, config.expansion_factor * width, config.k, config.activation))
+        self.work = self.batch_size * width * self.sae.config.num_latents
+        with torch.no_grad():
+            self.sae.b_dec.copy_(mean / self.scale)
+        if config.init == "data":
+            _start_from_data(self.sae, activations, self.train, config.seed)
+        self.sae.to(device)
+        self._classes = self._labels = None
+        if config.pass_weight:
+            known, labels = np.unique(job.labels, return_inverse=True)
+            self._classes = ClassMeans(config.pass_weight, len(known), config.pass_means == "running")
+            self._labels = torch.from_numpy(labels).to(device)
+        self._optimizer = torch.optim.Adam(
+            [p for p in self.sae.parameters() if p.requires_grad], lr=config.lr, fused=True
+        )
+        self._bfloat16 = fast_bfloat16(self.sae)
+        self._silent = torch.zeros(self.sae.config.num_latents, dtype=torch.long, device=device)
+        self._best: tuple[float, dict[str, Tensor]] = (math.inf, {})
+
+    def step(self, x: Tensor, chosen: np.ndarray, step: int) -> None:
+        """One step on activations ``[batch, d]``, whose row numbers are ``chosen``."""
+        config, sae = self.job.config, self.sae
+        own = None if self._classes is None else self._labels[chosen]
+        dead = self._silent >= config.dead_after
+        _, latents = set_gradients(sae, x / self.scale, dead, config.auxk, self._bfloat16, self._classes, own)
+        warmup = max(1, round(config.warmup * self.steps))
+        rate = min(step / warmup, (self.steps - step + 1) / max(1, self.steps - warmup))
+        self._optimizer.param_groups[0]["lr"] = config.lr * rate
+        self._optimizer.step()
         sae.normalize_decoder()
-        silent += 1
-        active = torch.zeros_like(silent)
+        active = torch.zeros_like(self._silent)
         active[latents.indices[latents.values != 0]] = 1
-        silent[total(active) > 0] = 0
-        bar.update(batch_size)
-        if step % max(1, steps // _EVALUATIONS) == 0 or step == steps:
-            held_fvu = _held_out_fvu(sae, rows, watched)
-            bar.set_postfix(FVU=f"{held_fvu:.4f}", dead=f"{(silent >= config.dead_after).float().mean().item():.3f}")
-            if held_fvu < best[0] or (classes is not None and math.isfinite(held_fvu)):
-                best = (held_fvu, {key: value.clone() for key, value in sae.state_dict().items()})
-    if not best[1]:
-        raise DataError(f"the training diverged (held-out FVU {held_fvu}); lower --lr, now {config.lr:g}")
-    sae.load_state_dict(best[1])
+        self._silent += 1
+        self._silent[total(active) > 0] = 0
+
+    def look(self) -> tuple[float, float]:
+        """FVU on the watched activations, and the share of dead latents. Keeps the weights if they are the best so
+        far; with PASS, whose aim is another, in any case."""
+        self._last = _held_out_fvu(self.sae, self._scaled_rows, self.watched)
+        if self._last < self._best[0] or (self._classes is not None and math.isfinite(self._last)):
+            self._best = (self._last, {key: value.clone() for key, value in self.sae.state_dict().items()})
+        return self._last, (self._silent >= self.job.config.dead_after).float().mean().item()
+
+    def _scaled_rows(self, chosen: np.ndarray) -> Tensor:
+        return _rows(self.job.activations, chosen, self.device) / self.scale
+
+    def finish(self, calibration: np.ndarray | None) -> Trained:
+        """The SAE of the weights that were kept, for activations as they are stored."""
+        sae, activations, device = self.sae, self.job.activations, self.device
+        if not self._best[1]:
+            rate = self.job.config.lr
+            raise DataError(f"the training diverged (held-out FVU {self._last}); lower --lr, now {rate:g}")
+        sae.load_state_dict(self._best[1])
+        # x / s = W_decᵀ c + b  ⇒  x = W_decᵀ (s c) + s b, and s c = TopK(W_enc (x - s b_dec) + s b_enc).
+        with torch.no_grad():
+            sae.b_dec *= self.scale
+            sae.encoder.bias *= self.scale
+        sae.eval().requires_grad_(False)
+        calibrated = self.held if calibration is None else self.held[calibration[self.held]]
+        if not len(calibrated):
+            raise DataError("none of the activations to calibrate on is held out; take more images of those data sets")
+        samples_fvu = _samples_fvu(sae, activations, calibrated, self.mean, device)
+        quantiles = torch.quantile(samples_fvu, torch.tensor(QUANTILES, dtype=torch.double)).tolist()
+        figures = Figures(
+            fvu=round(_held_out_fvu(sae, lambda chosen: _rows(activations, chosen, device), self.held), 6),
+            fvu_quantiles={f"{q:g}": round(value, 6) for q, value in zip(QUANTILES, quantiles, strict=True)},
+            dead=_dead_share(sae, activations, np.sort(self.train[:_DEAD_MAX]), device),
+            train_count=len(self.train),
+            held_out_count=len(self.held),
+            steps=self.steps,
+            seconds=round(time.monotonic() - self._started, 2),
+        )
+        return Trained(sae.cpu(), self.mean, figures)
 
 
 @contextmanager
