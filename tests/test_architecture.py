@@ -23,6 +23,7 @@ FORBIDDEN = {
     "checkpoint": {"cli", "data", "demo", "harness"},
     "harness": {"cli", "demo", "sweep"},
     "sweep": {"cli", "demo", "report"},
+    "inspection": PARTS - {"inspection", "sae", "steering", "retrieval", "clip"},
     "report": PARTS - {"report"},  # reads files; needs no model
     "": {"cli", "demo", "report", "sweep"},  # the modules at the top
     "cli": set(),  # commands and the demo import everything

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vs2_plugin.errors import PluginError
-from vs2_plugin.method import COMMON, RESERVED, Method, Option
+from vs2_plugin.method import COMMON, LABELS, NEIGHBOURS, RESERVED, Method, Option
 
 NUMBER = Option("x", float, minimum=-2, maximum=3)
 COUNT = Option("x", int, minimum=1)
@@ -136,6 +136,11 @@ BAD_METHODS = [
     {"name": "m", "labels": "some"},
     {"name": "m", "options": [Option("a"), Option("a")]},
     *({"name": "m", "options": [Option(option.name)]} for option in COMMON),
+    *({"name": "m", "gallery": "neighbours", "options": [Option(option.name)]} for option in NEIGHBOURS),
+    {"name": "m", "sae": "other"},
+    {"name": "m", "gallery": "some"},
+    {"name": "m", "gallery": "images", "needs_checkpoint": False},
+    {"name": "m", "site": "input"},
 ]
 
 
@@ -159,6 +164,28 @@ def test_a_method_with_a_checkpoint_has_the_common_options_beside_its_own():
     assert Method("m", print, own, needs_checkpoint=False).all_options == tuple(own)
     assert Method("m", print, own).fill({}) == {"a": 1.0, **{option.name: option.default for option in COMMON}}
     assert Method("m", print, own, needs_checkpoint=False).option(COMMON[0].name) is None
+
+
+def test_a_method_has_the_options_of_what_it_uses():
+    own = (Option("a", float, 1.0),)
+    assert Method("m", print, own, gallery="neighbours").all_options == (*own, *NEIGHBOURS, *COMMON)
+    assert Method("m", print, own, gallery="images").all_options == (*own, *COMMON)
+    assert Method("m", print, own, gallery="neighbours", site="output").all_options == (*own, *NEIGHBOURS)
+    assert Method("m", print, [Option("n", int, 3)], gallery="images").fill({})["n"] == 3
+
+
+@pytest.mark.parametrize("always", ["none", "train", "oracle"])
+def test_an_oracle_is_known_by_its_option(always):
+    method = Method("m", print, [LABELS], gallery="neighbours", labels=always)
+    assert method.labels_used(method.fill({})) == always
+    assert method.labels_used(method.fill({"labels": "oracle"})) == "oracle"
+    assert Method("m", print, labels=always).labels_used({}) == always
+
+
+def test_pseudo_labels_need_classes_and_true_ones_do_not():
+    method = Method("m", print, [LABELS], gallery="neighbours")
+    assert method.needs_classes(method.fill({})) and not method.needs_classes(method.fill({"labels": "oracle"}))
+    assert Method("m", print, classes=True).needs_classes({}) and not Method("m", print).needs_classes({})
 
 
 @pytest.mark.parametrize(

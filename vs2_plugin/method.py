@@ -13,7 +13,7 @@ from typing import Any
 
 from vs2_plugin.errors import PluginError
 
-__all__ = ["COMMON", "LABELS", "NEIGHBOURS", "Method", "Option", "Scalar"]
+__all__ = ["COMMON", "ENCODER_NAME", "LABELS", "NEIGHBOURS", "Method", "Option", "Scalar"]
 
 Scalar = float | int | str | bool
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
@@ -115,11 +115,14 @@ LABELS = Option(
     help="of the neighbours: their zero-shot classes, or (oracle, an upper bound) the training labels",
 )  # fmt: skip
 
+#: What the name of a retrieval encoder looks like, and that in words.
+ENCODER_NAME = (r"[A-Za-z0-9][A-Za-z0-9_.-]*", "clip, or the name of a timm model")
+
 #: What every method that looks up neighbours understands; its builder does not see these.
 NEIGHBOURS = (
     Option("n", int, 50, minimum=1, maximum=100_000, help="N, the number of neighbours"),
     Option(
-        "encoder", str, "clip", pattern=(r"[A-Za-z0-9][\w.-]*", "clip, or the name of a timm model"),
+        "encoder", str, "clip", pattern=ENCODER_NAME,
         help="what images are compared by: the CLIP embedding, or a vs2-train-sae --retrieval_encoder",
     ),
     Option("search", str, "exact", choices=("exact", "faiss"), help="faiss: approximate, for millions of images"),

@@ -11,9 +11,11 @@ from vs2_plugin.clip.sites import (
     default_site,
     edit,
     editing,
+    embedding_from,
     find_site,
     in_float32,
     output_site,
+    paused,
     reading,
 )
 from vs2_plugin.errors import PluginError, TowerError
@@ -262,6 +264,39 @@ def test_an_edit_reaches_the_blocks_after_it(make_clip, batch):
     assert torch.equal(steered[first], stock[first])
     assert torch.equal(steered[second], stock[second] + 1)
     assert not torch.allclose(steered[last], stock[last])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", TOWERS)
+@torch.no_grad()
+def test_what_is_left_of_the_tower_gives_the_embedding(name, dtype, make_clip):
+    """From the activation at the default site, in float32, also of a tower in half precision and within autocast."""
+    model = build(name, make_clip).to(dtype)
+    site = default_site(model)
+    images = images_for(model).to(dtype)
+    with reading(model, [site]) as found:
+        embedding = model.encode_image(images)
+    with torch.autocast("cpu"):
+        rest = embedding_from(model, site, found[site].float())
+    assert rest.dtype == torch.float32
+    if name == "CoCa":  # its encode_image gives them at norm 1
+        rest = nn.functional.normalize(rest, dim=-1)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(rest, embedding.float(), atol=tolerance, rtol=tolerance)
+
+
+@torch.no_grad()
+def test_paused_edits_are_as_if_they_were_not_there(make_clip, batch):
+    model = make_clip()
+    plain = encode(model, batch)
+    edits = [edit(model, site, lambda x: x + 1) for site in block_sites(model)[1:]]
+    steered = encode(model, batch)
+    with pytest.raises(ZeroDivisionError), paused(edits[:1]):
+        assert not torch.equal(encode(model, batch), steered)
+        with paused(edits):
+            assert torch.equal(encode(model, batch), plain)
+        raise ZeroDivisionError
+    assert torch.equal(encode(model, batch), steered) and not torch.equal(steered, plain)
 
 
 def test_outputs_that_are_tuples_keep_their_other_parts():

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from vs2_plugin.clip.sites import block_sites, default_site, output_site, reading
-from vs2_plugin.data.activations import ActivationCache, extract, require_space, stack
-from vs2_plugin.data.images import TrainingImages
+from vs2_plugin.data.activations import ActivationCache, activations_at, extract, require_space
+from vs2_plugin.data.images import TrainingImages, image_digest
 from vs2_plugin.errors import DataError
 
 KEY = {
@@ -28,25 +28,33 @@ def model(make_clip):
     return make_clip()
 
 
-def pictures(count):
-    made = torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    return TrainingImages(list(made), count, None, None)
+COLUMN = "visual.transformer.resblocks.2"
+
+
+def pictures(count, labels=False):
+    made = list(torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
+    source = [(image, 10 - number) for number, image in enumerate(made)] if labels else made
+    return TrainingImages(source, count, None, None, labels)
 
 
 def run(model, images, cache, *, key=KEY, sites=None, batch_size=4, amp=False, dtype=np.float32):
     sites = sites or [default_site(model)]
     return extract(
-        model,
+        activations_at(model, sites, amp),
+        widths(sites),
         images,
-        sites,
         cache,
         key,
+        device="cpu",
         batch_size=batch_size,
         num_workers=0,
-        amp=amp,
         dtype=np.dtype(dtype),
         quiet=True,
     )
+
+
+def widths(sites):
+    return {site.hookpoint: site.width for site in sites}
 
 
 # ---- extraction
@@ -57,55 +65,88 @@ def test_the_activations_of_every_site_are_those_of_one_pass(model, cache):
     found = run(model, images, cache, sites=sites)
     with torch.no_grad(), reading(model, sites) as expected:
         model.encode_image(torch.stack(images.source[:4]))
+    assert len(found) == 10 and found.columns.keys() == widths(sites).keys()
     for site in sites:
-        assert found[site].shape == (10, site.width)
-        assert isinstance(found[site], np.memmap)
-        assert np.array_equal(found[site][:4], expected[site].numpy())
-    assert not np.array_equal(found[sites[0]], found[sites[1]])
+        column = found.columns[site.hookpoint]
+        assert column.shape == (10, site.width)
+        assert isinstance(column, np.memmap)
+        assert np.array_equal(column[:4], expected[site].numpy())
+    assert not np.array_equal(found.columns[sites[0].hookpoint], found.columns[sites[1].hookpoint])
+
+
+def test_columns_of_any_encoder_are_stored_and_others_passed_over(cache):
+    images = pictures(5)
+
+    def encode(batch):
+        return {"mean": batch.mean((2, 3)), "not asked for": batch}
+
+    settings = {"device": "cpu", "batch_size": 2, "num_workers": 0, "dtype": np.dtype("float32"), "quiet": True}
+    found = extract(encode, {"mean": 3}, images, cache, KEY, **settings)
+    assert list(found.columns) == ["mean"]
+    assert np.allclose(found.columns["mean"], torch.stack(images.source).mean((2, 3)).numpy())
+
+
+def test_digests_tell_the_images_apart_and_labels_stand_beside_them(model, cache):
+    images = pictures(7, labels=True)
+    images.source[5] = (images.source[2][0].clone(), 3)
+    found = run(model, images, cache)
+    assert found.digests.dtype == np.uint64 and found.labels.dtype == np.int64
+    assert found.digests.tolist() == [image_digest(image) for image, _ in images.source]
+    assert len(set(found.digests.tolist())) == 6 and found.digests[5] == found.digests[2]
+    assert found.labels.tolist() == [10, 9, 8, 7, 6, 3, 4]
+    again = cache.open(KEY, widths([default_site(model)]), labels=True)
+    assert np.array_equal(again.labels, found.labels) and np.array_equal(again.digests, found.digests)
+    assert cache.open(KEY, widths([default_site(model)])).labels is None
+
+
+def test_labels_that_were_not_read_count_as_not_there(model, cache):
+    assert run(model, pictures(5), cache).labels is None
+    assert cache.open(KEY, widths([default_site(model)]), labels=True) is None
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 0), (np.float16, 1e-3)])
 def test_a_column_is_a_plain_npy_file(dtype, tolerance, model, cache):
     found = run(model, pictures(10), cache, dtype=dtype)
-    (file,) = cache.folder(KEY).glob("*.npy")
-    assert file.name == "visual.transformer.resblocks.2.npy"
+    assert {path.name for path in cache.folder(KEY).glob("*.npy")} == {f"{COLUMN}.npy", "digests.npy"}
+    file = found.folder / f"{COLUMN}.npy"
     plain = np.load(file, allow_pickle=False)
     assert (plain.dtype, plain.shape) == (dtype, (10, 32))
-    exact = run(model, pictures(10), cache, key={"other": 1})[default_site(model)]
+    exact = run(model, pictures(10), cache, key={"other": 1}).columns[COLUMN]
     assert np.allclose(plain, exact, rtol=tolerance, atol=tolerance)
-    assert np.array_equal(plain, found[default_site(model)])
+    assert np.array_equal(plain, found.columns[COLUMN])
     assert file.stat().st_size == 128 + plain.nbytes
 
 
 def test_extraction_under_autocast_stores_what_the_tower_gives_there(model, cache):
     images = pictures(4)
-    found = run(model, images, cache, amp=True)[default_site(model)]
+    found = run(model, images, cache, amp=True).columns[COLUMN]
     with torch.no_grad(), torch.autocast("cpu"), reading(model, [default_site(model)]) as expected:
         model.encode_image(torch.stack(images.source))
     assert np.array_equal(found, expected[default_site(model)].float().numpy())
-    assert not np.array_equal(found, run(model, images, cache, amp=False)[default_site(model)])
+    assert not np.array_equal(found, run(model, images, cache, amp=False).columns[COLUMN])
 
 
 def test_what_was_extracted_is_found_again(model, cache):
     sites = block_sites(model)
-    assert cache.open(KEY, sites) is None
+    assert cache.open(KEY, widths(sites)) is None
     found = run(model, pictures(5), cache, sites=sites)
-    again = cache.open(KEY, sites)
-    assert all(np.array_equal(found[site], again[site]) for site in sites)
+    again = cache.open(KEY, widths(sites))
+    assert again.folder == found.folder and again.columns.keys() == found.columns.keys() == widths(sites).keys()
+    assert all(np.array_equal(found.columns[name], again.columns[name]) for name in widths(sites))
     assert json.loads((cache.folder(KEY) / "activations.json").read_text()) == {"count": 5, "key": KEY}
 
 
 def test_extracting_again_replaces(model, cache):
     run(model, pictures(5), cache)
     run(model, pictures(7), cache)
-    assert len(cache.open(KEY, [default_site(model)])[default_site(model)]) == 7
+    assert len(cache.open(KEY, widths([default_site(model)])).columns[COLUMN]) == 7
     assert len(list(cache.root.iterdir())) == 1
 
 
 def test_no_images_at_all_are_a_data_error(model, cache):
     with pytest.raises(DataError, match="there are no training images"):
         run(model, pictures(0), cache)
-    assert cache.open(KEY, [default_site(model)]) is None
+    assert cache.open(KEY, widths([default_site(model)])) is None
     assert list(cache.root.iterdir()) == []
 
 
@@ -124,7 +165,6 @@ class Interrupted(TrainingImages):
 )
 @pytest.mark.parametrize("before", [False, True], ids=["nothing there", "earlier run there"])
 def test_an_interrupted_extraction_leaves_what_was_there_and_a_later_one_works(error, before, model, cache):
-    site = default_site(model)
     if before:
         run(model, pictures(5), cache)
     broken = Interrupted(pictures(8).source, 8, None, None)
@@ -133,9 +173,9 @@ def test_an_interrupted_extraction_leaves_what_was_there_and_a_later_one_works(e
         run(model, broken, cache)
     left = [path.name for path in cache.root.iterdir()]
     assert left == ([cache.folder(KEY).name] if before else [])
-    found = cache.open(KEY, [site])
-    assert len(found[site]) == 5 if before else found is None
-    assert len(run(model, pictures(8), cache)[site]) == 8
+    found = cache.open(KEY, widths([default_site(model)]))
+    assert len(found) == 5 if before else found is None
+    assert len(run(model, pictures(8), cache)) == 8
 
 
 @pytest.mark.parametrize(
@@ -149,7 +189,7 @@ def test_an_activation_that_float16_cannot_hold_is_a_data_error(bias, dtype, fit
         run(model, pictures(3), cache, dtype=dtype)
         return
     with pytest.raises(
-        DataError, match=r"an activation at block 2 is 7e\+04, which float16 cannot hold; use --cache_dtype float32"
+        DataError, match=rf"an activation at {COLUMN} is 7e\+04, which float16 cannot hold; use --cache_dtype float32"
     ):
         run(model, pictures(3), cache, dtype=dtype)
     assert list(cache.root.iterdir()) == []
@@ -202,25 +242,27 @@ def braces(folder, file):
     (folder / file).write_text("{}")
 
 
-COLUMN, FACTS = "visual.transformer.resblocks.2.npy", "activations.json"
+FACTS = "activations.json"
 DAMAGE = [
-    *((COLUMN, damage) for damage in (cut, drop, swap, garbage)),
-    *((FACTS, damage) for damage in (drop, garbage, clear)),
-    pytest.param(COLUMN, clear),
-    pytest.param(FACTS, braces),
+    *(
+        (file, damage)
+        for file in (f"{COLUMN}.npy", "digests.npy", "labels.npy")
+        for damage in (cut, drop, swap, garbage, clear)
+    ),
+    *((FACTS, damage) for damage in (drop, garbage, clear, braces)),
 ]
 
 
 @pytest.mark.parametrize(("file", "damage"), DAMAGE)
 def test_what_is_not_whole_counts_as_not_there(file, damage, model, cache):
-    run(model, pictures(5), cache)
+    run(model, pictures(5, labels=True), cache)
     damage(cache.folder(KEY), file)
-    assert cache.open(KEY, [default_site(model)]) is None
+    assert cache.open(KEY, widths([default_site(model)]), labels=True) is None
 
 
 def test_a_site_that_was_not_extracted_counts_as_not_there(model, cache):
     run(model, pictures(5), cache)
-    assert cache.open(KEY, block_sites(model)) is None
+    assert cache.open(KEY, widths(block_sites(model))) is None
 
 
 # ---- space
@@ -236,22 +278,3 @@ def test_too_little_space_is_a_data_error_with_both_figures(tmp_path):
         DataError, match=rf"need 1000000000\.00 GB and {tmp_path} has .* GB free; .*--store.*--max_images"
     ):
         require_space(tmp_path / "cache", 10**18)
-
-
-@pytest.mark.parametrize(
-    "rows", [0, 6, slice(1, 6), slice(None), np.array([0, 2, 3, 6]), np.array([5, 1, 1]), np.array([], int)]
-)
-def test_stacked_arrays_read_as_one(rows):
-    parts = [
-        np.arange(8, dtype=np.float16).reshape(4, 2),
-        np.empty((0, 2), np.float16),
-        np.arange(50, 56, dtype=np.float16).reshape(3, 2),
-    ]
-    stacked, whole = stack(parts), np.concatenate(parts)
-    assert stacked.shape == whole.shape and len(stacked) == 7
-    assert np.array_equal(stacked[rows], whole[rows]) and stacked[rows].dtype == np.float16
-
-
-def test_one_array_is_not_wrapped():
-    array = np.zeros((3, 2))
-    assert stack([array]) is array

@@ -1,9 +1,10 @@
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from vs2_plugin.data import images as images_module
-from vs2_plugin.data.images import TrainingImages, open_images
+from vs2_plugin.data.images import TrainingImages, image_digest, open_images
 from vs2_plugin.errors import DataError
 
 
@@ -55,7 +56,7 @@ def built(monkeypatch):
 
 
 def numbers(images, batch_size=4, num_workers=0):
-    return [row.item() for batch, _ in images.batches(batch_size, num_workers) for row in batch]
+    return [row.item() for batch in images.batches(batch_size, num_workers) for row in batch.images]
 
 
 def open_any(**options):
@@ -74,12 +75,68 @@ def test_every_image_comes_once_in_order_and_no_label_is_read(source, num_worker
 
 def test_batches_have_the_size_asked_for(built):
     built(Labelled(10))
-    assert [len(batch) for batch, _ in open_any().batches(4, 0)] == [4, 4, 2]
+    assert [len(batch.images) for batch in open_any().batches(4, 0)] == [4, 4, 2]
 
 
 def test_bare_images_and_lists_are_images_too():
     for sample in (torch.ones(1), [torch.ones(1), "label"]):
         assert numbers(TrainingImages([sample], 1, None, None)) == [1]
+
+
+# ---- digests and labels
+
+
+def test_the_digest_is_of_the_pixels_alone():
+    image = torch.rand(3, 4, 5)
+    other = image.clone()
+    other[2, 3, 4] += 1e-6
+    assert image_digest(image) == image_digest(image.clone()) != image_digest(other)
+    assert image_digest(image) == image_digest(image.permute(2, 1, 0).contiguous().permute(2, 1, 0))
+    half = image.half()
+    assert image_digest(half) == image_digest(half.float())
+    assert 0 <= image_digest(image) < 2**64
+
+
+def test_equal_images_have_one_digest_whatever_the_batch():
+    images = TrainingImages([torch.ones(2), torch.zeros(2), torch.ones(2)], 3, None, None)
+    whole = np.concatenate([batch.digests for batch in images.batches(3, 0)])
+    parted = np.concatenate([batch.digests for batch in images.batches(2, 0)])
+    assert whole.dtype == np.uint64 and np.array_equal(whole, parted)
+    assert whole[0] == whole[2] != whole[1]
+    assert all(batch.labels is None for batch in images.batches(2, 0))
+
+
+LABELS = [[3, 1, 2], [np.int32(3), np.int64(1), np.uint8(2)], [torch.tensor(3), torch.tensor(1), torch.tensor(2)]]
+
+
+@pytest.mark.parametrize("labels", LABELS, ids=["int", "numpy", "tensor"])
+def test_labels_are_read_where_they_are_asked_for(labels):
+    source = [(torch.tensor([index]), label) for index, label in enumerate(labels)]
+    found = [batch.labels for batch in TrainingImages(source, 3, None, None, labels=True).batches(2, 0)]
+    assert all(part.dtype == np.int64 for part in found) and np.concatenate(found).tolist() == [3, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "sample", [(torch.ones(1), "a dog"), (torch.ones(1), torch.ones(5)), (torch.ones(1), None), torch.ones(1)]
+)
+def test_what_is_no_class_number_is_refused_where_labels_are_asked_for(sample):
+    with pytest.raises(DataError, match="labels were asked for, and this data set gives .* one class number per image"):
+        list(TrainingImages([sample], 1, None, None, labels=True).batches(1, 0))
+
+
+@pytest.mark.parametrize("limit", [1, 3, 4])
+def test_a_stream_is_cut_with_its_digests_and_labels(limit):
+    class Labels(IterableDataset):
+        def __iter__(self):
+            return ((torch.tensor([index]), 9 - index) for index in range(10))
+
+    images = TrainingImages(Labels(), None, limit, None, labels=True)
+    found = list(images.batches(3, 0))
+    assert [len(part) for batch in found for part in batch] == [len(batch.images) for batch in found for _ in range(3)]
+    assert np.concatenate([batch.labels for batch in found]).tolist() == [9 - index for index in range(limit)]
+
+
+# ---- subsets
 
 
 def test_a_subset_is_random_in_order_and_the_same_for_the_same_seed(built):
@@ -168,8 +225,8 @@ def test_clip_benchmark_builds_the_split_asked_for(split, expected, tmp_path, pi
 
 
 def test_the_dummy_data_set_is_read_whatever_its_transform():
-    ((found, _),) = open_images("dummy", "root", "test", None).batches(8, 0)
-    assert found.shape == (1, 3, 224, 224)
+    (found,) = open_images("dummy", "root", "test", None).batches(8, 0)
+    assert found.images.shape == (1, 3, 224, 224)
 
 
 def test_placeholders_of_the_root_are_filled_in_as_clip_benchmark_does(tmp_path, write_shards, picture):

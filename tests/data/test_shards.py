@@ -101,7 +101,7 @@ def test_images_of_any_mode_reach_the_transform_as_rgb(shards):
 def test_more_workers_than_shards_read_every_image_once(shards, picture):
     root = shards({f"{i}.png": picture(i) for i in range(7)})
     images = open_images("wds/x", root, "train", grey)
-    assert greys(row for batch, _ in images.batches(3, num_workers=2) for row in batch) == list(range(7))
+    assert greys(row for batch in images.batches(3, num_workers=2) for row in batch.images) == list(range(7))
 
 
 def test_the_fingerprint_changes_when_a_shard_does(shards, picture):
@@ -255,7 +255,7 @@ def serve(tmp_path, monkeypatch):
 
 
 def read_all(images, num_workers=0):
-    return greys(row for batch, _ in images.batches(2, num_workers) for row in batch)
+    return greys(row for batch in images.batches(2, num_workers) for row in batch.images)
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+from vs2_plugin.demo.digits import CLASSES
 
 DIGITS = ("--dataset", "wds/digits", "--dataset_root", "digits", "--num_workers", "1", "--quiet")
 TINY = "local-dir:tiny-clip"
@@ -38,7 +42,7 @@ def demo(tmp_path_factory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("demo")
     done = run_script("vs2", "demo", "--out", str(folder), cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    return SimpleNamespace(folder=folder, output=done.stdout)
+    return SimpleNamespace(folder=folder, output=done.stdout, errors=done.stderr)
 
 
 @pytest.fixture
@@ -65,6 +69,35 @@ def clip_benchmark(monkeypatch, capsys):
         return code or 0, capsys.readouterr().err
 
     return run
+
+
+def few_digits(folder: Path, name: str, shard: int) -> None:
+    """A data set of one shard of the digits per split, as ``folder/name``."""
+    shutil.rmtree(folder / name, ignore_errors=True)
+    for split in ("train", "test"):
+        (folder / name / split).mkdir(parents=True)
+        (folder / name / split / "nshards.txt").write_text("1")
+        shutil.copy(folder / "digits" / split / f"{shard}.tar", folder / name / split / "0.tar")
+    for file in ("classnames.txt", "zeroshot_classification_templates.txt"):
+        shutil.copy(folder / "digits" / file, folder / name)
+
+
+@pytest.fixture
+def captions(in_demo) -> tuple[str, ...]:
+    """Digits with captions, a data set without classes; the words that name it."""
+    folder = in_demo / "captions"
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "test").mkdir(parents=True)
+    (folder / "dataset_type.txt").write_text("retrieval")
+    (folder / "test/nshards.txt").write_text("1")
+    with tarfile.open(in_demo / "digits/test/0.tar") as source, tarfile.open(folder / "test/0.tar", "w") as target:
+        for member in source:
+            data = source.extractfile(member)
+            if member.name.endswith(".cls"):
+                caption = f"a photo of the digit {CLASSES[int(data.read())]}".encode()
+                member.name, member.size, data = member.name.replace(".cls", ".txt"), len(caption), io.BytesIO(caption)
+            target.addfile(member, data)
+    return ("--pretrained", "", "--dataset", "wds/captions", "--dataset_root", "captions", "--num_workers", "1")
 
 
 def metrics(path: Path) -> dict:

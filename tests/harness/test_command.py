@@ -1,16 +1,13 @@
 """The unmodified clip_benchmark command with steered models: spellings, parity with the stock models, mistakes."""
 
-import io
 import json
 import shutil
-import tarfile
 
 import pytest
 
 from vs2_plugin.cli import train_sae
-from vs2_plugin.demo.digits import CLASSES
 
-from .conftest import DIGITS, TINY, metrics, run_python, run_script
+from .conftest import DIGITS, TINY, few_digits, metrics, run_python, run_script
 
 
 @pytest.mark.parametrize(
@@ -67,17 +64,6 @@ def test_no_steering_is_the_stock_model_bit_for_bit(in_demo, clip_benchmark):
     for name in ("alpha=0", "gamma=1"):
         found = metrics(in_demo / f"noop-vs2:{TINY}@{name}.json")
         assert {key: found[key] for key in stock} == stock
-
-
-def few_digits(folder, name: str, shard: int) -> None:
-    """A data set of one shard of the digits per split, as ``folder/name``."""
-    shutil.rmtree(folder / name, ignore_errors=True)
-    for split in ("train", "test"):
-        (folder / name / split).mkdir(parents=True)
-        (folder / name / split / "nshards.txt").write_text("1")
-        shutil.copy(folder / "digits" / split / f"{shard}.tar", folder / name / split / "0.tar")
-    for file in ("classnames.txt", "zeroshot_classification_templates.txt"):
-        shutil.copy(folder / "digits" / file, folder / name)
 
 
 def test_several_data_sets_in_one_call_each_with_its_own_checkpoint(in_demo, clip_benchmark):
@@ -248,32 +234,9 @@ def test_damaged_checkpoints_are_refused(in_demo, clip_benchmark):
         shutil.rmtree(broken)
 
 
-def test_retrieval_is_steered_too(in_demo, clip_benchmark):
+def test_retrieval_is_steered_too(in_demo, clip_benchmark, captions):
     """The retrieval task needs features of one dtype from both towers, and a data set without classes."""
-    captions = in_demo / "captions"
-    shutil.rmtree(captions, ignore_errors=True)
-    (captions / "test").mkdir(parents=True)
-    (captions / "dataset_type.txt").write_text("retrieval")
-    (captions / "test/nshards.txt").write_text("1")
-    with tarfile.open(in_demo / "digits/test/0.tar") as source, tarfile.open(captions / "test/0.tar", "w") as target:
-        for member in source:
-            data = source.extractfile(member)
-            if member.name.endswith(".cls"):
-                caption = f"a photo of the digit {CLASSES[int(data.read())]}".encode()
-                member.name, member.size, data = member.name.replace(".cls", ".txt"), len(caption), io.BytesIO(caption)
-            target.addfile(member, data)
-    words = (
-        "--pretrained",
-        "",
-        "--dataset",
-        "wds/captions",
-        "--dataset_root",
-        "captions",
-        "--num_workers",
-        "1",
-        "--task",
-        "zeroshot_retrieval",
-    )
+    words = (*captions, "--task", "zeroshot_retrieval")
     name = "local-dir-tiny-clip_wds-digits"
     code, error = clip_benchmark(
         "eval",

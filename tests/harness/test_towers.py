@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli import train_sae
 
-from .conftest import DIGITS, metrics
+from .conftest import DIGITS, few_digits, metrics
 
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 TOWERS = {
@@ -59,13 +60,13 @@ TOWERS = {
 }
 
 
-@pytest.mark.parametrize("name", TOWERS)
-def test_other_towers_are_steered_at_their_output(name, in_demo, clip_benchmark):
+def make_tower(folder, name):
+    """Write a tower with random weights into a folder, and return its name."""
     import open_clip
     import torch
     from safetensors.torch import save_file
 
-    folder = in_demo / name
+    folder = folder / name
     folder.mkdir(exist_ok=True)
     (folder / "open_clip_config.json").write_text(
         json.dumps({"model_cfg": TOWERS[name], "preprocess_cfg": {"size": 32}})
@@ -73,8 +74,12 @@ def test_other_towers_are_steered_at_their_output(name, in_demo, clip_benchmark)
     torch.manual_seed(0)
     weights = open_clip.create_model(f"local-dir:{folder}").state_dict()  # random ones
     save_file({key: value.clone() for key, value in weights.items()}, folder / "open_clip_model.safetensors")
+    return f"local-dir:{name}"
 
-    model = f"local-dir:{name}"
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_other_towers_are_steered_at_their_output(name, in_demo, clip_benchmark):
+    model = make_tower(in_demo, name)
     few = ("--samples", "4000", "--max_images", "128", "--num_workers", "0", "--quiet", "--overwrite")
     assert train_sae.main(["--model", model, *DIGITS[:4], *few]) == 0
     code, error = clip_benchmark(
@@ -99,3 +104,26 @@ def test_other_towers_are_steered_at_their_output(name, in_demo, clip_benchmark)
     assert 0 <= metrics(in_demo / f"t-rec:{model}@gate=0.9.json")["vs2_coverage"] <= 1
     code, error = clip_benchmark("eval", "--model", f"vs2:{model}@blocks=1", "--pretrained", "", *DIGITS)
     assert code == 2 and "has no SAE at block 1" in error
+
+
+@pytest.mark.parametrize("name", ["resnet"])
+def test_other_towers_look_up_neighbours_too(name, in_demo, clip_benchmark):
+    """The activation that is steered is the embedding itself, by which neighbours are looked up."""
+    model = make_tower(in_demo, name)
+    few = ("--samples", "500", "--max_images", "128", "--num_workers", "0", "--quiet", "--overwrite")
+    assert train_sae.main(["--model", model, *DIGITS[:4], *few, "--name", "neighbours"]) == 0
+    few_digits(in_demo, "few", 0)
+    models = [f"{method}:{model}@neighbours" for method in ("vs2pp", "clipsteer", "rag", "knn", "proto")]
+    models += [f"vs2pp:{model}@neighbours@alpha=0"]
+    data = ("--dataset", "wds/few", "--dataset_root", "few", "--num_workers", "1", "--quiet")
+    code, error = clip_benchmark(
+        "eval", "--model", model, *models, "--pretrained", "", *data, "--output", "n-{model}.json"
+    )
+    assert code == 0, error
+    stock, *steered, unsteered = (metrics(in_demo / f"n-{one}.json") for one in (model, *models))
+    assert {key: unsteered[key] for key in stock} == stock
+    for found in steered:
+        assert found["vs2_site"] == "visual" and 0 <= found["acc1"] <= 1
+    assert steered[0]["vs2_mean_fvu"] > 0 and 0 < steered[0]["vs2_agreement"] <= 1
+    folder = Store.default().find("neighbours").folder / "gallery/0"
+    assert (folder / "visual.npy").read_bytes() == (folder / "embedding.clip.npy").read_bytes()

@@ -107,10 +107,10 @@ def open_gallery(checkpoint: Checkpoint) -> Gallery:
             arrays.append(array)
         return arrays
 
+    datasets = [part["dataset"] for part in facts["parts"]]
+    starts = np.cumsum([0, *(part["classes"] or 0 for part in facts["parts"])]).tolist()
     labels = None
     if facts["labels"]:
-        # The classes of one data set are not those of another.
-        starts = np.cumsum([0, *(part["classes"] for part in facts["parts"])])
         labels = np.concatenate([part + start for part, start in zip(read("labels"), starts, strict=False)])
     return Gallery(
         activations={site: stack(read(site, widths[site])) for site in facts["sites"]},
@@ -119,7 +119,7 @@ def open_gallery(checkpoint: Checkpoint) -> Gallery:
         },
         digests=np.concatenate(read("digests")),
         labels=labels,
-        datasets=tuple(part["dataset"] for part in facts["parts"]),
+        first_labels=dict(zip(datasets, starts, strict=False)),
         encoders=facts["encoders"],
     )
 

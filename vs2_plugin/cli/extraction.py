@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli.common import gigabytes
 from vs2_plugin.data.splits import Split
 from vs2_plugin.errors import DataError, SettingError
+from vs2_plugin.method import ENCODER_NAME as NAME
 from vs2_plugin.processes import ALONE, Processes
 from vs2_plugin.retrieval.gallery import CLIP
 
@@ -62,8 +64,12 @@ def load_encoders(args: argparse.Namespace, held: Sequence[dict[str, Any]], towe
             wanted.setdefault(name, facts["weights"])
     if CLIP in wanted:
         raise SettingError("--retrieval_encoder clip: the CLIP embedding is always kept; expected names of timm models")
-    if wanted and not args.gallery:
-        raise SettingError("--retrieval_encoder makes embeddings for the gallery; leave out --no_gallery")
+    for name in wanted:
+        if not re.fullmatch(NAME[0], name):
+            raise SettingError(f"--retrieval_encoder {name!r}: expected {NAME[1]}, and after a comma a file of weights")
+    if (wanted or args.gallery_labels) and not args.gallery:
+        flag = "--retrieval_encoder" if wanted else "--gallery_labels"
+        raise SettingError(f"{flag} is for the gallery; leave out --no_gallery")
     loaded = {}
     for name, weights in wanted.items():
         encoder = load_encoder(name, weights, tower.preprocessing, device)

@@ -10,7 +10,10 @@ from pathlib import Path
 from vs2_plugin import __version__
 from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE, Store, folder_size
 from vs2_plugin.cli.common import end_well, gigabytes
+from vs2_plugin.cli.inspect import add_inspect
+from vs2_plugin.cli.latents import add_latents
 from vs2_plugin.cli.report import add_report
+from vs2_plugin.cli.reproduce import add_reproduce
 from vs2_plugin.cli.sweep import add_sweep
 
 __all__ = ["main", "parser"]
@@ -46,7 +49,10 @@ def parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
 
     add_report(commands)
+    add_inspect(commands)
+    add_latents(commands)
     add_sweep(commands)
+    add_reproduce(commands)
 
     store = commands.add_parser("store", help="list or remove checkpoints and cached activations")
     store.add_argument(

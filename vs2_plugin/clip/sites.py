@@ -40,6 +40,8 @@ OUTPUT = "visual"
 _BLOCKS = "visual.transformer.resblocks"
 #: Name, before a number, under which a steering module is attached to the module it steers; see :func:`edit`.
 _ATTACHED = "vs2_steering"
+#: Name of the flag on a steered module that switches its steering off; see :func:`paused`.
+_PAUSED = "_vs2_paused"
 
 Steering = Callable[[Tensor], Tensor]
 
@@ -183,7 +185,7 @@ def edit(model: nn.Module, site: Site, steering: Steering) -> Edit:
     handle = Edit(module, name)
 
     def hook(module: nn.Module, args: object, output: Tensor | tuple) -> Tensor | tuple:
-        if handle.paused:
+        if getattr(module, _PAUSED, False):  # the module's own flag: a copy of the model is paused by itself
             return output
         current = module._modules[name] if name else steering  # the replica's own under DataParallel
         return site.write(output, in_float32(current, site.read(output)))
@@ -210,7 +212,7 @@ class Edit:
     """A steering in place. :meth:`remove` takes it out again."""
 
     def __init__(self, module: nn.Module, attached: str | None) -> None:
-        self._module, self._attached, self.paused = module, attached, False
+        self._module, self._attached = module, attached
 
     def remove(self) -> None:
         """Take out the hook and what was attached."""
@@ -233,12 +235,12 @@ def editing(model: nn.Module, site: Site, steering: Steering) -> Iterator[None]:
 def paused(edits: Sequence[Edit]) -> Iterator[None]:
     """Within the ``with`` block the tower is as if ``edits`` were not there."""
     for handle in edits:
-        handle.paused = True
+        setattr(handle._module, _PAUSED, True)
     try:
         yield
     finally:
         for handle in edits:
-            handle.paused = False
+            setattr(handle._module, _PAUSED, False)
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -25,9 +26,22 @@ from vs2_plugin.sae.topk import TopKSAE
 from vs2_plugin.steering.context import Context, Task
 from vs2_plugin.steering.gate import Gate, threshold
 
-__all__ = ["SteeredCLIP"]
+__all__ = ["Place", "SteeredCLIP"]
 
 _LABELS = ("none", "train", "oracle")
+
+
+class Place(NamedTuple):
+    """One site at which a model is steered."""
+
+    site: Site
+    facts: SiteFacts | None
+    """The SAE there, if the method steers along one."""
+    edit: Edit
+    steering: Callable[[Tensor], Tensor]
+    """The method's own, without the gate."""
+    gate: Gate | None
+    """Around it, where there is an SAE. It holds the SAE and its mean."""
 
 
 class SteeredCLIP(nn.Module):
@@ -75,6 +89,18 @@ class SteeredCLIP(nn.Module):
         self._detach()
         # Only when all of it could be built is the tower touched.
         self._attach(self._prepare(task))
+
+    @property
+    def places(self) -> list[Place]:
+        """Where the tower is steered, in its order."""
+        gates = self._gates or [None] * len(self._edits)
+        rows = zip(self._sites(), self._edits, self._steerings, gates, strict=True)
+        return [Place(site, facts, handle, steering, gate) for (site, facts), handle, steering, gate in rows]
+
+    @property
+    def retriever(self) -> Retriever | None:
+        """What knows the gallery, if the method has one."""
+        return self._retriever
 
     def _attach(self, steered: list[tuple[Site, Callable[[Tensor], Tensor]]]) -> None:
         self._edits += [edit(self.model, site, steering) for site, steering in steered]
@@ -192,6 +218,8 @@ class SteeredCLIP(nn.Module):
             "site": "+".join(site.hookpoint for site in sites),
         }
         facts |= {name: value for name, value in options.items() if value is not None}
+        if "labels" in facts:  # the word also says which labels were used at all, just below
+            facts["neighbour_labels"] = facts.pop("labels")
         used = [method.labels_used(options)]
         if checkpoint is not None:
             if method.site == "checkpoint":
@@ -237,7 +265,7 @@ class SteeredCLIP(nn.Module):
 
     def per_image(self) -> dict[str, Tensor]:
         """What the last site's gate saw of each image since :meth:`reset_statistics`: ``fvu`` and ``steered``."""
-        return self._gates[-1].per_image() if self._gates else {}
+        return self._gates[-1].per_image() if self._gates and self._gates[-1].recording else {}
 
     def encode_image(self, image: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The steered image embedding ``[batch, embed_dim]``, in the dtype of the model inside."""
@@ -246,15 +274,22 @@ class SteeredCLIP(nn.Module):
                 f"model {str(self.spec)!r} does not know its data set yet; name a checkpoint ({self.spec.method.name}:"
                 f"{self.spec.backbone}@NAME) or pass dataset= to vs2_plugin.load"
             )
-        if self._retriever is None:
+        with self._batch(image):
             return self.model.encode_image(image, *args, **kwargs)
+
+    @contextmanager
+    def _batch(self, image: Tensor | None) -> Iterator[None]:
+        """Within the block the tower runs on these images, which a method with a gallery has to know."""
+        if self._retriever is None or image is None:
+            yield
+            return
         self._retriever.begin(image, self._targets)
         try:
             if self._two_passes:
                 with paused(self._edits):
                     plain = self.model.encode_image(image)
                 self._retriever.embed(lambda: plain)
-            return self.model.encode_image(image, *args, **kwargs)
+            yield
         finally:
             self._retriever.end()
 
@@ -263,8 +298,9 @@ class SteeredCLIP(nn.Module):
         return self.model.encode_text(text, *args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward pass of the model inside."""
-        return self.model(*args, **kwargs)
+        """The forward pass of the model inside, of images and texts."""
+        with self._batch(kwargs.get("image", args[0] if args else None)):
+            return self.model(*args, **kwargs)
 
 
 class _Looking(nn.Module):

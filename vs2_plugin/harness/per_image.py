@@ -1,8 +1,8 @@
 """Per-image results of zero-shot classification, on request: ``VS2_PER_IMAGE=1 clip_benchmark eval …``.
 
 The metrics in ``X.json`` then hold ``vs2_ece`` (expected calibration error, 15 bins), ``vs2_seconds`` and
-``vs2_peak_memory`` too, of plain models as well. Beside it lies ``X.images.npz``: arrays with one entry per image, in the
-order of the run.
+``vs2_peak_memory`` too, of plain models as well. Beside it lies ``X.images.npz``: arrays with one entry per image, in
+the order of the run.
 
     digest               uint64   of the preprocessed image: the same in every run, whereas the order is not
     target, prediction   int32    class numbers

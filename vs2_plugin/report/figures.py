@@ -1,81 +1,27 @@
-"""The figures, by matplotlib: as PNG files, and as SVG that takes its colours from the page."""
+"""The figures of the report."""
 
 from __future__ import annotations
 
-import io
-import re
 import textwrap
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from vs2_plugin.report.drawing import FAINT, INK, LINES, PAPER, PLAIN, Picture, new_figure, picture
 from vs2_plugin.report.statistics import interval
 from vs2_plugin.report.summary import Curve, Group, Row
 
-__all__ = ["COLOURS", "Picture", "draw"]
+__all__ = ["draw"]
 
-#: CSS variable -> its colour on white (Okabe and Ito's, which colour-blind readers can tell apart). The page gives
-#: others for a dark background; no other colour may be one of these.
-COLOURS = {
-    "--paper": "#fefefe",
-    "--ink": "#1c2733",
-    "--faint": "#d5dae1",
-    "--plain": "#6b7683",
-    "--one": "#0072b2",
-    "--two": "#c25400",
-    "--three": "#008a63",
-    "--four": "#a8498b",
-    "--five": "#8a6d00",
-    "--six": "#3d5a98",
-}
-_PAPER, _INK, _FAINT, _PLAIN, *_LINES = COLOURS.values()
 _MARKERS = "osD^vP"
 #: Labels used -> colour, marker, fill, words.
 _LABELS = {
-    "none": (_LINES[0], "o", "full", "no labels"),
-    "train": (_LINES[1], "D", "none", "training labels used"),
-    "oracle": (_LINES[3], "^", "none", "oracle: true labels used"),
-    "?": (_LINES[2], "v", "none", "labels not stated"),
+    "none": (LINES[0], "o", "full", "no labels"),
+    "train": (LINES[1], "D", "none", "training labels used"),
+    "oracle": (LINES[3], "^", "none", "oracle: true labels used"),
+    "?": (LINES[2], "v", "none", "labels not stated"),
 }
-_WIDTH = 4.2  # inches: at 360 CSS pixels the letters stay readable
-_STYLE = {
-    "font.size": 9,
-    "axes.edgecolor": _PLAIN,
-    "axes.labelcolor": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _FAINT,
-    "grid.linewidth": 0.6,
-    "text.color": _INK,
-    "text.parse_math": False,  # a model's name may hold a dollar
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "lines.linewidth": 1.5,
-    "lines.markersize": 5,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "figure.constrained_layout.use": True,
-    "svg.fonttype": "path",
-    "savefig.dpi": 200,
-}
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure, drawn."""
-
-    name: str
-    title: str
-    caption: str
-    svg: str
-    """For the page: colours are CSS variables."""
-    png: bytes
 
 
 def draw(group: Group) -> list[Picture]:
@@ -83,12 +29,7 @@ def draw(group: Group) -> list[Picture]:
     pictures = []
 
     def add(name: str, title: str, caption: str, plot: Callable[..., Figure], *args: object) -> None:
-        # Whatever the user's own matplotlib settings are, and without changing them.
-        with matplotlib.rc_context(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph")  # names in letters that the font has not
-            matplotlib.rcdefaults()
-            matplotlib.rcParams.update(_STYLE, **{"svg.hashsalt": name})
-            pictures.append(Picture(name, title, caption, *_render(plot(*args))))
+        pictures.append(picture(name, title, caption, plot, *args))
 
     zero = group.zero
     fewer = "" if len(group.main) == len(group.rows) else " Left out: results that the curves show."
@@ -145,28 +86,9 @@ _RELIABLE = (
 )
 
 
-def _render(figure: Figure) -> tuple[str, bytes]:
-    """The figure as SVG for the page, and as PNG on white."""
-    png, svg = io.BytesIO(), io.StringIO()
-    figure.savefig(png, format="png", facecolor=_PAPER, metadata={"Software": "vs2 report"})
-    figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
-    text = svg.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # the same in every figure; what is referred to has a hash
-    text = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true">', text, count=1)
-    for variable, colour in COLOURS.items():
-        text = text.replace(colour, f"var({variable})")
-    return text, png.getvalue()
-
-
-def _figure(height: float) -> Figure:
-    return Figure(figsize=(_WIDTH, height))
-
-
 def _zero_line(axes, zero: Row | None) -> None:
     if zero is not None:
-        axes.axhline(100 * zero.top1, color=_PLAIN, linestyle="--", linewidth=1.2, label="zero-shot")
+        axes.axhline(100 * zero.top1, color=PLAIN, linestyle="--", linewidth=1.2, label="zero-shot")
 
 
 def _spread(values: list[float], intervals: list) -> np.ndarray | None:
@@ -183,13 +105,13 @@ def _accuracy(rows: list[Row]) -> Figure:
     # A row is its name's lines and, below them, its dot: names stand above so that a phone has room for both.
     heights = 0.17 * lines + 0.22
     places = np.cumsum(heights) - 0.1
-    figure = _figure(heights.sum() + 0.95)
+    figure = new_figure(heights.sum() + 0.95)
     axes = figure.add_subplot()
     shown = {}
     for row, name, place in zip(rows, names, places, strict=True):
         colour, marker, fill, words = _LABELS.get(row.run.labels, _LABELS["?"])
         if row.run.method is None:
-            colour, marker, fill, words = _PLAIN, "s", "full", "zero-shot"
+            colour, marker, fill, words = PLAIN, "s", "full", "zero-shot"
         spread = _spread([row.top1], [row.interval])
         shown[words] = axes.errorbar(
             100 * row.top1, place, xerr=spread, color=colour, marker=marker, fillstyle=fill, linestyle="", capsize=2.5
@@ -197,15 +119,15 @@ def _accuracy(rows: list[Row]) -> Figure:
         axes.text(
             0.01, place - 0.13, name, transform=axes.get_yaxis_transform(), verticalalignment="baseline",
             linespacing=1.15,
-            bbox={"facecolor": _PAPER, "edgecolor": "none", "pad": 0.5},  # or the dashed line would cross it
+            bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.5},  # or the dashed line would cross it
         )  # fmt: skip
-        axes.axhline(place + 0.1, color=_FAINT, linewidth=0.6)
+        axes.axhline(place + 0.1, color=FAINT, linewidth=0.6)
         axes.annotate(
             f"{100 * row.top1:.2f}", (1, place), xycoords=axes.get_yaxis_transform(), xytext=(3, 0),
             textcoords="offset points", verticalalignment="center", annotation_clip=False,
         )  # fmt: skip
     if rows[0].run.method is None:
-        axes.axvline(100 * rows[0].top1, color=_PLAIN, linestyle="--", linewidth=1.0, zorder=0)
+        axes.axvline(100 * rows[0].top1, color=PLAIN, linestyle="--", linewidth=1.0, zorder=0)
     axes.set_ylim(places[-1] + 0.1, 0)
     axes.margins(x=0.08)
     axes.grid(axis="y", visible=False)
@@ -223,7 +145,7 @@ def _lines(axes, curves: list[Curve], place: Callable, value: Callable[[Row], fl
             [x for x, _ in kept],
             [100 * value(row) for _, row in kept],
             yerr=_spread([row.top1 for _, row in kept], [row.interval for _, row in kept]) if spread and kept else None,
-            color=_LINES[number % len(_LINES)],
+            color=LINES[number % len(LINES)],
             marker=_MARKERS[number % len(_MARKERS)],
             capsize=2,
             elinewidth=0.8,
@@ -241,7 +163,7 @@ def _legend(figure: Figure, axes) -> None:
 
 
 def _curve(key: str, curves: list[Curve], zero: Row | None) -> Figure:
-    figure = _figure(3.0)
+    figure = new_figure(3.0)
     axes = figure.add_subplot()
     _zero_line(axes, zero)
     _lines(axes, curves, float, lambda row: row.top1, spread=True)
@@ -256,7 +178,7 @@ def _curve(key: str, curves: list[Curve], zero: Row | None) -> Figure:
 def _gate(curves: list[Curve], zero: Row | None) -> Figure:
     values = {x for curve in curves for x, _ in curve.points}
     ticks = [*sorted(values - {None}), *({None} & values)]
-    figure = _figure(4.0)
+    figure = new_figure(4.0)
     above, below = figure.subplots(2, sharex=True)
     _lines(above, curves, ticks.index, lambda row: row.run.number("vs2_coverage"), spread=False)
     _zero_line(below, zero)
@@ -276,7 +198,7 @@ def _grid(cells: dict[tuple[float, float], Row]) -> Figure:
     values = np.full((len(lams), len(gammas)), np.nan)
     for (gamma, lam), row in cells.items():
         values[lams.index(lam), gammas.index(gamma)] = 100 * row.top1
-    figure = _figure(1.1 + 0.38 * max(len(lams), 4))
+    figure = new_figure(1.1 + 0.38 * max(len(lams), 4))
     axes = figure.add_subplot()
     axes.grid(visible=False)
     mesh = axes.pcolormesh(values, cmap="cividis")
@@ -297,12 +219,12 @@ def _grid(cells: dict[tuple[float, float], Row]) -> Figure:
 
 
 def _fvu(row: Row) -> Figure:
-    figure = _figure(3.0)
+    figure = new_figure(3.0)
     axes = figure.add_subplot()
     edges = [row.bins[0].low, *(found.high for found in row.bins)]
     series = (
-        ("zero-shot", row.was_correct, _PLAIN, "s", -0.07),
-        (row.label, row.run.images.correct, _LINES[0], "o", 0.07),
+        ("zero-shot", row.was_correct, PLAIN, "s", -0.07),
+        (row.label, row.run.images.correct, LINES[0], "o", 0.07),
     )
     for label, correct, colour, marker, shift in series:
         shares = [float(correct[found.images].mean()) for found in row.bins]
@@ -313,7 +235,7 @@ def _fvu(row: Row) -> Figure:
         )  # fmt: skip
     threshold = row.run.number("vs2_gate_threshold")
     if threshold is not None and edges[0] < threshold < edges[-1]:
-        axes.axvline(np.interp(threshold, edges, range(len(edges))), color=_INK, linestyle=":")
+        axes.axvline(np.interp(threshold, edges, range(len(edges))), color=INK, linestyle=":")
     # Every other label: all of them would run into each other.
     axes.set_xticks(range(len(edges)), ["" if number % 2 else f"{edge:.2g}" for number, edge in enumerate(edges)])
     axes.set_xlabel("FVU of the image (edges of the bins)")
@@ -323,10 +245,10 @@ def _fvu(row: Row) -> Figure:
 
 
 def _reliability(row: Row, zero: Row) -> Figure:
-    figure = _figure(4.4)
+    figure = new_figure(4.4)
     above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
-    above.plot((0, 100), (0, 100), color=_INK, linewidth=0.8, linestyle=":")
-    for shown, colour, marker in ((zero, _PLAIN, "s"), (row, _LINES[0], "o")):
+    above.plot((0, 100), (0, 100), color=INK, linewidth=0.8, linestyle=":")
+    for shown, colour, marker in ((zero, PLAIN, "s"), (row, LINES[0], "o")):
         found = shown.calibration
         filled = found.share > 0
         label = f"{_short(shown.label)}: ECE {100 * found.ece:.1f} points"

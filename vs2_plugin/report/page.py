@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import math
 import re
 import shlex
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
-from vs2_plugin import __version__
-from vs2_plugin.errors import DataError
-from vs2_plugin.report.figures import COLOURS, Picture, draw
+from vs2_plugin.report.drawing import Picture
+from vs2_plugin.report.figures import draw
+from vs2_plugin.report.rendering import fixed, render, save
 from vs2_plugin.report.results import Run
 from vs2_plugin.report.statistics import ClassChange
 from vs2_plugin.report.summary import Group, Row, Section, summarise
@@ -54,38 +50,15 @@ def write(runs: Iterable[Run], folder: Path) -> list[Path]:
                 named.setdefault(group, []).append((picture, name))
                 files[name] = picture.png
     context = {
-        "mark": MARK,
-        "version": __version__,
         "sections": sections,
-        "colours": COLOURS,
         "columns": columns,
         "hints": hints,
         "gains_and_losses": gains_and_losses,
         "metric_names": metric_names,
         "pictures": named.__getitem__,
     }
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=lambda name: name.endswith(".html.jinja"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"fixed": fixed, "svg": Markup, "cell": _cell, "code": _code}
-    page = {name: environment.get_template(f"{name}.jinja").render(context) for name in ("index.html", "report.md")}
-    return _save(folder, {name: text.encode("utf-8", "replace") for name, text in page.items()} | files)
-
-
-def fixed(value: float | None, digits: int = 2, sign: bool = False, scale: float = 100) -> str:
-    """``scale * value`` with so many decimals, by default a share in percent; nothing for None.
-
-    >>> fixed(0.58863), fixed(-0.0011, sign=True), fixed(None)
-    ('58.86', '-0.11', '')
-    """
-    if value is None or math.isnan(value):
-        return ""
-    return f"{scale * value:{'+' if sign else ''}.{digits}f}"
+    page = {name: render(name, MARK, context) for name in ("index.html", "report.md")}
+    return save(folder, page | files, MARK)
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:
@@ -204,29 +177,3 @@ def _slug(*words: str) -> str:
 def _unused(stem: str, files: Container[str]) -> str:
     names = (f"{stem}{'-' if number else ''}{number or ''}.png" for number in itertools.count())
     return next(name for name in names if name not in files)
-
-
-def _cell(text: object) -> str:
-    """Text for Markdown, where a name may hold anything."""
-    flat = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", flat)
-
-
-def _code(text: object) -> str:
-    """Text for a code span in a Markdown table."""
-    return "`" + " ".join(str(text).replace("`", "'").split()).replace("|", "\\|") + "`"
-
-
-def _save(folder: Path, files: dict[str, bytes]) -> list[Path]:
-    """Write all or, where a file is not a report's, nothing."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in files:
-            path = folder / name
-            if path.exists() and MARK.encode() not in path.read_bytes()[:2000]:
-                raise DataError(f"{path} is there, and no report wrote it; name another folder with --out")
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
-    except OSError as error:
-        raise DataError(f"cannot write into {folder}: {error.strerror}; name another folder with --out") from error
-    return [folder / name for name in files]

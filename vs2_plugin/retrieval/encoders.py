@@ -88,10 +88,15 @@ def load_encoder(
 
     if weights and not Path(weights).is_file():
         raise DataError(f"no file {weights!r} with weights for the retrieval encoder {name}")
+    # timm knows its own files, with or without a classifier, in older formats and newer ones.
+    source = (
+        {"pretrained": weights is None}
+        if not weights
+        else {"pretrained": True, "pretrained_cfg_overlay": {"file": weights}}
+    )
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # random weights are the same ones every time
-            model = timm.create_model(name, pretrained=weights is None, checkpoint_path=weights or "", num_classes=0)
+        untrained = _create(name)
+        model = _create(name, **source) if source["pretrained"] else untrained
     except Exception as error:  # whatever timm, the hub client or the network raised
         close = ", ".join(timm.list_models(f"*{name.split('.')[0]}*")[:5])
         known = f" (timm knows: {close})" if close else ", which timm does not know"
@@ -100,6 +105,15 @@ def load_encoder(
             f"could not load the retrieval encoder {name}{known}: {type(error).__name__}: {reason}; without a network, "
             f"give a file of weights: {name},FILE"
         ) from error
+    if weights:
+        # timm takes what fits of a file, and says nothing of the rest.
+        start = untrained.state_dict()
+        left = [key for key, tensor in model.state_dict().items() if tensor.ndim > 1 and tensor.equal(start[key])]
+        if left:
+            raise DataError(
+                f"{weights} does not hold the weights of the retrieval encoder {name}: {left[0]} and "
+                f"{len(left) - 1} more are not in it"
+            )
     encoder = TimmEncoder(model, preprocessing["mean"], preprocessing["std"]).to(device).eval()
     found = digest_of(model.state_dict())
     if expected is not None and expected["parameters"] != found:
@@ -108,3 +122,11 @@ def load_encoder(
             f"{found[:12]}, expected {expected['parameters'][:12]})"
         )
     return encoder
+
+
+def _create(name: str, **source: Any) -> nn.Module:
+    import timm
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # random weights are the same ones every time
+        return timm.create_model(name, num_classes=0, **source)

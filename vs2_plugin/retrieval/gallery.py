@@ -28,10 +28,15 @@ class Gallery:
     """uint64 ``[count]``: tells whether a query is one of the images."""
     labels: np.ndarray | None = None
     """int64 ``[count]``: the training labels, where they were asked for. Only oracles read them."""
-    datasets: tuple[str, ...] = ()
-    """The data sets that the images are of."""
+    first_labels: Mapping[str, int] = field(default_factory=dict)
+    """Data set that the images are of -> its class 0 among the labels: the classes of one are not those of another."""
     encoders: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Encoder -> the facts by which it is loaded again."""
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """The data sets that the images are of."""
+        return tuple(self.first_labels)
 
     def __len__(self) -> int:
         return len(self.digests)

@@ -42,12 +42,12 @@ def majority(labels: Tensor, neighbours: Neighbours, classes: int) -> tuple[Tens
         neighbours: whose labels they are.
         classes: labels are below this.
     """
-    counts = neighbours.similarity.new_zeros(len(labels), classes)
-    counts.scatter_add_(1, labels, neighbours.valid.float())
-    sums = torch.zeros_like(counts).scatter_add_(1, labels, neighbours.similarity * neighbours.valid)
+    valid = neighbours.valid.double()
+    counts = valid.new_zeros(len(labels), classes).scatter_add_(1, labels, valid)
+    sums = torch.zeros_like(counts).scatter_add_(1, labels, neighbours.similarity * valid)
     # A sum is within ± n, so that it can only decide between equal counts.
     winner = (counts + sums / (2 * labels.shape[1] + 1)).argmax(1)
-    return winner, counts.gather(1, winner[:, None])[:, 0]
+    return winner, counts.gather(1, winner[:, None])[:, 0].float()
 
 
 class Retriever:
@@ -103,16 +103,19 @@ class Retriever:
 
     @property
     def pseudo(self) -> tuple[Tensor, Tensor]:
-        """The gallery's zero-shot classes, int64 ``[count]``, and the probability of each, ``[count]``; on the CPU.
+        """The gallery's zero-shot classes, int64 ``[count]``, and the log-odds of each, ``[count]``; on the CPU.
 
-        The probability is that of a softmax at CLIP's logit scale of 100, as clip_benchmark has it.
+        The log-odds are those of a softmax at CLIP's logit scale of 100, as clip_benchmark has it. They order images as
+        the probabilities do, many of which float32 would round to 1.
         """
         if self._pseudo is None:
             classes, confidence = [], []
             for block in blocks(self.gallery.embeddings[CLIP], self.device):
-                best = (100.0 * block @ self.classifier).softmax(1).max(1)
-                classes.append(best.indices.cpu())
-                confidence.append(best.values.cpu())
+                logits = 100.0 * block @ self.classifier
+                best = logits.max(1, keepdim=True)
+                others = logits.scatter(1, best.indices, -torch.inf).logsumexp(1)
+                classes.append(best.indices[:, 0].cpu())
+                confidence.append((best.values[:, 0] - others).cpu())
             self._pseudo = torch.cat(classes), torch.cat(confidence)
         return self._pseudo
 
@@ -133,7 +136,12 @@ class Retriever:
         self._images, self.targets = images, targets
 
     def embed(self, embedding: Callable[[], Tensor]) -> None:
-        """Say how the plain CLIP embedding ``[batch, e]`` of the batch is had. It is asked for at most once."""
+        """Say how the plain CLIP embedding ``[batch, e]`` of the batch is had. It is asked for at most once.
+
+        Raises:
+            HarnessError: no batch was begun, so that the images are not known.
+        """
+        self._require_batch()
         self._embedding = embedding
 
     def end(self) -> None:
@@ -147,10 +155,13 @@ class Retriever:
     def embedding(self) -> Tensor:
         """The plain CLIP embedding of the batch, float32, of unit norm."""
         if self._plain is None:
-            if self._embedding is None:
-                raise HarnessError("methods with a gallery steer within encode_image only; call model.encode_image")
+            self._require_batch()
             self._plain = F.normalize(self._embedding().float(), dim=-1)
         return self._plain
+
+    def _require_batch(self) -> None:
+        if self._images is None:
+            raise HarnessError("methods with a gallery steer within encode_image only; call model.encode_image")
 
     def classes(self) -> Tensor:
         """The zero-shot class of each query: int64 ``[batch]``."""

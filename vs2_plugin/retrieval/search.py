@@ -77,13 +77,20 @@ class FaissSearch:
         except ImportError:
             raise SettingError("@search=faiss needs FAISS; install it with: pip install 'vs2-plugin[faiss]'") from None
         self._device = device
-        index = faiss.read_index(os.fspath(file)) if file.is_file() else None
+        index = self._read(faiss, file)
         if index is None or (index.ntotal, index.d) != embeddings.shape:
             index = self._build(faiss, embeddings)
             self._keep(faiss, index, file)
         lists = faiss.extract_index_ivf(index)
         lists.nprobe = max(1, lists.nlist // 16)
         self._index = index
+
+    @staticmethod
+    def _read(faiss, file: Path):
+        try:
+            return faiss.read_index(os.fspath(file)) if file.is_file() else None
+        except RuntimeError:  # damaged, or cut short: it is built again
+            return None
 
     @staticmethod
     def _build(faiss, embeddings: np.ndarray | Stack):
@@ -99,13 +106,16 @@ class FaissSearch:
 
     @staticmethod
     def _keep(faiss, index, file: Path) -> None:
+        scratch = None
         try:
-            with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as scratch:
-                faiss.write_index(index, scratch.name)
-            os.chmod(scratch.name, 0o644)  # colleagues may share the store
-            os.replace(scratch.name, file)
+            with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as opened:
+                scratch = opened.name
+            faiss.write_index(index, scratch)
+            os.chmod(scratch, 0o644)  # colleagues may share the store
+            os.replace(scratch, file)
         except (OSError, RuntimeError):  # a folder that cannot be written: the index serves this run
-            return
+            if scratch is not None:
+                Path(scratch).unlink(missing_ok=True)
 
     def __call__(self, queries: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """See :class:`Search`. Where FAISS finds fewer than n, the rest are rows -1."""

@@ -67,16 +67,12 @@ def build_rec(context: Context) -> SparseSteering:
 
 def build_vs2pp(context: Context, gamma, lam, alpha, rule: str, labels: str) -> NeighbourSteering:
     """VS2++ at one site."""
-    from vs2_plugin.steering.selective import NeighbourSteering
-
-    return NeighbourSteering(context.retriever, _codes(context), strength(gamma, lam, alpha), rule, labels)
+    return _neighbour_steering(context, _codes(context), strength(gamma, lam, alpha), rule, labels)
 
 
 def build_clipsteer(context: Context, gamma, lam, alpha, rule: str, labels: str) -> NeighbourSteering:
     """CLIP steering at one site."""
-    from vs2_plugin.steering.selective import NeighbourSteering
-
-    return NeighbourSteering(context.retriever, _activations(context), strength(gamma, lam, alpha), rule, labels)
+    return _neighbour_steering(context, _activations(context), strength(gamma, lam, alpha), rule, labels)
 
 
 def build_proto(context: Context, gamma, lam, alpha) -> PrototypeSteering:
@@ -98,6 +94,13 @@ def build_knn(context: Context) -> VoteSteering:
     from vs2_plugin.steering.selective import VoteSteering
 
     return VoteSteering(context.retriever)
+
+
+def _neighbour_steering(context: Context, directions, alpha: float, rule: str, labels: str) -> NeighbourSteering:
+    from vs2_plugin.steering.selective import NeighbourSteering
+
+    dataset = None if context.task is None else context.task.dataset
+    return NeighbourSteering(context.retriever, directions, alpha, rule, labels, dataset)
 
 
 def _activations(context: Context) -> Activations:

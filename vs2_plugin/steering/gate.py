@@ -45,7 +45,7 @@ class Gate(nn.Module):
 
     def per_image(self) -> dict[str, Tensor]:
         """``fvu`` (float32) and ``steered`` (bool) of each image seen since :meth:`reset`, if :attr:`recording`."""
-        ratios = torch.cat([ratio.cpu() for ratio in self._ratios])
+        ratios = torch.cat([torch.empty(0), *(ratio.cpu() for ratio in self._ratios)])
         return {"fvu": ratios, "steered": ratios <= (float("inf") if self.tau is None else self.tau)}
 
     @property

@@ -82,12 +82,15 @@ class Codes:
                 bar.update(len(rows))
         return Latents(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
-    def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """``W_decᵀ Σ_j w_j c_j``: ``[batch, d]`` from row numbers and weights ``[batch, n]``."""
+    def mixed(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """``Σ_j w_j c_j``, dense: ``[batch, latents]`` from row numbers and weights ``[batch, n]``."""
         latents = self[rows]
         code = weights.new_zeros(len(rows), self._sae.config.num_latents)
-        code.scatter_add_(1, latents.indices.flatten(1), (latents.values * weights[..., None]).flatten(1))
-        return code @ self._sae.W_dec
+        return code.scatter_add_(1, latents.indices.flatten(1), (latents.values * weights[..., None]).flatten(1))
+
+    def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """``W_decᵀ Σ_j w_j c_j``: ``[batch, d]`` from row numbers and weights ``[batch, n]``."""
+        return self.mixed(rows, weights) @ self._sae.W_dec
 
 
 def contrast(labels: Tensor, chosen: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,26 +143,48 @@ class NeighbourSteering(nn.Module, _Agreement):
 
     S⁺ are the neighbours with the most frequent label among them (``rule`` majority), or with the query's own
     zero-shot class (query); S⁻ are the others. VS2++ with ``α = λ (γ - 1)`` is the mean VS2 direction of S⁺ minus
-    that of S⁻, and keeps the norm of x as VS2 does; CLIP steering does not.
+    that of S⁻, and keeps the norm of x as VS2 does; CLIP steering does not. ``dataset`` is the one under evaluation.
     """
 
     def __init__(
-        self, retriever: Retriever, directions: Codes | Activations, alpha: float, rule: str, labels: str
+        self,
+        retriever: Retriever,
+        directions: Codes | Activations,
+        alpha: float,
+        rule: str,
+        labels: str,
+        dataset: str | None = None,
     ) -> None:
         super().__init__()
         self.retriever, self.directions, self.alpha = retriever, directions, alpha
-        self.rule, self.labels = rule, labels
+        self.rule, self.labels, self.dataset = rule, labels, dataset
         self.constants = {"alpha": alpha}
         self.reset()
 
-    def direction(self) -> Tensor:
-        """The steering vector of each image of the batch, without α: ``[batch, d]``."""
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """The neighbours of each image of the batch and what each counts (below 0: in S⁻), ``[batch, n]``."""
         hood = self.retriever.neighbours()
         labels, classes = _labels_of(self.retriever, self.labels, hood)
-        chosen = self.retriever.classes() if self.rule == "query" else majority(labels, hood, classes)[0]
+        chosen = self._own_classes() if self.rule == "query" else majority(labels, hood, classes)[0]
         weights, shares = contrast(labels, chosen, hood.valid)
         self._saw(shares)
-        return self.directions.combine(hood.rows, weights)
+        return hood.rows, weights
+
+    def _own_classes(self) -> Tensor:
+        """The query's zero-shot class, as the neighbours' labels number it."""
+        if self.labels == "pseudo":
+            return self.retriever.classes()
+        known = self.retriever.gallery.first_labels
+        if self.dataset not in known and (self.dataset is not None or len(known) > 1):
+            raise DataError(
+                f"the query rule compares an image's class with the training labels of {' and '.join(known)}, and the "
+                f"data set under evaluation is {self.dataset or 'not known'}; expected one of them, or @rule=majority"
+            )
+        return self.retriever.classes() + known.get(self.dataset, 0)
+
+    def direction(self) -> Tensor:
+        """The steering vector of each image of the batch, without α: ``[batch, d]``."""
+        return self.directions.combine(*self.weights())
 
     def forward(self, x: Tensor) -> Tensor:
         """Steer ``[batch, d]``."""

@@ -1,0 +1,247 @@
+"""The gallery's files in a checkpoint."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from vs2_plugin.arrays import Stack
+from vs2_plugin.checkpoint import gallery as gallery_module
+from vs2_plugin.checkpoint.gallery import GalleryFiles, GalleryPart, index_file, open_gallery
+from vs2_plugin.checkpoint.manifest import MANIFEST, Checkpoint, SiteFacts, save_checkpoint
+from vs2_plugin.clip.backbone import Tower
+from vs2_plugin.errors import CheckpointError
+
+FIRST, LAST = "visual.transformer.resblocks.0", "visual.transformer.resblocks.11"
+ENCODERS = {"clip": {"width": 6}, "test_vit": {"width": 5, "model": "test_vit", "weights": "", "parameters": "ab"}}
+COUNTS = {"cifar100": 7, "cub": 4}
+
+
+def columns(seed, count):
+    rng = np.random.default_rng(seed)
+    return {
+        FIRST: rng.normal(size=(count, 8)).astype(np.float16),
+        LAST: rng.normal(size=(count, 8)).astype(np.float16),
+        "embedding.clip": rng.normal(size=(count, 6)).astype(np.float16),
+        "embedding.test_vit": rng.normal(size=(count, 5)).astype(np.float16),
+        "digests": rng.integers(2**63, 2**64, size=count, dtype=np.uint64),
+        "labels": np.arange(count) % 3,
+    }
+
+
+@pytest.fixture
+def extracted(tmp_path):
+    """What was extracted of two data sets: their files and their numbers, by data set."""
+    files, numbers = {}, {}
+    for seed, (dataset, count) in enumerate(COUNTS.items()):
+        folder = tmp_path / "activations" / dataset
+        folder.mkdir(parents=True)
+        numbers[dataset] = columns(seed, count)
+        for name, array in numbers[dataset].items():
+            np.save(folder / f"{name}.npy", array)
+        files[dataset] = {name: folder / f"{name}.npy" for name in numbers[dataset]}
+    return files, numbers
+
+
+@pytest.fixture
+def save(tmp_path, extracted, make_sae):
+    """A function that saves a checkpoint with a gallery of some data sets."""
+
+    def write(*datasets, labels=True, name="mine", extraction="abc", gallery=True):
+        files, _ = extracted
+        parts = []
+        for dataset in datasets:
+            some = {key: path for key, path in files[dataset].items() if labels or key != "labels"}
+            parts.append(GalleryPart(dataset, COUNTS[dataset], 3 if labels else None, extraction, some))
+        facts = [SiteFacts(site, "plain", "none", 8, [0.0] * 8, 0.1, {"0.5": 0.1}, {}, {}) for site in (FIRST, LAST)]
+        return save_checkpoint(
+            tmp_path / name,
+            backbone="ViT-B-32",
+            pretrained="openai",
+            tower=Tower("ab" * 32, ["GELU"], {}),
+            data={"datasets": list(datasets), "images": 7},
+            saes=[(site, make_sae(8, 32, 4)) for site in facts],
+            created={},
+            gallery=GalleryFiles(parts, [FIRST, LAST], ENCODERS, labels) if gallery else None,
+        )
+
+    return write
+
+
+def file_in(checkpoint, name, part=0):
+    return checkpoint.folder / "gallery" / str(part) / f"{name}.npy"
+
+
+# ---- what comes back
+
+
+def test_a_gallery_comes_back_as_it_was_extracted(save, extracted):
+    numbers = extracted[1]["cifar100"]
+    found = open_gallery(Checkpoint.open(save("cifar100").folder))
+    assert len(found) == 7 and found.datasets == ("cifar100",) and found.encoders == ENCODERS
+    assert found.activations.keys() == {FIRST, LAST} and found.embeddings.keys() == {"clip", "test_vit"}
+    for site in (FIRST, LAST):
+        assert np.array_equal(found.activations[site], numbers[site])
+    for name in ENCODERS:
+        assert np.array_equal(found.embeddings[name], numbers[f"embedding.{name}"])
+    assert np.array_equal(found.digests, numbers["digests"]) and np.array_equal(found.labels, numbers["labels"])
+
+
+def test_large_arrays_stay_on_disk(save):
+    found = open_gallery(save("cifar100"))
+    assert all(isinstance(array, np.memmap) for array in (*found.activations.values(), *found.embeddings.values()))
+    several = open_gallery(save("cifar100", "cub", name="both"))
+    assert all(isinstance(array, Stack) for array in (*several.activations.values(), *several.embeddings.values()))
+
+
+def test_several_data_sets_stand_in_their_order_and_share_no_class(save, extracted):
+    one, other = (extracted[1][dataset] for dataset in COUNTS)
+    found = open_gallery(save("cifar100", "cub"))
+    assert len(found) == 11 and found.datasets == ("cifar100", "cub")
+    assert np.array_equal(found.activations[LAST][:], np.concatenate([one[LAST], other[LAST]]))
+    assert np.array_equal(found.digests, np.concatenate([one["digests"], other["digests"]]))
+    assert found.labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 3, 4, 5, 3]
+    turned = open_gallery(save("cub", "cifar100", name="turned"))
+    assert turned.labels.tolist() == [0, 1, 2, 0, 3, 4, 5, 3, 4, 5, 3]
+
+
+def test_without_labels_there_are_none(save):
+    checkpoint = save("cifar100", labels=False)
+    assert open_gallery(checkpoint).labels is None and not file_in(checkpoint, "labels").exists()
+
+
+def test_the_digest_changes_with_the_gallery(save):
+    digests = {
+        save("cifar100", name="a").digest,
+        save("cifar100", name="b", labels=False).digest,
+        save("cifar100", name="c", extraction="other").digest,
+        save("cifar100", name="d", gallery=False).digest,
+    }
+    assert len(digests) == 4 and save("cifar100", name="e").digest in digests
+
+
+# ---- the files
+
+
+def test_files_are_links_that_outlive_the_cache(save, extracted):
+    files, numbers = extracted
+    checkpoint = save("cifar100", "cub")
+    for part, dataset in enumerate(COUNTS):
+        for name, source in files[dataset].items():
+            assert os.path.samefile(source, file_in(checkpoint, name, part))
+    shutil.rmtree(files["cub"][LAST].parent.parent)
+    found = open_gallery(checkpoint)
+    assert np.array_equal(found.activations[LAST][7:], numbers["cub"][LAST])
+    checkpoint.verify()
+
+
+def test_where_links_cannot_be_made_files_are_copied(save, extracted, monkeypatch):
+    def no_links(source, target):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(gallery_module.os, "link", no_links)
+    checkpoint = save("cifar100")
+    for name, source in extracted[0]["cifar100"].items():
+        copy = file_in(checkpoint, name)
+        assert copy.read_bytes() == source.read_bytes() and not os.path.samefile(source, copy)
+    checkpoint.verify()
+
+
+def test_the_gallery_takes_no_room_of_its_own(save):
+    checkpoint = save("cifar100")
+    assert all(path.stat().st_nlink == 2 for path in (checkpoint.folder / "gallery/0").iterdir())
+
+
+def test_an_index_lies_in_the_gallery(save):
+    checkpoint = save("cifar100")
+    assert index_file(checkpoint, "test_vit").parent == checkpoint.folder / "gallery"
+    assert index_file(checkpoint, "test_vit") != index_file(checkpoint, "clip")
+
+
+# ---- damage
+
+
+def remove(path):
+    path.unlink()
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def clear(path):
+    path.write_bytes(b"")
+
+
+def garbage(path):
+    path.write_bytes(b"garbage")
+
+
+def pickled(path):
+    np.save(path, np.array([{}, {}], dtype=object))
+
+
+def fewer(path):
+    np.save(path, np.load(path)[:-1])
+
+
+def flat(path):
+    np.save(path, np.load(path).reshape(-1)[:7][None, None])
+
+
+FILES = [FIRST, "embedding.clip", "embedding.test_vit", "digests", "labels"]
+
+
+@pytest.mark.parametrize("damage", [remove, cut, clear, garbage, pickled, fewer, flat])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_named_in_one_sentence(name, damage, save):
+    checkpoint = save("cifar100", "cub")
+    path = file_in(checkpoint, name, part=1)
+    replaced = path.read_bytes()
+    path.unlink()  # not the cache's file, which it is linked to
+    path.write_bytes(replaced)
+    damage(path)
+    for read in (lambda: open_gallery(checkpoint), checkpoint.verify):
+        with pytest.raises(CheckpointError) as error:
+            read()
+        assert f"checkpoint 'mine' is damaged: {path}" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+# ---- what is asked of it
+
+
+def test_what_is_there_is_given(save):
+    checkpoint = save("cifar100", "cub")
+    assert checkpoint.require_gallery(labels=True, encoder="test_vit", n=11) == checkpoint.gallery
+    assert checkpoint.gallery["encoders"]["test_vit"]["width"] == 5
+
+
+LACKING = [
+    ({"gallery": False}, {}, "has no gallery of training images; train the checkpoint again by the same"),
+    ({"labels": False}, {"labels": True}, "keeps no training labels, which an oracle reads; .* --gallery_labels"),
+    (
+        {},
+        {"encoder": "resnet10t"},
+        r"has no embeddings by 'resnet10t' \(there: clip, test_vit\); .* --retrieval_encoder resnet10t",
+    ),
+    ({}, {"n": 12}, "n is 12, and the gallery of checkpoint 'mine' holds 11 images"),
+]
+
+
+@pytest.mark.parametrize(("has", "asked", "sentence"), LACKING)
+def test_what_is_lacking_is_named_with_what_mends_it(has, asked, sentence, save):
+    checkpoint = save("cifar100", "cub", **has)
+    with pytest.raises(CheckpointError, match=sentence):
+        checkpoint.require_gallery(**asked)
+
+
+def test_a_checkpoint_of_before_galleries_is_still_read(save):
+    checkpoint = save("cifar100", gallery=False)
+    manifest = json.loads((checkpoint.folder / MANIFEST).read_text())
+    assert "gallery" not in manifest and checkpoint.gallery is None
+    checkpoint.verify()
+    with pytest.raises(CheckpointError, match="has no gallery"):
+        open_gallery(checkpoint)

@@ -1,0 +1,52 @@
+"""A checkpoint with a gallery, trained for a moment on the demo's digits by its tiny CLIP."""
+
+import shutil
+
+import pytest
+
+from vs2_plugin.cli import train_sae
+from vs2_plugin.demo.digits import write_digits
+from vs2_plugin.demo.run import _TINY_CLIP
+
+DATA = ["--dataset", "wds/digits", "--dataset_root", "digits"]
+BLOCK = "visual.transformer.resblocks.3"
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The folder: digits, tower, and a store with an SAE for blocks 2 and 3 and one by PASS."""
+    folder = tmp_path_factory.mktemp("inspected")
+    write_digits(folder / "digits")
+    shutil.copytree(_TINY_CLIP, folder / "tiny-clip")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("VS2_STORE", "store")
+        common = ["--model", "local-dir:tiny-clip", *DATA, "--samples", "20000", "--num_workers", "0", "--quiet"]
+        assert train_sae.main([*common, "--blocks", "2", "last"]) == 0
+        assert train_sae.main([*common, "--pass_weight", "0.8"]) == 0
+        assert train_sae.main([*common, "--name", "bare", "--no_gallery"]) == 0
+    return folder
+
+
+@pytest.fixture
+def folder(trained, monkeypatch):
+    """Work inside that folder, with its store."""
+    monkeypatch.chdir(trained)
+    monkeypatch.setenv("VS2_STORE", "store")
+    return trained
+
+
+@pytest.fixture(scope="session")
+def digit(trained):
+    """A function that writes a test image into the folder, by its number, and returns its name."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    pixels = (load_digits().images * 255 / 16).round().astype("uint8")
+
+    def write(number, name=None):
+        name = name or f"{number}.png"
+        Image.fromarray(pixels[number]).save(trained / name)
+        return name
+
+    return write

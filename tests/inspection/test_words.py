@@ -1,0 +1,56 @@
+"""Words by text embedding."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vs2_plugin.clip.backbone import load_backbone
+from vs2_plugin.clip.sites import default_site, editing, output_site
+from vs2_plugin.demo.run import _TINY_CLIP
+from vs2_plugin.inspection.words import latent_embeddings, nearest, text_embeddings
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [["a photo of a {c}"], ["a {c}", "the {c}", "one {c}"], {"cat": ["my cat", "a cat"], "dog": ["a dog"]}],
+    ids=["one", "several", "own"],
+)
+def test_text_embeddings_are_clip_benchmarks(prompts):
+    from clip_benchmark.metrics.zeroshot_classification import zero_shot_classifier
+
+    loaded = load_backbone(f"local-dir:{_TINY_CLIP}", "")
+    expected = zero_shot_classifier(loaded.model, loaded.tokenizer, ["cat", "dog"], prompts, "cpu", amp=False)
+    found = text_embeddings(loaded.model, loaded.tokenizer, ["cat", "dog"], prompts)
+    assert torch.allclose(found.T, expected, atol=1e-5)
+
+
+def test_a_direction_is_what_the_tower_makes_of_it(make_clip, batch):
+    model = make_clip()
+    site = default_site(model)
+    mean, steps = torch.randn(32), torch.randn(3, 32)
+
+    def embedded(activation):
+        with torch.no_grad(), editing(model, site, lambda x: activation[None]):
+            return model.encode_image(batch[:1])[0]
+
+    found = latent_embeddings(model, site, mean, steps)
+    for row, step in zip(found, steps, strict=True):
+        assert torch.allclose(row, embedded(mean + step) - embedded(mean), atol=1e-5)
+
+
+def test_at_the_output_it_is_the_step_itself(make_clip):
+    model = make_clip(pool_type="avg")
+    site, steps = default_site(model), torch.randn(2, 24)
+    assert site == output_site(model)
+    assert torch.allclose(latent_embeddings(model, site, torch.randn(24), steps), steps, atol=1e-5)
+
+
+def test_nearest_takes_off_what_all_words_have_in_common():
+    generator = torch.Generator().manual_seed(0)
+    own, shared = torch.randn(6, 24, generator=generator), 5 * torch.randn(24, generator=generator)
+    texts = F.normalize(own + shared, dim=-1)
+    centred = texts - texts.mean(0)
+    cosines, indices = nearest(2 * centred[[4, 1]], texts, 3)
+    assert indices[:, 0].tolist() == [4, 1] and torch.allclose(cosines[:, 0], torch.ones(2), atol=1e-5)
+    assert (cosines.diff(dim=1) <= 0).all() and cosines.shape == (2, 3)
+    assert nearest(centred, texts, 100)[0].shape == (6, 6)

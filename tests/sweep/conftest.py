@@ -1,0 +1,69 @@
+"""A folder with digits, a tiny CLIP and its checkpoints, and the two commands in this process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+TINY = "local-dir:tiny-clip"
+DATA = ("--pretrained", "", "--dataset", "wds/few", "--dataset_root", "few", "--num_workers", "0")
+#: Batches of 64 in a quarter of the test digits.
+BATCHES = 4
+
+
+def harness(*models: str, output: str, words: tuple[str, ...] = ()) -> None:
+    """``clip_benchmark eval``, in the current folder."""
+    from clip_benchmark import cli
+
+    argv = ["clip_benchmark", "eval", "--model", *models, *DATA, "--quiet", "--output", output, *words]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", argv)
+        cli.main()
+
+
+def sweep(*models: str, output: str, words: tuple[str, ...] = (), data: tuple[str, ...] = DATA) -> int:
+    """``vs2 sweep``, in the current folder: the exit code."""
+    from vs2_plugin.cli.main import main
+
+    return main(["sweep", "--model", *models, *data, "--output", output, *words])
+
+
+def result(path: Path | str) -> dict:
+    """A results file."""
+    return json.loads(Path(path).read_text())
+
+
+@pytest.fixture(scope="session")
+def laboratory(tmp_path_factory) -> Path:
+    """The folder, with SAEs at every block, one by PASS, and a second checkpoint called ``other``."""
+    from vs2_plugin.cli import train_sae
+    from vs2_plugin.demo.run import prepare
+
+    folder = tmp_path_factory.mktemp("sweep")
+    prepare(folder)
+    for split in ("train", "test"):
+        (folder / "few" / split).mkdir(parents=True)
+        (folder / "few" / split / "nshards.txt").write_text("1")
+        shutil.copy(folder / "digits" / split / "0.tar", folder / "few" / split / "0.tar")
+    for file in ("classnames.txt", "zeroshot_classification_templates.txt"):
+        shutil.copy(folder / "digits" / file, folder / "few")
+    train = ["--model", TINY, *DATA, "--samples", "3000", "--quiet"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("VS2_STORE", "store")
+        assert train_sae.main([*train, "--blocks", "all", "--gallery_labels"]) == 0
+        assert train_sae.main([*train, "--pass_weight", "0.8", "--gallery_labels"]) == 0
+        assert train_sae.main([*train, "--k", "8", "--name", "other"]) == 0
+    return folder
+
+
+@pytest.fixture
+def here(laboratory, monkeypatch) -> Path:
+    """Work inside the folder, with its store."""
+    monkeypatch.chdir(laboratory)
+    monkeypatch.setenv("VS2_STORE", "store")
+    return laboratory

@@ -1,0 +1,365 @@
+"""``vs2 sweep`` beside the real ``clip_benchmark eval``: equal results, and how much work they took."""
+
+import csv
+from types import SimpleNamespace
+
+import pytest
+import torch
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+
+from vs2_plugin.method import LABELS, Method, Option
+from vs2_plugin.plugins import registry
+from vs2_plugin.retrieval.search import ExactSearch
+from vs2_plugin.sae.topk import TopKSAE
+from vs2_plugin.steering.selective import Codes
+from vs2_plugin.sweep import evaluate, run
+from vs2_plugin.sweep.grid import read_grids
+
+from .conftest import BATCHES, TINY, harness, result, sweep
+
+STRINGS = [
+    f"vs2:{TINY}@gamma=1:2:0.5@lam=2,4",  # two points of α = 0, and two of α = 2
+    f"vs2:{TINY}@alpha=0,2,-1",
+    f"vs2:{TINY}@gate=0.9,0.99",
+    f"vs2:{TINY}@blocks=0,2+3,all@gate=0.95",
+    f"vs2:{TINY}@other@lam=1",
+    f"pass:{TINY}",
+    f"rec:{TINY}@blocks=3,all",
+    f"amp:{TINY}@gamma=-1,1.5",
+    f"vs2pp:{TINY}@n=10,50@rule=majority,query@lam=1,3",
+    f"vs2pp:{TINY}@labels=oracle@gate=0.9",
+    f"vs2pp:{TINY}@blocks=1+2@rule=query",
+    f"clipsteer:{TINY}@labels=pseudo,oracle@alpha=0.5,1",
+    f"clipsteer:{TINY}@blocks=2",
+    f"rag:{TINY}@mix=0.3,1@labels=none,oracle",
+    f"rag:{TINY}@n=5@labels=pseudo",
+    f"knn:{TINY}@n=1,50",
+    f"proto:{TINY}@lam=1,2",
+    f"proto:{TINY}@blocks=1",
+]
+POINTS = [point.model for grid in read_grids(STRINGS) for point in grid.points]
+AMP = {"autocast": (), "float32": ("--no_amp",)}
+
+
+@pytest.fixture(scope="module")
+def both(laboratory):
+    """All points by both commands, with autocast and without: results as {(command, autocast or float32): folder}."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(laboratory)
+        patch.setenv("VS2_STORE", "store")
+        for name, words in AMP.items():
+            (laboratory / f"harness-{name}").mkdir()
+            harness(TINY, *POINTS, output=f"harness-{name}/{{model}}.json", words=words)
+            assert sweep(*STRINGS, output=f"sweep-{name}/{{model}}.json", words=words) == 0
+    return laboratory
+
+
+@pytest.mark.parametrize("amp", AMP)
+@pytest.mark.parametrize("model", [TINY, *POINTS])
+def test_results_equal_the_harness(both, model, amp):
+    expected = result(both / f"harness-{amp}" / f"{model}.json")
+    assert result(both / f"sweep-{amp}" / f"{model}.json") == expected
+    assert set(expected) == {"dataset", "model", "pretrained", "task", "metrics", "language"}
+
+
+@pytest.mark.parametrize("amp", AMP)
+@pytest.mark.parametrize("model", [f"vs2:{TINY}@alpha=0", f"vs2:{TINY}@gamma=1@lam=4"])
+def test_no_strength_is_the_plain_model(both, model, amp):
+    plain, found = (result(both / f"sweep-{amp}" / f"{name}.json")["metrics"] for name in (TINY, model))
+    assert {key: found[key] for key in plain} == plain
+
+
+def test_autocast_makes_a_difference(both):
+    """So that equal results with it and without are not the same thing twice."""
+    fvu = [result(both / f"sweep-{amp}" / f"vs2:{TINY}@gate=0.9.json")["metrics"]["vs2_mean_fvu"] for amp in AMP]
+    assert fvu[0] != fvu[1]
+
+
+def test_the_table_is_that_of_clip_benchmark_build(both):
+    rows = {row["model"]: row for row in csv.DictReader((both / "sweep-float32/sweep.csv").open())}
+    assert set(rows) == {TINY, *POINTS}
+    one = result(both / f"sweep-float32/knn:{TINY}@n=50.json")
+    row = rows[f"knn:{TINY}@n=50"]
+    assert row["acc1"] == str(one["metrics"]["acc1"]) and row["acc5"] == "" and row["vs2_n"] == "50"
+    assert row["model_fullname"] == f"knn:{TINY}@n=50 " and row["task"] == "zeroshot_classification"
+
+
+def test_there_is_a_picture_for_each_string_with_several_values(both):
+    pictures = {path.name: path.read_bytes()[:8] for path in (both / "sweep-autocast").glob("*.png")}
+    several = {grid.text for grid in read_grids(STRINGS) if grid.axes}
+    # Two numeric axes and a third: one heat map for each of its values.
+    halves = {f"vs2pp:{TINY}@n=10,50@rule=majority,query@lam=1,3@rule={rule}" for rule in ("majority", "query")}
+    assert set(pictures) == {f"{text}.png" for text in several - {STRINGS[8]} | halves}
+    assert set(pictures.values()) == {b"\x89PNG\r\n\x1a\n"}
+
+
+# ---- work
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often things were done."""
+    counts = SimpleNamespace(tower=0, blocks=0, encode=0, search=0, codes=0)
+
+    def count(owner, method, name, which=lambda *args: True):
+        inner = getattr(owner, method)
+
+        def counting(self, *args, **kwargs):
+            setattr(counts, name, getattr(counts, name) + which(self, *args))
+            return inner(self, *args, **kwargs)
+
+        monkeypatch.setattr(owner, method, counting)
+
+    count(VisionTransformer, "forward", "tower")
+    count(ResidualAttentionBlock, "forward", "blocks", lambda block, x, *_: x.shape[-1] == 128)  # not the text tower's
+    count(TopKSAE, "encode", "encode")
+    count(ExactSearch, "__call__", "search")
+    count(Codes, "_encode_all", "codes")
+    return counts
+
+
+def test_the_tower_runs_once_and_codes_are_computed_once(here, counted):
+    assert sweep(f"vs2:{TINY}@gamma=1:2:0.2@lam=0:4:1", f"vs2:{TINY}@gate=0.9,0.99", output="c1/{model}.json") == 0
+    assert len(list((here / "c1").glob("vs2*.json"))) == 32
+    assert (counted.tower, counted.blocks, counted.encode) == (BATCHES, 4 * BATCHES, BATCHES)
+
+
+def test_neighbours_are_looked_up_once_for_each_n(here, counted):
+    strings = [f"vs2pp:{TINY}@n=10,20@rule=majority,query@lam=1:3:1", f"clipsteer:{TINY}@n=10@lam=1:3:1"]
+    assert sweep(*strings, f"proto:{TINY}@lam=1:3:1", output="c2/{model}.json") == 0
+    assert (counted.tower, counted.search, counted.codes) == (BATCHES, 2 * BATCHES, 1)
+    assert counted.encode == BATCHES + 1  # the batches, for their FVU, and the gallery
+
+
+def test_before_the_last_block_only_the_rest_runs_again(here, counted):
+    assert sweep(f"vs2:{TINY}@blocks=2@lam=1,2", f"vs2:{TINY}@blocks=0+3", output="c3/{model}.json") == 0
+    assert counted.blocks == (4 + 1 + 1 + 3) * BATCHES
+
+
+def test_points_of_one_alpha_are_evaluated_once(here, monkeypatch):
+    from clip_benchmark.metrics import zeroshot_classification
+
+    seen, inner = [], zeroshot_classification.run_classification
+    monkeypatch.setattr(
+        zeroshot_classification, "run_classification", lambda *args, **kw: seen.append(1) or inner(*args, **kw)
+    )
+    assert sweep(f"vs2:{TINY}@gamma=1,2,3@lam=0,1,2", output="c4/{model}.json") == 0
+    assert len(seen) == 1 + len({0, 1, 2, 4})
+    assert len(list((here / "c4").glob("*.json"))) == 10
+
+
+# ---- where the shortcut to the tower's end does not hold, and plugins of all manners
+
+
+@pytest.mark.parametrize("amp", AMP)
+def test_features_that_differ_send_points_through_the_tower(both, monkeypatch, amp):
+    monkeypatch.chdir(both)
+    monkeypatch.setenv("VS2_STORE", "store")
+    monkeypatch.setattr(evaluate, "finish", lambda model, site, x: x.new_zeros(len(x), 64))
+    strings = [STRINGS[0], STRINGS[2], STRINGS[8], STRINGS[13], STRINGS[15], STRINGS[16]]
+    assert sweep(*strings, output=f"through-{amp}/{{model}}.json", words=AMP[amp]) == 0
+    for point in (point for grid in read_grids(strings) for point in grid.points):
+        name = f"{point.model}.json"
+        assert result(both / f"through-{amp}" / name) == result(both / f"harness-{amp}" / name)
+
+
+def _in_place(context, strength):
+    def steer(x):
+        code = context.sae.encode(x)
+        code.values.mul_(strength)
+        x += context.sae.combine(code).neg_()
+        return x
+
+    return steer
+
+
+def _untracked(context, strength):
+    return torch.inference_mode()(lambda x: x + strength * context.sae.combine(context.sae.encode(x)))
+
+
+class _Counting(torch.nn.Module):
+    """A steering whose facts change with the images."""
+
+    def __init__(self, strength):
+        super().__init__()
+        self.strength, self.seen = strength, 0
+
+    @property
+    def facts(self):
+        return {"seen": self.seen}
+
+    def forward(self, x):
+        self.seen += len(x)
+        return x * self.strength
+
+
+@pytest.mark.parametrize("amp", AMP)
+@pytest.mark.parametrize(
+    "method",
+    [
+        Method("inplace", _in_place, [Option("strength", float, 1.0)]),
+        Method("untracked", _untracked, [Option("strength", float, 1.0)]),
+        Method("counting", lambda context, strength: _Counting(strength), [Option("strength", float, 1.0)]),
+        Method(
+            "free",
+            lambda context, strength: lambda x: x + strength,
+            [Option("strength", float, 1.0)],
+            needs_checkpoint=False,
+        ),
+        Method("labelled", lambda context, labels: lambda x: x, [LABELS], needs_checkpoint=False),
+    ],
+    ids=lambda method: method.name,
+)
+def test_methods_of_plugins(here, monkeypatch, method, amp):
+    monkeypatch.setitem(registry().methods, method.name, method)
+    monkeypatch.setitem(registry().owners, method.name, "a test")
+    values = "labels=pseudo,oracle" if method.name == "labelled" else "strength=0.5:1.5:0.5"
+    strings = [f"vs2:{TINY}@lam=2", f"{method.name}:{TINY}@{values}", f"vs2:{TINY}@lam=3"]
+    models = [point.model for grid in read_grids(strings) for point in grid.points]
+    (here / "plugin-harness").mkdir(exist_ok=True)
+    harness(*models, output="plugin-harness/{model}.json", words=AMP[amp])
+    assert sweep(*strings, output="plugin-sweep/{model}.json", words=AMP[amp]) == 0
+    for model in models:
+        assert result(f"plugin-sweep/{model}.json") == result(f"plugin-harness/{model}.json")
+
+
+# ---- several checkpoints, models and formats
+
+
+def test_lists_of_checkpoints(here, capsys):
+    name = f"{TINY.replace(':', '-')}_wds-few"
+    assert sweep(f"vs2:{TINY}@{name},other@lam=1,2", output="k/{model}.json") == 0
+    harness(f"vs2:{TINY}@other@lam=2", output="k-harness.json")
+    assert result(f"k/vs2:{TINY}@other@lam=2.json") == result("k-harness.json")
+    output = capsys.readouterr().out
+    assert "tuning on test data" in output and "best of 4:" in output and f"zero-shot {TINY}:" in output
+
+
+def test_names_with_slashes(here):
+    assert sweep(f"vs2:local-dir:./tiny-clip@{TINY.replace(':', '-')}_wds-few@lam=1,2", output="s/{model}.json") == 0
+    files = sorted(path.name for path in (here / "s").glob("*.json"))
+    assert len(files) == 3 and files[0] == "local-dir:.-tiny-clip.json"
+    assert result(here / "s" / files[0])["model"] == "local-dir:./tiny-clip"
+
+
+def test_images_with_several_labels(here, monkeypatch):
+    """clip_benchmark then reports the mean average precision."""
+    from clip_benchmark.datasets import builder
+
+    class Several(torch.utils.data.Dataset):
+        classes, templates = ["one", "two", "three"], ["a photo of a {c}"]
+
+        def __len__(self):
+            return 10
+
+        def __getitem__(self, index):
+            generator = torch.Generator().manual_seed(index)
+            return torch.randn(3, 32, 32, generator=generator), torch.randint(2, (3,), generator=generator)
+
+    monkeypatch.setattr(builder, "build_dataset", lambda **settings: Several())
+    data = ("--pretrained", "", "--dataset", "several", "--num_workers", "0", "--batch_size", "4")
+    assert sweep(f"vs2:{TINY}@other@lam=0,2", output="m/{model}.json", data=data) == 0
+    plain, same, other = (
+        result(f"m/{name}.json")["metrics"]["mean_average_precision"]
+        for name in (TINY, f"vs2:{TINY}@other@lam=0", f"vs2:{TINY}@other@lam=2")
+    )
+    assert plain == same != other
+
+
+# ---- going on, and what is refused
+
+
+def test_existing_results_are_kept(here, monkeypatch):
+    strings = (f"vs2:{TINY}@lam=1:3:1",)
+    assert sweep(*strings, output="e/{model}.json") == 0
+    gone = here / f"e/vs2:{TINY}@lam=2.json"
+    before, table = result(gone), (here / "e/sweep.csv").read_bytes()
+    kept = {path: path.stat().st_mtime_ns for path in (here / "e").glob("*.json") if path != gone}
+    gone.unlink()
+    assert sweep(*strings, output="e/{model}.json", words=("--skip_existing",)) == 0
+    assert result(gone) == before and (here / "e/sweep.csv").read_bytes() == table
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    monkeypatch.setattr(evaluate, "evaluate", lambda *args: pytest.fail("nothing was left to do"))
+    assert sweep(*strings, output="e/{model}.json", words=("--skip_existing",)) == 0
+
+
+def test_a_file_that_is_no_result_is_named(here, capsys):
+    (here / "n").mkdir()
+    (here / f"n/vs2:{TINY}.json").write_text('{"metrics": {}}')
+    assert sweep(f"vs2:{TINY}", output="n/{model}.json", words=("--skip_existing",)) == 2
+    assert "is no results file of clip_benchmark; remove it" in capsys.readouterr().err
+
+
+def test_an_interruption_leaves_whole_files_and_says_how_to_go_on(here, monkeypatch, capsys):
+    inner, calls = run.write_result, []
+
+    def interrupted(path, found):
+        calls.append(path)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        inner(path, found)
+
+    monkeypatch.setattr(run, "write_result", interrupted)
+    assert sweep(f"vs2:{TINY}@lam=1:4:1", output="i/{model}.json") == 130
+    assert "--skip_existing" in capsys.readouterr().err
+    assert [path.name for path in (here / "i").iterdir()] and len(list((here / "i").iterdir())) == 2
+    monkeypatch.setattr(run, "write_result", inner)
+    assert sweep(f"vs2:{TINY}@lam=1:4:1", output="i/{model}.json", words=("--skip_existing",)) == 0
+    assert len(list((here / "i").glob("*.json"))) == 5
+
+
+REFUSED = [
+    ((f"vs2:{TINY}@gamma=1:3",), (), "expected three numbers START:STOP:STEP"),
+    ((f"vs2:{TINY}@gama=1:3:1",), (), "did you mean 'gamma'"),
+    ((TINY,), (), "names no steered model"),
+    (("vs2:ViT-B-23@lam=1,2",), (), "open_clip has no model 'ViT-B-23'"),
+    ((f"vs2:{TINY}@lam=1,2", "ViT-B-23"), (), "open_clip has no model 'ViT-B-23'"),
+    ((f"vs2:{TINY}@none,such@lam=1,2",), (), "no SAE checkpoint 'none'"),
+    ((f"vs2:{TINY}@blocks=3,7",), (), "has no SAE at block 7"),
+    ((f"vs2pp:{TINY}@n=5,5000",), (), "n is 5000, and the gallery"),
+    ((f"vs2:{TINY}@lam=1,2",), ("--output", "x.json"), "put {model} into its name"),
+    ((f"vs2:{TINY}@lam=1,2",), ("--output", "{model}/x.json"), "in the file's name, not in its folder's"),
+    ((f"vs2:{TINY}@lam=1,2",), ("--output", "{modell}.json"), "cannot be filled in"),
+    ((f"vs2:{TINY}@lam=1,2",), ("--output", "few/classnames.txt/{model}.json"), "could not be written"),
+    ((f"vs2:{TINY}@lam=1,2",), ("--dataset", "flickr30k"), "the task of flickr30k is zeroshot_retrieval"),
+]
+
+
+@pytest.mark.parametrize(("models", "words", "message"), REFUSED)
+def test_mistakes_are_found_before_anything_is_loaded(here, monkeypatch, capsys, models, words, message):
+    monkeypatch.setattr(evaluate, "load_backbone", lambda *args: pytest.fail("loaded"))
+    assert sweep(*models, output="r/{model}.json", words=words) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("vs2: error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("--dataset", "wds/nowhere", "--dataset_root", "nowhere"),
+            "could not build the split 'test' of 'wds/nowhere'",
+        ),
+        (("--split", "tests"), "could not build the split 'tests'"),
+        (("--dataset_root", "{nope}"), "could not build the split"),
+    ],
+)
+def test_a_data_set_that_is_not_there_is_one_line(here, capsys, words, message):
+    assert sweep(f"vs2:{TINY}@other", output="d/{model}.json", words=words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_switched_off_hook_is_named(here, monkeypatch, capsys):
+    from clip_benchmark.metrics import zeroshot_classification as module
+
+    monkeypatch.setattr(module, "evaluate", module.evaluate.__wrapped__)
+    assert sweep(f"vs2:{TINY}", output="o/{model}.json") == 2
+    assert "VS2_PLUGIN_DISABLE" in capsys.readouterr().err
+
+
+def test_help_says_what_choosing_by_test_accuracy_is(capsys):
+    from vs2_plugin.cli.main import main
+
+    with pytest.raises(SystemExit):
+        main(["sweep", "--help"])
+    assert "tuning on test data" in " ".join(capsys.readouterr().out.split())

@@ -1,0 +1,111 @@
+"""``vs2 sweep``: every point of a grid of model strings, from one encoding of the test split."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+__all__ = ["add_sweep"]
+
+_TUNING = (
+    "Choosing a strength by its accuracy on the test split is tuning on test data: choose on another split "
+    "(--split), and report the test figure of that choice."
+)
+
+_DESCRIPTION = f"""\
+Evaluate every point of a grid of model strings. The images run once through the plain tower, whatever the number
+of points, and every number is the one that clip_benchmark eval reports for that model string.
+
+In a model string of --model, an option may have several values:
+  @gamma=1:3:0.1            START:STOP:STEP, the stop included
+  @rule=majority,query      a list; so for words, blocks (@blocks=10,11,10+11), N (@n=10,25,50,100) and gates
+  @sae-k32,sae-k64          a list of checkpoints, in the checkpoint's place: so is k swept
+
+{_TUNING}
+
+What costs what: at the last block (the default) and at the output embedding, a point costs a steering and a
+projection per image, and points that differ only in gamma, lam and alpha but have the same alpha = lam*(gamma-1)
+are evaluated once. Before the last block the tower runs again from there, once per point: with 12 blocks, block 10
+costs about a twelfth of an encoding per point, block 0 a whole one; and the features of every such point (images x
+width of the embedding) are in memory at once. Kept in memory: the activations of all images (images x width).
+
+Written beside each other: the results of each point and of the plain model (as clip_benchmark writes them, so that
+clip_benchmark build and vs2 report read them), a table (sweep.csv), and a heat map or a curve for each model string
+with several values."""
+
+_EXAMPLES = """\
+examples:
+  vs2 sweep --model vs2:ViT-B-32-quickgelu@gamma=1:3:0.1@lam=0:10:0.5 --pretrained openai \\
+      --dataset cifar100 --dataset_root root
+  vs2 sweep --model vs2pp:ViT-B-32-quickgelu@n=10,25,50,100@rule=majority,query vs2:ViT-B-32-quickgelu@gate=0.9,0.99 \\
+      --pretrained openai --dataset cifar100 --dataset_root root
+  vs2 report sweep
+
+The store of checkpoints is $VS2_STORE, else in the platform's cache folder.
+"""
+
+
+def add_sweep(commands: argparse._SubParsersAction) -> None:
+    """Add the sub-command. Settings have clip_benchmark's names and defaults."""
+    sweep = commands.add_parser(
+        "sweep",
+        help="evaluate a grid of strengths, neighbours, gates, blocks or checkpoints, encoding the images once",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = sweep.add_argument
+    add("--model", nargs="+", required=True, metavar="MODEL", help="model strings, with ranges and lists")
+    add("--pretrained", default="laion400m_e32", help="open_clip's weights tag or file (default: %(default)s)")
+    add("--dataset", required=True, help="a data set of clip_benchmark; wds/NAME for webdataset shards")
+    add("--dataset_root", default="root", help="its folder; {dataset} is filled in (default: %(default)s)")
+    add("--split", "--test_split", default="test", help="the split under evaluation (default: %(default)s)")
+    add("--batch_size", type=_positive, default=64, help="results depend on it in the last digits (default: 64)")
+    add("--num_workers", type=int, default=4, help="processes that load images (default: %(default)s)")
+    add("--no_amp", dest="amp", action="store_false", help="no autocast: float32 throughout")
+    add("--seed", type=int, default=0, help="for random weights (default: %(default)s)")
+    add("--language", default="en", help="of class names and prompts (default: %(default)s)")
+    add("--custom_classname_file", help="JSON file: data set -> class names")
+    add("--custom_template_file", help="JSON file: data set -> prompts")
+    add("--model_cache_dir", help="where downloaded models are kept")
+    add("--wds_cache_dir", help="where downloaded shards are kept")
+    add("--output", default="sweep/{model}.json", help="results files (default: %(default)s)")
+    add("--skip_existing", action="store_true", help="keep the results that are there: goes on after an interruption")
+    add("--quiet", action="store_true", help="print nothing but errors")
+    # What else clip_benchmark's settings hold, for its checks.
+    sweep.set_defaults(
+        run=_sweep, model_type="open_clip", pretrained_model="", task="zeroshot_classification", skip_load=False
+    )
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from vs2_plugin.sweep.run import plan, sweep
+
+    made = plan(args)
+    if not args.quiet:
+        there = len(made.files) - len(made.pending)
+        print(f"{len(made.points)} point(s) and {len(made.backbones)} plain model(s); {there} have results already")
+    try:
+        found = sweep(made, args.quiet)
+    except KeyboardInterrupt:
+        print(
+            f"\nvs2: interrupted; the results so far are in {made.folder}; to go on, give the same command with "
+            "--skip_existing",
+            file=sys.stderr,
+        )
+        return 130
+    if not args.quiet:
+        for backbone, accuracy in found.plain.items():
+            print(f"zero-shot {backbone}: {accuracy:.2f} %")
+        print(f"best of {len(made.points)}: {found.best[1]:.2f} % by {found.best[0]}")
+        print(_TUNING)
+        for path in (made.folder, *found.written):
+            print(f"wrote {path}")
+    return 0

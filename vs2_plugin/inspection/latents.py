@@ -1,0 +1,173 @@
+"""What an SAE's latents do on a gallery of images: how often, how strongly, and on which images most."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vs2_plugin.arrays import Stack
+from vs2_plugin.sae.topk import TopKSAE
+
+__all__ = ["LatentStatistics", "chance", "choose", "kinds", "scan"]
+
+_BLOCK = 2048
+#: A latent is rare or dense where its frequency is this many times below or above k/n, the mean of all latents.
+_APART = 10
+
+
+@dataclass(frozen=True)
+class LatentStatistics:
+    """The latents of one SAE over one gallery."""
+
+    images: int
+    """Images in the gallery."""
+    counts: np.ndarray
+    """int64 ``[n]``: images in which a latent is active (its activation is not 0)."""
+    means: np.ndarray
+    """``[n]``: mean activation over those images; 0 for a dead latent."""
+    rows: np.ndarray
+    """int64 ``[n, top]``: the images of largest activation (by magnitude), best first; -1 where there are fewer."""
+    values: np.ndarray
+    """float32 ``[n, top]``: the activations there."""
+    classes: np.ndarray
+    """int64 ``[n, top]``: the zero-shot classes of these images; -1 where there is no image."""
+    class_counts: np.ndarray
+    """int64 ``[classes]``: images of each zero-shot class in the gallery."""
+
+    @property
+    def frequencies(self) -> np.ndarray:
+        """``[n]``: share of the images in which a latent is active."""
+        return self.counts / self.images
+
+    @cached_property
+    def shown(self) -> np.ndarray:
+        """int64 ``[n]``: how many top images there are."""
+        return (self.rows >= 0).sum(1)
+
+    @cached_property
+    def purity(self) -> tuple[np.ndarray, np.ndarray]:
+        """The most frequent zero-shot class among a latent's top images (of equals, the first by number), int64
+        ``[n]``, and how many of them have it. A dead latent has class -1 and none."""
+        same = (self.classes[:, :, None] == self.classes[:, None, :]) & (self.classes >= 0)[:, :, None]
+        votes = same.sum(2)
+        most = votes.max(1)
+        first = np.where(votes == most[:, None], self.classes, len(self.class_counts)).min(1)
+        return np.where(most > 0, first, -1), most
+
+
+@torch.no_grad()
+def scan(
+    sae: TopKSAE,
+    activations: np.ndarray | Stack,
+    embeddings: np.ndarray | Stack,
+    classifier: Tensor,
+    top: int,
+    progress: Callable[[int], object] = lambda images: None,
+) -> LatentStatistics:
+    """Go through a gallery once, in blocks. Only ``top`` images per latent are kept, however many there are.
+
+    Args:
+        sae: on the device that shall do the work.
+        activations: ``[count, d]``, at the SAE's site.
+        embeddings: ``[count, e]``, CLIP's, of the same images.
+        classifier: the zero-shot classifier ``[e, classes]``.
+        top: images kept per latent.
+        progress: told the number of images of each block.
+    """
+    n, device = sae.config.num_latents, sae.W_dec.device
+    classifier = F.normalize(classifier.to(device, torch.float32), dim=0)
+    counts, sums = np.zeros(n, np.int64), np.zeros(n)
+    class_counts = np.zeros(classifier.shape[1], np.int64)
+    rows, labels = (np.full((n, top), -1) for _ in range(2))
+    values = np.zeros((n, top), np.float32)
+    for start in range(0, len(activations), _BLOCK):
+        x, embedding = (
+            torch.from_numpy(np.array(array[start : start + _BLOCK])).to(device).float()
+            for array in (activations, embeddings)
+        )
+        classes = (F.normalize(embedding, dim=-1) @ classifier).argmax(1).cpu().numpy()
+        class_counts += np.bincount(classes, minlength=len(class_counts))
+        code = sae.encode(x)
+        value, latent = code.values.cpu().numpy().ravel(), code.indices.cpu().numpy().ravel()
+        row = np.repeat(np.arange(len(x)), code.values.shape[1])
+        active = value != 0
+        counts += np.bincount(latent[active], minlength=n)
+        sums += np.bincount(latent[active], value[active], minlength=n)
+        # An image that comes later has to be stronger than the weakest one kept.
+        kept = np.abs(value) > np.abs(values[latent, -1])
+        _merge((rows, values, labels), latent[kept], (start + row[kept], value[kept], classes[row[kept]]))
+        progress(len(x))
+    return LatentStatistics(
+        len(activations), counts, sums / np.maximum(counts, 1), rows, values, labels, class_counts
+    )  # fmt: skip
+
+
+def _merge(kept: tuple[np.ndarray, ...], latent: np.ndarray, found: tuple[np.ndarray, ...]) -> None:
+    """Let what was ``found`` (rows, values, classes of one activation each) take its place among the best ``kept``."""
+    top = kept[0].shape[1]
+    touched = np.unique(latent)
+    owner = np.concatenate([np.repeat(touched, top), latent])
+    rows, values, classes = (
+        np.concatenate([old[touched].ravel(), new]) for old, new in zip(kept, found, strict=True)
+    )  # fmt: skip
+    # By latent; then by strength; of equals the earlier image, so that the blocks' size changes nothing.
+    order = np.lexsort((np.where(rows < 0, np.iinfo(rows.dtype).max, rows), -np.abs(values), owner))
+    starts = np.searchsorted(owner[order], touched)
+    best = order[starts[:, None] + np.arange(top)]
+    for old, merged in zip(kept, (rows, values, classes), strict=True):
+        old[touched] = merged[best]
+
+
+def kinds(frequencies: np.ndarray, k: int) -> np.ndarray:
+    """``dead`` (never active), ``rare`` (below a tenth of k/n), ``dense`` (above ten times k/n) or empty: ``[n]``.
+
+    k/n is what the frequency would be if all latents were active equally often.
+    """
+    even = k / len(frequencies)
+    return np.select(
+        [frequencies == 0, frequencies < even / _APART, frequencies > even * _APART], ["dead", "rare", "dense"], ""
+    )
+
+
+def chance(class_counts: np.ndarray, top: int) -> np.ndarray:
+    """How pure images drawn at random are: ``[top + 1, top + 1]``.
+
+    Entry ``[t, m]`` is the probability that of t images, drawn with the classes' shares p_c, the most frequent class
+    has exactly m. Exact: ``P(all classes ≤ m) = t! [z^t] Π_c Σ_{i ≤ m} (p_c z)^i / i!``.
+    """
+    shares = class_counts[class_counts > 0] / class_counts.sum()
+    factorials = np.array([math.factorial(i) for i in range(top + 1)], dtype=float)
+    terms = shares[:, None] ** np.arange(top + 1) / factorials
+    at_most = np.zeros((top + 1, top + 1))  # [t, m]
+    for m in range(top + 1):
+        product = np.eye(1, top + 1)[0]
+        for term in terms:
+            product = np.convolve(product, term[: m + 1])[: top + 1]
+        at_most[:, m] = product * factorials
+    return np.diff(at_most, axis=1, prepend=0)
+
+
+def choose(statistics: LatentStatistics, limit: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Latents to look at: in four ways, up to ``limit`` in all, none of them dead.
+
+    ``random`` are drawn evenly from all that are alive, and so stand for the SAE; ``frequent`` are active in most
+    images (the densest), ``strong`` have the largest mean activation, ``pure`` most top images of one class, among
+    those that have all top images (a latent with one image is pure by itself). A latent may be chosen in several ways.
+    """
+    alive = np.flatnonzero(statistics.counts)
+    each = [len(part) for part in np.array_split(np.arange(limit), 4)]
+    full = np.flatnonzero(statistics.shown == statistics.rows.shape[1])
+    pure = statistics.purity[1]
+    return {
+        "random": np.random.default_rng(seed).permutation(alive)[: each[0]],
+        "frequent": alive[np.lexsort((alive, -statistics.counts[alive]))][: each[1]],
+        "strong": alive[np.lexsort((alive, -np.abs(statistics.means[alive])))][: each[2]],
+        "pure": full[np.lexsort((full, -statistics.counts[full], -pure[full]))][: each[3]],
+    }

@@ -1,0 +1,71 @@
+"""The words that a latent's direction is nearest to, in the space that CLIP's images and texts share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vs2_plugin.clip.sites import Site, embedding_from
+
+__all__ = ["latent_embeddings", "nearest", "text_embeddings"]
+
+_AT_ONCE = 256
+
+
+@torch.no_grad()
+def text_embeddings(
+    model: nn.Module,
+    tokenizer: Callable[[list[str]], Tensor],
+    words: Sequence[str],
+    prompts: Sequence[str] | Mapping[str, Sequence[str]],
+) -> Tensor:
+    """The embedding of each word: the mean over its prompts, of unit norm, as clip_benchmark's zero-shot classifier.
+
+    Args:
+        model: the CLIP.
+        tokenizer: its tokenizer.
+        words: class names or concepts.
+        prompts: with ``{c}`` in the word's place; or each word's own.
+
+    Returns:
+        float32 ``[words, e]``.
+    """
+    device = next(model.parameters()).device
+    found = []
+    for word in words:
+        texts = prompts[word] if isinstance(prompts, Mapping) else [prompt.format(c=word) for prompt in prompts]
+        embedded = torch.cat([model.encode_text(tokens) for tokens in tokenizer(texts).to(device).split(_AT_ONCE)])
+        found.append(F.normalize(embedded.float(), dim=-1).mean(0))
+    return F.normalize(torch.stack(found), dim=-1)
+
+
+@torch.no_grad()
+def latent_embeddings(model: nn.Module, site: Site, mean: Tensor, steps: Tensor) -> Tensor:
+    """What a latent adds to the embedding of the mean image: ``e(μ + t w_j) - e(μ)``, ``[m, e]``.
+
+    Args:
+        model: the CLIP.
+        site: the tower's default site or its output; ``e`` is what comes after it.
+        mean: μ ``[d]``.
+        steps: ``t w_j``, ``[m, d]``, with t a usual activation of latent j.
+    """
+    return embedding_from(model, site, mean + steps) - embedding_from(model, site, mean[None])
+
+
+def nearest(directions: Tensor, texts: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """The texts with the largest ``cos(direction, text - mean text)``: cosines and indices, ``[m, top]``, best first.
+
+    What all texts have in common (the prompt, say) tells none from another, so it is taken off. With fewer than two
+    texts there is nothing to tell apart.
+
+    Args:
+        directions: ``[m, e]``.
+        texts: ``[words, e]``, of unit norm.
+        top: how many.
+    """
+    cosines = F.normalize(directions, dim=-1) @ F.normalize(texts - texts.mean(0), dim=-1).T
+    best = cosines.topk(min(top, len(texts)), dim=-1)
+    return best.values, best.indices

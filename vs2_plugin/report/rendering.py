@@ -1,0 +1,80 @@
+"""How all pages are made: templates, their filters, and files that never replace somebody else's."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from vs2_plugin import __version__
+from vs2_plugin.errors import DataError
+from vs2_plugin.report.drawing import COLOURS
+
+__all__ = ["fixed", "render", "save"]
+
+
+def render(template: str, mark: str, context: Mapping[str, Any]) -> bytes:
+    """The file that ``template`` (its name, without ``.jinja``) makes of ``context``.
+
+    ``mark``, the command that writes it, comes to stand near its beginning, where :func:`save` looks for it.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=lambda name: name.endswith(".html.jinja"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"fixed": fixed, "svg": Markup, "cell": _cell, "code": _code}
+    common = {"mark": mark, "version": __version__, "colours": COLOURS}
+    return environment.get_template(f"{template}.jinja").render(common | context).encode("utf-8", "replace")
+
+
+def fixed(value: float | None, digits: int = 2, sign: bool = False, scale: float = 100) -> str:
+    """``scale * value`` with so many decimals, by default a share in percent; nothing for None.
+
+    >>> fixed(0.58863), fixed(-0.0011, sign=True), fixed(-1e-9, sign=True), fixed(None)
+    ('58.86', '-0.11', '+0.00', '')
+    """
+    if value is None or math.isnan(value):
+        return ""
+    rounded = round(scale * value, digits) + 0.0  # no -0.00
+    return f"{rounded:{'+' if sign else ''}.{digits}f}"
+
+
+def _cell(text: object) -> str:
+    """Text for Markdown, where a name may hold anything."""
+    flat = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", flat)
+
+
+def _code(text: object) -> str:
+    """Text for a code span in a Markdown table."""
+    return "`" + " ".join(str(text).replace("`", "'").split()).replace("|", "\\|") + "`"
+
+
+def save(folder: Path, files: Mapping[str, bytes], mark: str, *others: str) -> list[Path]:
+    """Write all ``files``, by their names, or, where a file is there that does not bear ``mark``, nothing.
+
+    ``others`` are marks of files that have no place for a command's name, such as the header of a CSV.
+
+    Raises:
+        DataError: such a file is there, or the folder cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in files:
+            path = folder / name
+            if path.exists() and not any(own.encode() in path.read_bytes()[:2000] for own in (mark, *others)):
+                raise DataError(f"{path} is there, and {mark} did not write it; name another folder with --out")
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+    except OSError as error:
+        raise DataError(f"cannot write into {folder}: {error.strerror}; name another folder with --out") from error
+    return [folder / name for name in files]

@@ -1,0 +1,1 @@
+"""Sweeps: many points of a grid of model strings from one encoding of the test split."""

@@ -1,0 +1,113 @@
+"""Pictures of a grid: a heat map over two numeric axes, curves over one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from vs2_plugin.sweep.grid import Grid, as_number
+
+__all__ = ["draw"]
+
+_NOTE = "chosen by these images: the best is tuned on test data"
+
+
+def draw(grid: Grid, values: Mapping[str, float], plain: float, name: Callable[[str], Path]) -> list[Path]:
+    """Draw a grid.
+
+    Args:
+        grid: the grid.
+        values: model string -> top-1 accuracy, in percent.
+        plain: that of the plain model.
+        name: gives the file of a picture, from what tells it from the others of this grid (empty if there is one).
+
+    Returns:
+        The files written: none for a grid without axes; one per combination of the other axes for a grid with more
+        than two numeric ones.
+    """
+    table = {point.place: values[point.model] for point in grid.points}
+    numeric = [axis for axis, texts in grid.axes.items() if None not in map(as_number, texts)]
+    if len(numeric) >= 2:
+        return [
+            _save(_heat_map(grid, title, rows, plain, numeric[:2]), name(title))
+            for title, rows in _sections(grid, table, numeric[:2])
+        ]
+    if not grid.axes:
+        return []
+    along = numeric[0] if numeric else next(iter(grid.axes))
+    return [_save(_curves(grid, along, _sections(grid, table, [along]), plain), name(""))]
+
+
+Section = tuple[str, dict[tuple[str, ...], float]]
+
+
+def _sections(grid: Grid, table: Mapping[tuple[str, ...], float], axes: list[str]) -> list[Section]:
+    """For each combination of the other axes, in words: the places on ``axes``, and the value at each."""
+    others = {axis: texts for axis, texts in grid.axes.items() if axis not in axes}
+    sections = []
+    for chosen in product(*others.values()):
+        fixed = dict(zip(others, chosen, strict=True))
+        words = "@".join(f"{axis}={value}" for axis, value in fixed.items())
+        places = {}
+        for place in product(*(grid.axes[axis] for axis in axes)):
+            at = fixed | dict(zip(axes, place, strict=True))
+            places[place] = table[tuple(at[axis] for axis in grid.axes)]
+        sections.append((words, places))
+    return sections
+
+
+def _heat_map(grid: Grid, title: str, rows: dict[tuple[str, ...], float], plain: float, axes: list[str]) -> Figure:
+    across, up = (grid.axes[axis] for axis in axes)
+    values = np.array([[rows[x, y] for x in across] for y in up])
+    best = max(rows, key=rows.__getitem__)
+    figure = Figure(figsize=(7, 5.6), layout="constrained")
+    plot = figure.add_subplot()
+    mesh = plot.imshow(values, origin="lower", aspect="auto", cmap="cividis")
+    plot.plot(across.index(best[0]), up.index(best[1]), "*", markersize=14, color="white", markeredgecolor="black")
+    for texts, ticks in ((across, plot.set_xticks), (up, plot.set_yticks)):
+        shown = range(0, len(texts), -(-len(texts) // 11))
+        ticks(shown, [texts[index] for index in shown])
+    plot.set_xlabel(axes[0])
+    plot.set_ylabel(axes[1])
+    bar = figure.colorbar(mesh, label="top-1 accuracy, %")
+    if mesh.norm.vmin <= plain <= mesh.norm.vmax:
+        bar.ax.axhline(plain, color="red", linewidth=2)
+    figure.suptitle(f"{grid.text}{' at ' + title if title else ''}", fontsize=9, wrap=True)
+    plot.set_title(
+        f"star: best, {rows[best]:.2f} at {axes[0]}={best[0]}, {axes[1]}={best[1]}; zero-shot (red): {plain:.2f}\n"
+        f"{_NOTE}", fontsize=8,
+    )  # fmt: skip
+    return figure
+
+
+def _curves(grid: Grid, along: str, sections: list[Section], plain: float) -> Figure:
+    texts = grid.axes[along]
+    numbers = [as_number(text) for text in texts]
+    places = range(len(texts)) if None in numbers else numbers
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    plot = figure.add_subplot()
+    plot.axhline(plain, color="red", linestyle="--", label=f"zero-shot: {plain:.2f}")
+    for words, rows in sections:
+        values = [rows[(text,)] for text in texts]
+        best = int(np.argmax(values))
+        label = f"{words + ': ' if words else ''}best {values[best]:.2f} at {along}={texts[best]}"
+        [line] = plot.plot(places, values, marker="o", markersize=3, label=label)
+        plot.plot(places[best], values[best], "*", markersize=12, color=line.get_color())
+    if None in numbers:
+        plot.set_xticks(places, texts)
+    plot.set_xlabel(along)
+    plot.set_ylabel("top-1 accuracy, %")
+    plot.grid(alpha=0.3)
+    figure.suptitle(grid.text, fontsize=9, wrap=True)
+    plot.set_title(_NOTE, fontsize=8)
+    figure.legend(loc="outside lower center", fontsize=7, ncols=2)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=150, metadata={"Software": "vs2 sweep"})
+    return path

@@ -1,0 +1,166 @@
+"""The grid of a sweep: model strings in which options have several values. No heavy imports.
+
+vs2:ViT-B-32@gamma=1:3:0.1@lam=0:10:0.5      START:STOP:STEP, the stop included
+vs2pp:ViT-B-32@n=10,25,50,100@rule=majority,query
+vs2:ViT-B-32@sae-k32,sae-k64                 several checkpoints
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from itertools import product
+from math import prod
+
+from vs2_plugin.errors import ModelStringError
+from vs2_plugin.modelstring import ModelString, is_steered, parse
+from vs2_plugin.steering.builtin import STRENGTH, strength
+
+__all__ = ["CHECKPOINT", "Grid", "Point", "as_number", "outcome_key", "read_grids"]
+
+#: The name of the axis of a list of checkpoints.
+CHECKPOINT = "checkpoint"
+#: More points than this in one grid are taken for a slip of the pen.
+_LIMIT = 10_000
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model of a grid."""
+
+    model: str
+    """The model string."""
+    spec: ModelString
+    """The same, read."""
+    place: tuple[str, ...]
+    """Its value on each axis of the grid."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All that one model string of a sweep stands for."""
+
+    text: str
+    """The string."""
+    axes: dict[str, tuple[str, ...]]
+    """Option, or :data:`CHECKPOINT` -> its values; of those with more than one."""
+    points: tuple[Point, ...]
+    """Every combination of values, the last axis fastest."""
+
+    @property
+    def backbone(self) -> str:
+        """The open_clip model that is steered."""
+        return self.points[0].spec.backbone
+
+
+def read_grids(texts: Sequence[str]) -> list[Grid]:
+    """Read the model strings of a sweep.
+
+    A point that an earlier string holds too, however written, is the earlier one, so that there is one of each.
+
+    Raises:
+        ModelStringError: naming the part that is wrong and what is accepted there.
+
+    >>> [grid] = read_grids(["vs2:ViT-B-32@lam=0:1:0.5@gate=0.9,0.99"])
+    >>> len(grid.points), grid.points[1].model, grid.axes["lam"]
+    (6, 'vs2:ViT-B-32@lam=0@gate=0.99', ('0', '0.5', '1'))
+    """
+    known: dict[tuple, Point] = {}
+    return [_read(text, known) for text in texts if is_steered(text)]
+
+
+def _read(text: str, known: dict[tuple, Point]) -> Grid:
+    head, *segments = text.split("@")
+    choices = [_choices(text, segment) for segment in segments]
+    count = prod(map(len, choices))
+    if count > _LIMIT:
+        raise ModelStringError(f"model {text!r}: {count} points; expected at most {_LIMIT}; take a larger step")
+    axes = {
+        segment.partition("=")[0] if "=" in segment else CHECKPOINT: tuple(values)
+        for segment, values in zip(segments, choices, strict=True)
+        if len(values) > 1
+    }
+    points = []
+    for values in product(*choices):
+        model = "@".join([head, *map(_joined, segments, values)])
+        spec = parse(model)
+        place = tuple(value for value, many in zip(values, choices, strict=True) if len(many) > 1)
+        same = known.setdefault(_identity(spec), Point(model, spec, place))
+        points.append(Point(same.model, same.spec, place))
+    return Grid(text, axes, tuple(points))
+
+
+def _joined(segment: str, value: str) -> str:
+    key, equals, _ = segment.partition("=")
+    return f"{key}={value}" if equals else value
+
+
+def _choices(text: str, segment: str) -> list[str]:
+    """The values that a segment stands for."""
+    key, equals, value = segment.partition("=")
+    name, value = (f"option {key}={value!r}", value) if equals else (f"checkpoint {segment!r}", segment)
+    if equals and ":" in value:
+        return _range(f"model {text!r}: {name}", value)
+    values = value.split(",")
+    if len(values) > 1 and not all(values):
+        raise ModelStringError(f"model {text!r}: {name}: nothing beside a comma; expected a list such as a,b,c")
+    if len(set(values)) < len(values):
+        raise ModelStringError(f"model {text!r}: {name}: a value stands twice in the list")
+    return values
+
+
+def _range(where: str, text: str) -> list[str]:
+    """``START:STOP:STEP`` as texts, in decimal arithmetic: 1:3:0.1 holds 1.1 and ends with 3."""
+    try:
+        start, stop, step = map(_decimal, text.split(":"))
+    except (ValueError, InvalidOperation):
+        raise ModelStringError(f"{where}: expected three numbers START:STOP:STEP, or a list such as a,b,c") from None
+    if step <= 0 or stop < start:
+        raise ModelStringError(f"{where}: expected START:STOP:STEP with a STOP of at least START and a STEP above 0")
+    count = (stop - start) / step + 1
+    if count > _LIMIT:
+        raise ModelStringError(f"{where}: {count:.0f} values; expected at most {_LIMIT}; take a larger step")
+    return [_written(start + index * step) for index in range(int(count))]
+
+
+def _decimal(text: str) -> Decimal:
+    if not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d{1,3})?", text, re.ASCII):
+        raise ValueError(text)
+    return Decimal(text)
+
+
+def _written(value: Decimal) -> str:
+    return format(value.normalize(), "f") if value else "0"
+
+
+def _identity(spec: ModelString) -> tuple:
+    return spec.method.name, spec.backbone, spec.checkpoint, frozenset(spec.given.items())
+
+
+def outcome_key(spec: ModelString) -> tuple:
+    """Equal for model strings that come to the same features.
+
+    Of the options of :data:`STRENGTH` only α matters, and of α what float32, in which all steering is computed, holds
+    of it: the 441 points of the paper's grid are 153 of these.
+    """
+    from ctypes import c_float  # numpy would take a tenth of a second to load
+
+    options = dict(spec.options)
+    if set(STRENGTH) <= set(spec.method.options):
+        alpha = strength(*(options.pop(option.name) for option in STRENGTH))
+        options["alpha"] = c_float(alpha).value
+    return spec.method.name, spec.backbone, spec.checkpoint, frozenset(options.items())
+
+
+def as_number(text: str) -> float | None:
+    """The number that a value of an axis stands for, if it does.
+
+    >>> as_number("0.5"), as_number("10+11")
+    (0.5, None)
+    """
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -1,0 +1,61 @@
+"""What is left of a vision tower after a site: it need not be run from the start for every point."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from vs2_plugin.clip.sites import Site
+
+__all__ = ["finish", "resumed", "watched"]
+
+
+@contextmanager
+def watched(model: nn.Module, sites: Iterable[Site]) -> Iterator[dict[Site, Tensor | tuple]]:
+    """Within the ``with`` block, each forward pass leaves in the dict what the modules of ``sites`` put out."""
+    outputs: dict[Site, Tensor | tuple] = {}
+
+    def keeper(site: Site):
+        def hook(module: nn.Module, args: object, output: Tensor | tuple) -> None:
+            outputs[site] = output
+
+        return hook
+
+    handles = [site.module(model).register_forward_hook(keeper(site)) for site in sites]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def finish(model: nn.Module, site: Site, x: Tensor) -> Tensor:
+    """What ``encode_image`` makes of the activation ``[batch, d]`` at the tower's end: the default site or the output.
+
+    The same operations on the same numbers as in the tower, but for the other tokens, so that the features are the
+    same bit for bit, inside autocast and outside. (Where they are not, callers turn to :func:`resumed`.)
+    """
+    if site.token_dim is None:
+        return x
+    pooled = model.visual.ln_post(x)
+    return pooled if model.visual.proj is None else pooled @ model.visual.proj
+
+
+@contextmanager
+def resumed(model: nn.Module, site: Site, output: Tensor | tuple) -> Iterator[None]:
+    """Within the ``with`` block, forward passes start at ``site``, whose module puts out ``output``.
+
+    Blocks before it hand on what they get. Hooks run as ever.
+    """
+    module = site.module(model)
+    before = [] if site.block is None else model.visual.transformer.resblocks[: site.block]
+    for block in before:
+        block.forward = lambda x, *args, **kwargs: x
+    module.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        for replaced in (*before, module):
+            del replaced.forward
