@@ -1,5 +1,7 @@
 """Per-image results beside the results file, where they are asked for."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -58,8 +60,22 @@ def test_results_gain_what_is_measured_and_are_the_same_otherwise(evaluate, monk
     without = [found for found, _ in evaluate(*MODELS[:3])]
     monkeypatch.setenv("VS2_PER_IMAGE", "1")
     for (found, _), usual in zip(evaluate(*MODELS[:3]), without, strict=True):
-        assert {key: found[key] for key in usual} == usual
-        assert found.keys() - usual.keys() <= {"vs2_seconds", "vs2_peak_memory", "vs2_ece"}
+        assert found == usual
+
+
+def test_time_memory_and_calibration_stand_beside_accuracy(evaluate, monkeypatch):
+    monkeypatch.setenv("VS2_PER_IMAGE", "1")
+    for _, path in evaluate(*MODELS[:2]):
+        found = json.loads(path.with_suffix("").with_suffix(".json").read_text())["metrics"]
+        images = np.load(path)
+        right = images["prediction"] == images["target"]
+        bins = np.minimum((images["confidence"] * 15).astype(int), 14)
+        expected = sum(
+            abs(right[bins == one].mean() - images["confidence"][bins == one].mean()) * (bins == one).mean()
+            for one in set(bins)
+        )
+        assert found["vs2_ece"] == pytest.approx(expected, abs=1e-6)
+        assert 0 < found["vs2_seconds"] <= images["seconds"] and found["vs2_peak_memory"] > 10**7
 
 
 def test_a_model_that_is_not_recorded_keeps_no_images(in_demo):

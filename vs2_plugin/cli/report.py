@@ -51,5 +51,6 @@ def _report(args: argparse.Namespace) -> None:
     for reason in passed_over:
         print(f"vs2: passed over {reason}", file=sys.stderr)
     print(f"{len(runs)} result(s), {sum(run.images is not None for run in runs)} with per-image results")
-    for path in written:
-        print(f"wrote {path}")
+    figures = [path for path in written if path.suffix == ".png"]
+    others = [str(path) for path in written if path not in figures]
+    print(f"wrote {', '.join(others)} and {len(figures)} figure(s) beside them")

@@ -105,7 +105,7 @@ def _sweep(args: argparse.Namespace) -> int:
         for backbone, accuracy in found.plain.items():
             print(f"zero-shot {backbone}: {accuracy:.2f} %")
         print(f"best of {len(made.points)}: {found.best[1]:.2f} % by {found.best[0]}")
-        print(_TUNING)
+        print(_TUNING if args.split == "test" else "Report the accuracy of that choice on images that did not make it.")
         for path in (made.folder, *found.written):
             print(f"wrote {path}")
     return 0

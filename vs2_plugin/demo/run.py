@@ -14,6 +14,7 @@ from pathlib import Path
 from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE
 from vs2_plugin.demo.digits import write_digits
 from vs2_plugin.errors import DataError, Vs2Error
+from vs2_plugin.harness.register import PER_IMAGE
 
 __all__ = ["MODEL", "SYSTEMS", "demo", "prepare"]
 
@@ -41,7 +42,7 @@ SYSTEMS = {
     "control: gamma = -1": f"amp:{MODEL}@gamma=-1",
 }
 _TINY_CLIP = Path(__file__).parent / "tiny_clip"
-_MINE = ("digits", "tiny-clip", "store", "results")  # all that the demo writes into its folder
+_MINE = ("digits", "tiny-clip", "store", "results", "report")  # the folders that the demo writes into its own
 
 
 def prepare(folder: Path) -> dict[str, str]:
@@ -80,7 +81,8 @@ def demo(folder: Path, quiet: bool = False) -> None:
     print(
         f"# 1,797 real handwritten digits (scikit-learn) and a tiny CLIP, trained on printed glyphs only, in {folder}"
     )
-    print(f"cd {shlex.quote(str(folder))}; export {ENVIRONMENT_VARIABLE}=store")
+    environment[PER_IMAGE] = "1"
+    print(f"cd {shlex.quote(str(folder))}; export {ENVIRONMENT_VARIABLE}=store {PER_IMAGE}=1")
     common = ["--dataset", "wds/digits", "--dataset_root", "digits"]
     _command(folder, environment, quiet, "vs2-train-sae", "--model", MODEL, *common, "--blocks", "all")
     _command(folder, environment, quiet, "vs2-train-sae", "--model", MODEL, *common, "--pass_weight", "0.8")
@@ -89,6 +91,7 @@ def demo(folder: Path, quiet: bool = False) -> None:
         "--num_workers", "1", "--output", "results/{model}.json", "--quiet",
     )  # fmt: skip
     _command(folder, environment, quiet, "clip_benchmark", "build", "results", "--output", "benchmark.csv")
+    _command(folder, environment, quiet, "vs2", "report", "results", "--out", "report")
 
     rows = [
         (name, json.loads((folder / "results" / f"{model}.json").read_text())["metrics"])
@@ -97,8 +100,8 @@ def demo(folder: Path, quiet: bool = False) -> None:
     print()
     print(table(rows))
     print(
-        f"\n{time.monotonic() - started:.0f} s. All of it is in {folder}: results/*.json, benchmark.csv, "
-        "the checkpoint in store/checkpoints."
+        f"\n{time.monotonic() - started:.0f} s. All of it is in {folder}: report/index.html, results/*.json, "
+        "benchmark.csv, the checkpoint in store/checkpoints."
     )
 
 
