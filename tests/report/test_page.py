@@ -50,6 +50,7 @@ class Page(HTMLParser):
 
 def report(where, out):
     files = write(read([where])[0], out)
+    files.remove(out / "report.json")  # has a test of its own
     return (
         Page((out / "index.html").read_text(encoding="utf-8")),
         (out / "report.md").read_text(encoding="utf-8"),
@@ -226,6 +227,16 @@ def test_two_data_sets_whose_names_differ_in_signs_only(write_run, tmp_path):
     page, _, files = report(path.parent, tmp_path / "out")
     assert [path.name for path in files[2:]] == ["a-b-accuracy.png", "a-b-accuracy-1.png"]
     assert ("a", {"href": "#data-2"}) in page.elements
+
+
+def test_the_numbers_come_as_json_too(results, tmp_path):
+    report(results, tmp_path / "out")
+    rows = json.loads((tmp_path / "out/report.json").read_text())["rows"]
+    plain, steered = rows[0], next(row for row in rows if row["model"].startswith("vs2:"))
+    assert "change" not in plain and plain["interval"][0] < plain["acc1"] < plain["interval"][1]
+    assert steered["change"] == pytest.approx(steered["acc1"] - plain["acc1"])
+    assert (steered["mended"] - steered["broken"]) / 600 == pytest.approx(steered["change"])
+    assert 0 <= steered["ece"] <= 1 and steered["seconds"] > 0
 
 
 def test_the_command(results, tmp_path, capsys, monkeypatch):

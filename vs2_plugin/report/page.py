@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import shlex
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vs2_plugin.report.drawing import Picture
 from vs2_plugin.report.figures import draw
@@ -34,7 +36,7 @@ class Column:
 
 
 def write(runs: Iterable[Run], folder: Path) -> list[Path]:
-    """Write ``index.html``, ``report.md`` and the figures into ``folder``; returns the files written.
+    """Write ``index.html``, ``report.md``, ``report.json`` and the figures into ``folder``; returns the files written.
 
     Raises:
         DataError: a file of that name is there that no report wrote, or the folder cannot be written to.
@@ -58,7 +60,28 @@ def write(runs: Iterable[Run], folder: Path) -> list[Path]:
         "pictures": named.__getitem__,
     }
     page = {name: render(name, MARK, context) for name in ("index.html", "report.md")}
+    page["report.json"] = json.dumps({"by": MARK, "rows": list(figures_of(sections))}, indent=1).encode() + b"\n"
     return save(folder, page | files, MARK)
+
+
+def figures_of(sections: Iterable[Section]) -> Iterator[dict[str, Any]]:
+    """What the report has computed of each result, as plain JSON values; accuracies and ECE as shares."""
+    for section in sections:
+        for row in (row for group in section.groups for row in group.rows):
+            images = row.run.images
+            found = {
+                "acc1": row.top1,
+                "interval": row.interval,
+                "change": row.change,
+                "change_interval": row.change_interval,
+                "mended": row.mended,
+                "broken": row.broken,
+                "ece": row.calibration and row.calibration.ece,
+                "seconds": images and images.seconds,
+                "peak_memory": images and images.peak_memory,
+            }
+            about = {name: getattr(row.run, name) for name in ("dataset", "model", "pretrained", "language")}
+            yield {**about, **{name: value for name, value in found.items() if value is not None}}
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:
