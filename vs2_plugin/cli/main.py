@@ -25,24 +25,34 @@ def parser() -> argparse.ArgumentParser:
         prog="vs2",
         description="SAE-steered CLIP models for clip_benchmark. Evaluate with clip_benchmark itself; "
         "train SAEs with vs2-train-sae.",
-        epilog="examples:\n  vs2 demo\n  vs2 report results\n  vs2 methods\n  vs2 doctor\n  vs2 store list\n"
-        "  vs2 store remove ViT-B-32_openai_cifar100\n",
+        epilog="examples:\n  vs2 demo\n  vs2 methods\n  vs2 doctor\n  vs2 report results\n  vs2 store list\n"
+        "  vs2 sweep --model vs2:ViT-B-32-quickgelu@alpha=0:3:0.25 --pretrained openai --dataset cifar100\n"
+        "  vs2 inspect --model vs2:ViT-B-32-quickgelu --pretrained openai --dataset cifar100 photo.jpg\n"
+        "  vs2 latents --model vs2:ViT-B-32-quickgelu --pretrained openai --dataset cifar100\n"
+        "  vs2 reproduce benchmark_configs/paper/*.yaml --stand_in digits\n"
+        "each command's --help shows more\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--version", action="version", version=f"vs2-plugin {__version__}")
     commands = made.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     demo = commands.add_parser(
-        "demo", help="the whole way, offline: train an SAE, evaluate CLIP and VS2 on handwritten digits"
+        "demo",
+        help="the whole way, offline: train an SAE, evaluate CLIP and VS2 on handwritten digits",
+        epilog="example: vs2 demo --out vs2-demo",
     )
     demo.add_argument("--out", type=Path, default=Path("vs2-demo"), help="folder to work in (default: %(default)s)")
     demo.add_argument("--quiet", action="store_true", help="hide the output of the commands")
     demo.set_defaults(run=_demo)
 
-    methods = commands.add_parser("methods", help="every steering method with its options")
+    methods = commands.add_parser(
+        "methods", help="every steering method with its options", epilog="example: vs2 methods | less"
+    )
     methods.set_defaults(run=_methods)
 
-    doctor = commands.add_parser("doctor", help="check the installation, the plugins and the store")
+    doctor = commands.add_parser(
+        "doctor", help="check the installation, the plugins and the store", epilog="example: vs2 doctor --store store"
+    )
     doctor.add_argument(
         "--store", help=f"folder of the store (default: ${ENVIRONMENT_VARIABLE}, else the platform's cache folder)"
     )
@@ -54,12 +64,17 @@ def parser() -> argparse.ArgumentParser:
     add_sweep(commands)
     add_reproduce(commands)
 
-    store = commands.add_parser("store", help="list or remove checkpoints and cached activations")
+    store = commands.add_parser(
+        "store",
+        help="list or remove checkpoints and cached activations",
+        epilog="examples: vs2 store list; vs2 store remove ViT-B-32-quickgelu_openai_cifar100",
+    )
     store.add_argument(
         "--store", help=f"folder of the store (default: ${ENVIRONMENT_VARIABLE}, else the platform's cache folder)"
     )
     actions = store.add_subparsers(dest="action", metavar="ACTION", required=True)
-    actions.add_parser("list", help="what is there").set_defaults(run=_store_list)
+    listing = actions.add_parser("list", help="what is there", epilog="example: vs2 store --store store list")
+    listing.set_defaults(run=_store_list)
     remove = actions.add_parser(
         "remove", help="delete checkpoints, or cached activations", epilog="example: vs2 store remove --cache"
     )

@@ -1,0 +1,323 @@
+"""Running a table: its numbers, what is not done twice, what cannot be done."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vs2_plugin.cli.main import main
+from vs2_plugin.errors import DataError
+from vs2_plugin.reproduce.plan import read
+from vs2_plugin.reproduce.run import Reproduction
+
+from .conftest import SMALL, reproduce, words
+
+AGAIN = ("reproduce", "small.yaml", "--stand_in", "digits", "--out", "out")
+
+
+def commands(text: str, name: str) -> list[list[str]]:
+    """The commands of that name in what was printed."""
+    lines = [line.removeprefix("$ ") for line in text.splitlines()]
+    return [shlex.split(line) for line in lines if line.startswith(f"{name} ")]
+
+
+def evaluated(text: str) -> list[str]:
+    """The models that the printed evaluations name."""
+    return [
+        model
+        for line in commands(text, "clip_benchmark")
+        for model in line[line.index("--model") + 1 : line.index("--pretrained")]
+    ]
+
+
+def results(folder: Path) -> dict[str, Path]:
+    return {path.stem: path for path in folder.glob("out/results/*/*.json")}
+
+
+def test_the_numbers_are_those_of_the_results(finished):
+    cells = json.loads((finished.out / "small.json").read_text())["cells"]
+    found = {cell["column"]: cell for cell in cells if cell["row"] == "VS2"}
+    accuracy, gains, best = {}, {}, {}
+    plain = np.load(next(finished.out.glob("results/*/local-dir:tiny-clip.images.npz")))
+    for seed in (0, 1):
+        file = next(finished.out.glob(f"results/*/vs2:*seed{seed}@gate=0.9.json"))
+        images = np.load(file.with_suffix(".images.npz"))
+        right, was = ({d: p == t for d, p, t in zip(*map(i.get, ("digest", "prediction", "target")), strict=True)}
+                      for i in (images, plain))  # fmt: skip
+        accuracy[str(seed)] = 100 * json.loads(file.read_text())["metrics"]["acc1"]
+        of_class = dict(zip(images["digest"], images["target"], strict=True))
+        by_class = [
+            100 * np.mean([float(right[d]) - float(was[d]) for d in right if of_class[d] == number])
+            for number in range(10)
+        ]
+        gains[str(seed)], best[str(seed)] = by_class[0], max(by_class)  # the class zero stands in for the tractor
+    for column, expected in (("accuracy", accuracy), ("gain", gains), ("best gain", best)):
+        assert found[column]["values"] == pytest.approx(expected)
+        assert found[column]["measured"] == pytest.approx(np.mean(list(expected.values())))
+        assert found[column]["spread"] == pytest.approx(np.std(list(expected.values()), ddof=1))
+        assert found[column]["published"] is found[column]["difference"] is None
+    assert len(set(found["accuracy"]["values"].values())) == 2  # the seeds are two SAEs
+    assert {cell["measured"] for cell in cells if cell["row"] == "others"} == {None}
+
+
+def test_what_is_printed_is_the_table_and_the_commands(finished):
+    assert (finished.out / "small.md").read_text() in finished.output
+    assert re.search(r"\| VS2 +\| accuracy +\| top-1 % +\| +\| +\d\d\.\d\d \+- \d\.\d\d \| +\|", finished.output)
+    assert "Stand-in: the tiny CLIP" in finished.output and "64.52" not in finished.output
+    assert len(commands(finished.output, "vs2-train-sae")) == len(commands(finished.output, "clip_benchmark")) == 1
+    assert len(evaluated(finished.output)) == 3
+    assert "Traceback" not in finished.errors and "Traceback" not in (finished.out / "log.txt").read_text()
+
+
+def test_the_printed_commands_can_be_typed(finished, tmp_path):
+    """In a folder of their own, by a shell, they give the same results."""
+    (tmp_path / "small.yaml").write_text(SMALL.replace("seeds: [0, 1]", "seeds: [1]"))
+    dry = reproduce(*AGAIN[1:-1], str(tmp_path / "out"), "--dry_run", cwd=tmp_path)
+    assert dry.returncode == 0 and not (tmp_path / "out").exists()
+    lines = [line for line in dry.stdout.splitlines() if not line.startswith("cd ")]
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("digits", "tiny-clip"):
+        (out / name).symlink_to(finished.out / name)
+    path = os.path.dirname(words("vs2")[0]) + os.pathsep + os.environ["PATH"]
+    done = subprocess.run(["bash", "-e"], input="\n".join(lines), cwd=out, env={**os.environ, "PATH": path}, text=True,
+                          capture_output=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    typed, run = results(tmp_path), results(finished.folder)
+    assert len(typed) == 2
+    for name, file in typed.items():
+        metrics, others = (json.loads(path.read_text())["metrics"] for path in (file, run[name]))
+        # Alone, an SAE is trained by other matrix products than beside that of another seed.
+        assert metrics.keys() == others.keys() and metrics["acc1"] == pytest.approx(others["acc1"], abs=0.01)
+
+
+def test_what_exists_is_not_done_again(copied, capsys):
+    assert main([*AGAIN, "--quiet"]) == 0
+    text = capsys.readouterr().out
+    assert text == "\n" + (copied / "out" / "small.md").read_text()
+    assert main([*AGAIN, "--dry_run"]) == 0
+    assert commands(capsys.readouterr().out, "vs2-train-sae") == []
+
+
+def damage_digest(copied):
+    for file in results(copied).values():
+        file.write_text(re.sub(r'("vs2_checkpoint_digest": ")....', r"\g<1>ffff", file.read_text()))
+    return 2  # the plain model has no checkpoint
+
+
+def damage_results(copied):
+    file = results(copied)["local-dir:tiny-clip"]
+    file.write_text(file.read_text()[:100])
+    return 1
+
+
+def damage_images(copied):
+    next(copied.glob("out/results/*/*seed1*.npz")).unlink()
+    return 1
+
+
+def damage_dataset(copied):
+    file = results(copied)["local-dir:tiny-clip"]
+    file.write_text(file.read_text().replace("wds/digits", "wds/others"))
+    return 1
+
+
+@pytest.mark.parametrize("damage", [damage_digest, damage_results, damage_images, damage_dataset])
+def test_results_that_are_not_whole_or_of_another_checkpoint_are_evaluated_again(damage, copied, capsys):
+    count = damage(copied)
+    assert main([*AGAIN, "--dry_run"]) == 0
+    text = capsys.readouterr().out
+    assert len(evaluated(text)) == count and commands(text, "vs2-train-sae") == []
+
+
+def test_a_missing_or_damaged_checkpoint_is_trained_again(copied, capsys):
+    one, two = sorted(copied.glob("out/store/checkpoints/*-seed*"))
+    (one / "vs2.json").unlink()
+    assert main([*AGAIN, "--dry_run"]) == 0
+    text = capsys.readouterr().out
+    (train,) = commands(text, "vs2-train-sae")
+    assert train[-5:] == ["--name", one.name, "--num_workers", "0", "--overwrite"]
+    assert [model for model in evaluated(text) if "seed" in model] == [f"vs2:local-dir:tiny-clip@{one.name}@gate=0.9"]
+
+
+def test_after_an_interruption_nothing_is_evaluated_twice(finished, tmp_path):
+    strengths = "".join(f'  "{number}": {{options: {{lam: {number}}}}}\n' for number in range(1, 13))
+    text = SMALL.partition("columns:")[0].replace("seeds: [0, 1]", "seeds: [0]")
+    text += f"columns:\n  accuracy: {{}}\nmodel: 'vs2:{{backbone}}@gate=0.9'\nrows:\n{strengths}"
+    (tmp_path / "small.yaml").write_text(text)
+    env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+    command = words("vs2", *AGAIN)
+    first = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             start_new_session=True)  # fmt: skip
+    deadline = time.monotonic() + 200
+    while len(list(tmp_path.glob("out/results/*/*.npz"))) < 3:
+        assert time.monotonic() < deadline and first.poll() is None
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGINT)
+    output, errors = first.communicate(timeout=60)
+    assert first.returncode == 130
+    assert "interrupted; what was done is kept in out" in errors and "run the same command to go on" in errors
+    assert "Traceback" not in errors and "|" not in output.rpartition("$ clip_benchmark")[2]
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("out/results/*/*.npz")}
+    assert 3 <= len(before) < 12
+
+    second = reproduce(*AGAIN[1:], cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert commands(second.stdout, "vs2-train-sae") == []
+    assert len(evaluated(second.stdout)) == 12 - len(before)
+    after = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("out/results/*/*.npz")}
+    assert len(after) == 12 and before.items() <= after.items()
+    cells = json.loads((tmp_path / "out" / "small.json").read_text())["cells"]
+    assert all(cell["measured"] > 0 for cell in cells)
+
+
+MISSING = """\
+title: Missing things
+sae: {samples: 5000}
+columns:
+  digits: {dataset: wds/digits, backbone: "local-dir:CLIP,"}
+  elsewhere: {dataset: wds/elsewhere, backbone: "local-dir:CLIP,"}
+  no weights: {dataset: wds/digits, backbone: "ViT-B-32-quickgelu,openai"}
+  no model: {dataset: wds/digits, backbone: "ViT-B-99,openai"}
+rows:
+  plain: {model: "{backbone}"}
+  VS2: {model: "vs2:{backbone}"}
+published:
+  plain: [58, 58, 58, 58]
+  VS2: [[1, 10], null, 64.52, null]
+"""
+
+
+def test_what_is_missing_is_told_for_each_cell_and_the_rest_goes_on(finished, tmp_path):
+    (tmp_path / "missing.yaml").write_text(MISSING.replace("CLIP", str(finished.out / "tiny-clip")))
+    root = str(finished.out / "{dataset}")
+    run = ("missing.yaml", "--dataset_root", root, "--out", "o{u}t")
+    done = reproduce(*run, cwd=tmp_path, VS2_STORE=str(tmp_path / "store"))
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "6 of 8 cells could not be measured" in done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("Not measured: ")]
+    assert len(lines) == 6
+    expected = {
+        "elsewhere": "clip_benchmark does not fetch wds/elsewhere; make webdataset shards in ",
+        "no weights": "write 'ViT-B-32-quickgelu,PATH' for the backbone",
+        "no model": "open_clip has no model 'ViT-B-99'",
+    }
+    for row in ("plain", "VS2"):
+        for column, reason in expected.items():
+            (line,) = [line for line in lines if line.startswith(f"Not measured: {row} / {column}: ")]
+            assert reason in line
+    cells = json.loads((tmp_path / "o{u}t" / "missing.json").read_text())["cells"]
+    measured = {(c["row"], c["column"]): c for c in cells if c["measured"] is not None}
+    assert list(measured) == [("plain", "digits"), ("VS2", "digits")]
+    plain, steered = measured.values()
+    assert plain["difference"] == pytest.approx(plain["measured"] - 58)
+    assert steered["difference"] == pytest.approx(steered["measured"] - 10)
+    assert re.search(
+        r"\| VS2 +\| digits +\| top-1 % \| 1\.00 to 10\.00 \| +\d\d\.\d\d \| +\+\d\d\.\d\d \|", done.stdout
+    )
+    # A path cannot stand in a file's name: these models have commands of their own.
+    assert len(commands(done.stdout, "clip_benchmark")) == 2
+
+
+def test_a_training_that_fails_is_told_and_the_rest_goes_on(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(finished.out)
+    (tmp_path / "table.yaml").write_text(MISSING.replace("CLIP", "tiny-clip"))
+    table = read(tmp_path / "table.yaml")
+    table = type(table)(table.path, "T", "", (), tuple(cell for cell in table.cells if cell.column == "digits"))
+
+    def train(command):
+        raise DataError("no\nluck")
+
+    work = Reproduction([table], tmp_path / "out", "{dataset}", train)
+    monkeypatch.setattr(work, "_command", lambda command: "not this time")
+    work.run()
+    assert work.finish() == 2
+    text = capsys.readouterr().out
+    assert "Not measured: plain / digits: not this time" in text and "Not measured: VS2 / digits: no luck" in text
+
+
+def test_one_model_that_fails_does_not_keep_the_others_from_it(copied, monkeypatch):
+    """The command stops at a model; those behind it are evaluated, and nobody else is blamed."""
+    from vs2_plugin.reproduce.stand_in import stand_in
+
+    monkeypatch.chdir(copied / "out")
+    monkeypatch.setenv("VS2_STORE", "store")
+    work = Reproduction([stand_in(read(copied / "small.yaml"))], Path(), "digits", lambda command: None)
+    ((*runs,),) = [
+        [*dict.fromkeys(run for cell in work.cells for seed in cell.seeds for run in cell.evaluations(seed))]
+    ]
+    kept = {}
+    for run in runs:
+        kept[run.model] = work.results(run).read_bytes()
+        work.results(run).unlink()
+    calls = []
+
+    def command(line):
+        models = line[line.index("--model") + 1 : line.index("--pretrained")]
+        calls.append(models)
+        for run in runs:
+            if run.model in models:
+                if run is runs[bad]:
+                    return "no luck"
+                work.results(run).write_bytes(kept[run.model])
+
+    monkeypatch.setattr(work, "_command", command)
+    bad = 1
+    work.run()
+    assert work.problems == {runs[1]: "no luck"}
+    assert [len(models) for models in calls] == [3, 2, 1, 1]
+
+
+def test_a_class_that_is_not_there_is_told(copied, capsys):
+    from vs2_plugin.reproduce.run import _gain
+
+    plain = results(copied)["local-dir:tiny-clip"]
+    with pytest.raises(DataError, match="there is no class 'tractor'; the classes: zero, one"):
+        _gain(plain, plain, "tractor")
+    assert _gain(plain, plain, "one") == _gain(plain, plain, None) == 0
+
+
+def test_a_root_that_cannot_be_filled_in_is_refused(tmp_path, capsys):
+    (tmp_path / "small.yaml").write_text(SMALL)
+    assert main(["reproduce", str(tmp_path / "small.yaml"), "--dataset_root", "{data}"]) == 2
+    assert "--dataset_root '{data}': only {dataset} and {dataset_cleaned}" in capsys.readouterr().err
+
+
+def test_what_cannot_be_fetched_is_told_in_a_line(tmp_path, monkeypatch):
+    from clip_benchmark.datasets import builder
+
+    from vs2_plugin.reproduce.fetch import missing_data
+
+    def build_dataset(*args, **kwargs):
+        print("GDown is needed")
+        raise SystemExit(1)
+
+    monkeypatch.setattr(builder, "build_dataset", build_dataset)
+    line = missing_data("caltech101", str(tmp_path), "test")
+    assert "could not fetch caltech101 into " in line and "GDown is needed" in line and "\n" not in line
+    assert missing_data("wds/x", "https://example.org/{dataset}", "test") is None
+
+
+def test_training_on_the_images_that_are_evaluated_is_marked(tmp_path, monkeypatch, capsys):
+    table = MISSING.partition("columns:")[0] + (
+        'backbone: "local-dir:tiny-clip,"\ntransductive: [caltech101]\ncolumns: {A: {dataset: caltech101}}\n'
+        'rows:\n  plain: {model: "{backbone}"}\n  VS2: {model: "vs2:{backbone}"}\n'
+    )
+    (tmp_path / "table.yaml").write_text(table)
+    work = Reproduction([read(tmp_path / "table.yaml")], tmp_path / "out", "root", lambda words: None)
+    ((sae, seeds),) = work.trainings()
+    assert "--transductive" in work.train_words(sae, seeds)
+    found = type("Found", (), {"transductive": True})
+    monkeypatch.setattr(work, "checkpoint", lambda name: found)
+    monkeypatch.setattr(work, "_value", lambda cell, seed: 50.0)
+    work.out.mkdir()
+    assert work.finish() == 0
+    assert "Transductive, trained on the images that are evaluated: VS2 / A." in capsys.readouterr().out

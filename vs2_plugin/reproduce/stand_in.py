@@ -1,0 +1,110 @@
+"""The offline stand-in for a table: the tiny CLIP for every model, handwritten digits for every data set."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import vs2_plugin.demo
+from vs2_plugin.demo.digits import CLASSES, write_digits
+from vs2_plugin.errors import SettingError
+from vs2_plugin.modelstring import ModelString
+from vs2_plugin.reproduce.plan import Cell, Sae, Table
+
+__all__ = ["DATASET", "MODEL", "prepare", "stand_in"]
+
+MODEL, DATASET = "local-dir:tiny-clip", "wds/digits"
+_BLOCKS, _WIDTH = 4, 128  # of the tiny CLIP
+#: Activations seen in training: enough for the digits, and few.
+_SAMPLES = 20_000
+
+
+def prepare(folder: Path) -> None:
+    """Write the digits and the tiny CLIP into ``folder``, unless they are there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = {
+        "digits": write_digits,
+        "tiny-clip": lambda path: shutil.copytree(Path(vs2_plugin.demo.__file__).parent / "tiny_clip", path),
+    }
+    for name, write in sources.items():
+        if not (folder / name).exists():
+            shutil.rmtree(folder / f".{name}", ignore_errors=True)
+            write(folder / f".{name}")
+            os.replace(folder / f".{name}", folder / name)
+
+
+def stand_in(table: Table) -> Table:
+    """The same table with every model and data set replaced, and without the published numbers.
+
+    Raises:
+        SettingError: a backbone is not known to open_clip, so that its size is not.
+    """
+    names = dict.fromkeys(cell.of_class for cell in table.cells if cell.of_class)
+    classes = {name: CLASSES[number % len(CLASSES)] for number, name in enumerate(names)}
+    cells = tuple(_cell(cell, classes) for cell in table.cells)
+    return replace(table, cells=cells, stand_in=True)
+
+
+def _cell(cell: Cell, classes: Mapping[str, str]) -> Cell:
+    blocks, width = _size(cell.backbone)
+    sae = cell.sae
+    if sae is not None:
+        flags = tuple(sorted(_flags(dict(sae.flags), blocks, width).items()))
+        sae = Sae(MODEL, "", (DATASET,), flags)
+    return replace(
+        cell,
+        published=None,
+        model=None if cell.model is None else _model(cell.spec, blocks),
+        backbone=MODEL,
+        weights="",
+        dataset=DATASET,
+        sae=sae,
+        of_class=classes.get(cell.of_class),
+    )
+
+
+def _size(backbone: str) -> tuple[int, int]:
+    """Blocks and width of a vision tower."""
+    if backbone == MODEL:
+        return _BLOCKS, _WIDTH
+    import open_clip
+
+    vision = (open_clip.get_model_config(backbone) or {}).get("vision_cfg", {})
+    if not isinstance(vision.get("layers"), int):
+        raise SettingError(f"no stand-in for {backbone!r}: expected a ViT that open_clip knows")
+    return vision["layers"], vision["width"]
+
+
+def _model(spec: ModelString | None, blocks: int) -> str:
+    if spec is None:
+        return MODEL
+    given = {key: value for key, value in spec.given.items() if key != "encoder"}  # there is no such encoder offline
+    if given.get("blocks", "all") != "all":
+        numbers = sorted({_block(int(number), blocks) for number in given["blocks"].split("+")})
+        given["blocks"] = "+".join(map(str, numbers))
+    return str(replace(spec, backbone=MODEL, given=given))
+
+
+def _block(number: int, blocks: int) -> int:
+    """Counted from the end, the same block.
+
+    >>> _block(11, 12), _block(9, 12), _block(0, 12)
+    (3, 1, 0)
+    """
+    return max(0, _BLOCKS - (blocks - number))
+
+
+def _flags(flags: dict[str, Any], blocks: int, width: int) -> dict[str, Any]:
+    for name in ("retrieval_encoder", "calibrate_on", "max_images"):
+        flags.pop(name, None)
+    if "blocks" in flags:
+        words = (_block(int(word), blocks) if str(word).isdigit() else word for word in flags["blocks"])
+        flags["blocks"] = tuple(dict.fromkeys(words))
+    # As many latents per dimension, and the same share of them active.
+    flags["k"] = max(1, min(_WIDTH, round(flags.get("k", 64) * _WIDTH / width)))
+    # The paper's learning rate would need the paper's number of steps.
+    return {**flags, "recipe": "default", "samples": _SAMPLES}
