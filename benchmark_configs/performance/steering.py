@@ -3,7 +3,8 @@
     python benchmark_configs/performance/steering.py [--rounds 15] [--gallery 50000] [--out steering.json]
 
 Plain and steered calls take turns in one process, each pair in random order; the figures are medians and quartiles of
-the ratio of a pair, by the clock and, less disturbed by other processes, by processor time. The SAE (n = 3072, k = 64) and the gallery are random too: the work does not depend on their values.
+the ratio of a pair, by the clock and, less disturbed by other processes, by processor time. The SAE (n = 3072, k = 64)
+and the gallery are random too: the work does not depend on their values.
 """
 
 import argparse

@@ -40,8 +40,9 @@ OUTPUT = "visual"
 _BLOCKS = "visual.transformer.resblocks"
 #: Name, before a number, under which a steering module is attached to the module it steers; see :func:`edit`.
 _ATTACHED = "vs2_steering"
-#: Name of the flag on a steered module that switches its steering off; see :func:`paused`.
+#: Name under which a steered module holds the numbers of its edits that are switched off; see :func:`paused`.
 _PAUSED = "_vs2_paused"
+_NUMBERS = count()
 
 Steering = Callable[[Tensor], Tensor]
 
@@ -182,10 +183,11 @@ def edit(model: nn.Module, site: Site, steering: Steering) -> Edit:
         name = next(name for name in (f"{_ATTACHED}_{n}" for n in count()) if name not in module._modules)
         module.add_module(name, _Float32(steering))
 
-    handle = Edit(module, name)
+    number = next(_NUMBERS)
+    handle = Edit(module, name, number)
 
     def hook(module: nn.Module, args: object, output: Tensor | tuple) -> Tensor | tuple:
-        if getattr(module, _PAUSED, False):  # the module's own flag: a copy of the model is paused by itself
+        if number in getattr(module, _PAUSED, ()):  # the module's own: a copy of the model is paused by itself
             return output
         current = module._modules[name] if name else steering  # the replica's own under DataParallel
         return site.write(output, in_float32(current, site.read(output)))
@@ -211,8 +213,18 @@ class _Float32(nn.Module):
 class Edit:
     """A steering in place. :meth:`remove` takes it out again."""
 
-    def __init__(self, module: nn.Module, attached: str | None) -> None:
-        self._module, self._attached = module, attached
+    def __init__(self, module: nn.Module, attached: str | None, number: int) -> None:
+        self._module, self._attached, self._number = module, attached, number
+
+    @property
+    def paused(self) -> bool:
+        """Whether the tower is, for now, as if this were not there."""
+        return self._number in getattr(self._module, _PAUSED, ())
+
+    @paused.setter
+    def paused(self, value: bool) -> None:
+        others = getattr(self._module, _PAUSED, frozenset()) - {self._number}
+        setattr(self._module, _PAUSED, others | {self._number} if value else others)
 
     def remove(self) -> None:
         """Take out the hook and what was attached."""
@@ -234,13 +246,14 @@ def editing(model: nn.Module, site: Site, steering: Steering) -> Iterator[None]:
 @contextmanager
 def paused(edits: Sequence[Edit]) -> Iterator[None]:
     """Within the ``with`` block the tower is as if ``edits`` were not there."""
+    before = [handle.paused for handle in edits]
     for handle in edits:
-        setattr(handle._module, _PAUSED, True)
+        handle.paused = True
     try:
         yield
     finally:
-        for handle in edits:
-            setattr(handle._module, _PAUSED, False)
+        for handle, was in zip(edits, before, strict=True):
+            handle.paused = was
 
 
 @contextmanager

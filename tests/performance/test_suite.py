@@ -1,0 +1,127 @@
+"""The benchmark suite runs, and the work that it times is counted here. No time is asserted."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vs2_plugin.clip.sites import default_site, output_site
+from vs2_plugin.data.activations import ActivationCache, activations_at, extract
+from vs2_plugin.data.images import TrainingImages
+from vs2_plugin.sae import SaeConfig, TopKSAE, TrainConfig, train_sae
+from vs2_plugin.sae.step import set_gradients
+
+SUITE = Path(__file__).parents[2] / "benchmark_configs" / "performance"
+D, LATENTS, K, BATCH = 64, 512, 8, 256
+
+
+def test_the_one_command_writes_figures_of_all_that_is_installed(tmp_path):
+    out = tmp_path / "performance.json"
+    names = ["floor", "vs2", "dense", "latentsae"]
+    command = [sys.executable, SUITE / "run.py", "--quick", "--only", "training", "--rounds", "2", "--out", out]
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(
+        [*command, "--implementations", *names], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(out.read_text())
+    assert {"cpu", "cores", "memory_gb", "date", "command", "load_before"} < set(results["machine"])
+    libraries = results["machine"]["libraries"]
+    assert libraries["threads"] >= 1 and libraries["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert [row["implementation"] for row in results["training"]] == names
+    for row in results["training"]:
+        assert (row["d"], row["n"], row["k"], row["batch"]) == (64, 256, 8, 256)
+        if "failed" in row:  # a library that is not installed
+            assert row["implementation"] == "latentsae" and "No module named" in row["failed"]
+            continue
+        assert [len(turn) for turn in row["turns"]] == [3, 3]
+        low, high = row["spread"]
+        assert 0 < low <= row["samples_per_second"] <= high
+        assert 0 < row["imported_mb"] <= row["peak_mb"] and row["times_floor"] > 0
+    table = out.with_suffix(".md").read_text()
+    assert table in done.stdout and "| vs2 |" in table and results["machine"]["cpu"] in table
+
+
+class Products(TorchDispatchMode):
+    """Counts products of matrices by the multiplications that each takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.counted = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("mm", "addmm", "bmm", "baddbmm", "linear"):
+            one, other = args[1:3] if name in ("addmm", "baddbmm") else args[:2]
+            columns = other.shape[0] if name == "linear" else other.shape[-1]
+            self.counted.append(math.prod(one.shape) * columns)
+        return function(*args, **(kwargs or {}))
+
+
+def dense_step(sae, x):
+    """The same training step, by autograd of dense codes."""
+    pre = torch.nn.functional.linear(x - sae.b_dec, sae.encoder.weight, sae.encoder.bias)
+    values, indices = pre.topk(K)
+    codes = torch.zeros_like(pre).scatter(1, indices, values.relu())
+    (x - codes @ sae.W_dec - sae.b_dec).pow(2).sum().backward()
+
+
+@pytest.fixture
+def sae():
+    torch.manual_seed(0)
+    return TopKSAE(SaeConfig(D, LATENTS, K))
+
+
+def products(step):
+    """How many products of a batch with all latents a step takes."""
+    with Products() as seen:
+        step()
+    return seen.counted.count(BATCH * D * LATENTS)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_a_training_step_takes_one_dense_product(sae, bfloat16):
+    x = torch.randn(BATCH, D)
+    assert products(lambda: set_gradients(sae, x, bfloat16=bfloat16)) == 1
+    assert products(lambda: dense_step(sae, x)) == 6  # as many as there are in the dense form
+
+
+def test_a_training_takes_one_dense_product_per_step():
+    """Looks at held-out activations are in batches of another size."""
+    activations = np.random.default_rng(0).standard_normal((900, D), dtype=np.float32)
+    config = TrainConfig(expansion_factor=LATENTS // D, k=K, samples=5 * BATCH, sae_batch_size=BATCH)
+    assert products(lambda: train_sae(activations, config, quiet=True)) == 5
+
+
+def test_extraction_takes_one_forward_per_batch_and_two_bytes_per_value(make_clip, tmp_path):
+    model = make_clip()
+    forwards = []
+    model.visual.register_forward_hook(lambda *args: forwards.append(1))
+    count, batch_size = 22, 4
+    images = TrainingImages(list(torch.rand(count, 3, 32, 32)), count, None, None)
+    sites = [default_site(model), output_site(model)]
+    widths = {site.hookpoint: site.width for site in sites}
+    found = extract(
+        activations_at(model, sites, amp=False),
+        widths,
+        images,
+        ActivationCache(tmp_path),
+        {},
+        device="cpu",
+        batch_size=batch_size,
+        num_workers=0,
+        dtype=np.dtype("float16"),
+        quiet=True,
+    )
+    assert len(forwards) == math.ceil(count / batch_size)
+    for name, width in widths.items():
+        assert found.columns[name].nbytes == count * width * 2
+        header = (found.folder / f"{name}.npy").stat().st_size - count * width * 2
+        assert 0 < header < 256
