@@ -191,35 +191,18 @@ def extract(
     Raises:
         DataError: an image cannot be read, or a value does not fit ``dtype``.
     """
-    if processes.world == 1:
-        _extract(encode, widths, images, cache, key, device, batch_size, num_workers, dtype, name, quiet)
+    if processes.world > 1:
+        keys = [{**key, "part": [rank, processes.world]} for rank in range(processes.world)]
+        mine, own = images.part(processes, batch_size), keys[processes.rank]
+        extract(
+            encode, widths, mine, cache, own, device=device, batch_size=batch_size, num_workers=num_workers,
+            dtype=dtype, name=name, quiet=quiet or not processes.first,
+        )  # fmt: skip
+        wait()
+        if processes.first:
+            cache.join(keys, key, widths, dtype, images.labels)
+        wait()
         return cache.open(key, widths, images.labels)
-    keys = [{**key, "part": [rank, processes.world]} for rank in range(processes.world)]
-    mine = images.part(processes, batch_size)
-    own = keys[processes.rank]
-    _extract(
-        encode, widths, mine, cache, own, device, batch_size, num_workers, dtype, name, quiet or processes.rank > 0
-    )
-    wait()
-    if processes.first:
-        cache.join(keys, key, widths, dtype, images.labels)
-    wait()
-    return cache.open(key, widths, images.labels)
-
-
-def _extract(
-    encode: Encode,
-    widths: Mapping[str, int],
-    images: TrainingImages,
-    cache: ActivationCache,
-    key: dict[str, Any],
-    device: str | torch.device,
-    batch_size: int,
-    num_workers: int,
-    dtype: np.dtype,
-    name: str,
-    quiet: bool,
-) -> None:
     bar = tqdm(total=images.count, desc=name, unit="img", disable=True if quiet else None)
     with cache.writing(key, widths, dtype, images.labels) as writer, bar:
         for batch in images.batches(batch_size, num_workers):
@@ -240,3 +223,4 @@ def _extract(
             bar.update(len(batch.images))
         if writer.count == 0 and "part" not in key:
             raise DataError("there are no training images")
+    return cache.open(key, widths, images.labels)

@@ -24,6 +24,7 @@ SYSTEMS = {
     "zero-shot CLIP": MODEL,
     "VS2": f"vs2:{MODEL}",
     "VS2, gated at q = 0.99": f"vs2:{MODEL}@gate=0.99",
+    "VS2, last two blocks": f"vs2:{MODEL}@blocks=2+3",
     "VS2 + PASS (training labels)": f"pass:{MODEL}",
     "REC_F, reconstruction": f"rec:{MODEL}",
     "REC_A, at every block": f"rec:{MODEL}@blocks=all",
