@@ -101,7 +101,8 @@ def captions(in_demo) -> tuple[str, ...]:
 
 
 #: What VS2_PER_IMAGE, which the demo sets, adds to the metrics.
-ASIDE = ("vs2_seconds", "vs2_peak_memory", "vs2_ece")
+ASIDE = ("vs2_seconds", "vs2_peak_memory", "vs2_mended", "vs2_broken")
+ASIDE += tuple(f"vs2_{ece}{bins}" for ece in ("ece", "ece_before") for bins in ("", "_bins"))
 
 
 def metrics(path: Path) -> dict:

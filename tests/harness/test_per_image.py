@@ -1,28 +1,42 @@
 """Per-image results beside the results file, where they are asked for."""
 
+import csv
 import json
+import time
 
 import numpy as np
 import pytest
 import torch
 
 import vs2_plugin
+from vs2_plugin.harness import per_image
+from vs2_plugin.report.results import read
+from vs2_plugin.report.summary import summarise
 
 from .conftest import TINY, few_digits, metrics
 
 NAME = "local-dir-tiny-clip_wds-digits"
 DATA = ("--pretrained", "", "--dataset", "wds/few", "--dataset_root", "few", "--num_workers", "1", "--quiet")
 MODELS = [TINY, f"vs2:{TINY}@{NAME}@gate=0.5", f"vs2pp:{TINY}@{NAME}", f"rag:{TINY}@{NAME}"]
+#: Steered at the last block, further in, and at the output, with a gallery and without.
+EVERYWHERE = [
+    *MODELS[1:],
+    *(f"{method}:{TINY}@{NAME}" for method in ("vs2", "clipsteer", "pass", "knn")),
+    *(f"{method}:{TINY}@{NAME}@blocks=1+2" for method in ("vs2", "vs2pp")),
+]
+#: What is measured aside.
+ASIDE = {"vs2_seconds", "vs2_peak_memory", "vs2_mended", "vs2_broken"}
+ASIDE |= {f"vs2_{ece}{bins}" for ece in ("ece", "ece_before") for bins in ("", "_bins")}
 
 
 @pytest.fixture
 def evaluate(in_demo, clip_benchmark):
     few_digits(in_demo, "few", 1)
 
-    def run(*models, **files):
+    def run(*models, words=()):
         for path in in_demo.glob("i-*"):
             path.unlink()
-        code, error = clip_benchmark("eval", "--model", *models, *DATA, "--output", "i-{model}.json")
+        code, error = clip_benchmark("eval", "--model", *models, *DATA, *words, "--output", "i-{model}.json")
         assert code == 0, error
         return [(metrics(in_demo / f"i-{model}.json"), in_demo / f"i-{model}.images.npz") for model in models]
 
@@ -57,17 +71,126 @@ def test_nobody_asked_and_nothing_is_written(value, evaluate, monkeypatch):
 
 
 def test_results_gain_what_is_measured_and_are_the_same_otherwise(evaluate, monkeypatch):
-    without = [found for found, _ in evaluate(*MODELS[:3])]
+    without = [everything(path) for _, path in evaluate(TINY, *EVERYWHERE)]
+    assert not any(found.keys() & ASIDE for found in without)
     monkeypatch.setenv("VS2_PER_IMAGE", "1")
-    for (found, _), usual in zip(evaluate(*MODELS[:3]), without, strict=True):
-        assert found == usual
+    for (_, path), usual in zip(evaluate(TINY, *EVERYWHERE), without, strict=True):
+        assert {name: value for name, value in everything(path).items() if name not in ASIDE} == usual
+
+
+def everything(path):
+    """All metrics of the results that per-image results lie beside."""
+    return json.loads(path.with_suffix("").with_suffix(".json").read_text())["metrics"]
+
+
+@pytest.mark.parametrize("words", [(), ("--no_amp",), ("--batch_size", "7")])
+def test_a_steered_run_knows_what_the_plain_one_gives_bit_for_bit(words, evaluate, monkeypatch):
+    monkeypatch.setenv("VS2_PER_IMAGE", "1")
+    (_, path), *steered = evaluate(TINY, *EVERYWHERE, words=words)
+    plain, before = np.load(path), everything(path)
+    assert "plain_prediction" not in plain and {"vs2_mended", "vs2_ece_before"} & before.keys() == set()
+    was = plain["prediction"] == plain["target"]
+    for _, path in steered:
+        images, found = np.load(path), everything(path)
+        assert images["plain_prediction"].dtype == np.int32 and images["plain_confidence"].dtype == np.float32
+        assert images["digest"].tolist() == plain["digest"].tolist()
+        assert images["plain_prediction"].tolist() == plain["prediction"].tolist()
+        assert images["plain_confidence"].tolist() == plain["confidence"].tolist()
+        assert found["vs2_ece_before"] == before["vs2_ece"] and found["vs2_ece_before_bins"] == before["vs2_ece_bins"]
+        right = images["prediction"] == images["target"]
+        assert found["vs2_mended"] == sum(right & ~was) and found["vs2_broken"] == sum(was & ~right)
+        assert found["vs2_mended"] - found["vs2_broken"] == pytest.approx(224 * (found["acc1"] - before["acc1"]))
+
+
+def test_where_the_rest_of_the_tower_gives_other_bits_the_whole_tower_runs(evaluate, monkeypatch):
+    from vs2_plugin.harness import plain as module
+
+    finish = module.finish
+    monkeypatch.setattr(module, "finish", lambda model, site, x: finish(model, site, x) * 1.01)
+    monkeypatch.setenv("VS2_PER_IMAGE", "1")
+    (_, plain), (_, steered) = evaluate(*MODELS[:2])
+    assert np.load(steered)["plain_confidence"].tolist() == np.load(plain)["confidence"].tolist()
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_the_plain_tower_runs_as_seldom_as_it_can(amp, in_demo):
+    """After the first batch of a shape not at all, if steering begins at its end; for a gallery it runs anyway."""
+    images = torch.randn(5, 3, 32, 32)
+    expected = {"vs2": 1, "vs2pp": 1, "rag": 1, "vs2@blocks=1+2": 3, "vs2pp@blocks=1+2": 0}
+    for name, extra in expected.items():
+        method, _, option = name.partition("@")
+        model, *_ = vs2_plugin.load(f"{method}:{TINY}@{NAME}" + option.replace("blocks", "@blocks"))
+        model.set_classifier(torch.randn(64, 10))
+        runs, seen = [], []
+        model.visual.conv1.register_forward_hook(lambda *args, runs=runs: runs.append(1))
+        with torch.no_grad(), torch.autocast("cpu", enabled=amp):
+            model.encode_image(images)
+            usual = len(runs)
+            model.record_images(True, lambda embedding, seen=seen: seen.append(embedding()))
+            for _ in range(3):
+                model.encode_image(images)
+            assert len(runs) == 4 * usual + extra, name
+            model.record_images(False)
+            model.encode_image(images)
+        assert len(runs) == 5 * usual + extra and len(seen) == 3
+        assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+
+
+def test_the_time_of_the_plain_model_does_not_count(evaluate, monkeypatch):
+    def slow(self, classifier, embedding, see=per_image.Recorder.see_plain):
+        see(self, classifier, lambda: time.sleep(0.5) or embedding())
+
+    monkeypatch.setenv("VS2_PER_IMAGE", "1")
+    ((_, path),) = evaluate(MODELS[1])
+    monkeypatch.setattr(per_image.Recorder, "see_plain", slow)
+    started = time.monotonic()
+    ((_, path),) = evaluate(MODELS[1])
+    elapsed = time.monotonic() - started
+    images, found = np.load(path), everything(path)
+    assert found["vs2_seconds"] <= images["seconds"] <= elapsed - 2  # four batches
+
+
+def test_the_bins_reach_the_table_of_all_results(evaluate, in_demo, clip_benchmark, monkeypatch):
+    monkeypatch.setenv("VS2_PER_IMAGE", "1")
+    paths = [path for _, path in evaluate(*MODELS[:2])]
+    files = [str(path.with_suffix("").with_suffix(".json")) for path in paths]
+    assert clip_benchmark("build", *files, "--output", "i-build.csv")[0] == 0
+    with (in_demo / "i-build.csv").open() as file:
+        rows = {row["model"]: row for row in csv.DictReader(file)}
+    for model, path in zip(MODELS, paths, strict=False):
+        found = everything(path)
+        assert {name for name in rows[model] if rows[model][name] and name in ASIDE} == found.keys() & ASIDE
+        for name in ("vs2_ece", "vs2_ece_before") if "vs2_ece_before" in found else ("vs2_ece",):
+            bins = json.loads(rows[model][f"{name}_bins"])
+            assert bins == found[f"{name}_bins"] == sorted(bins, key=lambda row: row[1])
+            assert sum(count for count, _, _ in bins) == 224
+            ece = sum(count * abs(confidence - accuracy) for count, confidence, accuracy in bins) / 224
+            assert ece == pytest.approx(found[name], abs=2e-6)
+
+
+def test_the_report_of_a_steered_run_needs_no_plain_run(evaluate, in_demo, monkeypatch):
+    monkeypatch.setenv("VS2_PER_IMAGE", "1")
+    evaluate(*MODELS)
+    rows = []
+    for _ in range(2):
+        (section,) = summarise(read(in_demo.glob("i-*.json"))[0])
+        rows.append(section.groups[0].rows)
+        (in_demo / f"i-{TINY}.json").unlink(missing_ok=True)
+    told = [(row.label, row.top1, row.run.number("mean_per_class_recall"), row.interval, row.ece) for row in rows[0]]
+    assert told == [
+        (row.label, row.top1, pytest.approx(row.run.number("mean_per_class_recall")), row.interval, row.ece)
+        for row in rows[1]
+    ]
+    for with_plain, alone in zip(*rows, strict=True):
+        assert (with_plain.mended, with_plain.broken) == (alone.mended, alone.broken)
+        assert (with_plain.change, with_plain.change_interval) == (alone.change, alone.change_interval)
+        assert with_plain.ece_before == alone.ece_before and with_plain.classes == alone.classes
 
 
 def test_time_memory_and_calibration_stand_beside_accuracy(evaluate, monkeypatch):
     monkeypatch.setenv("VS2_PER_IMAGE", "1")
     for _, path in evaluate(*MODELS[:2]):
-        found = json.loads(path.with_suffix("").with_suffix(".json").read_text())["metrics"]
-        images = np.load(path)
+        found, images = everything(path), np.load(path)
         right = images["prediction"] == images["target"]
         bins = np.minimum((images["confidence"] * 15).astype(int), 14)
         expected = sum(

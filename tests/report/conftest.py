@@ -12,7 +12,7 @@ CLASSES = ["cat", "dog", "fox", "owl", "bee", "ant"]
 def make_images():
     """A function that gives the arrays of a run: images are the same for all, their order is the run's own."""
 
-    def make(accuracy, order_seed=0, count=600, classes=CLASSES, sae=False, **changes):
+    def make(accuracy, order_seed=0, count=600, classes=CLASSES, sae=False, before=None, **changes):
         rng = np.random.default_rng(7)
         digest = rng.integers(0, 2**64, count, dtype=np.uint64)
         target = rng.integers(0, len(classes), count).astype(np.int32)
@@ -30,6 +30,10 @@ def make_images():
         }
         if sae:
             arrays |= {"fvu": fvu.astype(np.float32), "steered": np.ones(count, bool)}
+        if before is not None:  # what the plain model of that accuracy gives, recorded in the same run
+            plain = make(before, count=count, classes=classes)
+            undo = np.argsort(np.random.default_rng(0).permutation(count))
+            arrays |= {f"plain_{name}": plain[name][undo] for name in ("prediction", "confidence")}
         order = np.random.default_rng(order_seed).permutation(count)
         arrays = {name: array[order] for name, array in arrays.items()}
         return arrays | {

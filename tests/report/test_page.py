@@ -170,6 +170,23 @@ def test_runs_of_other_images_are_said_to_be(write_run, make_images, steered, tm
     assert "zero-shot was evaluated on other images" in report(path.parent, tmp_path / "out")[0].text
 
 
+def test_a_steered_run_alone_gives_the_numbers_and_figures_of_both(write_run, make_images, steered, tmp_path):
+    zero = write_run("B", images=make_images(0.5, 1))
+    path = write_run("vs2:B", images=make_images(0.6, 2, sae=True, before=0.5), metrics=steered())
+    both = report(path.parent, tmp_path / "both")
+    zero.unlink()
+    alone = report(path.parent, tmp_path / "alone")
+    assert [path.name for path in alone[2]] == [path.name for path in both[2]]
+    for one, other in zip(alone[2][2:], both[2][2:], strict=True):
+        assert one.read_bytes() == other.read_bytes(), one.name  # the reliability diagram among them
+    steered_lines = [[line for line in markdown.splitlines() if "`vs2`" in line] for _, markdown, _ in (alone, both)]
+    assert steered_lines[0] == steered_lines[1] and "| `zero-shot` | none |" in alone[1]
+    assert "what is shown of it was recorded in a steered run" in alone[0].text
+    assert "recorded in a steered run" not in both[0].text
+    rows = [json.loads((tmp_path / name / "report.json").read_text())["rows"] for name in ("both", "alone")]
+    assert rows[0][1] == rows[1][1] and rows[1][0]["model"] == "B" and rows[1][1]["ece_before"] == rows[1][0]["ece"]
+
+
 def test_other_tasks_and_metrics_come_as_they_are(write_run, steered, tmp_path):
     metrics = {"image_retrieval_recall@5": 0.25, "text_retrieval_recall@5": 0.5}
     path = write_run("B", dataset="flickr8k", task="zeroshot_retrieval", metrics=metrics, name="1")

@@ -76,6 +76,14 @@ CHANGES = {
     "confidence lies outside 0 to 1": {"confidence": np.full(600, 3, np.float32)},
     "fvu is float32 of shape \\[600, 1\\]": {"fvu": np.zeros((600, 1), np.float32)},
     "steered is int64": {"steered": np.zeros(600, np.int64)},
+    "plain_prediction names a class outside": dict(
+        plain_prediction=np.full(600, 6, np.int32), plain_confidence=np.zeros(600, np.float32)
+    ),
+    "plain_confidence lies outside 0 to 1": dict(
+        plain_prediction=np.zeros(600, np.int32), plain_confidence=np.full(600, 3, np.float32)
+    ),
+    "of the plain model it holds plain_prediction only": {"plain_prediction": np.zeros(600, np.int32)},
+    "plain_confidence is float32 of shape \\[599\\]": {"plain_confidence": np.zeros(599, np.float32)},
     "classes is float64": {"classes": np.zeros(6)},
     "seconds is float64 of shape \\[3\\]; expected one number": {"seconds": np.zeros(3)},
 }
@@ -150,3 +158,18 @@ def test_the_parts_of_a_model_string(model, method, segments):
     run = Run(Path("x"), "d", model, "", "t", "en", {"vs2_method": method} if method else {})
     assert run.segments == segments and run.backbone == segments[0]
     assert run.given == dict(part.split("=") for part in segments[1:] if "=" in part)
+
+
+def test_what_a_steered_run_recorded_of_the_plain_model(write_run, make_images, steered):
+    path = write_run("vs2:B@gate=0.9", images=make_images(0.6, 3, sae=True, before=0.5), metrics=steered())
+    expected = make_images(0.5, 3)
+    ((run,), _) = read([path])
+    plain = run.plain
+    assert (plain.model, plain.method, plain.dataset, plain.plain) == ("B", None, run.dataset, None)
+    for name in ("digest", "target", "prediction", "confidence"):
+        assert getattr(plain.images, name).tolist() == expected[name].tolist()
+    right = expected["prediction"] == expected["target"]
+    recall = np.mean([right[expected["target"] == label].mean() for label in range(6)])
+    assert plain.metrics == {"acc1": right.mean(), "mean_per_class_recall": pytest.approx(recall)}
+    assert plain.images.fvu is plain.images.seconds is plain.images.peak_memory is None
+    assert read([write_run("vs2:B", images=make_images(0.6), metrics=steered())])[0][0].plain is None

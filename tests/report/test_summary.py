@@ -61,6 +61,48 @@ def test_other_images_or_classes_are_not_paired(write_run, make_images, steered)
         assert row.interval is not None and row.change is not None
 
 
+FIGURES = ("change", "change_interval", "mended", "broken", "ece", "ece_before", "classes")
+
+
+def test_a_run_that_recorded_the_plain_model_needs_none_beside_it(write_run, make_images, steered):
+    zero = write_run("B", images=make_images(0.5, 1))
+    runs = [
+        write_run(
+            f"vs2:B@gamma={seed}", images=make_images(0.6, seed, sae=True, before=0.5), metrics=steered(gamma=seed)
+        )
+        for seed in (2, 3)
+    ]
+    first = write_run("other:B", images=make_images(0.7, 4), metrics=steered("other"))  # compares with what others know
+    told = [group_of(zero, first, *runs), group_of(first, *runs)]
+    for with_zero, alone in zip(*(group.rows for group in told), strict=True):
+        assert with_zero.label == alone.label
+        for name in FIGURES:
+            assert getattr(with_zero, name) == getattr(alone, name), name
+        assert with_zero.top1 == alone.top1 and with_zero.interval == alone.interval
+    row = told[1].steered[0]
+    assert row.mended > 0 and row.ece != row.ece_before and told[1].zero.ece == row.ece_before
+
+
+def test_what_a_run_recorded_goes_before_a_plain_model_of_other_images(write_run, make_images, steered):
+    zero = write_run("B", images=make_images(0.1, count=500))
+    images = make_images(0.6, 1, sae=True, before=0.5)
+    group = group_of(zero, write_run("vs2:B", images=images, metrics=steered()))
+    (row,) = group.steered
+    right, was = (images[name] == images["target"] for name in ("prediction", "plain_prediction"))
+    assert group.zero.run.path == zero and row.before.tolist() == images["plain_prediction"].tolist()
+    assert (row.mended, row.broken) == (sum(right & ~was), sum(was & ~right))
+    assert row.change == pytest.approx(right.mean() - was.mean())
+
+
+def test_without_per_image_results_the_metrics_tell(write_run, steered):
+    facts = steered(mended=30, broken=20, ece=0.25, ece_before=0.5)
+    (row,) = group_of(write_run("B"), write_run("vs2:B", metrics=facts)).steered
+    assert (row.mended, row.broken, row.ece, row.ece_before, row.before) == (30, 20, 0.25, 0.5, None)
+    damaged = steered(mended=float("nan"), broken=True, ece=[1], ece_before="0.1")
+    (row,) = group_of(write_run("vs2:B", name="damaged", metrics=damaged)).steered
+    assert row.mended is row.broken is row.ece is row.ece_before is None
+
+
 def test_zero_shot_with_per_image_results_is_preferred(write_run, make_images):
     write_run("B", 0.4, name="1")
     path = write_run("B", images=make_images(0.5), name="2")

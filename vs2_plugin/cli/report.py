@@ -11,8 +11,9 @@ __all__ = ["add_report"]
 _DESCRIPTION = """\
 Turn clip_benchmark's result files (of steered and of plain models) into one page that opens from disk
 (index.html), a Markdown table (report.md) and figures (PNG). Changes are over the plain model of the same
-backbone, weights and data set: give its results too. With per-image results (evaluate with VS2_PER_IMAGE=1)
-there are confidence intervals, images mended and broken, classes, calibration, accuracy by FVU, time and memory."""
+backbone, weights and data set: give its results too, unless the steered ones were evaluated with VS2_PER_IMAGE=1
+and know it. With such per-image results there are confidence intervals, images mended and broken, classes,
+calibration, accuracy by FVU, time and memory."""
 
 _EXAMPLES = """\
 examples:

@@ -30,6 +30,7 @@ __all__ = [
     "editing",
     "embedding_from",
     "find_site",
+    "finish",
     "in_float32",
     "output_site",
     "paused",
@@ -146,6 +147,18 @@ def embedding_from(model: nn.Module, site: Site, x: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         pooled = visual.ln_post(x.to(dtype)).float()
         return pooled if visual.proj is None else pooled @ visual.proj.float()
+
+
+def finish(model: nn.Module, site: Site, x: Tensor) -> Tensor:
+    """What ``encode_image`` makes of the activation ``[batch, d]`` at the tower's end: the default site or the output.
+
+    The same operations on the same numbers as in the tower, but for the other tokens, so that the features are the
+    same bit for bit, inside autocast and outside. (Where they are not, callers run the tower.)
+    """
+    if site.token_dim is None:
+        return x
+    pooled = model.visual.ln_post(x)
+    return pooled if model.visual.proj is None else pooled @ model.visual.proj
 
 
 @torch.no_grad()

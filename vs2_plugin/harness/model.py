@@ -15,6 +15,7 @@ from vs2_plugin.clip.backbone import Loaded, Tower
 from vs2_plugin.clip.sites import Edit, Site, default_site, edit, embedding_from, find_site, output_site, paused
 from vs2_plugin.data.images import image_digest
 from vs2_plugin.errors import CheckpointError, ModelStringError, PluginError, Vs2Error
+from vs2_plugin.harness.plain import PlainEmbedding
 from vs2_plugin.method import Scalar
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.plugins import registry
@@ -70,6 +71,7 @@ class SteeredCLIP(nn.Module):
         self._retriever: Retriever | None = None
         self._two_passes = False
         self._targets: Tensor | None = None
+        self._plain: PlainEmbedding | None = None
         self._facts: dict[str, Scalar] = {}
         self.eval()
 
@@ -258,10 +260,21 @@ class SteeredCLIP(nn.Module):
         seen |= self._gates[-1].facts if self._gates else {}
         return {f"vs2_{name}": value for name, value in {**self._facts, **seen}.items()}
 
-    def record_images(self, recording: bool) -> None:
-        """Keep, or no longer keep, what :meth:`per_image` tells."""
+    def record_images(self, recording: bool, show: Callable[[Callable[[], Tensor]], None] | None = None) -> None:
+        """Keep, or no longer keep, what :meth:`per_image` tells.
+
+        ``show`` is called after each batch, under the autocast of the moment, with a function that gives the plain
+        model's embedding of the same images ``[batch, embed_dim]``, bit for bit. Without it there is none to be had.
+        """
         for gate in self._gates:
             gate.recording = recording
+        if self._plain is not None:
+            self._plain.remove()
+        self._plain = None
+        if recording and show is not None:
+            self._plain = PlainEmbedding(
+                self.model, self._edits, None if self._two_passes else self._sites()[0][0], show
+            )
 
     def per_image(self) -> dict[str, Tensor]:
         """What the last site's gate saw of each image since :meth:`reset_statistics`: ``fvu`` and ``steered``."""
@@ -274,22 +287,27 @@ class SteeredCLIP(nn.Module):
                 f"model {str(self.spec)!r} does not know its data set yet; name a checkpoint ({self.spec.method.name}:"
                 f"{self.spec.backbone}@NAME) or pass dataset= to vs2_plugin.load"
             )
-        with self._batch(image):
-            return self.model.encode_image(image, *args, **kwargs)
+        with self._batch(image) as plain:
+            embedding = self.model.encode_image(image, *args, **kwargs)
+        if self._plain is not None:
+            self._plain.show(image, plain)
+        return embedding
 
     @contextmanager
-    def _batch(self, image: Tensor | None) -> Iterator[None]:
-        """Within the block the tower runs on these images, which a method with a gallery has to know."""
+    def _batch(self, image: Tensor | None) -> Iterator[Tensor | None]:
+        """Within the block the tower runs on these images, which a method with a gallery has to know. Gives their plain
+        embedding, if the tower had to run for it."""
         if self._retriever is None or image is None:
-            yield
+            yield None
             return
+        plain = None
         self._retriever.begin(image, self._targets)
         try:
             if self._two_passes:
                 with paused(self._edits):
                     plain = self.model.encode_image(image)
                 self._retriever.embed(lambda: plain)
-            yield
+            yield plain
         finally:
             self._retriever.end()
 

@@ -1,8 +1,14 @@
 """Per-image results of zero-shot classification, on request: ``VS2_PER_IMAGE=1 clip_benchmark eval …``.
 
-The metrics in ``X.json`` then hold ``vs2_ece`` (expected calibration error, 15 bins), ``vs2_seconds`` and
-``vs2_peak_memory`` too, of plain models as well. Beside it lies ``X.images.npz``: arrays with one entry per image, in
-the order of the run.
+The metrics in ``X.json`` then hold more, of plain models as well: ``vs2_seconds``, ``vs2_peak_memory`` and the expected
+calibration error ``vs2_ece`` with its bins, ``vs2_ece_bins``: ``[images, mean confidence, accuracy]`` of each that has
+images, of 15 equal ones by rising confidence. ``clip_benchmark build`` writes the list into the CSV as JSON.
+
+A steered model then encodes every image unsteered too, so that its results say by themselves what steering did:
+``vs2_mended`` images that were wrong and are right, ``vs2_broken`` that were right and are wrong, and the calibration
+of zero-shot, ``vs2_ece_before`` and ``vs2_ece_before_bins``. The time that this takes is no part of ``vs2_seconds``.
+
+Beside ``X.json`` lies ``X.images.npz``: arrays with one entry per image, in the order of the run.
 
     digest               uint64   of the preprocessed image: the same in every run, whereas the order is not
     target, prediction   int32    class numbers
@@ -11,9 +17,12 @@ the order of the run.
     target_probability   float32  probability of the target
     fvu                  float32  steered models: share of variance that the SAE does not explain (last site)
     steered              bool     steered models: whether the gate let the image through (last site)
+    plain_prediction     int32    steered models: what the plain model gives in the same batch, bit for bit
+    plain_confidence     float32  steered models: probability of that prediction
 
-and, of the run as a whole, ``classes`` (their names), ``seconds`` (wall clock, loading included) and ``peak_memory``
-(bytes: the process's resident set, or what torch allocated on the CUDA device; 0 where it cannot be told).
+and, of the run as a whole, ``classes`` (their names), ``seconds`` (wall clock, loading included, without the plain
+model's part) and ``peak_memory`` (bytes: the process's resident set, or what torch allocated on the CUDA device; 0
+where it cannot be told).
 """
 
 from __future__ import annotations
@@ -22,11 +31,14 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vs2_plugin.data.images import image_digest
@@ -49,28 +61,47 @@ class Recorder:
 
     def __init__(self) -> None:
         self._started = time.monotonic()
+        self._aside = 0.0
         self._arrays: dict[str, np.ndarray] = {}
         self._digests: list[int] = []
+        self._plain: list[tuple[Tensor, Tensor]] = []
         self.classes: Sequence[str] | None = None
         _reset_peak()
 
     def watch(self, dataloader) -> Iterator:
         """The batches of ``dataloader``, with the digests of their images taken."""
-        self._digests = []
+        self._digests, self._plain = [], []
         for images, target in dataloader:
             self._digests += [image_digest(image) for image in images]
             yield images, target
+
+    def see_plain(self, classifier: Tensor, embedding: Callable[[], Tensor]) -> None:
+        """Take what the plain model makes of a batch: ``embedding()`` ``[batch, e]``, seen by ``classifier``
+        ``[e, classes]`` as in clip_benchmark's ``run_classification``, under whose autocast this is called."""
+        with self._unmeasured():
+            logits = 100.0 * F.normalize(embedding(), dim=-1) @ classifier
+            self._plain.append(_decide(logits.float().cpu()))
+
+    @contextmanager
+    def _unmeasured(self) -> Iterator[None]:
+        """What is done in the block is no part of the run's time."""
+        _wait()
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            _wait()
+            self._aside += time.monotonic() - started
 
     def finish(self, logits: Tensor, target: Tensor, facts: dict[str, Tensor]) -> None:
         """Take logits ``[count, classes]`` and targets ``[count]``, and what else is known of each image."""
         if target.ndim != 1:  # several labels per image
             return
         probability = logits.float().softmax(1)
-        best = probability.max(1)
         target = target.long()
         preferred = (logits > logits.gather(1, target[:, None])).sum(1)
         # Autocast makes equal logits. Among the first five, the order is that of clip_benchmark's own top-5.
-        first = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        first = _first(logits)
         found = first == target[:, None]
         rank = torch.where(found.any(1), found.int().argmax(1), preferred.clamp_min(first.shape[1]))
         self._arrays = {
@@ -78,18 +109,28 @@ class Recorder:
             "target": target.numpy().astype(np.int32),
             "prediction": first[:, 0].numpy().astype(np.int32),
             "rank": rank.numpy().astype(np.int32),
-            "confidence": best.values.numpy(),
+            "confidence": probability.amax(1).numpy(),
             "target_probability": probability.gather(1, target[:, None])[:, 0].numpy(),
             **{name: values.numpy() for name, values in facts.items()},
         }
+        if self._plain:
+            prediction, confidence = (torch.cat(parts).numpy() for parts in zip(*self._plain, strict=True))
+            self._arrays |= {"plain_prediction": prediction.astype(np.int32), "plain_confidence": confidence}
 
-    def facts(self) -> dict[str, float | int]:
-        """For the metrics: expected calibration error, seconds so far, and peak memory."""
-        known = {"seconds": round(time.monotonic() - self._started, 3), "peak_memory": _peak()}
+    def facts(self) -> dict[str, Any]:
+        """For the metrics: seconds so far, peak memory, calibration and, of a steered model, what steering changed."""
+        known = {"seconds": round(self._seconds(), 3), "peak_memory": _peak()}
         if self._arrays:
-            correct = self._arrays["prediction"] == self._arrays["target"]
-            known["ece"] = calibration(self._arrays["confidence"], correct).ece
+            right = self._arrays["prediction"] == self._arrays["target"]
+            known |= _calibration("ece", self._arrays["confidence"], right)
+        if "plain_prediction" in self._arrays:
+            was = self._arrays["plain_prediction"] == self._arrays["target"]
+            known |= {"mended": int((~was & right).sum()), "broken": int((was & ~right).sum())}
+            known |= _calibration("ece_before", self._arrays["plain_confidence"], was)
         return {f"vs2_{name}": value for name, value in known.items()}
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self._started - self._aside
 
     def save(self, output: str) -> None:
         """Write the file that belongs to ``output``, whole or not at all. Nothing if there was no classification."""
@@ -98,7 +139,7 @@ class Recorder:
         arrays = {
             **self._arrays,
             "classes": np.array([str(name) for name in self.classes or []], dtype=np.str_),
-            "seconds": np.float64(time.monotonic() - self._started),
+            "seconds": np.float64(self._seconds()),
             "peak_memory": np.int64(_peak()),
         }
         path = images_file(output)
@@ -106,6 +147,30 @@ class Recorder:
             np.savez_compressed(file, **arrays)
         os.chmod(file.name, 0o644)
         os.replace(file.name, path)
+
+
+def _first(logits: Tensor) -> Tensor:
+    """The classes preferred most, best first: int64 ``[count, 5]``, or as many as there are."""
+    return logits.topk(min(5, logits.shape[1]), dim=1).indices
+
+
+def _decide(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The class that each image is given, int64 ``[count]``, and its probability."""
+    return _first(logits)[:, 0], logits.softmax(1).amax(1)
+
+
+def _calibration(name: str, confidence: np.ndarray, correct: np.ndarray) -> dict[str, Any]:
+    """The expected calibration error, and its bins that hold images."""
+    found = calibration(confidence, correct)
+    columns = found.share * len(correct), found.confidence, found.accuracy
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    bins = [[round(count), round(mean, 6), round(accuracy, 6)] for count, mean, accuracy in rows if count]
+    return {name: found.ece, f"{name}_bins": bins}
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _reset_peak() -> None:

@@ -179,16 +179,18 @@ def _patch_classification(module: ModuleType) -> None:
         model = given["model"] if hasattr(given["model"], "vs2_facts") else None
         if model is not None:
             model.set_classifier(given["classifier"])
-            model.record_images(_recorder is not None)
+            if _recorder is not None:
+                model.record_images(True, functools.partial(_recorder.see_plain, given["classifier"]))
         if model is not None or _recorder is not None:
             given["dataloader"] = _Telling(given["dataloader"], model)
         try:
             logits, target = stock(**given)
+            if _recorder is not None:
+                _recorder.finish(logits, target, {} if model is None else model.per_image())
         finally:
             if model is not None:
                 model.set_targets(None)
-        if _recorder is not None:
-            _recorder.finish(logits, target, {} if model is None else model.per_image())
+                model.record_images(False)
         return logits, target
 
     module.run_classification = run_classification

@@ -49,7 +49,7 @@ def draw(group: Group) -> list[Picture]:
     caption = _RELIABLE
     for row in group.methods:
         if row.before is not None:
-            add(f"calibration-{row.run.method}", f"Calibration: {row.label}", caption, _reliability, row, zero)
+            add(f"calibration-{row.run.method}", f"Calibration: {row.label}", caption, _reliability, row)
             caption = _AGAIN
     return pictures
 
@@ -244,14 +244,14 @@ def _fvu(row: Row) -> Figure:
     return figure
 
 
-def _reliability(row: Row, zero: Row) -> Figure:
+def _reliability(row: Row) -> Figure:
     figure = new_figure(4.4)
     above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     above.plot((0, 100), (0, 100), color=INK, linewidth=0.8, linestyle=":")
-    for shown, colour, marker in ((zero, PLAIN, "s"), (row, LINES[0], "o")):
-        found = shown.calibration
+    before, after = ("zero-shot", row.calibration_before, PLAIN, "s"), (row.label, row.calibration, LINES[0], "o")
+    for name, found, colour, marker in (before, after):
         filled = found.share > 0
-        label = f"{_short(shown.label)}: ECE {100 * found.ece:.1f} points"
+        label = f"{_short(name)}: ECE {100 * found.ece:.1f} points"
         places = 100 * found.confidence[filled], 100 * found.accuracy[filled]
         above.plot(*places, color=colour, marker=marker, markersize=3, linewidth=0.8, label=label)
         above.scatter(*places, 100 * found.share[filled], color=colour, marker=marker, clip_on=False, zorder=3)

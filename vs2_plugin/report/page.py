@@ -76,7 +76,8 @@ def figures_of(sections: Iterable[Section]) -> Iterator[dict[str, Any]]:
                 "change_interval": row.change_interval,
                 "mended": row.mended,
                 "broken": row.broken,
-                "ece": row.calibration and row.calibration.ece,
+                "ece": row.ece,
+                "ece_before": row.ece_before,
                 "seconds": images and images.seconds,
                 "peak_memory": images and images.peak_memory,
             }
@@ -110,7 +111,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
         Column("broken", [fixed(row.broken, 0, scale=1) for row in rows], "images that only zero-shot got right"),
         Column("coverage %", metric("vs2_coverage", 1), "share of images that were steered"),
         Column(
-            "ECE, points", [fixed(row.calibration and row.calibration.ece) for row in rows],
+            "ECE, points", [fixed(row.ece) for row in rows],
             "expected calibration error, 15 equal bins",
         ),
         Column("seconds", of_images("seconds", 1, 1), "wall clock of the run, loading included"),
@@ -156,6 +157,12 @@ def hints(group: Group, section: Section) -> list[tuple[str, str]]:
     per_image = "VS2_PER_IMAGE=1 "
     if group.zero is None:
         want("Changes over zero-shot: there is no result of the plain model.", group.backbone)
+    elif "acc5" not in group.zero.run.metrics:
+        want(
+            "Top-5 accuracy, time and memory of zero-shot: what is shown of it was recorded in a steered run.",
+            group.backbone,
+            before=per_image,
+        )
     bare = [row for row in group.rows if row.run.images is None]
     if bare:
         whose = "" if len(bare) == len(group.rows) else f" of {_some(bare)}"

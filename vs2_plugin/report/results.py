@@ -7,7 +7,7 @@ import math
 import zipfile
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ _SCHEMAS = ("hf-hub:", "local-dir:")
 #: The harness breaks ties between classes in its own way, so its accuracy may differ a little from the predictions'.
 _TIES = 0.02
 _ALWAYS = {"digest": "u", "target": "i", "prediction": "i", "confidence": "f", "target_probability": "f", "rank": "i"}
-_STEERED = {"fvu": "f", "steered": "b"}
+_STEERED = {"fvu": "f", "steered": "b", "plain_prediction": "i", "plain_confidence": "f"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +43,8 @@ class Images:
     """The classes' names; empty where the run did not know them."""
     fvu: np.ndarray | None = None
     """The share of the activation's variance that the SAE does not explain."""
+    plain: tuple[np.ndarray, np.ndarray] | None = None
+    """Of a steered model: the plain model's predictions and confidences for the same images, which it recorded too."""
     seconds: float | None = None
     """Wall clock of the run."""
     peak_memory: float | None = None
@@ -56,6 +58,12 @@ class Images:
     def correct(self) -> np.ndarray:
         """Which images were classified correctly, bool ``[n]``."""
         return self.prediction == self.target
+
+    @property
+    def recall(self) -> float:
+        """Accuracy per class, averaged over the classes that have images."""
+        _, label, count = np.unique(self.target, return_inverse=True, return_counts=True)
+        return float((np.bincount(label, self.correct) / count).mean())
 
     @classmethod
     def load(cls, path: Path) -> Images:
@@ -86,14 +94,19 @@ class Images:
         classes = held["classes"]
         if classes.ndim != 1 or classes.dtype.kind != "U":
             raise _damaged(path, f"classes is {classes.dtype} of shape {list(classes.shape)}; expected a list of names")
-        for name in ("target", "prediction"):
+        both = [name for name in ("plain_prediction", "plain_confidence") if name in held]
+        if len(both) == 1:
+            raise _damaged(path, f"of the plain model it holds {both[0]} only")
+        for name in ("target", "prediction", *both[:1]):
             if held[name].min() < 0 or held[name].max() >= (len(classes) or np.inf):
                 raise _damaged(path, f"{name} names a class outside the {len(classes)} classes")
-        if held["confidence"].min() < 0 or held["confidence"].max() > 1 + 1e-3:
-            raise _damaged(path, "confidence lies outside 0 to 1")
+        for name in ("confidence", *both[1:]):
+            if held[name].min() < 0 or held[name].max() > 1 + 1e-3:
+                raise _damaged(path, f"{name} lies outside 0 to 1")
         scalars = {name: _scalar(path, name, held) for name in ("seconds", "peak_memory")}
         arrays = {name: held[name] for name in ("digest", "target", "prediction", "confidence")}
-        return cls(**arrays, classes=tuple(map(_text, classes)), fvu=held.get("fvu"), **scalars)
+        plain = (held[both[0]], held[both[1]]) if both else None
+        return cls(**arrays, classes=tuple(map(_text, classes)), fvu=held.get("fvu"), plain=plain, **scalars)
 
 
 def _scalar(path: Path, name: str, held: dict[str, np.ndarray]) -> float | None:
@@ -144,6 +157,19 @@ class Run:
     def method(self) -> str | None:
         """The steering method; None for a plain model."""
         return None if self.fact("method") is None else _text(self.fact("method"))
+
+    @cached_property
+    def plain(self) -> Run | None:
+        """The zero-shot result that a steered run recorded beside its own. It knows no ranks, time or memory."""
+        if self.method is None or self.images is None or self.images.plain is None:
+            return None
+        prediction, confidence = self.images.plain
+        images = replace(
+            self.images, prediction=prediction, confidence=confidence, fvu=None, plain=None, seconds=None,
+            peak_memory=None,
+        )  # fmt: skip
+        metrics = {"acc1": float(images.correct.mean()), "mean_per_class_recall": images.recall}
+        return replace(self, model=self.backbone, metrics=metrics, images=images)
 
     @property
     def labels(self) -> str:

@@ -39,7 +39,8 @@ class Row:
     run: Run
     label: str
     zero: Run | None = field(default=None, repr=False)
-    """The zero-shot result that it is compared with; None for a zero-shot result itself."""
+    """The zero-shot result that it is compared with: of the plain model or, where there is none of the same images, the
+    one that the run recorded itself. None for a zero-shot result."""
 
     @property
     def top1(self) -> float:
@@ -59,11 +60,8 @@ class Row:
     @cached_property
     def before(self) -> np.ndarray | None:
         """Zero-shot's predictions in the order of this run's images; None where they cannot be paired."""
-        mine, other = self.run.images, self.zero and self.zero.images
-        if mine is None or other is None or mine.classes != other.classes:
-            return None
-        order = pair(mine.digest, mine.target, other.digest, other.target)
-        return None if order is None else other.prediction[order]
+        order = _pair(self.run, self.zero)
+        return None if order is None else self.zero.images.prediction[order]
 
     @cached_property
     def was_correct(self) -> np.ndarray | None:
@@ -80,17 +78,37 @@ class Row:
     @property
     def mended(self) -> int | None:
         """Images that zero-shot got wrong and this run right."""
-        return None if self.before is None else int((~self.was_correct & self.run.images.correct).sum())
+        if self.before is None:
+            return _count(self.run.number("vs2_mended"))
+        return int((~self.was_correct & self.run.images.correct).sum())
 
     @property
     def broken(self) -> int | None:
         """Images that zero-shot got right and this run wrong."""
-        return None if self.before is None else int((self.was_correct & ~self.run.images.correct).sum())
+        if self.before is None:
+            return _count(self.run.number("vs2_broken"))
+        return int((self.was_correct & ~self.run.images.correct).sum())
 
     @cached_property
     def calibration(self) -> Calibration | None:
         """How well the confidences fit."""
         return None if self.run.images is None else calibration(self.run.images.confidence, self.run.images.correct)
+
+    @cached_property
+    def calibration_before(self) -> Calibration | None:
+        """How well those of zero-shot fit, on the same images; None where they cannot be paired."""
+        return None if self.before is None else calibration(self.zero.images.confidence, self.zero.images.correct)
+
+    @property
+    def ece(self) -> float | None:
+        """Expected calibration error."""
+        return self.run.number("vs2_ece") if self.calibration is None else self.calibration.ece
+
+    @property
+    def ece_before(self) -> float | None:
+        """Expected calibration error of zero-shot on the same images; None for a zero-shot result."""
+        before = self.calibration_before
+        return self.run.number("vs2_ece_before") if before is None else before.ece
 
     @cached_property
     def classes(self) -> list[ClassChange]:
@@ -106,6 +124,18 @@ class Row:
             return []
         bins = by_fvu(self.run.images.fvu)
         return bins if len(bins) > 1 else []
+
+
+def _pair(run: Run, zero: Run | None) -> np.ndarray | None:
+    """The indices that put zero-shot's images into the order of the run's; None where they cannot be paired."""
+    mine, other = run.images, zero and zero.images
+    if mine is None or other is None or mine.classes != other.classes:
+        return None
+    return pair(mine.digest, mine.target, other.digest, other.target)
+
+
+def _count(number: float | None) -> int | None:
+    return None if number is None else int(number)
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,7 +279,9 @@ def _group(backbone: str, pretrained: str, runs: list[Run]) -> Group:
         return run.method is not None, bare, labels, run.method != "vs2", run.method, len(run.segments)
 
     runs = sorted(runs, key=rank)
-    zero = next((run for run in runs if run.method is None), None)
+    if runs[0].method is not None:  # no plain model was evaluated; a steered run may have recorded it
+        runs = [*[run.plain for run in runs if run.plain][:1], *runs]
+    zero = runs[0] if runs[0].method is None else None
     labels = [_label(run) for run in runs]
     again = Counter(labels)
     rows = [
@@ -257,7 +289,7 @@ def _group(backbone: str, pretrained: str, runs: list[Run]) -> Group:
         Row(
             run,
             f"{label} ({'/'.join(run.path.parts[-2:])})" if again[label] > 1 else label,
-            None if run.method is None else zero,
+            None if run.method is None else zero if run.plain is None or _pair(run, zero) is not None else run.plain,
         )
         for run, label in zip(runs, labels, strict=True)
     ]

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from vs2_plugin.checkpoint.manifest import Checkpoint, SiteFacts
 from vs2_plugin.checkpoint.store import Store, checkpoint_name
 from vs2_plugin.clip.backbone import Loaded, Tower, load_backbone
-from vs2_plugin.clip.sites import Site, embedding_from, in_float32
+from vs2_plugin.clip.sites import Site, embedding_from, finish, in_float32
 from vs2_plugin.errors import DataError, HarnessError
 from vs2_plugin.harness.autoload import DISABLE
 from vs2_plugin.harness.model import SteeredCLIP
@@ -35,7 +35,7 @@ from vs2_plugin.steering.context import Context, Task
 from vs2_plugin.steering.selective import NeighbourSteering, PrototypeSteering
 from vs2_plugin.sweep.grid import Point, outcome_key
 from vs2_plugin.sweep.shared import Batch, Lookup, Remembered, RememberedSums, remember_codes
-from vs2_plugin.sweep.tower import finish, resumed, watched
+from vs2_plugin.sweep.tower import resumed, watched
 
 __all__ = ["Metrics", "evaluate"]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vs2_plugin.clip.sites import Site
 
-__all__ = ["finish", "resumed", "watched"]
+__all__ = ["resumed", "watched"]
 
 
 @contextmanager
@@ -29,18 +29,6 @@ def watched(model: nn.Module, sites: Iterable[Site]) -> Iterator[dict[Site, Tens
     finally:
         for handle in handles:
             handle.remove()
-
-
-def finish(model: nn.Module, site: Site, x: Tensor) -> Tensor:
-    """What ``encode_image`` makes of the activation ``[batch, d]`` at the tower's end: the default site or the output.
-
-    The same operations on the same numbers as in the tower, but for the other tokens, so that the features are the
-    same bit for bit, inside autocast and outside. (Where they are not, callers turn to :func:`resumed`.)
-    """
-    if site.token_dim is None:
-        return x
-    pooled = model.visual.ln_post(x)
-    return pooled if model.visual.proj is None else pooled @ model.visual.proj
 
 
 @contextmanager
