@@ -4,17 +4,19 @@
     python benchmark_configs/performance/extraction.py hit FOLDER [--started SECONDS]
     python benchmark_configs/performance/extraction.py memory FILE [--count 1000000] [--samples 100000]
 
-Each prints a line of JSON. ``throughput`` writes JPEG images (400 x 300 pixels) as webdataset shards into FOLDER and
-runs them through ViT-B-32 with random weights, twice in each round: the plain forward on batches that are in memory,
-and this package's extraction from the shards into the cache. ``hit`` runs ``vs2-train-sae`` on FOLDER up to the first
-training step; the second time, the activations are cached. ``memory`` writes float16 activations to FILE and trains an
-SAE on them: peak memory with the pages of that file, and without.
+Each prints a line of JSON. ``throughput`` writes JPEG images (400 x 300 pixels) as webdataset shards into FOLDER, with
+a file of random weights, and runs them through ViT-B-32, twice in each round: the plain forward on batches that are in
+memory, and this package's extraction from the shards into the cache. It also says how much processor time loading and
+the forward take, from which follows what extraction can reach where they share the cores. ``hit`` runs
+``vs2-train-sae`` on FOLDER up to the first training step; the second time, the activations are cached. ``memory``
+writes float16 activations to FILE and trains an SAE on them: peak memory with the pages of that file, and without.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import resource
 import tarfile
 import tempfile
 import threading
@@ -23,9 +25,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from training import Say, json_lines, peak
 
 MODEL, BATCH, SHARDS, WIDTH = "ViT-B-32", 64, 4, 768
+WEIGHTS = "weights.safetensors"
 
 
 def write_images(folder: Path, count: int) -> None:
@@ -47,6 +51,11 @@ def write_images(folder: Path, count: int) -> None:
     (folder / "train" / "nshards.txt").write_text(f"{SHARDS}\n")
 
 
+def processor_seconds() -> float:
+    """Processor time of this process so far, and of those that it has waited for."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
 @torch.no_grad()
 def throughput(folder: Path, count: int, rounds: int) -> dict:
     """Seconds of the plain forward and of extraction, in turns."""
@@ -58,12 +67,13 @@ def throughput(folder: Path, count: int, rounds: int) -> dict:
     write_images(folder, count)
     torch.manual_seed(0)
     loaded = load_backbone(MODEL, "")
+    save_file(loaded.model.state_dict(), folder / WEIGHTS)
     images = open_images("wds/synthetic", str(folder), "train", loaded.transform)
     sites = [default_site(loaded.model), output_site(loaded.model)]  # as vs2-train-sae: activation and embedding
     widths = {site.hookpoint: site.width for site in sites}
-    started = time.perf_counter()
+    started, before = time.perf_counter(), processor_seconds()
     batches = [batch.images for batch in images.batches(BATCH, 2)]
-    loading = time.perf_counter() - started
+    loading, loading_work = time.perf_counter() - started, processor_seconds() - before
 
     def plain() -> None:
         for batch in batches:
@@ -77,15 +87,22 @@ def throughput(folder: Path, count: int, rounds: int) -> dict:
             extract(encode, widths, images, cache, {}, **settings, quiet=True)
 
     took: dict[str, list[float]] = {"plain": [], "extraction": []}
+    forward_work = []
     for run in (plain, through_vs2) * (rounds + 1):
-        started = time.perf_counter()
+        started, before = time.perf_counter(), processor_seconds()
         run()
         took["plain" if run is plain else "extraction"].append(time.perf_counter() - started)
+        if run is plain:
+            forward_work.append(processor_seconds() - before)
     plain_s, extraction_s = (seconds[1:] for seconds in took.values())  # the first round warms up
     ratios = [base / own for base, own in zip(plain_s, extraction_s, strict=True)]
+    forward = float(np.median(forward_work[1:]))
     return {
         "images": count,
         "loading_images_per_second": count / loading,
+        "loading_processor_ms": 1e3 * loading_work / count,
+        "forward_processor_ms": 1e3 * forward / count,
+        "possible_where_forward_takes_all_cores": forward / (forward + loading_work),
         "plain_images_per_second": [count / seconds for seconds in plain_s],
         "extraction_images_per_second": [count / seconds for seconds in extraction_s],
         "extraction_over_plain": float(np.median(ratios)),
@@ -106,7 +123,8 @@ def hit(folder: Path, began: float) -> dict:
         raise _FirstStepError
 
     train._Run.step = first_step
-    words = ["--model", MODEL, "--pretrained", "", "--dataset", "wds/synthetic", "--dataset_root", str(folder)]
+    words = ["--model", MODEL, "--pretrained", str(folder / WEIGHTS)]
+    words += ["--dataset", "wds/synthetic", "--dataset_root", str(folder)]
     started = time.time()
     try:
         train_sae.main([*words, "--store", str(folder / "store"), "--quiet"])

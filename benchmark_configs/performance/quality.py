@@ -1,7 +1,7 @@
 """Held-out FVU and dead latents of one SAE training at its defaults, in a process of its own.
 
     python benchmark_configs/performance/quality.py --implementation vs2 --activations FILE [--samples 500000]
-        [--count 90000] [--seed 0] [--at SECONDS]
+        [--dtype float32] [--count 90000] [--seed 0] [--at SECONDS]
 
 The last tenth of the file, at most 10,000 activations, is held out, and of the others the first ``--count`` are
 trained on. ``--samples 0`` is this package's default. ``--at`` looks a first time after so many seconds of training.
@@ -51,7 +51,7 @@ class Watched:
                 self.seen = {"samples": step * self.batch, "seconds": self.seconds, "fvu": self.look()}
 
     def _rows(self, chosen: np.ndarray) -> Tensor:
-        return torch.from_numpy(self.activations[chosen])
+        return torch.from_numpy(self.activations[chosen]).float()
 
 
 @torch.no_grad()
@@ -69,7 +69,7 @@ def dead(reconstruct: Reconstruct, trained: np.ndarray) -> float:
     """The share of latents that no activation trained on activates."""
     looked_at, active = trained[:LOOKED_AT], False
     for start in range(0, len(looked_at), CHUNK):
-        active = reconstruct(torch.from_numpy(looked_at[start : start + CHUNK].copy()))[1] | active
+        active = reconstruct(torch.from_numpy(looked_at[start : start + CHUNK].astype(np.float32)))[1] | active
     return 1 - active.float().mean().item()
 
 
@@ -93,6 +93,7 @@ def main() -> None:
     """Train, and say how well."""
     parser = arguments(__doc__)
     parser.add_argument("--samples", type=int, default=500_000)
+    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="what the file holds")
     parser.add_argument("--count", type=int, default=90_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--at", type=float, default=0)
@@ -101,8 +102,8 @@ def main() -> None:
         parser.error("--activations is missing; expected what synthetic.py wrote")
     shape = Shape(args.d, args.n, args.k, args.batch)
     say = json_lines()
-    activations = read(args.activations, shape.d)
-    held = np.array(activations[-min(10_000, len(activations) // 10) :])
+    activations = read(args.activations, shape.d, args.dtype)
+    held = activations[-min(10_000, len(activations) // 10) :].astype(np.float32)
     trained = activations[: min(args.count, len(activations) - len(held))]
     torch.manual_seed(args.seed)
     seen = None

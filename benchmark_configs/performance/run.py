@@ -45,7 +45,7 @@ SETTINGS = {
     "stored": (100_000, 5_000),
     "samples": (500_000, 10_000),
     "seeds": ([0, 1, 2], [0]),
-    "sizes": ([900, 6_000, 50_000], [900]),
+    "sizes": ([900, 6_000, 50_000, 1_000_000], [900]),
     "images": (384, 64),
     "cached": ([20_000, 1_000_000], [2_000, 20_000]),
     "cached_samples": (100_000, 2_000),
@@ -135,13 +135,13 @@ class Suite:
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
         return json.loads(lines[-1]) if lines else {"failed": last_line(done.stderr, done.returncode)}
 
-    def activations(self, d: int) -> Path:
-        """The synthetic activations of a width, written when first asked for."""
-        path = self.scratch / f"activations-{d}"
+    def activations(self, d: int, count: int = 0, dtype: str = "float32") -> Path:
+        """Synthetic activations of a width, written when first asked for."""
+        count = count or self.settings["stored"]
+        path = self.scratch / f"activations-{d}-{count}-{dtype}"
         if not path.exists():
-            count = max(self.settings["stored"], *(size + 10_000 for size in self.args.sizes or []), 0)
-            self.say(f"writing {count:,} synthetic activations of width {d}")
-            subprocess.run(self.command("synthetic.py", path, d, count), check=True, env=self.environment)
+            self.say(f"writing {count:,} synthetic activations of width {d}, {dtype}")
+            subprocess.run(self.command("synthetic.py", path, d, count, dtype), check=True, env=self.environment)
         return path
 
     # -- the parts ---------------------------------------------------------------------------------------------------
@@ -184,12 +184,12 @@ class Suite:
         """FVU and dead latents at each one's defaults."""
         d, n, k = self.settings["shape"]
         rows = self.results.setdefault("quality", [])
-        shape = ["--d", d, "--n", n, "--k", k, "--batch", self.settings["batch"], "--activations", self.activations(d)]
+        shape = ["--d", d, "--n", n, "--k", k, "--batch", self.settings["batch"]]
 
-        def measure(name: str, **options: object) -> dict:
+        def measure(name: str, activations: Path, **options: object) -> dict:
             words = [word for option, value in options.items() for word in (f"--{option}", value)]
             row = {"implementation": name, **options}
-            row |= self.run("quality.py", *shape, *words, implementation=name)
+            row |= self.run("quality.py", *shape, "--activations", activations, *words, implementation=name)
             rows.append(row)
             told = row.get("failed") or f"FVU {row['fvu']:.4f}, dead {row['dead']:.2%}, {row['seconds']:.1f} s"
             self.say(f"quality of {name} {options}: {told}")
@@ -200,14 +200,16 @@ class Suite:
         wanted = self.args.implementations or ["vs2", *AT_DEFAULTS]
         seconds = 0.0
         if "vs2" in wanted:
-            own = [measure("vs2", samples=samples, seed=seed) for seed in self.settings["seeds"]]
+            own = [measure("vs2", self.activations(d), samples=samples, seed=seed) for seed in self.settings["seeds"]]
             seconds = statistics.median([row.get("seconds", 0.0) for row in own])
         for name in wanted:
             if name in PEERS:
-                measure(name, samples=samples, seed=0, at=seconds)
+                measure(name, self.activations(d), samples=samples, seed=0, at=seconds)
         if "vs2" in wanted:
+            # As in the cache of vs2-train-sae: float16, in a mapped file.
+            cached = self.activations(d, max(self.settings["sizes"]) + 10_000, "float16")
             for size in self.settings["sizes"]:
-                measure("vs2", samples=0, seed=0, count=size)
+                measure("vs2", cached, samples=0, seed=0, count=size, dtype="float16")
 
     def steering(self) -> None:
         """Time of steered calls over plain ones."""
@@ -394,6 +396,11 @@ def extraction_lines(found: dict) -> Iterator[str]:
             f"- Extraction: {rates[0]:.1f} images/s, the plain forward {rates[1]:.1f}, loading alone "
             f"{through['loading_images_per_second']:.1f}; ratio {through['extraction_over_plain']:.3f}"
         )
+        yield (
+            f"- Processor time per image: loading {through['loading_processor_ms']:.2f} ms, forward "
+            f"{through['forward_processor_ms']:.2f} ms; where the forward takes all cores, a ratio of "
+            f"{through['possible_where_forward_takes_all_cores']:.3f} is possible"
+        )
     if "from_command_start" in start:
         yield (
             f"- Cache hit: {start['from_command_start']:.1f} s from the start of vs2-train-sae to the first step "
@@ -435,7 +442,7 @@ def main() -> None:
     parser.add_argument(
         "--implementations", nargs="+", choices=[*OWN, *PEERS], metavar="NAME", help="of: " + " ".join([*OWN, *PEERS])
     )
-    parser.add_argument("--sizes", type=int, nargs="+", help="stored activations to train on (default: 900 6000 50000)")
+    parser.add_argument("--sizes", type=int, nargs="+", help="stored activations to train on")
     args = parser.parse_args()
     for text in args.python:
         if text.partition("=")[0] not in PEERS or not text.partition("=")[2]:

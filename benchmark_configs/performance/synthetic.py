@@ -1,11 +1,11 @@
 """Synthetic activations: sparse, non-negative mixtures of random directions around a common mean, with noise.
 
-    python benchmark_configs/performance/synthetic.py FILE D COUNT
+    python benchmark_configs/performance/synthetic.py FILE D COUNT [float16]
 
 Each activation is ``m + sum c_i u_i + noise``. Of 2,000 random unit directions u about 30 are active (a Poisson number,
 5 to 60, drawn with replacement with probabilities falling as (rank + 50)^-0.7, so that some are rare), with log-normal
 coefficients c. The mean m has the length of the mean deviation from it, and the noise a twentieth of that. The file
-holds float32 rows and nothing else.
+holds rows and nothing else: float32, or float16 as this package's cache.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 DIRECTIONS, ACTIVE, BLOCK = 2000, 30, 5000
 
 
-def write(path: Path, d: int, count: int, seed: int = 20260101) -> None:
+def write(path: Path, d: int, count: int, dtype: str = "float32", seed: int = 20260101) -> None:
     """Write ``count`` activations of width ``d``. They are independent: any part of them is a sample of all."""
     rng = np.random.default_rng(seed)
     directions = _unit(rng.standard_normal((DIRECTIONS, d), dtype=np.float32))
@@ -33,12 +33,12 @@ def write(path: Path, d: int, count: int, seed: int = 20260101) -> None:
                 length = float(np.linalg.norm(rows - rows.mean(0), axis=1).mean())
             rows += length * mean
             rows += 0.05 * length / np.sqrt(d) * rng.standard_normal(rows.shape, dtype=np.float32)
-            rows[: count - start].tofile(file)
+            rows[: count - start].astype(dtype, copy=False).tofile(file)
 
 
-def read(path: Path, d: int) -> np.ndarray:
+def read(path: Path, d: int, dtype: str = "float32") -> np.ndarray:
     """The activations ``[count, d]``, memory-mapped."""
-    return np.memmap(path, dtype=np.float32, mode="r").reshape(-1, d)
+    return np.memmap(path, dtype=dtype, mode="r").reshape(-1, d)
 
 
 def _mixtures(rng: np.random.Generator, directions: np.ndarray, cumulative: np.ndarray) -> np.ndarray:
@@ -55,4 +55,4 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    write(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

@@ -68,8 +68,21 @@ def test_the_second_run_extracts_nothing(folder, capsys, monkeypatch):
     assert train() == 0
     first = Store.default().find(NAME).digest
     monkeypatch.setattr("vs2_plugin.data.activations.extract", lambda *args, **kwargs: pytest.fail("extracted again"))
+    monkeypatch.setattr("vs2_plugin.data.shards.LocalShards._index", lambda *args: pytest.fail("looked for images"))
     assert train("--overwrite") == 0
     assert Store.default().find(NAME).digest == first  # and the same seed gives the same SAE
+
+
+@pytest.mark.parametrize(("words", "code"), [([], 0), (["--dataset_root", "nowhere"], 2)], ids=["done", "failed"])
+def test_garbage_is_collected_again_after_the_start(words, code, folder, monkeypatch):
+    import gc
+
+    from vs2_plugin.sae import train as module
+
+    original, seen = module.train_saes, []
+    monkeypatch.setattr(module, "train_saes", lambda *args, **kw: seen.append(gc.isenabled()) or original(*args, **kw))
+    assert train(*words) == code
+    assert gc.isenabled() and all(seen) and len(seen) == (code == 0)
 
 
 def test_the_cache_notices_other_images_and_settings(folder, monkeypatch):

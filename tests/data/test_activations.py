@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vs2_plugin.clip.sites import block_sites, default_site, output_site, reading
 from vs2_plugin.data.activations import ActivationCache, activations_at, extract, require_space
@@ -34,7 +35,7 @@ COLUMN = "visual.transformer.resblocks.2"
 def pictures(count, labels=False):
     made = list(torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
     source = [(image, 10 - number) for number, image in enumerate(made)] if labels else made
-    return TrainingImages(source, count, None, None, labels)
+    return TrainingImages(source, None, None, labels)
 
 
 def run(model, images, cache, *, key=KEY, sites=None, batch_size=4, amp=False, dtype=np.float32):
@@ -126,6 +127,26 @@ def test_extraction_under_autocast_stores_what_the_tower_gives_there(model, cach
     assert not np.array_equal(found, run(model, images, cache, amp=False).columns[COLUMN])
 
 
+class Casts(TorchDispatchMode):
+    """Counts how often a tensor is cast."""
+
+    def __init__(self, tensor):
+        super().__init__()
+        self.tensor, self.counted = tensor, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and args[0].data_ptr() == self.tensor.data_ptr():
+            self.counted += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_autocast_casts_the_weights_once_and_not_for_each_batch(model, cache):
+    with Casts(model.visual.transformer.resblocks[0].mlp.c_fc.weight) as casts:
+        run(model, pictures(8), cache, amp=True, batch_size=2)
+    assert casts.counted == 1
+    assert not torch.is_autocast_enabled("cpu")
+
+
 def test_what_was_extracted_is_found_again(model, cache):
     sites = block_sites(model)
     assert cache.open(KEY, widths(sites)) is None
@@ -167,7 +188,7 @@ class Interrupted(TrainingImages):
 def test_an_interrupted_extraction_leaves_what_was_there_and_a_later_one_works(error, before, model, cache):
     if before:
         run(model, pictures(5), cache)
-    broken = Interrupted(pictures(8).source, 8, None, None)
+    broken = Interrupted(pictures(8).source, None, None)
     broken.error = error
     with pytest.raises(type(error)):
         run(model, broken, cache)

@@ -80,7 +80,7 @@ def test_batches_have_the_size_asked_for(built):
 
 def test_bare_images_and_lists_are_images_too():
     for sample in (torch.ones(1), [torch.ones(1), "label"]):
-        assert numbers(TrainingImages([sample], 1, None, None)) == [1]
+        assert numbers(TrainingImages([sample], None, None)) == [1]
 
 
 # ---- digests and labels
@@ -98,7 +98,7 @@ def test_the_digest_is_of_the_pixels_alone():
 
 
 def test_equal_images_have_one_digest_whatever_the_batch():
-    images = TrainingImages([torch.ones(2), torch.zeros(2), torch.ones(2)], 3, None, None)
+    images = TrainingImages([torch.ones(2), torch.zeros(2), torch.ones(2)], None, None)
     whole = np.concatenate([batch.digests for batch in images.batches(3, 0)])
     parted = np.concatenate([batch.digests for batch in images.batches(2, 0)])
     assert whole.dtype == np.uint64 and np.array_equal(whole, parted)
@@ -112,7 +112,7 @@ LABELS = [[3, 1, 2], [np.int32(3), np.int64(1), np.uint8(2)], [torch.tensor(3), 
 @pytest.mark.parametrize("labels", LABELS, ids=["int", "numpy", "tensor"])
 def test_labels_are_read_where_they_are_asked_for(labels):
     source = [(torch.tensor([index]), label) for index, label in enumerate(labels)]
-    found = [batch.labels for batch in TrainingImages(source, 3, None, None, labels=True).batches(2, 0)]
+    found = [batch.labels for batch in TrainingImages(source, None, None, labels=True).batches(2, 0)]
     assert all(part.dtype == np.int64 for part in found) and np.concatenate(found).tolist() == [3, 1, 2]
 
 
@@ -121,7 +121,7 @@ def test_labels_are_read_where_they_are_asked_for(labels):
 )
 def test_what_is_no_class_number_is_refused_where_labels_are_asked_for(sample):
     with pytest.raises(DataError, match="labels were asked for, and this data set gives .* one class number per image"):
-        list(TrainingImages([sample], 1, None, None, labels=True).batches(1, 0))
+        list(TrainingImages([sample], None, None, labels=True).batches(1, 0))
 
 
 @pytest.mark.parametrize("limit", [1, 3, 4])
@@ -130,7 +130,7 @@ def test_a_stream_is_cut_with_its_digests_and_labels(limit):
         def __iter__(self):
             return ((torch.tensor([index]), 9 - index) for index in range(10))
 
-    images = TrainingImages(Labels(), None, limit, None, labels=True)
+    images = TrainingImages(Labels(), limit, None, labels=True)
     found = list(images.batches(3, 0))
     assert [len(part) for batch in found for part in batch] == [len(batch.images) for batch in found for _ in range(3)]
     assert np.concatenate([batch.labels for batch in found]).tolist() == [9 - index for index in range(limit)]
@@ -308,4 +308,4 @@ def test_errors_of_this_package_keep_their_words(num_workers, built):
 
 def test_images_of_several_sizes_are_a_data_error():
     with pytest.raises(DataError, match="cannot read the training images: RuntimeError"):
-        numbers(TrainingImages([torch.ones(1), torch.ones(2)], 2, None, None))
+        numbers(TrainingImages([torch.ones(1), torch.ones(2)], None, None))

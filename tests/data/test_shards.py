@@ -112,6 +112,23 @@ def test_the_fingerprint_changes_when_a_shard_does(shards, picture):
     assert open_shards(root, "train", grey).fingerprint() != before
 
 
+def test_shards_are_indexed_when_an_image_is_wanted_and_once(shards, picture, monkeypatch, tmp_path):
+    def index(number, file):
+        with open(tmp_path / "indexed", "a") as log:  # by whichever process
+            log.write(f"{number}\n")
+        return original(number, file)
+
+    original = LocalShards._index
+    monkeypatch.setattr(LocalShards, "_index", staticmethod(index))
+    root = shards({"a.png": picture(1)}, {"b.png": picture(2)})
+    images = open_images("wds/x", root, "train", grey)
+    assert images.fingerprint == open_shards(root, "train", grey).fingerprint()
+    assert not (tmp_path / "indexed").exists()
+    assert greys(row for batch in images.batches(1, num_workers=2) for row in batch.images) == [1, 2]
+    assert images.count == 2
+    assert (tmp_path / "indexed").read_text() == "0\n1\n"
+
+
 # ---- damage
 
 
@@ -171,7 +188,7 @@ def test_damaged_shards_are_named(damage, message, shards, picture):
     folder = Path(root) / "train"
     damage(folder)
     with pytest.raises(DataError) as error:
-        open_shards(root, "train", grey)
+        next(open_images("wds/x", root, "train", grey).batches(2, 0))
     assert message.format(folder=folder) in str(error.value)
 
 
@@ -183,7 +200,7 @@ def test_a_split_that_is_not_there_is_named(shards, picture):
 
 def test_shards_without_images_are_refused(shards):
     with pytest.raises(DataError, match=r"no images \(webp, png, jpg, jpeg\) in the 2 shards beside .*0\.tar"):
-        open_shards(shards({"a.cls": b"1"}, {"b.gif": b"GIF89a"}), "train", grey)
+        len(open_shards(shards({"a.cls": b"1"}, {"b.gif": b"GIF89a"}), "train", grey))
 
 
 def test_a_damaged_header_between_images_is_noticed(shards, picture):
@@ -204,7 +221,7 @@ COMPRESSED = "compressed shards, which clip_benchmark reads, are indexed by offs
 def test_a_compressed_shard_is_refused_with_what_is_expected(shards, picture):
     root = shards({"a.png": picture(1)}, mode="w:gz")
     with pytest.raises(DataError, match="expected an uncompressed tar file"):
-        open_shards(root, "train", grey)
+        len(open_shards(root, "train", grey))
 
 
 def test_a_cut_compressed_shard_is_named(shards, picture):
@@ -212,7 +229,7 @@ def test_a_cut_compressed_shard_is_named(shards, picture):
     file = Path(root) / "train" / "0.tar"
     file.write_bytes(file.read_bytes()[:40])
     with pytest.raises(DataError, match=r"0\.tar"):
-        open_shards(root, "train", grey)
+        len(open_shards(root, "train", grey))
 
 
 @pytest.mark.parametrize("data", [b"", b"not an image", b"\x89PNG\r\n\x1a\n"], ids=["empty", "text", "header only"])

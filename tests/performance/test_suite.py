@@ -105,7 +105,7 @@ def test_extraction_takes_one_forward_per_batch_and_two_bytes_per_value(make_cli
     forwards = []
     model.visual.register_forward_hook(lambda *args: forwards.append(1))
     count, batch_size = 22, 4
-    images = TrainingImages(list(torch.rand(count, 3, 32, 32)), count, None, None)
+    images = TrainingImages(list(torch.rand(count, 3, 32, 32)), None, None)
     sites = [default_site(model), output_site(model)]
     widths = {site.hookpoint: site.width for site in sites}
     found = extract(

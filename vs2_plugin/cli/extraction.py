@@ -129,9 +129,8 @@ class Extraction:
             wds_cache_dir=args.wds_cache_dir,
             labels=self.labels,
         )
-        number = "an unknown number of" if images.count is None else f"{images.count:,}"
         places = ", ".join(map(str, self.sites))
-        self.say(f"{args.model} on the split {split.name!r} of {dataset}: {number} images, {places}, on {self.device}")
+        self.say(f"{args.model} on the split {split.name!r} of {dataset}: {places}, on {self.device}")
         remote = "://" in args.dataset_root
         source = {  # all that the images depend on
             "preprocessing": self.tower.preprocessing,
@@ -177,13 +176,15 @@ class Extraction:
         cache = ActivationCache(self.store.activations)
         found = None if self.args.refresh_cache else cache.open(key, widths, images.labels)
         if found is not None:
-            self.say(f"{name}: cached, in {cache.folder(key)}")
+            self.say(f"{name} of {len(found):,} images: cached, in {cache.folder(key)}")
             return found
-        dtype = np.dtype(self.args.cache_dtype)
-        if images.count is not None:
-            needed = images.count * sum(widths.values()) * dtype.itemsize
-            free = require_space(self.store.activations, needed)
-            self.say(f"{name}: {gigabytes(needed)} on disk, in {cache.folder(key)} ({gigabytes(free)} free)")
+        dtype, count = np.dtype(self.args.cache_dtype), images.count
+        if count is None:
+            self.say(f"{name} of an unknown number of images: into {cache.folder(key)}")
+        else:
+            needed = count * sum(widths.values()) * dtype.itemsize
+            free, where = require_space(self.store.activations, needed), cache.folder(key)
+            self.say(f"{name} of {count:,} images: {gigabytes(needed)} on disk, in {where} ({gigabytes(free)} free)")
         return extract(
             encode,
             widths,

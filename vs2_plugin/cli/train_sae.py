@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -198,12 +199,17 @@ def _run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command."""
-    args = parser().parse_args(argv)
-    return end_well(
-        "vs2-train-sae",
-        lambda: _run(args),
-        "; activations that were extracted completely are kept: run the same command to go on",
-    )
+    gc.disable()  # until all is loaded: to look for garbage among modules that stay takes a quarter of the start
+    try:
+        args = parser().parse_args(argv)
+        return end_well(
+            "vs2-train-sae",
+            lambda: _run(args),
+            "; activations that were extracted completely are kept: run the same command to go on",
+        )
+    finally:
+        gc.unfreeze()
+        gc.enable()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace, processes: Processes = ALONE) -> None:
 
     device = f"cuda:{processes.local_rank}" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed[0])  # as clip_benchmark does before it loads a model
-    loaded = load_backbone(args.model, args.pretrained, args.model_cache_dir, device)
+    loaded = load_backbone(args.model, args.pretrained, args.model_cache_dir, device, initialize=False)
     tower = Tower.of(loaded.model, loaded.transform)
     sites = _sites(loaded.model, args.blocks)
     if any_pass:
@@ -90,6 +91,8 @@ def run(args: argparse.Namespace, processes: Processes = ALONE) -> None:
         say=say,
         processes=processes,
     )
+    gc.freeze()  # what is loaded stays: from here on, garbage is looked for among what is new
+    gc.enable()
     parts = [extraction.run(dataset, split) for dataset, split in splits.items()]
     counts = [len(part) for part in parts]
 

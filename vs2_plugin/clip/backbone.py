@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 
 from vs2_plugin.arrays import digest_of
 from vs2_plugin.errors import TowerError
@@ -174,8 +178,26 @@ def warn_about_quickgelu(backbone: str, pretrained: str) -> None:
         )
 
 
-def load_backbone(backbone: str, pretrained: str, cache_dir: str | None = None, device: str = "cpu") -> Loaded:
+class _Unfilled(TorchFunctionMode):
+    """Within the ``with`` block, what was to be filled with random numbers in place is filled with NaN."""
+
+    _RANDOM = (init.kaiming_uniform_, init.normal_, init.uniform_, Tensor.normal_, Tensor.uniform_)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function not in self._RANDOM:
+            return function(*args, **kwargs)
+        with torch.no_grad():
+            return (args[0] if args else kwargs["tensor"]).fill_(math.nan)
+
+
+def load_backbone(
+    backbone: str, pretrained: str, cache_dir: str | None = None, device: str = "cpu", *, initialize: bool = True
+) -> Loaded:
     """Load a model by clip_benchmark's own function, so that training and evaluation see the same one.
+
+    Without ``initialize``, a model whose weights are loaded is not filled with random numbers before, which takes as
+    long as all the rest. The model is the same, but fewer random numbers are drawn from torch's generator.
 
     Raises:
         TowerError: open_clip does not know it, or could not fetch or read it.
@@ -184,13 +206,24 @@ def load_backbone(backbone: str, pretrained: str, cache_dir: str | None = None, 
 
     check_backbone(backbone, pretrained)
     warn_about_quickgelu(backbone, pretrained)
-    try:
+
+    def load() -> Loaded:
         model, transform, tokenizer = load_open_clip(
             model_name=backbone, pretrained=pretrained, cache_dir=cache_dir, device=device
         )
+        return Loaded(model.eval(), transform, tokenizer)
+
+    try:
+        if not initialize and (pretrained or ignores_pretrained(backbone)):
+            state = torch.get_rng_state()
+            with _Unfilled():
+                found = load()
+            if not any(tensor.sum().isnan() for tensor in (*found.model.parameters(), *found.model.buffers())):
+                return found
+            torch.set_rng_state(state)  # not all weights were loaded
+        return load()
     except Exception as error:  # whatever open_clip, the hub client or the network raised
         weights = "" if ignores_pretrained(backbone) else f" with weights {pretrained!r}"
         reason = " ".join(str(error).split())[:300]
         hint = "without a network, give the path of a weights file as --pretrained, or a folder as local-dir:PATH"
         raise TowerError(f"could not load {backbone}{weights} ({hint}): {type(error).__name__}: {reason}") from error
-    return Loaded(model.eval(), transform, tokenizer)

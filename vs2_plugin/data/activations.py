@@ -204,7 +204,9 @@ def extract(
         wait()
         return cache.open(key, widths, images.labels)
     bar = tqdm(total=images.count, desc=name, unit="img", disable=True if quiet else None)
-    with cache.writing(key, widths, dtype, images.labels) as writer, bar:
+    # What autocast has cast is kept until the outermost one ends: within this one, encode's casts the weights once.
+    outermost = torch.autocast(torch.device(device).type, enabled=False)
+    with outermost, cache.writing(key, widths, dtype, images.labels) as writer, bar:
         for batch in images.batches(batch_size, num_workers):
             found = encode(batch.images.to(device, non_blocking=True))
             for column, into in writer.columns.items():

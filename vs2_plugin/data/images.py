@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
-from vs2_plugin.data.shards import open_shards
+from vs2_plugin.data.shards import LocalShards, open_shards
 from vs2_plugin.errors import DataError, Vs2Error
 from vs2_plugin.processes import Processes
 
@@ -44,14 +44,21 @@ class TrainingImages:
 
     source: Dataset
     """Items are images, or tuples of image and more: a label, captions."""
-    count: int | None
-    """How many will be read; None for a stream of unknown length."""
     limit: int | None
     """At most this many of a stream."""
     fingerprint: Any
     """Plain JSON values that change when the images do."""
     labels: bool = False
     """Whether labels are read too."""
+
+    @property
+    def count(self) -> int | None:
+        """How many will be read; None for a stream of unknown length. Local shards are indexed to tell it."""
+        try:
+            total = len(self.source)
+        except TypeError:
+            return None
+        return total if self.limit is None else min(total, self.limit)
 
     def part(self, processes: Processes, batch_size: int) -> TrainingImages:
         """This process's images: blocks of whole batches that follow each other, or of whole shards of a stream.
@@ -63,13 +70,13 @@ class TrainingImages:
             return self
         if not isinstance(self.source, IterableDataset):
             block = processes.block(len(self.source), batch_size)
-            return replace(self, source=Subset(self.source, block), count=len(block))
+            return replace(self, source=Subset(self.source, block))
         if not hasattr(self.source, "part") or self.limit is not None:
             what = "--max_images of a stream" if self.limit is not None else f"a {type(self.source).__name__}"
             raise DataError(
                 f"{what} cannot be shared among {processes.world} processes; run it in one, without torchrun"
             )
-        return replace(self, source=self.source.part(processes), count=None)
+        return replace(self, source=self.source.part(processes))
 
     def batches(self, batch_size: int, num_workers: int) -> Iterator[Batch]:
         """All images, each once, in a fixed order.
@@ -78,10 +85,12 @@ class TrainingImages:
             DataError: an image cannot be read.
         """
         streamed = isinstance(self.source, IterableDataset)
+        # Each worker would repeat a stream. What is no stream is counted, and with that indexed, before there are any.
+        most = 1 if streamed else self.count
         loader = DataLoader(
             self.source,
             batch_size=batch_size,
-            num_workers=min(num_workers, 1) if streamed else num_workers,  # each worker would repeat a stream
+            num_workers=min(num_workers, most),
             collate_fn=_batch_with_labels if self.labels else _batch,
             pin_memory=torch.cuda.is_available(),
         )
@@ -106,8 +115,9 @@ class TrainingImages:
 
 
 def _stack_images(samples: list) -> Tensor:
-    # Whatever follows the image (a label, captions) is dropped unread.
-    return torch.stack([sample[0] if isinstance(sample, (tuple, list)) else sample for sample in samples])
+    # Whatever follows the image (a label, captions) is dropped unread. In a worker, this is torch.stack into memory
+    # that the processes share.
+    return default_collate([sample[0] if isinstance(sample, (tuple, list)) else sample for sample in samples])
 
 
 # Digests and labels are computed where images are loaded: in the workers, beside each other.
@@ -163,6 +173,8 @@ def open_images(
         source = open_shards(root, split, transform, wds_cache_dir, labels)
     else:
         source = _build(dataset, root, split, transform)
+    if isinstance(source, LocalShards) and max_images is None:  # not indexed before an image is wanted
+        return TrainingImages(source, None, source.fingerprint(), labels)
     try:
         total = len(source)
     except TypeError:
@@ -170,13 +182,11 @@ def open_images(
     if total == 0:
         raise DataError(f"the split {split!r} of {dataset} in {root} is empty")
     fingerprint = source.fingerprint() if hasattr(source, "fingerprint") else _probe(source)
-    if isinstance(source, IterableDataset):  # some streams know their length, and none can be indexed
-        count = total if max_images is None or total is None else min(total, max_images)
-        return TrainingImages(source, count, max_images, [fingerprint, total], labels)
-    if max_images is not None and max_images < total:
+    # Some streams know their length, and none can be indexed.
+    if not isinstance(source, IterableDataset) and max_images is not None and max_images < total:
         chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:max_images].sort().values
         source, fingerprint = Subset(source, chosen.tolist()), [fingerprint, total, max_images, seed]
-    return TrainingImages(source, len(source), max_images, [fingerprint, total], labels)
+    return TrainingImages(source, max_images, [fingerprint, total], labels)
 
 
 def _probe(source: Dataset) -> list:
