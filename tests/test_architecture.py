@@ -18,6 +18,7 @@ FORBIDDEN = {
     "sae": {"checkpoint", "cli", "clip", "data", "demo", "harness", "retrieval", "steering"},
     "retrieval": {"checkpoint", "cli", "clip", "data", "demo", "harness", "steering"},
     "steering": {"checkpoint", "cli", "clip", "data", "demo", "harness"},
+    "strength": PARTS - {"strength"},
     "clip": {"checkpoint", "cli", "data", "demo", "harness", "retrieval"},
     "data": {"checkpoint", "cli", "demo", "harness", "retrieval"},
     "checkpoint": {"cli", "data", "demo", "harness"},

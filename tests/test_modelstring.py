@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vs2_plugin.errors import ModelStringError, PluginError
-from vs2_plugin.method import COMMON, Method, Option
+from vs2_plugin.method import AUTOMATIC, COMMON, Method, Option
 from vs2_plugin.modelstring import is_steered, parse
 from vs2_plugin.plugins import Registry
 
@@ -129,7 +129,7 @@ def test_invalid_strings_of_vs2_are_refused_by_name(text, parts):
 
 
 def test_options_have_defaults_filled_in_and_excluded_ones_unset():
-    common = {option.name: option.default for option in COMMON}
+    common = {option.name: option.default for option in (*AUTOMATIC, *COMMON)}
     assert parse("vs2:ViT-B-32").options == {"gamma": 1.5, "lam": 2.1, "alpha": None, **common}
     assert parse("vs2:ViT-B-32@lam=1").options == {"gamma": 1.5, "lam": 1.0, "alpha": None, **common}
     assert parse("vs2:ViT-B-32@alpha=0.8").options == {"gamma": None, "lam": None, "alpha": 0.8, **common}

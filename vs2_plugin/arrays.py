@@ -12,7 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Column", "Stack", "digest_of", "stack"]
+__all__ = ["Column", "Stack", "digest_of", "spread", "stack"]
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
@@ -24,6 +24,17 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def spread(count: int, limit: int) -> Tensor:
+    """Row numbers, int64: all of them, or ``limit`` evenly spread over them.
+
+    >>> spread(3, 5).tolist(), spread(10, 4).tolist()
+    ([0, 1, 2], [0, 3, 6, 9])
+    """
+    import torch
+
+    return torch.from_numpy(np.linspace(0, count - 1, min(count, limit)).astype(np.int64))
 
 
 class Column:

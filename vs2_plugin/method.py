@@ -13,9 +13,11 @@ from typing import Any
 
 from vs2_plugin.errors import PluginError
 
-__all__ = ["COMMON", "ENCODER_NAME", "LABELS", "NEIGHBOURS", "Method", "Option", "Scalar"]
+__all__ = ["AUTO", "AUTOMATIC", "COMMON", "ENCODER_NAME", "LABELS", "NEIGHBOURS", "Method", "Option", "Scalar"]
 
 Scalar = float | int | str | bool
+#: In place of a number: to be chosen from unlabeled training images.
+AUTO = "auto"
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 #: Prefixes that open_clip itself understands before a colon, and the harness's own model types.
 RESERVED = {"hf-hub", "local-dir", "open_clip", "ja_clip"}
@@ -48,6 +50,10 @@ class Option:
     """For a word: a regular expression that it must match, and what that is in words."""
     excludes: tuple[str, ...] = ()
     """Keys that may not be given beside this one."""
+    auto: tuple[float, ...] | None = None
+    """For a number: what the word ``auto`` chooses from, told by unlabeled training images (see
+    :mod:`vs2_plugin.strength`). With all automatic options at their first value, the method has to leave activations as
+    they are. None: the option does not accept ``auto``."""
     help: str = ""
     """One line for ``vs2 methods``."""
 
@@ -58,11 +64,22 @@ class Option:
             raise PluginError(f"option {self.name!r} has type {self.type!r}; expected float, int, str or bool")
         if None not in (self.minimum, self.maximum) and self.minimum > self.maximum:
             raise PluginError(f"option {self.name!r}: its minimum {self.minimum} is above its maximum {self.maximum}")
+        if self.auto is not None:
+            if self.type is not float or not isinstance(self.auto, (tuple, list)) or len(self.auto) < 2:
+                raise PluginError(
+                    f"option {self.name!r}: auto is {self.auto!r}; expected two values or more of a number"
+                )
+            object.__setattr__(self, "auto", tuple(self.auto))  # options are hashed
+        for value in self.auto or ():
+            if value == AUTO or self.check(value) is not None:
+                raise PluginError(f"option {self.name!r}: auto holds {value!r}, which is not {self.accepted()}")
         if self.default is not None and self.check(self.default) is not None:
             raise PluginError(f"option {self.name!r}: its default {self.default!r} is not {self.check(self.default)}")
 
     def parse(self, text: str) -> Scalar:
         """The value that ``text`` stands for. Raises ValueError with what was expected."""
+        if self.auto is not None and text == AUTO:
+            return AUTO
         try:
             value: Scalar = (
                 {"true": True, "1": True, "false": False, "0": False}[text.lower()]
@@ -78,6 +95,8 @@ class Option:
 
     def check(self, value: Scalar) -> str | None:
         """What was expected, if ``value`` is not acceptable; else None."""
+        if self.auto is not None and value == AUTO:
+            return None
         kinds = (int, float) if self.type is float else self.type
         good = isinstance(value, kinds) and (self.type is bool or not isinstance(value, bool))
         good = good and (self.choices is None or value in self.choices)
@@ -90,6 +109,9 @@ class Option:
 
     def accepted(self) -> str:
         """The accepted values in words."""
+        return self._accepted() if self.auto is None else f"{self._accepted()}, or {AUTO}"
+
+    def _accepted(self) -> str:
         if self.choices is not None:
             return " or ".join(str(choice) for choice in self.choices)
         if self.pattern is not None:
@@ -126,6 +148,14 @@ NEIGHBOURS = (
         help="what images are compared by: the CLIP embedding, or a vs2-train-sae --retrieval_encoder",
     ),
     Option("search", str, "exact", choices=("exact", "faiss"), help="faiss: approximate, for millions of images"),
+)  # fmt: skip
+
+#: What every method with an option that accepts ``auto`` understands; its builder does not see these.
+AUTOMATIC = (
+    Option(
+        "prior", str, None, pattern=(r"[^@]+", "a JSON file"),
+        help="for auto, where the classes are not equally frequent: {class: share}, or a list in the classes' order",
+    ),
 )  # fmt: skip
 
 #: What every method that steers at a site of a checkpoint understands, whoever wrote it; builders do not see these.
@@ -202,6 +232,11 @@ class Method:
             raise PluginError(f"method {self.name!r}: gallery is {self.gallery!r}; expected none, images or neighbours")
         if self.site not in ("checkpoint", "output"):
             raise PluginError(f"method {self.name!r}: site is {self.site!r}; expected checkpoint or output")
+        if any(option.auto for option in self.options) and not self.needs_checkpoint:
+            raise PluginError(
+                f"method {self.name!r} has an automatic option, which the gallery in a checkpoint tells; set "
+                "needs_checkpoint"
+            )
         if self.gallery != "none" and not self.needs_checkpoint:
             raise PluginError(f"method {self.name!r} needs a gallery, which lies in a checkpoint; set needs_checkpoint")
         object.__setattr__(self, "options", tuple(self.options))
@@ -217,7 +252,8 @@ class Method:
     def all_options(self) -> tuple[Option, ...]:
         """Its own options and the common ones."""
         common = COMMON if self.needs_checkpoint and self.site == "checkpoint" else ()
-        return (*self.options, *(NEIGHBOURS if self.gallery == "neighbours" else ()), *common)
+        automatic = AUTOMATIC if any(option.auto for option in self.options) else ()
+        return (*self.options, *automatic, *(NEIGHBOURS if self.gallery == "neighbours" else ()), *common)
 
     def option(self, name: str) -> Option | None:
         """The option of that name, or None."""
@@ -229,7 +265,11 @@ class Method:
 
     def needs_classes(self, options: Mapping[str, Scalar | None]) -> bool:
         """Whether it needs the class embeddings with these options."""
-        return self.classes or options.get(LABELS.name) == "pseudo"
+        return self.classes or options.get(LABELS.name) == "pseudo" or bool(self.automatic(options))
+
+    def automatic(self, options: Mapping[str, Scalar | None]) -> tuple[Option, ...]:
+        """Its options that are ``auto``."""
+        return tuple(option for option in self.options if option.auto and options.get(option.name) == AUTO)
 
     def fill(self, given: Mapping[str, Scalar]) -> dict[str, Scalar | None]:
         """Every option's value: the given ones, defaults for the rest. A given option unsets those it excludes."""

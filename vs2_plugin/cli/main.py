@@ -99,7 +99,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _methods(args: argparse.Namespace) -> int:
-    from vs2_plugin.method import COMMON, NEIGHBOURS, Method
+    from vs2_plugin.method import AUTOMATIC, COMMON, NEIGHBOURS, Method
     from vs2_plugin.plugins import registry
 
     def show(option) -> None:
@@ -118,8 +118,13 @@ def _methods(args: argparse.Namespace) -> int:
         print(f"    from {known.owners[name]}; labels used: {method.labels}; {needs(method)}")
         for option in method.options:
             show(option)
-    for group, who in ((COMMON, "at the sites of a checkpoint"), (NEIGHBOURS, "along an image's neighbours")):
-        print(f"every method that steers {who} has:")
+    groups = (
+        (COMMON, "steers at the sites of a checkpoint"),
+        (NEIGHBOURS, "steers along an image's neighbours"),
+        (AUTOMATIC, "has an option that can be auto"),
+    )
+    for group, which in groups:
+        print(f"every method that {which} has:")
         for option in group:
             show(option)
     for name, claimants in known.conflicts.items():

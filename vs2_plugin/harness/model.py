@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from vs2_plugin.clip.backbone import Loaded, Tower
 from vs2_plugin.clip.sites import Edit, Site, default_site, edit, embedding_from, find_site, output_site, paused
 from vs2_plugin.data.images import image_digest
 from vs2_plugin.errors import CheckpointError, ModelStringError, PluginError, Vs2Error
+from vs2_plugin.harness.automatic import Automatic, kept, read_prior, settle
 from vs2_plugin.harness.plain import PlainEmbedding
 from vs2_plugin.method import Scalar
 from vs2_plugin.modelstring import ModelString
@@ -71,6 +74,7 @@ class SteeredCLIP(nn.Module):
         self._retriever: Retriever | None = None
         self._two_passes = False
         self._targets: Tensor | None = None
+        self._task: Task | None = None
         self._plain: PlainEmbedding | None = None
         self._facts: dict[str, Scalar] = {}
         self.eval()
@@ -96,7 +100,8 @@ class SteeredCLIP(nn.Module):
     def places(self) -> list[Place]:
         """Where the tower is steered, in its order."""
         gates = self._gates or [None] * len(self._edits)
-        rows = zip(self._sites(), self._edits, self._steerings, gates, strict=True)
+        steerings = [part.steering if isinstance(part, Automatic) else part for part in self._steerings]
+        rows = zip(self._sites(), self._edits, steerings, gates, strict=True)
         return [Place(site, facts, handle, steering, gate) for (site, facts), handle, steering, gate in rows]
 
     @property
@@ -117,7 +122,9 @@ class SteeredCLIP(nn.Module):
         if checkpoint is not None:
             checkpoint.require_tower(self._tower)
         self._retriever = self._open_retriever()
+        self._task = task
         sites = self._sites()
+        self._require_end([site for site, _ in sites])
         built = [self._at(site, facts, task) for site, facts in sites]
         device = next(self.model.parameters()).device
         self._steerings = [steering for _, steering in built]
@@ -150,6 +157,16 @@ class SteeredCLIP(nn.Module):
             found.append((site, facts))
         return found
 
+    def _require_end(self, sites: list[Site]) -> None:
+        """Refuse to choose further in: of the gallery's images, only the activations are known."""
+        automatic = self.spec.method.automatic(self.spec.options)
+        if automatic and any(site not in (default_site(self.model), output_site(self.model)) for site in sites):
+            names = ", ".join(option.name for option in automatic)
+            raise ModelStringError(
+                f"model {str(self.spec)!r}: {names}=auto is told by activations at the end of the tower, and steering "
+                f"begins at {sites[0]}; expected numbers for {names}, or no @blocks"
+            )
+
     def _open_retriever(self) -> Retriever | None:
         method, options = self.spec.method, self.spec.options
         if method.gallery == "none":
@@ -164,7 +181,9 @@ class SteeredCLIP(nn.Module):
         gallery = open_gallery(self.checkpoint)
         encoder = None if name == CLIP else self._load_encoder(name, facts)
         search = self._open_search(name, gallery)
-        return Retriever(gallery, device, n=options["n"], search=search, encode=encoder, digest=image_digest)
+        return Retriever(
+            gallery, device, n=options["n"], search=search, encode=encoder, encoder=name, digest=image_digest
+        )
 
     def _load_encoder(self, name: str, facts: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
         device = next(self.model.parameters()).device
@@ -183,20 +202,29 @@ class SteeredCLIP(nn.Module):
     def _at(self, site: Site, facts: SiteFacts | None, task: Task | None) -> tuple[Any, Callable[[Tensor], Tensor]]:
         """What to put at a site: the method's steering, gated where it steers along an SAE; and the steering itself."""
         if facts is None:
-            steering = self._build(
+            steering = self._steering(
                 Context(self.model, site.hookpoint, site.width, task=task, retriever=self._retriever)
             )
             return steering, steering
         sae, mean = self._load_sae(facts)
-        steering = self._build(
+        steering = self._steering(
             Context(self.model, site.hookpoint, site.width, sae, mean, facts.fvu_quantiles, task, self._retriever)
         )
         q = self.spec.options["gate"]
         return Gate(steering, sae, mean, None if q is None else threshold(facts.fvu_quantiles, q)), steering
 
-    def _build(self, context: Context) -> Callable[[Tensor], Tensor]:
+    def _steering(self, context: Context) -> Callable[[Tensor], Tensor]:
         method = self.spec.method
         options = {option.name: self.spec.options[option.name] for option in method.options}
+        automatic = method.automatic(options)
+        if not automatic:
+            return self._build(context, options)
+        device = next(self.model.parameters()).device
+        # No lambda: a copy of the model has to build along its own retriever.
+        return Automatic(partial(self._build, context), options, automatic, device)
+
+    def _build(self, context: Context, options: Mapping[str, Scalar | None]) -> Callable[[Tensor], Tensor]:
+        method = self.spec.method
         try:
             steering = method.build(context, **options)
         except Vs2Error:
@@ -236,9 +264,40 @@ class SteeredCLIP(nn.Module):
 
     def set_classifier(self, classifier: Tensor) -> None:
         """Tell a method that needs the classes the zero-shot classifier ``[embed_dim, classes]``. The harness glue does
-        so; in Python it is up to the caller, before the first image is encoded."""
+        so; in Python it is up to the caller, before the first image is encoded. Options that are ``auto`` are chosen
+        now, and the choice is printed."""
         if self._retriever is not None:
             self._retriever.set_classifier(classifier)
+        for place, steering in enumerate(self._steerings):
+            # A sweep tells them twice; the steering keeps what it has seen in between.
+            if isinstance(steering, Automatic) and not steering.is_settled(classifier.detach()):
+                self._choose(place, steering, classifier.detach())
+
+    def _choose(self, place: int, automatic: Automatic, classifier: Tensor) -> None:
+        site, checkpoint, options = self._sites()[place][0], self.checkpoint, self.spec.options
+        gallery = open_gallery(checkpoint) if self._retriever is None else self._retriever.gallery
+        prior = None
+        if options["prior"] is not None:
+            classes = None if self._task is None else self._task.classes
+            prior = read_prior(options["prior"], classes, classifier.shape[1])
+        steer = self._gates[place] if options.get("gate") is not None else automatic
+        identity = {
+            "version": __version__,
+            "checkpoint": checkpoint.digest,
+            "method": self.spec.method.name,
+            "options": options | {"prior": None if prior is None else prior.tolist()},
+            "candidates": automatic.candidates,
+            "site": site.hookpoint,
+        }
+        name = str(self.spec)
+
+        def make():
+            return settle(automatic, steer, self.model, site, gallery, classifier, self._retriever, prior, name)
+
+        automatic.settle(kept(checkpoint.folder / "auto", identity, classifier, make), classifier)
+        if steer is not automatic:
+            steer.reset()  # it saw the gallery
+        print(f"vs2: {name}: {automatic.choice}", file=sys.stderr)
 
     def set_targets(self, targets: Tensor | None) -> None:
         """Tell an oracle the true classes ``[batch]`` of the images that are encoded next."""

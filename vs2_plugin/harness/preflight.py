@@ -93,10 +93,17 @@ def _check_task(model: ModelString, args: Namespace) -> None:
             f"evaluate the plain model: --model {shlex.quote(model.backbone)}"
         )
     if model.method.needs_classes(model.options) and task != "zeroshot_classification":
-        how = f" with @labels={model.options['labels']}" if not model.method.classes else ""
+        automatic = [f"@{option.name}=auto" for option in model.method.automatic(model.options)]
+        how = "" if model.method.classes else f" with {''.join(automatic) or '@labels=pseudo'}"
         raise HarnessError(
             f"{args.model}: {name}{how} needs classes, and {task} has none; expected the task zeroshot_classification"
         )
+    if model.options.get("prior") is not None:
+        from vs2_plugin.harness.automatic import read_prior
+
+        if not model.method.automatic(model.options):
+            raise ModelStringError(f"model {args.model!r}: option prior is for auto; expected @alpha=auto beside it")
+        read_prior(model.options["prior"])
     if model.method.gallery != "none" and task == "linear_probe":
         raise HarnessError(
             f"{args.model}: a linear probe encodes images in several copies of the model, and {name} looks up the "
@@ -136,9 +143,9 @@ def _find(model: ModelString, args: Namespace, store: Store) -> None:
     method, options = model.method, model.options
     if method.site == "checkpoint":
         found.select(options["blocks"], method.sae)
-    if method.gallery == "images":
+    if method.gallery == "images" or method.automatic(options):
         found.require_gallery()
-    elif method.gallery == "neighbours":
+    if method.gallery == "neighbours":
         found.require_gallery(method.labels_used(options) == "oracle", options["encoder"], options["n"])
 
 

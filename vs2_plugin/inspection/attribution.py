@@ -2,9 +2,10 @@
 
 A steering moves an activation by known amounts along decoder directions, and by a rest:
 
-    x̂ = x + Σ_j a_j w_j + rest                  w_j = row j of W_dec
+    x̂ = x + Σ_j a_j d_j + rest                  d_j = row j of W_dec
 
 - VS2, PASS: ``a_j = α c_j``; the rest brings the sum back to the norm of x.
+- VS2S: ``a_j = α s w_j c_j`` with the latents' weights w and their scale s; the rest as in VS2.
 - REC, AMP: ``a_j = (γ - 1) c_j``; the rest takes away ``x - x̃``, which the SAE does not explain. Of REC's change,
   the rest is all.
 - VS2++: ``a_j = α c̄_j`` with ``c̄`` the mean code over S⁺ minus that over S⁻; the rest as in VS2.
@@ -14,9 +15,9 @@ site before the last block, whole blocks come after it. What is linear, and exac
 change of ``f`` is the sum of what each latent's step contributes to it. With the latents' part of the way first, all
 amounts growing together from 0, latent j gets (arXiv 1703.01365, applied to the amounts; the Aumann-Shapley value)
 
-    a_j ⟨w_j, ∫₀¹ ∇f(x + t Σ_i a_i w_i) dt⟩
+    a_j ⟨d_j, ∫₀¹ ∇f(x + t Σ_i a_i d_i) dt⟩
 
-and these sum to ``f(x + Σ a_i w_i) - f(x)``. The rest gets the difference that is left, ``f(x̂) - f(x + Σ a_i w_i)``.
+and these sum to ``f(x + Σ a_i d_i) - f(x)``. The rest gets the difference that is left, ``f(x̂) - f(x + Σ a_i d_i)``.
 The integral is taken by Gauss-Legendre quadrature; its error is what is printed as the remainder. What a latent gets
 is not what leaving it out would change: the two agree where ``f`` is linear.
 """
@@ -35,6 +36,7 @@ from vs2_plugin.clip.sites import Site, default_site, editing, embedding_from, o
 from vs2_plugin.sae.topk import Latents
 from vs2_plugin.steering.operators import SparseSteering, amplified, vs2_steer
 from vs2_plugin.steering.selective import Codes, NeighbourSteering
+from vs2_plugin.steering.selectivity import SelectiveSteering
 
 __all__ = ["Attribution", "Movement", "attribute", "movement", "tail"]
 
@@ -62,20 +64,24 @@ def movement(steering: object, x: Tensor) -> Movement | None:
     VS2++ asks its retriever, so the image must be the one at hand there.
     """
     if isinstance(steering, SparseSteering) and steering.function is vs2_steer:
-        return _along(steering.sae.encode(x), steering.strength, _KEEPING_NORM)
+        code = steering.sae.encode(x)
+        return _along(code, steering.strength * code.values, _KEEPING_NORM)
     if isinstance(steering, SparseSteering) and steering.function is amplified:
-        return _along(steering.sae.encode(x), steering.strength - 1, "what the SAE does not explain, left out")
+        code = steering.sae.encode(x)
+        return _along(code, (steering.strength - 1) * code.values, "what the SAE does not explain, left out")
     if isinstance(steering, NeighbourSteering) and isinstance(steering.directions, Codes):
-        code = steering.directions.mixed(*steering.weights())
-        indices = code[0].nonzero()[:, 0]
-        return _along(Latents(code[:, indices], indices[None]), steering.alpha, _KEEPING_NORM)
+        mixed = steering.directions.mixed(*steering.weights())
+        indices = mixed[0].nonzero()[:, 0]
+        code = Latents(mixed[:, indices], indices[None])
+        return _along(code, steering.alpha * code.values, _KEEPING_NORM)
+    if isinstance(steering, SelectiveSteering):
+        return _along(steering.sae.encode(x), steering.alpha * steering.code(x).values, _KEEPING_NORM)
     return None
 
 
-def _along(code: Latents, strength: float, rest: str) -> Movement:
+def _along(code: Latents, amounts: Tensor, rest: str) -> Movement:
     active = code.values[0] != 0
-    values = code.values[0][active]
-    return Movement(code.indices[0][active], values, strength * values, rest)
+    return Movement(code.indices[0][active], code.values[0][active], amounts[0][active], rest)
 
 
 def tail(model: nn.Module, site: Site, image: Tensor) -> Callable[[Tensor], Tensor]:
@@ -117,7 +123,7 @@ def attribute(logits: Callable[[Tensor], Tensor], x: Tensor, steps: Tensor, stee
     Args:
         logits: from activations ``[batch, d]`` to logits ``[batch, classes]``.
         x: the activation ``[d]``.
-        steps: ``a_j w_j``, ``[m, d]``.
+        steps: ``a_j d_j``, ``[m, d]``.
         steered: x̂ ``[d]``.
     """
     way = steps.sum(0)

@@ -65,6 +65,7 @@ class Retriever:
         n: int = 50,
         search: Search | None = None,
         encode: Callable[[Tensor], Tensor] | None = None,
+        encoder: str = CLIP,
         digest: Callable[[Tensor], int] | None = None,
     ) -> None:
         """
@@ -74,10 +75,11 @@ class Retriever:
             n: N, neighbours per query.
             search: finds them; None for a method that looks up no neighbours.
             encode: images to queries ``[batch, e]``; None: the CLIP embedding.
+            encoder: its name in the gallery.
             digest: of an image, as in the gallery.
         """
         self.gallery, self.device, self.n = gallery, torch.device(device), n
-        self._search, self._encode, self._digest = search, encode, digest
+        self._search, self._encode, self._encoder, self._digest = search, encode, encoder, digest
         self._repeated = int(np.unique(gallery.digests, return_counts=True)[1].max()) if search else 0
         self._classifier: Tensor | None = None
         self._pseudo: tuple[Tensor, Tensor] | None = None
@@ -135,6 +137,15 @@ class Retriever:
         self.end()
         self._images, self.targets = images, targets
 
+    def begin_own(self, rows: Tensor) -> None:
+        """Images of the gallery itself are at hand: int64 ``[batch]``. What is known of them is not computed anew."""
+        self.end()
+        self._rows = rows
+
+    def _embeddings_of(self, encoder: str, rows: Tensor) -> Tensor:
+        found = torch.from_numpy(np.asarray(self.gallery.embeddings[encoder][rows.numpy()]))
+        return F.normalize(found.to(self.device).float(), dim=-1)
+
     def embed(self, embedding: Callable[[], Tensor]) -> None:
         """Say how the plain CLIP embedding ``[batch, e]`` of the batch is had. It is asked for at most once.
 
@@ -147,6 +158,7 @@ class Retriever:
     def end(self) -> None:
         """Forget the batch."""
         self._images: Tensor | None = None
+        self._rows: Tensor | None = None
         self.targets: Tensor | None = None
         self._embedding: Callable[[], Tensor] | None = None
         self._plain: Tensor | None = None
@@ -154,13 +166,22 @@ class Retriever:
 
     def embedding(self) -> Tensor:
         """The plain CLIP embedding of the batch, float32, of unit norm."""
+        if self._plain is None and self._rows is not None:
+            self._plain = self._embeddings_of(CLIP, self._rows)
         if self._plain is None:
             self._require_batch()
             self._plain = F.normalize(self._embedding().float(), dim=-1)
         return self._plain
 
+    def _queries(self) -> Tensor:
+        if self._encode is None:
+            return self.embedding()
+        if self._rows is not None:
+            return self._embeddings_of(self._encoder, self._rows)
+        return F.normalize(self._encode(self._images), dim=-1)
+
     def _require_batch(self) -> None:
-        if self._images is None:
+        if self._images is None and self._rows is None:
             raise HarnessError("methods with a gallery steer within encode_image only; call model.encode_image")
 
     def classes(self) -> Tensor:
@@ -170,7 +191,7 @@ class Retriever:
     def neighbours(self) -> Neighbours:
         """The N nearest images of each query, which is never its own neighbour."""
         if self._neighbours is None:
-            queries = self.embedding() if self._encode is None else F.normalize(self._encode(self._images), dim=-1)
+            queries = self._queries()
             # As many more as an image can be in the gallery, so that n are left without them.
             wanted = min(len(self.gallery), self.n + self._repeated)
             similarity, rows = self._search(queries, wanted)
@@ -186,10 +207,15 @@ class Retriever:
             )
         return self._neighbours
 
+    def _digest_at(self, index: int) -> np.uint64:
+        if self._rows is not None:
+            return self.gallery.digests[self._rows[index]]
+        return np.uint64(self._digest(self._images[index]))
+
     def _own(self, rows: Tensor, similarity: Tensor) -> Tensor:
         own = torch.zeros_like(rows, dtype=torch.bool)
-        if self._digest is not None:
+        if self._digest is not None or self._rows is not None:
             for index in similarity[:, 0].ge(_SAME).nonzero()[:, 0].tolist():
                 found = self.gallery.digests[rows[index].numpy()]
-                own[index] = torch.from_numpy(found == np.uint64(self._digest(self._images[index])))
+                own[index] = torch.from_numpy(found == self._digest_at(index))
         return own

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vs2_plugin.hookspecs import hookimpl
-from vs2_plugin.method import LABELS, Method, Option
+from vs2_plugin.method import AUTO, LABELS, Method, Option
 
 if TYPE_CHECKING:
     from vs2_plugin.steering.context import Context
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         PrototypeSteering,
         VoteSteering,
     )
+    from vs2_plugin.steering.selectivity import SelectiveSteering
 
 # Beyond this, steering is all there is left of the activation, and float32 starts to lose digits.
 _LIMIT = 1000.0
@@ -30,7 +31,20 @@ STRENGTH = (
     Option(
         "alpha", float, None, minimum=-_LIMIT, maximum=_LIMIT, excludes=("gamma", "lam"),
         help="lam*(gamma-1), all that matters; instead of gamma and lam",
+        auto=(0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0),
     ),
+)  # fmt: skip
+#: The same for an oracle, whose strength unlabeled images cannot tell.
+FIXED = (*STRENGTH[:2], replace(STRENGTH[2], auto=None))
+#: The same for a method that is told by them unless it is given.
+ALPHA = replace(STRENGTH[2], default=AUTO, excludes=(), help="strength; as lam*(gamma-1) in vs2, at equal mean length")
+P = Option(
+    "p", float, AUTO, minimum=0, maximum=8, auto=(0.0, 2.0),
+    help="how much more to amplify latents that differ between classes; 0: none, as vs2",
+)  # fmt: skip
+BRAKE = Option(
+    "brake", float, None, minimum=0, maximum=1,
+    help="steer only where at least this share of the neighbours has one label",
 )  # fmt: skip
 
 MIX = Option("mix", float, 0.5, minimum=0, maximum=1, help="weight of the image's own embedding")
@@ -65,14 +79,23 @@ def build_rec(context: Context) -> SparseSteering:
     return build_amp(context, gamma=1.0)
 
 
-def build_vs2pp(context: Context, gamma, lam, alpha, rule: str, labels: str) -> NeighbourSteering:
+def build_vs2s(context: Context, alpha: float, p: float) -> SelectiveSteering:
+    """Selective amplification at one site."""
+    from vs2_plugin.steering.selectivity import SelectiveSteering, Selectivity
+
+    if "selectivity" not in context.shared:
+        context.shared["selectivity"] = Selectivity(context.sae, _activations(context), context.retriever)
+    return SelectiveSteering(context.sae, context.shared["selectivity"], alpha, p)
+
+
+def build_vs2pp(context: Context, gamma, lam, alpha, rule: str, labels: str, brake) -> NeighbourSteering:
     """VS2++ at one site."""
-    return _neighbour_steering(context, _codes(context), strength(gamma, lam, alpha), rule, labels)
+    return _neighbour_steering(context, _codes(context), strength(gamma, lam, alpha), rule, labels, brake)
 
 
-def build_clipsteer(context: Context, gamma, lam, alpha, rule: str, labels: str) -> NeighbourSteering:
+def build_clipsteer(context: Context, gamma, lam, alpha, rule: str, labels: str, brake) -> NeighbourSteering:
     """CLIP steering at one site."""
-    return _neighbour_steering(context, _activations(context), strength(gamma, lam, alpha), rule, labels)
+    return _neighbour_steering(context, _activations(context), strength(gamma, lam, alpha), rule, labels, brake)
 
 
 def build_proto(context: Context, gamma, lam, alpha) -> PrototypeSteering:
@@ -96,11 +119,11 @@ def build_knn(context: Context) -> VoteSteering:
     return VoteSteering(context.retriever)
 
 
-def _neighbour_steering(context: Context, directions, alpha: float, rule: str, labels: str) -> NeighbourSteering:
+def _neighbour_steering(context: Context, directions, alpha: float, rule: str, labels: str, brake) -> NeighbourSteering:
     from vs2_plugin.steering.selective import NeighbourSteering
 
     dataset = None if context.task is None else context.task.dataset
-    return NeighbourSteering(context.retriever, directions, alpha, rule, labels, dataset)
+    return NeighbourSteering(context.retriever, directions, alpha, rule, labels, dataset, brake)
 
 
 def _activations(context: Context) -> Activations:
@@ -112,7 +135,9 @@ def _activations(context: Context) -> Activations:
 def _codes(context: Context) -> Codes:
     from vs2_plugin.steering.selective import Codes
 
-    return Codes(context.sae, _activations(context), len(context.retriever.gallery))
+    if "codes" not in context.shared:
+        context.shared["codes"] = Codes(context.sae, _activations(context), len(context.retriever.gallery))
+    return context.shared["codes"]
 
 
 @hookimpl
@@ -133,15 +158,20 @@ def vs2_methods() -> list[Method]:
             summary="VS2 with an SAE trained by PASS, which uses the training labels",
         ),
         Method(
+            "vs2s", build_vs2s, [P, ALPHA], gallery="images", classes=True,
+            summary="selective amplification: VS2, most along latents that differ between classes, as strong as pays",
+        ),
+        Method(
             "rec", build_rec, summary="the SAE's reconstruction in place of the activation (REC_F; @blocks=all: REC_A)"
         ),
         Method("amp", build_amp, [gamma], summary="the reconstruction with its latents amplified (REC_F+gamma)"),
         Method(
-            "vs2pp", build_vs2pp, [*STRENGTH, RULE, LABELS], aliases=("vs2++",), gallery="neighbours", classes=True,
+            "vs2pp", build_vs2pp, [*STRENGTH, RULE, LABELS, BRAKE], aliases=("vs2++",),
+            gallery="neighbours", classes=True,
             summary="VS2++: steer towards the latents of neighbours of one class, away from those of the others",
         ),
         Method(
-            "clipsteer", build_clipsteer, [*STRENGTH, RULE, LABELS], gallery="neighbours", classes=True,
+            "clipsteer", build_clipsteer, [*STRENGTH, RULE, LABELS, BRAKE], gallery="neighbours", classes=True,
             summary="as VS2++, along the neighbours' activations instead of their latents (CLIP steering)",
         ),
         Method(
@@ -153,7 +183,7 @@ def vs2_methods() -> list[Method]:
             summary="vote of the neighbours' zero-shot classes",
         ),
         Method(
-            "proto", build_proto, STRENGTH, gallery="images", classes=True, labels="oracle",
+            "proto", build_proto, FIXED, gallery="images", classes=True, labels="oracle",
             summary="oracle: steer towards the latents of the image's true class (its prototype)",
         ),
     ]  # fmt: skip

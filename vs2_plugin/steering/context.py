@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -50,3 +50,6 @@ class Context:
     """The data set under evaluation, where it is known."""
     retriever: Retriever | None = None
     """The gallery and, in each forward pass, the neighbours of the images at hand; for methods with a gallery."""
+    shared: dict[str, Any] = field(default_factory=dict)
+    """What a builder leaves here, it finds again when it is called with other options for the same site: ``auto``
+    calls it once per candidate."""

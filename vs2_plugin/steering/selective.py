@@ -144,6 +144,9 @@ class NeighbourSteering(nn.Module, _Agreement):
     S⁺ are the neighbours with the most frequent label among them (``rule`` majority), or with the query's own
     zero-shot class (query); S⁻ are the others. VS2++ with ``α = λ (γ - 1)`` is the mean VS2 direction of S⁺ minus
     that of S⁻, and keeps the norm of x as VS2 does; CLIP steering does not. ``dataset`` is the one under evaluation.
+
+    With a ``brake``, an image is left alone if S⁺ is less than that share of its neighbours: where zero-shot labels
+    disagree, the direction they give is no better than they are. (Ours, not the paper's.)
     """
 
     def __init__(
@@ -154,10 +157,11 @@ class NeighbourSteering(nn.Module, _Agreement):
         rule: str,
         labels: str,
         dataset: str | None = None,
+        brake: float | None = None,
     ) -> None:
         super().__init__()
         self.retriever, self.directions, self.alpha = retriever, directions, alpha
-        self.rule, self.labels, self.dataset = rule, labels, dataset
+        self.rule, self.labels, self.dataset, self.brake = rule, labels, dataset, brake
         self.constants = {"alpha": alpha}
         self.reset()
 
@@ -168,7 +172,22 @@ class NeighbourSteering(nn.Module, _Agreement):
         chosen = self._own_classes() if self.rule == "query" else majority(labels, hood, classes)[0]
         weights, shares = contrast(labels, chosen, hood.valid)
         self._saw(shares)
+        if self.brake is not None:
+            opened = shares >= self.brake
+            self._braked = (~opened).sum() + torch.as_tensor(self._braked, device=opened.device)
+            weights = weights * opened[:, None]
         return hood.rows, weights
+
+    def reset(self) -> None:
+        """Forget the images seen so far."""
+        super().reset()
+        self._braked = 0
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """Flat scalars for the results' metrics; ``braked`` is the share of images that the brake left alone."""
+        braked = {"braked": float(self._braked) / self._seen} if self.brake is not None and self._seen else {}
+        return {**super().facts, **braked}
 
     def _own_classes(self) -> Tensor:
         """The query's zero-shot class, as the neighbours' labels number it."""

@@ -267,8 +267,8 @@ class _SweptCLIP(SteeredCLIP):
         make = super()._open_search
         return self._once("search", name, self.spec.options["search"], make=lambda: make(name, gallery))
 
-    def _build(self, context: Context) -> Callable[[Tensor], Tensor]:
-        steering = super()._build(context)
+    def _build(self, context: Context, options: Mapping[str, Scalar | None]) -> Callable[[Tensor], Tensor]:
+        steering = super()._build(context, options)
         for kind, name in ((NeighbourSteering, "directions"), (PrototypeSteering, "codes")):
             if isinstance(steering, kind):
                 self._share_directions(steering, name, context.site)

@@ -15,8 +15,9 @@ from itertools import product
 from math import prod
 
 from vs2_plugin.errors import ModelStringError
+from vs2_plugin.method import AUTO
 from vs2_plugin.modelstring import ModelString, is_steered, parse
-from vs2_plugin.steering.builtin import STRENGTH, strength
+from vs2_plugin.steering.builtin import FIXED, STRENGTH, strength
 
 __all__ = ["CHECKPOINT", "Grid", "Point", "as_number", "outcome_key", "read_grids"]
 
@@ -148,9 +149,9 @@ def outcome_key(spec: ModelString) -> tuple:
     from ctypes import c_float  # numpy would take a tenth of a second to load
 
     options = dict(spec.options)
-    if set(STRENGTH) <= set(spec.method.options):
+    if any(set(known) <= set(spec.method.options) for known in (STRENGTH, FIXED)):
         alpha = strength(*(options.pop(option.name) for option in STRENGTH))
-        options["alpha"] = c_float(alpha).value
+        options["alpha"] = alpha if alpha == AUTO else c_float(alpha).value
     return spec.method.name, spec.backbone, spec.checkpoint, frozenset(options.items())
 
 

@@ -135,22 +135,28 @@ class Lookup:
         """That batch is at hand; ``targets`` ``[batch]``, for an oracle."""
         self._batch, self.targets = batch, targets
 
+    def begin_own(self, rows: Tensor) -> None:
+        """Images of the gallery itself are at hand: int64 ``[batch]``. Each point that looks at them asks anew."""
+        self._retriever.begin_own(rows)
+        self._batch = None
+
     def embed(self, embedding: Callable[[], Tensor]) -> None:
         """Nothing to do: the embedding was given to :meth:`look`."""
 
     def end(self) -> None:
         """Forget the batch at hand."""
+        self._retriever.end()
         self._batch: Batch | None = None
         self.targets: Tensor | None = None
 
     def embedding(self) -> Tensor:
         """See :class:`Retriever`, as for the next two."""
-        return self._seen[self._batch][0]
+        return self._retriever.embedding() if self._batch is None else self._seen[self._batch][0]
 
     def classes(self) -> Tensor:
         """The zero-shot class of each query."""
-        return self._seen[self._batch][1]
+        return self._retriever.classes() if self._batch is None else self._seen[self._batch][1]
 
     def neighbours(self) -> Neighbours:
         """The nearest images of each query."""
-        return self._seen[self._batch][2]
+        return self._retriever.neighbours() if self._batch is None else self._seen[self._batch][2]

@@ -1,0 +1,232 @@
+"""One run of the study: SAEs for one gallery, and the accuracy of every method with them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from settings import METHODS, Setting, Sizes
+from sources import classifier, draw, images, load_clip, train_clip
+from torch import Tensor, nn
+
+from vs2_plugin.clip.sites import default_site, embedding_from, in_float32, output_site
+from vs2_plugin.harness.automatic import Automatic, settle
+from vs2_plugin.modelstring import ModelString, parse
+from vs2_plugin.retrieval.gallery import CLIP, Gallery
+from vs2_plugin.retrieval.retriever import Retriever
+from vs2_plugin.retrieval.search import ExactSearch
+from vs2_plugin.sae import TrainConfig
+from vs2_plugin.sae.train import Job, Trained, train_saes
+from vs2_plugin.steering.context import Context
+from vs2_plugin.steering.gate import Gate, threshold
+from vs2_plugin.steering.operators import keep_norm
+from vs2_plugin.strength import Choice, neighbour_graph
+
+__all__ = ["prepare", "run", "run_quietly", "train"]
+
+_CPU = torch.device("cpu")
+_BATCH = 2500
+_PASS_WEIGHT = 0.8
+_PAPER = 1.05
+
+
+class Clock:
+    """Seconds of each part of a run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[part] = round(self.seconds.get(part, 0) + time.perf_counter() - started, 3)
+
+
+class Bench:
+    """A gallery with its SAEs, and the test images that methods are scored on. All are activations at one site."""
+
+    def __init__(self, model: nn.Module, weights: Tensor, gallery: Gallery, saes: dict[str, Trained], test, labels):
+        self.model, self.weights, self.gallery, self.saes = model, weights, gallery, saes
+        self.site, self.out = default_site(model), output_site(model)
+        self.test, self.labels = torch.from_numpy(test), torch.from_numpy(labels)
+        self.search = ExactSearch(gallery.embeddings[CLIP], _CPU)
+        self.plain = torch.cat([embedding_from(model, self.site, x) for x in self.test.split(_BATCH)])
+
+    def build(self, spec: ModelString, prior: Tensor | None = None) -> tuple[Callable, Retriever | None, Choice | None]:
+        """The steering of a model string, what it looks images up in, and its choice if there was one to make."""
+        method, options = spec.method, dict(spec.options)
+        retriever = None
+        if method.gallery != "none":
+            n = min(options.get("n") or 1, len(self.gallery) - 1)
+            search = self.search if method.gallery == "neighbours" else None
+            retriever = Retriever(self.gallery, _CPU, n=n, search=search)
+            retriever.set_classifier(self.weights)
+        sae, mean, figures = self.saes[method.sae]
+        site = self.out if method.site == "output" else self.site
+        context = Context(
+            self.model, site.hookpoint, site.width, sae, mean, figures.fvu_quantiles, None, retriever
+        )  # fmt: skip
+        own = {option.name: options[option.name] for option in method.options}
+        automatic = method.automatic(own)
+        if automatic:
+            steering = Automatic(lambda values: method.build(context, **values), own, automatic, _CPU)
+        else:
+            steering = method.build(context, **own)
+        steer = steering
+        if options.get("gate") is not None:
+            steer = Gate(steering, sae, mean, threshold(figures.fvu_quantiles, options["gate"]))
+        choice = None
+        if automatic:
+            choice = settle(
+                steering, steer, self.model, self.site, self.gallery, self.weights, retriever, prior, str(spec)
+            )
+            steering.settle(choice)
+        return steer, retriever, choice
+
+    def right(self, steer: Callable[[Tensor], Tensor], retriever: Retriever | None = None, output: bool = False):
+        """Which test images are classified correctly when steered, bool ``[count]``."""
+        site, found = self.out if output else self.site, []
+        for x, plain in zip(self.test.split(_BATCH), self.plain.split(_BATCH), strict=True):
+            if retriever is not None:
+                retriever.begin(x)
+                retriever.embed(lambda plain=plain: plain)
+            embedding = embedding_from(self.model, site, in_float32(steer, plain if output else x))
+            found.append((F.normalize(embedding, dim=-1) @ self.weights).argmax(1))
+            if retriever is not None:
+                retriever.end()
+        return torch.cat(found) == self.labels
+
+
+def percent(right: Tensor) -> float:
+    """Accuracy."""
+    return round(100 * right.double().mean().item(), 4)
+
+
+def in_hindsight(rights: dict[float, Tensor]) -> tuple[float, list[float]]:
+    """Accuracy at the best strength in hindsight, and the two strengths.
+
+    The strength that is best on one half of the test images is scored on the other half, both ways.
+    """
+    strengths, table = list(rights), torch.stack(list(rights.values()))
+    order = torch.from_numpy(np.random.default_rng(0).permutation(table.shape[1]))
+    scored, chosen = 0, []
+    halves = order.tensor_split(2)
+    for half, other in (halves, halves[::-1]):
+        best = int(table[:, half].sum(1).argmax())  # the weakest of equals
+        chosen.append(strengths[best])
+        scored += int(table[best, other].sum())
+    return round(100 * scored / table.shape[1], 4), chosen
+
+
+def linear_probe(gallery: Tensor, pseudo: np.ndarray, test: Tensor, labels: Tensor) -> Tensor:
+    """Multinomial logistic regression of the gallery's zero-shot classes: which test images it gets right."""
+    from sklearn.linear_model import LogisticRegression
+
+    if len(np.unique(pseudo)) == 1:
+        return labels == int(pseudo[0])
+    fitted = LogisticRegression(max_iter=1000).fit(F.normalize(gallery, dim=-1).numpy(), pseudo)
+    return torch.from_numpy(fitted.predict(F.normalize(test, dim=-1).numpy())) == labels
+
+
+@torch.no_grad()
+def run(root: Path, setting: Setting, seed: int, sizes: Sizes) -> dict[str, Any]:
+    """Train the SAEs of one setting and seed, and score all methods."""
+    clock = Clock()
+    with clock("load"):
+        loaded = load_clip(root, setting.clip)
+        weights = classifier(loaded, setting.source)
+        found = images(root, setting.clip, setting.source, setting.corruption, sizes)
+        count = weights.shape[1]
+        mine = draw(found.pool_labels, count, setting.classes, setting.size, seed)
+        shown = np.arange(len(found.test))
+        if setting.classes != "balanced":
+            shown = draw(found.test_labels, count, setting.classes, len(found.test), 0)
+        stored, labels = np.ascontiguousarray(found.pool[mine]), found.pool_labels[mine]
+    with clock("SAEs"), torch.enable_grad():
+        width = stored.shape[1]
+        config = {"expansion_factor": setting.latents // width, "k": setting.k, "seed": seed, "samples": sizes.samples}
+        jobs = [
+            Job("plain", stored, TrainConfig(**config)),
+            Job("pass", stored, TrainConfig(**config, pass_weight=_PASS_WEIGHT), labels),
+        ]
+        saes = dict(zip(("plain", "pass"), train_saes(jobs, quiet=True), strict=True))
+    model, site = loaded.model, default_site(loaded.model)
+    with clock("plain"):
+        embedded = embedding_from(model, site, torch.from_numpy(stored).float())
+        digests = np.arange(len(stored), dtype=np.uint64)
+        gallery = Gallery(
+            {site.hookpoint: stored}, {CLIP: embedded.numpy().astype(np.float16)}, digests, labels, {"study": 0}
+        )
+        bench = Bench(model, weights, gallery, saes, found.test[shown], found.test_labels[shown])
+        known = torch.from_numpy(labels)
+        graph = neighbour_graph(torch.from_numpy(gallery.embeddings[CLIP]))
+        accuracy = {"zero-shot": percent(bench.right(lambda x: x))}
+
+    choices, facts = {}, {}
+    for name, text in METHODS.items():
+        if text is None or (name == "vs2 auto, prior" and setting.classes == "balanced"):
+            continue
+        method, _, options = text.partition("@")
+        spec = parse(f"{method}:study{'@' if options else ''}{options}")
+        prior = torch.from_numpy(np.bincount(labels, minlength=count) / len(labels)) if "prior" in name else None
+        with clock(f"build {name}"):
+            steer, retriever, choice = bench.build(spec, prior)
+        with clock(name):
+            accuracy[name] = percent(bench.right(steer, retriever, spec.method.site == "output"))
+        if choice is not None:
+            choices[name] = choice.to_json()
+        facts[name] = {key: value for key, value in getattr(steer, "facts", {}).items() if not key.startswith("auto")}
+
+    with clock("hindsight"):
+        spec = parse("vs2:study@alpha=auto")
+        strengths = spec.method.option("alpha").auto
+        rights = {alpha: bench.right(bench.build(parse(f"vs2:study@alpha={alpha}"))[0]) for alpha in strengths}
+        accuracy["vs2 hindsight"], hindsight = in_hindsight(rights)
+    with clock("linear probe"):
+        pseudo = (F.normalize(embedded, dim=-1) @ weights).argmax(1).numpy()
+        accuracy["linear probe"] = percent(linear_probe(embedded, pseudo, bench.plain, bench.labels))
+    with clock("centring"):
+        mean = torch.from_numpy(stored).float().mean(0)
+        accuracy["centring"] = percent(bench.right(lambda x: keep_norm(x + _PAPER * (x - mean), x)))
+    return {
+        "accuracy": {name: accuracy[name] for name in METHODS if name in accuracy},
+        "choices": choices,
+        "curve": {f"{alpha:g}": percent(right) for alpha, right in rights.items()},
+        "hindsight": hindsight,
+        "facts": facts,
+        "images": len(stored),
+        "test_images": len(bench.labels),
+        "fvu": {name: trained.figures.fvu for name, trained in saes.items()},
+        "purity": round((known[graph] == known[:, None]).double().mean().item(), 4),
+        "seconds": clock.seconds,
+    }
+
+
+def _alone(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function on one thread, without the progress bars in it."""
+    torch.set_num_threads(1)
+    with contextlib.redirect_stderr(io.StringIO()):
+        return function(*args)
+
+
+def run_quietly(root: Path, setting: Setting, seed: int, sizes: Sizes) -> dict[str, Any]:
+    """:func:`run`, in a process that does nothing else."""
+    return _alone(run, root, setting, seed, sizes)
+
+
+def train(root: Path, clip: str, steps: int) -> None:
+    """:func:`train_clip`, likewise."""
+    _alone(train_clip, root, clip, steps)
+
+
+def prepare(root: Path, clip: str, source: str, corruption: str, sizes: Sizes) -> None:
+    """:func:`images`, likewise; they are left on disk."""
+    _alone(images, root, clip, source, corruption, sizes)

@@ -1,0 +1,156 @@
+"""The study of automatic strength runs, its tables say what its runs do, and a run says what the package does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vs2_plugin.clip.backbone import load_backbone
+from vs2_plugin.sae import TrainConfig, train_sae
+from vs2_plugin.strength import choose, neighbour_graph
+
+STUDY = Path(__file__).parents[1] / "benchmark_configs" / "strength"
+TINY = Path(__file__).parents[1] / "vs2_plugin" / "demo" / "tiny_clip"
+ALPHAS = [0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0]
+
+
+def call(script, *words):
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [sys.executable, STUDY / script, *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii()
+    return done.stdout
+
+
+def read(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """The folder of a quick study of the development half, and what the command printed."""
+    out = tmp_path_factory.mktemp("study")
+    printed = call("run.py", "--out", out, "--half", "development", "--quick", "--jobs", "1")
+    return out, printed
+
+
+def test_a_second_call_runs_nothing_anew(study):
+    out, printed = study
+    folder = out / "quick" / "development"
+    assert "7 runs done, 0 were there" in printed
+    before = (folder / "runs.jsonl").read_bytes()
+    results = (folder / "results.md").read_text()
+    clip = out / "quick" / "clips" / "small" / "open_clip_model.safetensors"
+    trained = clip.stat().st_mtime_ns
+    assert "0 runs done, 7 were there" in call("run.py", "--out", out, "--half", "development", "--quick")
+    assert (folder / "runs.jsonl").read_bytes() == before
+    assert (folder / "results.md").read_text() == results
+    assert clip.stat().st_mtime_ns == trained
+
+
+def test_the_tables_follow_from_the_runs(study):
+    folder = study[0] / "quick" / "development"
+    *runs, session = read(folder / "runs.jsonl")
+    assert session["session"]["runs"] == len(runs) == 7
+    results = json.loads((folder / "results.json").read_text())
+    assert {run["group"] for run in runs} == {"centre", "CLIP", "classes", "gallery", "latents", "k"}
+    assert {one["setting"] for one in results["settings"]} == {run["setting"] for run in runs}
+    text = (folder / "results.md").read_text()
+    for run in runs:
+        accuracy = run["accuracy"]
+        assert ("vs2 auto, prior" in accuracy) == (run["classes"] != "balanced")
+        assert len(accuracy) == 15 + (run["classes"] != "balanced")
+        [one] = [one for one in results["settings"] if one["setting"] == run["setting"]]
+        assert {name: method["mean"] for name, method in one["methods"].items()} == accuracy
+        for name, method in one["methods"].items():
+            assert method["change"]["mean"] == pytest.approx(accuracy[name] - accuracy["zero-shot"])
+        start = f"| {run['setting']} | {accuracy['zero-shot']:.1f} | {accuracy['vs2']:.1f} |"
+        row = next(line for line in text.splitlines() if line.startswith(start))
+        cells = [cell for cell in row.strip("| ").split(" | ")[1:] if cell != "-"]
+        assert cells == [f"{value:.1f}" for value in accuracy.values()]
+        for name, choice in run["choices"].items():
+            assert len(choice["information"]) == len(choice["candidates"]) == (20 if name == "vs2s" else 10)
+        alpha = run["choices"]["vs2 auto"]["candidates"][run["choices"]["vs2 auto"]["index"]]["alpha"]
+        assert accuracy["vs2 auto"] == run["curve"][f"{alpha:g}"] and accuracy["zero-shot"] == run["curve"]["0"]
+    changes = [run["accuracy"]["vs2s"] - run["accuracy"]["zero-shot"] for run in runs]
+    assert results["summary"]["means"]["all"]["vs2s"]["change"] == pytest.approx(np.mean(changes))
+    assert (folder / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_intervals_are_over_seeds_and_paired(study, tmp_path):
+    """Five seeds of two settings, of known differences."""
+    run = read(study[0] / "quick" / "development" / "runs.jsonl")[0]
+    differences = {  # of vs2 auto and of vs2s from zero-shot, and of the best in hindsight
+        "one": ([-2, -1.5, -2, -2.5, -2], [-2, -1, -2, -2, -2.5], [0, 0, 0, 0, 0]),
+        "two": ([3, 4, 5, 4, 4], [4, 5, 6, 5, 5.5], [5, 5, 5, 5, 5]),
+    }
+    with open(tmp_path / "runs.jsonl", "w") as file:
+        for setting, rows in differences.items():
+            for seed, (auto, selective, best) in enumerate(zip(*rows, strict=True)):
+                plain = 50 + 7 * seed
+                told = {"vs2 auto": plain + auto, "vs2s": plain + selective, "vs2 hindsight": plain + best}
+                accuracy = {**dict.fromkeys(run["accuracy"], plain), **told}
+                file.write(json.dumps({**run, "setting": setting, "seed": seed, "accuracy": accuracy}) + "\n")
+                file.write(json.dumps({**run, "setting": setting, "seed": seed}) + "\n")  # the first counts
+        file.write('{"setting": "one", "se')  # cut short
+    call("table.py", tmp_path / "runs.jsonl")
+    results = json.loads((tmp_path / "results.json").read_text())
+    summary = results["summary"]
+    half = 2.7764451 * np.std(differences["one"][0], ddof=1) / 5**0.5
+    one, two = results["settings"]
+    assert one["methods"]["vs2 auto"]["change"] == pytest.approx({"mean": -2, "low": -2 - half, "high": -2 + half})
+    assert one["methods"]["vs2 auto"]["sd"] == pytest.approx(
+        np.std([50 + 7 * seed + d for seed, d in enumerate(differences["one"][0])], ddof=1)
+    )
+    assert [loss["setting"] for loss in summary["losses"]["vs2 auto"]] == ["one"]
+    assert [loss["setting"] for loss in summary["losses"]["vs2s"]] == ["one"]
+    assert summary["recovered"]["vs2 auto"] == pytest.approx({"gain": 1, "hindsight": 2.5, "share": 0.4})
+    assert summary["selective"]["surely_better"] == ["two"] and summary["selective"]["surely_worse"] == []
+    assert summary["selective"]["mean"] == pytest.approx((0.1 + 1.1) / 2)
+    text = (tmp_path / "results.md").read_text()
+    assert "-2.0 (-2.4 to -1.6)" in text and "40 % recovered" in text
+
+
+def test_a_run_is_what_the_package_gives(study):
+    """vs2 and its automatic strength, computed anew from the stored activations with dense codes."""
+    root = study[0] / "quick"
+    runs = {run["setting"]: run for run in read(root / "development" / "runs.jsonl") if "setting" in run}
+    run = runs["printed digits, noisy, k = 8"]
+    stored = np.load(root / "activations" / "tiny-printed-digits-noisy.npz")
+    assert len(stored["test"]) == run["test_images"] == 500 and run["images"] == 900
+    rows = np.random.default_rng(0).permutation(len(stored["pool"]))[:900]
+    gallery = stored["pool"][rows]
+    sae = train_sae(gallery, TrainConfig(k=8, samples=8_000, seed=0), quiet=True).sae
+    loaded = load_backbone(f"local-dir:{TINY}", "", initialize=False)
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    with torch.no_grad():
+        texts = loaded.model.encode_text(loaded.tokenizer([f"a photo of the digit {name}" for name in names]))
+        weights = F.normalize(texts, dim=-1).T
+
+        def embed(x, alpha):
+            pre = (x - sae.b_dec) @ sae.encoder.weight.T + sae.encoder.bias
+            code = pre.where(pre >= pre.topk(8, dim=1).values[:, -1:], torch.tensor(0.0)).relu()
+            moved = x + alpha * code @ sae.W_dec
+            moved *= x.norm(dim=1, keepdim=True) / moved.norm(dim=1, keepdim=True)
+            return loaded.model.visual.ln_post(moved) @ loaded.model.visual.proj
+
+        unlabeled, test = torch.from_numpy(gallery).float(), torch.from_numpy(stored["test"])
+        graph = neighbour_graph(embed(unlabeled, 0).half())
+        ways = [(embed(unlabeled, alpha) @ weights).argmax(1) for alpha in ALPHAS]
+        found = choose([{"alpha": alpha} for alpha in ALPHAS], ways, graph, 10)
+        labels = torch.from_numpy(stored["test_labels"])
+        right = [(embed(test, alpha) @ weights).argmax(1) == labels for alpha in ALPHAS]
+    accuracy = [100 * one.double().mean().item() for one in right]
+    # An image or two may lie between two classes.
+    assert list(run["curve"].values()) == pytest.approx(accuracy, abs=0.41)
+    assert max(accuracy) - accuracy[0] > 2
+    assert run["choices"]["vs2 auto"]["information"] == pytest.approx(found.information, abs=0.01)
+    assert run["choices"]["vs2 auto"]["index"] == found.index
+    assert run["accuracy"]["vs2 auto"] == pytest.approx(accuracy[found.index], abs=0.41)

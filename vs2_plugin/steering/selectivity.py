@@ -1,0 +1,129 @@
+"""Selective amplification: VS2 that amplifies a latent the more, the more it differs between classes.
+
+Which classes the gallery's images are of is told by their zero-shot probabilities, so that no labels are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vs2_plugin.arrays import spread
+from vs2_plugin.retrieval.gallery import CLIP
+from vs2_plugin.retrieval.retriever import Retriever
+from vs2_plugin.sae.topk import Latents, TopKSAE
+from vs2_plugin.steering.operators import keep_norm
+from vs2_plugin.steering.selective import Activations
+
+__all__ = ["SelectiveSteering", "Selectivity", "class_selectivity", "latent_weights"]
+
+#: Images that the statistics are taken over, and how many at a time.
+_IMAGES, _BATCH = 50_000, 2048
+
+
+def class_selectivity(batches: Iterator[tuple[Latents, Tensor]], num_latents: int) -> Tensor:
+    """``r_j`` of each latent: the share of its standard deviation that lies between classes. float32 ``[latents]``.
+
+    ``r_j² = (S_B - (K - 1) M_W) / (S_T + M_W)``, ω² of the analysis of variance, with the sum of squares between
+    class means ``S_B``, in total ``S_T``, the mean square within ``M_W = (S_T - S_B) / (n - K)`` and K classes. Unlike
+    ``S_B / S_T`` it is 0 in the mean for a latent that has nothing to do with the classes. An image counts for each
+    class by its probability; classes of a mass below one image are left out.
+
+    Args:
+        batches: sparse codes ``[batch, k]`` with class probabilities ``[batch, classes]`` (rows sum to 1).
+        num_latents: number of latents.
+    """
+    sums: Tensor | None = None
+    for latents, probabilities in batches:
+        dense = probabilities.new_zeros(len(probabilities), num_latents)
+        dense.scatter_add_(1, latents.indices, latents.values)
+        if sums is None:
+            sums = torch.zeros(probabilities.shape[1], num_latents, dtype=torch.float64, device=dense.device)
+            mass, squares = sums.new_zeros(len(sums)), sums.new_zeros(num_latents)
+            count = 0
+        sums += probabilities.T @ dense
+        mass += probabilities.double().sum(0)
+        squares += dense.double().square().sum(0)
+        count += len(dense)
+    present = mass >= 1
+    classes, within = int(present.sum()), max(count - int(present.sum()), 1)
+    mean = sums.sum(0) / count
+    total = squares - count * mean.square()
+    between = (mass[present, None] * (sums[present] / mass[present, None] - mean).square()).sum(0)
+    noise = (total - between).clamp_min(0) / within
+    omega = (between - (classes - 1) * noise) / (total + noise)
+    # A latent that is never active has no variance, and no class.
+    return omega.nan_to_num(0).clamp(0, 1).sqrt().float()
+
+
+def latent_weights(selectivity: Tensor, p: float) -> Tensor:
+    """``w_j = (r_j / mean of the positive r)^p``, ``[latents]``. All 1 for ``p = 0``, and if no latent is selective."""
+    positive = selectivity[selectivity > 0]
+    if p == 0 or len(positive) == 0:
+        return torch.ones_like(selectivity)
+    return (selectivity / positive.mean()) ** p
+
+
+class Selectivity:
+    """:func:`class_selectivity` over a gallery, computed when it is first asked for and again for other classes.
+
+    Of a large gallery, images evenly spread over it are used.
+    """
+
+    def __init__(self, sae: TopKSAE, activations: Activations, retriever: Retriever) -> None:
+        """``activations`` are the gallery's, at the SAE's site."""
+        self._sae, self._activations, self._retriever = sae, activations, retriever
+        self._known_for: Tensor | None = None
+
+    def _batches(self) -> Iterator[tuple[Latents, Tensor]]:
+        """Codes, and the zero-shot probabilities at CLIP's logit scale of 100."""
+        retriever = self._retriever
+        embeddings = Activations(retriever.gallery.embeddings[CLIP], retriever.device)
+        for rows in spread(len(retriever.gallery), _IMAGES).split(_BATCH):
+            logits = 100 * F.normalize(embeddings[rows], dim=-1) @ retriever.classifier
+            yield self._sae.encode(self._activations[rows]), logits.softmax(1)
+
+    def weights(self, p: float) -> tuple[Tensor, float]:
+        """:func:`latent_weights`, and the factor that gives the weighted steering vectors the mean length over the
+        gallery that VS2's have, so that α means the same for both."""
+        if self._known_for is not self._retriever.classifier:
+            self._known_for = self._retriever.classifier
+            self._r = class_selectivity(self._batches(), self._sae.config.num_latents)
+            self._scales: dict[float, float] = {}
+        weights = latent_weights(self._r, p)
+        if p not in self._scales:
+            lengths = torch.zeros(2, dtype=torch.float64)
+            for latents, _ in self._batches():
+                for row, code in enumerate((latents, weighted(latents, weights))):
+                    lengths[row] += self._sae.combine(code).norm(dim=1).double().sum().cpu()
+            self._scales[p] = float(lengths[0] / lengths[1]) if lengths[1] > 0 else 1.0
+        return weights, self._scales[p]
+
+
+def weighted(latents: Latents, weights: Tensor) -> Latents:
+    """``w ⊙ c``."""
+    return Latents(latents.values * weights[latents.indices], latents.indices)
+
+
+class SelectiveSteering(nn.Module):
+    """``x + α s W_decᵀ (w ⊙ c)`` at the norm of x, with the weights w and the factor s of :class:`Selectivity`."""
+
+    def __init__(self, sae: TopKSAE, selectivity: Selectivity, alpha: float, p: float) -> None:
+        super().__init__()
+        self.sae, self.selectivity, self.alpha, self.p = sae, selectivity, alpha, p
+        self.facts = {"alpha": alpha, "p": p}
+
+    @torch.no_grad()
+    def code(self, x: Tensor) -> Latents:
+        """``s w ⊙ c`` of activations ``[batch, d]``."""
+        weights, scale = self.selectivity.weights(self.p)
+        return weighted(self.sae.encode(x), scale * weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Steer ``[batch, d]``."""
+        if self.alpha == 0:
+            return x
+        return keep_norm(x + self.alpha * self.sae.combine(self.code(x)), x)

@@ -1,0 +1,106 @@
+"""How well predicted classes fit the neighbourhoods of the images that they are of. No labels are read.
+
+Where steering mends predictions, an image's class says more about the classes of its neighbours. Where it only spreads
+predictions over more classes, it does not. Neighbours are taken between the *plain* embeddings, so that steering
+cannot bring them nearer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["NEIGHBOURS", "Scores", "information", "modularity", "neighbour_graph", "scores"]
+
+#: Neighbours of each image in the graph.
+NEIGHBOURS = 10
+_BLOCK = 2048
+_SHUFFLES = 4
+
+
+def neighbour_graph(embeddings: Tensor, k: int = NEIGHBOURS) -> Tensor:
+    """The k images of largest cosine of each image, itself left out: int64 ``[n, min(k, n - 1)]``, best first.
+
+    Args:
+        embeddings: ``[n, e]``, n at least 2; any scale.
+        k: neighbours per image.
+    """
+    unit = F.normalize(embeddings.float(), dim=-1)
+    k = min(k, len(unit) - 1)
+    found = []
+    for start in range(0, len(unit), _BLOCK):
+        cosines = unit[start : start + _BLOCK] @ unit.T
+        rows = torch.arange(len(cosines), device=unit.device)
+        cosines[rows, rows + start] = -torch.inf
+        found.append(cosines.topk(k, dim=1).indices)
+    return torch.cat(found)
+
+
+def information(classes: Tensor, graph: Tensor, count: int) -> Tensor:
+    """What each image adds to the mutual information of class and neighbour's class: float64 ``[n]``, in nats.
+
+    With J the joint distribution of the classes at both ends of an edge and m its margin, image i adds the mean of
+    ``log J[a, b] / (m[a] m[b])`` over its edges. The mean over images is the plug-in mutual information, and the
+    differences to it are its influence function, whose spread gives the standard error.
+
+    Args:
+        classes: int64 ``[n]``.
+        graph: int64 ``[n, k]``, as from :func:`neighbour_graph`.
+        count: classes are below this.
+    """
+    ours, theirs = classes[:, None].expand_as(graph), classes[graph]
+    joint = torch.bincount((ours * count + theirs).flatten(), minlength=count * count).double().view(count, count)
+    joint = joint + joint.T
+    joint /= joint.sum()
+    margin = joint.sum(1)
+    return (joint[ours, theirs] / (margin[ours] * margin[theirs])).log().mean(1)
+
+
+def modularity(classes: Tensor, graph: Tensor, count: int) -> Tensor:
+    """What each image adds to the modularity of the classes on the graph: float64 ``[n]``.
+
+    Modularity is the share of edges within a class less the share by chance, ``Σ_c q_c²``. The values are its influence
+    function; their mean is the modularity.
+    """
+    share = torch.bincount(classes, minlength=count).double() / len(classes)
+    agreement = (classes[graph] == classes[:, None]).double().mean(1)
+    return agreement - 2 * share[classes] + share.square().sum()
+
+
+class Scores(NamedTuple):
+    """Of each of several ways to classify the same images. The first way is what the others are compared with."""
+
+    information: Tensor
+    """float64 ``[ways]``: mutual information of an image's class and its neighbours', in nats, less what chance gives.
+    """
+    information_errors: Tensor
+    """``[ways]``: by how many standard errors it is above that of the first way, image by image."""
+    modularity: Tensor
+    """float64 ``[ways]``."""
+    modularity_errors: Tensor
+    """``[ways]``, likewise."""
+
+
+def scores(ways: Sequence[Tensor], graph: Tensor, count: int) -> Scores:
+    """Score ways to classify n images, int64 ``[n]`` each.
+
+    What chance gives is the mean information when the same classes are dealt to the images in another order: the
+    plug-in estimate is above 0 for any classes, and more so for many.
+    """
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(len(graph), generator=generator).to(graph.device) for _ in range(_SHUFFLES)]
+    told = torch.stack([information(way, graph, count) for way in ways])
+    chance = [torch.stack([information(way[order], graph, count).mean() for order in orders]).mean() for way in ways]
+    knit = torch.stack([modularity(way, graph, count) for way in ways])
+    gained = told.mean(1) - torch.stack(chance)
+    return Scores(gained, _errors(gained, told), knit.mean(1), _errors(knit.mean(1), knit))
+
+
+def _errors(estimates: Tensor, influence: Tensor) -> Tensor:
+    spread = (influence - influence[0]).std(1) / influence.shape[1] ** 0.5
+    # Of a spread of 0, a difference is sure, and none is none.
+    return (estimates - estimates[0]) / spread.clamp_min(1e-9)
