@@ -17,6 +17,7 @@ from vs2_plugin.cli import train_sae
 from vs2_plugin.cli.main import main
 from vs2_plugin.demo.digits import CLASSES
 from vs2_plugin.errors import HarnessError, ModelStringError
+from vs2_plugin.harness import loader
 from vs2_plugin.method import Method, Option
 from vs2_plugin.modelstring import parse
 from vs2_plugin.plugins import registry
@@ -38,8 +39,10 @@ def few(in_demo):
 
 
 @pytest.fixture
-def sae(in_demo):
+def sae(in_demo, monkeypatch):
     """The name of a copy of the demo's checkpoint for which nothing has been chosen yet."""
+    # A model that a test inspects waits for a data set; no later test shall bind it.
+    monkeypatch.setattr(loader, "_waiting", None)
     folder = in_demo / "store/checkpoints/chosen"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(folder.parent / NAME, folder, ignore=shutil.ignore_patterns("auto"))
@@ -509,7 +512,7 @@ def test_other_tasks_have_no_classes(task, model, few, clip_benchmark, captions)
 
 @pytest.mark.parametrize("model", ["vs2:{}@alpha=auto", "vs2:{}@alpha=auto@gate=0.9", "vs2s:{}", "vs2pp:{}@alpha=auto"])
 def test_without_classes_it_is_said_how_they_are_given(model, in_demo, sae, images, classifier, capsys):
-    steered, *_ = vs2_plugin.load(model.format(f"{TINY}@{sae}"))
+    steered, *_ = vs2_plugin.load(model.format(f"{TINY}@{sae}"), dataset="wds/digits")
     with torch.no_grad():
         with pytest.raises(HarnessError, match=r"call model\.set_classifier\(classifier\)"):
             steered.encode_image(images)
@@ -520,7 +523,7 @@ def test_without_classes_it_is_said_how_they_are_given(model, in_demo, sae, imag
 
 
 def test_the_same_classes_are_not_chosen_for_twice(in_demo, sae, classifier, capsys, images):
-    steered, *_ = vs2_plugin.load(f"vs2pp:{TINY}@{sae}@alpha=auto@n=10")
+    steered, *_ = vs2_plugin.load(f"vs2pp:{TINY}@{sae}@alpha=auto@n=10", dataset="wds/digits")
     steered.set_classifier(classifier)
     steering = steered.places[0].steering
     with torch.no_grad():
@@ -538,7 +541,7 @@ def test_the_same_classes_are_not_chosen_for_twice(in_demo, sae, classifier, cap
 
 
 def test_what_was_seen_while_choosing_does_not_count(in_demo, sae, classifier, images):
-    steered, *_ = vs2_plugin.load(f"vs2pp:{TINY}@{sae}@alpha=auto@n=10@gate=0.9@brake=0.5")
+    steered, *_ = vs2_plugin.load(f"vs2pp:{TINY}@{sae}@alpha=auto@n=10@gate=0.9@brake=0.5", dataset="wds/digits")
     steered.set_classifier(classifier)
     assert {"vs2_coverage", "vs2_mean_fvu", "vs2_agreement", "vs2_braked"}.isdisjoint(steered.vs2_facts())
     with torch.no_grad():
@@ -547,7 +550,7 @@ def test_what_was_seen_while_choosing_does_not_count(in_demo, sae, classifier, i
 
 
 def test_before_the_classes_are_known_the_word_itself_is_reported(in_demo, sae, classifier):
-    steered, *_ = vs2_plugin.load(f"vs2s:{TINY}@{sae}")
+    steered, *_ = vs2_plugin.load(f"vs2s:{TINY}@{sae}", dataset="wds/digits")
     facts = steered.vs2_facts()
     assert (facts["vs2_p"], facts["vs2_alpha"]) == ("auto", "auto") and "vs2_auto" not in facts
     steered.set_classifier(classifier)
@@ -556,7 +559,7 @@ def test_before_the_classes_are_known_the_word_itself_is_reported(in_demo, sae, 
 
 @pytest.mark.parametrize("model", ["vs2:{}@alpha=auto@gate=0.95", "vs2s:{}", "vs2pp:{}@alpha=auto@n=10"])
 def test_a_copy_chooses_for_itself(model, in_demo, sae, images, classifier):
-    steered, *_ = vs2_plugin.load(model.format(f"{TINY}@{sae}"))
+    steered, *_ = vs2_plugin.load(model.format(f"{TINY}@{sae}"), dataset="wds/digits")
     steered.set_classifier(classifier)
     copied = copy.deepcopy(steered)
     other = class_embeddings(in_demo, "{c}")
@@ -564,7 +567,7 @@ def test_a_copy_chooses_for_itself(model, in_demo, sae, images, classifier):
         before = steered.encode_image(images)
         assert torch.equal(copied.encode_image(images), before)
         copied.set_classifier(other)
-        fresh, *_ = vs2_plugin.load(model.format(f"{TINY}@{sae}"))
+        fresh, *_ = vs2_plugin.load(model.format(f"{TINY}@{sae}"), dataset="wds/digits")
         fresh.set_classifier(other)
         torch.testing.assert_close(copied.encode_image(images), fresh.encode_image(images))
         assert torch.equal(steered.encode_image(images), before)
@@ -574,7 +577,7 @@ def test_a_copy_chooses_for_itself(model, in_demo, sae, images, classifier):
 
 def test_names_in_a_prior_need_classes_that_are_known(in_demo, sae, classifier):
     Path("named.json").write_text(json.dumps({"zero": 1}))
-    steered, *_ = vs2_plugin.load(f"vs2:{TINY}@{sae}@alpha=auto@prior=named.json")
+    steered, *_ = vs2_plugin.load(f"vs2:{TINY}@{sae}@alpha=auto@prior=named.json", dataset="wds/digits")
     with pytest.raises(ModelStringError, match="whose names are not known"):
         steered.set_classifier(classifier)
     Path("named.json").write_text(json.dumps([1] * 10))

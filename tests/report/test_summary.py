@@ -139,6 +139,17 @@ def test_curves_of_methods_without_lambda_and_of_saes_with_another_k(write_run, 
     assert [value for value, _ in curves["k"][0].points] == [32, 64]
 
 
+def test_a_strength_that_was_chosen_automatically_is_no_point_of_a_curve(write_run, steered):
+    write_run("B")
+    for alpha in np.arange(1, 20) / 4:
+        write_run(f"vs2:B@alpha={alpha}", metrics=steered(alpha=float(alpha)))
+    path = write_run("vs2:B@alpha=auto", metrics=steered(alpha=8.0) | {"vs2_auto": "alpha"})
+    group = group_of(path.parent)
+    (curve,) = group.curves()["alpha"]
+    assert max(value for value, _ in curve.points) == 4.75
+    assert [row.label for row in group.main] == ["zero-shot", "vs2 @alpha=0.25", "vs2 @alpha=auto"]
+
+
 def test_results_that_differ_in_two_settings_make_no_curve(write_run, steered):
     write_run("vs2:B@gate=0.9", metrics=steered(gate=0.9))
     path = write_run("vs2:B@other@gate=0.99", metrics=steered(gate=0.99, checkpoint="other"))

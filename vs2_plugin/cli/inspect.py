@@ -153,7 +153,8 @@ class Finding:
 def _inspect(args: argparse.Namespace) -> None:
     from vs2_plugin.modelstring import parse
 
-    if parse(args.model).method.gallery == "images":
+    method = parse(args.model).method
+    if method.gallery == "images" and method.labels == "oracle":
         raise HarnessError(
             f"{args.model}: this oracle needs the true class of the image, which a file does not tell; expected "
             "another method, for example vs2"
@@ -241,7 +242,8 @@ class _Inspector:
         if model.retriever is not None:
             model.retriever.begin(image)
             model.retriever.embed(lambda: plain)
-            self._neighbours(finding)
+            if model.spec.method.gallery == "neighbours":
+                self._neighbours(finding)
         try:
             for index, place in enumerate(places):
                 at = self._at(place, index, image, [first, second, *shown])

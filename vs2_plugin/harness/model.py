@@ -29,6 +29,7 @@ from vs2_plugin.retrieval.search import Search, open_search
 from vs2_plugin.sae.topk import TopKSAE
 from vs2_plugin.steering.context import Context, Task
 from vs2_plugin.steering.gate import Gate, threshold
+from vs2_plugin.strength import RULE
 
 __all__ = ["Place", "SteeredCLIP"]
 
@@ -283,6 +284,7 @@ class SteeredCLIP(nn.Module):
         steer = self._gates[place] if options.get("gate") is not None else automatic
         identity = {
             "version": __version__,
+            "rule": RULE,
             "checkpoint": checkpoint.digest,
             "method": self.spec.method.name,
             "options": options | {"prior": None if prior is None else prior.tolist()},

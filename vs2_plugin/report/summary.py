@@ -226,10 +226,13 @@ class Group:
         return curves
 
     def _alike(self, free: set[str]) -> list[tuple[str, list[Row]]]:
-        """The steered results that agree in method, checkpoint, site and all options but the ``free`` ones."""
+        """The steered results that agree in method, checkpoint, site and all options but the ``free`` ones. One whose
+        options were chosen automatically stands for itself."""
         fixed = sorted(({"method", "checkpoint", "site"} | self._options) - free)
         alike: dict[tuple, list[Row]] = {}
         for row in self.steered:
+            if row.run.fact("auto") is not None:
+                continue
             alike.setdefault(tuple(str(row.run.setting(key)) for key in fixed), []).append(row)
         return [(_label(rows[0].run, free), rows) for rows in alike.values()]
 

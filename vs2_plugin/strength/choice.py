@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from vs2_plugin.method import Scalar
-from vs2_plugin.strength.information import scores
+from vs2_plugin.strength.information import NEIGHBOURS, scores
 
-__all__ = ["Choice", "choose"]
+__all__ = ["RULE", "Choice", "choose"]
 
 #: A gain of fewer standard errors is no gain.
 _ERRORS = 4.0
@@ -24,6 +24,10 @@ _ERRORS = 4.0
 _GAIN = 0.1
 #: Nats that each further option which leaves its first value must bring.
 _PRICE = 0.02
+
+
+#: All that a choice from the same evidence depends on.
+RULE = (_ERRORS, _GAIN, _PRICE, NEIGHBOURS)
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Choice:
         if self.index == 0:
             return (
                 f"{chosen}: left at that. Over {self.images} unlabeled images, what a class tells of the neighbours' "
-                f"classes is {told}, and no candidate is surely better (best: {self.information[top]:.3f} at "
+                f"classes is {told}, and no candidate passes the rule (best: {self.information[top]:.3f} at "
                 f"{_words(self.candidates[top])}, {self.information_errors[top]:+.1f} standard errors)"
             )
         return (
