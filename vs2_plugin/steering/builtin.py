@@ -88,12 +88,16 @@ def build_vs2s(context: Context, alpha: float, p: float) -> SelectiveSteering:
     return SelectiveSteering(context.sae, context.shared["selectivity"], alpha, p)
 
 
-def build_vs2pp(context: Context, gamma, lam, alpha, rule: str, labels: str, brake) -> NeighbourSteering:
+def build_vs2pp(
+    context: Context, gamma, lam, alpha, rule: str, labels: str, brake: float | None = None
+) -> NeighbourSteering:
     """VS2++ at one site."""
     return _neighbour_steering(context, _codes(context), strength(gamma, lam, alpha), rule, labels, brake)
 
 
-def build_clipsteer(context: Context, gamma, lam, alpha, rule: str, labels: str, brake) -> NeighbourSteering:
+def build_clipsteer(
+    context: Context, gamma, lam, alpha, rule: str, labels: str, brake: float | None = None
+) -> NeighbourSteering:
     """CLIP steering at one site."""
     return _neighbour_steering(context, _activations(context), strength(gamma, lam, alpha), rule, labels, brake)
 
