@@ -219,3 +219,16 @@ NAMES = [
 @pytest.mark.parametrize(("name", "steered"), NAMES)
 def test_steered_names_are_told_from_open_clips(name, steered):
     assert is_steered(name) is steered
+
+
+def test_a_prior_is_for_a_strength_that_is_told_automatically():
+    assert parse("vs2:B@alpha=auto@prior=p.json").options["prior"] == "p.json"
+    assert parse("vs2s:B@prior=p.json").options["prior"] == "p.json"  # automatic unless told otherwise
+    for text in ("vs2:B@prior=p.json", "vs2s:B@p=2@alpha=1@prior=p.json"):
+        with pytest.raises(ModelStringError, match="option prior is for auto; expected @alpha=auto beside it"):
+            parse(text)
+
+
+def test_a_plugins_own_option_called_prior_is_its_own():
+    mine = Method("mine", print, [Option("prior", str)])
+    assert parse("mine:B@prior=x", Registry(methods={"mine": mine}, owners={"mine": "t"})).options["prior"] == "x"

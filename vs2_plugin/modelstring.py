@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass, field
 
 from vs2_plugin.errors import ModelStringError
-from vs2_plugin.method import Method, Scalar
+from vs2_plugin.method import AUTOMATIC, Method, Scalar
 from vs2_plugin.plugins import Registry, registry
 
 __all__ = ["GRAMMAR", "ModelString", "is_steered", "parse"]
@@ -133,6 +133,10 @@ def parse(text: str, known: Registry | None = None) -> ModelString:
         for other in method.option(key).excludes:
             if other in given:
                 raise wrong(f"options {key!r} and {other!r} exclude each other; give one of them")
+    for option in AUTOMATIC:
+        mine = method.option(option.name) is option  # not one of that name that a plugin declares
+        if mine and option.name in given and not method.automatic(method.fill(given)):
+            raise wrong(f"option {option.name} is for auto; expected @alpha=auto beside it")
     return ModelString(method, backbone, checkpoint, given)
 
 

@@ -98,11 +98,9 @@ def _check_task(model: ModelString, args: Namespace) -> None:
         raise HarnessError(
             f"{args.model}: {name}{how} needs classes, and {task} has none; expected the task zeroshot_classification"
         )
-    if model.options.get("prior") is not None:
+    if model.method.automatic(model.options) and model.options["prior"] is not None:
         from vs2_plugin.harness.automatic import read_prior
 
-        if not model.method.automatic(model.options):
-            raise ModelStringError(f"model {args.model!r}: option prior is for auto; expected @alpha=auto beside it")
         read_prior(model.options["prior"])
     if model.method.gallery != "none" and task == "linear_probe":
         raise HarnessError(
