@@ -54,6 +54,8 @@ class Option:
     """For a number: what the word ``auto`` chooses from, told by unlabeled training images (see
     :mod:`vs2_plugin.strength`). With all automatic options at their first value, the method has to leave activations as
     they are. None: the option does not accept ``auto``."""
+    auto_needs: tuple[str, str] | None = None
+    """A key that has to be given beside ``auto``, and why, in words."""
     help: str = ""
     """One line for ``vs2 methods``."""
 
@@ -246,6 +248,11 @@ class Method:
                 f"method {self.name!r}: two options share a name, or take that of a common one "
                 f"({', '.join(option.name for option in self.all_options[len(self.options) :])})"
             )
+        for option in self.options:
+            if option.auto_needs is not None and option.auto_needs[0] not in by_name:
+                raise PluginError(
+                    f"method {self.name!r}: auto of {option.name!r} needs {option.auto_needs[0]!r}, which is no option"
+                )
         object.__setattr__(self, "_by_name", by_name)
 
     @property

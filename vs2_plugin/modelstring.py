@@ -133,9 +133,14 @@ def parse(text: str, known: Registry | None = None) -> ModelString:
         for other in method.option(key).excludes:
             if other in given:
                 raise wrong(f"options {key!r} and {other!r} exclude each other; give one of them")
+    filled = method.fill(given)
+    for option in method.automatic(filled):
+        if option.auto_needs is not None and filled[option.auto_needs[0]] is None:
+            needed, reason = option.auto_needs
+            raise wrong(f"option {option.name}=auto: expected {needed} beside it (@{needed}=...), since {reason}")
     for option in AUTOMATIC:
         mine = method.option(option.name) is option  # not one of that name that a plugin declares
-        if mine and option.name in given and not method.automatic(method.fill(given)):
+        if mine and option.name in given and not method.automatic(filled):
             raise wrong(f"option {option.name} is for auto; expected @alpha=auto beside it")
     return ModelString(method, backbone, checkpoint, given)
 

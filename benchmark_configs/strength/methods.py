@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from vs2_plugin.sae.train import Job, Trained, train_saes
 from vs2_plugin.steering.context import Context
 from vs2_plugin.steering.gate import Gate, threshold
 from vs2_plugin.steering.operators import keep_norm
-from vs2_plugin.strength import Choice, neighbour_graph
+from vs2_plugin.strength import neighbour_graph
 
 __all__ = ["prepare", "run", "run_quietly", "train"]
 
@@ -60,8 +60,8 @@ class Bench:
         self.search = ExactSearch(gallery.embeddings[CLIP], _CPU)
         self.plain = torch.cat([embedding_from(model, self.site, x) for x in self.test.split(_BATCH)])
 
-    def build(self, spec: ModelString, prior: Tensor | None = None) -> tuple[Callable, Retriever | None, Choice | None]:
-        """The steering of a model string, what it looks images up in, and its choice if there was one to make."""
+    def build(self, spec: ModelString, prior: Tensor | None = None) -> tuple[Callable, Retriever | None, Callable]:
+        """The steering of a model string, what it looks images up in, and the same steering without a gate."""
         method, options = spec.method, dict(spec.options)
         retriever = None
         if method.gallery != "none":
@@ -83,13 +83,11 @@ class Bench:
         steer = steering
         if options.get("gate") is not None:
             steer = Gate(steering, sae, mean, threshold(figures.fvu_quantiles, options["gate"]))
-        choice = None
         if automatic:
-            choice = settle(
-                steering, steer, self.model, self.site, self.gallery, self.weights, retriever, prior, str(spec)
+            steering.settle(
+                settle(steering, steer, self.model, self.site, self.gallery, self.weights, retriever, prior)
             )
-            steering.settle(choice)
-        return steer, retriever, choice
+        return steer, retriever, steering
 
     def right(self, steer: Callable[[Tensor], Tensor], retriever: Retriever | None = None, output: bool = False):
         """Which test images are classified correctly when steered, bool ``[count]``."""
@@ -108,6 +106,27 @@ class Bench:
 def percent(right: Tensor) -> float:
     """Accuracy."""
     return round(100 * right.double().mean().item(), 4)
+
+
+def curve(
+    bench: Bench, spec: ModelString, automatic: Automatic, retriever: Retriever | None, known: dict[Hashable, Tensor]
+) -> list[Tensor]:
+    """Which test images each candidate gets right. What is in ``known`` need not be done again."""
+    found = []
+    for values in automatic.candidates:
+        told = {**spec.options, **values}
+        if told["alpha"] == 0:
+            key: Hashable = "plain"
+        elif spec.method.gallery == "neighbours":
+            key = str(spec), told["alpha"]
+        else:  # selective steering with p = 0 is vs2
+            key = spec.method.sae, told.get("p", 0), told["alpha"]
+        if key not in known:
+            automatic.use(values)
+            known[key] = bench.right(automatic, retriever)
+        found.append(known[key])
+    automatic.settle(automatic.choice)
+    return found
 
 
 def in_hindsight(rights: dict[float, Tensor]) -> tuple[float, list[float]]:
@@ -170,26 +189,29 @@ def run(root: Path, setting: Setting, seed: int, sizes: Sizes) -> dict[str, Any]
         graph = neighbour_graph(torch.from_numpy(gallery.embeddings[CLIP]))
         accuracy = {"zero-shot": percent(bench.right(lambda x: x))}
 
-    choices, facts = {}, {}
+    choices, facts, curves, known_right = {}, {}, {}, {}
     for name, text in METHODS.items():
         if text is None or (name == "vs2 auto, prior" and setting.classes == "balanced"):
+            continue
+        if name == "vs2pp brake, auto" and setting.group != "centre":  # for its cost
             continue
         method, _, options = text.partition("@")
         spec = parse(f"{method}:study{'@' if options else ''}{options}")
         prior = torch.from_numpy(np.bincount(labels, minlength=count) / len(labels)) if "prior" in name else None
         with clock(f"build {name}"):
-            steer, retriever, choice = bench.build(spec, prior)
+            steer, retriever, steering = bench.build(spec, prior)
         with clock(name):
             accuracy[name] = percent(bench.right(steer, retriever, spec.method.site == "output"))
-        if choice is not None:
-            choices[name] = choice.to_json()
+        if isinstance(steering, Automatic):
+            choices[name] = steering.choice.to_json()
+            with clock(f"candidates of {name}"):
+                rights = curve(bench, spec, steering, retriever, known_right)
+            curves[name] = [percent(right) for right in rights]
+            if name == "vs2 auto":
+                strengths = [values["alpha"] for values in steering.candidates]
+                accuracy["vs2 hindsight"], hindsight = in_hindsight(dict(zip(strengths, rights, strict=True)))
         facts[name] = {key: value for key, value in getattr(steer, "facts", {}).items() if not key.startswith("auto")}
 
-    with clock("hindsight"):
-        spec = parse("vs2:study@alpha=auto")
-        strengths = spec.method.option("alpha").auto
-        rights = {alpha: bench.right(bench.build(parse(f"vs2:study@alpha={alpha}"))[0]) for alpha in strengths}
-        accuracy["vs2 hindsight"], hindsight = in_hindsight(rights)
     with clock("linear probe"):
         pseudo = (F.normalize(embedded, dim=-1) @ weights).argmax(1).numpy()
         accuracy["linear probe"] = percent(linear_probe(embedded, pseudo, bench.plain, bench.labels))
@@ -199,7 +221,7 @@ def run(root: Path, setting: Setting, seed: int, sizes: Sizes) -> dict[str, Any]
     return {
         "accuracy": {name: accuracy[name] for name in METHODS if name in accuracy},
         "choices": choices,
-        "curve": {f"{alpha:g}": percent(right) for alpha, right in rights.items()},
+        "curves": curves,
         "hindsight": hindsight,
         "facts": facts,
         "images": len(stored),

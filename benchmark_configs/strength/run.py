@@ -26,11 +26,12 @@ from tqdm import tqdm
 
 HERE = Path(__file__).parent
 PACKAGE = HERE.parents[1] / "vs2_plugin"
-#: What the figures come from.
+#: What the runs come from. The rule is not among it: the tables choose by the rule as it is when they are made.
 CODE = (
     *(HERE / name for name in ("settings.py", "sources.py", "methods.py")),
     *(PACKAGE / name for name in ("harness/automatic.py", "clip/sites.py", "demo/train_tiny_clip.py")),
-    *(path for part in ("strength", "steering", "sae", "retrieval") for path in sorted((PACKAGE / part).glob("*.py"))),
+    PACKAGE / "strength" / "information.py",
+    *(path for part in ("steering", "sae", "retrieval") for path in sorted((PACKAGE / part).glob("*.py"))),
 )
 #: A thread for each job, and no GPU: read when the libraries are loaded, here and in the processes that are started.
 ENVIRONMENT = {

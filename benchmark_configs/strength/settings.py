@@ -29,6 +29,7 @@ METHODS = {
     "pass auto": "pass@alpha=auto",
     "vs2pp": "vs2pp",
     "vs2pp brake": "vs2pp@n=10@brake=0.9",
+    "vs2pp brake, auto": "vs2pp@n=10@brake=0.9@alpha=auto",
     "vs2pp brake, gate": "vs2pp@n=10@brake=0.9@gate=0.99",
     "vs2pp oracle": "vs2pp@n=10@labels=oracle",
     "knn": "knn@n=10",

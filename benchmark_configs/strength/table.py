@@ -2,7 +2,8 @@
 
     python benchmark_configs/strength/table.py DIR/report/runs.jsonl
 
-writes results.md, results.json and figure.png beside the file, as the study itself does at its end.
+writes results.md, results.json and figure.png beside the file, as the study itself does at its end. Runs hold the
+evidence and the accuracy of each candidate, so that the choices are those of the rule as it is now.
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ from typing import Any
 import numpy as np
 from settings import GROUPS, METHODS
 
-__all__ = ["read", "summarize", "write"]
+from vs2_plugin.strength import RULE, Rule
+
+__all__ = ["LOSS", "SAFE", "decide", "read", "summarize", "write"]
 
 #: Points. A loss whose whole interval is below this is one.
 LOSS = -0.3
+#: What a choice is made of.
+EVIDENCE = ("candidates", "information", "information_errors", "modularity_errors", "away")
 #: Methods that promise not to lose to zero-shot.
 SAFE = ("vs2 auto", "vs2s")
 
@@ -38,6 +43,16 @@ def _lines(path: Path) -> dict[Any, dict[str, Any]]:
             continue
         found.setdefault((row["setting"], row["seed"]) if "setting" in row else number, row)
     return found
+
+
+def decide(row: Mapping[str, Any], rule: Rule = RULE) -> dict[str, Any]:
+    """A run with the choices, and their accuracies, that the rule makes of its evidence."""
+    choices, accuracy = dict(row["choices"]), dict(row["accuracy"])
+    for method, curve in row["curves"].items():
+        told = choices[method]
+        index = rule.pick(*(told[name] for name in EVIDENCE))
+        choices[method], accuracy[method] = {**told, "index": index}, curve[index]
+    return {**row, "choices": choices, "accuracy": accuracy}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
@@ -64,6 +79,7 @@ def summarize(rows: Sequence[Mapping[str, Any]], order: Sequence[str] = ()) -> d
         rows: as :func:`read` gives them.
         order: names of the settings; others are left out. By default all, in the order of their first run.
     """
+    rows = [decide(row) for row in rows]
     names = list(order) or list(dict.fromkeys(row["setting"] for row in rows))
     settings = []
     for name in names:

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from vs2_plugin.harness.automatic import kept
-from vs2_plugin.strength import Choice, choose, neighbour_graph, scores
-from vs2_plugin.strength.choice import _ERRORS, _GAIN, _PRICE
+from vs2_plugin.strength import RULE, Choice, choose, neighbour_graph, scores
 
 ALPHAS = [{"alpha": value} for value in (0.0, 0.5, 1.0, 2.0)]
 TWO = [{"p": p, "alpha": alpha} for p in (0.0, 2.0) for alpha in (0.0, 1.0)]
@@ -109,16 +108,16 @@ def test_a_class_that_falls_apart_is_not_taken_however_sure_it_is(split):
     third = torch.rand(len(parts), generator=generator(3)) < torch.where(parts == 0, 0.25, 0.65)
     apart = torch.where(third & (labels == 0), 2, labels)
     found = choose(ALPHAS[:2], [labels, apart], graph, 3)
-    assert 0 < found.information[1] - found.information[0] < _GAIN and found.information_errors[1] > 2 * _ERRORS
-    assert found.modularity_errors[1] < -_ERRORS and found.index == 0
+    assert 0 < found.information[1] - found.information[0] < RULE.gain and found.information_errors[1] > 2 * RULE.errors
+    assert found.modularity_errors[1] < -RULE.errors and found.index == 0
 
 
 def test_a_small_gain_is_taken_where_modularity_rises_as_surely(split):
     graph, labels, _ = split
     before, after = blurred(labels, 2, 0.1), blurred(labels, 2, 0.06)
     found = choose(ALPHAS[:2], [before, after], graph, 2)
-    assert 0 < found.information[1] - found.information[0] < _GAIN and found.information_errors[1] > _ERRORS
-    assert found.modularity_errors[1] > _ERRORS and found.index == 1
+    assert 0 < found.information[1] - found.information[0] < RULE.gain and found.information_errors[1] > RULE.errors
+    assert found.modularity_errors[1] > RULE.errors and found.index == 1
 
 
 def test_a_large_gain_is_believed_whatever_modularity_says():
@@ -127,7 +126,7 @@ def test_a_large_gain_is_believed_whatever_modularity_says():
     merged = torch.where(parts < 4, 0, parts)
     apart = torch.where(parts < 4, blurred(parts, 4, 0.27), parts)
     found = choose(ALPHAS[:2], [merged, apart], neighbour_graph(embeddings), 10)
-    assert found.information[1] - found.information[0] > _GAIN and found.modularity_errors[1] < -_ERRORS
+    assert found.information[1] - found.information[0] > RULE.gain and found.modularity_errors[1] < -RULE.errors
     assert found.index == 1
 
 
@@ -143,7 +142,7 @@ def test_a_second_option_must_bring_its_price(even):
         found = choose(TWO, ways, graph, 10)
         gained[found.values["p"]] = found.information[3] - found.information[1]
         assert found.values["alpha"] == 1
-    assert 0 < gained[0.0] < _PRICE < gained[2.0]
+    assert 0 < gained[0.0] < RULE.price < gained[2.0]
 
 
 def test_an_option_that_stays_at_its_first_value_costs_nothing(even):

@@ -1,5 +1,7 @@
 """The word ``auto`` in declarations of options and methods, and in model strings."""
 
+from dataclasses import replace
+
 import pytest
 
 from vs2_plugin.errors import ModelStringError, PluginError
@@ -58,6 +60,7 @@ def test_a_list_serves_and_options_can_be_hashed():
     [
         ({"needs_checkpoint": False}, "which the gallery in a checkpoint tells; set needs_checkpoint"),
         ({"options": [NUMBER, Option("prior", str)]}, "two options share a name"),
+        ({"options": [replace(NUMBER, auto_needs=("y", "so"))]}, "auto of 'x' needs 'y', which is no option"),
     ],
 )
 def test_a_method_with_a_wrong_one_is_a_plugin_error(declaration, part):
@@ -118,6 +121,8 @@ MISTAKES = [
     ("amp:X@gamma=auto", "a number from -1000 to 1000"),
     ("vs2s:X@p=9", "a number from 0 to 8, or auto"),
     ("vs2s:X@gamma=2", "unknown option 'gamma' of vs2s"),
+    ("vs2pp:X@alpha=auto", "option alpha=auto: expected brake beside it (@brake=...), since moving images"),
+    ("clipsteer:X@n=5@alpha=auto", "option alpha=auto: expected brake beside it"),
     ("vs2pp:X@brake=1.1", "a number from 0 to 1"),
     ("vs2pp:X@brake=auto", "a number from 0 to 1"),
     ("vs2:X@alpha=auto@prior=", "a JSON file"),

@@ -77,7 +77,10 @@ def test_two_triangles_by_hand():
     assert modularity(apart, graph, 2).tolist() == pytest.approx([0.5] * 6)
     # Of 24 directed edges four go 0-0, four 0-1, four 1-0 and twelve 1-1; the margins are 1/3 and 2/3.
     same, other, rest = math.log(4 / 24 * 9), math.log(4 / 24 * 9 / 2), math.log(12 / 24 * 9 / 4)
-    expected = [(same + other) / 2] * 2 + [other] + [rest] * 3
+    mean = (2 * same + 4 * other + 6 * rest) / 12
+    own = [(same + other) / 2] * 2 + [other] + [rest] * 3
+    into = own  # the edges are there in both directions
+    expected = [one + other - mean for one, other in zip(own, into, strict=True)]
     assert information(mixed, graph, 2).tolist() == pytest.approx(expected)
     # 8 of 12 edges within a class; by chance 1/9 + 4/9.
     assert float(modularity(mixed, graph, 2).mean()) == pytest.approx(8 / 12 - 5 / 9)
@@ -148,17 +151,37 @@ def test_scores_are_the_same_every_time():
 
 
 def weighted(classes, graph, weight, count):
-    """Mutual information and modularity where image i, with its edges, is there ``weight[i]`` times."""
+    """Mutual information and modularity where image i is there ``weight[i]`` times, so that an edge is there as often
+    as both its ends say."""
+    edges = (weight[:, None] * weight[graph]).ravel()
     joint = np.zeros((count, count))
-    np.add.at(joint, (np.repeat(classes, graph.shape[1]), classes[graph].ravel()), np.repeat(weight, graph.shape[1]))
+    np.add.at(joint, (np.repeat(classes, graph.shape[1]), classes[graph].ravel()), edges)
     joint = joint + joint.T
     joint /= joint.sum()
     margin = joint.sum(1)
     there = joint > 0
     share = np.bincount(classes, weight, count) / weight.sum()
-    within = (weight * (classes[graph] == classes[:, None]).mean(1)).sum() / weight.sum()
+    within = np.average((classes[graph] == classes[:, None]).ravel(), weights=edges)
     told = (joint[there] * np.log(joint[there] / np.outer(margin, margin)[there])).sum()
     return told, within - (share**2).sum()
+
+
+@pytest.mark.parametrize("classes", [2, 8])
+def test_influence_is_the_derivative_by_the_weight_of_an_image(classes):
+    embeddings, labels = clusters(60, 4, spread=1.0)
+    graph = neighbour_graph(embeddings, 5)
+    assert len(set(torch.bincount(graph.flatten(), minlength=60).tolist())) > 3  # some are neighbours of many
+    way = blurred(labels % classes, classes, 0.4, seed=1)
+    step, found = 1e-5, (information(way, graph, classes), modularity(way, graph, classes))
+    for image in range(0, 60, 7):
+        ends = []
+        for sign in (1, -1):
+            weight = np.ones(60)
+            weight[image] += sign * step
+            ends.append(np.array(weighted(way.numpy(), graph.numpy(), weight, classes)))
+        slopes = (ends[0] - ends[1]) / (2 * step)
+        for influence, slope in zip(found, slopes, strict=True):
+            assert float(influence[image] - influence.mean()) == pytest.approx(60 * slope, abs=1e-6)
 
 
 @pytest.mark.parametrize(("before", "after"), [(0.6, 0.5), (0.3, 0.1), (0.2, 0.5)])
@@ -178,6 +201,23 @@ def test_standard_errors_are_those_of_a_bootstrap_over_images(before, after):
         spread = float((values[1] - values[0]) / errors[1])
         assert spread == pytest.approx(np.std(draws, axis=0)[index], rel=0.25)
         assert errors[0] == 0 and errors[1].sign() == (1 if after < before else -1)
+
+
+def test_standard_errors_are_those_of_new_samples():
+    """Images drawn anew, each time with a graph of their own."""
+    differences, errors = [], []
+    for seed in range(120):
+        made = generator(seed)
+        centres = torch.randn(8, 16, generator=generator(1000))
+        labels = torch.randint(8, (400,), generator=made)
+        graph = neighbour_graph(centres[labels] + 0.8 * torch.randn(400, 16, generator=made))
+        ways = [blurred(labels, 8, 0.5, 2000 + seed), blurred(labels, 8, 0.3, 3000 + seed)]
+        found = scores(ways, graph, 8)
+        pairs = zip((found.information, found.modularity), found[1::2], strict=True)
+        rows = [(float(values[1] - values[0]), float(error[1])) for values, error in pairs]
+        differences.append([value for value, _ in rows])
+        errors.append([value / error for value, error in rows])
+    assert np.mean(errors, axis=0) == pytest.approx(np.std(differences, axis=0), rel=0.25)
 
 
 def test_differences_are_taken_image_by_image():

@@ -18,7 +18,7 @@ STRINGS = [
     f"pass:{TINY}@alpha=auto",
     f"vs2s:{TINY}",
     f"vs2s:{TINY}@alpha=1,auto@p=2",
-    f"vs2pp:{TINY}@alpha=auto@n=10,25",
+    f"vs2pp:{TINY}@alpha=auto@n=10,25@brake=0.3",
     f"vs2pp:{TINY}@alpha=auto@n=10@brake=0.6,1@gate=0.95",
     f"clipsteer:{TINY}@alpha=auto,1@n=10@rule=query@brake=0.5",
 ]
@@ -77,7 +77,7 @@ def test_the_table_and_the_picture_hold_the_word(both, here):
 
 def test_every_choice_is_told_once_and_kept(here, capsys):
     forget(here)
-    strings = (f"vs2:{TINY}@alpha=auto,1", f"vs2pp:{TINY}@alpha=auto@n=5,10")
+    strings = (f"vs2:{TINY}@alpha=auto,1", f"vs2pp:{TINY}@alpha=auto@n=5,10@brake=0.5")
     assert sweep(*strings, output="auto-told/{model}.json") == 0
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vs2: ")]
     assert len(told) == 3 and sum("vs2pp:" in line for line in told) == 2
@@ -86,6 +86,13 @@ def test_every_choice_is_told_once_and_kept(here, capsys):
     harness(*before, output="auto-told-harness.json")  # takes the kept choice
     assert result("auto-told-harness.json") == before[f"vs2:{TINY}@alpha=auto"]
     assert len(list(here.glob("store/checkpoints/*/auto/*.json"))) == 3
+
+
+def test_quiet_is_quiet(here, capsys):
+    forget(here)
+    assert sweep(f"vs2:{TINY}@alpha=auto,1", output="auto-quiet/{model}.json", words=("--quiet",)) == 0
+    assert capsys.readouterr() == ("", "")
+    assert result(f"auto-quiet/vs2:{TINY}@alpha=auto.json")["metrics"]["vs2_auto"] == "alpha"
 
 
 @pytest.mark.parametrize("keeps", [True, False], ids=["kept", "not kept"])
@@ -150,9 +157,10 @@ def test_a_method_of_a_plugin(here, monkeypatch):
 
 REFUSED = [
     (f"vs2:{TINY}@alpha=auto@prior=absent.json", "prior='absent.json'"),
-    (f"vs2:{TINY}@alpha=auto,1@prior=absent.json", "prior='absent.json'"),
+    (f"vs2:{TINY}@alpha=auto,1@prior=absent.json", "option prior is for auto"),
     (f"vs2:{TINY}@alpha=auto,automatic", "or auto"),
     (f"vs2:{TINY}@alpha=auto@gamma=1,2", "gamma"),
+    (f"vs2pp:{TINY}@alpha=1,auto", "expected brake beside it"),
     (f"vs2s:{TINY}@p=1:9:1", "a number from 0 to 8, or auto"),
 ]
 

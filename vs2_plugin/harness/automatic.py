@@ -139,7 +139,7 @@ def settle(
     classifier: Tensor,
     retriever: Retriever | None = None,
     prior: Tensor | None = None,
-    name: str = "auto",
+    name: str | None = None,
 ) -> Choice:
     """Choose among the candidates.
 
@@ -147,7 +147,7 @@ def settle(
         automatic: the candidates.
         steer: it, with whatever is around it (a gate).
         prior: shares of the classes, if known.
-        name: of the progress bar.
+        name: of the progress bar; None: there is none.
 
     The others are as for :func:`gallery_classes`.
     """
@@ -157,7 +157,7 @@ def settle(
     stored = Activations(gallery.embeddings[CLIP], classifier.device)
     graph = neighbour_graph(torch.cat([stored[batch] for batch in rows.split(_BATCH)]))
     ways = []
-    for values in tqdm(automatic.candidates, name, unit="candidate", disable=None, leave=False):
+    for values in tqdm(automatic.candidates, name, unit="candidate", disable=None if name else True, leave=False):
         automatic.use(values)
         ways.append(gallery_classes(steer, model, site, gallery, rows, classifier, retriever))
     return choose(automatic.candidates, ways, graph, classifier.shape[1], prior)

@@ -29,7 +29,7 @@ from vs2_plugin.retrieval.search import Search, open_search
 from vs2_plugin.sae.topk import TopKSAE
 from vs2_plugin.steering.context import Context, Task
 from vs2_plugin.steering.gate import Gate, threshold
-from vs2_plugin.strength import RULE
+from vs2_plugin.strength import NEIGHBOURS, RULE
 
 __all__ = ["Place", "SteeredCLIP"]
 
@@ -263,18 +263,18 @@ class SteeredCLIP(nn.Module):
         facts["labels"] = max(used, key=_LABELS.index)
         return facts
 
-    def set_classifier(self, classifier: Tensor) -> None:
+    def set_classifier(self, classifier: Tensor, quiet: bool = False) -> None:
         """Tell a method that needs the classes the zero-shot classifier ``[embed_dim, classes]``. The harness glue does
         so; in Python it is up to the caller, before the first image is encoded. Options that are ``auto`` are chosen
-        now, and the choice is printed."""
+        now, and the choice is printed unless ``quiet``."""
         if self._retriever is not None:
             self._retriever.set_classifier(classifier)
         for place, steering in enumerate(self._steerings):
             # A sweep tells them twice; the steering keeps what it has seen in between.
             if isinstance(steering, Automatic) and not steering.is_settled(classifier.detach()):
-                self._choose(place, steering, classifier.detach())
+                self._choose(place, steering, classifier.detach(), quiet)
 
-    def _choose(self, place: int, automatic: Automatic, classifier: Tensor) -> None:
+    def _choose(self, place: int, automatic: Automatic, classifier: Tensor, quiet: bool) -> None:
         site, checkpoint, options = self._sites()[place][0], self.checkpoint, self.spec.options
         gallery = open_gallery(checkpoint) if self._retriever is None else self._retriever.gallery
         prior = None
@@ -284,7 +284,7 @@ class SteeredCLIP(nn.Module):
         steer = self._gates[place] if options.get("gate") is not None else automatic
         identity = {
             "version": __version__,
-            "rule": RULE,
+            "rule": [*RULE, NEIGHBOURS],
             "checkpoint": checkpoint.digest,
             "method": self.spec.method.name,
             "options": options | {"prior": None if prior is None else prior.tolist()},
@@ -294,12 +294,14 @@ class SteeredCLIP(nn.Module):
         name = str(self.spec)
 
         def make():
-            return settle(automatic, steer, self.model, site, gallery, classifier, self._retriever, prior, name)
+            bar = None if quiet else name
+            return settle(automatic, steer, self.model, site, gallery, classifier, self._retriever, prior, bar)
 
         automatic.settle(kept(checkpoint.folder / "auto", identity, classifier, make), classifier)
         if steer is not automatic:
             steer.reset()  # it saw the gallery
-        print(f"vs2: {name}: {automatic.choice}", file=sys.stderr)
+        if not quiet:
+            print(f"vs2: {name}: {automatic.choice}", file=sys.stderr)
 
     def set_targets(self, targets: Tensor | None) -> None:
         """Tell an oracle the true classes ``[batch]`` of the images that are encoded next."""

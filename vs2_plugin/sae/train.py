@@ -46,7 +46,7 @@ class TrainConfig:
     """Active latents per activation."""
     activation: str = "relu"
     """relu, or abs: top-k of the magnitude, without ReLU and encoder bias."""
-    lr: float = 4e-3
+    lr: float = 3e-3
     """Peak learning rate of Adam."""
     warmup: float = 0.05
     """Share of the steps over which the learning rate rises from 0; it then falls linearly to 0."""

@@ -47,6 +47,18 @@ BRAKE = Option(
     help="steer only where at least this share of the neighbours has one label",
 )  # fmt: skip
 
+#: The strength of what steers towards neighbours.
+NEAR = (
+    *STRENGTH[:2],
+    replace(
+        STRENGTH[2],
+        auto_needs=("brake", "moving images towards their neighbours by itself raises what auto looks at"),
+        help=f"{STRENGTH[2].help}; auto with @brake only",
+    ),
+)
+#: All that strength is declared by.
+STRENGTHS = (STRENGTH, FIXED, NEAR)
+
 MIX = Option("mix", float, 0.5, minimum=0, maximum=1, help="weight of the image's own embedding")
 RULE = Option(
     "rule", str, "majority", choices=("majority", "query"),
@@ -170,12 +182,12 @@ def vs2_methods() -> list[Method]:
         ),
         Method("amp", build_amp, [gamma], summary="the reconstruction with its latents amplified (REC_F+gamma)"),
         Method(
-            "vs2pp", build_vs2pp, [*STRENGTH, RULE, LABELS, BRAKE], aliases=("vs2++",),
+            "vs2pp", build_vs2pp, [*NEAR, RULE, LABELS, BRAKE], aliases=("vs2++",),
             gallery="neighbours", classes=True,
             summary="VS2++: steer towards the latents of neighbours of one class, away from those of the others",
         ),
         Method(
-            "clipsteer", build_clipsteer, [*STRENGTH, RULE, LABELS, BRAKE], gallery="neighbours", classes=True,
+            "clipsteer", build_clipsteer, [*NEAR, RULE, LABELS, BRAKE], gallery="neighbours", classes=True,
             summary="as VS2++, along the neighbours' activations instead of their latents (CLIP steering)",
         ),
         Method(

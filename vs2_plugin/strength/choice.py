@@ -7,27 +7,52 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vs2_plugin.method import Scalar
-from vs2_plugin.strength.information import NEIGHBOURS, scores
+from vs2_plugin.strength.information import scores
 
-__all__ = ["RULE", "Choice", "choose"]
-
-#: A gain of fewer standard errors is no gain.
-_ERRORS = 4.0
-#: Nats. A smaller gain, however sure, is often a class that falls apart into two (many images tell even that). It is
-#: believed only where modularity, which such a split lowers, rises as surely.
-_GAIN = 0.1
-#: Nats that each further option which leaves its first value must bring.
-_PRICE = 0.02
+__all__ = ["RULE", "Choice", "Rule", "choose"]
 
 
-#: All that a choice from the same evidence depends on.
-RULE = (_ERRORS, _GAIN, _PRICE, NEIGHBOURS)
+class Rule(NamedTuple):
+    """What a candidate has to show to be chosen."""
+
+    errors: float
+    """A gain of fewer standard errors is no gain."""
+    gain: float
+    """Nats. A smaller gain, however sure, is often a class that falls apart into two (many images tell even that). It
+    is believed only where modularity, which such a split lowers, rises as surely."""
+    price: float
+    """Nats that each further option which leaves its first value must bring."""
+
+    def pick(
+        self,
+        candidates: Sequence[Mapping[str, Scalar]],
+        information: Sequence[float],
+        information_errors: Sequence[float],
+        modularity_errors: Sequence[float],
+        away: Sequence[float] | None = None,
+    ) -> int:
+        """Which candidate to choose by its evidence, as :class:`Choice` holds it. 0, the plain model, wins all ties."""
+        first, best, chosen = candidates[0], -float("inf"), 0
+        for index, candidate in enumerate(candidates):
+            gained = information[index] - information[0]
+            backed = gained > self.gain or modularity_errors[index] > self.errors
+            allowed = away is None or away[index] <= away[0]
+            if not (gained > 0 and information_errors[index] > self.errors and backed and allowed):
+                continue
+            used = sum(value != first[name] for name, value in candidate.items())
+            worth = information[index] - self.price * used
+            if worth > best:
+                best, chosen = worth, index
+        return chosen
+
+
+RULE = Rule(errors=2.0, gain=0.1, price=0.02)
 
 
 @dataclass(frozen=True)
@@ -48,6 +73,8 @@ class Choice:
     """Standard errors above the first candidate."""
     images: int
     """Unlabeled images that were looked at."""
+    away: Sequence[float] | None = None
+    """Of each candidate: total variation between the shares of the predicted classes and a prior, if one is known."""
 
     @property
     def values(self) -> dict[str, Scalar]:
@@ -112,9 +139,8 @@ def choose(
     """Choose between candidates by the classes that they give to the same unlabeled images.
 
     A candidate has to raise the information surely, and either by much or together with the modularity; of those
-    that do, the one with most information is taken, less a price for every option beyond the first that it uses. The
-    first candidate, the plain model, wins all ties. With a known ``prior``, a candidate may not move the shares of the
-    predicted classes away from it (total variation).
+    that do, the one with most information is taken, less a price for every option beyond the first that it uses
+    (:data:`RULE`). With a known ``prior``, a candidate may not move the shares of the predicted classes away from it.
 
     Args:
         candidates: values of the options; the first leaves the activations as they are.
@@ -123,22 +149,13 @@ def choose(
         count: number of classes.
         prior: shares of the classes ``[count]``, if they are known.
     """
-    found = scores(ways, graph, count)
-    sure = (found.information_errors > _ERRORS) & (found.information > found.information[0])
-    much = found.information - found.information[0] > _GAIN
-    allowed = sure & (much | (found.modularity_errors > _ERRORS))
-    if prior is not None:
-        away = torch.stack([_distance(way, prior) for way in ways])
-        allowed &= (away <= away[0]).to(allowed.device)
-    first = candidates[0]
-    used = torch.tensor([sum(value != first[name] for name, value in row.items()) for row in candidates])
-    worth = found.information - _PRICE * used.to(found.information)
-    worth[~allowed] = -torch.inf
-    index = int(worth.argmax()) if allowed.any() else 0
-    columns = [[float(value) for value in column] for column in found]
-    return Choice([dict(row) for row in candidates], index, *columns, images=len(graph))
+    columns = [[float(value) for value in column] for column in scores(ways, graph, count)]
+    away = None if prior is None else [_distance(way, prior) for way in ways]
+    information, information_errors, _, modularity_errors = columns
+    index = RULE.pick(candidates, information, information_errors, modularity_errors, away)
+    return Choice([dict(row) for row in candidates], index, *columns, images=len(graph), away=away)
 
 
-def _distance(classes: Tensor, prior: Tensor) -> Tensor:
+def _distance(classes: Tensor, prior: Tensor) -> float:
     share = torch.bincount(classes, minlength=len(prior)).to(prior) / len(classes)
-    return (share - prior).abs().sum() / 2
+    return float((share - prior).abs().sum() / 2)

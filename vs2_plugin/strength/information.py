@@ -41,10 +41,10 @@ def neighbour_graph(embeddings: Tensor, k: int = NEIGHBOURS) -> Tensor:
 
 
 def information(classes: Tensor, graph: Tensor, count: int) -> Tensor:
-    """What each image adds to the mutual information of class and neighbour's class: float64 ``[n]``, in nats.
+    """Mutual information of class and neighbour's class, in nats, as its influence function: float64 ``[n]``.
 
-    With J the joint distribution of the classes at both ends of an edge and m its margin, image i adds the mean of
-    ``log J[a, b] / (m[a] m[b])`` over its edges. The mean over images is the plug-in mutual information.
+    With J the joint distribution of the classes at both ends of an edge and m its margin, an edge tells
+    ``log J[a, b] / (m[a] m[b])``. The mean over images is the mean over edges, which is the plug-in mutual information.
 
     Args:
         classes: int64 ``[n]``.
@@ -56,18 +56,28 @@ def information(classes: Tensor, graph: Tensor, count: int) -> Tensor:
     joint = joint + joint.T
     joint /= joint.sum()
     margin = joint.sum(1)
-    return (joint[ours, theirs] / (margin[ours] * margin[theirs])).log().mean(1)
+    return _influence((joint[ours, theirs] / (margin[ours] * margin[theirs])).log(), graph)
 
 
 def modularity(classes: Tensor, graph: Tensor, count: int) -> Tensor:
-    """What each image adds to the modularity of the classes on the graph: float64 ``[n]``.
+    """Modularity of the classes on the graph, as its influence function: float64 ``[n]``, whose mean it is.
 
-    Modularity is the share of edges within a class less the share by chance, ``Σ_c q_c²``. The values are its influence
-    function; their mean is the modularity.
+    It is the share of edges within a class less the share by chance, ``Σ_c q_c²``.
     """
     share = torch.bincount(classes, minlength=count).double() / len(classes)
-    agreement = (classes[graph] == classes[:, None]).double().mean(1)
-    return agreement - 2 * share[classes] + share.square().sum()
+    within = _influence((classes[graph] == classes[:, None]).double(), graph)
+    return within - 2 * share[classes] + share.square().sum()
+
+
+def _influence(edges: Tensor, graph: Tensor) -> Tensor:
+    """That of each image on the mean of values of the edges, ``[n, k]``: ``[n]``, with the same mean.
+
+    An image is at one end of its own k edges, and at the other end of those of the images that it is a neighbour of:
+    it counts at both.
+    """
+    mean = edges.mean()
+    parts = (edges - mean) / graph.shape[1]
+    return parts.sum(1).index_add(0, graph.flatten(), parts.flatten()) + mean
 
 
 class Scores(NamedTuple):
@@ -77,9 +87,7 @@ class Scores(NamedTuple):
     """float64 ``[ways]``: mutual information of an image's class and its neighbours', in nats, less what chance gives.
     """
     information_errors: Tensor
-    """``[ways]``: by how many standard errors it is above that of the first way. The error is that of a mean over
-    images that each count their own edges. That an image is a neighbour too makes the spread over fresh samples about
-    1.7 times as large, so that 4 of these are some 2.3."""
+    """``[ways]``: by how many standard errors, over samples of images, it is above that of the first way."""
     modularity: Tensor
     """float64 ``[ways]``."""
     modularity_errors: Tensor

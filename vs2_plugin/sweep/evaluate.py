@@ -81,7 +81,7 @@ def evaluate(args: Namespace, backbone: str, points: Sequence[Point], quiet: boo
             )
 
         for model in evaluated:
-            model.set_classifier(classifier)
+            model.set_classifier(classifier, quiet)
         first_pass = _FirstPass(loaded.model, evaluated)
         yield backbone, measure(first_pass, _Showing(data.loader, first_pass, quiet))
 

@@ -17,7 +17,7 @@ from math import prod
 from vs2_plugin.errors import ModelStringError
 from vs2_plugin.method import AUTO
 from vs2_plugin.modelstring import ModelString, is_steered, parse
-from vs2_plugin.steering.builtin import FIXED, STRENGTH, strength
+from vs2_plugin.steering.builtin import STRENGTH, STRENGTHS, strength
 
 __all__ = ["CHECKPOINT", "Grid", "Point", "as_number", "outcome_key", "read_grids"]
 
@@ -149,7 +149,7 @@ def outcome_key(spec: ModelString) -> tuple:
     from ctypes import c_float  # numpy would take a tenth of a second to load
 
     options = dict(spec.options)
-    if any(set(known) <= set(spec.method.options) for known in (STRENGTH, FIXED)):
+    if any(set(known) <= set(spec.method.options) for known in STRENGTHS):
         alpha = strength(*(options.pop(option.name) for option in STRENGTH))
         options["alpha"] = alpha if alpha == AUTO else c_float(alpha).value
     return spec.method.name, spec.backbone, spec.checkpoint, frozenset(options.items())
