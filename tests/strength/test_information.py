@@ -113,6 +113,14 @@ def test_classes_that_no_image_has_change_nothing():
         assert one.tolist() == pytest.approx(other.tolist(), abs=1e-12)
 
 
+def test_as_many_classes_as_there_may_be_need_no_memory():
+    embeddings, labels = clusters(400, 8, spread=1.0)
+    graph = neighbour_graph(embeddings)
+    ways = [labels, blurred(labels, 8, 0.2, seed=1)]
+    for one, other in zip(scores(ways, graph, 8), scores(ways, graph, 1_000_000), strict=True):
+        assert one.tolist() == pytest.approx(other.tolist(), abs=1e-12)
+
+
 # ---- the chance level
 
 

@@ -52,11 +52,12 @@ def information(classes: Tensor, graph: Tensor, count: int) -> Tensor:
         count: classes are below this.
     """
     ours, theirs = classes[:, None].expand_as(graph), classes[graph]
-    joint = torch.bincount((ours * count + theirs).flatten(), minlength=count * count).double().view(count, count)
-    joint = joint + joint.T
-    joint /= joint.sum()
-    margin = joint.sum(1)
-    return _influence((joint[ours, theirs] / (margin[ours] * margin[theirs])).log(), graph)
+    pairs = torch.stack([ours * count + theirs, theirs * count + ours])
+    # Only the pairs that occur are counted: a table of all would be of classes squared.
+    _, place, times = pairs.unique(return_inverse=True, return_counts=True)
+    joint = times.double()[place[0]] / pairs.numel()
+    margin = torch.bincount(torch.stack([ours, theirs]).flatten(), minlength=count).double() / pairs.numel()
+    return _influence((joint / (margin[ours] * margin[theirs])).log(), graph)
 
 
 def modularity(classes: Tensor, graph: Tensor, count: int) -> Tensor:
