@@ -431,7 +431,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each implementation (default: 5)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: shows that all works, measures nothing")
-    parser.add_argument("--out", type=Path, default=Path("performance.json"), help="(default: performance.json)")
+    parser.add_argument("--out", type=Path, default=Path("performance.json"), help="file or folder (default: performance.json)")
     parser.add_argument(
         "--python",
         action="append",
@@ -447,6 +447,10 @@ def main() -> None:
     for text in args.python:
         if text.partition("=")[0] not in PEERS or not text.partition("=")[2]:
             parser.error(f"--python {text!r}: expected NAME=PATH, NAME one of {' '.join(PEERS)}")
+    if args.out.is_dir():
+        args.out /= "performance.json"
+    if not args.out.parent.is_dir():
+        parser.error(f"--out {args.out}: there is no folder {args.out.parent}; expected one that exists")
     with tempfile.TemporaryDirectory() as scratch:
         suite = Suite(args, Path(scratch))
         suite.say(f"load before: {suite.results['machine']['load_before'][0]:.2f}; others on this machine disturb")
