@@ -137,7 +137,8 @@ def parse(text: str, known: Registry | None = None) -> ModelString:
     for option in method.automatic(filled):
         if option.auto_needs is not None and filled[option.auto_needs[0]] is None:
             needed, reason = option.auto_needs
-            raise wrong(f"option {option.name}=auto: expected {needed} beside it (@{needed}=...), since {reason}")
+            accepted = method.option(needed).accepted()
+            raise wrong(f"option {option.name}=auto: expected @{needed}= beside it ({accepted}), since {reason}")
     for option in AUTOMATIC:
         mine = method.option(option.name) is option  # not one of that name that a plugin declares
         if mine and option.name in given and not method.automatic(filled):

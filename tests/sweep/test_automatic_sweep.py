@@ -160,7 +160,7 @@ REFUSED = [
     (f"vs2:{TINY}@alpha=auto,1@prior=absent.json", "option prior is for auto"),
     (f"vs2:{TINY}@alpha=auto,automatic", "or auto"),
     (f"vs2:{TINY}@alpha=auto@gamma=1,2", "gamma"),
-    (f"vs2pp:{TINY}@alpha=1,auto", "expected brake beside it"),
+    (f"vs2pp:{TINY}@alpha=1,auto", "expected @brake= beside it"),
     (f"vs2s:{TINY}@p=1:9:1", "a number from 0 to 8, or auto"),
 ]
 
