@@ -431,7 +431,9 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each implementation (default: 5)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: shows that all works, measures nothing")
-    parser.add_argument("--out", type=Path, default=Path("performance.json"), help="file or folder (default: performance.json)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("performance.json"), help="file or folder (default: performance.json)"
+    )
     parser.add_argument(
         "--python",
         action="append",

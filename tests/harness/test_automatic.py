@@ -314,7 +314,9 @@ def test_other_prompts_and_classes_are_other_choices(run, sae, few):
 
 
 def test_other_options_and_checkpoints_are_other_choices(run, sae, in_demo):
-    for number, model in enumerate(("vs2:{}", "vs2:{}@gate=0.9", "vs2:{}@gate=0.5", "pass:{}", "vs2pp:{}@n=5"), 1):
+    for number, model in enumerate(
+        ("vs2:{}", "vs2:{}@gate=0.9", "vs2:{}@gate=0.5", "pass:{}", "vs2pp:{}@n=5@brake=0.3"), 1
+    ):
         run(model.format(f"{TINY}@{sae}@alpha=auto"))
         assert len(files()) == number
     assert len({file.read_text() for file in files()}) == 5
