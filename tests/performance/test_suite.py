@@ -17,6 +17,8 @@ from vs2_plugin.data.activations import ActivationCache, activations_at, extract
 from vs2_plugin.data.images import TrainingImages
 from vs2_plugin.sae import SaeConfig, TopKSAE, TrainConfig, train_sae
 from vs2_plugin.sae.step import set_gradients
+from vs2_plugin.steering.gate import Gate
+from vs2_plugin.steering.operators import SparseSteering, amplified, vs2_steer
 
 SUITE = Path(__file__).parents[2] / "benchmark_configs" / "performance"
 D, LATENTS, K, BATCH = 64, 512, 8, 256
@@ -98,6 +100,15 @@ def test_a_training_takes_one_dense_product_per_step():
     activations = np.random.default_rng(0).standard_normal((900, D), dtype=np.float32)
     config = TrainConfig(expansion_factor=LATENTS // D, k=K, samples=5 * BATCH, sae_batch_size=BATCH)
     assert products(lambda: train_sae(activations, config, quiet=True)) == 5
+
+
+@pytest.mark.parametrize("tau", [None, 0.5])
+@pytest.mark.parametrize("function", [vs2_steer, amplified])
+@torch.no_grad()
+def test_a_steered_batch_takes_one_dense_product_with_what_is_told_of_it(sae, function, tau):
+    gate = Gate(SparseSteering(function, sae, 1.5, {}), sae, torch.zeros(D), tau)
+    assert products(lambda: gate(torch.randn(BATCH, D))) == 1
+    assert gate.facts["mean_fvu"] > 0
 
 
 def test_extraction_takes_one_forward_per_batch_and_two_bytes_per_value(make_clip, tmp_path):

@@ -58,8 +58,9 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Steer ``[batch, d]`` where the gate is open."""
-        steered = self.steering(x)
-        ratio = sample_fvu(x, self.sae(x), self.mean)
+        with self.sae.encoded(x) as latents:  # most steerings ask for it too
+            ratio = sample_fvu(x, self.sae.decode(latents), self.mean)
+            steered = self.steering(x)
         if self.recording:
             self._ratios.append(ratio)
         # Summed on the device: asking for the numbers here would wait for it after every batch.
