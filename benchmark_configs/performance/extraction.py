@@ -149,7 +149,7 @@ class _Sampler(threading.Thread):
 
 def memory(file: Path, count: int, samples: int) -> dict:
     """Peak memory of a training on ``count`` activations in a file."""
-    from vs2_plugin.sae.train import TrainConfig, train_sae
+    from vs2_plugin.sae import TrainConfig, train_sae
 
     block = np.random.default_rng(0).standard_normal((min(count, 20_000), WIDTH), dtype=np.float32).astype(np.float16)
     with file.open("wb") as written:  # values do not matter here

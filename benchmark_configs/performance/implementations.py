@@ -106,12 +106,10 @@ def dense(shape: Shape, batches: Batches, keep: Keep, bfloat16: bool = False) ->
 
 def vs2(shape: Shape, batches: Batches, keep: Keep, float32: bool = False) -> None:
     """This package: the steps of :func:`vs2_plugin.sae.train.train_saes`."""
-    from vs2_plugin.sae import train
+    from vs2_plugin.sae import TrainConfig, train
 
     samples = len(batches) * shape.batch
-    config = train.TrainConfig(
-        expansion_factor=shape.n // shape.d, k=shape.k, sae_batch_size=shape.batch, samples=samples
-    )
+    config = TrainConfig(expansion_factor=shape.n // shape.d, k=shape.k, sae_batch_size=shape.batch, samples=samples)
     known = batches.first.numpy()  # what the trainer looks at before it starts
     run = train._Run(train.Job("SAE", known, config), *train._moments(known), "cpu")
     run._bfloat16 = run._bfloat16 and not float32

@@ -10,7 +10,8 @@ import torch
 from vs2_plugin.errors import DataError, SettingError
 from vs2_plugin.sae import TrainConfig, fvu, sample_fvu, train_sae
 from vs2_plugin.sae import train as train_module
-from vs2_plugin.sae.train import QUANTILES, RECIPES
+from vs2_plugin.sae.config import RECIPES
+from vs2_plugin.sae.train import QUANTILES
 
 D_IN = 16
 

@@ -43,7 +43,7 @@ afterwards:
 
 def parser() -> argparse.ArgumentParser:
     """The command line. Flags that clip_benchmark has too have its names and defaults."""
-    from vs2_plugin.sae.train import RECIPES, TrainConfig
+    from vs2_plugin.sae.config import RECIPES, TrainConfig
 
     made = argparse.ArgumentParser(
         prog="vs2-train-sae",

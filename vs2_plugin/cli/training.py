@@ -171,7 +171,7 @@ class _Plan:
 
     def config(self, variant: str, width: int) -> TrainConfig:
         """The settings for activations of a width. Raises SettingError."""
-        from vs2_plugin.sae.train import TrainConfig
+        from vs2_plugin.sae.config import TrainConfig
 
         usual = {"k": min(64, max(1, width // 8))}
         return TrainConfig(**{**usual, **self.settings, "pass_weight": self.variants[variant]})
@@ -184,7 +184,7 @@ def _plans(args: argparse.Namespace, store: Store) -> list[_Plan]:
         SettingError: a setting outside its range.
         DataError: a checkpoint is there already.
     """
-    from vs2_plugin.sae.train import RECIPES, TrainConfig
+    from vs2_plugin.sae.config import RECIPES, TrainConfig
 
     fields = TrainConfig.__dataclass_fields__
     given = {name: value for name, value in vars(args).items() if name in fields and value is not None}
