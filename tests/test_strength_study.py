@@ -136,6 +136,17 @@ def test_choices_are_those_of_the_rule_as_it_is_when_tables_are_made(study, tmp_
     assert own.startswith("errors 2, gain 0.1, price 0.02: ") and f" {gain:+.2f} " in own
 
 
+@pytest.mark.parametrize("script", ["table.py", "rule.py"])
+def test_a_file_without_runs_is_refused(script, study, tmp_path):
+    run = read(study[0] / "quick" / "development" / "runs.jsonl")[0]
+    del run["curves"]  # as an earlier version wrote it
+    (tmp_path / "old.jsonl").write_text(json.dumps(run) + "\n")
+    for name in ("absent.jsonl", "old.jsonl"):
+        command = [sys.executable, STUDY / script, tmp_path / name]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 2 and f"{name}: no runs in it; expected the runs.jsonl" in done.stderr
+
+
 def test_a_run_is_what_the_package_gives(study):
     """vs2 and its automatic strength, computed anew from the stored activations with dense codes."""
     root = study[0] / "quick"

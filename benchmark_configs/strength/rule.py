@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from table import LOSS, decide, interval, read
+from table import LOSS, NO_RUNS, decide, interval, read
 
 from vs2_plugin.strength import RULE, Rule
 
@@ -44,7 +44,10 @@ def main() -> None:
     """Read the command line, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", type=Path, help="the study's runs.jsonl")
-    rows = read(parser.parse_args().runs)
+    args = parser.parse_args()
+    rows = read(args.runs)
+    if not rows:
+        parser.error(NO_RUNS.format(args.runs))
     print(f"{len(rows)} runs; sure losses, mean gain, worst setting, worst run of {', '.join(METHODS)}")
     for values in product(ERRORS, GAINS, PRICES):
         rule = Rule(*values)

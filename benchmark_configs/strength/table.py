@@ -19,18 +19,21 @@ from settings import GROUPS, METHODS
 
 from vs2_plugin.strength import RULE, Rule
 
-__all__ = ["LOSS", "SAFE", "decide", "read", "summarize", "write"]
+__all__ = ["LOSS", "NO_RUNS", "SAFE", "decide", "read", "summarize", "write"]
 
 #: Points. A loss whose whole interval is below this is one.
 LOSS = -0.3
 #: What a choice is made of.
 EVIDENCE = ("candidates", "information", "information_errors", "modularity_errors", "away")
+#: What is said of a file without runs.
+NO_RUNS = "{}: no runs in it; expected the runs.jsonl that python benchmark_configs/strength/run.py --out DIR writes"
 #: Methods that promise not to lose to zero-shot.
 SAFE = ("vs2 auto", "vs2s")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The runs of a file, the first of each setting and seed; lines that were cut short are left out."""
+    """The runs of a file, the first of each setting and seed. Lines that were cut short are left out, and runs of
+    versions that did not score all candidates."""
     return [row for row in _lines(path).values() if "setting" in row]
 
 
@@ -40,6 +43,8 @@ def _lines(path: Path) -> dict[Any, dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError:
+            continue
+        if "setting" in row and "curves" not in row:
             continue
         found.setdefault((row["setting"], row["seed"]) if "setting" in row else number, row)
     return found
@@ -339,6 +344,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", type=Path, help="the study's runs.jsonl")
     args = parser.parse_args()
+    if not read(args.runs):
+        parser.error(NO_RUNS.format(args.runs))
     folder = args.runs.resolve().parent
     print(write(folder, folder.name))
 
