@@ -224,8 +224,9 @@ def test_steered_names_are_told_from_open_clips(name, steered):
 def test_a_prior_is_for_a_strength_that_is_told_automatically():
     assert parse("vs2:B@alpha=auto@prior=p.json").options["prior"] == "p.json"
     assert parse("vs2s:B@prior=p.json").options["prior"] == "p.json"  # automatic unless told otherwise
-    for text in ("vs2:B@prior=p.json", "vs2s:B@p=2@alpha=1@prior=p.json"):
-        with pytest.raises(ModelStringError, match="option prior is for auto; expected @alpha=auto beside it"):
+    wrong = {"vs2:B@prior=p.json": "@alpha=auto", "vs2s:B@p=2@alpha=1@prior=p.json": "@p=auto or @alpha=auto"}
+    for text, expected in wrong.items():
+        with pytest.raises(ModelStringError, match=f"option prior is for auto; expected {expected} beside it"):
             parse(text)
 
 

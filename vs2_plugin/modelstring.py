@@ -142,7 +142,8 @@ def parse(text: str, known: Registry | None = None) -> ModelString:
     for option in AUTOMATIC:
         mine = method.option(option.name) is option  # not one of that name that a plugin declares
         if mine and option.name in given and not method.automatic(filled):
-            raise wrong(f"option {option.name} is for auto; expected @alpha=auto beside it")
+            names = " or ".join(f"@{one.name}=auto" for one in method.options if one.auto)
+            raise wrong(f"option {option.name} is for auto; expected {names} beside it")
     return ModelString(method, backbone, checkpoint, given)
 
 

@@ -460,7 +460,7 @@ EARLY = [
     ("vs2:{tiny}@alpha=automatic", ["alpha='automatic'", "or auto"]),
     ("vs2:{tiny}@gamma=auto", ["gamma='auto'"]),
     ("vs2:{tiny}@prior=x.json", ["option prior is for auto", "@alpha=auto"]),
-    ("vs2s:{tiny}@p=1@alpha=2@prior=x.json", ["option prior is for auto"]),
+    ("vs2s:{tiny}@p=1@alpha=2@prior=x.json", ["option prior is for auto; expected @p=auto or @alpha=auto beside it"]),
     ("vs2:{tiny}@alpha=auto@prior=absent.json", ["prior='absent.json'", "No such file", "expected a JSON file"]),
     ("vs2:{tiny}@alpha=auto@prior=few", ["prior='few'", "expected a JSON file"]),
     *((f"vs2:{{tiny}}@alpha=auto@prior={name}", [f"prior='{name}'", "expected a JSON file"]) for name in PRIORS),

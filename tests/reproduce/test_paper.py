@@ -7,7 +7,7 @@ import pytest
 
 from vs2_plugin.cli import train_sae
 from vs2_plugin.modelstring import parse
-from vs2_plugin.reproduce.plan import read, read_all
+from vs2_plugin.reproduce.reading import read, read_all
 from vs2_plugin.reproduce.run import Reproduction
 from vs2_plugin.reproduce.stand_in import stand_in
 

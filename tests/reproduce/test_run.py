@@ -14,7 +14,7 @@ import pytest
 
 from vs2_plugin.cli.main import main
 from vs2_plugin.errors import DataError
-from vs2_plugin.reproduce.plan import read
+from vs2_plugin.reproduce.reading import read
 from vs2_plugin.reproduce.run import Reproduction
 
 from .conftest import SMALL, reproduce, words

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 TINY = "local-dir:tiny-clip"
 DATA = ("--pretrained", "", "--dataset", "wds/few", "--dataset_root", "few", "--num_workers", "0")
+#: Words for either precision.
+AMP = {"autocast": (), "float32": ("--no_amp",)}
 #: Batches of 64 in a quarter of the test digits.
 BATCHES = 4
 
@@ -30,6 +33,22 @@ def sweep(*models: str, output: str, words: tuple[str, ...] = (), data: tuple[st
     from vs2_plugin.cli.main import main
 
     return main(["sweep", "--model", *models, *data, "--output", output, *words])
+
+
+def both_commands(
+    folder: Path, strings: list[str], points: list[str], prefix: str = "", before: Callable[[], None] = lambda: None
+) -> None:
+    """The points of a sweep by both commands, in either precision: results in ``{prefix}harness-*`` and
+    ``{prefix}sweep-*``. ``before`` is called before each command."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("VS2_STORE", "store")
+        for name, words in AMP.items():
+            (folder / f"{prefix}harness-{name}").mkdir()
+            before()
+            harness(TINY, *points, output=f"{prefix}harness-{name}/{{model}}.json", words=words)
+            before()
+            assert sweep(*strings, output=f"{prefix}sweep-{name}/{{model}}.json", words=words) == 0
 
 
 def result(path: Path | str) -> dict:

@@ -10,7 +10,7 @@ from vs2_plugin.plugins import registry
 from vs2_plugin.sweep import evaluate
 from vs2_plugin.sweep.grid import read_grids
 
-from .conftest import TINY, harness, result, sweep
+from .conftest import AMP, TINY, both_commands, harness, result, sweep
 
 STRINGS = [
     f"vs2:{TINY}@alpha=0,auto,2",
@@ -24,7 +24,6 @@ STRINGS = [
 ]
 POINTS = [point.model for grid in read_grids(STRINGS) for point in grid.points]
 CHOOSING = [model for model in POINTS if "auto" in model or model == f"vs2s:{TINY}"]
-AMP = {"autocast": (), "float32": ("--no_amp",)}
 
 
 def forget(folder):
@@ -36,15 +35,8 @@ def forget(folder):
 @pytest.fixture(scope="module")
 def both(laboratory):
     """All points by both commands, each of which makes its own choices."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(laboratory)
-        patch.setenv("VS2_STORE", "store")
-        for name, words in AMP.items():
-            (laboratory / f"auto-harness-{name}").mkdir()
-            harness(TINY, *POINTS, output=f"auto-harness-{name}/{{model}}.json", words=words)
-            forget(laboratory)
-            assert sweep(*STRINGS, output=f"auto-sweep-{name}/{{model}}.json", words=words) == 0
-            forget(laboratory)
+    both_commands(laboratory, STRINGS, POINTS, "auto-", lambda: forget(laboratory))
+    forget(laboratory)
 
 
 @pytest.mark.parametrize("amp", AMP)

@@ -15,7 +15,7 @@ from vs2_plugin.steering.selective import Codes
 from vs2_plugin.sweep import evaluate, run
 from vs2_plugin.sweep.grid import read_grids
 
-from .conftest import BATCHES, TINY, harness, result, sweep
+from .conftest import AMP, BATCHES, TINY, both_commands, harness, result, sweep
 
 STRINGS = [
     f"vs2:{TINY}@gamma=1:2:0.5@lam=2,4",  # two points of α = 0, and two of α = 2
@@ -38,19 +38,12 @@ STRINGS = [
     f"proto:{TINY}@blocks=1",
 ]
 POINTS = [point.model for grid in read_grids(STRINGS) for point in grid.points]
-AMP = {"autocast": (), "float32": ("--no_amp",)}
 
 
 @pytest.fixture(scope="module")
 def both(laboratory):
     """All points by both commands, with autocast and without: results as {(command, autocast or float32): folder}."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(laboratory)
-        patch.setenv("VS2_STORE", "store")
-        for name, words in AMP.items():
-            (laboratory / f"harness-{name}").mkdir()
-            harness(TINY, *POINTS, output=f"harness-{name}/{{model}}.json", words=words)
-            assert sweep(*STRINGS, output=f"sweep-{name}/{{model}}.json", words=words) == 0
+    both_commands(laboratory, STRINGS, POINTS)
     return laboratory
 
 

@@ -66,7 +66,7 @@ def add_reproduce(commands: argparse._SubParsersAction) -> None:
 
 
 def _reproduce(args: argparse.Namespace) -> int:
-    from vs2_plugin.reproduce.plan import read_all
+    from vs2_plugin.reproduce.reading import read_all
 
     tables = read_all(args.files)
     if args.stand_in:

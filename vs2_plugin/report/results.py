@@ -72,7 +72,7 @@ class Images:
         Raises:
             DataError: it is damaged; the message says what is wrong.
         """
-        try:
+        try:  # beside what is expected, all that numpy and zipfile are known to raise for bytes that were damaged
             with np.load(path, allow_pickle=False) as file:
                 held = {name: file[name] for name in file.files}
         except (OSError, ValueError, EOFError, KeyError, AttributeError, NotImplementedError, MemoryError) as error:

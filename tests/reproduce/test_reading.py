@@ -7,7 +7,7 @@ import pytest
 
 from vs2_plugin.cli import train_sae
 from vs2_plugin.errors import SettingError
-from vs2_plugin.reproduce.plan import FLAGS, read, read_all
+from vs2_plugin.reproduce.reading import FLAGS, read, read_all
 from vs2_plugin.reproduce.stand_in import stand_in
 
 GOOD = """\
