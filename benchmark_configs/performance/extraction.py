@@ -1,15 +1,14 @@
-"""Extraction of activations beside the plain forward, the start of a training on a cache hit, and peak memory.
+"""Extraction of activations beside the plain forward, and peak memory.
 
-    python benchmark_configs/performance/extraction.py throughput FOLDER [--images 512] [--rounds 3]
-    python benchmark_configs/performance/extraction.py hit FOLDER [--started SECONDS]
+    python benchmark_configs/performance/extraction.py throughput FOLDER [--images 1024] [--rounds 5]
     python benchmark_configs/performance/extraction.py memory FILE [--count 1000000] [--samples 100000]
 
 Each prints a line of JSON. ``throughput`` writes JPEG images (400 x 300 pixels) as webdataset shards into FOLDER, with
-a file of random weights, and runs them through ViT-B-32, twice in each round: the plain forward on batches that are in
-memory, and this package's extraction from the shards into the cache. It also says how much processor time loading and
-the forward take, from which follows what extraction can reach where they share the cores. ``hit`` runs
-``vs2-train-sae`` on FOLDER up to the first training step; the second time, the activations are cached. ``memory``
-writes float16 activations to FILE and trains an SAE on them: peak memory with the pages of that file, and without.
+a file of random weights, and runs them through ViT-B-32 three times in each round: the plain forward on batches that
+are in memory; the plain forward in a loop over torch's DataLoader, which decodes them; and this package's extraction
+into the cache, which decodes them too. It also says how much processor time loading, of it decoding and resizing alone,
+and the forward take: where they share the cores, extraction cannot be faster than their sum. ``memory`` writes float16
+activations to FILE and trains an SAE on them: peak memory with the pages of that file, and without.
 """
 
 from __future__ import annotations
@@ -21,14 +20,22 @@ import tarfile
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from torch.utils.data import DataLoader
 from training import Say, json_lines, peak
 
-MODEL, BATCH, SHARDS, WIDTH = "ViT-B-32", 64, 4, 768
+if TYPE_CHECKING:
+    from torchvision.transforms import Compose
+
+    from vs2_plugin.data.shards import LocalShards
+
+MODEL, BATCH, WORKERS, SHARDS, WIDTH = "ViT-B-32", 64, 2, 4, 768
 WEIGHTS = "weights.safetensors"
 
 
@@ -72,65 +79,70 @@ def throughput(folder: Path, count: int, rounds: int) -> dict:
     sites = [default_site(loaded.model), output_site(loaded.model)]  # as vs2-train-sae: activation and embedding
     widths = {site.hookpoint: site.width for site in sites}
     started, before = time.perf_counter(), processor_seconds()
-    batches = [batch.images for batch in images.batches(BATCH, 2)]
+    batches = [batch.images for batch in images.batches(BATCH, WORKERS)]
     loading, loading_work = time.perf_counter() - started, processor_seconds() - before
 
-    def plain() -> None:
+    def forward(batches: Iterable[torch.Tensor]) -> None:
         for batch in batches:
             with torch.autocast("cpu"):
                 loaded.model.encode_image(batch)
 
+    def plain() -> None:
+        forward(batches)
+
+    def plain_loop() -> None:
+        forward(DataLoader(images.source, batch_size=BATCH, num_workers=WORKERS))
+
     def through_vs2() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             encode, cache = activations_at(loaded.model, sites, amp=True), ActivationCache(Path(scratch))
-            settings = {"device": "cpu", "batch_size": BATCH, "num_workers": 2, "dtype": np.dtype("float16")}
+            settings = {"device": "cpu", "batch_size": BATCH, "num_workers": WORKERS, "dtype": np.dtype("float16")}
             extract(encode, widths, images, cache, {}, **settings, quiet=True)
 
-    took: dict[str, list[float]] = {"plain": [], "extraction": []}
+    runs = {"plain": plain, "plain_loop": plain_loop, "extraction": through_vs2}
+    took: dict[str, list[float]] = {name: [] for name in runs}
     forward_work = []
-    for run in (plain, through_vs2) * (rounds + 1):
+    for name, run in list(runs.items()) * (rounds + 1):
         started, before = time.perf_counter(), processor_seconds()
         run()
-        took["plain" if run is plain else "extraction"].append(time.perf_counter() - started)
-        if run is plain:
+        took[name].append(time.perf_counter() - started)
+        if name == "plain":
             forward_work.append(processor_seconds() - before)
-    plain_s, extraction_s = (seconds[1:] for seconds in took.values())  # the first round warms up
-    ratios = [base / own for base, own in zip(plain_s, extraction_s, strict=True)]
-    forward = float(np.median(forward_work[1:]))
-    return {
+    took = {name: seconds[1:] for name, seconds in took.items()}  # the first round warms up
+    work = float(np.median(forward_work[1:]))
+    decoding = decoding_seconds(images.source, loaded.transform)
+    found = {
         "images": count,
         "loading_images_per_second": count / loading,
         "loading_processor_ms": 1e3 * loading_work / count,
-        "forward_processor_ms": 1e3 * forward / count,
-        "possible_where_forward_takes_all_cores": forward / (forward + loading_work),
-        "plain_images_per_second": [count / seconds for seconds in plain_s],
-        "extraction_images_per_second": [count / seconds for seconds in extraction_s],
-        "extraction_over_plain": float(np.median(ratios)),
-        "spread": [min(ratios), max(ratios)],
+        "decoding_processor_ms": 1e3 * decoding / count,
+        "forward_processor_ms": 1e3 * work / count,
+        "possible_with_this_loading": work / (work + loading_work),
+        "possible_with_decoding_alone": work / (work + decoding),
     }
+    for name, seconds in took.items():
+        found[f"{name}_images_per_second"] = [count / one for one in seconds]
+    for name in ("plain", "plain_loop"):
+        ratios = [base / own for base, own in zip(took[name], took["extraction"], strict=True)]
+        found[f"extraction_over_{name}"] = float(np.median(ratios))
+        found[f"extraction_over_{name}_spread"] = [min(ratios), max(ratios)]
+    return found
 
 
-class _FirstStepError(BaseException):
-    pass
+def decoding_seconds(source: LocalShards, transform: Compose) -> float:
+    """Processor time to decode all images and to resize them, without anything else, in one process."""
+    from PIL import Image
 
-
-def hit(folder: Path, began: float) -> dict:
-    """Seconds from the start of the process, and of the command in it, to the first training step."""
-    from vs2_plugin.cli import train_sae
-    from vs2_plugin.sae import train
-
-    def first_step(*args: object) -> None:
-        raise _FirstStepError
-
-    train._Run.step = first_step
-    words = ["--model", MODEL, "--pretrained", str(folder / WEIGHTS)]
-    words += ["--dataset", "wds/synthetic", "--dataset_root", str(folder)]
-    started = time.time()
-    try:
-        train_sae.main([*words, "--store", str(folder / "store"), "--quiet"])
-    except _FirstStepError:
-        return {"from_process_start": time.time() - began, "from_command_start": time.time() - started}
-    raise RuntimeError("vs2-train-sae ended without a training step")
+    resize = transform.transforms[0]
+    files = []
+    for number, offset, size, _ in source.samples[0]:
+        with open(source.files[number], "rb") as file:
+            file.seek(offset)
+            files.append(file.read(size))
+    before = time.process_time()
+    for file in files:
+        resize(Image.open(io.BytesIO(file)).convert("RGB"))
+    return time.process_time() - before
 
 
 class _Sampler(threading.Thread):
@@ -166,11 +178,10 @@ def memory(file: Path, count: int, samples: int) -> dict:
 def main() -> None:
     """Measure one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("throughput", "hit", "memory"))
+    parser.add_argument("part", choices=("throughput", "memory"))
     parser.add_argument("path", type=Path)
-    parser.add_argument("--images", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--started", type=float, default=time.time(), help="when the process was started, as time()")
+    parser.add_argument("--images", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--count", type=int, default=1_000_000)
     parser.add_argument("--samples", type=int, default=100_000)
     args = parser.parse_args()
@@ -178,8 +189,6 @@ def main() -> None:
     try:
         if args.part == "throughput":
             say(throughput(args.path, args.images, args.rounds))
-        elif args.part == "hit":
-            say(hit(args.path, args.started))
         else:
             say(memory(args.path, args.count, args.samples))
     except Exception as error:

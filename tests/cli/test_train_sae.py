@@ -2,7 +2,10 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
+import time
 
 import pytest
 
@@ -71,6 +74,55 @@ def test_the_second_run_extracts_nothing(folder, capsys, monkeypatch):
     monkeypatch.setattr("vs2_plugin.data.shards.LocalShards._index", lambda *args: pytest.fail("looked for images"))
     assert train("--overwrite") == 0
     assert Store.default().find(NAME).digest == first  # and the same seed gives the same SAE
+
+
+HEAVY = {"open_clip", "torchvision", "timm", "clip_benchmark.datasets.builder", "torch._dynamo"}
+
+
+def imported(folder, *words):
+    """Those of HEAVY that a training imports, in a process of its own. Whatever it says goes to the error output."""
+    command = ["--model", "local-dir:tiny-clip", "--dataset", "wds/digits", "--dataset_root", "digits", *FEW, *words]
+    code = f"from vs2_plugin.cli import train_sae; assert train_sae.main({command!r}) == 0"
+    code += f"; import sys; print('imported:', *({HEAVY!r} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split()[1:])
+
+
+def test_a_training_on_cached_activations_neither_loads_the_model_nor_imports_what_would(folder):
+    """Those imports take longer than everything else before its first step."""
+    time.sleep(0.05)  # a model that was put there this moment is not remembered
+    assert imported(folder, "--name", "first") >= {"open_clip", "torchvision"}
+    assert imported(folder, "--name", "second", "--blocks", "last") == set()
+    assert imported(folder, "--name", "third", "--refresh_cache") >= {"open_clip"}
+    first, second, third = map(Store.default().find, ("first", "second", "third"))
+    assert first.digest == second.digest == third.digest
+    assert first.tower == second.tower == third.tower
+
+
+def test_another_place_in_a_remembered_tower_is_extracted_from_it(folder, capsys):
+    time.sleep(0.05)
+    assert train("--name", "here") == 0
+    assert train("--name", "there", "--blocks", "1") == 0
+    assert train("--name", "afresh", "--blocks", "1", "--refresh_cache") == 0
+    assert Store.default().find("there").digest == Store.default().find("afresh").digest
+    assert train("--blocks", "9") == 2
+    assert "--blocks '9': expected last, all, output, or block numbers from 0 to 3" in capsys.readouterr().err
+
+
+def test_a_training_refuses_to_extract_from_another_model_than_it_remembers(folder, capsys):
+    time.sleep(0.05)
+    assert train("--name", "first") == 0
+    (file,) = Store.default().towers.iterdir()
+    facts = json.loads(file.read_text())
+    facts["tower"]["parameters"] = "0" * 64
+    file.write_text(json.dumps(facts))
+    capsys.readouterr()
+    assert train("--name", "second") == 2
+    said = capsys.readouterr().err
+    assert "the weights of local-dir:tiny-clip have changed" in said and "run the same command again" in said
+    assert train("--name", "second") == 0
+    assert Store.default().find("second").digest == Store.default().find("first").digest
 
 
 @pytest.mark.parametrize(("words", "code"), [([], 0), (["--dataset_root", "nowhere"], 2)], ids=["done", "failed"])

@@ -21,7 +21,7 @@ from vs2_plugin.processes import ALONE, Processes
 from vs2_plugin.retrieval.gallery import CLIP
 
 if TYPE_CHECKING:
-    from vs2_plugin.clip.backbone import Loaded, Tower
+    from vs2_plugin.clip.remembered import Backbone
     from vs2_plugin.clip.sites import Site
     from vs2_plugin.data.activations import Encode, Extracted
     from vs2_plugin.data.images import TrainingImages
@@ -54,7 +54,9 @@ def all_labels(parts: Sequence[Part]) -> np.ndarray:
     return np.concatenate([part.tower.labels + start for part, start in zip(parts, starts, strict=False)])
 
 
-def load_encoders(args: argparse.Namespace, held: Sequence[dict[str, Any]], tower: Tower, device: str) -> Encoders:
+def load_encoders(
+    args: argparse.Namespace, held: Sequence[dict[str, Any]], preprocessing: dict[str, Any], device: str
+) -> Encoders:
     """The retrieval encoders beside CLIP: those asked for, and those whose embeddings galleries hold already."""
     from vs2_plugin.retrieval.encoders import load_encoder, split_name
 
@@ -72,7 +74,7 @@ def load_encoders(args: argparse.Namespace, held: Sequence[dict[str, Any]], towe
         raise SettingError(f"{flag} is for the gallery; leave out --no_gallery")
     loaded = {}
     for name, weights in wanted.items():
-        encoder = load_encoder(name, weights, tower.preprocessing, device)
+        encoder = load_encoder(name, weights, preprocessing, device)
         loaded[name] = encoder, encoder.facts(name, weights and os.path.abspath(weights))
     return loaded
 
@@ -85,10 +87,8 @@ class Extraction:
     """The command line."""
     store: Store
     """Where the cache lies."""
-    loaded: Loaded
-    """The model, on its device."""
-    tower: Tower
-    """What identifies its vision tower."""
+    backbone: Backbone
+    """The model, not loaded where all is cached."""
     sites: Sequence[Site]
     """Where activations are read."""
     encoders: Encoders
@@ -102,28 +102,20 @@ class Extraction:
     processes: Processes = ALONE
     """Who shares the work."""
 
-    @property
-    def output(self) -> Site:
-        """The tower's output embedding, which the gallery needs."""
-        from vs2_plugin.clip.sites import output_site
-
-        return output_site(self.loaded.model)
-
     def run(self, dataset: str, split: Split) -> Part:
         """Everything of one data set, from the cache or extracted into it.
 
         Raises:
             DataError: an image cannot be read, or the disk is too small.
         """
-        from vs2_plugin.data.activations import activations_at
-        from vs2_plugin.data.images import open_images
+        from vs2_plugin.data.images import Preprocessing, open_images
 
         args = self.args
         images = open_images(
             dataset,
             args.dataset_root,
             split.name,
-            self.loaded.transform,
+            Preprocessing(lambda: self.backbone.loaded.transform),
             max_images=args.max_images,
             seed=args.seed[0],
             wds_cache_dir=args.wds_cache_dir,
@@ -133,7 +125,7 @@ class Extraction:
         self.say(f"{args.model} on the split {split.name!r} of {dataset}: {places}, on {self.device}")
         remote = "://" in args.dataset_root
         source = {  # all that the images depend on
-            "preprocessing": self.tower.preprocessing,
+            "preprocessing": self.backbone.tower.preprocessing,
             "dataset": dataset,
             "root": args.dataset_root if remote else os.path.abspath(args.dataset_root),
             "split": split.name,
@@ -145,11 +137,10 @@ class Extraction:
             "device": self.device.partition(":")[0],
             "dtype": args.cache_dtype,
         }
-        read = list(dict.fromkeys([*self.sites, *([self.output] if args.gallery else [])]))
+        read = list(dict.fromkeys([*self.sites, *([self.backbone.sites.output] if args.gallery else [])]))
         widths = {site.hookpoint: site.width for site in read}
-        key = {"tower": self.tower.to_json(), "sites": list(widths), **source}
-        encode = activations_at(self.loaded.model, read, args.amp)
-        of_tower = self._cached(encode, widths, images, key, "activations")
+        key = {"tower": self.backbone.tower.to_json(), "sites": list(widths), **source}
+        of_tower = self._cached(self._reading(read), widths, images, key, "activations")
         encoded = {}
         for name, (encoder, facts) in self.encoders.items():
             encode = self._encoding(name, encoder)
@@ -158,6 +149,11 @@ class Extraction:
             if not np.array_equal(encoded[name].digests, of_tower.digests):
                 raise DataError(f"{dataset} gave its images in another order the second time; expected a fixed one")
         return Part(dataset, of_tower, encoded)
+
+    def _reading(self, sites: Sequence[Site]) -> Encode:
+        from vs2_plugin.data.activations import activations_at
+
+        return lambda images: activations_at(self.backbone.loaded.model, sites, self.args.amp)(images)
 
     def _encoding(self, name: str, encoder: TimmEncoder) -> Encode:
         import torch
@@ -204,14 +200,17 @@ class Extraction:
         """The gallery of a checkpoint: the extracted files, under the names that they have there."""
         if not self.args.gallery:
             return None
-        facts = {CLIP: {"width": self.output.width}, **{name: facts for name, (_, facts) in self.encoders.items()}}
+        facts = {
+            CLIP: {"width": self.backbone.sites.output.width},
+            **{name: facts for name, (_, facts) in self.encoders.items()},
+        }
         sites = [site.hookpoint for site in self.sites]
         return GalleryFiles([self._gallery_part(part) for part in parts], sites, facts, self.labels)
 
     def _gallery_part(self, part: Part) -> GalleryPart:
         folder = part.tower.folder
         files = {site.hookpoint: folder / f"{site.hookpoint}.npy" for site in self.sites}
-        files[f"embedding.{CLIP}"] = folder / f"{self.output.hookpoint}.npy"
+        files[f"embedding.{CLIP}"] = folder / f"{self.backbone.sites.output.hookpoint}.npy"
         files |= {f"embedding.{name}": found.folder / f"{name}.npy" for name, found in part.encoded.items()}
         files["digests"] = folder / "digests.npy"
         if self.labels:

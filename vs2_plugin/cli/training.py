@@ -25,9 +25,7 @@ from vs2_plugin.modelstring import is_steered
 from vs2_plugin.processes import ALONE, Processes
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from vs2_plugin.clip.sites import Site
+    from vs2_plugin.clip.sites import Site, Sites
     from vs2_plugin.sae import TopKSAE, TrainConfig
     from vs2_plugin.sae.train import Trained
 
@@ -41,8 +39,10 @@ def run(args: argparse.Namespace, processes: Processes = ALONE) -> None:
         Vs2Error: what is wrong, before any image is read where that can be told.
     """
     args.quiet = args.quiet or not processes.first
-    from vs2_plugin.clip.backbone import Tower, check_backbone, ignores_pretrained, load_backbone
-    from vs2_plugin.clip.sites import find_site
+    import torch
+
+    from vs2_plugin.clip.backbone import ignores_pretrained
+    from vs2_plugin.clip.remembered import Backbone
 
     say = (lambda *words: None) if args.quiet else print
     if is_steered(args.model):
@@ -51,23 +51,25 @@ def run(args: argparse.Namespace, processes: Processes = ALONE) -> None:
         raise TowerError(f"--model {args.model!r}: an SAE is trained for the plain backbone; use --model {mended}")
     if ignores_pretrained(args.model):
         args.pretrained = ""
-    check_backbone(args.model, args.pretrained)
+    store = Store.default(args.store)
+    device = f"cuda:{processes.local_rank}" if torch.cuda.is_available() else "cpu"
+    backbone = Backbone(
+        args.model,
+        args.pretrained,
+        args.model_cache_dir,
+        device,
+        seed=args.seed[0],
+        folder=store.towers,
+        forget=args.refresh_cache,
+    )
     splits = {dataset: training_split(dataset, args.train_split, args.transductive) for dataset in args.dataset}
     calibrate_on = args.calibrate_on or list(splits)
     strangers = [dataset for dataset in calibrate_on if dataset not in splits]
     if strangers:
         raise SettingError(f"--calibrate_on {strangers[0]!r}: expected some of --dataset: {' '.join(splits)}")
-    store = Store.default(args.store)
     plans = _plans(args, store)
     any_pass = any("pass" in plan.variants for plan in plans)
-
-    import torch
-
-    device = f"cuda:{processes.local_rank}" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(args.seed[0])  # as clip_benchmark does before it loads a model
-    loaded = load_backbone(args.model, args.pretrained, args.model_cache_dir, device, initialize=False)
-    tower = Tower.of(loaded.model, loaded.transform)
-    sites = _sites(loaded.model, args.blocks)
+    sites = _sites(backbone.sites, args.blocks)
     if any_pass:
         say("PASS: the training labels are read; the checkpoint and every result of pass: say so")
     if any(split.transductive for split in splits.values()):
@@ -75,17 +77,16 @@ def run(args: argparse.Namespace, processes: Processes = ALONE) -> None:
 
     for plan in plans:
         if plan.kept:
-            plan.existing.require_tower(tower)
-    kept = [find_site(loaded.model, site.hookpoint) for plan in plans for site in plan.kept]
+            plan.existing.require_tower(backbone.tower)
+    kept = [backbone.sites.find(site.hookpoint) for plan in plans for site in plan.kept]
     # What the galleries of checkpoints that stay hold already, the new ones hold too.
     held = [plan.existing.gallery for plan in plans if plan.kept and args.gallery and plan.existing.gallery]
     extraction = Extraction(
         args=args,
         store=store,
-        loaded=loaded,
-        tower=tower,
-        sites=_in_order(loaded.model, [*sites, *kept]),
-        encoders=load_encoders(args, held, tower, device),
+        backbone=backbone,
+        sites=backbone.sites.in_order([*sites, *kept]),
+        encoders=load_encoders(args, held, backbone.tower.preprocessing, device),
         labels=any_pass or args.gallery_labels or any(gallery["labels"] for gallery in held),
         device=device,
         say=say,
@@ -122,7 +123,7 @@ def run(args: argparse.Namespace, processes: Processes = ALONE) -> None:
             plan.folder,
             backbone=args.model,
             pretrained=args.pretrained,
-            tower=tower,
+            tower=backbone.tower,
             data=data,
             saes=sorted([*stay, *new], key=lambda pair: pair[0].variant != "plain"),
             gallery=extraction.gallery(parts),
@@ -245,33 +246,23 @@ def _paper_shape(backbone: str) -> dict[str, int]:
     return {"expansion_factor": 4, "k": 256 if "B-16" in backbone else 64}
 
 
-def _sites(model: nn.Module, blocks: Sequence[str]) -> list[Site]:
+def _sites(offered: Sites, blocks: Sequence[str]) -> list[Site]:
     """The sites that ``--blocks`` names, in the order of the tower."""
-    from vs2_plugin.clip.sites import block_sites, default_site, output_site
-
-    offered = block_sites(model)
     chosen = []
     for word in blocks:
         if word == "last":
-            chosen.append(default_site(model))
-        elif word == "all" and offered:
-            chosen.extend(offered)
+            chosen.append(offered.default)
+        elif word == "all" and offered.blocks:
+            chosen.extend(offered.blocks)
         elif word in ("output", "all"):
-            chosen.append(output_site(model))
-        elif word.isdigit() and int(word) < len(offered):
-            chosen.append(offered[int(word)])
+            chosen.append(offered.output)
+        elif word.isdigit() and int(word) < len(offered.blocks):
+            chosen.append(offered.blocks[int(word)])
         else:
-            numbers = f"block numbers from 0 to {len(offered) - 1}"
-            numbers = numbers if offered else "no block numbers, as this tower pools no CLS token"
+            numbers = f"block numbers from 0 to {len(offered.blocks) - 1}"
+            numbers = numbers if offered.blocks else "no block numbers, as this tower pools no CLS token"
             raise SettingError(f"--blocks {word!r}: expected last, all, output, or {numbers}")
-    return _in_order(model, chosen)
-
-
-def _in_order(model: nn.Module, chosen: Sequence[Site]) -> list[Site]:
-    """The chosen sites, each once, in the order of the tower."""
-    from vs2_plugin.clip.sites import block_sites, output_site
-
-    return [site for site in (*block_sites(model), output_site(model)) if site in chosen]
+    return offered.in_order(chosen)
 
 
 def _train(

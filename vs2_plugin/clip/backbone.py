@@ -26,7 +26,9 @@ __all__ = [
     "check_backbone",
     "ignores_pretrained",
     "load_backbone",
+    "quickgelu_mismatch",
     "warn_about_quickgelu",
+    "weights_files",
 ]
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
@@ -153,29 +155,58 @@ def check_backbone(backbone: str, pretrained: str) -> None:
         raise TowerError(f"{backbone} has no weights {pretrained!r}; known tags: {offered}")
 
 
-_warned: set[tuple[str, str]] = set()
+_warned: set[str] = set()
+
+
+def _facts_of_tag(backbone: str, pretrained: str) -> dict[str, Any]:
+    """What open_clip knows of a weights tag; nothing if it is none."""
+    import open_clip
+
+    # As an attribute of the package it is missing in some versions.
+    return open_clip.pretrained.get_pretrained_cfg(backbone.replace("/", "-"), pretrained) or {}
+
+
+def weights_files(backbone: str, pretrained: str, cache_dir: str | None = None) -> list[Path] | None:
+    """The files that :func:`load_backbone` makes a model of, fetched if they are not there; none for random weights.
+    None if it cannot be told."""
+    import open_clip
+
+    if backbone.startswith(HUB):
+        return None
+    if backbone.startswith(LOCAL):
+        return sorted(path for path in Path(backbone.removeprefix(LOCAL)).iterdir() if path.is_file())
+    if not pretrained:
+        return []
+    tag = _facts_of_tag(backbone, pretrained)  # in open_clip, a tag comes before a file of that name
+    file = Path(open_clip.pretrained.download_pretrained(tag, cache_dir=cache_dir) if tag else pretrained)
+    return [file] if file.is_file() else None
+
+
+def quickgelu_mismatch(backbone: str, pretrained: str) -> str | None:
+    """In words, that these weights were trained with QuickGELU and this architecture is without; None if that is not
+    so."""
+    import open_clip
+
+    if ignores_pretrained(backbone):
+        return None
+    backbone = backbone.replace("/", "-")  # as open_clip reads it
+    weights = _facts_of_tag(backbone, pretrained)
+    architecture = open_clip.get_model_config(backbone) or {}
+    if not weights.get("quick_gelu", False) or architecture.get("quick_gelu", False):
+        return None
+    better = f"{backbone}-quickgelu"
+    better = f"; {better} is the right name for them" if better in open_clip.list_models() else ""
+    return (
+        f"the weights {pretrained!r} were trained with QuickGELU and {backbone} has GELU, which costs accuracy{better}"
+    )
 
 
 def warn_about_quickgelu(backbone: str, pretrained: str) -> None:
-    """Say once, on stderr, that these weights were trained with QuickGELU and this architecture is without."""
-    import open_clip
-
-    backbone = backbone.replace("/", "-")  # as open_clip reads it
-    if ignores_pretrained(backbone) or (backbone, pretrained) in _warned:
-        return
-    weights = (
-        getattr(open_clip, "get_pretrained_cfg", open_clip.pretrained.get_pretrained_cfg)(backbone, pretrained) or {}
-    )
-    architecture = open_clip.get_model_config(backbone) or {}
-    if weights.get("quick_gelu", False) and not architecture.get("quick_gelu", False):
-        _warned.add((backbone, pretrained))
-        better = f"{backbone}-quickgelu"
-        better = f"; {better} is the right name for them" if better in open_clip.list_models() else ""
-        print(
-            f"vs2: warning: the weights {pretrained!r} were trained with QuickGELU and {backbone} has "
-            f"GELU, which costs accuracy{better}",
-            file=sys.stderr,
-        )
+    """Say :func:`quickgelu_mismatch` once, on stderr."""
+    mismatch = quickgelu_mismatch(backbone, pretrained)
+    if mismatch and mismatch not in _warned:
+        _warned.add(mismatch)
+        print(f"vs2: warning: {mismatch}", file=sys.stderr)
 
 
 class _Unfilled(TorchFunctionMode):

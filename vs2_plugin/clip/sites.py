@@ -10,7 +10,7 @@ A site is named by its hookpoint, the path under the model of the module whose o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -23,6 +23,7 @@ from vs2_plugin.errors import PluginError, TowerError
 __all__ = [
     "OUTPUT",
     "Site",
+    "Sites",
     "block_sites",
     "default_site",
     "Edit",
@@ -123,18 +124,47 @@ def find_site(model: nn.Module, hookpoint: str) -> Site:
     Raises:
         TowerError: this tower has no such site.
     """
-    if hookpoint == OUTPUT:
-        return output_site(model)
-    sites = block_sites(model)
-    for site in sites:
+    return output_site(model) if hookpoint == OUTPUT else _named(hookpoint, block_sites(model))
+
+
+def _named(hookpoint: str, blocks: Sequence[Site]) -> Site:
+    for site in blocks:
         if site.hookpoint == hookpoint:
             return site
     offered = (
-        f"{sites[0].hookpoint} to {sites[-1].hookpoint}, and {OUTPUT}"
-        if sites
+        f"{blocks[0].hookpoint} to {blocks[-1].hookpoint}, and {OUTPUT}"
+        if blocks
         else f"only {OUTPUT} (it pools no CLS token)"
     )
     raise TowerError(f"this vision tower has no site {hookpoint!r}; it has {offered}")
+
+
+@dataclass(frozen=True)
+class Sites:
+    """All sites of one tower."""
+
+    blocks: tuple[Site, ...]
+    """As :func:`block_sites` gives them."""
+    output: Site
+    """The output embedding."""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Sites:
+        """Those of a model."""
+        return cls(tuple(block_sites(model)), output_site(model))
+
+    @property
+    def default(self) -> Site:
+        """As :func:`default_site` gives it."""
+        return self.blocks[-1] if self.blocks else self.output
+
+    def find(self, hookpoint: str) -> Site:
+        """As :func:`find_site`, with its error."""
+        return self.output if hookpoint == OUTPUT else _named(hookpoint, self.blocks)
+
+    def in_order(self, chosen: Collection[Site]) -> list[Site]:
+        """The chosen sites, each once, in the order of the tower."""
+        return [site for site in (*self.blocks, self.output) if site in chosen]
 
 
 def embedding_from(model: nn.Module, site: Site, x: Tensor) -> Tensor:

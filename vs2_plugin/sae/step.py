@@ -7,14 +7,17 @@ encoder's is needed: it finds the active ones. The rest are sums over k rows in 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.adam import adam
 
 from vs2_plugin.processes import mean_row, total
 from vs2_plugin.sae.topk import Latents, TopKSAE
 
-__all__ = ["ClassMeans", "fast_bfloat16", "set_gradients"]
+__all__ = ["Adam", "ClassMeans", "fast_bfloat16", "set_gradients"]
 
 
 class ClassMeans:
@@ -52,6 +55,28 @@ class ClassMeans:
         self._means.lerp_(batch_means, share)
         self._seen |= counts > 0
         return self._means
+
+
+class Adam:
+    """``torch.optim.Adam(parameters, fused=True)``, by the function that it calls.
+
+    To make an object of torch's own class imports its compiler, which takes most of a second of every training.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = list(parameters)
+        self._averages = [torch.zeros_like(one) for one in self._parameters]
+        self._squares = [torch.zeros_like(one) for one in self._parameters]
+        self._steps = [torch.zeros((), device=one.device) for one in self._parameters]
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """One step along the gradients that the parameters have."""
+        gradients = [one.grad for one in self._parameters]
+        adam(
+            self._parameters, gradients, self._averages, self._squares, [], self._steps, fused=True, amsgrad=False,
+            beta1=0.9, beta2=0.999, lr=lr, weight_decay=0.0, eps=1e-8, maximize=False,
+        )  # fmt: skip
 
 
 def fast_bfloat16(sae: TopKSAE) -> bool:
