@@ -173,7 +173,8 @@ class _Run:
         config, activations = job.config, job.activations
         self.job, self.device, self.mean, self._started = job, device, mean, time.monotonic()
         count, width = activations.shape
-        order = np.random.default_rng(config.seed).permutation(count)
+        numbers = np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)  # all that grows with the images
+        order = np.random.default_rng(config.seed).permutation(numbers)
         self.held = np.sort(order[: min(_HELD_OUT_MAX, count // 10)])
         self.watched = np.sort(order[: min(_WATCHED_MAX, len(self.held))])
         self.train = order[len(self.held) :]
