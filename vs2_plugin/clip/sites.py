@@ -10,7 +10,7 @@ A site is named by its hookpoint, the path under the model of the module whose o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -300,13 +300,16 @@ def paused(edits: Sequence[Edit]) -> Iterator[None]:
 
 
 @contextmanager
-def reading(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
-    """Within the ``with`` block, each forward pass leaves the activations ``[batch, d]`` of ``sites`` in the dict."""
-    found: dict[Site, Tensor] = {}
+def reading(
+    model: nn.Module, sites: Iterable[Site], whole: bool = False
+) -> Iterator[dict[Site, Tensor | tuple[Tensor, ...]]]:
+    """Within the ``with`` block, each forward pass leaves the activations ``[batch, d]`` of ``sites`` in the dict; or,
+    with ``whole``, all that their modules put out."""
+    found: dict[Site, Tensor | tuple] = {}
 
     def recorder(site: Site):
         def hook(module: nn.Module, args: object, output: Tensor | tuple) -> None:
-            found[site] = site.read(output).detach()
+            found[site] = output if whole else site.read(output).detach()
 
         return hook
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from vs2_plugin.checkpoint.manifest import Checkpoint, SiteFacts
 from vs2_plugin.checkpoint.store import Store, checkpoint_name
 from vs2_plugin.clip.backbone import Loaded, Tower, load_backbone
-from vs2_plugin.clip.sites import Site, embedding_from, finish, in_float32
+from vs2_plugin.clip.sites import Site, embedding_from, finish, in_float32, reading
 from vs2_plugin.errors import DataError, HarnessError
 from vs2_plugin.harness.autoload import DISABLE
 from vs2_plugin.harness.model import SteeredCLIP
@@ -35,7 +35,7 @@ from vs2_plugin.steering.context import Context, Task
 from vs2_plugin.steering.selective import NeighbourSteering, PrototypeSteering
 from vs2_plugin.sweep.grid import Point, outcome_key
 from vs2_plugin.sweep.shared import Batch, Lookup, Remembered, RememberedSums, remember_codes
-from vs2_plugin.sweep.tower import resumed, watched
+from vs2_plugin.sweep.tower import resumed
 
 __all__ = ["Metrics", "evaluate"]
 
@@ -299,7 +299,7 @@ class _FirstPass:
 
     def encode_image(self, images: Tensor) -> Tensor:
         """The plain image embedding ``[batch, embed_dim]``."""
-        with watched(self._model, self._sites) as outputs:
+        with reading(self._model, self._sites, whole=True) as outputs:
             plain = self._model.encode_image(images)
         batch = Batch(self.targets)
         self.batches.append(batch)

@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 
 from vs2_plugin.clip.sites import Site
 
-__all__ = ["resumed", "watched"]
-
-
-@contextmanager
-def watched(model: nn.Module, sites: Iterable[Site]) -> Iterator[dict[Site, Tensor | tuple]]:
-    """Within the ``with`` block, each forward pass leaves in the dict what the modules of ``sites`` put out."""
-    outputs: dict[Site, Tensor | tuple] = {}
-
-    def keeper(site: Site):
-        def hook(module: nn.Module, args: object, output: Tensor | tuple) -> None:
-            outputs[site] = output
-
-        return hook
-
-    handles = [site.module(model).register_forward_hook(keeper(site)) for site in sites]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
+__all__ = ["resumed"]
 
 
 @contextmanager
