@@ -1,20 +1,22 @@
 """Extraction of activations beside the plain forward, and peak memory.
 
     python benchmark_configs/performance/extraction.py throughput FOLDER [--images 1024] [--rounds 5]
-    python benchmark_configs/performance/extraction.py memory FILE [--count 1000000] [--samples 100000]
+    python benchmark_configs/performance/extraction.py memory FOLDER [--count 1000000] [--samples 100000]
 
 Each prints a line of JSON. ``throughput`` writes JPEG images (400 x 300 pixels) as webdataset shards into FOLDER, with
 a file of random weights, and runs them through ViT-B-32 three times in each round: the plain forward on batches that
 are in memory; the plain forward in a loop over torch's DataLoader, which decodes them; and this package's extraction
 into the cache, which decodes them too. It also says how much processor time loading, of it decoding and resizing alone,
-and the forward take: where they share the cores, extraction cannot be faster than their sum. ``memory`` writes float16
-activations to FILE and trains an SAE on them: peak memory with the pages of that file, and without.
+and the forward take: where they share the cores, extraction cannot be faster than their sum. ``memory`` writes
+tiny images as shards into FOLDER, extracts a random product of each in the place of a tower's activations, and trains
+an SAE on them: peak memory of both, of this process and its loaders, without the pages of mapped files.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import os
 import resource
 import tarfile
 import tempfile
@@ -35,27 +37,30 @@ if TYPE_CHECKING:
 
     from vs2_plugin.data.shards import LocalShards
 
-MODEL, BATCH, WORKERS, SHARDS, WIDTH = "ViT-B-32", 64, 2, 4, 768
+MODEL, BATCH, WORKERS, WIDTH = "ViT-B-32", 64, 2, 768
 WEIGHTS = "weights.safetensors"
 
 
-def write_images(folder: Path, count: int) -> None:
-    """Shards of smooth random images, in the layout that clip_benchmark reads."""
+def write_images(
+    folder: Path, count: int, grain: tuple[int, int] = (40, 30), size: tuple[int, int] = (400, 300)
+) -> None:
+    """Shards of smooth random images of a size (pixels), made of so many grains, in the layout of clip_benchmark."""
     from PIL import Image
 
-    rng = np.random.default_rng(0)
+    rng, shards = np.random.default_rng(0), max(4, count // 10_000)
     (folder / "train").mkdir(parents=True)
-    for shard in range(SHARDS):
+    for shard in range(shards):
         with tarfile.open(folder / "train" / f"{shard}.tar", "w") as tar:
-            for number in range(shard, count, SHARDS):
-                coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8))
+            for number in range(shard, count, shards):
+                coarse = Image.fromarray(rng.integers(0, 256, (*grain[::-1], 3), dtype=np.uint8))
                 file = io.BytesIO()
-                coarse.resize((400, 300), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+                coarse.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
                 member = tarfile.TarInfo(f"{number:06d}.jpg")
                 member.size = file.tell()
                 file.seek(0)
                 tar.addfile(member, file)
-    (folder / "train" / "nshards.txt").write_text(f"{SHARDS}\n")
+                tar.members.clear()  # of each, an open tar file remembers a kilobyte
+    (folder / "train" / "nshards.txt").write_text(f"{shards}\n")
 
 
 def processor_seconds() -> float:
@@ -135,7 +140,7 @@ def decoding_seconds(source: LocalShards, transform: Compose) -> float:
 
     resize = transform.transforms[0]
     files = []
-    for number, offset, size, _ in source.samples[0]:
+    for number, offset, size in source.samples[0].tolist():
         with open(source.files[number], "rb") as file:
             file.seek(offset)
             files.append(file.read(size))
@@ -146,7 +151,7 @@ def decoding_seconds(source: LocalShards, transform: Compose) -> float:
 
 
 class _Sampler(threading.Thread):
-    """Looks 50 times a second how much memory is this process's own: not pages of files."""
+    """Looks 10 times a second how much memory is this process's and its children's own: not pages of files."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -154,25 +159,53 @@ class _Sampler(threading.Thread):
 
     def run(self) -> None:
         while True:
-            lines = Path("/proc/self/status").read_text().splitlines()
-            self.most = max(self.most, *(int(line.split()[1]) / 1e3 for line in lines if line.startswith("RssAnon")))
-            time.sleep(0.02)
+            children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+            self.most = max(self.most, sum(map(self._own, ["self", *children])))
+            time.sleep(0.1)
+
+    @staticmethod
+    def _own(process: str) -> float:
+        try:
+            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+        except OSError:  # it has ended
+            return 0.0
+        # What processes share after a fork is counted once: each has its part.
+        return sum(int(line.split()[1]) / 1e3 for line in lines if line.startswith("Pss_Anon:"))
 
 
-def memory(file: Path, count: int, samples: int) -> dict:
-    """Peak memory of a training on ``count`` activations in a file."""
+def memory(folder: Path, count: int, samples: int) -> dict:
+    """Peak memory of an extraction of ``count`` images, and of a training on as many activations."""
+    from torchvision.transforms.functional import to_tensor
+
+    from vs2_plugin.data.activations import ActivationCache, extract
+    from vs2_plugin.data.images import open_images
     from vs2_plugin.sae import TrainConfig, train_sae
 
-    block = np.random.default_rng(0).standard_normal((min(count, 20_000), WIDTH), dtype=np.float32).astype(np.float16)
-    with file.open("wb") as written:  # values do not matter here
-        for _ in range(0, count, len(block)):
-            block.tofile(written)
-    del block
+    write_images(folder, count, (4, 4), (8, 8))
     sampler = _Sampler()
     sampler.start()
-    activations = np.memmap(file, np.float16, mode="r").reshape(-1, WIDTH)
-    train_sae(activations, TrainConfig(samples=samples), quiet=True)
-    return {"count": len(activations), "peak_mb": peak(), "own_peak_mb": sampler.most}
+    torch.manual_seed(0)
+    mixed = torch.randn(3 * 8 * 8, WIDTH)
+    extracted = extract(
+        lambda images: {"mixed": images.flatten(1) @ mixed},
+        {"mixed": WIDTH},
+        open_images("wds/small", str(folder), "train", to_tensor),
+        ActivationCache(folder),
+        {},
+        device="cpu",
+        batch_size=BATCH,
+        num_workers=WORKERS,
+        dtype=np.dtype("float16"),
+        quiet=True,
+    )
+    extraction, sampler.most = sampler.most, 0.0
+    train_sae(extracted.columns["mixed"], TrainConfig(samples=samples), quiet=True)
+    return {
+        "count": len(extracted),
+        "extraction_own_peak_mb": extraction,
+        "training_own_peak_mb": sampler.most,
+        "peak_mb": peak(),
+    }
 
 
 def main() -> None:

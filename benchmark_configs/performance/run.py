@@ -242,7 +242,14 @@ class Suite:
         self.say(f"cache hit up to the first training step: {found['cache_hit']}")
         self.save()
         for count in self.settings["cached"]:
-            words = ["memory", self.scratch / "cached", "--count", count, "--samples", self.settings["cached_samples"]]
+            words = [
+                "memory",
+                self.scratch / f"small-{count}",
+                "--count",
+                count,
+                "--samples",
+                self.settings["cached_samples"],
+            ]
             found["memory"].append({"count": count, **self.run("extraction.py", *words)})
             self.say(f"memory: {found['memory'][-1]}")
             self.save()
@@ -426,8 +433,9 @@ def extraction_lines(found: dict) -> Iterator[str]:
     for row in found["memory"]:
         if "failed" not in row:
             yield (
-                f"- Training on {row['count']:,} cached activations: peak {row['own_peak_mb']:,.0f} MB, "
-                f"{row['peak_mb']:,.0f} MB with libraries and the file's pages"
+                f"- Peak memory with {row['count']:,} images: {row['extraction_own_peak_mb']:,.0f} MB for extraction "
+                f"with its loaders (and a product in the tower's place), {row['training_own_peak_mb']:,.0f} MB for "
+                f"training; {row['peak_mb']:,.0f} MB with libraries and mapped pages"
             )
     yield from failures([row for row in found.values() if isinstance(row, dict)] + found["memory"])
 

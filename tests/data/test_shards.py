@@ -1,5 +1,6 @@
 import http.server
 import io
+import pickle
 import shutil
 import threading
 from functools import partial
@@ -113,10 +114,10 @@ def test_the_fingerprint_changes_when_a_shard_does(shards, picture):
 
 
 def test_shards_are_indexed_when_an_image_is_wanted_and_once(shards, picture, monkeypatch, tmp_path):
-    def index(number, file):
+    def index(file):
         with open(tmp_path / "indexed", "a") as log:  # by whichever process
-            log.write(f"{number}\n")
-        return original(number, file)
+            log.write(f"{file.stem}\n")
+        return original(file)
 
     original = LocalShards._index
     monkeypatch.setattr(LocalShards, "_index", staticmethod(index))
@@ -230,6 +231,16 @@ def test_a_cut_compressed_shard_is_named(shards, picture):
     file.write_bytes(file.read_bytes()[:40])
     with pytest.raises(DataError, match=r"0\.tar"):
         len(open_shards(root, "train", grey))
+
+
+def test_an_image_takes_few_bytes_of_every_process(shards, picture):
+    """A million images and four loader processes must not fill the memory."""
+    labeled = {
+        f"{number:04d}{suffix}": data for number in range(500) for suffix, data in ((".png", b"x"), (".cls", b"1"))
+    }
+    found = open_shards(shards(labeled, labeled), "train", grey, labels=True)
+    assert len(found) == 1000
+    assert len(pickle.dumps(found.samples)) < 1000 * 33
 
 
 @pytest.mark.parametrize("data", [b"", b"not an image", b"\x89PNG\r\n\x1a\n"], ids=["empty", "text", "header only"])

@@ -15,6 +15,7 @@ from copy import copy
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
@@ -57,32 +58,32 @@ class LocalShards(Dataset):
         self.files, self.transform, self.labels = files, transform, labels
 
     @cached_property
-    def samples(self) -> tuple[list[tuple[int, int, int, str]], list[int]]:
-        """File, offset, size and member name of each image; and where they are read, the labels.
+    def samples(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Number of the file, offset and size of each image, int64 ``[count, 3]``; and where they are read, the labels,
+        int64 ``[count]``. Arrays: objects would take hundreds of bytes per image, again in every loader process.
 
         Raises:
             DataError: a shard cannot be read, a label is missing, or there are no images.
         """
-        positions: list[tuple[int, int, int, str]] = []
-        labels: list[int] = []
+        positions, labels = [], []
         for number, file in enumerate(self.files):
-            images, classes = self._index(number, file)
-            positions.extend(images.values())
+            images, classes = self._index(file)
+            positions.append(np.array([(number, *place) for place in images.values()], np.int64).reshape(-1, 3))
             if self.labels:
-                labels.extend(self._label(file, key, classes) for key in images)
-        if not positions:
+                labels.append(np.array([self._label(file, key, classes) for key in images], np.int64))
+        if not sum(map(len, positions)):
             beside = self.files[0] if self.files else "?"
             raise DataError(f"no images ({', '.join(EXTENSIONS)}) in the {len(self.files)} shards beside {beside}")
-        return positions, labels
+        return np.concatenate(positions), np.concatenate(labels) if self.labels else None
 
     @staticmethod
-    def _index(number: int, file: Path) -> tuple[dict[str, tuple[int, int, int, str]], dict[str, tuple[int, int]]]:
-        """Sample key -> where its image lies, and -> where its label lies."""
-        best: dict[str, tuple[int, tuple[int, int, int, str]]] = {}
+    def _index(file: Path) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, int]]]:
+        """Sample key -> offset and size of its image, and -> those of its label."""
+        best: dict[str, tuple[int, tuple[int, int]]] = {}
         classes: dict[str, tuple[int, int]] = {}
         try:
             with tarfile.open(file, "r:") as tar:  # uncompressed, since images are read by their position
-                for member in tar:
+                for member in _members(tar):
                     folder, slash, name = member.name.rpartition("/")
                     stem, _, extension = name.partition(".")
                     key = folder + slash + stem
@@ -92,7 +93,7 @@ class LocalShards(Dataset):
                         continue
                     rank = EXTENSIONS.index(extension.lower())
                     if key not in best or rank < best[key][0]:
-                        best[key] = (rank, (number, member.offset_data, member.size, member.name))
+                        best[key] = (rank, (member.offset_data, member.size))
                 end = tar.offset
             # Python takes a damaged header for the end of the archive; the real end is zeros, or nothing.
             with open(file, "rb") as raw:
@@ -101,7 +102,7 @@ class LocalShards(Dataset):
                     raise DataError(f"shard {file} is damaged at byte {end}")
         except (OSError, EOFError, tarfile.TarError) as error:
             raise DataError(f"cannot read shard {file} (expected an uncompressed tar file): {error}") from error
-        return {key: position for key, (_, position) in best.items()}, classes
+        return {key: place for key, (_, place) in best.items()}, classes
 
     @staticmethod
     def _label(file: Path, key: str, classes: dict[str, tuple[int, int]]) -> int:
@@ -121,16 +122,18 @@ class LocalShards(Dataset):
 
     def __getitem__(self, index: int):
         positions, labels = self.samples
-        number, offset, size, name = positions[index]
+        number, offset, size = positions[index].tolist()
         with open(self.files[number], "rb") as file:
             file.seek(offset)
             data = file.read(size)
         try:
             image = Image.open(io.BytesIO(data)).convert("RGB")
         except (OSError, ValueError, SyntaxError) as error:  # all three come from PIL
+            with tarfile.open(self.files[number], "r:") as tar:
+                name = next(member.name for member in _members(tar) if member.offset_data == offset)
             raise DataError(f"{self.files[number]}: {name} is not a readable image") from error
         image = self.transform(image)
-        return (image, labels[index]) if self.labels else image
+        return (image, int(labels[index])) if self.labels else image
 
     def fingerprint(self) -> list:
         """What changes when the shards do: names, sizes and times. Raises DataError if one is not there."""
@@ -138,6 +141,13 @@ class LocalShards(Dataset):
             return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in self.files]
         except OSError as error:
             raise DataError(f"cannot read shard {error.filename}: {error.strerror}") from error
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """What is in a tar file, without keeping it: by itself, an open one remembers a kilobyte for each member."""
+    while (member := tar.next()) is not None:
+        tar.members.clear()
+        yield member
 
 
 class RemoteShards(IterableDataset):
