@@ -53,7 +53,7 @@ def test_they_add_up_to_the_results(evaluate, monkeypatch):
         assert (images["rank"] == 0).mean() == pytest.approx(found["acc1"])
         assert (images["rank"] < 5).mean() == pytest.approx(found["acc5"])
         assert (images["confidence"] >= images["target_probability"]).all()
-        assert ("fvu" in images) == ("vs2_mean_fvu" in found) and float(images["seconds"]) > 0
+        assert ("fvu" in images) == ("vs2_mean_fvu" in found) == ("vs2_k" in found) and float(images["seconds"]) > 0
         if "fvu" in images:
             assert images["fvu"].mean() == pytest.approx(found["vs2_mean_fvu"], rel=1e-5)
             assert images["steered"].mean() == pytest.approx(found["vs2_coverage"])

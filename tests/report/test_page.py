@@ -159,7 +159,8 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(write_run, stee
     page, markdown, files = report(path.parent, tmp_path / "out")
     assert "clip_benchmark eval --model ViT-B-32 --pretrained laion --dataset 'my set'" in page.text
     assert "VS2_PER_IMAGE=1 clip_benchmark eval --model vs2:ViT-B-32 --pretrained laion" in page.text
-    assert "@gate=0.9 " in page.text and "@gamma=2@lam=1 " in page.text
+    assert "@gate=0.9 " in page.text
+    assert "vs2 sweep --model vs2:ViT-B-32@gamma=1:3:0.25@lam=0:10:1 --pretrained laion --dataset 'my set'" in page.text
     assert [path.name for path in files] == ["index.html", "report.md", "my-set-accuracy.png"]
     assert "change" not in markdown.partition("\n\n![")[0] and "interval" not in markdown.partition("\n\n![")[0]
 

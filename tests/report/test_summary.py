@@ -103,6 +103,62 @@ def test_without_per_image_results_the_metrics_tell(write_run, steered):
     assert row.mended is row.broken is row.ece is row.ece_before is None
 
 
+def test_results_of_other_prompts_are_not_compared_with_each_other(write_run, make_images, steered):
+    """As of a single prompt and of an ensemble: a steered run is compared with zero-shot of its own prompts."""
+    write_run("B", images=make_images(0.4, 1), name="single")
+    write_run("B", images=make_images(0.5, 2), name="ensemble")
+    write_run("vs2:B", images=make_images(0.6, 3, sae=True, before=0.4), metrics=steered(), name="vs2-single")
+    write_run("vs2:B", images=make_images(0.65, 4, sae=True, before=0.5), metrics=steered(), name="vs2-ensemble")
+    write_run("vs2:B", images=make_images(0.7, 5, sae=True, before=0.3), metrics=steered(), name="vs2-alone")
+    path = write_run("vs2:B@gamma=9", 0.9, metrics=steered(gamma=9), name="unknown")
+    (section,) = summarise(read([path.parent])[0])
+    found = {group.title: (group.zero, group.steered) for group in section.groups}
+    assert set(found) == {
+        *(f"B, laion, prompts with zero-shot {accuracy:.2f} %" for accuracy in ACCURACIES),
+        "B, laion",
+    }
+    names = [[row.run.path.stem for row in rows] for _, rows in found.values()]
+    assert names == [["vs2-ensemble"], ["vs2-single"], ["vs2-alone"], ["unknown"]]
+    for (zero, (row,)), name in zip(found.values(), ("ensemble", "single", "vs2-alone"), strict=False):
+        assert zero.run.path.stem == name
+        assert row.change == pytest.approx(row.top1 - zero.top1) and row.mended > 0
+    assert found["B, laion"][0] is None and found["B, laion"][1][0].change is None
+
+
+#: Of the three zero-shot results above, in percent.
+ACCURACIES = (49.5, 39.0, 28.83)
+
+
+def test_a_few_other_predictions_are_not_other_prompts(write_run, make_images, steered):
+    """So much changes with the batch size and under autocast."""
+    zero, images = make_images(0.5, 1), make_images(0.6, 2, sae=True, before=0.5)
+    images["plain_prediction"][:6] = (images["plain_prediction"][:6] + 1) % 6
+    (row,) = group_of(write_run("B", images=zero), write_run("vs2:B", images=images, metrics=steered())).steered
+    assert row.zero.path.stem == "B"
+
+
+def test_calibration_is_read_from_the_metrics_where_images_were_not_kept(write_run, steered):
+    bins = {"ece_bins": [[150, 0.31, 0.4], [450, 0.95, 0.7]], "ece_before_bins": [[600, 0.5, 0.52]]}
+    facts = steered(ece=0.2, ece_before=0.02, seconds=12.5, peak_memory=3e9, **bins)
+    (row,) = group_of(write_run("vs2:B", metrics=facts)).steered
+    assert (row.run.seconds, row.run.peak_memory) == (12.5, 3e9)
+    assert row.calibration.share[[4, 14]].tolist() == [0.25, 0.75] and row.calibration.share.sum() == 1
+    assert row.calibration.accuracy[[4, 14]].tolist() == [0.4, 0.7] and np.isnan(row.calibration.accuracy[0])
+    assert row.calibration_before.confidence[7] == 0.5 and (row.ece, row.ece_before) == (0.2, 0.02)
+    for damaged in ([], [[1, 2]], "x", [[0, 0.5, 0.5]], [["a", 0.5, 0.5]]):
+        (row,) = group_of(write_run("vs2:B", metrics=steered(ece=0.2, ece_bins=damaged))).steered
+        assert row.calibration is None and row.ece == 0.2
+
+
+def test_confidences_that_are_all_one_have_no_calibration(write_run, make_images, steered):
+    images = make_images(0.6, 1, before=0.5) | {"confidence": np.ones(600, np.float32)}
+    facts = steered("knn", ece=0.4, ece_bins=[[600, 1.0, 0.6]])
+    (row,) = group_of(write_run("knn:B", images=images, metrics=facts)).steered
+    assert row.calibration is None and row.ece is None and row.ece_before is not None
+    (row,) = group_of(write_run("knn:B@n=3", metrics=facts)).steered
+    assert row.calibration is None and row.ece is None
+
+
 def test_zero_shot_with_per_image_results_is_preferred(write_run, make_images):
     write_run("B", 0.4, name="1")
     path = write_run("B", images=make_images(0.5), name="2")

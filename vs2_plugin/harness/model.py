@@ -260,6 +260,8 @@ class SteeredCLIP(nn.Module):
                 "checkpoint_digest": checkpoint.digest[:16],
                 "transductive": checkpoint.transductive,
             }
+        if self._gates:
+            facts.setdefault("k", self._gates[-1].sae.config.k)
         facts["labels"] = max(used, key=_LABELS.index)
         return facts
 

@@ -48,7 +48,7 @@ def draw(group: Group) -> list[Picture]:
             caption = _AGAIN
     caption = _RELIABLE
     for row in group.methods:
-        if row.before is not None:
+        if row.calibration is not None and row.calibration_before is not None:
             add(f"calibration-{row.run.method}", f"Calibration: {row.label}", caption, _reliability, row)
             caption = _AGAIN
     return pictures

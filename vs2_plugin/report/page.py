@@ -46,7 +46,7 @@ def write(runs: Iterable[Run], folder: Path) -> list[Path]:
     named: dict[Group, list[tuple[Picture, str]]] = {}
     for section in sections:
         for group in section.groups:
-            whose = (group.backbone, group.pretrained) if len(section.groups) > 1 else ()
+            whose = (group.title,) if len(section.groups) > 1 else ()
             for picture in draw(group):
                 name = _unused(_slug(section.title, *whose, picture.name), files)
                 named.setdefault(group, []).append((picture, name))
@@ -68,7 +68,6 @@ def figures_of(sections: Iterable[Section]) -> Iterator[dict[str, Any]]:
     """What the report has computed of each result, as plain JSON values; accuracies and ECE as shares."""
     for section in sections:
         for row in (row for group in section.groups for row in group.rows):
-            images = row.run.images
             found = {
                 "acc1": row.top1,
                 "interval": row.interval,
@@ -78,8 +77,8 @@ def figures_of(sections: Iterable[Section]) -> Iterator[dict[str, Any]]:
                 "broken": row.broken,
                 "ece": row.ece,
                 "ece_before": row.ece_before,
-                "seconds": images and images.seconds,
-                "peak_memory": images and images.peak_memory,
+                "seconds": row.run.seconds,
+                "peak_memory": row.run.peak_memory,
             }
             about = {name: getattr(row.run, name) for name in ("dataset", "model", "pretrained", "language")}
             yield {**about, **{name: value for name, value in found.items() if value is not None}}
@@ -93,9 +92,6 @@ def columns(rows: Sequence[Row]) -> list[Column]:
 
     def between(bounds: Iterable, sign: bool = False) -> list[str]:
         return [f"{fixed(b.low, 1, sign)} to {fixed(b.high, 1, sign)}" if b else "" for b in bounds]
-
-    def of_images(name: str, digits: int, scale: float) -> list[str]:
-        return [fixed(row.run.images and getattr(row.run.images, name), digits, scale=scale) for row in rows]
 
     found = [
         Column("top-1 %", metric("acc1"), "share of test images classified correctly"),
@@ -112,12 +108,16 @@ def columns(rows: Sequence[Row]) -> list[Column]:
         Column("coverage %", metric("vs2_coverage", 1), "share of images that were steered"),
         Column(
             "ECE, points", [fixed(row.ece) for row in rows],
-            "expected calibration error, 15 equal bins",
+            "expected calibration error, 15 equal bins; left out where all confidences are 1, as of votes",
         ),
-        Column("seconds", of_images("seconds", 1, 1), "wall clock of the run, loading included"),
         Column(
-            "peak memory, GB", of_images("peak_memory", 2, 1e-9),
-            "of the process during the run; on a GPU, of the device",
+            "seconds", [fixed(row.run.seconds, 1, scale=1) for row in rows],
+            "wall clock of the run, loading included; the first one of a command also pays for what is loaded once",
+        ),
+        Column(
+            "peak memory, GB", [fixed(row.run.peak_memory, 2, scale=1e-9) for row in rows],
+            "of the whole process during the run, with what libraries keep of earlier runs of the same command; on a "
+            "GPU, of the device",
         ),
     ]  # fmt: skip
     return [column for column in found if any(column.cells)]
@@ -150,9 +150,9 @@ def hints(group: Group, section: Section) -> list[tuple[str, str]]:
     """What is not shown for lack of data, and the command that gets it."""
     wanted = []
 
-    def want(what: str, *models: str, before: str = "") -> None:
-        words = ("clip_benchmark", "eval", "--model", *models, "--pretrained", group.pretrained)
-        wanted.append((what, before + shlex.join((*words, "--dataset", section.dataset))))
+    def want(what: str, *models: str, before: str = "", tool: str = "clip_benchmark eval") -> None:
+        words = (*tool.split(), "--model", *models, "--pretrained", group.pretrained, "--dataset", section.dataset)
+        wanted.append((what, before + shlex.join(words)))
 
     per_image = "VS2_PER_IMAGE=1 "
     if group.zero is None:
@@ -166,9 +166,10 @@ def hints(group: Group, section: Section) -> list[tuple[str, str]]:
     bare = [row for row in group.rows if row.run.images is None]
     if bare:
         whose = "" if len(bare) == len(group.rows) else f" of {_some(bare)}"
+        told = all("vs2_ece" in row.run.metrics for row in bare)  # the metrics themselves say the rest
+        what = "classes" if told else "images mended and broken, classes, calibration, time and memory"
         want(
-            f"Intervals, images mended and broken, classes, calibration, accuracy by FVU, time and memory{whose}: "
-            "there are no per-image results.",
+            f"Intervals, accuracy by FVU, {what}{whose}: there are no per-image results.",
             *(row.run.model for row in bare),
             before=per_image,
         )
@@ -185,8 +186,8 @@ def hints(group: Group, section: Section) -> list[tuple[str, str]]:
         models = [f"vs2:{group.backbone}@gate={q}" for q in (0.9, 0.95, 0.99)]
         want("Coverage against q: needs results that differ in the gate only.", *models)
     if not group.grids():
-        models = [f"vs2:{group.backbone}@gamma={gamma}@lam={lam}" for gamma in (1.5, 2) for lam in (1, 2)]
-        want("The heat map of gamma and lambda: needs results that differ in these two only.", *models)
+        model = f"vs2:{group.backbone}@gamma=1:3:0.25@lam=0:10:1"
+        want("The heat map of gamma and lambda: needs results that differ in these two only.", model, tool="vs2 sweep")
     return wanted
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from vs2_plugin.errors import DataError
+from vs2_plugin.report.statistics import Calibration, calibration_of_bins
 
 __all__ = ["Images", "Run", "read"]
 
@@ -170,6 +171,24 @@ class Run:
         )  # fmt: skip
         metrics = {"acc1": float(images.correct.mean()), "mean_per_class_recall": images.recall}
         return replace(self, model=self.backbone, metrics=metrics, images=images)
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall clock of the run."""
+        return self.number("vs2_seconds") or (self.images and self.images.seconds)
+
+    @property
+    def peak_memory(self) -> float | None:
+        """Peak memory of the process (on a GPU, of the device) in bytes."""
+        return self.number("vs2_peak_memory") or (self.images and self.images.peak_memory)
+
+    def calibration(self, suffix: str = "") -> Calibration | None:
+        """What the metrics say of the calibration, or with ``_before`` of zero-shot's; None if they do not."""
+        ece, bins = self.number(f"vs2_ece{suffix}"), self.metrics.get(f"vs2_ece{suffix}_bins")
+        try:
+            return None if ece is None else calibration_of_bins(bins, ece)
+        except (TypeError, ValueError):
+            return None
 
     @property
     def labels(self) -> str:

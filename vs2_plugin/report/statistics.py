@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ __all__ = [
     "Interval",
     "by_fvu",
     "calibration",
+    "calibration_of_bins",
     "class_changes",
     "interval",
     "pair",
@@ -113,13 +115,29 @@ def calibration(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -
     Takes ``[n]`` probabilities of the predicted class and ``[n]`` bools.
     """
     confidence = confidence.astype(float)
-    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    index = _bin_of(confidence, bins)
     counts = np.bincount(index, minlength=bins)
     with np.errstate(invalid="ignore"):
         mean = np.bincount(index, confidence, bins) / counts
         accuracy = np.bincount(index, correct, bins) / counts
     share = counts / len(confidence)
     return Calibration(float(np.nansum(share * np.abs(accuracy - mean))), share, mean, accuracy)
+
+
+def calibration_of_bins(rows: Sequence[Sequence[float]], ece: float, bins: int = BINS) -> Calibration:
+    """The same from bins that hold images, ``[images, mean confidence, accuracy]`` each. Raises ValueError or TypeError
+    for anything else."""
+    images, mean, right = np.array(rows, dtype=float).reshape(-1, 3).T
+    if not images.sum() > 0 or not np.isfinite([mean, right]).all():
+        raise ValueError("expected bins that hold images")
+    index = _bin_of(mean, bins)
+    share, confidence, accuracy = np.zeros(bins), np.full(bins, np.nan), np.full(bins, np.nan)
+    share[index], confidence[index], accuracy[index] = images / images.sum(), mean, right
+    return Calibration(ece, share, confidence, accuracy)
+
+
+def _bin_of(confidence: np.ndarray, bins: int) -> np.ndarray:
+    return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
 
 
 def class_changes(target: np.ndarray, before: np.ndarray, after: np.ndarray) -> list[ClassChange]:

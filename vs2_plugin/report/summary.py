@@ -28,6 +28,11 @@ __all__ = ["Curve", "Group", "Row", "Section", "summarise"]
 
 _STRENGTH = {"gamma", "lam", "alpha"}
 _LABELS = ("none", "train", "oracle")
+#: Confidences above this, all of them, are not meant as probabilities.
+_CERTAIN = 0.9999
+#: Two zero-shot results that agree on fewer images than this were made with other prompts. Precision and batch size
+#: change fewer predictions.
+_SAME_PROMPTS = 0.98
 #: More rows than this are too many for one figure.
 _MANY = 16
 
@@ -91,17 +96,23 @@ class Row:
 
     @cached_property
     def calibration(self) -> Calibration | None:
-        """How well the confidences fit."""
-        return None if self.run.images is None else calibration(self.run.images.confidence, self.run.images.correct)
+        """How well the confidences fit. None where all are 1, which says nothing: so it is with votes."""
+        images = self.run.images
+        found = self.run.calibration() if images is None else calibration(images.confidence, images.correct)
+        return None if found is None or np.nanmin(found.confidence) > _CERTAIN else found
 
     @cached_property
     def calibration_before(self) -> Calibration | None:
-        """How well those of zero-shot fit, on the same images; None where they cannot be paired."""
-        return None if self.before is None else calibration(self.zero.images.confidence, self.zero.images.correct)
+        """How well those of zero-shot fit, on the same images; None where they are not known."""
+        if self.before is None:
+            return self.run.calibration("_before")
+        return calibration(self.zero.images.confidence, self.zero.images.correct)
 
     @property
     def ece(self) -> float | None:
         """Expected calibration error."""
+        if self.calibration is None and (self.run.images is not None or self.run.calibration() is not None):
+            return None
         return self.run.number("vs2_ece") if self.calibration is None else self.calibration.ece
 
     @property
@@ -149,17 +160,23 @@ class Curve:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """The results of one backbone on one data set."""
+    """The results of one backbone on one data set, with the same prompts as far as that can be told."""
 
     backbone: str
     pretrained: str
     rows: list[Row]
     """Zero-shot first, then by the labels used, vs2 before other methods."""
+    alone: bool = True
+    """Whether all results of the backbone are here: those with other prompts, which have another zero-shot accuracy,
+    are in a group of their own."""
 
     @property
     def title(self) -> str:
-        """The backbone and its weights."""
-        return f"{self.backbone}, {self.pretrained}" if self.pretrained else self.backbone
+        """The backbone and its weights, and the zero-shot accuracy if that is what tells it from others."""
+        words = [self.backbone, self.pretrained]
+        if not self.alone and self.zero is not None:
+            words.append(f"prompts with zero-shot {100 * self.zero.top1:.2f} %")
+        return ", ".join(filter(None, words))
 
     @property
     def zero(self) -> Row | None:
@@ -262,7 +279,10 @@ def summarise(runs: Iterable[Run]) -> list[Section]:
         ranked = [run for run in mine if run.task == "zeroshot_classification" and run.number("acc1") is not None]
         rest = [run for run in mine if run not in ranked]
         backbones = _by(ranked, lambda run: (run.backbone, run.pretrained))
-        groups = [_group(*key, members) for key, members in backbones.items()]
+        groups = []
+        for key, members in backbones.items():
+            parts = _by_prompts(members)
+            groups += [_group(*key, part, alone=len(parts) == 1) for part in parts]
         sections.append(Section(dataset, language, groups, _by(rest, lambda run: run.task)))
     return sections
 
@@ -274,7 +294,36 @@ def _by(runs: Iterable[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
     return found
 
 
-def _group(backbone: str, pretrained: str, runs: list[Run]) -> Group:
+def _by_prompts(runs: list[Run]) -> list[list[Run]]:
+    """Runs whose zero-shot predictions are nearly the same, together. Results do not name their prompts: zero-shot's
+    predictions tell, of a plain model or recorded in a steered run. Runs of which none are known are with the others if
+    these are all alike, else by themselves."""
+    parts: list[tuple[Run, list[Run]]] = []
+    unknown = []
+    for run in sorted(runs, key=lambda run: run.method is not None):
+        plain = run if run.method is None else run.plain
+        if plain is None or plain.images is None:
+            unknown.append(run)
+            continue
+        agreed = [_agreement(plain, other) for other, _ in parts]
+        most = max((share for share in agreed if share is not None), default=None)
+        if not parts or (most is not None and most < _SAME_PROMPTS):
+            parts.append((plain, [run]))
+        else:  # with other images, there is no telling
+            parts[0 if most is None else agreed.index(most)][1].append(run)
+    told = [members for _, members in parts]
+    if len(told) == 1:
+        return [told[0] + unknown]
+    return told + [unknown] * bool(unknown)
+
+
+def _agreement(plain: Run, other: Run) -> float | None:
+    """The share of images that two zero-shot results give the same class; None if they are not of the same ones."""
+    order = _pair(plain, other)
+    return None if order is None else float((plain.images.prediction == other.images.prediction[order]).mean())
+
+
+def _group(backbone: str, pretrained: str, runs: list[Run], alone: bool = True) -> Group:
     def rank(run: Run) -> tuple:
         labels = _LABELS.index(run.labels) if run.labels in _LABELS else len(_LABELS)
         # Of several zero-shot results, the one that has per-image results is the one to compare with.
@@ -296,7 +345,7 @@ def _group(backbone: str, pretrained: str, runs: list[Run]) -> Group:
         )
         for run, label in zip(runs, labels, strict=True)
     ]
-    return Group(backbone, pretrained, rows)
+    return Group(backbone, pretrained, rows, alone)
 
 
 def _label(run: Run, without: Iterable[str] = ()) -> str:
