@@ -251,17 +251,16 @@ class SteeredCLIP(nn.Module):
         facts |= {name: value for name, value in options.items() if value is not None}
         if "labels" in facts:  # the word also says which labels were used at all, just below
             facts["neighbour_labels"] = facts.pop("labels")
-        used = [method.labels_used(options)]
+        used = [method.labels_used(options), *(site.labels for _, site in self._sites() if site is not None)]
         if checkpoint is not None:
-            if method.site == "checkpoint":
-                used += [site.labels for site in checkpoint.select(options["blocks"], method.sae)]
             facts |= {
                 "checkpoint": checkpoint.name,
                 "checkpoint_digest": checkpoint.digest[:16],
                 "transductive": checkpoint.transductive,
             }
         if self._gates:
-            facts.setdefault("k", self._gates[-1].sae.config.k)
+            config = self._gates[-1].sae.config
+            facts = {**facts, "k": config.k, "latents": config.num_latents, **facts}  # an option of that name stays
         facts["labels"] = max(used, key=_LABELS.index)
         return facts
 

@@ -70,7 +70,8 @@ _ALONG = "Results that differ only in this setting. The dashed line is zero-shot
 _CURVE = {
     "alpha": "Results that differ only in strength: alpha = lambda (gamma - 1) is all that matters of gamma and "
     "lambda. The dashed line is zero-shot CLIP.",
-    "k": "Results that differ only in k, the number of active latents of the SAE. The dashed line is zero-shot CLIP.",
+    "k": "Results of SAEs with as many latents that differ in k, the number of active ones; of several with one k, the "
+    "first of the table. The dashed line is zero-shot CLIP.",
     "n": "Results that differ only in N, the number of neighbours retrieved. The dashed line is zero-shot CLIP.",
 }
 _FVU = (

@@ -46,7 +46,7 @@ def write(runs: Iterable[Run], folder: Path) -> list[Path]:
     named: dict[Group, list[tuple[Picture, str]]] = {}
     for section in sections:
         for group in section.groups:
-            whose = (group.title,) if len(section.groups) > 1 else ()
+            whose = (group.backbone, group.pretrained, group.prompts) if len(section.groups) > 1 else ()
             for picture in draw(group):
                 name = _unused(_slug(section.title, *whose, picture.name), files)
                 named.setdefault(group, []).append((picture, name))

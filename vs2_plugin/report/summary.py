@@ -171,12 +171,15 @@ class Group:
     are in a group of their own."""
 
     @property
+    def prompts(self) -> str:
+        """What tells these results from those with other prompts; empty if there are none."""
+        return "" if self.alone or self.zero is None else f"zero-shot {100 * self.zero.top1:.2f} %"
+
+    @property
     def title(self) -> str:
-        """The backbone and its weights, and the zero-shot accuracy if that is what tells it from others."""
-        words = [self.backbone, self.pretrained]
-        if not self.alone and self.zero is not None:
-            words.append(f"prompts with zero-shot {100 * self.zero.top1:.2f} %")
-        return ", ".join(filter(None, words))
+        """The backbone, its weights, and what tells its prompts."""
+        prompts = self.prompts and f"prompts with {self.prompts}"
+        return ", ".join(filter(None, (self.backbone, self.pretrained, prompts)))
 
     @property
     def zero(self) -> Row | None:
@@ -245,7 +248,7 @@ class Group:
     def _alike(self, free: set[str]) -> list[tuple[str, list[Row]]]:
         """The steered results that agree in method, checkpoint, site and all options but the ``free`` ones. One whose
         options were chosen automatically stands for itself."""
-        fixed = sorted(({"method", "checkpoint", "site"} | self._options) - free)
+        fixed = sorted(({"method", "checkpoint", "latents", "site"} | self._options) - free)
         alike: dict[tuple, list[Row]] = {}
         for row in self.steered:
             if row.run.fact("auto") is not None:
