@@ -367,6 +367,14 @@ def test_an_interrupted_extraction_leaves_nothing_half_done(folder, monkeypatch,
     assert train() == 0
 
 
+def test_help_is_written_as_it_is_meant(capsys):
+    with pytest.raises(SystemExit):
+        train_sae.main(["--help"])
+    text = capsys.readouterr().out
+    assert "--retrieval_encoder \\\n      vit_small_patch14_dinov2" in text
+    assert "one pass over the activations" in " ".join(text.split())
+
+
 def test_help_lists_the_flags_of_clip_benchmark(capsys):
     with pytest.raises(SystemExit) as stop:
         train_sae.main(["--help"])

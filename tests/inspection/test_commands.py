@@ -67,6 +67,7 @@ def test_inspect_says_what_steering_did(folder, digit, capsys):
         after = 100 * torch.nn.functional.normalize(model.encode_image(image), dim=-1) @ classifier
         with paused([place.edit for place in model.places]):
             before = 100 * torch.nn.functional.normalize(model.model.encode_image(image), dim=-1) @ classifier
+    assert re.search(r"^  class +before +after +change of the logit$", text, flags=re.MULTILINE)
     shown = re.findall(r"^  (\w+) +([\d.]+) % +([\d.]+) % +([+-][\d.]+)$", text, flags=re.MULTILINE)
     best = {CLASSES[index] for logits in (before, after) for index in logits[0].topk(3).indices}
     assert {name for name, *_ in shown} == best
@@ -294,6 +295,23 @@ def test_mistakes_end_with_one_line(folder, digit, capsys, command, words, model
     assert run(command, *words, model=f"{model}:{TINY}{options}") == 2
     [error] = [line for line in capsys.readouterr().err.splitlines() if line]
     assert error.startswith("vs2: error: ") and all(fragment in error for fragment in fragments)
+
+
+def test_quiet_without_a_page_is_refused(folder, digit, capsys):
+    assert run("inspect", digit(904), "--quiet") == 2
+    assert "give --out FOLDER, or leave --quiet away" in capsys.readouterr().err
+
+
+def test_one_image_is_no_images():
+    from vs2_plugin.cli.findings import describe
+    from vs2_plugin.inspection.latents import LatentStatistics
+
+    fields = dict(
+        images=50, counts=np.array([1]), means=np.array([2.0]), rows=np.array([[7, -1]]),
+        values=np.array([[2.0, 0.0]]), classes=np.array([[0, -1]]), class_counts=np.array([50]),
+    )  # fmt: skip
+    text = describe(LatentStatistics(**fields), 0, ["zero"])
+    assert text == "active in 1 of 50 training images (2.0%), mean 2.00; of the top 1, 1 is 'zero' by zero-shot"
 
 
 def test_a_cut_image_is_one_line(folder, digit, tmp_path, capsys):

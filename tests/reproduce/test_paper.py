@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from vs2_plugin.cli import train_sae
+from vs2_plugin.cli.main import main
 from vs2_plugin.modelstring import parse
 from vs2_plugin.reproduce.reading import read, read_all
 from vs2_plugin.reproduce.run import Reproduction
@@ -115,6 +116,34 @@ def test_every_name_is_one_that_open_clip_and_the_commands_know(tmp_path):
                 train_sae.parser().parse_args(cell.sae.words([0], "root")[1:])
 
 
+def test_no_model_is_evaluated_twice(tmp_path):
+    """Not by the order of its options either."""
+    runs = {run for table in TABLES.values() for cell in table.cells for run in cell.evaluations(0)}
+    meanings = {
+        (spec.method.name, spec.checkpoint, *spec.options.items(), run.weights, run.dataset, run.prompts)
+        for run in runs
+        if ":" in run.model
+        for spec in [parse(run.model)]
+    }
+    assert len(meanings) == sum(":" in run.model for run in runs)
+
+
+def test_the_list_tells_cells_apart(capsys):
+    assert main(["reproduce", str(FOLDER), "--list"]) == 0
+    text = capsys.readouterr().out
+    assert "of not run" not in text and "TPT / CIFAR-100: not run; published 64.09" in text
+    for line in (
+        "VS2 / CIFAR-100: accuracy of vs2:",
+        "CLIP zero-shot, prompt ensemble / CIFAR-100: accuracy of ViT-B-32",
+    ):
+        assert f"  {line}" in text
+    # Within a table, no two cells that are run read the same, but for their titles.
+    for part in text.split(f"{FOLDER}")[1:]:
+        said = [line.partition(": ")[2].partition("; published")[0] for line in part.splitlines()[1:]]
+        said = [line for line in said if line != "not run"]
+        assert len(set(said)) == len(said), part
+
+
 def test_all_of_them_run_on_the_stand_in(tmp_path):
     """The whole of it by the installed command, and again: then nothing is left to do."""
     done = reproduce(str(FOLDER), "--stand_in", "digits", "--out", "out", cwd=tmp_path)
@@ -125,8 +154,9 @@ def test_all_of_them_run_on_the_stand_in(tmp_path):
         for cell, was in zip(facts["cells"], table.cells, strict=True):
             assert (cell["row"], cell["column"]) == (was.row, was.column)
             assert cell["published"] is None and cell["difference"] is None
-            assert (cell["measured"] is None) == (was.model is None)
-            if was.model is not None:
+            runs = was.model is not None or was.best_of
+            assert (cell["measured"] is None) == (not runs)
+            if runs:
                 low, high = {"fvu": (0, 1), "gain": (-100, 100)}.get(was.metric, (0, 100))
                 assert low <= cell["measured"] <= high
                 assert (cell["spread"] is None) == (len(was.seeds) == 1)

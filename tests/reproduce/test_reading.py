@@ -101,6 +101,19 @@ WRONG = {
     "no weights": (GOOD.replace(",openai", ""), "expected MODEL,WEIGHTS"),
     "steered backbone": (GOOD.replace('"ViT', '"vs2:ViT'), "expected MODEL,WEIGHTS"),
     "no data set": (GOOD.replace("dataset: cifar100\n", ""), "no 'dataset'"),
+    "best of no row": (
+        GOOD.replace("sae: {k: 32}, seeds: [3, 1]}", "seeds: [0]}\n  best: {best_of: [VS3]}"),
+        "'VS3'; expected",
+    ),
+    "best of itself": (
+        GOOD.replace("seeds: [3, 1]}", "seeds: [0]}\n  best: {best_of: [best]}"),
+        "'best'; expected other",
+    ),
+    "best of a column": (GOOD.replace("A: {}", "A: {best_of: [VS2]}"), "columns: A: unknown key 'best_of'"),
+    "best of and a model": (
+        GOOD.replace("seeds: [3, 1]}", 'seeds: [0]}\n  best: {model: "{backbone}", best_of: [VS2]}'),
+        "leave out model",
+    ),
     "no rows": (GOOD.partition("rows:")[0], "no 'rows'"),
     "empty rows": (GOOD.partition("rows:")[0] + "rows: {}", "rows: is empty"),
     "rows that are a list": (GOOD.partition("rows:")[0] + "rows: [a]", "rows: ['a']; expected keys"),
@@ -137,7 +150,7 @@ def test_a_wrong_file_is_one_line_with_its_name_and_the_place(name, tmp_path):
 def test_files_that_are_not_there_or_clash_are_named(tmp_path):
     with pytest.raises(SettingError, match=r"nothing\.yaml: cannot be read: No such file"):
         read(tmp_path / "nothing.yaml")
-    with pytest.raises(SettingError, match=r"no \*\.yaml in the folder"):
+    with pytest.raises(SettingError, match=rf"no \*\.yaml in the folder {tmp_path};"):
         read_all([tmp_path])
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()

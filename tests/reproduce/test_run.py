@@ -1,9 +1,11 @@
 """Running a table: its numbers, what is not done twice, what cannot be done."""
 
+import gc
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -14,8 +16,10 @@ import pytest
 
 from vs2_plugin.cli.main import main
 from vs2_plugin.errors import DataError
+from vs2_plugin.modelstring import parse
 from vs2_plugin.reproduce.reading import read
 from vs2_plugin.reproduce.run import Reproduction
+from vs2_plugin.reproduce.table import markdown
 
 from .conftest import SMALL, reproduce, words
 
@@ -73,6 +77,11 @@ def test_what_is_printed_is_the_table_and_the_commands(finished):
     assert "Stand-in: the tiny CLIP" in finished.output and "64.52" not in finished.output
     assert len(commands(finished.output, "vs2-train-sae")) == len(commands(finished.output, "clip_benchmark")) == 1
     assert len(evaluated(finished.output)) == 3
+    models = evaluated(finished.output)
+    expected = [f"[{number} of 3] {model} on wds/digits" for number, model in enumerate(models, 1)]
+    assert [line for line in finished.output.splitlines() if line.startswith("[")] == expected
+    assert "vs2 report out/results" in finished.output
+    assert "nanobind" not in finished.errors
     assert "Traceback" not in finished.errors and "Traceback" not in (finished.out / "log.txt").read_text()
 
 
@@ -203,17 +212,24 @@ def test_what_is_missing_is_told_for_each_cell_and_the_rest_goes_on(finished, tm
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert "6 of 8 cells could not be measured" in done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("Not measured: ")]
-    assert len(lines) == 6
     expected = {
-        "elsewhere": "clip_benchmark does not fetch wds/elsewhere; make webdataset shards in ",
-        "no weights": "write 'ViT-B-32-quickgelu,PATH' for the backbone",
-        "no model": "open_clip has no model 'ViT-B-99'",
+        "'elsewhere'": "clip_benchmark does not fetch wds/elsewhere; make webdataset shards in ",
+        "'no weights'": "write 'ViT-B-32-quickgelu,PATH' for the backbone",
+        "'no model'": "open_clip has no model 'ViT-B-99'",
     }
-    for row in ("plain", "VS2"):
+    for text in (done.stdout, (tmp_path / "o{u}t" / "missing.md").read_text()):
+        lines = [line for line in text.splitlines() if line.startswith("Not measured")]
+        assert len(lines) == 3  # one of each reason
         for column, reason in expected.items():
-            (line,) = [line for line in lines if line.startswith(f"Not measured: {row} / {column}: ")]
+            (line,) = [line for line in lines if line.startswith(f"Not measured, 2 cells (column {column}): ")]
             assert reason in line
+    (weights,) = [line for line in lines if "ViT-B-32-quickgelu,PATH" in line]
+    assert "tried once, and not again for other cells" in weights
+    assert done.stdout.count("# looking for the weights of ViT-B-32-quickgelu,openai") == 1
+    # Said when it is found, the folder that only the user can fill before all others.
+    early = [line for line in done.stderr.splitlines() if line.startswith("vs2: missing: ")]
+    assert [part in line for part, line in zip(("elsewhere", "ViT-B-32", "ViT-B-99"), early, strict=True)] == [True] * 3
+    assert all(len(line) < 250 for line in early)
     cells = json.loads((tmp_path / "o{u}t" / "missing.json").read_text())["cells"]
     measured = {(c["row"], c["column"]): c for c in cells if c["measured"] is not None}
     assert list(measured) == [("plain", "digits"), ("VS2", "digits")]
@@ -237,11 +253,12 @@ def test_a_training_that_fails_is_told_and_the_rest_goes_on(finished, tmp_path, 
         raise DataError("no\nluck")
 
     work = Reproduction([table], tmp_path / "out", "{dataset}", train)
-    monkeypatch.setattr(work, "_command", lambda command: "not this time")
+    monkeypatch.setattr(work, "_command", lambda batch: "not this time")
     work.run()
     assert work.finish() == 2
     text = capsys.readouterr().out
-    assert "Not measured: plain / digits: not this time" in text and "Not measured: VS2 / digits: no luck" in text
+    assert "Not measured, 1 cell (plain / digits): not this time" in text
+    assert "Not measured, 1 cell (VS2 / digits): no luck" in text
 
 
 def test_one_model_that_fails_does_not_keep_the_others_from_it(copied, monkeypatch):
@@ -260,20 +277,18 @@ def test_one_model_that_fails_does_not_keep_the_others_from_it(copied, monkeypat
         work.results(run).unlink()
     calls = []
 
-    def command(line):
-        models = line[line.index("--model") + 1 : line.index("--pretrained")]
-        calls.append(models)
-        for run in runs:
-            if run.model in models:
-                if run is runs[bad]:
-                    return "no luck"
-                work.results(run).write_bytes(kept[run.model])
+    def command(batch):
+        calls.append(batch)
+        for run in batch:
+            if run == runs[bad]:
+                return "no luck"
+            work.results(run).write_bytes(kept[run.model])
 
     monkeypatch.setattr(work, "_command", command)
     bad = 1
     work.run()
-    assert work.problems == {runs[1]: "no luck"}
-    assert [len(models) for models in calls] == [3, 2, 1, 1]
+    assert work.problems == {runs[1]: ("no luck",)}
+    assert [len(batch) for batch in calls] == [3, 2, 1, 1]
 
 
 def test_a_class_that_is_not_there_is_told(copied, capsys):
@@ -301,7 +316,7 @@ def test_what_cannot_be_fetched_is_told_in_a_line(tmp_path, monkeypatch):
         raise SystemExit(1)
 
     monkeypatch.setattr(builder, "build_dataset", build_dataset)
-    line = missing_data("caltech101", str(tmp_path), "test")
+    line = str(missing_data("caltech101", str(tmp_path), "test"))
     assert "could not fetch caltech101 into " in line and "GDown is needed" in line and "\n" not in line
     assert missing_data("wds/x", "https://example.org/{dataset}", "test") is None
 
@@ -321,3 +336,122 @@ def test_training_on_the_images_that_are_evaluated_is_marked(tmp_path, monkeypat
     work.out.mkdir()
     assert work.finish() == 0
     assert "Transductive, trained on the images that are evaluated: VS2 / A." in capsys.readouterr().out
+
+
+TWICE = """\
+title: The same, written twice
+dataset: wds/digits
+backbone: "local-dir:tiny-clip,"
+columns: {A: {}}
+rows:
+  one: {model: "rag:{backbone}@mix=0.25@n=5@labels=oracle"}
+  other order: {model: "rag:{backbone}@n=5@labels=oracle@mix=0.25"}
+  default given: {model: "rag:{backbone}@n=5@labels=oracle@mix=0.25@encoder=clip"}
+  other prompts: {model: "rag:{backbone}@n=5@labels=oracle@mix=0.25", prompts: "a {c}"}
+  other data: {model: "rag:{backbone}@n=5@labels=oracle@mix=0.25", dataset: wds/others, train_on: [wds/digits]}
+  other value: {model: "rag:{backbone}@n=6@labels=oracle@mix=0.25"}
+  plain: {model: "{backbone}"}
+"""
+
+
+def test_models_of_one_meaning_share_an_evaluation(tmp_path):
+    (tmp_path / "twice.yaml").write_text(TWICE)
+    cells = {cell.row: cell.evaluation(0) for cell in read(tmp_path / "twice.yaml").cells}
+    assert cells["one"] == cells["other order"] == cells["default given"]
+    assert len(set(cells.values())) == 5
+    assert cells["plain"].model == "local-dir:tiny-clip"
+    # A default says something where it unsets another option.
+    strength = TWICE.replace("rag:{backbone}@mix=0.25@n=5@labels=oracle", "vs2:{backbone}@lam=3@gamma=1.5")
+    (tmp_path / "twice.yaml").write_text(strength.replace("rag:{backbone}@n=6@labels=oracle@mix=0.25",
+                                                          "vs2:{backbone}@alpha=1.5"))  # fmt: skip
+    cells = {cell.row: cell for cell in read(tmp_path / "twice.yaml").cells}
+    for row in ("one", "other value"):
+        assert parse(cells[row].evaluation(0).model).options == cells[row].spec.options
+
+
+def test_all_that_is_missing_is_told_and_tried_once(tmp_path, monkeypatch, capsys):
+    from vs2_plugin.reproduce import run
+    from vs2_plugin.reproduce.fetch import Missing
+
+    tried = []
+
+    def missing(*given):
+        tried.append(given)
+        return Missing(f"no {given[0]}", "get it")
+
+    for name in ("missing_weights", "missing_encoder"):
+        monkeypatch.setattr(run, name, missing)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "table.yaml").write_text(
+        'title: T\nbackbone: "B,w"\nseeds: [0, 1]\nsae: {retrieval_encoder: dino}\n'
+        "columns:\n  A: {dataset: wds/a}\n  B: {dataset: wds/b}\n"
+        'rows:\n  plain: {model: "{backbone}"}\n  VS2: {model: "vs2:{backbone}"}\n'
+    )
+    work = Reproduction([read(tmp_path / "table.yaml")], tmp_path / "out", "root/{dataset}", lambda words: None)
+    work.run()
+    assert work.finish() == 4
+    assert tried == [("B", "w"), ("dino",)]
+    output, errors = capsys.readouterr()
+    lines = [line.partition(": ")[::2] for line in output.splitlines() if line.startswith("Not measured")]
+    assert {reason.partition(";")[0]: which for which, reason in lines} == {
+        "no folder root/a of wds/a": "Not measured, 2 cells (column 'A')",
+        "no folder root/b of wds/b": "Not measured, 2 cells (column 'B')",
+        "no B": "Not measured, 4 cells (all of the table)",
+        "no dino": "Not measured, 2 cells (row 'VS2')",
+    }
+    assert errors.splitlines() == [
+        "vs2: missing: no folder root/a of wds/a", "vs2: missing: no folder root/b of wds/b", "vs2: missing: no B",
+        "vs2: missing: no dino",
+    ]  # fmt: skip
+
+
+def test_reasons_are_cut_between_words(monkeypatch):
+    from vs2_plugin.clip import backbone
+    from vs2_plugin.errors import TowerError
+    from vs2_plugin.reproduce.command import _reason
+    from vs2_plugin.reproduce.fetch import missing_weights
+
+    words = " ".join(["connection"] * 100)
+    assert set(_reason(words, 1).partition(": ")[2].split()) == {"connection", "..."}
+
+    def load_backbone(*given):
+        raise TowerError(words[:305]) from OSError(words)
+
+    monkeypatch.setattr(backbone, "load_backbone", load_backbone)
+    why = missing_weights("B", "w").why
+    assert set(why.partition("OSError: ")[2].split()) == {"connection", "...)"}
+
+
+def test_a_page_of_results_is_recommended_only_where_there_are_some(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "table.yaml").write_text(
+        'title: T\nbackbone: "ViT-B-99,w"\ndataset: wds/a\ncolumns: {A: {}}\nrows: {plain: {model: "{backbone}"}}\n'
+    )
+    assert main(["reproduce", "table.yaml", "--out", "out"]) == 1
+    output = capsys.readouterr().out
+    assert "The tables are in out" in output and "vs2 report" not in output
+
+
+def test_nothing_stays_frozen_after_a_training(copied):
+    """Python frees nothing at its end that the garbage collector was told to leave alone."""
+    shutil.rmtree(next(copied.glob("out/store/checkpoints/*-seed1")))
+    assert main([*AGAIN, "--quiet"]) == 0
+    assert gc.get_freeze_count() == 0
+
+
+def test_the_best_of_several_rows_is_theirs_and_says_how_it_was_chosen(tmp_path):
+    (tmp_path / "best.yaml").write_text(
+        'title: T\nbackbone: "B,w"\ndataset: wds/a\ncolumns: {A: {}}\nmodel: "vs2:{backbone}"\n'
+        "rows:\n  weak: {options: {lam: 1}}\n  strong: {options: {lam: 2}}\n  best: {best_of: [weak, strong]}\n"
+        "published: {best: [70]}\n"
+    )
+    work = Reproduction([read(tmp_path / "best.yaml")], tmp_path / "out", "root", lambda words: None)
+    work._value = lambda cell, seed: {1.0: 60.0, 2.0: 71.0}[cell.spec.options["lam"]]
+    measured = work.measured(work.tables[0])
+    assert (measured[2].mean, measured[2].difference) == (71, 1)
+    text = markdown(work.tables[0], measured)
+    assert "best / A: that of 'strong'" in text and "chosen on the images that are evaluated" in text
+    work.problems[work.cells[0].sae.name(0)] = ("no luck",)
+    measured = work.measured(work.tables[0])
+    assert measured[2].mean is None  # the best of some is not the best of all
+    assert "Not measured, 1 cell (best / A): not all of the rows" in markdown(work.tables[0], measured)

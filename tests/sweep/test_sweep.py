@@ -294,7 +294,9 @@ def test_an_interruption_leaves_whole_files_and_says_how_to_go_on(here, monkeypa
 
     monkeypatch.setattr(run, "write_result", interrupted)
     assert sweep(f"vs2:{TINY}@lam=1:4:1", output="i/{model}.json") == 130
-    assert "--skip_existing" in capsys.readouterr().err
+    assert "interrupted; 2 of 5 results are in i; to go on, give the same command with --skip_existing\n" in (
+        capsys.readouterr().err
+    )
     assert [path.name for path in (here / "i").iterdir()] and len(list((here / "i").iterdir())) == 2
     monkeypatch.setattr(run, "write_result", inner)
     assert sweep(f"vs2:{TINY}@lam=1:4:1", output="i/{model}.json", words=("--skip_existing",)) == 0

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from vs2_plugin.cli.common import counted
 from vs2_plugin.cli.inspected import NO_WORDS, Subject, scan_gallery, words_of
 from vs2_plugin.cli.pictures import Thumbnail, TrainingPictures, thumbnail
 
@@ -201,7 +202,7 @@ class Inspector:
             for one, latent in zip(chosen.tolist(), moved.latents[chosen].tolist(), strict=True)
         ]
         if others:
-            at.lines.append(Line(f"{others} other latents", (parts.sum(0) - parts[chosen].sum(0)).tolist()))
+            at.lines.append(Line(counted(others, "other latent"), (parts.sum(0) - parts[chosen].sum(0)).tolist()))
         at.lines += [
             Line(moved.rest, columns(found.rest).tolist()),
             Line("remainder", columns(found.remainder).tolist()),
@@ -252,7 +253,7 @@ class Inspector:
         names = dict(enumerate(self.subject.classes)) if kind == "pseudo" or len(self.gallery.datasets) == 1 else {}
         side = ["" for _ in range(hood.rows.shape[1])]
         whose = "zero-shot class" if kind == "pseudo" else "training label"
-        about = f"The {int(hood.valid.sum())} nearest training images, nearest first, each with its {whose}"
+        about = f"The {counted(int(hood.valid.sum()), 'nearest training image')}, nearest first, each with its {whose}"
         if options.get("rule") is not None:
             count = max(int(labels.max()) + 1, len(self.subject.classes))
             on_device = labels.to(retriever.device)
@@ -260,7 +261,7 @@ class Inspector:
             side = ["S+" if label == int(chosen[0]) else "S-" for label in labels[0].tolist()]
             name = names.get(int(chosen[0]), f"class {int(chosen[0])}")
             about += f". Steered towards the {side.count('S+')} of {name!r} (S+)"
-            about += f", away from the {side.count('S-')} others (S-)"
+            about += f", away from the {counted(side.count('S-'), 'other')} (S-)"
         finding.about_neighbours = f"{about}."
         rows = zip(hood.rows[0], labels[0].tolist(), hood.similarity[0], hood.valid[0], side, strict=True)
         finding.neighbours = [
@@ -303,6 +304,6 @@ def describe(statistics: LatentStatistics, latent: int, classes: list[str]) -> s
     label, votes = (int(values[latent]) for values in statistics.purity)
     images, mean, shown = statistics.images, statistics.means[latent], int(statistics.shown[latent])
     return (
-        f"active in {count:,} of {images:,} training images ({count / images:.1%}), mean {mean:.2f}; of the top "
-        f"{shown}, {votes} are {classes[label]!r} by zero-shot"
+        f"active in {count:,} of {counted(images, 'training image')} ({count / images:.1%}), mean {mean:.2f}; of "
+        f"the top {shown}, {votes} {'is' if votes == 1 else 'are'} {classes[label]!r} by zero-shot"
     )

@@ -6,10 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from vs2_plugin.cli.common import AGAIN, load_torch
 from vs2_plugin.cli.findings import Finding, Inspector
 from vs2_plugin.cli.inspected import TOP_IMAGES, WORDS, add_settings, open_subject, positive, say
 from vs2_plugin.cli.pictures import read_image
-from vs2_plugin.errors import HarnessError
+from vs2_plugin.errors import HarnessError, SettingError
 
 __all__ = ["add_inspect"]
 
@@ -54,11 +55,15 @@ def add_inspect(commands: argparse._SubParsersAction) -> None:
     add("--top", type=positive, default=5, help="classes shown, before and after (default: %(default)s)")
     add("--latents", type=positive, default=8, help="latents shown for each image and site (default: %(default)s)")
     add("--out", type=Path, help="folder for a page with pictures (index.html); by default there is none")
-    add("--quiet", action="store_true", help="print nothing but errors")
-    command.set_defaults(run=_inspect)
+    add("--quiet", action="store_true", help="print nothing but errors; needs --out")
+    command.set_defaults(run=_inspect, interrupted=AGAIN)
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    if args.quiet and args.out is None:
+        raise SettingError("--quiet prints nothing, and without --out nothing is written: give --out FOLDER, or leave "
+                           "--quiet away")  # fmt: skip
+    load_torch()
     from vs2_plugin.modelstring import parse
 
     method = parse(args.model).method
@@ -98,11 +103,11 @@ def _text(finding: Finding) -> list[str]:
     """What is printed of one image."""
     width = max(len(change.name) for change in finding.classes)
     width = min(max(width, 5), 32)
-    lines = [finding.path, f"  {'class':<{width}}   before    after   logit"]
+    lines = [finding.path, f"  {'class':<{width}}   before    after  change of the logit"]
     for change in finding.classes:
         name = change.name if len(change.name) <= width else change.name[: width - 3] + "..."
         lines.append(
-            f"  {name:<{width}}  {100 * change.before:5.1f} %  {100 * change.after:5.1f} %  {change.change:+6.2f}"
+            f"  {name:<{width}}  {100 * change.before:5.1f} %  {100 * change.after:5.1f} %  {change.change:+19.2f}"
         )
     for at in finding.places:
         lines.append(f"  {at.site}: {at.decision}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vs2_plugin.errors import DataError
+from vs2_plugin.errors import DataError, reason_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -164,10 +164,9 @@ def _of_data_set(args: argparse.Namespace) -> tuple[list[str], Any]:
                 dataset_name=args.dataset, root=root, split="test", download=True, wds_cache_dir=args.wds_cache_dir
             )
     except (Exception, SystemExit) as error:  # a download, a missing file or package: anything
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise DataError(
             f"clip_benchmark could not build {args.dataset!r} in {args.dataset_root!r}, which tells the class names "
-            f"({reason}); put the data there, {hint}"
+            f"({reason_of(error)}); put the data there, {hint}"
         ) from error
     classes, prompts = getattr(found, "classes", None), getattr(found, "templates", None)
     if not classes or len(classes) < 2 or not prompts:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vs2_plugin.cli.common import AGAIN, counted, load_torch
 from vs2_plugin.cli.inspected import (
     NO_WORDS,
     TOP_IMAGES,
@@ -49,19 +50,19 @@ examples:
 _GROUPS = {
     "random": (
         "Random latents",
-        "{count} drawn evenly from the {alive:,} latents that are not dead, by a fixed seed. These stand for the SAE; "
-        "the other groups are extremes.",
+        "{latents} drawn evenly from the {alive:,} that are not dead, by a fixed seed. This group stands for the SAE; "
+        "the others are extremes.",
     ),
-    "frequent": ("Most frequent (densest)", "The {count} latents that are active in the most training images."),
+    "frequent": ("Most frequent (densest)", "{latents} active in the most training images."),
     "strong": (
         "Strongest",
-        "The {count} latents with the largest mean activation over the images in which they are active.",
+        "{latents} of the largest mean activation over the images in which a latent is active.",
     ),
     "pure": (
         "Purest",
-        "The {count} latents most of whose {top} top images have one zero-shot class, among the {full:,} that have "
-        "{top} (a latent with one image is pure by itself); of equals, the more frequent. The purest of many are pure "
-        "by selection too: compare the figure.",
+        "{latents} of the largest purity, among the {full:,} that have {top} top images (a latent with one image is "
+        "pure by itself); of equals, the more frequent. The purest of many are pure by selection too: "
+        "compare the figure.",
     ),
 }
 _PURITY = (
@@ -89,7 +90,7 @@ def add_latents(commands: argparse._SubParsersAction) -> None:
     add("--limit", type=positive, default=100, help="latents shown, a quarter in each group (default: %(default)s)")
     add("--out", type=Path, default=Path("latents"), help="folder to write (default: %(default)s)")
     add("--quiet", action="store_true", help="print nothing but errors")
-    command.set_defaults(run=_latents)
+    command.set_defaults(run=_latents, interrupted=AGAIN)
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ class Group:
 
 
 def _latents(args: argparse.Namespace) -> None:
+    load_torch()
     import numpy as np
 
     from vs2_plugin.checkpoint.gallery import open_gallery
@@ -221,7 +223,8 @@ class _Table:
             facts.append(
                 (
                     "purity",
-                    f"{mean:.1%} on average over {int(full.sum()):,} latents; by chance it would be {expected:.1%}",
+                    f"{mean:.1%} on average over {counted(int(full.sum()), 'latent')}; by chance it would be "
+                    f"{expected:.1%}",
                 )
             )
         return facts
@@ -230,10 +233,10 @@ class _Table:
         """A latent's numbers, in a line."""
         found, shown = self.found, int(self._shown[latent])
         count, share, mean = found.counts[latent], found.frequencies[latent], found.means[latent]
-        name = self.subject.classes[self._label[latent]]
+        name, votes = self.subject.classes[self._label[latent]], int(self._votes[latent])
         return (
-            f"active in {count:,} images ({share:.2%}), mean {mean:.2f}; "
-            f"purity {self._votes[latent] / shown:.0%} ({self._votes[latent]} of {shown} are {name!r}; by chance "
+            f"active in {counted(count, 'image')} ({share:.2%}), mean {mean:.2f}; "
+            f"purity {votes / shown:.0%} ({votes} of {shown} {'is' if votes == 1 else 'are'} {name!r}; by chance "
             f"{self._chance(latent)[0]:.0%})"
         )
 
@@ -251,7 +254,7 @@ class _Table:
                 for latent in latents.tolist()
             ]  # fmt: skip
             if cards:
-                said = how.format(count=len(cards), top=TOP_IMAGES, full=full, alive=alive)
+                said = how.format(latents=counted(len(cards), "latent"), top=TOP_IMAGES, full=full, alive=alive)
                 groups.append(Group(title, said, cards))
         return groups
 

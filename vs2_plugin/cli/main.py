@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--out", type=Path, default=Path("vs2-demo"), help="folder to work in (default: %(default)s)")
     demo.add_argument("--quiet", action="store_true", help="hide the output of the commands")
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(run=_demo, interrupted="; nothing of it is kept: the same command starts again")
 
     methods = commands.add_parser(
         "methods", help="every steering method with its options", epilog="example: vs2 methods | less"
@@ -89,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command."""
     args = parser().parse_args(argv)
-    return end_well("vs2", lambda: args.run(args))
+    return end_well("vs2", lambda: args.run(args), getattr(args, "interrupted", ""))
 
 
 def _demo(args: argparse.Namespace) -> None:

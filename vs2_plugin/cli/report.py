@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from vs2_plugin.cli.common import AGAIN
+
 __all__ = ["add_report"]
 
 _DESCRIPTION = """\
@@ -38,7 +40,7 @@ def add_report(commands: argparse._SubParsersAction) -> None:
     )
     report.add_argument("--out", type=Path, default=Path("report"), help="folder to write (default: %(default)s)")
     report.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    report.set_defaults(run=_report)
+    report.set_defaults(run=_report, interrupted=AGAIN)
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vs2_plugin.reproduce.plan import Table
+    from vs2_plugin.reproduce.plan import Cell, Table
 
 __all__ = ["add_reproduce"]
 
@@ -23,7 +24,7 @@ of the paper are in benchmark_configs/paper, whose README.md says how they are w
 
 Every command that is run is printed, and can be typed. What exists is not done again: checkpoints are found by their
 settings, results by the digest of their checkpoint. After an interruption the same command goes on. What cannot be
-fetched is told, a line per cell, and everything else is measured; the exit code is then 1.
+fetched is told, a line per reason, and everything else is measured; the exit code is then 1.
 
 With --stand_in digits all of it runs offline in minutes, on the tiny CLIP and the handwritten digits that come with the
 package. That shows that the file works, and nothing about the paper."""
@@ -124,14 +125,14 @@ def _work(
         missing = work.finish()
     total = sum(len(table.cells) for table in tables)
     if missing:
-        print(
-            f"vs2: {missing} of {total} cells could not be measured, each with its reason above; the others are kept, "
-            "and the same command goes on from there",
-            file=sys.stderr,
+        kept = (
+            "the others are kept, and the same command goes on from there" if missing < total else "no number was found"
         )
+        print(f"vs2: {missing} of {total} cells could not be measured, the reasons are above; {kept}", file=sys.stderr)
     if not args.quiet:
-        print(f"\nThe tables are in {args.out}, as .md and .json; a page with all results: vs2 report "
-              f"{args.out / 'results'}")  # fmt: skip
+        any_results = any(out.glob("results/*/*.json"))
+        page = f"; a page with all results: vs2 report {args.out / 'results'}" if any_results else ""
+        print(f"\nThe tables are in {args.out}, as .md and .json{page}")
     return 1 if missing else 0
 
 
@@ -149,6 +150,9 @@ def _train(quiet: bool):
                 training.run(args, processes)
         finally:
             sys.argv = typed
+            # The training froze what was loaded by then. What is still frozen when Python ends is never freed, and
+            # triton, which torch brings along, complains of that at length.
+            gc.unfreeze()
 
     return train
 
@@ -182,7 +186,56 @@ def _variables(environment: Mapping[str, str]) -> Iterator[None]:
 def _list(tables: Sequence[Table]) -> None:
     for table in tables:
         print(f"{table.path}: {table.title}, {len(table.cells)} cells")
-        for cell in table.cells:
-            published = "" if cell.published is None else f", published {cell.published}"
-            what = f"{cell.model} ({cell.weights or 'own weights'})" if cell.model else "not run"
-            print(f"  {cell.row} / {cell.column}: {cell.metric} of {what} on {cell.dataset}{published}")
+        settings = [_settings(cell) for cell in table.cells]
+        # A setting that does not differ is that of the table: said once.
+        values: dict[str, set[str]] = {}
+        for one in settings:
+            for name, value in one.items():
+                values.setdefault(name, set()).add(value)
+        steered = sum(cell.sae is not None for cell in table.cells)
+        common = {
+            name
+            for name, found in values.items()
+            if len(found) == 1 and (name == "prompts" or sum(name in one for one in settings) == steered)
+        }
+        shared = [text for name in values if name in common for text in values[name]]
+        if shared:
+            print(f"  everywhere: {'; '.join(shared)}")
+        for cell, mine in zip(table.cells, settings, strict=True):
+            own = [text for name, text in mine.items() if name not in common]
+            print(f"  {cell.row} / {cell.column}: {'; '.join([_what(cell), *own, *_published(cell)])}")
+
+
+def _what(cell: Cell) -> str:
+    """What a cell is a number of."""
+    if cell.best_of:
+        return f"the best {cell.metric} of the rows {', '.join(map(repr, cell.best_of))}"
+    if cell.model is None:
+        return "not run"
+    which = {"fvu": "FVU of the SAE of", "gain": f"gain in class {cell.of_class!r} by"}
+    if cell.metric == "gain" and cell.of_class is None:
+        which["gain"] = "largest gain in any class by"
+    model = f"{cell.model} ({cell.weights or 'own weights'})"
+    return f"{which.get(cell.metric, f'{cell.metric} of')} {model} on {cell.dataset}"
+
+
+def _published(cell: Cell) -> list[str]:
+    if cell.published is None:
+        return []
+    ends = cell.published if isinstance(cell.published, tuple) else (cell.published,)
+    return [f"published {' to '.join(map(str, ends))}"]
+
+
+def _settings(cell: Cell) -> dict[str, str]:
+    """What a cell is run with beside its model: setting -> in words."""
+    if cell.model is None:
+        return {}
+    prompts = ", ".join(map(repr, cell.prompts)) or "those of clip_benchmark"
+    made = {} if cell.metric == "fvu" else {"prompts": f"prompts: {prompts}"}
+    if cell.sae is not None:
+        made |= {name: f"SAE {name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+                 for name, value in cell.sae.flags}  # fmt: skip
+        if cell.sae.datasets != (cell.dataset,):
+            made["trained on"] = f"SAE trained on {' '.join(cell.sae.datasets)}"
+        made["seeds"] = f"seeds of the SAE {' '.join(map(str, cell.seeds))}"
+    return made

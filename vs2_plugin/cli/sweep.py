@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from typing import TYPE_CHECKING
+
+from vs2_plugin.cli.common import counted, is_interruption, load_torch
+
+if TYPE_CHECKING:
+    from vs2_plugin.sweep.run import Plan
 
 __all__ = ["add_sweep"]
 
@@ -31,7 +38,8 @@ width of the embedding) are in memory at once. Kept in memory: the activations o
 
 Written beside each other: the results of each point and of the plain model (as clip_benchmark writes them, so that
 clip_benchmark build and vs2 report read them), a table (sweep.csv), and a heat map or a curve for each model string
-with several values."""
+with several values. A sweep keeps no per-image results, whatever VS2_PER_IMAGE says: for those of single points, run
+VS2_PER_IMAGE=1 clip_benchmark eval."""
 
 _EXAMPLES = """\
 examples:
@@ -74,8 +82,9 @@ def add_sweep(commands: argparse._SubParsersAction) -> None:
     add("--quiet", action="store_true", help="print nothing but errors")
     # What else clip_benchmark's settings hold, for its checks.
     sweep.set_defaults(
-        run=_sweep, model_type="open_clip", pretrained_model="", task="zeroshot_classification", skip_load=False
-    )
+        run=_sweep, interrupted="; nothing was written: the same command starts again", model_type="open_clip",
+        pretrained_model="", task="zeroshot_classification", skip_load=False,
+    )  # fmt: skip
 
 
 def _positive(text: str) -> int:
@@ -86,20 +95,25 @@ def _positive(text: str) -> int:
 
 
 def _sweep(args: argparse.Namespace) -> int:
+    load_torch()
+    from vs2_plugin.harness.register import PER_IMAGE
     from vs2_plugin.sweep.run import plan, sweep
 
     made = plan(args)
+    if not args.quiet and os.environ.get(PER_IMAGE, "") not in ("", "0"):
+        print(
+            f"vs2: a sweep keeps no per-image results; {PER_IMAGE}=1 clip_benchmark eval does, for the points you name",
+            file=sys.stderr,
+        )
     if not args.quiet:
         there = len(made.files) - len(made.pending)
         print(f"{len(made.points)} point(s) and {len(made.backbones)} plain model(s); {there} have results already")
     try:
         found = sweep(made, args.quiet)
-    except KeyboardInterrupt:
-        print(
-            f"\nvs2: interrupted; the results so far are in {made.folder}; to go on, give the same command with "
-            "--skip_existing",
-            file=sys.stderr,
-        )
+    except (KeyboardInterrupt, RuntimeError) as error:
+        if not is_interruption(error):
+            raise
+        print(f"\nvs2: interrupted; {_left(made)}", file=sys.stderr)
         return 130
     if not args.quiet:
         for backbone, accuracy in found.plain.items():
@@ -109,3 +123,15 @@ def _sweep(args: argparse.Namespace) -> int:
         for path in (made.folder, *found.written):
             print(f"wrote {path}")
     return 0
+
+
+def _left(made: Plan) -> str:
+    """What an interrupted sweep has left, and how to go on."""
+    kept = len(made.files) - len(made.pending)
+    if len(made.results) <= kept:
+        there = f"nothing was added to {counted(kept, 'result')} in {made.folder}" if kept else "nothing was written"
+        return f"{there}: all points are evaluated together, in one pass of the images; the same command starts again"
+    written = f"{len(made.results)} of {len(made.files)} results are in {made.folder}"
+    older = sum(made.files[model].exists() for model in made.pending if model not in made.results)
+    hint = f" (it keeps {counted(older, 'older result')} there, too: remove what is out of date)" if older else ""
+    return f"{written}; to go on, give the same command with --skip_existing{hint}"

@@ -8,10 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE
-from vs2_plugin.cli import training
-from vs2_plugin.cli.common import end_well
-from vs2_plugin.processes import joined
+from vs2_plugin.cli.common import end_well, load_torch
 
 __all__ = ["main", "parser"]
 
@@ -26,7 +23,7 @@ examples:
   vs2-train-sae --model ViT-B-32 --pretrained laion2b_s34b_b79k --dataset wds/mine --dataset_root mine --k 32
   vs2-train-sae --model ViT-B-32-quickgelu --pretrained openai --dataset cifar100 food101 --name both
   vs2-train-sae --model ViT-L-14 --pretrained openai --dataset cars --name cars-wide --expansion_factor 10 --k 128
-  vs2-train-sae --model ViT-B-32-quickgelu --pretrained openai --dataset cifar100 --retrieval_encoder \
+  vs2-train-sae --model ViT-B-32-quickgelu --pretrained openai --dataset cifar100 --retrieval_encoder \\
       vit_small_patch14_dinov2 --gallery_labels
 
 several at once:
@@ -43,6 +40,7 @@ afterwards:
 
 def parser() -> argparse.ArgumentParser:
     """The command line. Flags that clip_benchmark has too have its names and defaults."""
+    from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE
     from vs2_plugin.sae.config import RECIPES, TrainConfig
 
     made = argparse.ArgumentParser(
@@ -94,9 +92,9 @@ def parser() -> argparse.ArgumentParser:
 
     sae = made.add_argument_group(
         "SAE",
-        "--k, --expansion_factor, --pass_weight and --seed take several values: all SAEs are trained from one pass over"
-        "the activations, each combination a checkpoint called NAME-k32-x8-seed1; --pass_weight 0 0.8 puts the plain "
-        "SAE and that of PASS into one checkpoint",
+        "--k, --expansion_factor, --pass_weight and --seed take several values: all SAEs are trained from one pass "
+        "over the activations, each combination a checkpoint called NAME-k32-x8-seed1; --pass_weight 0 0.8 puts the "
+        "plain SAE and that of PASS into one checkpoint",
     )
     sae.add_argument(
         "--recipe",
@@ -192,7 +190,12 @@ def _at_least(least: int) -> Callable[[str], int]:
     return number
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(argv: Sequence[str] | None) -> None:
+    load_torch()  # and all else that takes a moment: here, where Ctrl-C ends well
+    args = parser().parse_args(argv)
+    from vs2_plugin.cli import training
+    from vs2_plugin.processes import joined
+
     with joined() as processes:
         training.run(args, processes)
 
@@ -201,10 +204,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command."""
     gc.disable()  # until all is loaded: to look for garbage among modules that stay takes a quarter of the start
     try:
-        args = parser().parse_args(argv)
         return end_well(
             "vs2-train-sae",
-            lambda: _run(args),
+            lambda: _run(argv),
             "; activations that were extracted completely are kept: run the same command to go on",
         )
     finally:

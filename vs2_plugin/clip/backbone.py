@@ -16,7 +16,7 @@ from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
 from vs2_plugin.arrays import digest_of
-from vs2_plugin.errors import TowerError
+from vs2_plugin.errors import TowerError, reason_of
 
 __all__ = [
     "HUB",
@@ -255,6 +255,5 @@ def load_backbone(
         return load()
     except Exception as error:  # whatever open_clip, the hub client or the network raised
         weights = "" if ignores_pretrained(backbone) else f" with weights {pretrained!r}"
-        reason = " ".join(str(error).split())[:300]
         hint = "without a network, give the path of a weights file as --pretrained, or a folder as local-dir:PATH"
-        raise TowerError(f"could not load {backbone}{weights} ({hint}): {type(error).__name__}: {reason}") from error
+        raise TowerError(f"could not load {backbone}{weights} ({hint}): {reason_of(error)}") from error

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
 from vs2_plugin.data.shards import LocalShards, open_shards
-from vs2_plugin.errors import DataError, Vs2Error
+from vs2_plugin.errors import DataError, Vs2Error, one_line, reason_of
 from vs2_plugin.processes import Processes
 
 __all__ = ["Batch", "Preprocessing", "TrainingImages", "image_digest", "open_images"]
@@ -245,7 +245,7 @@ def _probe(source: Dataset) -> list:
     except Vs2Error:
         raise
     except Exception as error:
-        raise DataError(f"cannot read the training images: {_one_line(error)}") from error
+        raise DataError(f"cannot read the training images: {reason_of(error)}") from error
     return [type(source).__name__, digest.hexdigest()]
 
 
@@ -262,7 +262,7 @@ def _build(dataset: str, root: str, split: str, transform: Any) -> Dataset:
         raise DataError(
             f"clip_benchmark could not build the split {split!r} of {dataset!r} in {root!r} (without a "
             "network, put the data "
-            f"there by hand): {_one_line(error)}"
+            f"there by hand): {reason_of(error)}"
         ) from error
 
 
@@ -271,8 +271,4 @@ def _from_worker(error: Exception) -> str:
     text = str(error).strip()
     if "Original Traceback" in text:
         text = text.splitlines()[-1].partition(": ")[2]
-    return " ".join(text.split())[:500]
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return one_line(text, 500)

@@ -6,9 +6,12 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE
@@ -136,6 +139,23 @@ def _command(folder: Path, environment: dict[str, str], quiet: bool, *words: str
             f"the command {words[0]} is not installed beside {sys.executable}; install with: pip install vs2-plugin"
         )
     hidden = subprocess.DEVNULL if quiet else None
-    done = subprocess.run([script, *words[1:]], cwd=folder, env=environment, stdout=hidden, stderr=hidden)
-    if done.returncode != 0:
-        raise Vs2Error(f"the command above ended with exit code {done.returncode}")
+    with _without_interruptions():
+        process = subprocess.Popen([script, *words[1:]], cwd=folder, env=environment, stdout=hidden, stderr=hidden)
+    with process:
+        try:
+            code = process.wait()
+        except BaseException:
+            process.terminate()
+            raise
+    if code != 0:
+        raise Vs2Error(f"the command above ended with exit code {code}")
+
+
+@contextmanager
+def _without_interruptions() -> Iterator[None]:
+    """Commands started within the block leave Ctrl-C to the demo, which ends them: each would print a traceback."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

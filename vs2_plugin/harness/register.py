@@ -24,7 +24,7 @@ from copy import copy
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from vs2_plugin.errors import DataError, HarnessError, Vs2Error
+from vs2_plugin.errors import DataError, HarnessError, Vs2Error, reason_of
 from vs2_plugin.modelstring import is_steered
 from vs2_plugin.plugins import registry
 
@@ -119,9 +119,8 @@ def _patch_builder(module: ModuleType) -> None:
         try:
             dataset = stock(*args, **kwargs)
         except Exception as error:  # a download, a missing file or package: anything
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise DataError(
-                f"clip_benchmark could not build the split {split!r} of {name!r} in {root!r}: {reason}"
+                f"clip_benchmark could not build the split {split!r} of {name!r} in {root!r}: {reason_of(error)}"
             ) from error
         loader.bind_waiting(name, root, split, dataset)
         return dataset

@@ -4,13 +4,30 @@ to get it."""
 from __future__ import annotations
 
 import logging
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
-from vs2_plugin.errors import SettingError, TowerError
+from vs2_plugin.errors import SettingError, Vs2Error, one_line
 
-__all__ = ["missing_data", "missing_weights", "root_of"]
+__all__ = ["Missing", "missing_data", "missing_encoder", "missing_weights", "root_of"]
+
+_ONCE = "tried once, and not again for other cells"
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What could not be had."""
+
+    why: str
+    """The reason."""
+    remedy: str
+    """How to get it."""
+
+    def __str__(self) -> str:
+        return f"{self.why}; {self.remedy}" if self.remedy else self.why
 
 
 def root_of(dataset: str, dataset_root: str) -> str:
@@ -28,24 +45,44 @@ def root_of(dataset: str, dataset_root: str) -> str:
         ) from None
 
 
-def missing_weights(backbone: str, weights: str) -> str | None:
+def missing_weights(backbone: str, weights: str) -> Missing | None:
     """Why a model cannot be loaded, and how to get it; None if it can."""
     from vs2_plugin.clip.backbone import load_backbone
 
-    logging.disable(logging.ERROR)  # the hub's client complains of every attempt
     try:
-        load_backbone(backbone, weights)
-    except TowerError as error:
-        return (
-            f"{error}; open_clip fetches the weights where there is a network; without one, write "
-            f"{backbone + ',PATH'!r} for the backbone, with the PATH of a weights file"
+        with _silenced():
+            load_backbone(backbone, weights)
+    except Vs2Error as error:
+        if error.__cause__ is None:  # a name that open_clip does not know, which it says without trying
+            return Missing(one_line(str(error), 1000), "")
+        return Missing(
+            f"could not load {backbone} with weights {weights!r} ({_cause(error)})",
+            f"{_ONCE}; open_clip fetches the weights where there is a network; without one, write "
+            f"{backbone + ',PATH'!r} for the backbone, with the PATH of a weights file",
         )
-    finally:
-        logging.disable(logging.NOTSET)
     return None
 
 
-def missing_data(dataset: str, dataset_root: str, split: str) -> str | None:
+def missing_encoder(text: str) -> Missing | None:
+    """Why a retrieval encoder, as ``--retrieval_encoder`` names it, cannot be loaded; None if it can."""
+    from vs2_plugin.retrieval.encoders import load_encoder, split_name
+
+    name, weights = split_name(text)
+    try:
+        with _silenced():
+            load_encoder(name, weights, {"mean": (0, 0, 0), "std": (1, 1, 1)}, "cpu")
+    except Vs2Error as error:
+        if error.__cause__ is None:
+            return Missing(one_line(str(error), 1000), "")
+        return Missing(
+            f"could not load the retrieval encoder {name} ({_cause(error)})",
+            f"{_ONCE}; timm fetches its weights where there is a network; without one, write {name + ',FILE'!r} for "
+            "retrieval_encoder, with a FILE of weights",
+        )
+    return None
+
+
+def missing_data(dataset: str, dataset_root: str, split: str) -> Missing | None:
     """Why a data set cannot be built, and how to get it; None if it can.
 
     Args:
@@ -55,13 +92,14 @@ def missing_data(dataset: str, dataset_root: str, split: str) -> str | None:
     """
     root = root_of(dataset, dataset_root)
     if dataset.startswith("wds/"):
-        if "://" in root or (Path(root) / split / "nshards.txt").is_file():
+        file = Path(root, split, "nshards.txt")
+        if "://" in root or file.is_file():
             return None
-        return (
-            f"no file {Path(root, split, 'nshards.txt')}: clip_benchmark does not fetch {dataset}; make webdataset "
-            f"shards in {root} (clip_benchmark_export_wds does): train/ and test/, each with 0.tar to 3.tar or "
-            "more (KEY.jpg or KEY.png and KEY.cls of each image) and nshards.txt with their number; classnames.txt "
-            "and zeroshot_classification_templates.txt, a line each"
+        return Missing(
+            f"no file {file}" if Path(root).is_dir() else f"no folder {root} of {dataset}",
+            f"clip_benchmark does not fetch {dataset}; make webdataset shards in {root} (clip_benchmark_export_wds "
+            "does): train/ and test/, each with 0.tar to 3.tar or more (KEY.jpg or KEY.png and KEY.cls of each image) "
+            "and nshards.txt with their number; classnames.txt and zeroshot_classification_templates.txt, a line each",
         )
     from clip_benchmark.datasets.builder import build_dataset
 
@@ -70,9 +108,25 @@ def missing_data(dataset: str, dataset_root: str, split: str) -> str | None:
         with redirect_stdout(said):
             build_dataset(dataset, root=root, split="test", download=True)
     except (Exception, SystemExit) as error:  # a download, a missing package or tool: anything
-        reason = " ".join(f"{type(error).__name__}: {error} {said.getvalue()}".split())[:300]
-        return (
-            f"clip_benchmark could not fetch {dataset} into {root} ({reason}); run the same command where there is a "
-            f"network, or copy {root} from there, or make shards of your own and write wds/NAME in the file"
+        reason = one_line(f"{type(error).__name__}: {error} {said.getvalue()}")
+        return Missing(
+            f"clip_benchmark could not fetch {dataset} into {root} ({reason})",
+            f"{_ONCE}; run the same command where there is a network, or copy {root} from there, or make shards of "
+            "your own and write wds/NAME in the file",
         )
     return None
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Without the log: the hub's client complains of every attempt."""
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _cause(error: Vs2Error) -> str:
+    """What open_clip, timm, the hub's client or the network said."""
+    return one_line(f"{type(error.__cause__).__name__}: {error.__cause__}")

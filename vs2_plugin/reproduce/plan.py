@@ -99,6 +99,8 @@ class Cell:
     """Seeds of the SAE; one where there is none."""
     of_class: str | None = None
     """The class whose gain it is; None: the largest gain of any class."""
+    best_of: tuple[str, ...] = ()
+    """Rows whose best number it is. It has no model of its own then."""
 
     @property
     def spec(self) -> ModelString | None:
@@ -108,7 +110,7 @@ class Cell:
     def evaluation(self, seed: int) -> Evaluation:
         """The run of its model, with the SAE of a seed."""
         name = self.sae.name(seed) if self.sae else None
-        model = str(replace(self.spec, checkpoint=name)) if name else self.model
+        model = _canonical(replace(self.spec, checkpoint=name)) if self.spec else self.model
         return Evaluation(model, self.backbone, self.weights, self.dataset, self.prompts, name)
 
     @property
@@ -121,6 +123,21 @@ class Cell:
         if self.model is None or self.metric == "fvu":  # the checkpoint tells it
             return []
         return [*([self.plain] if self.metric == "gain" else []), self.evaluation(seed)]
+
+
+def _canonical(spec: ModelString) -> str:
+    """The same string for all models of one meaning: options in the method's order, those that say nothing left out.
+
+    >>> _canonical(parse("vs2:ViT-B-32@lam=3@gamma=1.5"))
+    'vs2:ViT-B-32@lam=3.0'
+    """
+    fill = spec.method.fill
+    given = {option.name: spec.given[option.name] for option in spec.method.all_options if option.name in spec.given}
+    for name in list(given):
+        without = {key: value for key, value in given.items() if key != name}
+        if fill(without) == fill(given):  # a default may say something too: it unsets the options that it excludes
+            given = without
+    return str(replace(spec, given=given))
 
 
 @dataclass(frozen=True)

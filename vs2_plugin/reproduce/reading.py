@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vs2_plugin.errors import ModelStringError, SettingError
+from vs2_plugin.errors import ModelStringError, SettingError, one_line
 from vs2_plugin.modelstring import ModelString, is_steered, parse
 from vs2_plugin.reproduce.plan import METRICS, Cell, Sae, Table
 
@@ -53,9 +53,14 @@ def read_all(paths: Iterable[Path]) -> list[Table]:
     Raises:
         SettingError: what is wrong, with the file and the place.
     """
-    files = [file for path in paths for file in (sorted(path.glob("*.yaml")) if path.is_dir() else [path])]
-    if not files:
-        raise SettingError("no *.yaml in the folder; expected tables such as those of benchmark_configs/paper")
+    files = []
+    for path in paths:
+        found = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
+        if not found:
+            raise SettingError(
+                f"no *.yaml in the folder {path}; expected tables such as those of benchmark_configs/paper"
+            )
+        files += found
     files = list({file.resolve(): file for file in files}.values())
     stems = [file.stem for file in files]
     twice = sorted({stem for stem in stems if stems.count(stem) > 1})
@@ -97,7 +102,8 @@ class _Reader:
             parts[kind] = self.mapping(top[kind], kind)
             for title, settings in parts[kind].items():
                 parts[kind][title] = self.mapping({} if settings is None else settings, f"{kind}: {title}")
-                self.known(parts[kind][title], _SETTINGS, f"{kind}: {title}")
+                self.known(parts[kind][title], (*_SETTINGS, "best_of") if kind == "rows" else _SETTINGS,
+                           f"{kind}: {title}")  # fmt: skip
             if not parts[kind]:
                 raise self.wrong(kind, "is empty")
         columns, rows = parts["columns"], parts["rows"]
@@ -110,7 +116,20 @@ class _Reader:
             for row in rows
             for column in columns
         )
+        self.best_of(cells)
         return Table(self.path, texts["title"], texts["source"], notes, cells)
+
+    def best_of(self, cells: Iterable[Cell]) -> None:
+        """Refuse rows that cannot be the best of those they name."""
+        found = {(cell.row, cell.column): cell for cell in cells}
+        for cell in found.values():
+            for row in cell.best_of:
+                other = found.get((row, cell.column))
+                if other is None or other.model is None or other.metric != cell.metric or cell.metric == "fvu":
+                    raise self.wrong(
+                        f"rows: {cell.row}: best_of",
+                        f"{row!r}; expected other rows that are run, of the same metric: accuracy, coverage or gain",
+                    )
 
     def published(self, given: Any, rows: Mapping, columns: Mapping) -> dict[str, dict[str, Any]]:
         """Row -> column -> published number."""
@@ -151,12 +170,18 @@ class _Reader:
             "class": None,
             "train_on": None,
             "seeds": [0],
+            "best_of": [],
         }
         merged: dict[str, dict[str, Any]] = {"sae": {}, "options": {}}
         for level in levels:
             given |= level
             for name, settings in merged.items():
                 settings |= self.mapping(level.get(name) or {}, f"{place}: {name}")
+        best_of = tuple(self.text(one, f"{place}: best_of") for one in self.list(given["best_of"], f"{place}: best_of"))
+        if best_of:
+            if "model" in levels[-1]:
+                raise self.wrong(place, "best_of takes its number from other rows; leave out model")
+            given["model"] = None
         for needed in ("model", "backbone", "dataset"):
             if needed not in given:
                 raise self.wrong(place, f"no {needed!r}, neither in the row nor in the column nor at the top")
@@ -195,6 +220,7 @@ class _Reader:
             trained if has_sae else None,
             seeds if has_sae else (0,),
             None if given["class"] is None else self.text(given["class"], f"{place}: class"),
+            best_of,
         )
 
     def spec(self, model: str | None, backbone: str, place: str) -> ModelString | None:
@@ -298,5 +324,5 @@ def _load(path: Path) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}" if mark else "the file"
-        problem = getattr(error, "problem", None) or " ".join(str(error).split())[:200]
+        problem = getattr(error, "problem", None) or one_line(str(error), 200)
         raise SettingError(f"{path}: {place}: no valid YAML: {problem}") from None

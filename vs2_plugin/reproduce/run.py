@@ -17,8 +17,6 @@ import json
 import os
 import re
 import shlex
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,10 +27,11 @@ from typing import Any
 
 from vs2_plugin.checkpoint.manifest import Checkpoint
 from vs2_plugin.checkpoint.store import Store
-from vs2_plugin.errors import CheckpointError, DataError, Vs2Error
-from vs2_plugin.reproduce.fetch import missing_data, missing_weights
+from vs2_plugin.errors import CheckpointError, DataError, Vs2Error, one_line
+from vs2_plugin.reproduce.command import run_command
+from vs2_plugin.reproduce.fetch import Missing, missing_data, missing_encoder, missing_weights
 from vs2_plugin.reproduce.plan import Cell, Evaluation, Sae, Table
-from vs2_plugin.reproduce.table import Measured, markdown, write
+from vs2_plugin.reproduce.table import Measured, best, markdown, write
 
 __all__ = ["Reproduction"]
 
@@ -52,9 +51,11 @@ class Reproduction:
     train: Train
     """Does a command of vs2-train-sae; raises what is wrong."""
     quiet: bool = False
-    problems: dict[Hashable, str] = field(default_factory=dict)
-    """What could not be done -> why."""
-    _fetched: dict[tuple, str | None] = field(default_factory=dict, init=False)
+    problems: dict[Hashable, tuple[str, ...]] = field(default_factory=dict)
+    """What could not be done -> why; one reason or several."""
+    _looked_for: dict[tuple, Missing | None] = field(default_factory=dict, init=False)
+    _numbers: dict[Evaluation, int] = field(default_factory=dict, init=False)
+    """The place of every evaluation in this run, from 1."""
 
     @property
     def cells(self) -> list[Cell]:
@@ -185,11 +186,18 @@ class Reproduction:
         for line, make in self._preparations(groups):
             self._say(f"$ {line}")
             make()
+        self._numbers = {run: number for number, run in enumerate((run for runs in groups for run in runs), 1)}
+        # Folders that only the user can fill, before anything is waited for.
+        wanted = [(name, "train") for sae, _ in trainings for name in sae.datasets]
+        for name, split in dict.fromkeys([*wanted, *((runs[0].dataset, "test") for runs in groups)]):
+            if name.startswith("wds/"):
+                self._data(name, split)
         for sae, seeds in trainings:
-            problem = self._missing(sae.backbone, sae.weights, sae.datasets, "train")
-            problem = problem or self._train(self.train_words(sae, seeds))
-            if problem:
-                self.problems |= {sae.name(seed): problem for seed in seeds}
+            encoders = dict(sae.flags).get("retrieval_encoder", ())
+            problems = self._missing(sae.backbone, sae.weights, sae.datasets, "train", encoders)
+            problems = problems or self._train(self.train_words(sae, seeds))
+            if problems:
+                self.problems |= {sae.name(seed): problems for seed in seeds}
         for runs in groups:
             self._evaluate(runs)
 
@@ -197,80 +205,97 @@ class Reproduction:
         if not self.quiet:
             print(line, flush=True)
 
-    def _missing(self, backbone: str, weights: str, datasets: Sequence[str], split: str) -> str | None:
-        """What cannot be fetched for a run, in words. Everything is tried once."""
+    def _missing(
+        self, backbone: str, weights: str, datasets: Sequence[str], split: str, encoders: Sequence[str] = ()
+    ) -> tuple[str, ...]:
+        """What cannot be had for a run: all reasons, in words."""
+        found = [self._data(name, split) for name in datasets]
+        what = f"the weights of {','.join(filter(None, (backbone, weights)))}"
+        found.append(self._look_for(what, missing_weights, backbone, weights))
+        found += [self._look_for(f"the retrieval encoder {name}", missing_encoder, name) for name in encoders]
+        return tuple(str(missing) for missing in found if missing)
+
+    def _data(self, name: str, split: str) -> Missing | None:
+        if name.startswith("wds/"):
+            return self._look_for("", missing_data, name, self.dataset_root, split)
+        return self._look_for(f"the data set {name}", missing_data, name, self.dataset_root, "")  # all of its splits
+
+    def _look_for(self, what: str, look: Callable[..., Missing | None], *given: str) -> Missing | None:
+        """Look for something, or fetch it, once in this run. That it is missing is said at once."""
         if self.stand_in:  # it is there
             return None
-        needed = [((backbone, weights), missing_weights, (backbone, weights))]
-        needed += [((name, split), missing_data, (name, self.dataset_root, split)) for name in datasets]
-        for key, fetch, arguments in needed:
-            if key not in self._fetched:
-                self._fetched[key] = fetch(*arguments)
-            if self._fetched[key]:
-                return self._fetched[key]
-        return None
+        key = (look, *given)
+        if key not in self._looked_for:
+            if what:  # it may have to be fetched
+                self._say(f"# looking for {what}")
+            found = look(*given)
+            if found and found not in self._looked_for.values():
+                print(f"vs2: missing: {one_line(found.why, 200)}", file=sys.stderr, flush=True)
+            self._looked_for[key] = found
+        return self._looked_for[key]
 
-    def _train(self, words: Sequence[str]) -> str | None:
-        """Train; why it failed, or None."""
+    def _train(self, words: Sequence[str]) -> tuple[str, ...]:
+        """Train; why it failed, or nothing."""
         self._say(f"\n$ {shlex.join(words)}")
         try:
             self.train(words)
         except Exception as error:  # this package's own, or the memory, or the disk: the other cells go on
             problem = _one_line(str(error) if isinstance(error, Vs2Error) else f"{type(error).__name__}: {error}")
             print(f"vs2: error: {problem}", file=sys.stderr)
-            return problem
-        return None
+            return (problem,)
+        return ()
 
     def _evaluate(self, runs: Sequence[Evaluation]) -> None:
         """Evaluate what can be: one model that fails does not keep the others from it."""
         todo = []
         for run in runs:
-            problem = self.problems.get(run.checkpoint) if run.checkpoint else None
-            problem = problem or self._missing(run.backbone, run.weights, [run.dataset], "test")
-            if problem:
-                self.problems[run] = problem
+            problems = self.problems.get(run.checkpoint, ()) if run.checkpoint else ()
+            problems = problems or self._missing(run.backbone, run.weights, [run.dataset], "test")
+            if problems:
+                self.problems[run] = problems
             elif not self.is_done(run):  # a training may have given the same checkpoint again
                 todo.append(run)
         batches = [todo] if todo else []
         while batches:
             batch = batches.pop(0)
-            problem = self._command(self.evaluate_words(batch))
+            problem = self._command(batch)
             left = [run for run in batch if not self.is_done(run)]
             if left and len(batch) == 1:
-                self.problems[batch[0]] = problem or "clip_benchmark wrote no results for it"
+                self.problems[batch[0]] = (problem or "clip_benchmark wrote no results for it",)
             elif left:  # one of them is to blame: if not even the first went well, each gets a command of its own
                 batches += [left] if len(left) < len(batch) else [[run] for run in left]
 
-    def _command(self, words: Sequence[str]) -> str | None:
-        """Run a command; why it failed, or None."""
+    def _command(self, batch: Sequence[Evaluation]) -> str | None:
+        """Evaluate models by one command; why it failed, or None."""
+        words = self.evaluate_words(batch)
         self._say(f"\n$ {shlex.join(words)}")
-        # The script installed beside this Python, whether or not its environment is the active one.
-        script = shutil.which(words[0], path=os.path.dirname(sys.executable)) or shutil.which(words[0])
-        if script is None:
-            return f"the command {words[0]} is not installed beside {sys.executable}"
-        shown = not self.quiet and sys.stderr.isatty()
-        said = b""
-        hidden = subprocess.DEVNULL if self.quiet else None
-        with open(self.out / "log.txt", "ab") as log:
-            log.write(f"\n$ {shlex.join(words)}\n".encode())
-            with subprocess.Popen([script, *words[1:]], stdout=hidden, stderr=subprocess.PIPE) as process:
-                try:
-                    while chunk := process.stderr.read1(65536):
-                        said = (said + chunk)[-65536:]
-                        log.write(chunk)
-                        if shown:
-                            sys.stderr.buffer.write(chunk)
-                            sys.stderr.buffer.flush()
-                except BaseException:
-                    process.terminate()
-                    raise
-        return None if process.returncode == 0 else _reason(said.decode(errors="replace"), process.returncode)
+        return run_command(words, self.out / "log.txt", self.quiet, self._announcer(batch))
+
+    def _announcer(self, batch: Sequence[Evaluation]) -> Callable[[], None]:
+        """What says, whenever it is called, which model the command has come to: its bars do not tell."""
+        before = [_written(self.results(run)) for run in batch]
+        said = 0
+
+        def look() -> None:
+            nonlocal said
+            while said < len(batch) and (
+                said == 0 or _written(self.results(batch[said - 1])) not in (None, before[said - 1])
+            ):
+                run = batch[said]
+                self._say(f"[{self._numbers.get(run, said + 1)} of {len(self._numbers)}] {run.model} on {run.dataset}")
+                said += 1
+
+        return look
 
     # ------------------------------------------------------------------ the numbers
 
     def measured(self, table: Table) -> list[Measured]:
         """The cells of a table with what was found."""
-        return [self._measure(cell) for cell in table.cells]
+        found = {(cell.row, cell.column): self._measure(cell) for cell in table.cells}
+        return [
+            best(cell, [found[row, cell.column] for row in cell.best_of]) if cell.best_of else measured
+            for cell, measured in zip(table.cells, found.values(), strict=True)
+        ]
 
     def _measure(self, cell: Cell) -> Measured:
         if cell.model is None:
@@ -279,21 +304,20 @@ class Reproduction:
         for seed in cell.seeds:
             runs = cell.evaluations(seed)
             blame = [cell.sae.name(seed)] if cell.sae else []
-            trouble = next((self.problems[key] for key in (*blame, *runs) if key in self.problems), None)
-            if trouble is None:
+            trouble = next((self.problems[key] for key in (*blame, *runs) if key in self.problems), ())
+            if not trouble:
                 try:
                     values[seed] = self._value(cell, seed)
                 except (DataError, CheckpointError) as error:
-                    trouble = str(error)
-            if trouble:
-                problems.append(trouble)
+                    trouble = (str(error),)
+            problems += trouble
         names = [cell.sae.name(seed) for seed in cell.seeds] if cell.sae else []
         facts = {
             "results": [str(self.results(run)) for seed in cell.seeds for run in cell.evaluations(seed)],
             "checkpoints": names,
             "transductive": any(found.transductive for found in map(self.checkpoint, names) if found),
         }
-        return Measured(cell, values, _one_line(problems[0]) if problems else None, facts)
+        return Measured(cell, values, tuple(dict.fromkeys(map(_one_line, problems))), facts)
 
     def _value(self, cell: Cell, seed: int) -> float:
         if cell.metric == "fvu":
@@ -313,7 +337,7 @@ class Reproduction:
         missing = 0
         for table in self.tables:
             cells = self.measured(table)
-            missing += sum(measured.problem is not None for measured in cells)
+            missing += sum(bool(measured.problems) for measured in cells)
             print("\n" + markdown(table, cells), end="")
             write(table, cells, self.out)
         return missing
@@ -330,13 +354,12 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _reason(said: str, code: int) -> str:
-    """Why a command failed, from what it said on stderr."""
-    lines = [line for line in said.replace("\r", "\n").splitlines() if line.strip()]
-    ours = [line.partition("error: ")[2] for line in lines if line.startswith("vs2: error: ")]
-    if ours:
-        return ours[-1]
-    return f"clip_benchmark ended with exit code {code}: {_one_line(lines[-1])[:300] if lines else 'it said nothing'}"
+def _written(file: Path) -> int | None:
+    """When a file was written; None if it is not there."""
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def _gain(plain: Path, steered: Path, name: str | None) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
@@ -12,7 +12,7 @@ from typing import Any
 
 from vs2_plugin.reproduce.plan import METRICS, Cell, Table
 
-__all__ = ["Measured", "markdown", "write"]
+__all__ = ["Measured", "best", "markdown", "write"]
 
 _STAND_IN = (
     "Stand-in: the tiny CLIP and handwritten digits that come with this package, in place of the paper's models and "
@@ -28,7 +28,7 @@ class Measured:
     cell: Cell
     values: Mapping[int, float] = field(default_factory=dict)
     """Seed -> number."""
-    problem: str | None = None
+    problems: tuple[str, ...] = ()
     """Why there is no number, or not for every seed."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What else belongs to it in the JSON file: results files, checkpoints, labels."""
@@ -51,6 +51,14 @@ class Measured:
             return None
         low, high = published if isinstance(published, tuple) else (published, published)
         return mean - min(max(mean, low), high)
+
+
+def best(cell: Cell, candidates: Sequence[Measured]) -> Measured:
+    """A cell that is the best of others. It has a number only if all of them have theirs."""
+    if any(one.problems or one.mean is None for one in candidates):
+        return Measured(cell, problems=("not all of the rows that it is the best of could be measured",))
+    chosen = max(candidates, key=lambda one: one.mean)
+    return Measured(cell, chosen.values, (), {**chosen.facts, "chosen": chosen.cell.row})
 
 
 def markdown(table: Table, cells: Sequence[Measured]) -> str:
@@ -76,8 +84,40 @@ def markdown(table: Table, cells: Sequence[Measured]) -> str:
     several = {len(m.values) for m in cells} - {0, 1}
     if several:
         notes.append(f"Mean and standard deviation over the seeds of the SAE ({max(several)}).")
-    notes += [f"Not measured: {m.cell.row} / {m.cell.column}: {m.problem}" for m in cells if m.problem]
+    notes += [
+        f"{m.cell.row} / {m.cell.column}: that of {m.facts['chosen']!r}, which is best by the numbers of this table. "
+        "So it was chosen on the images that are evaluated, and is an upper bound."
+        for m in cells
+        if "chosen" in m.facts
+    ]
+    notes += _not_measured(cells)
     return "\n".join([*lines, *(line for note in notes for line in ("", note))]) + "\n"
+
+
+def _not_measured(cells: Sequence[Measured]) -> Iterator[str]:
+    """A line per reason, with the cells that it concerns."""
+    reasons: dict[str, list[Cell]] = {}
+    for measured in cells:
+        for problem in measured.problems:
+            reasons.setdefault(problem, []).append(measured.cell)
+    wanted = [measured.cell for measured in cells if measured.cell.model or measured.cell.best_of]
+    for problem, concerned in reasons.items():
+        count = "1 cell" if len(concerned) == 1 else f"{len(concerned)} cells"
+        yield f"Not measured, {count} ({', '.join(_names(concerned, wanted))}): {problem}"
+
+
+def _names(cells: Sequence[Cell], wanted: Sequence[Cell]) -> list[str]:
+    """Cells in words: whole columns and rows by their titles, where these have several cells."""
+    if len(cells) == len(wanted) > 1:
+        return ["all of the table"]
+    names, left = [], list(cells)
+    for kind in ("column", "row"):
+        for title in dict.fromkeys(getattr(cell, kind) for cell in cells):
+            mine, all_of_it = ([c for c in some if getattr(c, kind) == title] for some in (left, wanted))
+            if len(mine) == len(all_of_it) > 1:
+                names.append(f"{kind} {title!r}")
+                left = [cell for cell in left if cell not in mine]
+    return names + [f"{cell.row} / {cell.column}" for cell in left]
 
 
 def _row(measured: Measured) -> list[str]:
@@ -125,11 +165,12 @@ def _facts(measured: Measured) -> dict[str, Any]:
         **{name: None if value is None or not math.isfinite(value) else value for name, value in numbers.items()},
         "values": {str(seed): value for seed, value in measured.values.items()},
         "model": cell.model,
+        **({"best_of": cell.best_of} if cell.best_of else {}),
         "backbone": cell.backbone,
         "weights": cell.weights,
         "dataset": cell.dataset,
         "prompts": cell.prompts or "harness",
         "sae": sae,
         **measured.facts,
-        "problem": measured.problem,
+        "problem": "; ".join(measured.problems) or None,
     }

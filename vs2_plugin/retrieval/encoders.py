@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vs2_plugin.arrays import digest_of
-from vs2_plugin.errors import CheckpointError, DataError
+from vs2_plugin.errors import CheckpointError, DataError, reason_of
 
 __all__ = ["TimmEncoder", "load_encoder", "split_name"]
 
@@ -100,9 +100,8 @@ def load_encoder(
     except Exception as error:  # whatever timm, the hub client or the network raised
         close = ", ".join(timm.list_models(f"*{name.split('.')[0]}*")[:5])
         known = f" (timm knows: {close})" if close else ", which timm does not know"
-        reason = " ".join(str(error).split())[:300]
         raise DataError(
-            f"could not load the retrieval encoder {name}{known}: {type(error).__name__}: {reason}; without a network, "
+            f"could not load the retrieval encoder {name}{known}: {reason_of(error)}; without a network, "
             f"give a file of weights: {name},FILE"
         ) from error
     if weights:

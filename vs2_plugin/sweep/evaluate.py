@@ -23,7 +23,7 @@ from vs2_plugin.checkpoint.manifest import Checkpoint, SiteFacts
 from vs2_plugin.checkpoint.store import Store, checkpoint_name
 from vs2_plugin.clip.backbone import Loaded, Tower, load_backbone
 from vs2_plugin.clip.sites import Site, embedding_from, finish, in_float32, reading
-from vs2_plugin.errors import DataError, HarnessError
+from vs2_plugin.errors import DataError, HarnessError, reason_of
 from vs2_plugin.harness.autoload import DISABLE
 from vs2_plugin.harness.model import SteeredCLIP
 from vs2_plugin.method import NEIGHBOURS, Scalar
@@ -134,10 +134,9 @@ class _Data:
                 wds_cache_dir=args.wds_cache_dir,
             )  # fmt: skip
         except (Exception, SystemExit) as error:  # a download, a missing file or package: anything
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise DataError(
                 f"clip_benchmark could not build the split {args.split!r} of {args.dataset!r} in "
-                f"{args.dataset_root!r}: {reason}"
+                f"{args.dataset_root!r}: {reason_of(error)}"
             ) from error
         classes, templates = (getattr(dataset, name, None) for name in ("classes", "templates"))
         if classes is None or templates is None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import warnings
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vs2_plugin.clip.backbone import check_backbone
@@ -34,6 +35,8 @@ class Plan:
     """Model -> its results file; plain models first."""
     pending: list[str]
     """The models that are to be evaluated; the others have results already."""
+    results: dict[str, Result] = field(default_factory=dict)
+    """Model -> its results, as soon as they are in its file."""
 
     @property
     def points(self) -> dict[str, Point]:
@@ -126,32 +129,36 @@ def sweep(made: Plan, quiet: bool = False) -> Summary:
     Raises:
         Vs2Error: something cannot be loaded, or an existing results file is none.
     """
-    results = {model: read_result(file) for model, file in made.files.items() if model not in made.pending}
+    made.results.update({model: read_result(file) for model, file in made.files.items() if model not in made.pending})
     points = made.points
     for backbone in made.backbones:
         mine = [points[model] for model in made.pending if model in points and points[model].spec.backbone == backbone]
         if mine or backbone in made.pending:
-            _evaluate(made, backbone, mine, results, quiet)
-    return _finish(made, results)
+            with warnings.catch_warnings():
+                if quiet:  # --num_workers is clip_benchmark's, so that batches of shards are; few cores make torch warn
+                    warnings.filterwarnings("ignore", "This DataLoader will create")
+                _evaluate(made, backbone, mine, quiet)
+    return _finish(made)
 
 
-def _evaluate(made: Plan, backbone: str, points: Sequence[Point], results: dict[str, Result], quiet: bool) -> None:
+def _evaluate(made: Plan, backbone: str, points: Sequence[Point], quiet: bool) -> None:
     from vs2_plugin.sweep.evaluate import evaluate
 
     args = made.args
     for model, metrics in evaluate(args, backbone, points, quiet):
         if model in made.pending:
-            results[model] = {
+            result = {
                 "dataset": args.dataset, "model": model, "pretrained": args.pretrained, "task": TASK,
                 "metrics": metrics, "language": args.language,
             }  # fmt: skip
-            write_result(made.files[model], results[model])
+            write_result(made.files[model], result)
+            made.results[model] = result
 
 
-def _finish(made: Plan, results: dict[str, Result]) -> Summary:
+def _finish(made: Plan) -> Summary:
     from vs2_plugin.sweep.figures import draw
 
-    table = made.file("sweep", ".csv")
+    table, results = made.file("sweep", ".csv"), made.results
     write_table(table, [results[model] for model in made.files])
     values = {model: 100 * headline(result) for model, result in results.items()}
     pictures = []

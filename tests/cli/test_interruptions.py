@@ -1,0 +1,68 @@
+"""Ctrl-C: one line that says how to go on."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from vs2_plugin.cli.common import end_well
+from vs2_plugin.cli.main import main
+
+
+def test_an_interruption_while_torch_is_loaded_ends_well(tmp_path):
+    """In a process of its own, where a module in torch's place stands for the interrupted import."""
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nprint('imported')\n")
+    code = "import sys; from vs2_plugin.cli.train_sae import main; sys.exit(main(['--help']))"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 130 and done.stdout == "imported\n"
+    assert done.stderr.strip().startswith("vs2-train-sae: interrupted; ") and "Traceback" not in done.stderr
+
+
+def test_what_a_loader_says_of_its_interrupted_workers_is_an_interruption(capsys):
+    def interrupted():
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("DataLoader worker (pid(s) 1) exited unexpectedly")
+
+    def failed():
+        raise RuntimeError("DataLoader worker (pid(s) 1) exited unexpectedly")
+
+    assert end_well("vs2", interrupted, "; go on") == 130
+    assert capsys.readouterr().err == "\nvs2: interrupted; go on\n"
+    with pytest.raises(RuntimeError):
+        end_well("vs2", failed)
+
+
+def test_an_interrupted_demo_ends_its_command_and_says_how_to_go_on(tmp_path, monkeypatch, capfd):
+    """Its command ignores Ctrl-C, which all processes of a terminal get, and is ended by the demo."""
+    from vs2_plugin.demo import run
+
+    script = tmp_path / "vs2-train-sae"
+    script.write_text(
+        f"#!{sys.executable}\nimport os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\n"
+        f"open({str(tmp_path / 'ignored')!r}, 'w').close()\nos.kill(os.getppid(), signal.SIGINT)\ntime.sleep(600)\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(run.shutil, "which", lambda *args, **kw: str(script))
+    assert main(["demo", "--out", str(tmp_path / "demo")]) == 130
+    assert (tmp_path / "ignored").exists()
+    [line] = capfd.readouterr().err.split("\n")[1:-1]
+    assert line == "vs2: interrupted; nothing of it is kept: the same command starts again"
+
+
+def test_interrupted_commands_say_how_to_go_on(monkeypatch, capsys):
+    from vs2_plugin.cli import inspect, latents
+    from vs2_plugin.report import results
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    for where, name in ((results, "read"), (inspect, "read_image"), (latents, "open_subject")):
+        monkeypatch.setattr(where, name, interrupted)
+    model = ["--model", "vs2:ViT-B-32", "--dataset", "cifar100"]
+    for words in (["report", "results"], ["inspect", *model, "a.png"], ["latents", *model]):
+        assert main(words) == 130
+        assert "interrupted; nothing is kept of it: run the same command again" in capsys.readouterr().err

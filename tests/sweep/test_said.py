@@ -1,0 +1,68 @@
+"""What vs2 sweep says when it is interrupted, and of what it leaves out."""
+
+import warnings
+
+import pytest
+import torch
+
+from vs2_plugin.sweep import evaluate, run
+
+from .conftest import TINY, sweep
+
+
+@pytest.mark.parametrize(
+    ("before", "words", "said"),
+    [
+        ((), (), "interrupted; nothing was written: all points are evaluated together"),
+        ((f"vs2:{TINY}@lam=1",), ("--skip_existing",), "interrupted; nothing was added to 2 results in"),
+    ],
+)
+def test_an_interruption_of_the_first_pass_does_not_speak_of_results(
+    here, monkeypatch, capsys, tmp_path, before, words, said
+):
+    output = f"{tmp_path}/{{model}}.json"
+    assert not before or sweep(*before, output=output) == 0
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(evaluate._Showing, "__iter__", interrupted)
+    assert sweep(f"vs2:{TINY}@lam=1:4:1", output=output, words=words) == 130
+    error = capsys.readouterr().err
+    assert said in error and "the same command starts again" in error
+    assert len(list(tmp_path.glob("*.json"))) == 2 * len(before)
+
+
+def test_older_results_that_skipping_would_keep_are_named(here, monkeypatch, capsys):
+    assert sweep(f"vs2:{TINY}@lam=1:3:1", output="older/{model}.json") == 0
+    inner, calls = run.write_result, []
+
+    def interrupted(path, found):
+        calls.append(path)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        inner(path, found)
+
+    monkeypatch.setattr(run, "write_result", interrupted)
+    assert sweep(f"vs2:{TINY}@lam=1:3:1", output="older/{model}.json") == 130
+    assert "3 of 4 results are in older" in (error := capsys.readouterr().err)
+    assert "it keeps 1 older result there, too" in error
+
+
+@pytest.mark.parametrize(("value", "words", "told"), [("1", (), 1), ("1", ("--quiet",), 0), ("0", (), 0)])
+def test_that_no_per_image_results_are_kept_is_said(here, monkeypatch, capsys, tmp_path, value, words, told):
+    monkeypatch.setenv("VS2_PER_IMAGE", value)
+    assert sweep(f"vs2:{TINY}", output=f"{tmp_path}/{{model}}.json", words=words) == 0
+    assert capsys.readouterr().err.count("VS2_PER_IMAGE=1 clip_benchmark eval does") == told
+
+
+def _complain(self):
+    warnings.warn("This DataLoader will create too many worker processes in total", stacklevel=1)
+
+
+def test_quiet_hides_what_torch_thinks_of_the_workers(here, monkeypatch, tmp_path, recwarn):
+    monkeypatch.setattr(torch.utils.data.DataLoader, "check_worker_number_rationality", _complain)
+    words = ("--quiet",)
+    assert sweep(f"vs2:{TINY}", output=f"{tmp_path}/{{model}}.json", words=words) == 0
+    assert not [one for one in recwarn if "This DataLoader will create" in str(one.message)]

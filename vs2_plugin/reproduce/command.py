@@ -1,0 +1,58 @@
+"""Runs a command of clip_benchmark, and says in a line why it failed."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vs2_plugin.errors import one_line
+
+__all__ = ["run_command"]
+
+
+def run_command(words: Sequence[str], log: Path, quiet: bool, look: Callable[[], None]) -> str | None:
+    """Run a command; why it failed, or None.
+
+    Args:
+        words: the command.
+        log: what it says on stderr is added there.
+        quiet: show nothing of what it says.
+        look: called before it starts, and again whenever it says something on stderr.
+    """
+    # The script installed beside this Python, whether or not its environment is the active one.
+    script = shutil.which(words[0], path=os.path.dirname(sys.executable)) or shutil.which(words[0])
+    if script is None:
+        return f"the command {words[0]} is not installed beside {sys.executable}"
+    shown = not quiet and sys.stderr.isatty()
+    said = b""
+    look()
+    with open(log, "ab") as file:
+        file.write(f"\n$ {shlex.join(words)}\n".encode())
+        hidden = subprocess.DEVNULL if quiet else None
+        with subprocess.Popen([script, *words[1:]], stdout=hidden, stderr=subprocess.PIPE) as process:
+            try:
+                while chunk := process.stderr.read1(65536):
+                    look()
+                    said = (said + chunk)[-65536:]
+                    file.write(chunk)
+                    if shown:
+                        sys.stderr.buffer.write(chunk)
+                        sys.stderr.buffer.flush()
+            except BaseException:
+                process.terminate()
+                raise
+    return None if process.returncode == 0 else _reason(said.decode(errors="replace"), process.returncode)
+
+
+def _reason(said: str, code: int) -> str:
+    """Why a command failed, from what it said on stderr."""
+    lines = [line for line in said.replace("\r", "\n").splitlines() if line.strip()]
+    ours = [line.partition("error: ")[2] for line in lines if line.startswith("vs2: error: ")]
+    if ours:
+        return ours[-1]
+    return f"clip_benchmark ended with exit code {code}: {one_line(lines[-1]) if lines else 'it said nothing'}"
