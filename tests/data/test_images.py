@@ -1,4 +1,5 @@
 import pickle
+import signal
 
 import numpy as np
 import pytest
@@ -342,3 +343,19 @@ def test_errors_of_this_package_keep_their_words(num_workers, built):
 def test_images_of_several_sizes_are_a_data_error():
     with pytest.raises(DataError, match="cannot read the training images: RuntimeError"):
         numbers(TrainingImages([torch.ones(1), torch.ones(2)], None, None))
+
+
+class Handler(Dataset):
+    """Images that say what Ctrl-C does where they are loaded."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return torch.tensor([signal.getsignal(signal.SIGINT) is signal.SIG_IGN])
+
+
+def test_loaders_leave_interruptions_to_the_main_process():
+    """All processes of a terminal get Ctrl-C; each would print a traceback of its own."""
+    assert numbers(TrainingImages(Handler(), None, None), num_workers=1) == [True, True]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +20,13 @@ from vs2_plugin.data.shards import LocalShards, open_shards
 from vs2_plugin.errors import DataError, Vs2Error, one_line, reason_of
 from vs2_plugin.processes import Processes
 
-__all__ = ["Batch", "Preprocessing", "TrainingImages", "image_digest", "open_images"]
+__all__ = ["Batch", "Preprocessing", "TrainingImages", "image_digest", "leave_interruptions", "open_images"]
+
+
+def leave_interruptions(worker: int) -> None:
+    """For a loader's ``worker_init_fn``: Ctrl-C is the main process's, which ends its workers. They would each print a
+    traceback, or be missed while they end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Batch(NamedTuple):
@@ -133,6 +140,7 @@ class TrainingImages:
             num_workers=min(num_workers, most),
             collate_fn=_batch_with_labels if self.labels else _batch,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=leave_interruptions,
         )
         left = self.limit if streamed and self.limit is not None else None
         try:

@@ -23,6 +23,7 @@ from vs2_plugin.checkpoint.manifest import Checkpoint, SiteFacts
 from vs2_plugin.checkpoint.store import Store, checkpoint_name
 from vs2_plugin.clip.backbone import Loaded, Tower, load_backbone
 from vs2_plugin.clip.sites import Site, embedding_from, finish, in_float32, reading
+from vs2_plugin.data.images import leave_interruptions
 from vs2_plugin.errors import DataError, HarnessError, reason_of
 from vs2_plugin.harness.autoload import DISABLE
 from vs2_plugin.harness.model import SteeredCLIP
@@ -147,7 +148,9 @@ class _Data:
             batches, how = dataset.batched(args.batch_size), {"batch_size": None}
         else:
             batches, how = dataset, {"batch_size": args.batch_size, "collate_fn": get_dataset_collate_fn(args.dataset)}
-        self.loader = DataLoader(batches, shuffle=False, num_workers=args.num_workers, **how)
+        self.loader = DataLoader(
+            batches, shuffle=False, num_workers=args.num_workers, worker_init_fn=leave_interruptions, **how
+        )
 
 
 class _Parts:
