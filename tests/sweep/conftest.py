@@ -28,6 +28,21 @@ def harness(*models: str, output: str, words: tuple[str, ...] = ()) -> None:
         cli.main()
 
 
+def interrupt_write(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Ctrl-C in place of writing the result of that number, from 1."""
+    from vs2_plugin.sweep import run
+
+    inner, calls = run.write_result, []
+
+    def interrupted(path, found):
+        calls.append(path)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        inner(path, found)
+
+    monkeypatch.setattr(run, "write_result", interrupted)
+
+
 def sweep(*models: str, output: str, words: tuple[str, ...] = (), data: tuple[str, ...] = DATA) -> int:
     """``vs2 sweep``, in the current folder: the exit code."""
     from vs2_plugin.cli.main import main

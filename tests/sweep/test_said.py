@@ -5,9 +5,9 @@ import warnings
 import pytest
 import torch
 
-from vs2_plugin.sweep import evaluate, run
+from vs2_plugin.sweep import evaluate
 
-from .conftest import TINY, sweep
+from .conftest import TINY, interrupt_write, sweep
 
 
 @pytest.mark.parametrize(
@@ -36,15 +36,7 @@ def test_an_interruption_of_the_first_pass_does_not_speak_of_results(
 
 def test_older_results_that_skipping_would_keep_are_named(here, monkeypatch, capsys):
     assert sweep(f"vs2:{TINY}@lam=1:3:1", output="older/{model}.json") == 0
-    inner, calls = run.write_result, []
-
-    def interrupted(path, found):
-        calls.append(path)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        inner(path, found)
-
-    monkeypatch.setattr(run, "write_result", interrupted)
+    interrupt_write(monkeypatch, 4)
     assert sweep(f"vs2:{TINY}@lam=1:3:1", output="older/{model}.json") == 130
     assert "3 of 4 results are in older" in (error := capsys.readouterr().err)
     assert "it keeps 1 older result there, too" in error

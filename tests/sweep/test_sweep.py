@@ -12,10 +12,10 @@ from vs2_plugin.plugins import registry
 from vs2_plugin.retrieval.search import ExactSearch
 from vs2_plugin.sae.topk import TopKSAE
 from vs2_plugin.steering.selective import Codes
-from vs2_plugin.sweep import evaluate, run
+from vs2_plugin.sweep import evaluate
 from vs2_plugin.sweep.grid import read_grids
 
-from .conftest import AMP, BATCHES, TINY, both_commands, harness, result, sweep
+from .conftest import AMP, BATCHES, TINY, both_commands, harness, interrupt_write, result, sweep
 
 STRINGS = [
     f"vs2:{TINY}@gamma=1:2:0.5@lam=2,4",  # two points of α = 0, and two of α = 2
@@ -284,21 +284,12 @@ def test_a_file_that_is_no_result_is_named(here, capsys):
 
 
 def test_an_interruption_leaves_whole_files_and_says_how_to_go_on(here, monkeypatch, capsys):
-    inner, calls = run.write_result, []
-
-    def interrupted(path, found):
-        calls.append(path)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        inner(path, found)
-
-    monkeypatch.setattr(run, "write_result", interrupted)
+    interrupt_write(monkeypatch, 3)
     assert sweep(f"vs2:{TINY}@lam=1:4:1", output="i/{model}.json") == 130
     assert "interrupted; 2 of 5 results are in i; to go on, give the same command with --skip_existing\n" in (
         capsys.readouterr().err
     )
     assert [path.name for path in (here / "i").iterdir()] and len(list((here / "i").iterdir())) == 2
-    monkeypatch.setattr(run, "write_result", inner)
     assert sweep(f"vs2:{TINY}@lam=1:4:1", output="i/{model}.json", words=("--skip_existing",)) == 0
     assert len(list((here / "i").glob("*.json"))) == 5
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -150,9 +149,6 @@ def _train(quiet: bool):
                 training.run(args, processes)
         finally:
             sys.argv = typed
-            # The training froze what was loaded by then. What is still frozen when Python ends is never freed, and
-            # triton, which torch brings along, complains of that at length.
-            gc.unfreeze()
 
     return train
 

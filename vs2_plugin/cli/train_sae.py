@@ -197,7 +197,13 @@ def _run(argv: Sequence[str] | None) -> None:
     from vs2_plugin.processes import joined
 
     with joined() as processes:
-        training.run(args, processes)
+        training.run(args, processes, _look_for_garbage)
+
+
+def _look_for_garbage() -> None:
+    """From here on; and only among what is new, since what is loaded stays."""
+    gc.freeze()
+    gc.enable()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

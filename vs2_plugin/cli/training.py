@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import product
@@ -32,8 +31,10 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 
-def run(args: argparse.Namespace, processes: Processes = ALONE) -> None:
+def run(args: argparse.Namespace, processes: Processes = ALONE, loaded: Callable[[], None] = lambda: None) -> None:
     """Do what the command line of :mod:`vs2_plugin.cli.train_sae` says, alone or with others.
+
+    ``loaded`` is called when all code is loaded that the work takes.
 
     Raises:
         Vs2Error: what is wrong, before any image is read where that can be told.
@@ -92,8 +93,7 @@ def run(args: argparse.Namespace, processes: Processes = ALONE) -> None:
         say=say,
         processes=processes,
     )
-    gc.freeze()  # what is loaded stays: from here on, garbage is looked for among what is new
-    gc.enable()
+    loaded()
     parts = [extraction.run(dataset, split) for dataset, split in splits.items()]
     counts = [len(part) for part in parts]
 
