@@ -15,24 +15,24 @@ PARTS = {path.name for path in ROOT.iterdir() if (path / "__init__.py").is_file(
 
 #: Part -> the parts that nothing in it imports, within functions or for type checking either.
 FORBIDDEN = {
-    "sae": {"checkpoint", "cli", "clip", "data", "demo", "harness", "retrieval", "steering"},
-    "retrieval": {"checkpoint", "cli", "clip", "data", "demo", "harness", "steering"},
-    "steering": {"checkpoint", "cli", "clip", "data", "demo", "harness"},
+    "sae": PARTS - {"sae"},
+    "gallery": PARTS - {"gallery", "sae"},
+    "steering": PARTS - {"steering", "gallery", "sae"},
     "strength": PARTS - {"strength"},
-    "clip": {"checkpoint", "cli", "data", "demo", "harness", "retrieval"},
-    "data": {"checkpoint", "cli", "demo", "harness", "retrieval"},
-    "checkpoint": {"cli", "data", "demo", "harness"},
-    "harness": {"cli", "demo", "sweep"},
-    "sweep": {"cli", "demo", "report"},
-    "inspection": PARTS - {"inspection", "sae", "steering", "retrieval", "clip"},
-    "report": PARTS - {"report"},  # reads files; needs no model
-    "": {"cli", "demo", "report", "sweep"},  # the modules at the top
-    "cli": set(),  # commands and the demo import everything
+    "clip": PARTS - {"clip", "sae"},
+    "data": PARTS - {"data", "clip"},
+    "checkpoint": PARTS - {"checkpoint", "clip", "gallery", "sae"},
+    "results": PARTS - {"results"},  # reads and writes files; needs no model
+    "report": PARTS - {"report", "results"},
+    "training": PARTS - {"training", "checkpoint", "clip", "data", "gallery", "sae"},
+    "harness": PARTS - {"harness", "checkpoint", "clip", "data", "gallery", "results", "sae", "steering", "strength"},
+    "inspection": {"cli", "demo", "reproduce", "sweep", "training"},
+    "sweep": {"cli", "demo", "inspection", "report", "reproduce", "training"},
+    "": {"cli", "demo", "inspection", "report", "reproduce", "sweep"},  # the modules at the top
+    "reproduce": {"cli", "inspection", "sweep"},
+    "cli": set(),  # commands and the demo import everything, and nothing imports them
     "demo": set(),
-    "reproduce": {"cli"},  # and nothing but commands imports it
 }
-for _part in FORBIDDEN.keys() - {"cli", "reproduce"}:
-    FORBIDDEN[_part].add("reproduce")
 
 
 def imported_by(path):

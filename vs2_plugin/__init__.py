@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 #: Public name -> the module that defines it.
 _HOME = {
-    "Checkpoint": "vs2_plugin.checkpoint.manifest",
+    "Checkpoint": "vs2_plugin.checkpoint.checkpoint",
     "Context": "vs2_plugin.steering.context",
     "Method": "vs2_plugin.method",
     "Option": "vs2_plugin.method",

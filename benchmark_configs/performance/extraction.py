@@ -73,7 +73,7 @@ def throughput(folder: Path, count: int, rounds: int) -> dict:
     """Seconds of the plain forward and of extraction, in turns."""
     from vs2_plugin.clip.backbone import load_backbone
     from vs2_plugin.clip.sites import default_site, output_site
-    from vs2_plugin.data.activations import ActivationCache, activations_at, extract
+    from vs2_plugin.data.cache import ActivationCache, activations_at, extract
     from vs2_plugin.data.images import open_images
 
     write_images(folder, count)
@@ -177,7 +177,7 @@ def memory(folder: Path, count: int, samples: int) -> dict:
     """Peak memory of an extraction of ``count`` images, and of a training on as many activations."""
     from torchvision.transforms.functional import to_tensor
 
-    from vs2_plugin.data.activations import ActivationCache, extract
+    from vs2_plugin.data.cache import ActivationCache, extract
     from vs2_plugin.data.images import open_images
     from vs2_plugin.sae import TrainConfig, train_sae
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vs2_plugin.checkpoint.gallery import GalleryFiles, GalleryPart
-from vs2_plugin.checkpoint.manifest import SiteFacts, save_checkpoint
+from vs2_plugin.gallery.files import GalleryFiles, GalleryPart
+from vs2_plugin.checkpoint.checkpoint import SiteFacts, save_checkpoint
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.clip.backbone import Tower, load_backbone
 from vs2_plugin.clip.sites import default_site

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vs2_plugin.checkpoint.manifest import MANIFEST, SiteFacts, save_checkpoint
+from vs2_plugin.checkpoint.checkpoint import MANIFEST, SiteFacts, save_checkpoint
 from vs2_plugin.checkpoint.store import Store, checkpoint_name, folder_size
 from vs2_plugin.clip.backbone import Tower
 from vs2_plugin.errors import CheckpointError, CheckpointNotFound, DataError

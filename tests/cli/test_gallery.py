@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from vs2_plugin.checkpoint.gallery import open_gallery
+from vs2_plugin.gallery.files import open_gallery
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli import main as vs2
 from vs2_plugin.cli import train_sae
@@ -147,7 +147,7 @@ def test_several_data_sets_make_one_gallery(folder):
 
 
 def test_another_encoder_is_extracted_once_and_said_in_the_manifest(folder, monkeypatch):
-    import vs2_plugin.data.activations as module
+    import vs2_plugin.data.cache as module
 
     assert train() == 0
     original, extracted = module.extract, []

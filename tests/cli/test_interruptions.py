@@ -55,7 +55,7 @@ def test_an_interrupted_demo_ends_its_command_and_says_how_to_go_on(tmp_path, mo
 
 def test_interrupted_commands_say_how_to_go_on(monkeypatch, capsys):
     from vs2_plugin.cli import inspect, latents
-    from vs2_plugin.report import results
+    from vs2_plugin.results import runs as results
 
     def interrupted(*args):
         raise KeyboardInterrupt

@@ -70,7 +70,7 @@ def test_writes_a_checkpoint_that_is_found_by_its_data_set(folder, capsys):
 def test_the_second_run_extracts_nothing(folder, capsys, monkeypatch):
     assert train() == 0
     first = Store.default().find(NAME).digest
-    monkeypatch.setattr("vs2_plugin.data.activations.extract", lambda *args, **kwargs: pytest.fail("extracted again"))
+    monkeypatch.setattr("vs2_plugin.data.cache.extract", lambda *args, **kwargs: pytest.fail("extracted again"))
     monkeypatch.setattr("vs2_plugin.data.shards.LocalShards._index", lambda *args: pytest.fail("looked for images"))
     assert train("--overwrite") == 0
     assert Store.default().find(NAME).digest == first  # and the same seed gives the same SAE
@@ -138,7 +138,7 @@ def test_garbage_is_collected_again_after_the_start(words, code, folder, monkeyp
 
 
 def test_the_cache_notices_other_images_and_settings(folder, monkeypatch):
-    import vs2_plugin.data.activations as module
+    import vs2_plugin.data.cache as module
 
     original, calls = module.extract, []
     monkeypatch.setattr(module, "extract", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))

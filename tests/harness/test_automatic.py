@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import vs2_plugin
-from vs2_plugin.checkpoint.gallery import open_gallery
+from vs2_plugin.gallery.files import open_gallery
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli import train_sae
 from vs2_plugin.cli.main import main
@@ -21,7 +21,7 @@ from vs2_plugin.harness import loader
 from vs2_plugin.method import Method, Option
 from vs2_plugin.modelstring import parse
 from vs2_plugin.plugins import registry
-from vs2_plugin.retrieval.retriever import Retriever
+from vs2_plugin.gallery.retriever import Retriever
 from vs2_plugin.strength import RULE
 
 from .conftest import DIGITS, TINY, few_digits, metrics

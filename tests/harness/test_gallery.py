@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import vs2_plugin
-from vs2_plugin.checkpoint.gallery import open_gallery
+from vs2_plugin.gallery.files import open_gallery
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli import train_sae
 from vs2_plugin.data.images import open_images

@@ -115,7 +115,7 @@ def test_a_leftover_or_broken_hook_harms_nobody(environment):
 
 def test_a_failing_patch_is_said_once_and_stock_models_work():
     code = (
-        "import sys, vs2_plugin.harness.register as r\n"
+        "import sys, vs2_plugin.harness.patches as r\n"
         "def fail(module): raise ValueError('no')\n"
         "r.patch = fail\n"
         "import clip_benchmark.models as m, clip_benchmark.datasets.builder\n"

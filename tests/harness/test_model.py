@@ -94,7 +94,7 @@ def test_a_linear_probe_caches_features_per_checkpoint(in_demo):
     """Its cache is keyed by the model's name; the digest joins it, so that a retrained SAE finds no stale features."""
     from types import ModuleType
 
-    from vs2_plugin.harness.register import patch
+    from vs2_plugin.harness.patches import patch
 
     seen = []
     module = ModuleType("clip_benchmark.metrics.linear_probe")
@@ -110,7 +110,7 @@ def test_an_unsupported_clip_benchmark_is_named():
     from types import ModuleType
 
     from vs2_plugin.errors import HarnessError
-    from vs2_plugin.harness.register import patch
+    from vs2_plugin.harness.patches import patch
 
     for name in ("models", "datasets.builder", "cli", "metrics.captioning"):
         with pytest.raises(HarnessError, match="1.6"):

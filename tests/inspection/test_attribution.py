@@ -56,14 +56,14 @@ class Hood:
     device = torch.device("cpu")
 
     def __init__(self, activations):
-        from vs2_plugin.retrieval.gallery import Gallery
+        from vs2_plugin.gallery.gallery import Gallery
 
         rows = activations.numpy()
         self.gallery = Gallery({"site": rows}, {"clip": rows}, digests=torch.arange(len(rows)).numpy())
         self.classifier = torch.eye(2)
 
     def neighbours(self):
-        from vs2_plugin.retrieval.retriever import Neighbours
+        from vs2_plugin.gallery.retriever import Neighbours
 
         return Neighbours(torch.tensor([[0, 1, 2]]), torch.ones(1, 3), torch.ones(1, 3, dtype=torch.bool))
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import vs2_plugin
-from vs2_plugin.checkpoint.gallery import open_gallery
+from vs2_plugin.gallery.files import open_gallery
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli.main import main
 from vs2_plugin.clip.sites import paused
@@ -303,7 +303,7 @@ def test_quiet_without_a_page_is_refused(folder, digit, capsys):
 
 
 def test_one_image_is_no_images():
-    from vs2_plugin.cli.findings import describe
+    from vs2_plugin.inspection.findings import describe
     from vs2_plugin.inspection.latents import LatentStatistics
 
     fields = dict(

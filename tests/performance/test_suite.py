@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vs2_plugin.clip.sites import default_site, output_site
-from vs2_plugin.data.activations import ActivationCache, activations_at, extract
+from vs2_plugin.data.cache import ActivationCache, activations_at, extract
 from vs2_plugin.data.images import TrainingImages
 from vs2_plugin.sae import SaeConfig, TopKSAE, TrainConfig, train_sae
 from vs2_plugin.sae.step import set_gradients

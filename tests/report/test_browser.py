@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vs2_plugin.report.page import write
-from vs2_plugin.report.results import read
+from vs2_plugin.results.runs import read
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 #: Nothing is to be looked up: the page is on disk.

@@ -13,7 +13,7 @@ from PIL import Image
 from vs2_plugin.cli.main import main
 from vs2_plugin.errors import DataError
 from vs2_plugin.report.page import write
-from vs2_plugin.report.results import read
+from vs2_plugin.results.runs import read
 
 VOID = {"meta", "br", "img", "link", "use", "path", "line", "input", "hr"}
 

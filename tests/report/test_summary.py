@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vs2_plugin.report.results import read
+from vs2_plugin.results.runs import read
 from vs2_plugin.report.summary import summarise
 
 

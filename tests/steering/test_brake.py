@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from vs2_plugin.data.images import image_digest
-from vs2_plugin.retrieval.gallery import Gallery
-from vs2_plugin.retrieval.retriever import Retriever
-from vs2_plugin.retrieval.search import ExactSearch
+from vs2_plugin.gallery.gallery import Gallery
+from vs2_plugin.gallery.retriever import Retriever
+from vs2_plugin.gallery.search import ExactSearch
 from vs2_plugin.sae.topk import sample_fvu
 from vs2_plugin.steering.gate import Gate
-from vs2_plugin.steering.selective import Activations, Codes, NeighbourSteering
+from vs2_plugin.steering.neighbours import Activations, Codes, NeighbourSteering
 
 N = 10
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from vs2_plugin.checkpoint.gallery import GalleryFiles, GalleryPart
-from vs2_plugin.checkpoint.manifest import SiteFacts, save_checkpoint
+from vs2_plugin.gallery.files import GalleryFiles, GalleryPart
+from vs2_plugin.checkpoint.checkpoint import SiteFacts, save_checkpoint
 from vs2_plugin.clip.backbone import Tower, load_backbone
 from vs2_plugin.clip.sites import block_sites, default_site, editing, reading
 from vs2_plugin.data.images import image_digest
@@ -409,10 +409,10 @@ def test_an_image_does_not_depend_on_its_batch(text, steered, digits):
 
 def test_codes_of_a_gallery_that_is_too_large_are_computed_for_each_batch(steered, digits, monkeypatch):
     kept, _ = run(steered("vs2pp:X")[0], digits, QUERIES)
-    monkeypatch.setattr("vs2_plugin.steering.selective._RESIDENT", 0)
+    monkeypatch.setattr("vs2_plugin.steering.neighbours._RESIDENT", 0)
     for text in ("vs2pp:X", "proto:X"):
         model, _ = steered(text)
-        monkeypatch.setattr("vs2_plugin.steering.selective.Codes._encode_all", lambda self: pytest.fail("kept"))
+        monkeypatch.setattr("vs2_plugin.steering.neighbours.Codes._encode_all", lambda self: pytest.fail("kept"))
         found, _ = run(model, digits, QUERIES)
         if text == "vs2pp:X":
             torch.testing.assert_close(found, kept, rtol=1e-5, atol=1e-5)

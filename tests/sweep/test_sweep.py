@@ -9,9 +9,9 @@ from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 
 from vs2_plugin.method import LABELS, Method, Option
 from vs2_plugin.plugins import registry
-from vs2_plugin.retrieval.search import ExactSearch
+from vs2_plugin.gallery.search import ExactSearch
 from vs2_plugin.sae.topk import TopKSAE
-from vs2_plugin.steering.selective import Codes
+from vs2_plugin.steering.neighbours import Codes
 from vs2_plugin.sweep import evaluate
 from vs2_plugin.sweep.grid import read_grids
 

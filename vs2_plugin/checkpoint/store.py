@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vs2_plugin.checkpoint.manifest import MANIFEST, Checkpoint
+from vs2_plugin.checkpoint.checkpoint import MANIFEST, Checkpoint
 from vs2_plugin.errors import CheckpointNotFound, DataError
 
 __all__ = ["ENVIRONMENT_VARIABLE", "Store", "checkpoint_name"]

@@ -6,7 +6,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 from vs2_plugin import __version__
-from vs2_plugin.checkpoint.manifest import Checkpoint
+from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.errors import Vs2Error
 from vs2_plugin.harness import autoload

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vs2_plugin.cli.common import AGAIN, counted, load_torch
-from vs2_plugin.cli.inspected import (
+from vs2_plugin.inspection.subject import (
     NO_WORDS,
     TOP_IMAGES,
     WORDS,
@@ -21,7 +21,7 @@ from vs2_plugin.cli.inspected import (
     scan_gallery,
     words_of,
 )
-from vs2_plugin.cli.pictures import Thumbnail, TrainingPictures
+from vs2_plugin.inspection.pictures import Thumbnail, TrainingPictures
 from vs2_plugin.errors import HarnessError
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def _latents(args: argparse.Namespace) -> None:
     load_torch()
     import numpy as np
 
-    from vs2_plugin.checkpoint.gallery import open_gallery
+    from vs2_plugin.gallery.files import open_gallery
     from vs2_plugin.inspection.latents import chance, choose, kinds
     from vs2_plugin.modelstring import parse
     from vs2_plugin.report.latent_figures import draw_latents

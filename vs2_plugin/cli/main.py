@@ -144,7 +144,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _store_list(args: argparse.Namespace) -> None:
-    from vs2_plugin.checkpoint.manifest import Checkpoint
+    from vs2_plugin.checkpoint.checkpoint import Checkpoint
     from vs2_plugin.errors import CheckpointError
 
     store = Store.default(args.store)

@@ -45,7 +45,7 @@ def add_report(commands: argparse._SubParsersAction) -> None:
 
 def _report(args: argparse.Namespace) -> None:
     from vs2_plugin.report.page import write
-    from vs2_plugin.report.results import read
+    from vs2_plugin.results.runs import read
 
     runs, passed_over = read(args.results)
     written = write(runs, args.out)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vs2_plugin.reproduce.plan import Cell, Table
+    from vs2_plugin.reproduce.cells import Cell, Table
 
 __all__ = ["add_reproduce"]
 
@@ -96,7 +96,7 @@ def _work(
     dataset_root: str,
     environment: Mapping[str, str],
 ) -> int:
-    from vs2_plugin.harness.register import PER_IMAGE
+    from vs2_plugin.harness.patches import PER_IMAGE
     from vs2_plugin.reproduce.fetch import root_of
     from vs2_plugin.reproduce.run import Reproduction
 
@@ -139,8 +139,9 @@ def _train(quiet: bool):
     """What does a command of vs2-train-sae in this process, so that its bars are seen and its errors are known."""
 
     def train(words: Sequence[str]) -> None:
-        from vs2_plugin.cli import train_sae, training
-        from vs2_plugin.processes import joined
+        from vs2_plugin.cli import train_sae
+        from vs2_plugin.training import run as training
+        from vs2_plugin.distributed import joined
 
         args = train_sae.parser().parse_args([*words[1:], *(["--quiet"] if quiet else [])])
         typed, sys.argv = sys.argv, list(words)  # the checkpoint keeps its command

@@ -96,7 +96,7 @@ def _positive(text: str) -> int:
 
 def _sweep(args: argparse.Namespace) -> int:
     load_torch()
-    from vs2_plugin.harness.register import PER_IMAGE
+    from vs2_plugin.harness.patches import PER_IMAGE
     from vs2_plugin.sweep.run import plan, sweep
 
     made = plan(args)

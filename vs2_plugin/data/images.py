@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, defau
 
 from vs2_plugin.data.shards import LocalShards, open_shards
 from vs2_plugin.errors import DataError, Vs2Error, one_line, reason_of
-from vs2_plugin.processes import Processes
+from vs2_plugin.distributed import Processes
 
 __all__ = ["Batch", "Preprocessing", "TrainingImages", "image_digest", "leave_interruptions", "open_images"]
 

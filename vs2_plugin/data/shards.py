@@ -20,7 +20,7 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
 from vs2_plugin.errors import DataError
-from vs2_plugin.processes import Processes
+from vs2_plugin.distributed import Processes
 
 __all__ = ["EXTENSIONS", "LocalShards", "RemoteShards", "open_shards"]
 

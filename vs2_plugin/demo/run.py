@@ -17,7 +17,7 @@ from pathlib import Path
 from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE
 from vs2_plugin.demo.digits import write_digits
 from vs2_plugin.errors import DataError, Vs2Error
-from vs2_plugin.harness.register import PER_IMAGE
+from vs2_plugin.harness.patches import PER_IMAGE
 
 __all__ = ["MODEL", "SYSTEMS", "demo", "prepare"]
 

@@ -4,7 +4,7 @@
 from disk would cost more than a millisecond): when ``clip_benchmark`` is first asked for, they call :func:`install`.
 Python 3.15 and newer reads ``vs2_plugin_hook.start`` instead and calls it at once, so this module imports nothing
 that is not loaded by then. It waits for a few modules of clip_benchmark to be imported, lets them be loaded as ever,
-and then hands each to :mod:`vs2_plugin.harness.register`. ``VS2_PLUGIN_DISABLE=1`` switches it off.
+and then hands each to :mod:`vs2_plugin.harness.patches`. ``VS2_PLUGIN_DISABLE=1`` switches it off.
 """
 
 import os
@@ -45,7 +45,7 @@ class _Loader:
         module.__loader__ = module.__spec__.loader = self._inner  # leave no trace for whoever inspects the module
         self._inner.exec_module(module)
         try:
-            from vs2_plugin.harness import register
+            from vs2_plugin.harness import patches as register
 
             register.patch(module)
         except Exception as error:  # stock models must go on working

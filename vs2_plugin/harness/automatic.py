@@ -25,9 +25,9 @@ from vs2_plugin.arrays import digest_of, spread
 from vs2_plugin.clip.sites import Site, embedding_from, in_float32
 from vs2_plugin.errors import HarnessError, ModelStringError
 from vs2_plugin.method import Option, Scalar
-from vs2_plugin.retrieval.gallery import CLIP, Gallery
-from vs2_plugin.retrieval.retriever import Retriever
-from vs2_plugin.steering.selective import Activations
+from vs2_plugin.gallery.gallery import CLIP, Gallery
+from vs2_plugin.gallery.retriever import Retriever
+from vs2_plugin.steering.neighbours import Activations
 from vs2_plugin.strength import Choice, choose, neighbour_graph
 
 __all__ = ["Automatic", "gallery_classes", "kept", "read_prior", "settle"]

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from vs2_plugin import __version__
-from vs2_plugin.checkpoint.gallery import index_file, open_gallery
-from vs2_plugin.checkpoint.manifest import Checkpoint, SiteFacts
+from vs2_plugin.gallery.files import index_file, open_gallery
+from vs2_plugin.checkpoint.checkpoint import Checkpoint, SiteFacts
 from vs2_plugin.clip.backbone import Loaded, Tower
 from vs2_plugin.clip.sites import Edit, Site, default_site, edit, embedding_from, find_site, output_site, paused
 from vs2_plugin.data.images import image_digest
@@ -22,10 +22,10 @@ from vs2_plugin.harness.plain import PlainEmbedding
 from vs2_plugin.method import Scalar
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.plugins import registry
-from vs2_plugin.retrieval.encoders import load_encoder
-from vs2_plugin.retrieval.gallery import CLIP, Gallery
-from vs2_plugin.retrieval.retriever import Retriever
-from vs2_plugin.retrieval.search import Search, open_search
+from vs2_plugin.gallery.encoders import load_encoder
+from vs2_plugin.gallery.gallery import CLIP, Gallery
+from vs2_plugin.gallery.retriever import Retriever
+from vs2_plugin.gallery.search import Search, open_search
 from vs2_plugin.sae.topk import TopKSAE
 from vs2_plugin.steering.context import Context, Task
 from vs2_plugin.steering.gate import Gate, threshold

@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from vs2_plugin.clip.sites import Site, default_site, editing, embedding_from, output_site
 from vs2_plugin.sae.topk import Latents
 from vs2_plugin.steering.operators import SparseSteering, amplified, vs2_steer
-from vs2_plugin.steering.selective import Codes, NeighbourSteering
-from vs2_plugin.steering.selectivity import SelectiveSteering
+from vs2_plugin.steering.neighbours import Codes, NeighbourSteering
+from vs2_plugin.steering.selective import SelectiveSteering
 
 __all__ = ["Attribution", "Movement", "attribute", "movement", "tail"]
 

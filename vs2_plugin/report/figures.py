@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from vs2_plugin.report.drawing import FAINT, INK, LINES, PAPER, PLAIN, Picture, new_figure, picture
-from vs2_plugin.report.statistics import interval
+from vs2_plugin.results.statistics import interval
 from vs2_plugin.report.summary import Curve, Group, Row
 
 __all__ = ["draw"]

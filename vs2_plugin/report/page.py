@@ -14,8 +14,8 @@ from typing import Any
 from vs2_plugin.report.drawing import Picture
 from vs2_plugin.report.figures import draw
 from vs2_plugin.report.rendering import fixed, render, save
-from vs2_plugin.report.results import Run
-from vs2_plugin.report.statistics import ClassChange
+from vs2_plugin.results.runs import Run
+from vs2_plugin.results.statistics import ClassChange
 from vs2_plugin.report.summary import Group, Row, Section, summarise
 
 __all__ = ["Column", "columns", "hints", "write"]

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from vs2_plugin.report.results import Images, Run
-from vs2_plugin.report.statistics import (
+from vs2_plugin.results.runs import Images, Run
+from vs2_plugin.results.statistics import (
     Bin,
     Calibration,
     ClassChange,

@@ -65,7 +65,7 @@ def missing_weights(backbone: str, weights: str) -> Missing | None:
 
 def missing_encoder(text: str) -> Missing | None:
     """Why a retrieval encoder, as ``--retrieval_encoder`` names it, cannot be loaded; None if it can."""
-    from vs2_plugin.retrieval.encoders import load_encoder, split_name
+    from vs2_plugin.gallery.encoders import load_encoder, split_name
 
     name, weights = split_name(text)
     try:

@@ -13,7 +13,7 @@ from typing import Any
 
 from vs2_plugin.errors import ModelStringError, SettingError, one_line
 from vs2_plugin.modelstring import ModelString, is_steered, parse
-from vs2_plugin.reproduce.plan import METRICS, Cell, Sae, Table
+from vs2_plugin.reproduce.cells import METRICS, Cell, Sae, Table
 
 __all__ = ["FLAGS", "read", "read_all"]
 

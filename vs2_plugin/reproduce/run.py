@@ -25,12 +25,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from vs2_plugin.checkpoint.manifest import Checkpoint
+from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.errors import CheckpointError, DataError, Vs2Error, one_line
 from vs2_plugin.reproduce.command import run_command
 from vs2_plugin.reproduce.fetch import Missing, missing_data, missing_encoder, missing_weights
-from vs2_plugin.reproduce.plan import Cell, Evaluation, Sae, Table
+from vs2_plugin.reproduce.cells import Cell, Evaluation, Sae, Table
 from vs2_plugin.reproduce.table import Measured, best, markdown, write
 
 __all__ = ["Reproduction"]
@@ -366,7 +366,7 @@ def _gain(plain: Path, steered: Path, name: str | None) -> float:
     """How many points more of a class's images are classified correctly; without a name, the most of any class."""
     import numpy as np
 
-    from vs2_plugin.report.results import Images
+    from vs2_plugin.results.runs import Images
 
     shares = []
     for file in (plain, steered):

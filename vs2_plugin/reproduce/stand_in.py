@@ -13,7 +13,7 @@ import vs2_plugin.demo
 from vs2_plugin.demo.digits import CLASSES, write_digits
 from vs2_plugin.errors import SettingError
 from vs2_plugin.modelstring import ModelString
-from vs2_plugin.reproduce.plan import Cell, Sae, Table
+from vs2_plugin.reproduce.cells import Cell, Sae, Table
 
 __all__ = ["DATASET", "MODEL", "prepare", "stand_in"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from vs2_plugin.reproduce.plan import METRICS, Cell, Table
+from vs2_plugin.reproduce.cells import METRICS, Cell, Table
 
 __all__ = ["Measured", "best", "markdown", "write"]
 

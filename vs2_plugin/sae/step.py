@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adam import adam
 
-from vs2_plugin.processes import mean_row, total
+from vs2_plugin.distributed import mean_row, total
 from vs2_plugin.sae.topk import Latents, TopKSAE
 
 __all__ = ["Adam", "ClassMeans", "fast_bfloat16", "set_gradients"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vs2_plugin.errors import DataError, SettingError
-from vs2_plugin.processes import ALONE, Processes, total
+from vs2_plugin.distributed import ALONE, Processes, total
 from vs2_plugin.sae.config import TrainConfig
 from vs2_plugin.sae.step import Adam, ClassMeans, fast_bfloat16, set_gradients
 from vs2_plugin.sae.topk import SaeConfig, TopKSAE, sample_fvu

@@ -11,7 +11,7 @@ from vs2_plugin.method import AUTO, LABELS, Method, Option
 if TYPE_CHECKING:
     from vs2_plugin.steering.context import Context
     from vs2_plugin.steering.operators import SparseSteering
-    from vs2_plugin.steering.selective import (
+    from vs2_plugin.steering.neighbours import (
         Activations,
         Codes,
         MixedSteering,
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         PrototypeSteering,
         VoteSteering,
     )
-    from vs2_plugin.steering.selectivity import SelectiveSteering
+    from vs2_plugin.steering.selective import SelectiveSteering
 
 # Beyond this, steering is all there is left of the activation, and float32 starts to lose digits.
 _LIMIT = 1000.0
@@ -93,7 +93,7 @@ def build_rec(context: Context) -> SparseSteering:
 
 def build_vs2s(context: Context, alpha: float, p: float) -> SelectiveSteering:
     """Selective amplification at one site."""
-    from vs2_plugin.steering.selectivity import SelectiveSteering, Selectivity
+    from vs2_plugin.steering.selective import SelectiveSteering, Selectivity
 
     if "selectivity" not in context.shared:
         context.shared["selectivity"] = Selectivity(context.sae, _activations(context), context.retriever)
@@ -116,40 +116,40 @@ def build_clipsteer(
 
 def build_proto(context: Context, gamma, lam, alpha) -> PrototypeSteering:
     """Oracle prototypes at one site."""
-    from vs2_plugin.steering.selective import PrototypeSteering
+    from vs2_plugin.steering.neighbours import PrototypeSteering
 
     return PrototypeSteering(context.retriever, _codes(context), strength(gamma, lam, alpha))
 
 
 def build_rag(context: Context, mix: float, labels: str) -> MixedSteering:
     """Weighted RAG."""
-    from vs2_plugin.steering.selective import MixedSteering
+    from vs2_plugin.steering.neighbours import MixedSteering
 
     return MixedSteering(context.retriever, mix, labels)
 
 
 def build_knn(context: Context) -> VoteSteering:
     """Vote of the neighbours."""
-    from vs2_plugin.steering.selective import VoteSteering
+    from vs2_plugin.steering.neighbours import VoteSteering
 
     return VoteSteering(context.retriever)
 
 
 def _neighbour_steering(context: Context, directions, alpha: float, rule: str, labels: str, brake) -> NeighbourSteering:
-    from vs2_plugin.steering.selective import NeighbourSteering
+    from vs2_plugin.steering.neighbours import NeighbourSteering
 
     dataset = None if context.task is None else context.task.dataset
     return NeighbourSteering(context.retriever, directions, alpha, rule, labels, dataset, brake)
 
 
 def _activations(context: Context) -> Activations:
-    from vs2_plugin.steering.selective import Activations
+    from vs2_plugin.steering.neighbours import Activations
 
     return Activations(context.retriever.gallery.activations[context.site], context.retriever.device)
 
 
 def _codes(context: Context) -> Codes:
-    from vs2_plugin.steering.selective import Codes
+    from vs2_plugin.steering.neighbours import Codes
 
     if "codes" not in context.shared:
         context.shared["codes"] = Codes(context.sae, _activations(context), len(context.retriever.gallery))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from vs2_plugin.retrieval.retriever import Retriever
+    from vs2_plugin.gallery.retriever import Retriever
     from vs2_plugin.sae.topk import TopKSAE
 
 __all__ = ["Context", "Task"]

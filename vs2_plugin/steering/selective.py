@@ -1,304 +1,129 @@
-"""Steering along the neighbours of an image, and along class prototypes: VS2++ and the baselines with a gallery.
+"""Selective amplification: VS2 that amplifies a latent the more, the more it differs between classes.
 
-Each class here is a steering: called with activations ``[batch, d]``, it asks the :class:`Retriever` for the
-neighbours of the batch at hand. All of arXiv 2506.01247 unless said otherwise.
+Which classes the gallery's images are of is told by their zero-shot probabilities, so that no labels are needed.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from vs2_plugin.arrays import Stack
-from vs2_plugin.errors import DataError
-from vs2_plugin.retrieval.gallery import CLIP
-from vs2_plugin.retrieval.retriever import Neighbours, Retriever, majority
+from vs2_plugin.arrays import spread
+from vs2_plugin.gallery.gallery import CLIP
+from vs2_plugin.gallery.retriever import Retriever
 from vs2_plugin.sae.topk import Latents, TopKSAE
 from vs2_plugin.steering.operators import keep_norm
+from vs2_plugin.steering.neighbours import Activations
 
-__all__ = [
-    "Activations",
-    "Codes",
-    "MixedSteering",
-    "NeighbourSteering",
-    "PrototypeSteering",
-    "VoteSteering",
-    "contrast",
-]
+__all__ = ["SelectiveSteering", "Selectivity", "class_selectivity", "latent_weights"]
 
-_CHUNK = 4096
-#: Codes of up to this many bytes are computed once and kept; of a larger gallery, those of each batch's neighbours.
-_RESIDENT = 2 << 30
-_PER_CLASS = 10
+#: Images that the statistics are taken over, and how many at a time.
+_IMAGES, _BATCH = 50_000, 2048
 
 
-class Activations:
-    """The gallery's activations at one site, as directions to steer along."""
+def class_selectivity(batches: Iterator[tuple[Latents, Tensor]], num_latents: int) -> Tensor:
+    """``r_j`` of each latent: the share of its standard deviation that lies between classes. float32 ``[latents]``.
 
-    def __init__(self, rows: np.ndarray | Stack, device: torch.device) -> None:
-        self._rows, self._device = rows, device
-
-    def __getitem__(self, rows: Tensor) -> Tensor:
-        """float32 ``[*rows.shape, d]``."""
-        found = torch.from_numpy(np.asarray(self._rows[rows.flatten().numpy()]))
-        return found.to(self._device).float().unflatten(0, rows.shape)
-
-    def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """``Σ_j w_j x_j``: ``[batch, d]`` from row numbers and weights ``[batch, n]``."""
-        return torch.einsum("bn,bnd->bd", weights, self[rows])
-
-
-class Codes:
-    """The sparse codes of the gallery's activations at one site, as directions to steer along.
-
-    They are computed when they are first asked for.
-    """
-
-    def __init__(self, sae: TopKSAE, activations: Activations, count: int) -> None:
-        self._sae, self._activations, self._count = sae, activations, count
-        self._fits = count * sae.config.k * 8 <= _RESIDENT
-        self._kept: Latents | None = None
-
-    def __getitem__(self, rows: Tensor) -> Latents:
-        """Values and indices ``[*rows.shape, k]``."""
-        if not self._fits:
-            return self._sae.encode(self._activations[rows])
-        if self._kept is None:
-            self._kept = self._encode_all()
-        rows = rows.to(self._kept.values.device)
-        return Latents(self._kept.values[rows], self._kept.indices[rows].long())
-
-    def _encode_all(self) -> Latents:
-        parts = []
-        bar = tqdm(total=self._count, desc="codes of the gallery", unit="img", disable=None, leave=False)
-        with torch.no_grad(), bar:
-            for start in range(0, self._count, _CHUNK):
-                rows = torch.arange(start, min(start + _CHUNK, self._count))
-                found = self._sae.encode(self._activations[rows])
-                parts.append((found.values, found.indices.int()))
-                bar.update(len(rows))
-        return Latents(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-
-    def mixed(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """``Σ_j w_j c_j``, dense: ``[batch, latents]`` from row numbers and weights ``[batch, n]``."""
-        latents = self[rows]
-        code = weights.new_zeros(len(rows), self._sae.config.num_latents)
-        return code.scatter_add_(1, latents.indices.flatten(1), (latents.values * weights[..., None]).flatten(1))
-
-    def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """``W_decᵀ Σ_j w_j c_j``: ``[batch, d]`` from row numbers and weights ``[batch, n]``."""
-        return self.mixed(rows, weights) @ self._sae.W_dec
-
-
-def contrast(labels: Tensor, chosen: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights that make a sum over neighbours the mean over S⁺ minus the mean over S⁻.
-
-    S⁺ are the neighbours whose label is the chosen one, S⁻ the others. An empty one contributes nothing.
+    ``r_j² = (S_B - (K - 1) M_W) / (S_T + M_W)``, ω² of the analysis of variance, with the sum of squares between
+    class means ``S_B``, in total ``S_T``, the mean square within ``M_W = (S_T - S_B) / (n - K)`` and K classes. Unlike
+    ``S_B / S_T`` it is 0 in the mean for a latent that has nothing to do with the classes. An image counts for each
+    class by its probability; classes of a mass below one image are left out.
 
     Args:
-        labels: int64 ``[batch, n]``.
-        chosen: int64 ``[batch]``.
-        valid: bool ``[batch, n]``; False where there is no neighbour.
-
-    Returns:
-        The weights ``[batch, n]``, and the share of neighbours in S⁺, ``[batch]``.
+        batches: sparse codes ``[batch, k]`` with class probabilities ``[batch, classes]`` (rows sum to 1).
+        num_latents: number of latents.
     """
-    same = labels == chosen[:, None]
-    positive, negative = (valid & same).float(), (valid & ~same).float()
-    size = positive.sum(1, keepdim=True)
-    weights = positive / size.clamp_min(1) - negative / negative.sum(1, keepdim=True).clamp_min(1)
-    return weights, size[:, 0] / valid.sum(1).clamp_min(1)
+    sums: Tensor | None = None
+    for latents, probabilities in batches:
+        dense = probabilities.new_zeros(len(probabilities), num_latents)
+        dense.scatter_add_(1, latents.indices, latents.values)
+        if sums is None:
+            sums = torch.zeros(probabilities.shape[1], num_latents, dtype=torch.float64, device=dense.device)
+            mass, squares = sums.new_zeros(len(sums)), sums.new_zeros(num_latents)
+            count = 0
+        sums += probabilities.T @ dense
+        mass += probabilities.double().sum(0)
+        squares += dense.double().square().sum(0)
+        count += len(dense)
+    present = mass >= 1
+    classes, within = int(present.sum()), max(count - int(present.sum()), 1)
+    mean = sums.sum(0) / count
+    total = squares - count * mean.square()
+    between = (mass[present, None] * (sums[present] / mass[present, None] - mean).square()).sum(0)
+    noise = (total - between).clamp_min(0) / within
+    omega = (between - (classes - 1) * noise) / (total + noise)
+    # A latent that is never active has no variance, and no class.
+    return omega.nan_to_num(0).clamp(0, 1).sqrt().float()
 
 
-class _Agreement:
-    """``agreement``, for the results: the mean share of neighbours that have the chosen label."""
-
-    def reset(self) -> None:
-        """Forget the images seen so far."""
-        self._agreed, self._seen = 0.0, 0
-
-    def _saw(self, shares: Tensor) -> None:
-        self._agreed = shares.double().sum() + torch.as_tensor(self._agreed, device=shares.device)
-        self._seen += len(shares)
-
-    @property
-    def facts(self) -> dict[str, float]:
-        """Flat scalars for the results' metrics."""
-        seen = {"agreement": float(self._agreed) / self._seen} if self._seen else {}
-        return {**self.constants, **seen}
+def latent_weights(selectivity: Tensor, p: float) -> Tensor:
+    """``w_j = (r_j / mean of the positive r)^p``, ``[latents]``. All 1 for ``p = 0``, and if no latent is selective."""
+    positive = selectivity[selectivity > 0]
+    if p == 0 or len(positive) == 0:
+        return torch.ones_like(selectivity)
+    return (selectivity / positive.mean()) ** p
 
 
-def _labels_of(retriever: Retriever, kind: str, hood: Neighbours) -> tuple[Tensor, int]:
-    """The neighbours' labels ``[batch, n]`` on the model's device, and a number that all labels are below."""
-    labels = retriever.labels(kind)
-    classes = int(labels.max()) + 1 if kind == "oracle" else retriever.classifier.shape[1]
-    return labels[hood.rows].to(retriever.device), classes
+class Selectivity:
+    """:func:`class_selectivity` over a gallery, computed when it is first asked for and again for other classes.
 
-
-class NeighbourSteering(nn.Module, _Agreement):
-    """``x + α (mean over S⁺ - mean over S⁻)``, with sparse codes (VS2++) or activations (CLIP steering).
-
-    S⁺ are the neighbours with the most frequent label among them (``rule`` majority), or with the query's own
-    zero-shot class (query); S⁻ are the others. VS2++ with ``α = λ (γ - 1)`` is the mean VS2 direction of S⁺ minus
-    that of S⁻, and keeps the norm of x as VS2 does; CLIP steering does not. ``dataset`` is the one under evaluation.
-
-    With a ``brake``, an image is left alone if S⁺ is less than that share of its neighbours: where zero-shot labels
-    disagree, the direction they give is no better than they are. (Ours, not the paper's.)
+    Of a large gallery, images evenly spread over it are used.
     """
 
-    def __init__(
-        self,
-        retriever: Retriever,
-        directions: Codes | Activations,
-        alpha: float,
-        rule: str,
-        labels: str,
-        dataset: str | None = None,
-        brake: float | None = None,
-    ) -> None:
+    def __init__(self, sae: TopKSAE, activations: Activations, retriever: Retriever) -> None:
+        """``activations`` are the gallery's, at the SAE's site."""
+        self._sae, self._activations, self._retriever = sae, activations, retriever
+        self._known_for: Tensor | None = None
+
+    def _batches(self) -> Iterator[tuple[Latents, Tensor]]:
+        """Codes, and the zero-shot probabilities at CLIP's logit scale of 100."""
+        retriever = self._retriever
+        embeddings = Activations(retriever.gallery.embeddings[CLIP], retriever.device)
+        for rows in spread(len(retriever.gallery), _IMAGES).split(_BATCH):
+            logits = 100 * F.normalize(embeddings[rows], dim=-1) @ retriever.classifier
+            yield self._sae.encode(self._activations[rows]), logits.softmax(1)
+
+    def weights(self, p: float) -> tuple[Tensor, float]:
+        """:func:`latent_weights`, and the factor that gives the weighted steering vectors the mean length over the
+        gallery that VS2's have, so that α means the same for both."""
+        if self._known_for is not self._retriever.classifier:
+            self._known_for = self._retriever.classifier
+            self._r = class_selectivity(self._batches(), self._sae.config.num_latents)
+            self._scales: dict[float, float] = {}
+        weights = latent_weights(self._r, p)
+        if p not in self._scales:
+            lengths = torch.zeros(2, dtype=torch.float64)
+            for latents, _ in self._batches():
+                for row, code in enumerate((latents, weighted(latents, weights))):
+                    lengths[row] += self._sae.combine(code).norm(dim=1).double().sum().cpu()
+            self._scales[p] = float(lengths[0] / lengths[1]) if lengths[1] > 0 else 1.0
+        return weights, self._scales[p]
+
+
+def weighted(latents: Latents, weights: Tensor) -> Latents:
+    """``w ⊙ c``."""
+    return Latents(latents.values * weights[latents.indices], latents.indices)
+
+
+class SelectiveSteering(nn.Module):
+    """``x + α s W_decᵀ (w ⊙ c)`` at the norm of x, with the weights w and the factor s of :class:`Selectivity`."""
+
+    def __init__(self, sae: TopKSAE, selectivity: Selectivity, alpha: float, p: float) -> None:
         super().__init__()
-        self.retriever, self.directions, self.alpha = retriever, directions, alpha
-        self.rule, self.labels, self.dataset, self.brake = rule, labels, dataset, brake
-        self.constants = {"alpha": alpha}
-        self.reset()
+        self.sae, self.selectivity, self.alpha, self.p = sae, selectivity, alpha, p
+        self.facts = {"alpha": alpha, "p": p}
 
-    def weights(self) -> tuple[Tensor, Tensor]:
-        """The neighbours of each image of the batch and what each counts (below 0: in S⁻), ``[batch, n]``."""
-        hood = self.retriever.neighbours()
-        labels, classes = _labels_of(self.retriever, self.labels, hood)
-        chosen = self._own_classes() if self.rule == "query" else majority(labels, hood, classes)[0]
-        weights, shares = contrast(labels, chosen, hood.valid)
-        self._saw(shares)
-        if self.brake is not None:
-            opened = shares >= self.brake
-            self._braked = (~opened).sum() + torch.as_tensor(self._braked, device=opened.device)
-            weights = weights * opened[:, None]
-        return hood.rows, weights
-
-    def reset(self) -> None:
-        """Forget the images seen so far."""
-        super().reset()
-        self._braked = 0
-
-    @property
-    def facts(self) -> dict[str, float]:
-        """Flat scalars for the results' metrics; ``braked`` is the share of images that the brake left alone."""
-        braked = {"braked": float(self._braked) / self._seen} if self.brake is not None and self._seen else {}
-        return {**super().facts, **braked}
-
-    def _own_classes(self) -> Tensor:
-        """The query's zero-shot class, as the neighbours' labels number it."""
-        if self.labels == "pseudo":
-            return self.retriever.classes()
-        known = self.retriever.gallery.first_labels
-        if self.dataset not in known and (self.dataset is not None or len(known) > 1):
-            raise DataError(
-                f"the query rule compares an image's class with the training labels of {' and '.join(known)}, and the "
-                f"data set under evaluation is {self.dataset or 'not known'}; expected one of them, or @rule=majority"
-            )
-        return self.retriever.classes() + known.get(self.dataset, 0)
-
-    def direction(self) -> Tensor:
-        """The steering vector of each image of the batch, without α: ``[batch, d]``."""
-        return self.directions.combine(*self.weights())
+    @torch.no_grad()
+    def code(self, x: Tensor) -> Latents:
+        """``s w ⊙ c`` of activations ``[batch, d]``."""
+        weights, scale = self.selectivity.weights(self.p)
+        return weighted(self.sae.encode(x), scale * weights)
 
     def forward(self, x: Tensor) -> Tensor:
         """Steer ``[batch, d]``."""
-        moved = x + self.alpha * self.direction()
-        return keep_norm(moved, x) if isinstance(self.directions, Codes) else moved
-
-
-class MixedSteering(nn.Module, _Agreement):
-    """Weighted RAG, at the output embedding: ``mix q + (1 - mix) Σ_j w_j r_j`` with ``q`` and ``r_j`` of unit norm.
-
-    ``w_j`` is the similarity of a neighbour, normalised to sum 1; one below 0 counts as 0. With ``labels``, only the
-    neighbours that have the most frequent label take part (the paper does not define its oracle form; this is our
-    reading). A query without neighbours of positive similarity is left alone.
-    """
-
-    def __init__(self, retriever: Retriever, mix: float, labels: str) -> None:
-        super().__init__()
-        self.retriever, self.mix, self.labels = retriever, mix, labels
-        self.embeddings = Activations(retriever.gallery.embeddings[CLIP], retriever.device)
-        self.constants: dict[str, float] = {}
-        self.reset()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Steer embeddings ``[batch, e]``."""
-        hood = self.retriever.neighbours()
-        members = hood.valid
-        if self.labels != "none":
-            labels, classes = _labels_of(self.retriever, self.labels, hood)
-            members = members & (labels == majority(labels, hood, classes)[0][:, None])
-            self._saw(members.sum(1) / hood.valid.sum(1).clamp_min(1))
-        weights = hood.similarity.clamp_min(0) * members
-        total = weights.sum(1, keepdim=True)
-        retrieved = F.normalize(self.embeddings[hood.rows], dim=-1)
-        mean = torch.einsum("bn,bnd->bd", weights / total.clamp_min(torch.finfo(total.dtype).tiny), retrieved)
-        norm = x.norm(dim=-1, keepdim=True)
-        mixed = norm * (self.mix * F.normalize(x, dim=-1) + (1 - self.mix) * mean)
-        return mixed.where(total > 0, x)
-
-
-class PrototypeSteering(nn.Module):
-    """Oracle prototypes: ``x + α W_decᵀ c̄``, at the norm of x, with ``c̄`` the prototype of the image's true class.
-
-    The prototype is the mean sparse code of the ten gallery images that the zero-shot classifier puts into the class
-    with the highest probability. A class into which it puts none has no prototype; its images are left alone.
-    """
-
-    def __init__(self, retriever: Retriever, codes: Codes, alpha: float) -> None:
-        super().__init__()
-        self.retriever, self.codes, self.alpha = retriever, codes, alpha
-        self.facts = {"alpha": alpha}
-        self._made_for: Tensor | None = None
-
-    def prototypes(self) -> Tensor:
-        """``W_decᵀ c̄`` of each class: ``[classes, d]``."""
-        pseudo, confidence = self.retriever.pseudo
-        if self._made_for is not pseudo:
-            count = self.retriever.classifier.shape[1]
-            rows, weights = torch.zeros(count, _PER_CLASS, dtype=torch.long), torch.zeros(count, _PER_CLASS)
-            for label in pseudo.unique().tolist():
-                mine = (pseudo == label).nonzero()[:, 0]
-                best = mine[confidence[mine].argsort(descending=True, stable=True)[:_PER_CLASS]]
-                rows[label, : len(best)], weights[label, : len(best)] = best, 1 / len(best)
-            self._prototypes = self.codes.combine(rows, weights.to(self.retriever.device))
-            self._made_for = pseudo
-        return self._prototypes
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Steer ``[batch, d]``."""
-        targets = self.retriever.targets
-        if targets is None or targets.ndim != 1 or len(targets) != len(x):
-            raise DataError(
-                "oracle prototypes need the true class of every image, one each; they run in the zero-shot "
-                "classification of data sets with one label per image"
-            )
-        return keep_norm(x + self.alpha * self.prototypes()[targets.to(x.device)], x)
-
-
-class VoteSteering(nn.Module, _Agreement):
-    """Vote of the neighbours' zero-shot classes, at the output embedding: returns the winning class's embedding.
-
-    A query without neighbours is left alone. In bfloat16 (clip_benchmark's default) the winner's logit cannot be told
-    from that of a class whose embedding has a cosine above about 0.997 with its own; ``--no_amp`` can.
-    """
-
-    def __init__(self, retriever: Retriever) -> None:
-        super().__init__()
-        self.retriever = retriever
-        self.constants: dict[str, float] = {}
-        self.reset()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Replace embeddings ``[batch, e]``."""
-        hood = self.retriever.neighbours()
-        labels, classes = _labels_of(self.retriever, "pseudo", hood)
-        winner, votes = majority(labels, hood, classes)
-        found = hood.valid.sum(1)
-        self._saw(votes / found.clamp_min(1))
-        return self.retriever.classifier.T[winner].where(found[:, None] > 0, x)
+        if self.alpha == 0:
+            return x
+        return keep_norm(x + self.alpha * self.sae.combine(self.code(x)), x)

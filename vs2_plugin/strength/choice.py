@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vs2_plugin.method import Scalar
-from vs2_plugin.strength.information import scores
+from vs2_plugin.strength.criterion import scores
 
 __all__ = ["RULE", "Choice", "Rule", "choose"]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from vs2_plugin.checkpoint.manifest import Checkpoint, SiteFacts
+from vs2_plugin.checkpoint.checkpoint import Checkpoint, SiteFacts
 from vs2_plugin.checkpoint.store import Store, checkpoint_name
 from vs2_plugin.clip.backbone import Loaded, Tower, load_backbone
 from vs2_plugin.clip.sites import Site, embedding_from, finish, in_float32, reading
@@ -29,11 +29,11 @@ from vs2_plugin.harness.autoload import DISABLE
 from vs2_plugin.harness.model import SteeredCLIP
 from vs2_plugin.method import NEIGHBOURS, Scalar
 from vs2_plugin.modelstring import ModelString
-from vs2_plugin.retrieval.gallery import Gallery
-from vs2_plugin.retrieval.search import Search
+from vs2_plugin.gallery.gallery import Gallery
+from vs2_plugin.gallery.search import Search
 from vs2_plugin.sae.topk import TopKSAE
 from vs2_plugin.steering.context import Context, Task
-from vs2_plugin.steering.selective import NeighbourSteering, PrototypeSteering
+from vs2_plugin.steering.neighbours import NeighbourSteering, PrototypeSteering
 from vs2_plugin.sweep.grid import Point, outcome_key
 from vs2_plugin.sweep.shared import Batch, Lookup, Remembered, RememberedSums, remember_codes
 from vs2_plugin.sweep.tower import resumed

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vs2_plugin.clip.sites import Site
-from vs2_plugin.retrieval.retriever import Neighbours, Retriever
+from vs2_plugin.gallery.retriever import Neighbours, Retriever
 from vs2_plugin.sae.topk import TopKSAE
 
 __all__ = ["Batch", "Lookup", "Remembered", "RememberedSums", "remember_codes"]

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from vs2_plugin.arrays import stack
-from vs2_plugin.checkpoint.manifest import GALLERY, Checkpoint
+from vs2_plugin.checkpoint.checkpoint import GALLERY, Checkpoint
 from vs2_plugin.errors import CheckpointError
-from vs2_plugin.retrieval.gallery import Gallery
+from vs2_plugin.gallery.gallery import Gallery
 
 __all__ = ["GalleryFiles", "GalleryPart", "index_file", "open_gallery"]
 

@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vs2_plugin.clip.sites import block_sites, default_site, output_site, reading
-from vs2_plugin.data.activations import ActivationCache, activations_at, extract, require_space
+from vs2_plugin.data.cache import ActivationCache, activations_at, extract, require_space
 from vs2_plugin.data.images import TrainingImages, image_digest
 from vs2_plugin.errors import DataError
 

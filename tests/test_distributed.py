@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vs2_plugin.processes import ALONE, Processes
+from vs2_plugin.distributed import ALONE, Processes
 
 TRAIN = ["-m", "vs2_plugin.cli.train_sae", "--model", "local-dir:tiny-clip", "--dataset", "wds/digits"]
 TRAIN += ["--dataset_root", "digits", "--samples", "10000", "--max_images", "500", "--batch_size", "32"]
@@ -35,7 +35,7 @@ def torchrun(*words, cwd, **environment):
 STEP = """
 import sys, torch
 from vs2_plugin import SaeConfig, TopKSAE
-from vs2_plugin.processes import joined
+from vs2_plugin.distributed import joined
 from vs2_plugin.sae.step import ClassMeans, set_gradients
 
 with joined() as processes:

@@ -29,7 +29,7 @@ from vs2_plugin.modelstring import is_steered
 from vs2_plugin.plugins import registry
 
 if TYPE_CHECKING:
-    from vs2_plugin.harness.per_image import Recorder
+    from vs2_plugin.harness.recorder import Recorder
 
 __all__ = ["PER_IMAGE", "SUPPORTED", "patch"]
 
@@ -223,9 +223,9 @@ def _patch_cli(module: ModuleType) -> None:
         args = _as_model_string(args)
         if os.environ.get(PER_IMAGE, "") in ("", "0"):
             return stock_run(args)
-        from vs2_plugin.harness import per_image, preflight
+        from vs2_plugin.harness import preflight, recorder
 
-        _recorder = per_image.Recorder()
+        _recorder = recorder.Recorder()
         try:
             done = stock_run(args)
             _recorder.save(preflight.output_file(args))

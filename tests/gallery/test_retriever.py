@@ -6,9 +6,9 @@ import torch
 
 from vs2_plugin.data.images import image_digest
 from vs2_plugin.errors import DataError, HarnessError
-from vs2_plugin.retrieval.gallery import Gallery
-from vs2_plugin.retrieval.retriever import Neighbours, Retriever, majority
-from vs2_plugin.retrieval.search import ExactSearch
+from vs2_plugin.gallery.gallery import Gallery
+from vs2_plugin.gallery.retriever import Neighbours, Retriever, majority
+from vs2_plugin.gallery.search import ExactSearch
 
 
 def hood(similarity, valid=None):
@@ -180,7 +180,7 @@ def test_without_classes_it_says_how_they_are_given(images):
 
 @pytest.mark.parametrize("block", [5, 1000])
 def test_pseudo_labels_are_the_zero_shot_classes_of_the_gallery(block, images, monkeypatch):
-    monkeypatch.setattr("vs2_plugin.retrieval.search._BLOCK", block)
+    monkeypatch.setattr("vs2_plugin.gallery.search._BLOCK", block)
     retriever = make(images)
     for seed in (1, 2):  # another data set has other classes
         classifier = torch.randn(48, 5, generator=torch.Generator().manual_seed(seed))

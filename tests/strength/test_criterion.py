@@ -8,8 +8,8 @@ import pytest
 import torch
 from sklearn.metrics import mutual_info_score
 
-from vs2_plugin.strength import information as module
-from vs2_plugin.strength.information import information, modularity, neighbour_graph, scores
+from vs2_plugin.strength import criterion as module
+from vs2_plugin.strength.criterion import information, modularity, neighbour_graph, scores
 
 
 def generator(seed):

@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vs2_plugin.checkpoint.gallery import GalleryFiles, GalleryPart
+from vs2_plugin.gallery.files import GalleryFiles, GalleryPart
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli.common import gigabytes
 from vs2_plugin.data.splits import Split
 from vs2_plugin.errors import DataError, SettingError
 from vs2_plugin.method import ENCODER_NAME as NAME
-from vs2_plugin.processes import ALONE, Processes
-from vs2_plugin.retrieval.gallery import CLIP
+from vs2_plugin.distributed import ALONE, Processes
+from vs2_plugin.gallery.gallery import CLIP
 
 if TYPE_CHECKING:
     from vs2_plugin.clip.remembered import Backbone
     from vs2_plugin.clip.sites import Site
-    from vs2_plugin.data.activations import Encode, Extracted
+    from vs2_plugin.data.cache import Encode, Extracted
     from vs2_plugin.data.images import TrainingImages
-    from vs2_plugin.retrieval.encoders import TimmEncoder
+    from vs2_plugin.gallery.encoders import TimmEncoder
 
 __all__ = ["Extraction", "Part", "all_labels", "load_encoders"]
 
@@ -58,7 +58,7 @@ def load_encoders(
     args: argparse.Namespace, held: Sequence[dict[str, Any]], preprocessing: dict[str, Any], device: str
 ) -> Encoders:
     """The retrieval encoders beside CLIP: those asked for, and those whose embeddings galleries hold already."""
-    from vs2_plugin.retrieval.encoders import load_encoder, split_name
+    from vs2_plugin.gallery.encoders import load_encoder, split_name
 
     wanted = dict(split_name(text) for text in args.retrieval_encoder)
     for name, facts in ((name, facts) for gallery in held for name, facts in gallery["encoders"].items()):
@@ -151,7 +151,7 @@ class Extraction:
         return Part(dataset, of_tower, encoded)
 
     def _reading(self, sites: Sequence[Site]) -> Encode:
-        from vs2_plugin.data.activations import activations_at
+        from vs2_plugin.data.cache import activations_at
 
         return lambda images: activations_at(self.backbone.loaded.model, sites, self.args.amp)(images)
 
@@ -167,7 +167,7 @@ class Extraction:
     def _cached(
         self, encode: Encode, widths: dict[str, int], images: TrainingImages, key: dict[str, Any], name: str
     ) -> Extracted:
-        from vs2_plugin.data.activations import ActivationCache, extract, require_space
+        from vs2_plugin.data.cache import ActivationCache, extract, require_space
 
         cache = ActivationCache(self.store.activations)
         found = None if self.args.refresh_cache else cache.open(key, widths, images.labels)

@@ -5,13 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vs2_plugin.retrieval.gallery import Gallery
-from vs2_plugin.retrieval.retriever import Retriever
+from vs2_plugin.gallery.gallery import Gallery
+from vs2_plugin.gallery.retriever import Retriever
 from vs2_plugin.sae.topk import Latents
-from vs2_plugin.steering import selectivity as module
+from vs2_plugin.steering import selective as module
 from vs2_plugin.steering.operators import SparseSteering, vs2_steer
-from vs2_plugin.steering.selective import Activations
-from vs2_plugin.steering.selectivity import SelectiveSteering, Selectivity, class_selectivity, latent_weights, weighted
+from vs2_plugin.steering.neighbours import Activations
+from vs2_plugin.steering.selective import SelectiveSteering, Selectivity, class_selectivity, latent_weights, weighted
 
 LATENTS = 12
 

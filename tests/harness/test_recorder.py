@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import vs2_plugin
-from vs2_plugin.harness import per_image
-from vs2_plugin.report.results import read
+from vs2_plugin.harness import recorder as per_image
+from vs2_plugin.results.runs import read
 from vs2_plugin.report.summary import summarise
 
 from .conftest import TINY, few_digits, metrics

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vs2_plugin.cli.common import counted
-from vs2_plugin.cli.inspected import NO_WORDS, Subject, scan_gallery, words_of
-from vs2_plugin.cli.pictures import Thumbnail, TrainingPictures, thumbnail
+from vs2_plugin.inspection.subject import NO_WORDS, Subject, scan_gallery, words_of
+from vs2_plugin.inspection.pictures import Thumbnail, TrainingPictures, thumbnail
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from vs2_plugin.harness.model import Place
     from vs2_plugin.inspection.latents import LatentStatistics
-    from vs2_plugin.retrieval.gallery import Gallery
+    from vs2_plugin.gallery.gallery import Gallery
 
 __all__ = ["AtPlace", "Card", "ClassChange", "Finding", "Inspector", "Line", "Neighbour", "describe"]
 
@@ -97,7 +97,7 @@ class Inspector:
     """Looks at images through one steered model."""
 
     def __init__(self, subject: Subject, args: argparse.Namespace) -> None:
-        from vs2_plugin.checkpoint.gallery import open_gallery
+        from vs2_plugin.gallery.files import open_gallery
 
         self.subject, self.args = subject, args
         self.model = subject.model
@@ -244,7 +244,7 @@ class Inspector:
 
     def _neighbours(self, finding: Finding) -> None:
         """Show the neighbours that a method looked up for the image at hand."""
-        from vs2_plugin.retrieval.retriever import majority
+        from vs2_plugin.gallery.retriever import majority
 
         retriever, options = self.model.retriever, self.model.spec.options
         hood = retriever.neighbours()

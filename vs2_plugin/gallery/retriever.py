@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vs2_plugin.errors import DataError, HarnessError
-from vs2_plugin.retrieval.gallery import CLIP, Gallery
-from vs2_plugin.retrieval.search import Search, blocks
+from vs2_plugin.gallery.gallery import CLIP, Gallery
+from vs2_plugin.gallery.search import Search, blocks
 
 __all__ = ["Neighbours", "Retriever", "majority"]
 

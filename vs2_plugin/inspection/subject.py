@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vs2_plugin.clip.sites import Site
     from vs2_plugin.harness.model import SteeredCLIP
     from vs2_plugin.inspection.latents import LatentStatistics
-    from vs2_plugin.retrieval.gallery import Gallery
+    from vs2_plugin.gallery.gallery import Gallery
     from vs2_plugin.sae.topk import TopKSAE
 
 __all__ = [
@@ -179,7 +179,7 @@ def scan_gallery(subject: Subject, gallery: Gallery, hookpoint: str, sae: TopKSA
     from tqdm import tqdm
 
     from vs2_plugin.inspection.latents import scan
-    from vs2_plugin.retrieval.gallery import CLIP
+    from vs2_plugin.gallery.gallery import CLIP
 
     with tqdm(total=len(gallery), desc="latents", unit="img", disable=quiet or None, leave=False) as bar:
         return scan(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vs2_plugin.errors import DataError
-from vs2_plugin.report.statistics import Calibration, calibration_of_bins
+from vs2_plugin.results.statistics import Calibration, calibration_of_bins
 
 __all__ = ["Images", "Run", "read"]
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from vs2_plugin.report.statistics import by_fvu, calibration, class_changes, interval, pair
+from vs2_plugin.results.statistics import by_fvu, calibration, class_changes, interval, pair
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from vs2_plugin.arrays import Stack
 from vs2_plugin.data.images import image_digest
 from vs2_plugin.errors import HarnessError
-from vs2_plugin.retrieval.gallery import Gallery
-from vs2_plugin.retrieval.retriever import Retriever
-from vs2_plugin.retrieval.search import ExactSearch
+from vs2_plugin.gallery.gallery import Gallery
+from vs2_plugin.gallery.retriever import Retriever
+from vs2_plugin.gallery.search import ExactSearch
 from vs2_plugin.sweep.shared import Lookup
 
 COUNT = 30

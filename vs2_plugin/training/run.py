@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vs2_plugin.arrays import stack
-from vs2_plugin.checkpoint.manifest import Checkpoint, SiteFacts, save_checkpoint
+from vs2_plugin.checkpoint.checkpoint import Checkpoint, SiteFacts, save_checkpoint
 from vs2_plugin.checkpoint.store import Store, checkpoint_name
-from vs2_plugin.cli.extraction import Extraction, all_labels, load_encoders
+from vs2_plugin.training.extract import Extraction, all_labels, load_encoders
 from vs2_plugin.data.splits import training_split
 from vs2_plugin.errors import CheckpointError, DataError, SettingError, TowerError
 from vs2_plugin.modelstring import is_steered
-from vs2_plugin.processes import ALONE, Processes
+from vs2_plugin.distributed import ALONE, Processes
 
 if TYPE_CHECKING:
     from vs2_plugin.clip.sites import Site, Sites

@@ -27,7 +27,7 @@ from vs2_plugin.errors import CheckpointError, CheckpointNotFound
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vs2_plugin.checkpoint.gallery import GalleryFiles
+    from vs2_plugin.gallery.files import GalleryFiles
     from vs2_plugin.clip.backbone import Tower
     from vs2_plugin.sae.topk import TopKSAE
 
@@ -93,7 +93,7 @@ class Checkpoint:
     sites: list[SiteFacts]
     """One per SAE: the plain ones in the order of the tower, then those of other variants."""
     gallery: dict[str, Any] | None = None
-    """What the gallery holds, if there is one; see :mod:`vs2_plugin.checkpoint.gallery`."""
+    """What the gallery holds, if there is one; see :mod:`vs2_plugin.gallery.files`."""
     created: dict[str, Any] = field(default_factory=dict)
     """Versions of the software, and the command."""
 
@@ -263,7 +263,7 @@ class Checkpoint:
 
     def verify(self) -> None:
         """Read every file of the checkpoint. Raises CheckpointError at the first that is not whole."""
-        from vs2_plugin.checkpoint.gallery import open_gallery
+        from vs2_plugin.gallery.files import open_gallery
 
         for site in self.sites:
             self.load(site)

@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vs2_plugin.data.images import image_digest
-from vs2_plugin.report.statistics import calibration
+from vs2_plugin.results.statistics import calibration
 
 __all__ = ["Recorder", "images_file"]
 

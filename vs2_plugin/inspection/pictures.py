@@ -14,8 +14,8 @@ from vs2_plugin.errors import DataError, Vs2Error
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from vs2_plugin.checkpoint.manifest import Checkpoint
-    from vs2_plugin.retrieval.gallery import Gallery
+    from vs2_plugin.checkpoint.checkpoint import Checkpoint
+    from vs2_plugin.gallery.gallery import Gallery
 
 __all__ = ["Thumbnail", "TrainingPictures", "read_image", "thumbnail"]
 

@@ -22,7 +22,7 @@ from vs2_plugin.arrays import Column
 from vs2_plugin.clip.sites import Site, reading
 from vs2_plugin.data.images import TrainingImages
 from vs2_plugin.errors import DataError
-from vs2_plugin.processes import ALONE, Processes, wait
+from vs2_plugin.distributed import ALONE, Processes, wait
 
 __all__ = ["ActivationCache", "Encode", "Extracted", "activations_at", "extract", "require_space"]
 

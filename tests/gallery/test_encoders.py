@@ -6,7 +6,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import normalize, resize
 
 from vs2_plugin.errors import CheckpointError, DataError
-from vs2_plugin.retrieval.encoders import load_encoder, split_name
+from vs2_plugin.gallery.encoders import load_encoder, split_name
 
 timm = pytest.importorskip("timm")
 

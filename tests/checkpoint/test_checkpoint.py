@@ -4,8 +4,8 @@ import os
 import pytest
 import torch
 
-from vs2_plugin.checkpoint import manifest
-from vs2_plugin.checkpoint.manifest import MANIFEST, Checkpoint, SiteFacts, save_checkpoint
+from vs2_plugin.checkpoint import checkpoint as manifest
+from vs2_plugin.checkpoint.checkpoint import MANIFEST, Checkpoint, SiteFacts, save_checkpoint
 from vs2_plugin.clip.backbone import Tower
 from vs2_plugin.errors import CheckpointError, CheckpointNotFound
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from vs2_plugin.arrays import Stack
-from vs2_plugin.checkpoint import gallery as gallery_module
-from vs2_plugin.checkpoint.gallery import GalleryFiles, GalleryPart, index_file, open_gallery
-from vs2_plugin.checkpoint.manifest import MANIFEST, Checkpoint, SiteFacts, save_checkpoint
+from vs2_plugin.gallery import files as gallery_module
+from vs2_plugin.gallery.files import GalleryFiles, GalleryPart, index_file, open_gallery
+from vs2_plugin.checkpoint.checkpoint import MANIFEST, Checkpoint, SiteFacts, save_checkpoint
 from vs2_plugin.clip.backbone import Tower
 from vs2_plugin.errors import CheckpointError
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vs2_plugin.errors import DataError
-from vs2_plugin.report.results import Run, read
+from vs2_plugin.results.runs import Run, read
 
 
 def test_a_result_and_what_lies_beside_it(write_run, make_images, steered):

@@ -8,8 +8,8 @@ import torch
 
 from vs2_plugin.arrays import Stack
 from vs2_plugin.errors import SettingError
-from vs2_plugin.retrieval import search
-from vs2_plugin.retrieval.search import ExactSearch, FaissSearch, blocks, open_search
+from vs2_plugin.gallery import search
+from vs2_plugin.gallery.search import ExactSearch, FaissSearch, blocks, open_search
 
 
 def unit(rows):

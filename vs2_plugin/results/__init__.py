@@ -1,0 +1,1 @@
+"""Result files, per-image results, and statistics over them. Knows NumPy, and nothing of models."""

@@ -1,0 +1,304 @@
+"""Steering along the neighbours of an image, and along class prototypes: VS2++ and the baselines with a gallery.
+
+Each class here is a steering: called with activations ``[batch, d]``, it asks the :class:`Retriever` for the
+neighbours of the batch at hand. All of arXiv 2506.01247 unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from vs2_plugin.arrays import Stack
+from vs2_plugin.errors import DataError
+from vs2_plugin.gallery.gallery import CLIP
+from vs2_plugin.gallery.retriever import Neighbours, Retriever, majority
+from vs2_plugin.sae.topk import Latents, TopKSAE
+from vs2_plugin.steering.operators import keep_norm
+
+__all__ = [
+    "Activations",
+    "Codes",
+    "MixedSteering",
+    "NeighbourSteering",
+    "PrototypeSteering",
+    "VoteSteering",
+    "contrast",
+]
+
+_CHUNK = 4096
+#: Codes of up to this many bytes are computed once and kept; of a larger gallery, those of each batch's neighbours.
+_RESIDENT = 2 << 30
+_PER_CLASS = 10
+
+
+class Activations:
+    """The gallery's activations at one site, as directions to steer along."""
+
+    def __init__(self, rows: np.ndarray | Stack, device: torch.device) -> None:
+        self._rows, self._device = rows, device
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """float32 ``[*rows.shape, d]``."""
+        found = torch.from_numpy(np.asarray(self._rows[rows.flatten().numpy()]))
+        return found.to(self._device).float().unflatten(0, rows.shape)
+
+    def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """``Σ_j w_j x_j``: ``[batch, d]`` from row numbers and weights ``[batch, n]``."""
+        return torch.einsum("bn,bnd->bd", weights, self[rows])
+
+
+class Codes:
+    """The sparse codes of the gallery's activations at one site, as directions to steer along.
+
+    They are computed when they are first asked for.
+    """
+
+    def __init__(self, sae: TopKSAE, activations: Activations, count: int) -> None:
+        self._sae, self._activations, self._count = sae, activations, count
+        self._fits = count * sae.config.k * 8 <= _RESIDENT
+        self._kept: Latents | None = None
+
+    def __getitem__(self, rows: Tensor) -> Latents:
+        """Values and indices ``[*rows.shape, k]``."""
+        if not self._fits:
+            return self._sae.encode(self._activations[rows])
+        if self._kept is None:
+            self._kept = self._encode_all()
+        rows = rows.to(self._kept.values.device)
+        return Latents(self._kept.values[rows], self._kept.indices[rows].long())
+
+    def _encode_all(self) -> Latents:
+        parts = []
+        bar = tqdm(total=self._count, desc="codes of the gallery", unit="img", disable=None, leave=False)
+        with torch.no_grad(), bar:
+            for start in range(0, self._count, _CHUNK):
+                rows = torch.arange(start, min(start + _CHUNK, self._count))
+                found = self._sae.encode(self._activations[rows])
+                parts.append((found.values, found.indices.int()))
+                bar.update(len(rows))
+        return Latents(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+    def mixed(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """``Σ_j w_j c_j``, dense: ``[batch, latents]`` from row numbers and weights ``[batch, n]``."""
+        latents = self[rows]
+        code = weights.new_zeros(len(rows), self._sae.config.num_latents)
+        return code.scatter_add_(1, latents.indices.flatten(1), (latents.values * weights[..., None]).flatten(1))
+
+    def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """``W_decᵀ Σ_j w_j c_j``: ``[batch, d]`` from row numbers and weights ``[batch, n]``."""
+        return self.mixed(rows, weights) @ self._sae.W_dec
+
+
+def contrast(labels: Tensor, chosen: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights that make a sum over neighbours the mean over S⁺ minus the mean over S⁻.
+
+    S⁺ are the neighbours whose label is the chosen one, S⁻ the others. An empty one contributes nothing.
+
+    Args:
+        labels: int64 ``[batch, n]``.
+        chosen: int64 ``[batch]``.
+        valid: bool ``[batch, n]``; False where there is no neighbour.
+
+    Returns:
+        The weights ``[batch, n]``, and the share of neighbours in S⁺, ``[batch]``.
+    """
+    same = labels == chosen[:, None]
+    positive, negative = (valid & same).float(), (valid & ~same).float()
+    size = positive.sum(1, keepdim=True)
+    weights = positive / size.clamp_min(1) - negative / negative.sum(1, keepdim=True).clamp_min(1)
+    return weights, size[:, 0] / valid.sum(1).clamp_min(1)
+
+
+class _Agreement:
+    """``agreement``, for the results: the mean share of neighbours that have the chosen label."""
+
+    def reset(self) -> None:
+        """Forget the images seen so far."""
+        self._agreed, self._seen = 0.0, 0
+
+    def _saw(self, shares: Tensor) -> None:
+        self._agreed = shares.double().sum() + torch.as_tensor(self._agreed, device=shares.device)
+        self._seen += len(shares)
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """Flat scalars for the results' metrics."""
+        seen = {"agreement": float(self._agreed) / self._seen} if self._seen else {}
+        return {**self.constants, **seen}
+
+
+def _labels_of(retriever: Retriever, kind: str, hood: Neighbours) -> tuple[Tensor, int]:
+    """The neighbours' labels ``[batch, n]`` on the model's device, and a number that all labels are below."""
+    labels = retriever.labels(kind)
+    classes = int(labels.max()) + 1 if kind == "oracle" else retriever.classifier.shape[1]
+    return labels[hood.rows].to(retriever.device), classes
+
+
+class NeighbourSteering(nn.Module, _Agreement):
+    """``x + α (mean over S⁺ - mean over S⁻)``, with sparse codes (VS2++) or activations (CLIP steering).
+
+    S⁺ are the neighbours with the most frequent label among them (``rule`` majority), or with the query's own
+    zero-shot class (query); S⁻ are the others. VS2++ with ``α = λ (γ - 1)`` is the mean VS2 direction of S⁺ minus
+    that of S⁻, and keeps the norm of x as VS2 does; CLIP steering does not. ``dataset`` is the one under evaluation.
+
+    With a ``brake``, an image is left alone if S⁺ is less than that share of its neighbours: where zero-shot labels
+    disagree, the direction they give is no better than they are. (Ours, not the paper's.)
+    """
+
+    def __init__(
+        self,
+        retriever: Retriever,
+        directions: Codes | Activations,
+        alpha: float,
+        rule: str,
+        labels: str,
+        dataset: str | None = None,
+        brake: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.retriever, self.directions, self.alpha = retriever, directions, alpha
+        self.rule, self.labels, self.dataset, self.brake = rule, labels, dataset, brake
+        self.constants = {"alpha": alpha}
+        self.reset()
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """The neighbours of each image of the batch and what each counts (below 0: in S⁻), ``[batch, n]``."""
+        hood = self.retriever.neighbours()
+        labels, classes = _labels_of(self.retriever, self.labels, hood)
+        chosen = self._own_classes() if self.rule == "query" else majority(labels, hood, classes)[0]
+        weights, shares = contrast(labels, chosen, hood.valid)
+        self._saw(shares)
+        if self.brake is not None:
+            opened = shares >= self.brake
+            self._braked = (~opened).sum() + torch.as_tensor(self._braked, device=opened.device)
+            weights = weights * opened[:, None]
+        return hood.rows, weights
+
+    def reset(self) -> None:
+        """Forget the images seen so far."""
+        super().reset()
+        self._braked = 0
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """Flat scalars for the results' metrics; ``braked`` is the share of images that the brake left alone."""
+        braked = {"braked": float(self._braked) / self._seen} if self.brake is not None and self._seen else {}
+        return {**super().facts, **braked}
+
+    def _own_classes(self) -> Tensor:
+        """The query's zero-shot class, as the neighbours' labels number it."""
+        if self.labels == "pseudo":
+            return self.retriever.classes()
+        known = self.retriever.gallery.first_labels
+        if self.dataset not in known and (self.dataset is not None or len(known) > 1):
+            raise DataError(
+                f"the query rule compares an image's class with the training labels of {' and '.join(known)}, and the "
+                f"data set under evaluation is {self.dataset or 'not known'}; expected one of them, or @rule=majority"
+            )
+        return self.retriever.classes() + known.get(self.dataset, 0)
+
+    def direction(self) -> Tensor:
+        """The steering vector of each image of the batch, without α: ``[batch, d]``."""
+        return self.directions.combine(*self.weights())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Steer ``[batch, d]``."""
+        moved = x + self.alpha * self.direction()
+        return keep_norm(moved, x) if isinstance(self.directions, Codes) else moved
+
+
+class MixedSteering(nn.Module, _Agreement):
+    """Weighted RAG, at the output embedding: ``mix q + (1 - mix) Σ_j w_j r_j`` with ``q`` and ``r_j`` of unit norm.
+
+    ``w_j`` is the similarity of a neighbour, normalised to sum 1; one below 0 counts as 0. With ``labels``, only the
+    neighbours that have the most frequent label take part (the paper does not define its oracle form; this is our
+    reading). A query without neighbours of positive similarity is left alone.
+    """
+
+    def __init__(self, retriever: Retriever, mix: float, labels: str) -> None:
+        super().__init__()
+        self.retriever, self.mix, self.labels = retriever, mix, labels
+        self.embeddings = Activations(retriever.gallery.embeddings[CLIP], retriever.device)
+        self.constants: dict[str, float] = {}
+        self.reset()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Steer embeddings ``[batch, e]``."""
+        hood = self.retriever.neighbours()
+        members = hood.valid
+        if self.labels != "none":
+            labels, classes = _labels_of(self.retriever, self.labels, hood)
+            members = members & (labels == majority(labels, hood, classes)[0][:, None])
+            self._saw(members.sum(1) / hood.valid.sum(1).clamp_min(1))
+        weights = hood.similarity.clamp_min(0) * members
+        total = weights.sum(1, keepdim=True)
+        retrieved = F.normalize(self.embeddings[hood.rows], dim=-1)
+        mean = torch.einsum("bn,bnd->bd", weights / total.clamp_min(torch.finfo(total.dtype).tiny), retrieved)
+        norm = x.norm(dim=-1, keepdim=True)
+        mixed = norm * (self.mix * F.normalize(x, dim=-1) + (1 - self.mix) * mean)
+        return mixed.where(total > 0, x)
+
+
+class PrototypeSteering(nn.Module):
+    """Oracle prototypes: ``x + α W_decᵀ c̄``, at the norm of x, with ``c̄`` the prototype of the image's true class.
+
+    The prototype is the mean sparse code of the ten gallery images that the zero-shot classifier puts into the class
+    with the highest probability. A class into which it puts none has no prototype; its images are left alone.
+    """
+
+    def __init__(self, retriever: Retriever, codes: Codes, alpha: float) -> None:
+        super().__init__()
+        self.retriever, self.codes, self.alpha = retriever, codes, alpha
+        self.facts = {"alpha": alpha}
+        self._made_for: Tensor | None = None
+
+    def prototypes(self) -> Tensor:
+        """``W_decᵀ c̄`` of each class: ``[classes, d]``."""
+        pseudo, confidence = self.retriever.pseudo
+        if self._made_for is not pseudo:
+            count = self.retriever.classifier.shape[1]
+            rows, weights = torch.zeros(count, _PER_CLASS, dtype=torch.long), torch.zeros(count, _PER_CLASS)
+            for label in pseudo.unique().tolist():
+                mine = (pseudo == label).nonzero()[:, 0]
+                best = mine[confidence[mine].argsort(descending=True, stable=True)[:_PER_CLASS]]
+                rows[label, : len(best)], weights[label, : len(best)] = best, 1 / len(best)
+            self._prototypes = self.codes.combine(rows, weights.to(self.retriever.device))
+            self._made_for = pseudo
+        return self._prototypes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Steer ``[batch, d]``."""
+        targets = self.retriever.targets
+        if targets is None or targets.ndim != 1 or len(targets) != len(x):
+            raise DataError(
+                "oracle prototypes need the true class of every image, one each; they run in the zero-shot "
+                "classification of data sets with one label per image"
+            )
+        return keep_norm(x + self.alpha * self.prototypes()[targets.to(x.device)], x)
+
+
+class VoteSteering(nn.Module, _Agreement):
+    """Vote of the neighbours' zero-shot classes, at the output embedding: returns the winning class's embedding.
+
+    A query without neighbours is left alone. In bfloat16 (clip_benchmark's default) the winner's logit cannot be told
+    from that of a class whose embedding has a cosine above about 0.997 with its own; ``--no_amp`` can.
+    """
+
+    def __init__(self, retriever: Retriever) -> None:
+        super().__init__()
+        self.retriever = retriever
+        self.constants: dict[str, float] = {}
+        self.reset()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Replace embeddings ``[batch, e]``."""
+        hood = self.retriever.neighbours()
+        labels, classes = _labels_of(self.retriever, "pseudo", hood)
+        winner, votes = majority(labels, hood, classes)
+        found = hood.valid.sum(1)
+        self._saw(votes / found.clamp_min(1))
+        return self.retriever.classifier.T[winner].where(found[:, None] > 0, x)
