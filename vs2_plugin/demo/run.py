@@ -92,11 +92,11 @@ def demo(folder: Path, quiet: bool = False) -> None:
     environment[PER_IMAGE] = "1"
     print(f"cd {shlex.quote(str(folder))}; export {ENVIRONMENT_VARIABLE}=store {PER_IMAGE}=1")
     common = ["--dataset", "wds/digits", "--dataset_root", "digits"]
-    _command(folder, environment, quiet, "vs2-train-sae", "--model", MODEL, *common, "--blocks", "all")
-    _command(folder, environment, quiet, "vs2-train-sae", "--model", MODEL, *common, "--pass_weight", "0.8")
+    _command(folder, environment, quiet, "vs2-train-sae", "--model", MODEL, *common, "--blocks", "all", "--no_amp")
+    _command(folder, environment, quiet, "vs2-train-sae", "--model", MODEL, *common, "--pass_weight", "0.8", "--no_amp")
     _command(
         folder, environment, quiet, "clip_benchmark", "eval", "--model", *SYSTEMS.values(), "--pretrained", "", *common,
-        "--num_workers", "1", "--output", "results/{model}.json", "--quiet",
+        "--num_workers", "1", "--no_amp", "--output", "results/{model}.json", "--quiet",
     )  # fmt: skip
     _command(folder, environment, quiet, "clip_benchmark", "build", "results", "--output", "benchmark.csv")
     _command(folder, environment, quiet, "vs2", "report", "results", "--out", "report")
