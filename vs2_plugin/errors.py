@@ -16,8 +16,6 @@ that mends it.
 
 from __future__ import annotations
 
-import textwrap
-
 __all__ = [
     "CheckpointError",
     "CheckpointNotFound",
@@ -28,27 +26,7 @@ __all__ = [
     "SettingError",
     "TowerError",
     "Vs2Error",
-    "one_line",
-    "reason_of",
 ]
-
-
-def one_line(text: str, length: int = 300) -> str:
-    """``text`` in one line, cut between words.
-
-    >>> one_line("please check  your connection", 20)
-    'please check ...'
-    """
-    line = " ".join(text.split())
-    if len(line) <= length:
-        return line
-    cut = textwrap.shorten(line, length, placeholder=" ...", break_on_hyphens=False)
-    return cut if len(cut) > length // 2 else f"{line[: length - 4]} ..."  # one long word, as a path
-
-
-def reason_of(error: BaseException) -> str:
-    """Kind and message of somebody else's exception, in one line."""
-    return f"{type(error).__name__}: {one_line(str(error))}"
 
 
 class Vs2Error(Exception):

@@ -1,4 +1,4 @@
-"""What the commands share: how errors and interruptions end, and how numbers are written."""
+"""What the commands share: how errors and interruptions end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from vs2_plugin.errors import Vs2Error
 
-__all__ = ["AGAIN", "counted", "end_well", "gigabytes", "is_interruption", "load_torch"]
+__all__ = ["AGAIN", "end_well", "is_interruption", "load_torch"]
 
 #: How to go on after an interruption of a command that writes all of its files at its end.
 AGAIN = "; nothing is kept of it: run the same command again"
@@ -58,21 +58,3 @@ def load_torch() -> None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
     if pending:
         raise KeyboardInterrupt
-
-
-def counted(count: int, noun: str) -> str:
-    """A number with its noun.
-
-    >>> counted(1, "image"), counted(1797, "image")
-    ('1 image', '1,797 images')
-    """
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def gigabytes(size: float) -> str:
-    """Bytes in words.
-
-    >>> gigabytes(2_500_000), gigabytes(76_800_000_000)
-    ('2.5 MB', '76.8 GB')
-    """
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

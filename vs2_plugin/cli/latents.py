@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vs2_plugin.cli.common import AGAIN, counted, load_torch
+from vs2_plugin.cli.common import AGAIN, load_torch
+from vs2_plugin.errors import HarnessError
+from vs2_plugin.inspection.pictures import Thumbnail, TrainingPictures
 from vs2_plugin.inspection.subject import (
     NO_WORDS,
     TOP_IMAGES,
@@ -21,8 +23,7 @@ from vs2_plugin.inspection.subject import (
     scan_gallery,
     words_of,
 )
-from vs2_plugin.inspection.pictures import Thumbnail, TrainingPictures
-from vs2_plugin.errors import HarnessError
+from vs2_plugin.text import counted
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from vs2_plugin import __version__
 from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE, Store, folder_size
-from vs2_plugin.cli.common import end_well, gigabytes
+from vs2_plugin.cli.common import end_well
 from vs2_plugin.cli.inspect import add_inspect
 from vs2_plugin.cli.latents import add_latents
 from vs2_plugin.cli.report import add_report
 from vs2_plugin.cli.reproduce import add_reproduce
 from vs2_plugin.cli.sweep import add_sweep
+from vs2_plugin.text import gigabytes
 
 __all__ = ["main", "parser"]
 

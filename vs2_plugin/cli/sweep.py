@@ -7,7 +7,8 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from vs2_plugin.cli.common import counted, is_interruption, load_torch
+from vs2_plugin.cli.common import is_interruption, load_torch
+from vs2_plugin.text import counted
 
 if TYPE_CHECKING:
     from vs2_plugin.sweep.run import Plan

@@ -16,7 +16,8 @@ from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
 from vs2_plugin.arrays import digest_of
-from vs2_plugin.errors import TowerError, reason_of
+from vs2_plugin.errors import TowerError
+from vs2_plugin.text import reason_of
 
 __all__ = [
     "HUB",

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
 from vs2_plugin.data.shards import LocalShards, open_shards
-from vs2_plugin.errors import DataError, Vs2Error, one_line, reason_of
 from vs2_plugin.distributed import Processes
+from vs2_plugin.errors import DataError, Vs2Error
+from vs2_plugin.text import one_line, reason_of
 
 __all__ = ["Batch", "Preprocessing", "TrainingImages", "image_digest", "leave_interruptions", "open_images"]
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vs2_plugin.arrays import digest_of
-from vs2_plugin.errors import CheckpointError, DataError, reason_of
+from vs2_plugin.errors import CheckpointError, DataError
+from vs2_plugin.text import reason_of
 
 __all__ = ["TimmEncoder", "load_encoder", "split_name"]
 

@@ -24,9 +24,10 @@ from copy import copy
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from vs2_plugin.errors import DataError, HarnessError, Vs2Error, reason_of
+from vs2_plugin.errors import DataError, HarnessError, Vs2Error
 from vs2_plugin.modelstring import is_steered
 from vs2_plugin.plugins import registry
+from vs2_plugin.text import reason_of
 
 if TYPE_CHECKING:
     from vs2_plugin.harness.recorder import Recorder

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from vs2_plugin.cli.common import counted
-from vs2_plugin.inspection.subject import NO_WORDS, Subject, scan_gallery, words_of
 from vs2_plugin.inspection.pictures import Thumbnail, TrainingPictures, thumbnail
+from vs2_plugin.inspection.subject import NO_WORDS, Subject, scan_gallery, words_of
+from vs2_plugin.text import counted
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
     from torch import Tensor
 
+    from vs2_plugin.gallery.gallery import Gallery
     from vs2_plugin.harness.model import Place
     from vs2_plugin.inspection.latents import LatentStatistics
-    from vs2_plugin.gallery.gallery import Gallery
 
 __all__ = ["AtPlace", "Card", "ClassChange", "Finding", "Inspector", "Line", "Neighbour", "describe"]
 

@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vs2_plugin.errors import DataError, reason_of
+from vs2_plugin.errors import DataError
+from vs2_plugin.text import reason_of
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
     from vs2_plugin.clip.sites import Site
+    from vs2_plugin.gallery.gallery import Gallery
     from vs2_plugin.harness.model import SteeredCLIP
     from vs2_plugin.inspection.latents import LatentStatistics
-    from vs2_plugin.gallery.gallery import Gallery
     from vs2_plugin.sae.topk import TopKSAE
 
 __all__ = [
@@ -178,8 +179,8 @@ def scan_gallery(subject: Subject, gallery: Gallery, hookpoint: str, sae: TopKSA
     """What the latents do on the gallery, at one site."""
     from tqdm import tqdm
 
-    from vs2_plugin.inspection.latents import scan
     from vs2_plugin.gallery.gallery import CLIP
+    from vs2_plugin.inspection.latents import scan
 
     with tqdm(total=len(gallery), desc="latents", unit="img", disable=quiet or None, leave=False) as bar:
         return scan(

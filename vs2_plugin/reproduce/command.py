@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vs2_plugin.errors import one_line
+from vs2_plugin.text import one_line
 
 __all__ = ["run_command"]
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
-from vs2_plugin.errors import SettingError, Vs2Error, one_line
+from vs2_plugin.errors import SettingError, Vs2Error
+from vs2_plugin.text import one_line
 
 __all__ = ["Missing", "missing_data", "missing_encoder", "missing_weights", "root_of"]
 

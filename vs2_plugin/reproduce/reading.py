@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vs2_plugin.errors import ModelStringError, SettingError, one_line
+from vs2_plugin.errors import ModelStringError, SettingError
 from vs2_plugin.modelstring import ModelString, is_steered, parse
 from vs2_plugin.reproduce.cells import METRICS, Cell, Sae, Table
+from vs2_plugin.text import one_line
 
 __all__ = ["FLAGS", "read", "read_all"]
 

@@ -27,11 +27,12 @@ from typing import Any
 
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.checkpoint.store import Store
-from vs2_plugin.errors import CheckpointError, DataError, Vs2Error, one_line
+from vs2_plugin.errors import CheckpointError, DataError, Vs2Error
+from vs2_plugin.reproduce.cells import Cell, Evaluation, Sae, Table
 from vs2_plugin.reproduce.command import run_command
 from vs2_plugin.reproduce.fetch import Missing, missing_data, missing_encoder, missing_weights
-from vs2_plugin.reproduce.cells import Cell, Evaluation, Sae, Table
 from vs2_plugin.reproduce.table import Measured, best, markdown, write
+from vs2_plugin.text import one_line
 
 __all__ = ["Reproduction"]
 

@@ -24,19 +24,20 @@ from vs2_plugin.checkpoint.store import Store, checkpoint_name
 from vs2_plugin.clip.backbone import Loaded, Tower, load_backbone
 from vs2_plugin.clip.sites import Site, embedding_from, finish, in_float32, reading
 from vs2_plugin.data.images import leave_interruptions
-from vs2_plugin.errors import DataError, HarnessError, reason_of
+from vs2_plugin.errors import DataError, HarnessError
+from vs2_plugin.gallery.gallery import Gallery
+from vs2_plugin.gallery.search import Search
 from vs2_plugin.harness.autoload import DISABLE
 from vs2_plugin.harness.model import SteeredCLIP
 from vs2_plugin.method import NEIGHBOURS, Scalar
 from vs2_plugin.modelstring import ModelString
-from vs2_plugin.gallery.gallery import Gallery
-from vs2_plugin.gallery.search import Search
 from vs2_plugin.sae.topk import TopKSAE
 from vs2_plugin.steering.context import Context, Task
 from vs2_plugin.steering.neighbours import NeighbourSteering, PrototypeSteering
 from vs2_plugin.sweep.grid import Point, outcome_key
 from vs2_plugin.sweep.shared import Batch, Lookup, Remembered, RememberedSums, remember_codes
 from vs2_plugin.sweep.tower import resumed
+from vs2_plugin.text import reason_of
 
 __all__ = ["Metrics", "evaluate"]
 

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vs2_plugin.gallery.files import GalleryFiles, GalleryPart
 from vs2_plugin.checkpoint.store import Store
-from vs2_plugin.cli.common import gigabytes
 from vs2_plugin.data.splits import Split
-from vs2_plugin.errors import DataError, SettingError
-from vs2_plugin.method import ENCODER_NAME as NAME
 from vs2_plugin.distributed import ALONE, Processes
+from vs2_plugin.errors import DataError, SettingError
+from vs2_plugin.gallery.files import GalleryFiles, GalleryPart
 from vs2_plugin.gallery.gallery import CLIP
+from vs2_plugin.method import ENCODER_NAME as NAME
+from vs2_plugin.text import gigabytes
 
 if TYPE_CHECKING:
     from vs2_plugin.clip.remembered import Backbone

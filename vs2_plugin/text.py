@@ -1,0 +1,43 @@
+"""Text for people: one line, reasons, counts and sizes."""
+
+from __future__ import annotations
+
+import textwrap
+
+__all__ = ["counted", "gigabytes", "one_line", "reason_of"]
+
+
+def one_line(text: str, length: int = 300) -> str:
+    """Return ``text`` as one line of at most ``length`` characters, cut between words.
+
+    >>> one_line("please check  your connection", 20)
+    'please check ...'
+    """
+    line = " ".join(text.split())
+    if len(line) <= length:
+        return line
+    cut = textwrap.shorten(line, length, placeholder=" ...", break_on_hyphens=False)
+    return cut if len(cut) > length // 2 else f"{line[: length - 4]} ..."  # one long word, as a path
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the type and message of another package's exception as one line."""
+    return f"{type(error).__name__}: {one_line(str(error))}"
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun.
+
+    >>> counted(1, "image"), counted(1797, "image")
+    ('1 image', '1,797 images')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def gigabytes(size: float) -> str:
+    """Return a number of bytes in MB or GB.
+
+    >>> gigabytes(2_500_000), gigabytes(76_800_000_000)
+    ('2.5 MB', '76.8 GB')
+    """
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
