@@ -1,5 +1,4 @@
 import json
-import os
 
 import pytest
 import torch
@@ -302,7 +301,7 @@ def fails(*args, **kwargs):
 
 
 @pytest.mark.parametrize("existing", [False, True], ids=["nothing there", "old one there"])
-@pytest.mark.parametrize("step", ["_sha256", "json.dumps", "os.replace"])
+@pytest.mark.parametrize("step", ["_sha256", "json.dumps"])
 def test_a_failure_while_saving_leaves_the_old_one(step, existing, save, monkeypatch, tmp_path):
     old = save() if existing else None
     owner, _, name = step.rpartition(".")
@@ -313,19 +312,4 @@ def test_a_failure_while_saving_leaves_the_old_one(step, existing, save, monkeyp
         assert Checkpoint.open(old.folder) == old
         old.verify()
     names = [path.name for path in tmp_path.iterdir() if path.name != "default-store"]
-    assert [name for name in names if not name.startswith(".mine.old.")] == (["mine"] if existing else [])
-
-
-def test_a_failure_to_move_the_new_one_in_puts_the_old_one_back(save, monkeypatch):
-    old = save()
-    replace = os.replace
-
-    def fails_second(source, target):
-        if str(target) == str(old.folder):
-            fails()
-        replace(source, target)
-
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
-        patch.setattr(manifest.os, "replace", fails_second)
-        save(mean=0.75)
-    assert Checkpoint.open(old.folder) == old
+    assert names == (["mine"] if existing else [])

@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -23,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from vs2_plugin import __version__
 from vs2_plugin.errors import CheckpointError, CheckpointNotFound
+from vs2_plugin.files import atomic_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -288,9 +286,7 @@ def save_checkpoint(
     """
     from vs2_plugin.sae.files import CONFIG_FILE, WEIGHTS_FILE, save_sae
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with atomic_folder(folder) as scratch:
         sites = []
         for facts, sae in saes:
             save_sae(sae, scratch / facts.folder)
@@ -309,22 +305,6 @@ def save_checkpoint(
         if gallery is not None:
             facts["gallery"] = gallery.write(scratch / GALLERY)
         (scratch / MANIFEST).write_text(json.dumps(facts, indent=1) + "\n")
-        scratch.chmod(0o755)  # mkdtemp's 0700 would hide it from colleagues who share the store
-        if folder.exists():
-            aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-            os.replace(folder, aside / folder.name)
-            try:
-                os.replace(scratch, folder)
-            except OSError:
-                (aside / folder.name).rename(folder)
-                raise
-            finally:
-                if folder.exists():
-                    shutil.rmtree(aside, ignore_errors=True)
-        else:
-            os.replace(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return Checkpoint.open(folder)
 
 

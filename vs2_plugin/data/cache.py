@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from vs2_plugin.clip.sites import Site, reading
 from vs2_plugin.data.images import TrainingImages
 from vs2_plugin.errors import DataError
 from vs2_plugin.distributed import ALONE, Processes, wait
+from vs2_plugin.files import atomic_folder
 
 __all__ = ["ActivationCache", "Encode", "Extracted", "activations_at", "extract", "require_space"]
 
@@ -83,23 +82,13 @@ class ActivationCache:
         self, key: dict[str, Any], widths: Mapping[str, int], dtype: np.dtype, labels: bool = False
     ) -> Iterator[_Writer]:
         """What to add batches to. All appears under the key, at once, when the block ends well."""
-        folder = self.folder(key)
-        self.root.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=self.root))
-        writer = _Writer({name: Column(scratch / f"{name}.npy", width, dtype) for name, width in widths.items()})
-        try:
+        with atomic_folder(self.folder(key)) as scratch, closing(_Writer(scratch, widths, dtype)) as writer:
             yield writer
             writer.close()
             np.save(scratch / _DIGESTS, np.concatenate([np.empty(0, np.uint64), *writer.digests]))
             if labels:
                 np.save(scratch / _LABELS, np.concatenate([np.empty(0, np.int64), *writer.labels]))
             (scratch / _FACTS).write_text(json.dumps({"count": writer.count, "key": key}, indent=2) + "\n")
-            scratch.chmod(0o755)  # mkdtemp's 0700 would hide it from colleagues who share the store
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(scratch, folder)
-        finally:
-            writer.close()
-            shutil.rmtree(scratch, ignore_errors=True)
 
     def join(
         self,
@@ -128,8 +117,8 @@ class ActivationCache:
 class _Writer:
     """Columns under construction."""
 
-    def __init__(self, columns: dict[str, Column]) -> None:
-        self.columns = columns
+    def __init__(self, folder: Path, widths: Mapping[str, int], dtype: np.dtype) -> None:
+        self.columns = {name: Column(folder / f"{name}.npy", width, dtype) for name, width in widths.items()}
         self.digests: list[np.ndarray] = []
         self.labels: list[np.ndarray] = []
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vs2_plugin.arrays import Stack
 from vs2_plugin.errors import SettingError
+from vs2_plugin.files import atomic_file
 from vs2_plugin.sae.topk import largest
 
 __all__ = ["ExactSearch", "FaissSearch", "Search", "blocks", "open_search"]
@@ -106,16 +107,9 @@ class FaissSearch:
 
     @staticmethod
     def _keep(faiss, index, file: Path) -> None:
-        scratch = None
-        try:
-            with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as opened:
-                scratch = opened.name
-            faiss.write_index(index, scratch)
-            os.chmod(scratch, 0o644)  # colleagues may share the store
-            os.replace(scratch, file)
-        except (OSError, RuntimeError):  # a folder that cannot be written: the index serves this run
-            if scratch is not None:
-                Path(scratch).unlink(missing_ok=True)
+        # In a folder that cannot be written, the index serves this run only.
+        with suppress(OSError, RuntimeError), atomic_file(file) as scratch:
+            faiss.write_index(index, os.fspath(scratch))
 
     def __call__(self, queries: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """See :class:`Search`. Where FAISS finds fewer than n, the rest are rows -1."""

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from vs2_plugin.arrays import digest_of, spread
 from vs2_plugin.clip.sites import Site, embedding_from, in_float32
 from vs2_plugin.errors import HarnessError, ModelStringError
+from vs2_plugin.files import atomic_file
 from vs2_plugin.method import Option, Scalar
 from vs2_plugin.gallery.gallery import CLIP, Gallery
 from vs2_plugin.gallery.retriever import Retriever
@@ -178,14 +178,10 @@ def kept(folder: Path, identity: Mapping[str, Any], classifier: Tensor, make: Ca
         return Choice.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, AttributeError, LookupError):  # none yet, or no choice: it is made anew
         choice = make()
-    try:
+    with suppress(OSError):  # in a folder that cannot be written, the choice serves this run only
         folder.mkdir(exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".", suffix=".json", delete=False) as file:
-            json.dump(choice.to_json(), file)
-        os.chmod(file.name, 0o644)  # colleagues may share the store
-        os.replace(file.name, path)
-    except OSError:  # a folder that cannot be written: the choice serves this run
-        pass
+        with atomic_file(path) as scratch:
+            scratch.write_text(json.dumps(choice.to_json()))
     return choice
 
 

@@ -27,9 +27,7 @@ where it cannot be told).
 
 from __future__ import annotations
 
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vs2_plugin.data.images import image_digest
+from vs2_plugin.files import atomic_file
 from vs2_plugin.results.statistics import calibration
 
 __all__ = ["Recorder", "images_file"]
@@ -142,11 +141,8 @@ class Recorder:
             "seconds": np.float64(self._seconds()),
             "peak_memory": np.int64(_peak()),
         }
-        path = images_file(output)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".npz", delete=False) as file:
+        with atomic_file(images_file(output)) as scratch, open(scratch, "wb") as file:
             np.savez_compressed(file, **arrays)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
 
 
 def _first(logits: Tensor) -> Tensor:

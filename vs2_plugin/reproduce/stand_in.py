@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any
 import vs2_plugin.demo
 from vs2_plugin.demo.digits import CLASSES, write_digits
 from vs2_plugin.errors import SettingError
+from vs2_plugin.files import atomic_folder
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.reproduce.cells import Cell, Sae, Table
 
@@ -25,16 +25,15 @@ _SAMPLES = 20_000
 
 def prepare(folder: Path) -> None:
     """Write the digits and the tiny CLIP into ``folder``, unless they are there."""
-    folder.mkdir(parents=True, exist_ok=True)
+    model = Path(vs2_plugin.demo.__file__).parent / "tiny_clip"
     sources = {
         "digits": write_digits,
-        "tiny-clip": lambda path: shutil.copytree(Path(vs2_plugin.demo.__file__).parent / "tiny_clip", path),
+        "tiny-clip": lambda path: shutil.copytree(model, path, dirs_exist_ok=True),
     }
     for name, write in sources.items():
         if not (folder / name).exists():
-            shutil.rmtree(folder / f".{name}", ignore_errors=True)
-            write(folder / f".{name}")
-            os.replace(folder / f".{name}", folder / name)
+            with atomic_folder(folder / name) as scratch:
+                write(scratch)
 
 
 def stand_in(table: Table) -> Table:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vs2_plugin.errors import DataError
+from vs2_plugin.files import atomic_file
 
 __all__ = ["Result", "headline", "read_result", "write_result", "write_table"]
 
@@ -21,14 +20,8 @@ _FIELDS = ("dataset", "model", "pretrained", "task", "language")
 
 def write_result(path: Path, result: Result) -> None:
     """Write a results file, whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            json.dump(result, file)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    with atomic_file(path) as scratch:
+        scratch.write_text(json.dumps(result))
 
 
 def read_result(path: Path) -> Result:
