@@ -125,6 +125,8 @@ def defined_in(tree):
             yield node.name, node
         elif isinstance(node, ast.ImportFrom):
             yield from ((alias.asname or alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield node.target.id, node
         elif isinstance(node, ast.Assign):
             names = (name for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name))
             yield from ((name.id, node) for name in names)

@@ -146,7 +146,7 @@ BAD_METHODS = [
 
 @pytest.mark.parametrize("declaration", BAD_METHODS, ids=str)
 def test_a_wrong_method_is_a_plugin_error(declaration):
-    with pytest.raises(PluginError, match="^method (name )?'"):
+    with pytest.raises(PluginError, match=r"^method (name )?'"):
         Method(**{"build": print, **declaration})
 
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from vs2_plugin.clip.backbone import load_backbone
-from vs2_plugin.sae import TrainConfig, train_sae
+from vs2_plugin.sae.config import TrainConfig
+from vs2_plugin.sae.train import train_sae
 from vs2_plugin.strength import choose, neighbour_graph
 
 STUDY = Path(__file__).parents[1] / "benchmark_configs" / "strength"

@@ -5,49 +5,31 @@ No heavy imports here: these declarations are read to parse a model string, long
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from vs2_plugin.errors import PluginError
+from vs2_plugin.settings import Scalar, Setting
 
 __all__ = ["AUTO", "AUTOMATIC", "COMMON", "ENCODER_NAME", "LABELS", "NEIGHBOURS", "Method", "Option", "Scalar"]
 
-Scalar = float | int | str | bool
 #: In place of a number: to be chosen from unlabeled training images.
 AUTO = "auto"
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 #: Prefixes that open_clip itself understands before a colon, and the harness's own model types.
 RESERVED = {"hf-hub", "local-dir", "open_clip", "ja_clip"}
-_TYPES = {float: "number", int: "whole number", str: "word", bool: "true or false"}
 
 
 @dataclass(frozen=True)
-class Option:
-    """One ``@key=value`` of a model string.
+class Option(Setting):
+    """One ``@key=value`` of a model string: a setting, and what only options have.
 
     >>> Option("gamma", float, 1.5, minimum=0).parse("2")
     2.0
-    >>> Option("rule", str, "majority", choices=("majority", "query")).describe()
-    'majority or query (default majority)'
     """
 
-    name: str
-    """The key; lower-case letters, digits and ``_``."""
-    type: type = float
-    """``float``, ``int``, ``str`` or ``bool``."""
-    default: Scalar | None = None
-    """The value when the key is not given; None means: not set."""
-    minimum: float | None = None
-    """Smallest accepted number."""
-    maximum: float | None = None
-    """Largest accepted number."""
-    choices: tuple[Scalar, ...] | None = None
-    """The accepted values, where they can be listed."""
-    pattern: tuple[str, str] | None = None
-    """For a word: a regular expression that it must match, and what that is in words."""
     excludes: tuple[str, ...] = ()
     """Keys that may not be given beside this one."""
     auto: tuple[float, ...] | None = None
@@ -56,81 +38,30 @@ class Option:
     they are. None: the option does not accept ``auto``."""
     auto_needs: tuple[str, str] | None = None
     """A key that has to be given beside ``auto``, and why, in words."""
-    help: str = ""
-    """One line for ``vs2 methods``."""
 
     def __post_init__(self) -> None:
-        if not _NAME.match(self.name):
-            raise PluginError(f"option name {self.name!r} is not lower-case letters, digits and '_'")
-        if self.type not in list(_TYPES):
-            raise PluginError(f"option {self.name!r} has type {self.type!r}; expected float, int, str or bool")
-        if None not in (self.minimum, self.maximum) and self.minimum > self.maximum:
-            raise PluginError(f"option {self.name!r}: its minimum {self.minimum} is above its maximum {self.maximum}")
         if self.auto is not None:
             if self.type is not float or not isinstance(self.auto, (tuple, list)) or len(self.auto) < 2:
                 raise PluginError(
                     f"option {self.name!r}: auto is {self.auto!r}; expected two values or more of a number"
                 )
             object.__setattr__(self, "auto", tuple(self.auto))  # options are hashed
+        super().__post_init__()
         for value in self.auto or ():
-            if value == AUTO or self.check(value) is not None:
+            if super().check(value) is not None:
                 raise PluginError(f"option {self.name!r}: auto holds {value!r}, which is not {self.accepted()}")
-        if self.default is not None and self.check(self.default) is not None:
-            raise PluginError(f"option {self.name!r}: its default {self.default!r} is not {self.check(self.default)}")
 
     def parse(self, text: str) -> Scalar:
-        """The value that ``text`` stands for. Raises ValueError with what was expected."""
-        if self.auto is not None and text == AUTO:
-            return AUTO
-        try:
-            value: Scalar = (
-                {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-                if self.type is bool
-                else self.type(text)
-            )
-        except (ValueError, KeyError):
-            raise ValueError(self.accepted()) from None
-        expected = self.check(value)
-        if expected is not None or (self.type is not str and "_" in text) or text != text.strip():
-            raise ValueError(expected or self.accepted())
-        return value
+        """Return the value that ``text`` stands for. Raises ValueError with what was expected."""
+        return AUTO if self.auto is not None and text == AUTO else super().parse(text)
 
-    def check(self, value: Scalar) -> str | None:
-        """What was expected, if ``value`` is not acceptable; else None."""
-        if self.auto is not None and value == AUTO:
-            return None
-        kinds = (int, float) if self.type is float else self.type
-        good = isinstance(value, kinds) and (self.type is bool or not isinstance(value, bool))
-        good = good and (self.choices is None or value in self.choices)
-        good = good and (self.pattern is None or re.fullmatch(self.pattern[0], str(value)) is not None)
-        if good and self.type in (float, int):
-            good = self.minimum is None or value >= self.minimum
-            good = good and (self.maximum is None or value <= self.maximum)
-            good = good and (isinstance(value, int) or math.isfinite(value))
-        return None if good else self.accepted()
+    def check(self, value: Any) -> str | None:
+        """Return what was expected, if ``value`` is not acceptable; else None."""
+        return None if self.auto is not None and value == AUTO else super().check(value)
 
     def accepted(self) -> str:
-        """The accepted values in words."""
-        return self._accepted() if self.auto is None else f"{self._accepted()}, or {AUTO}"
-
-    def _accepted(self) -> str:
-        if self.choices is not None:
-            return " or ".join(str(choice) for choice in self.choices)
-        if self.pattern is not None:
-            return self.pattern[1]
-        words = f"a {_TYPES[self.type]}" if self.type is not bool else _TYPES[bool]
-        if self.minimum is not None and self.maximum is not None:
-            return f"{words} from {self.minimum:g} to {self.maximum:g}"
-        if self.minimum is not None:
-            return f"{words}, at least {self.minimum:g}"
-        if self.maximum is not None:
-            return f"{words}, at most {self.maximum:g}"
-        return words
-
-    def describe(self) -> str:
-        """The accepted values and the default in words."""
-        default = "not set" if self.default is None else f"default {self.default}"
-        return f"{self.accepted()} ({default})"
+        """Return the accepted values in words."""
+        return super().accepted() if self.auto is None else f"{super().accepted()}, or {AUTO}"
 
 
 #: For a method that reads labels of the gallery's images: which. The framework knows an oracle by this option.
@@ -172,6 +103,14 @@ COMMON = (
         help="steer only images whose FVU is within this quantile of the held-out training activations",
     ),
 )  # fmt: skip
+
+#: What the attributes of a method may be.
+_CHOICES = {
+    "sae": ("plain", "pass"),
+    "labels": ("none", "train", "oracle"),
+    "gallery": ("none", "images", "neighbours"),
+    "site": ("checkpoint", "output"),
+}
 
 
 @dataclass(frozen=True)
@@ -226,14 +165,10 @@ class Method:
                 raise PluginError(f"method {self.name!r}: alias {alias!r} is not a usable name")
         if not callable(self.build):
             raise PluginError(f"method {self.name!r}: build is {self.build!r}; expected a function")
-        if self.sae not in ("plain", "pass"):
-            raise PluginError(f"method {self.name!r}: sae is {self.sae!r}; expected plain or pass")
-        if self.labels not in ("none", "train", "oracle"):
-            raise PluginError(f"method {self.name!r}: labels is {self.labels!r}; expected none, train or oracle")
-        if self.gallery not in ("none", "images", "neighbours"):
-            raise PluginError(f"method {self.name!r}: gallery is {self.gallery!r}; expected none, images or neighbours")
-        if self.site not in ("checkpoint", "output"):
-            raise PluginError(f"method {self.name!r}: site is {self.site!r}; expected checkpoint or output")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                accepted = f"{', '.join(choices[:-1])} or {choices[-1]}"
+                raise PluginError(f"method {self.name!r}: {name} is {getattr(self, name)!r}; expected {accepted}")
         if any(option.auto for option in self.options) and not self.needs_checkpoint:
             raise PluginError(
                 f"method {self.name!r} has an automatic option, which the gallery in a checkpoint tells; set "

@@ -179,7 +179,8 @@ def memory(folder: Path, count: int, samples: int) -> dict:
 
     from vs2_plugin.data.cache import ActivationCache, extract
     from vs2_plugin.data.images import open_images
-    from vs2_plugin.sae import TrainConfig, train_sae
+    from vs2_plugin.sae.config import TrainConfig
+    from vs2_plugin.sae.train import train_sae
 
     write_images(folder, count, (4, 4), (8, 8))
     sampler = _Sampler()

@@ -106,7 +106,8 @@ def dense(shape: Shape, batches: Batches, keep: Keep, bfloat16: bool = False) ->
 
 def vs2(shape: Shape, batches: Batches, keep: Keep, float32: bool = False) -> None:
     """This package: the steps of :func:`vs2_plugin.sae.train.train_saes`."""
-    from vs2_plugin.sae import TrainConfig, train
+    from vs2_plugin.sae import train
+    from vs2_plugin.sae.config import TrainConfig
 
     samples = len(batches) * shape.batch
     config = TrainConfig(expansion_factor=shape.n // shape.d, k=shape.k, sae_batch_size=shape.batch, samples=samples)

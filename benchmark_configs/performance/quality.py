@@ -75,7 +75,8 @@ def dead(reconstruct: Reconstruct, trained: np.ndarray) -> float:
 
 def by_this_package(trained: np.ndarray, shape: Shape, samples: int, seed: int) -> tuple[Reconstruct, float]:
     """Train as vs2-train-sae does; returns the SAE and the seconds that it took."""
-    from vs2_plugin.sae import TrainConfig, train_sae
+    from vs2_plugin.sae.config import TrainConfig
+    from vs2_plugin.sae.train import train_sae
 
     config = TrainConfig(expansion_factor=shape.n // shape.d, k=shape.k, samples=samples, seed=seed)
     started = time.perf_counter()

@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vs2_plugin.gallery.files import GalleryFiles, GalleryPart
 from vs2_plugin.checkpoint.checkpoint import SiteFacts, save_checkpoint
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.clip.backbone import Tower, load_backbone
 from vs2_plugin.clip.sites import default_site
+from vs2_plugin.gallery.files import GalleryFiles, GalleryPart
 from vs2_plugin.harness.loader import load
-from vs2_plugin.sae import SaeConfig, TopKSAE
+from vs2_plugin.sae.topk import SaeConfig, TopKSAE
 
 MODEL = "ViT-B-32"
 METHODS = ["vs2", "vs2@gate=0.99", "vs2pp", "vs2pp@gate=0.99", "clipsteer", "rag", "knn"]

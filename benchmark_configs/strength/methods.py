@@ -17,12 +17,12 @@ from sources import classifier, draw, images, load_clip, train_clip
 from torch import Tensor, nn
 
 from vs2_plugin.clip.sites import default_site, embedding_from, in_float32, output_site
-from vs2_plugin.harness.automatic import Automatic, settle
-from vs2_plugin.modelstring import ModelString, parse
 from vs2_plugin.gallery.gallery import CLIP, Gallery
 from vs2_plugin.gallery.retriever import Retriever
 from vs2_plugin.gallery.search import ExactSearch
-from vs2_plugin.sae import TrainConfig
+from vs2_plugin.harness.automatic import Automatic, settle
+from vs2_plugin.modelstring import ModelString, parse
+from vs2_plugin.sae.config import TrainConfig
 from vs2_plugin.sae.train import Job, Trained, train_saes
 from vs2_plugin.steering.context import Context
 from vs2_plugin.steering.gate import Gate, threshold

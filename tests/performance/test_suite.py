@@ -15,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vs2_plugin.clip.sites import default_site, output_site
 from vs2_plugin.data.cache import ActivationCache, activations_at, extract
 from vs2_plugin.data.images import TrainingImages
-from vs2_plugin.sae import SaeConfig, TopKSAE, TrainConfig, train_sae
+from vs2_plugin.sae.config import TrainConfig
+from vs2_plugin.sae.topk import SaeConfig, TopKSAE
+from vs2_plugin.sae.train import train_sae
 from vs2_plugin.sae.step import set_gradients
 from vs2_plugin.steering.gate import Gate
 from vs2_plugin.steering.operators import SparseSteering, amplified, vs2_steer

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vs2_plugin.errors import SettingError
-from vs2_plugin.sae import Latents, SaeConfig, TopKSAE, fvu, sample_fvu
+from vs2_plugin.sae.topk import Latents, SaeConfig, TopKSAE, fvu, sample_fvu
 
 SHAPES = [(6, 24, 3), (16, 64, 4), (16, 128, 1), (7, 21, 21), (8, 200, 8)]  # some selected in two rounds, some in one
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from vs2_plugin.errors import DataError, SettingError
-from vs2_plugin.sae import TrainConfig, fvu, sample_fvu, train_sae
+from vs2_plugin.sae.config import TrainConfig
+from vs2_plugin.sae.topk import fvu, sample_fvu
+from vs2_plugin.sae.train import train_sae
 from vs2_plugin.sae import train as train_module
 from vs2_plugin.sae.config import RECIPES
 from vs2_plugin.sae.train import QUANTILES

@@ -19,7 +19,8 @@ from vs2_plugin.demo.digits import CLASSES, TEMPLATES
 from vs2_plugin.demo.run import _TINY_CLIP
 from vs2_plugin.harness.model import SteeredCLIP
 from vs2_plugin.modelstring import parse
-from vs2_plugin.sae import TrainConfig, train_sae
+from vs2_plugin.sae.config import TrainConfig
+from vs2_plugin.sae.train import train_sae
 from vs2_plugin.steering.context import Context
 from vs2_plugin.steering.gate import Gate
 

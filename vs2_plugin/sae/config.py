@@ -2,87 +2,85 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from vs2_plugin.errors import SettingError
+from vs2_plugin.settings import setting, validate
 
 __all__ = ["RECIPES", "TrainConfig"]
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The settings of a training. Each is a flag of ``vs2-train-sae`` of the same name.
+    """The settings of a training.
 
     Raises:
         SettingError: a value outside its range.
     """
 
-    expansion_factor: int = 4
-    """Latents per dimension of the activations: n = expansion_factor · d."""
-    k: int = 64
-    """Active latents per activation."""
-    activation: str = "relu"
-    """relu, or abs: top-k of the magnitude, without ReLU and encoder bias."""
-    lr: float = 3e-3
-    """Peak learning rate of Adam."""
-    warmup: float = 0.05
-    """Share of the steps over which the learning rate rises from 0; it then falls linearly to 0."""
-    samples: int = 0
-    """Activations seen in training, repeats included; 0 means 200 per stored activation, 200,000 to 1,000,000."""
-    sae_batch_size: int = 0
-    """Activations per step; 0 means an eighth of the stored ones, 64 to 1024. At least 2."""
-    init: str = "data"
-    """Decoder directions to start from. data: differences of random training activations, with an encoder of half
-    their length, so that overlapping latents do not overshoot; random: random ones, equal in encoder and decoder."""
-    auxk: float = 1 / 32
-    """Weight of the auxiliary loss that revives dead latents (arXiv 2406.04093); 0 switches it off."""
-    dead_after: int = 100
-    """Steps of silence after which a latent counts as dead in training."""
-    pass_weight: float = 0.0
-    """Weight of the PASS term, which pulls the codes of a class towards their mean; 0 switches it off."""
-    pass_means: str = "batch"
-    """The means of PASS: those of the batch, or running ones, for batches with few images per class."""
-    rescale: bool = True
+    expansion_factor: int = setting(4, minimum=1, maximum=1024, help="latents per dimension of the activations")
+    """n = expansion_factor · d latents."""
+    k: int = setting(64, minimum=1, maximum=1_000_000, help="active latents per activation")
+    activation: str = setting(
+        "relu", choices=("relu", "abs"), help="relu, or abs: top-k of the magnitude, without ReLU and encoder bias"
+    )
+    lr: float = setting(3e-3, minimum=1e-9, maximum=1, help="peak learning rate of Adam")
+    warmup: float = setting(
+        0.05, minimum=0, maximum=1,
+        help="share of the steps over which the rate rises from 0; it then falls linearly to 0",
+    )  # fmt: skip
+    samples: int = setting(
+        0, minimum=0, maximum=10**12,
+        help="activations seen in training, repeats included; 0: by the size of the data set",
+    )  # fmt: skip
+    """0 means 200 per stored activation, 200,000 to 1,000,000."""
+    sae_batch_size: int = setting(
+        0, minimum=0, maximum=10**7, help="activations per step; 0: by the size of the data set"
+    )
+    """0 means an eighth of the stored activations, 64 to 1024. At least 2."""
+    auxk: float = setting(
+        1 / 32, minimum=0, maximum=100, help="weight of the loss that revives dead latents (arXiv 2406.04093); 0: off"
+    )
+    init: str = setting(
+        "data", choices=("data", "random"),
+        help="decoder directions to start from: differences of activations (data), or random ones",
+    )  # fmt: skip
+    """data: differences of random training activations, with an encoder of half their length, so that overlapping
+    latents do not overshoot; random: random ones, equal in encoder and decoder."""
+    pass_weight: float = setting(
+        0.0, minimum=0, maximum=1000,
+        help="PASS (arXiv 2506.01247): pull the codes of a class towards their mean with this weight (the paper: 0.8); "
+        "reads the training labels, and adds a second SAE, for pass:, to the checkpoint",
+    )  # fmt: skip
+    pass_means: str = setting(
+        "batch", choices=("batch", "running"),
+        help="the means of PASS: of the batch, or running ones for batches with few images per class",
+    )  # fmt: skip
+    dead_after: int = setting(
+        100, minimum=1, maximum=10**9, help="steps of silence after which a latent counts as dead"
+    )
+    rescale: bool = setting(True)
     """Train on activations scaled to unit variance, and scale back afterwards: one learning rate fits all towers."""
-    seed: int = 0
+    seed: int = setting(0, minimum=0, maximum=2**32 - 1, help="random seed")
     """Seed of the initialisation, the held-out choice and the order."""
 
     def __post_init__(self) -> None:
-        ranges = {
-            "expansion_factor": (1, 1024),
-            "k": (1, 1_000_000),
-            "lr": (1e-9, 1.0),
-            "warmup": (0.0, 1.0),
-            "samples": (0, 10**12),
-            "sae_batch_size": (0, 10**7),
-            "auxk": (0.0, 100.0),
-            "dead_after": (1, 10**9),
-            "pass_weight": (0.0, 1000.0),
-            "seed": (0, 2**32 - 1),
-        }
-        for name, (low, high) in ranges.items():
-            if not low <= getattr(self, name) <= high:
-                raise SettingError(f"{name} is {getattr(self, name)}; expected {low:g} to {high:g}")
-        if self.activation not in ("relu", "abs"):
-            raise SettingError(f"activation is {self.activation!r}; expected relu or abs")
-        if self.init not in ("data", "random"):
-            raise SettingError(f"init is {self.init!r}; expected data or random")
-        if self.pass_means not in ("batch", "running"):
-            raise SettingError(f"pass_means is {self.pass_means!r}; expected batch or running")
+        validate(self)
         if self.sae_batch_size == 1:
             raise SettingError(
                 "sae_batch_size is 1; expected at least 2, since the loss is relative to the batch's variance"
             )
 
     def for_size(self, count: int) -> TrainConfig:
-        """These settings with the zeros filled in for ``count`` stored activations."""
+        """Return these settings with the zeros filled in for ``count`` stored activations."""
         batch = self.sae_batch_size or min(1024, max(64, count // 8))
         samples = self.samples or min(1_000_000, max(200_000, 200 * count))
-        return TrainConfig(**{**asdict(self), "sae_batch_size": min(batch, count), "samples": samples})
+        return replace(self, sae_batch_size=min(batch, count), samples=samples)
 
 
 #: Named settings. ``paper`` is what arXiv 2506.01247 states; where it is silent, as EleutherAI sparsify does.
-RECIPES = {
+RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {"lr": 5e-4, "init": "random", "auxk": 0.0, "rescale": False},
 }

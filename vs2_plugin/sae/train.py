@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from vs2_plugin.errors import DataError, SettingError
 from vs2_plugin.distributed import ALONE, Processes, total
+from vs2_plugin.errors import DataError, SettingError
 from vs2_plugin.sae.config import TrainConfig
 from vs2_plugin.sae.step import Adam, ClassMeans, fast_bfloat16, set_gradients
 from vs2_plugin.sae.topk import SaeConfig, TopKSAE, sample_fvu

@@ -25,7 +25,8 @@ from vs2_plugin.distributed import ALONE, Processes
 
 if TYPE_CHECKING:
     from vs2_plugin.clip.sites import Site, Sites
-    from vs2_plugin.sae import TopKSAE, TrainConfig
+    from vs2_plugin.sae.config import TrainConfig
+    from vs2_plugin.sae.topk import TopKSAE
     from vs2_plugin.sae.train import Trained
 
 __all__ = ["run"]

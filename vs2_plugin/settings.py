@@ -1,0 +1,259 @@
+"""A setting, declared once: its type, range, choices and words.
+
+The options of a model string are settings (:class:`vs2_plugin.method.Option`), and so are the fields of a dataclass
+that are made by :func:`setting`. From the declaration come the checks, the flags of a command and their help, the
+values of a YAML file, and the command line that an object stands for. No heavy imports.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from types import NoneType
+from typing import Any, NamedTuple, get_args, get_type_hints
+
+from vs2_plugin.errors import PluginError, SettingError
+
+__all__ = ["Flag", "Scalar", "Setting", "flags_of", "like", "read", "setting", "settings_of", "validate", "words_of"]
+
+Scalar = float | int | str | bool
+_NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
+_TYPES: dict[type, str] = {float: "number", int: "whole number", str: "word", bool: "true or false"}
+_KEY = "setting"  # of a field's metadata
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value that can be set.
+
+    >>> Setting("lr", float, 3e-3, minimum=0).parse("2")
+    2.0
+    >>> Setting("rule", str, "majority", choices=("majority", "query")).describe()
+    'majority or query (default majority)'
+    """
+
+    name: str
+    """Lower-case letters, digits and ``_``."""
+    type: type = float
+    """``float``, ``int``, ``str`` or ``bool``."""
+    default: Any = None
+    """The value when it is not given; None means: not set."""
+    minimum: float | None = None
+    """Smallest accepted number."""
+    maximum: float | None = None
+    """Largest accepted number."""
+    choices: tuple[Scalar, ...] | None = None
+    """The accepted values, where they can be listed."""
+    pattern: tuple[str, str] | None = None
+    """For a word: a regular expression that it must match, and what that is in words."""
+    help: str = ""
+    """One line for people."""
+    several: bool = False
+    """Whether it takes several values, as a tuple. Everything above but the default is then of each of them."""
+
+    def __post_init__(self) -> None:
+        what = type(self).__name__.lower()
+        if not _NAME.match(self.name):
+            raise PluginError(f"{what} name {self.name!r} is not lower-case letters, digits and '_'")
+        if self.type not in list(_TYPES):
+            raise PluginError(f"{what} {self.name!r} has type {self.type!r}; expected float, int, str or bool")
+        if self.minimum is not None and self.maximum is not None and self.minimum > self.maximum:
+            raise PluginError(f"{what} {self.name!r}: its minimum {self.minimum} is above its maximum {self.maximum}")
+        if self.default not in (None, ()) and self.check(self.default) is not None:
+            raise PluginError(f"{what} {self.name!r}: its default {self.default!r} is not {self.check(self.default)}")
+
+    def parse(self, text: str) -> Scalar:
+        """Return the value that ``text`` stands for. Raises ValueError with what was expected."""
+        value: Scalar
+        try:
+            if self.type is bool:
+                value = {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+            else:
+                value = self.type(text)
+        except (ValueError, KeyError):
+            raise ValueError(self.accepted()) from None
+        expected = self.check(value)
+        if expected is not None or (self.type is not str and "_" in text) or text != text.strip():
+            raise ValueError(expected or self.accepted())
+        return value
+
+    def read(self, value: Any) -> Any:
+        """Return the value that ``value``, of a YAML file or of Python, stands for.
+
+        Where a setting takes several values, one alone or a list becomes a tuple. A whole number or a path is accepted
+        for a word. Raises ValueError with what was expected.
+        """
+        if self.several:
+            values = tuple(map(self.plain, value if isinstance(value, (list, tuple)) else [value]))
+            expected = self.check(values)
+        else:
+            value = self.plain(value)
+            expected = self.check(value)
+        if expected is not None:
+            raise ValueError(expected)
+        return values if self.several else value
+
+    def plain(self, value: Any) -> Any:
+        """Return one value, a whole number or a path as text where a word is expected."""
+        if self.type is str and isinstance(value, (int, os.PathLike)) and not isinstance(value, bool):
+            return str(value)
+        return value
+
+    def check(self, value: Any) -> str | None:
+        """Return what was expected, if ``value`` is not acceptable; else None."""
+        values = value if self.several and isinstance(value, tuple) else (value,)
+        return None if values and all(map(self._accepts, values)) else self.accepted()
+
+    def _accepts(self, value: Any) -> bool:
+        kinds = (int, float) if self.type is float else self.type
+        if not isinstance(value, kinds) or isinstance(value, bool) is not (self.type is bool):
+            return False
+        if self.choices is not None and value not in self.choices:
+            return False
+        if self.pattern is not None and re.fullmatch(self.pattern[0], str(value)) is None:
+            return False
+        if not isinstance(value, (float, int)) or self.type is bool:
+            return True
+        at_least = self.minimum is None or value >= self.minimum
+        at_most = self.maximum is None or value <= self.maximum
+        return at_least and at_most and (isinstance(value, int) or math.isfinite(value))
+
+    def accepted(self) -> str:
+        """Return the accepted values in words."""
+        if self.choices is not None:
+            return " or ".join(str(choice) for choice in self.choices)
+        if self.pattern is not None:
+            return self.pattern[1]
+        words = f"a {_TYPES[self.type]}" if self.type is not bool else _TYPES[bool]
+        if self.minimum is not None and self.maximum is not None:
+            return f"{words} from {self.minimum:g} to {self.maximum:g}"
+        if self.minimum is not None:
+            return f"{words}, at least {self.minimum:g}"
+        if self.maximum is not None:
+            return f"{words}, at most {self.maximum:g}"
+        return words
+
+    def describe(self) -> str:
+        """Return the accepted values and the default in words."""
+        default = "not set" if self.default is None else f"default {self.default}"
+        return f"{self.accepted()} ({default})"
+
+
+class Flag(NamedTuple):
+    """A flag of a command, which sets one setting."""
+
+    setting: Setting
+    """The setting."""
+    value: bool | None = None
+    """What the flag sets it to; None: to the words that follow it."""
+
+
+def setting(default: Any = MISSING, /, **declaration: Any) -> Any:
+    """Declare a field of a dataclass as a setting.
+
+    The name and the type are those of the field, which may be ``T``, ``T | None`` or ``tuple[T, ...]`` (several
+    values). ``declaration`` holds the other attributes of :class:`Setting`; a ``default`` among them is what is shown
+    in place of the field's.
+    """
+    return field(default=default, metadata={_KEY: declaration})
+
+
+def like(owner: type[Any], name: str, **changes: Any) -> Any:
+    """Declare a field as ``owner`` declares its field ``name``, where None stands for: as there."""
+    other = next(one for one in fields(owner) if one.name == name)
+    return setting(None, **{"default": other.default, **other.metadata[_KEY], **changes})
+
+
+def settings_of(owner: type[Any]) -> dict[str, Setting]:
+    """Return the settings that a dataclass declares, by the names of their fields."""
+    hints = get_type_hints(owner)
+    found = {}
+    for one in fields(owner):
+        if _KEY in one.metadata:
+            kinds = [kind for kind in get_args(hints[one.name]) or [hints[one.name]] if kind is not NoneType]
+            several = [kind for kind in kinds if get_args(kind)]  # tuple[T, ...] | None
+            kinds = list(get_args(several[0])) if several else kinds
+            default = None if one.default is MISSING else one.default
+            declaration = {"default": default, "several": Ellipsis in kinds, **one.metadata[_KEY]}
+            found[one.name] = Setting(one.name, kinds[0], **declaration)
+    return found
+
+
+def validate(owner: Any) -> None:
+    """Read every setting of a frozen dataclass's object by :meth:`Setting.read`, but for those that have the default.
+
+    Raises:
+        SettingError: a value that is not accepted.
+    """
+    for name, declared in settings_of(type(owner)).items():
+        value = getattr(owner, name)
+        if value != _defaults(type(owner))[name]:
+            object.__setattr__(owner, name, _read(name, declared, value))
+
+
+def flags_of(owner: type[Any]) -> dict[str, Flag]:
+    """Return the flags that set a dataclass's settings, by their names without dashes.
+
+    A setting that is true or false has a flag that changes its default: ``NAME`` or ``no_NAME``; both, where the
+    default is None.
+    """
+    found = {}
+    for name, declared in settings_of(owner).items():
+        if declared.type is not bool:
+            found[name] = Flag(declared)
+            continue
+        for value, flag in ((True, name), (False, f"no_{name}")):
+            if _defaults(owner)[name] is not value:
+                found[flag] = Flag(declared, value)
+    return found
+
+
+def read(owner: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of ``owner`` that flags stand for, as a YAML file gives them: ``{"k": 32, "no_amp": True}``.
+
+    Flags that are null or false say nothing.
+
+    Raises:
+        SettingError: an unknown flag, or a value that is not accepted.
+    """
+    flags, found = flags_of(owner), {}
+    for name, value in given.items():
+        if name not in flags:
+            raise SettingError(f"unknown key {name!r}; expected {', '.join(flags)}")
+        declared, sets = flags[name]
+        if sets is not None and not isinstance(value, bool | None):
+            raise SettingError(f"{name} is {value!r}; expected true or false")
+        if value is not None and (sets is None or value):
+            found[declared.name] = _read(name, declared, value) if sets is None else sets
+    return found
+
+
+def words_of(owner: Any) -> list[str]:
+    """Return the flags and values, as one would type them, of what differs from the defaults."""
+    words = []
+    for name, (declared, sets) in flags_of(type(owner)).items():
+        value = getattr(owner, declared.name)
+        if value == _defaults(type(owner))[declared.name]:
+            continue
+        if sets is None:
+            words += [f"--{name}", *map(str, value if declared.several else [value])]
+        elif value is sets:
+            words.append(f"--{name}")
+    return words
+
+
+def _read(name: str, declared: Setting, value: Any) -> Any:
+    try:
+        return declared.read(value)
+    except ValueError as error:
+        values = value if declared.several and isinstance(value, (list, tuple)) else [value]
+        wrong = next((one for one in values if declared.check(declared.plain(one)) is not None), value)
+        raise SettingError(f"{name} is {wrong!r}; expected {error}") from None
+
+
+def _defaults(owner: type[Any]) -> dict[str, Any]:
+    """Return the defaults of a dataclass's fields; MISSING where a field has to be given."""
+    return {one.name: one.default for one in fields(owner)}

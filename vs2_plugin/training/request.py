@@ -1,0 +1,129 @@
+"""What a training is asked for: the settings of ``vs2-train-sae``, checked before anything is loaded.
+
+Every field is a flag of the command, of the same name; see :func:`vs2_plugin.settings.flags_of`. No heavy imports.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import dataclass
+
+from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE
+from vs2_plugin.errors import SettingError, TowerError
+from vs2_plugin.method import ENCODER_NAME
+from vs2_plugin.modelstring import is_steered
+from vs2_plugin.sae.config import RECIPES, TrainConfig
+from vs2_plugin.settings import like, setting, validate, words_of
+
+__all__ = ["TrainRequest"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRequest:
+    """One training, which may give several checkpoints.
+
+    Settings of :class:`vs2_plugin.sae.config.TrainConfig` that are None are those of the recipe. ``k``,
+    ``expansion_factor``, ``pass_weight`` and ``seed`` take several values, and each combination becomes a checkpoint.
+    Where several values can be given, one alone is accepted too.
+
+    Raises:
+        SettingError: a value outside its range, or two that contradict each other.
+        TowerError: the model is a steered one.
+    """
+
+    model: str = setting("ViT-B-32-quickgelu", help="open_clip model name")
+    pretrained: str = setting("laion400m_e32", help="weights tag or file; '' for random weights")
+    dataset: tuple[str, ...] = setting(
+        help="data sets that clip_benchmark knows, or wds/NAME for webdataset shards; labels are not needed. Several "
+        "make one SAE for all, used by its name"
+    )
+    dataset_root: str = setting("root", help="its folder, or the URL of shards")
+    train_split: str | None = setting(None, help="the split to train on (default: the data set's training split)")
+    transductive: bool = setting(
+        False,
+        help="allow training on the images that are evaluated, for data sets without a training split; "
+        "marked in checkpoint and results",
+    )
+    max_images: int | None = setting(
+        None, minimum=1, help="use at most this many images: a random subset (default: all)"
+    )
+    batch_size: int = setting(64, minimum=1, help="images per forward pass")
+    num_workers: int = setting(min(4, os.cpu_count() or 1), minimum=0, help="image loader processes")
+    amp: bool = setting(True, help="extract in full precision")
+    seed: tuple[int, ...] | None = like(TrainConfig, "seed", help="random seed, or several")
+    model_cache_dir: str | None = setting(None, help="where downloaded models are kept")
+    wds_cache_dir: str | None = setting(None, help="where clip_benchmark keeps downloaded shards")
+    quiet: bool = setting(False, help="no progress, only the result")
+
+    recipe: str = setting(
+        "default", choices=tuple(sorted(RECIPES)),
+        help="named settings, which single flags override; paper: those of arXiv 2506.01247",
+    )  # fmt: skip
+    blocks: tuple[str, ...] = setting(
+        ("last",), pattern=(r"last|all|output|\d+", "last, all, output, or block numbers counted from 0"),
+        help="where: last, all, output (the embedding), or block numbers counted from 0; one SAE each",
+    )  # fmt: skip
+    expansion_factor: tuple[int, ...] | None = like(TrainConfig, "expansion_factor")
+    k: tuple[int, ...] | None = like(
+        TrainConfig, "k", default=None,
+        help="active latents per activation; by default 64, at most an eighth of the width",
+    )  # fmt: skip
+    activation: str | None = like(TrainConfig, "activation")
+    lr: float | None = like(TrainConfig, "lr")
+    warmup: float | None = like(TrainConfig, "warmup")
+    samples: int | None = like(TrainConfig, "samples")
+    sae_batch_size: int | None = like(TrainConfig, "sae_batch_size")
+    auxk: float | None = like(TrainConfig, "auxk")
+    init: str | None = like(TrainConfig, "init")
+    pass_weight: tuple[float, ...] | None = like(TrainConfig, "pass_weight")
+    pass_means: str | None = like(TrainConfig, "pass_means")
+    dead_after: int | None = like(TrainConfig, "dead_after")
+    calibrate_on: tuple[str, ...] = setting(
+        (),
+        help="of several data sets, those whose held-out activations set the thresholds of the gate (default: all)",
+    )
+
+    gallery: bool = setting(True, help="keep no gallery beside the checkpoint")
+    gallery_labels: bool = setting(
+        False, help="keep the training labels too, for the methods that are oracles; nothing else reads them"
+    )
+    retrieval_encoder: tuple[str, ...] = setting(
+        (),
+        pattern=(rf"{ENCODER_NAME[0]}(,.*)?", "names of timm models, and after a comma a file of weights"),
+        help="timm models by whose embeddings images can be compared too (@encoder=MODEL), for example "
+        "vit_small_patch14_dinov2, or MODEL,FILE with a file of weights (default: those that timm fetches)",
+    )
+
+    store: str | None = setting(
+        None,
+        help=f"folder of checkpoints and cached activations (default: ${ENVIRONMENT_VARIABLE}, else the platform's "
+        "cache folder)",
+    )
+    name: str | None = setting(
+        None,
+        help="name of the checkpoint, for vs2:MODEL@NAME (default: one that --model and --dataset find by themselves)",
+    )
+    overwrite: bool = setting(False, help="replace a checkpoint of that name")
+    cache_dtype: str = setting("float16", choices=("float16", "float32"), help="precision of cached activations")
+    refresh_cache: bool = setting(False, help="extract again, even if the activations are cached")
+
+    def __post_init__(self) -> None:
+        validate(self)
+        if is_steered(self.model):
+            backbone = self.model.partition(":")[2].partition("@")[0] or "ViT-B-32"
+            raise TowerError(
+                f"--model {self.model!r}: an SAE is trained for the plain backbone; use --model {shlex.quote(backbone)}"
+            )
+        for dataset in self.calibrate_on:
+            if dataset not in self.dataset:
+                raise SettingError(
+                    f"--calibrate_on {dataset!r}: expected some of --dataset: {' '.join(dict.fromkeys(self.dataset))}"
+                )
+        if (self.retrieval_encoder or self.gallery_labels) and not self.gallery:
+            flag = "--retrieval_encoder" if self.retrieval_encoder else "--gallery_labels"
+            raise SettingError(f"{flag} is for the gallery; leave out --no_gallery")
+
+    def words(self) -> list[str]:
+        """Return the command that asks for the same, as one would type it: only what differs from the defaults."""
+        return ["vs2-train-sae", *words_of(self)]
