@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from vs2_plugin.errors import ModelStringError, PluginError
 from vs2_plugin.method import AUTOMATIC, COMMON, Method, Option
-from vs2_plugin.modelstring import is_steered, parse
+from vs2_plugin.modelstring import parse
 from vs2_plugin.plugins import Registry
 
 TOY = Method(
@@ -57,6 +57,7 @@ INVALID = [
     ("ViT-B-32", ("no steering method before a ':'", "vs2:ViT-B-32")),
     ("ViT-B-32@count=2", ("no steering method before a ':'",)),
     ("a@b:ViT-B-32", ("no steering method before a ':'",)),
+    ("hf-hub:org/model", ("no steering method before a ':'", "vs2:hf-hub:org/model")),
     (":ViT-B-32", ("nothing before the ':'", "plain, toy, toy++")),
     ("nope:ViT-B-32", ("unknown method 'nope'", "plain, toy, toy++")),
     ("tpy:ViT-B-32", ("unknown method 'tpy'", "did you mean 'toy'?")),
@@ -190,35 +191,6 @@ def test_an_unknown_key_is_always_named(known, key):
     if TOY.option(key) is None:
         with pytest.raises(ModelStringError, match=re.escape(f"unknown option {key!r} of toy")):
             parse(f"toy:ViT-B-32@{key}=1", known)
-
-
-def test_open_clips_own_names_are_not_steered():
-    import open_clip
-
-    names = open_clip.list_models()
-    assert len(names) > 50
-    assert [name for name in names if is_steered(name)] == []
-
-
-NAMES = [
-    ("ViT-B-32", False),
-    ("ViT-B/32", False),
-    ("hf-hub:org/model", False),
-    ("local-dir:/models/tiny", False),
-    ("local-dir:/models/a@b", False),
-    ("local-dir:C:/models:x@gamma=2", False),
-    ("vs2:ViT-B-32", True),
-    ("vs2:hf-hub:org/model", True),
-    ("vs2:local-dir:/models/tiny", True),
-    ("nope:ViT-B-32", True),
-    (":ViT-B-32", True),
-    ("ViT-B-32@gamma=2", True),
-]
-
-
-@pytest.mark.parametrize(("name", "steered"), NAMES)
-def test_steered_names_are_told_from_open_clips(name, steered):
-    assert is_steered(name) is steered
 
 
 def test_a_prior_is_for_a_strength_that_is_told_automatically():

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vs2_plugin.errors import PluginError
+from vs2_plugin.names import HUB, LOCAL
 from vs2_plugin.settings import Scalar, Setting
 
 __all__ = ["AUTO", "AUTOMATIC", "COMMON", "ENCODER_NAME", "LABELS", "NEIGHBOURS", "Method", "Option", "Scalar"]
@@ -19,7 +20,7 @@ __all__ = ["AUTO", "AUTOMATIC", "COMMON", "ENCODER_NAME", "LABELS", "NEIGHBOURS"
 AUTO = "auto"
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 #: Prefixes that open_clip itself understands before a colon, and the harness's own model types.
-RESERVED = {"hf-hub", "local-dir", "open_clip", "ja_clip"}
+RESERVED = {HUB.rstrip(":"), LOCAL.rstrip(":"), "open_clip", "ja_clip"}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
     vs2:ViT-L-14@my-checkpoint@alpha=0.8
     vs2:hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K
 
-Everything is read here and nowhere else, with no heavy imports.
+Such a string is read here, after :mod:`vs2_plugin.names` has split it, and nowhere else. No heavy imports.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 
 from vs2_plugin.errors import ModelStringError
 from vs2_plugin.method import AUTOMATIC, Method, Scalar
+from vs2_plugin.names import Parts, is_steered, split
 from vs2_plugin.plugins import Registry, registry
 
-__all__ = ["GRAMMAR", "ModelString", "is_steered", "parse"]
+__all__ = ["GRAMMAR", "ModelString", "is_steered", "parse", "split"]
 
 GRAMMAR = "method:backbone[@checkpoint][@key=value]..."
-#: What open_clip itself reads before a colon.
-_SCHEMAS = ("hf-hub:", "local-dir:")
 _BACKBONE = re.compile(r"(hf-hub:[\w.\-]+/[\w.\-]+|local-dir:[^@]+|[A-Za-z0-9][\w.\-/]*)\Z", re.ASCII)
 _CHECKPOINT = re.compile(r"[\w.\-+/~ ]+\Z", re.ASCII)
 
@@ -46,23 +45,13 @@ class ModelString:
         return self.method.fill(self.given)
 
     def __str__(self) -> str:
-        checkpoint = f"@{self.checkpoint}" if self.checkpoint else ""
-        options = "".join(f"@{key}={_write(value)}" for key, value in self.given.items())
-        return f"{self.method.name}:{self.backbone}{checkpoint}{options}"
+        options = (f"{key}={_write(value)}" for key, value in self.given.items())
+        checkpoint = () if self.checkpoint is None else (self.checkpoint,)
+        return str(Parts(self.method.name, self.backbone, (*checkpoint, *options)))
 
 
 def _write(value: Scalar) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def is_steered(name: str) -> bool:
-    """Whether a model name is for this package rather than open_clip.
-
-    >>> [is_steered(name) for name in ("ViT-B-32", "hf-hub:org/model", "vs2:ViT-B-32", "ViT-B-32@gamma=2")]
-    [False, False, True, True]
-    """
-    # open_clip's own names hold neither ':' nor '@', except for its two schemas; a path of local-dir: may.
-    return (":" in name or "@" in name) and not name.startswith(_SCHEMAS)
 
 
 def parse(text: str, known: Registry | None = None) -> ModelString:
@@ -78,73 +67,98 @@ def parse(text: str, known: Registry | None = None) -> ModelString:
     Traceback (most recent call last):
     vs2_plugin.errors.ModelStringError: model 'vs2:ViT-B-32@lam=-1': option lam='-1': expected a number from 0 to 1000
     """
-    known = known or registry()
-
-    def wrong(message: str) -> ModelStringError:
-        return ModelStringError(f"model {text!r}: {message}")
-
-    name, colon, rest = text.partition(":")
-    if not colon or "@" in name:
-        raise wrong(f"no steering method before a ':'; expected {GRAMMAR}, for example vs2:{text}")
-    if not name:
-        raise wrong(f"nothing before the ':'; expected {GRAMMAR} with a method of: {', '.join(sorted(known.names))}")
+    parts = split(text)
     try:
-        method = known.method(name)
+        if parts.method is None:
+            raise ModelStringError(
+                f"no steering method before a ':'; expected {GRAMMAR}, for example vs2:{parts.backbone or 'ViT-B-32'}"
+            )
+        method = _method(parts.method, known or registry())
+        _check_backbone(parts)
+        given = _options(method, parts)
+        _check_combination(method, given)
     except ModelStringError as error:
-        raise wrong(f"{error}{_did_you_mean(name, known.names)}") from None
+        raise ModelStringError(f"model {text!r}: {error}") from None
+    return ModelString(method, parts.backbone, parts.checkpoint, given)
 
-    backbone, *segments = rest.split("@")
-    if not backbone:
-        raise wrong(f"no backbone after {name + ':'!r}; expected an open_clip model name, for example {name}:ViT-B-32")
-    if not _BACKBONE.match(backbone):
-        raise wrong(
-            f"backbone {backbone!r} is not an open_clip model name; expected letters, digits, '-' and '_' (ViT-B-32), "
-            "hf-hub:org/repo or local-dir:path"
+
+def _method(name: str, known: Registry) -> Method:
+    if not name:
+        names = ", ".join(sorted(known.names))
+        raise ModelStringError(f"nothing before the ':'; expected {GRAMMAR} with a method of: {names}")
+    try:
+        return known.method(name)
+    except ModelStringError as error:
+        raise ModelStringError(f"{error}{_did_you_mean(name, known.names)}") from None
+
+
+def _check_backbone(parts: Parts) -> None:
+    if not parts.backbone:
+        raise ModelStringError(
+            f"no backbone after '{parts.method}:'; expected an open_clip model name, for example "
+            f"{parts.method}:ViT-B-32"
+        )
+    if not _BACKBONE.match(parts.backbone):
+        raise ModelStringError(
+            f"backbone {parts.backbone!r} is not an open_clip model name; expected letters, digits, '-' and '_' "
+            "(ViT-B-32), hf-hub:org/repo or local-dir:path"
         )
 
-    checkpoint: str | None = None
+
+def _options(method: Method, parts: Parts) -> dict[str, Scalar]:
+    """Read the words after the backbone: the options, and the checkpoint, which is checked only."""
     given: dict[str, Scalar] = {}
-    for position, segment in enumerate(segments):
-        key, equals, value = segment.partition("=")
-        if not segment:
-            raise wrong(f"nothing after the '@' number {position + 1}; expected a checkpoint name or key=value")
-        if not equals:
-            if position > 0:
-                raise wrong(
-                    f"{segment!r} is no key=value, and a checkpoint name stands first, right after the backbone"
-                )
-            if not _CHECKPOINT.match(segment) or segment != segment.strip():
-                raise wrong(f"checkpoint {segment!r}: expected letters, digits and any of . _ - + /")
-            checkpoint = segment
-            continue
-        option = method.option(key)
-        if option is None:
-            names = [o.name for o in method.all_options]
-            options = f"Options: {', '.join(names)}" if names else f"{method.name} has no options"
-            hint = _did_you_mean(key, names)
-            raise wrong(f"unknown option {key!r} of {method.name}{hint or '.'} {options}")
-        if key in given:
-            raise wrong(f"option {key!r} is given twice")
-        try:
-            given[key] = option.parse(value)
-        except ValueError as error:
-            raise wrong(f"option {key}={value!r}: expected {error}") from None
-    for key in given:
-        for other in method.option(key).excludes:
-            if other in given:
-                raise wrong(f"options {key!r} and {other!r} exclude each other; give one of them")
+    for number, word in enumerate(parts.words, 1):
+        key, equals, value = word.partition("=")
+        if not word:
+            raise ModelStringError(f"nothing after the '@' number {number}; expected a checkpoint name or key=value")
+        if equals and key in given:
+            raise ModelStringError(f"option {key!r} is given twice")
+        if equals:
+            given[key] = _value(method, key, value)
+        elif number > 1:
+            raise ModelStringError(
+                f"{word!r} is no key=value, and a checkpoint name stands first, right after the backbone"
+            )
+        elif not _CHECKPOINT.match(word) or word != word.strip():
+            raise ModelStringError(f"checkpoint {word!r}: expected letters, digits and any of . _ - + /")
+    return given
+
+
+def _value(method: Method, key: str, value: str) -> Scalar:
+    option = method.option(key)
+    if option is None:
+        names = [option.name for option in method.all_options]
+        options = f"Options: {', '.join(names)}" if names else f"{method.name} has no options"
+        raise ModelStringError(
+            f"unknown option {key!r} of {method.name}{_did_you_mean(key, names) or '.'} {options}"
+        )
+    try:
+        return option.parse(value)
+    except ValueError as error:
+        raise ModelStringError(f"option {key}={value!r}: expected {error}") from None
+
+
+def _check_combination(method: Method, given: dict[str, Scalar]) -> None:
+    """Refuse options that exclude each other, and automatic ones without what they need, or the reverse."""
+    for option in method.all_options:
+        for other in option.excludes:
+            if option.name in given and other in given:
+                raise ModelStringError(f"options {option.name!r} and {other!r} exclude each other; give one of them")
     filled = method.fill(given)
-    for option in method.automatic(filled):
-        if option.auto_needs is not None and filled[option.auto_needs[0]] is None:
-            needed, reason = option.auto_needs
-            accepted = method.option(needed).accepted()
-            raise wrong(f"option {option.name}=auto: expected @{needed}= beside it ({accepted}), since {reason}")
+    automatic = method.automatic(filled)
+    for option in automatic:
+        needed, reason = option.auto_needs or (None, "")
+        if needed is not None and filled[needed] is None:
+            accepted = next(other.accepted() for other in method.all_options if other.name == needed)
+            raise ModelStringError(
+                f"option {option.name}=auto: expected @{needed}= beside it ({accepted}), since {reason}"
+            )
     for option in AUTOMATIC:
-        mine = method.option(option.name) is option  # not one of that name that a plugin declares
-        if mine and option.name in given and not method.automatic(filled):
-            names = " or ".join(f"@{one.name}=auto" for one in method.options if one.auto)
-            raise wrong(f"option {option.name} is for auto; expected {names} beside it")
-    return ModelString(method, backbone, checkpoint, given)
+        is_common = method.option(option.name) is option  # not one of that name that a plugin declares
+        if is_common and option.name in given and not automatic:
+            names = " or ".join(f"@{other.name}=auto" for other in method.options if other.auto)
+            raise ModelStringError(f"option {option.name} is for auto; expected {names} beside it")
 
 
 def _did_you_mean(word: str, known: list[str]) -> str:

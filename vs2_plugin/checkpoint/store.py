@@ -19,6 +19,7 @@ from pathlib import Path
 
 from vs2_plugin.checkpoint.checkpoint import MANIFEST, Checkpoint
 from vs2_plugin.errors import CheckpointNotFound, DataError
+from vs2_plugin.names import HUB, LOCAL
 
 __all__ = ["ENVIRONMENT_VARIABLE", "Store", "checkpoint_name"]
 
@@ -33,9 +34,9 @@ def checkpoint_name(backbone: str, pretrained: str, dataset: str) -> str:
     >>> checkpoint_name("local-dir:models/tiny", "openai", "wds/digits")
     'local-dir-tiny_wds-digits'
     """
-    if backbone.startswith("local-dir:"):
-        parts = [f"local-dir-{Path(backbone.partition(':')[2]).name}"]
-    elif backbone.startswith("hf-hub:"):
+    if backbone.startswith(LOCAL):
+        parts = [f"local-dir-{Path(backbone.removeprefix(LOCAL)).name}"]
+    elif backbone.startswith(HUB):
         parts = [backbone]  # the weights come with the name
     else:
         parts = [backbone, Path(pretrained).stem if os.path.isfile(pretrained) else pretrained or "random"]

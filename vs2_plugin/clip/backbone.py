@@ -17,11 +17,10 @@ from torch.overrides import TorchFunctionMode
 
 from vs2_plugin.arrays import digest_of
 from vs2_plugin.errors import TowerError
+from vs2_plugin.names import HUB, LOCAL
 from vs2_plugin.text import reason_of
 
 __all__ = [
-    "HUB",
-    "LOCAL",
     "Loaded",
     "Tower",
     "check_backbone",
@@ -31,8 +30,6 @@ __all__ = [
     "warn_about_quickgelu",
     "weights_files",
 ]
-
-HUB, LOCAL = "hf-hub:", "local-dir:"
 
 
 @dataclass(frozen=True)

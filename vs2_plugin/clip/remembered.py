@@ -26,7 +26,6 @@ import torch
 
 from vs2_plugin import __version__
 from vs2_plugin.clip.backbone import (
-    LOCAL,
     Loaded,
     Tower,
     check_backbone,
@@ -37,6 +36,7 @@ from vs2_plugin.clip.backbone import (
 )
 from vs2_plugin.clip.sites import Site, Sites
 from vs2_plugin.errors import TowerError
+from vs2_plugin.names import LOCAL
 
 __all__ = ["Backbone"]
 

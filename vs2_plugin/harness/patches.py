@@ -25,7 +25,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from vs2_plugin.errors import DataError, HarnessError, Vs2Error
-from vs2_plugin.modelstring import is_steered
+from vs2_plugin.names import is_steered, with_method
 from vs2_plugin.plugins import registry
 from vs2_plugin.text import reason_of
 
@@ -91,15 +91,6 @@ def _patch_models(module: ModuleType) -> None:
         if name not in module.TYPE2FUNC:
             module.TYPE2FUNC[name] = loader_of(name)
             module.MODEL_TYPES.append(name)
-
-
-def with_method(method: str, name: str) -> str:
-    """The model string of ``--model_type METHOD --model NAME``.
-
-    >>> with_method("vs2", "ViT-B-32"), with_method("vs2", "vs2:ViT-B-32")
-    ('vs2:ViT-B-32', 'vs2:ViT-B-32')
-    """
-    return name if name.startswith(f"{method}:") else f"{method}:{name}"
 
 
 def _patch_builder(module: ModuleType) -> None:

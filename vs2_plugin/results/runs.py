@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 
 from vs2_plugin.errors import DataError
+from vs2_plugin.names import split
 from vs2_plugin.results.statistics import Calibration, calibration_of_bins
 
 __all__ = ["Images", "Run", "read"]
 
 EXPECTED = 'a results file of clip_benchmark: a JSON object with "dataset", "model", "task" and "metrics"'
-#: What open_clip itself reads before a colon.
-_SCHEMAS = ("hf-hub:", "local-dir:")
 #: The harness breaks ties between classes in its own way, so its accuracy may differ a little from the predictions'.
 _TIES = 0.02
 _ALWAYS = {"digest": "u", "target": "i", "prediction": "i", "confidence": "f", "target_probability": "f", "rank": "i"}
@@ -204,10 +203,8 @@ class Run:
         """
         if self.method is None:
             return [self.model]
-        name = self.model  # under --model_type vs2 it has no method in front
-        if ":" in name and not name.startswith(_SCHEMAS):
-            name = name.partition(":")[2]
-        return name.split("@")
+        parts = split(self.model)
+        return [parts.backbone, *parts.words]
 
     @property
     def backbone(self) -> str:

@@ -16,7 +16,8 @@ from math import prod
 
 from vs2_plugin.errors import ModelStringError
 from vs2_plugin.method import AUTO
-from vs2_plugin.modelstring import ModelString, is_steered, parse
+from vs2_plugin.modelstring import ModelString, parse
+from vs2_plugin.names import is_steered, split
 from vs2_plugin.steering.builtin import STRENGTH, STRENGTHS, strength
 
 __all__ = ["CHECKPOINT", "Grid", "Point", "as_number", "outcome_key", "read_grids"]
@@ -73,19 +74,19 @@ def read_grids(texts: Sequence[str]) -> list[Grid]:
 
 
 def _read(text: str, known: dict[tuple, Point]) -> Grid:
-    head, *segments = text.split("@")
-    choices = [_choices(text, segment) for segment in segments]
+    parts = split(text)
+    choices = [_choices(text, word) for word in parts.words]
     count = prod(map(len, choices))
     if count > _LIMIT:
         raise ModelStringError(f"model {text!r}: {count} points; expected at most {_LIMIT}; take a larger step")
     axes = {
-        segment.partition("=")[0] if "=" in segment else CHECKPOINT: tuple(values)
-        for segment, values in zip(segments, choices, strict=True)
+        word.partition("=")[0] if "=" in word else CHECKPOINT: tuple(values)
+        for word, values in zip(parts.words, choices, strict=True)
         if len(values) > 1
     }
     points = []
     for values in product(*choices):
-        model = "@".join([head, *map(_joined, segments, values)])
+        model = str(parts._replace(words=tuple(map(_joined, parts.words, values))))
         spec = parse(model)
         place = tuple(value for value, many in zip(values, choices, strict=True) if len(many) > 1)
         same = known.setdefault(_identity(spec), Point(model, spec, place))

@@ -20,7 +20,7 @@ from vs2_plugin.checkpoint.store import Store, checkpoint_name
 from vs2_plugin.training.extract import Extraction, all_labels, load_encoders
 from vs2_plugin.data.splits import training_split
 from vs2_plugin.errors import CheckpointError, DataError, SettingError, TowerError
-from vs2_plugin.modelstring import is_steered
+from vs2_plugin.names import is_steered, split
 from vs2_plugin.distributed import ALONE, Processes
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace, processes: Processes = ALONE, loaded: Callable
 
     say = (lambda *words: None) if args.quiet else print
     if is_steered(args.model):
-        backbone = args.model.partition(":")[2].partition("@")[0] or "ViT-B-32"
+        backbone = split(args.model).backbone or "ViT-B-32"
         mended = shlex.quote(backbone)
         raise TowerError(f"--model {args.model!r}: an SAE is trained for the plain backbone; use --model {mended}")
     if ignores_pretrained(args.model):

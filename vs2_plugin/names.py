@@ -1,0 +1,72 @@
+"""Model names as text: open_clip's own, and those of steered models, ``method:backbone[@checkpoint][@key=value]…``.
+
+What the parts mean is for :mod:`vs2_plugin.modelstring`. This module imports nothing of the package: all may use it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["HUB", "LOCAL", "Parts", "is_steered", "split", "with_method"]
+
+#: The two schemes that open_clip itself reads before a colon.
+HUB, LOCAL = "hf-hub:", "local-dir:"
+
+
+class Parts(NamedTuple):
+    """The parts of a steered model's name. None of them has been checked."""
+
+    method: str | None
+    """What stands before the colon; None if there is no method."""
+    backbone: str
+    """The open_clip model."""
+    words: tuple[str, ...] = ()
+    """What follows, an ``@`` before each: a checkpoint, and ``key=value``."""
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The name or folder of the SAE checkpoint, if it is given."""
+        return self.words[0] if self.words and "=" not in self.words[0] else None
+
+    @property
+    def given(self) -> dict[str, str]:
+        """The options that are given."""
+        return {key: value for key, equals, value in (word.partition("=") for word in self.words) if equals}
+
+    def __str__(self) -> str:
+        name = self.backbone if self.method is None else f"{self.method}:{self.backbone}"
+        return "@".join([name, *self.words])
+
+
+def split(text: str) -> Parts:
+    """Take a steered model's name apart, however wrong it is.
+
+    >>> split("vs2:hf-hub:org/model@my-sae@gate=0.9")
+    Parts(method='vs2', backbone='hf-hub:org/model', words=('my-sae', 'gate=0.9'))
+    >>> split("ViT-B-32@gamma=2").method is None
+    True
+    """
+    name, *words = text.split("@")
+    method, colon, backbone = name.partition(":")
+    if not colon or name.startswith((HUB, LOCAL)):
+        return Parts(None, name, tuple(words))
+    return Parts(method, backbone, tuple(words))
+
+
+def is_steered(name: str) -> bool:
+    """Return whether a model name is for this package rather than for open_clip.
+
+    >>> [is_steered(name) for name in ("ViT-B-32", "hf-hub:org/model", "vs2:ViT-B-32", "ViT-B-32@gamma=2")]
+    [False, False, True, True]
+    """
+    # open_clip's own names hold neither ':' nor '@', except for its two schemes; a path of local-dir: may.
+    return (":" in name or "@" in name) and not name.startswith((HUB, LOCAL))
+
+
+def with_method(method: str, name: str) -> str:
+    """Return the model string of ``--model_type METHOD --model NAME``.
+
+    >>> with_method("vs2", "ViT-B-32"), with_method("vs2", "vs2:ViT-B-32")
+    ('vs2:ViT-B-32', 'vs2:ViT-B-32')
+    """
+    return name if name.startswith(f"{method}:") else f"{method}:{name}"
