@@ -14,7 +14,7 @@ from vs2_plugin.cli import train_sae
 from vs2_plugin.demo.digits import write_digits
 from vs2_plugin.demo.run import _TINY_CLIP
 
-FEW = ["--samples", "2000", "--num_workers", "0", "--quiet"]
+FEW = ["--samples", "2000", "--num_workers", "0", "--quiet", "--no_amp"]
 NAME = "local-dir-tiny-clip_wds-digits"
 
 
@@ -27,9 +27,9 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def train(*words: str) -> int:
+def train(*words: str, few: list[str] = FEW) -> int:
     return train_sae.main(
-        ["--model", "local-dir:tiny-clip", "--dataset", "wds/digits", "--dataset_root", "digits", *FEW, *words]
+        ["--model", "local-dir:tiny-clip", "--dataset", "wds/digits", "--dataset_root", "digits", *few, *words]
     )
 
 
@@ -53,7 +53,7 @@ def test_writes_a_checkpoint_that_is_found_by_its_data_set(folder, capsys):
         "images": 900,
         "calibrated_on": ["wds/digits"],
         "transductive": False,
-        "amp": True,
+        "amp": False,
         "max_images": None,
     }
     site = checkpoint.sites[0]
@@ -142,10 +142,10 @@ def test_the_cache_notices_other_images_and_settings(folder, monkeypatch):
 
     original, calls = module.extract, []
     monkeypatch.setattr(module, "extract", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
+    assert train("--max_images", "100", few=FEW[:-1]) == 0  # under autocast
     for words in (
         [],
         ["--max_images", "100"],
-        ["--no_amp"],
         ["--cache_dtype", "float32"],
         ["--blocks", "0"],
         ["--refresh_cache"],
@@ -342,6 +342,7 @@ def test_transductive_training_is_marked_everywhere(folder, capsys, monkeypatch)
         "--num_workers",
         "1",
         "--quiet",
+        "--no_amp",
         "--output",
         "r.json",
     ]

@@ -16,7 +16,8 @@ import pytest
 
 from vs2_plugin.demo.digits import CLASSES
 
-DIGITS = ("--dataset", "wds/digits", "--dataset_root", "digits", "--num_workers", "1", "--quiet")
+#: In float32: autocast is emulated, and slow, on processors without bfloat16 units.
+DIGITS = ("--dataset", "wds/digits", "--dataset_root", "digits", "--num_workers", "1", "--quiet", "--no_amp")
 TINY = "local-dir:tiny-clip"
 
 
@@ -97,7 +98,8 @@ def captions(in_demo) -> tuple[str, ...]:
                 caption = f"a photo of the digit {CLASSES[int(data.read())]}".encode()
                 member.name, member.size, data = member.name.replace(".cls", ".txt"), len(caption), io.BytesIO(caption)
             target.addfile(member, data)
-    return ("--pretrained", "", "--dataset", "wds/captions", "--dataset_root", "captions", "--num_workers", "1")
+    data = ("--dataset", "wds/captions", "--dataset_root", "captions", "--num_workers", "1", "--no_amp")
+    return ("--pretrained", "", *data)
 
 
 #: What VS2_PER_IMAGE, which the demo sets, adds to the metrics.

@@ -27,7 +27,8 @@ from vs2_plugin.strength import RULE
 from .conftest import DIGITS, TINY, few_digits, metrics
 
 NAME = "local-dir-tiny-clip_wds-digits"
-DATA = ("--pretrained", "", "--dataset", "wds/few", "--dataset_root", "few", "--num_workers", "0", "--quiet")
+DATA = ("--pretrained", "", "--dataset", "wds/few", "--dataset_root", "few")
+DATA += ("--num_workers", "0", "--quiet", "--no_amp")
 ALPHAS = [0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 8]
 BLOCK = "visual.transformer.resblocks.3"
 
@@ -55,8 +56,8 @@ def sae(in_demo, monkeypatch):
 def run(few, clip_benchmark):
     """A function that evaluates one model: its metrics, and the lines on stderr in which a choice is told."""
 
-    def evaluate(model: str, *words: str) -> tuple[dict, list[str]]:
-        code, error = clip_benchmark("eval", "--model", model, *DATA, "--output", "auto.json", *words)
+    def evaluate(model: str, *words: str, data: tuple[str, ...] = DATA) -> tuple[dict, list[str]]:
+        code, error = clip_benchmark("eval", "--model", model, *data, "--output", "auto.json", *words)
         assert code == 0, error
         return metrics(few / "auto.json"), [line for line in error.splitlines() if line.startswith("vs2: ")]
 
@@ -136,8 +137,8 @@ def test_on_the_digits_it_helps(demo):
 
 def test_selective_steering_with_p_0_is_vs2(run, sae):
     for alpha in ("0.5", "2"):
-        one, _ = run(f"vs2s:{TINY}@{sae}@p=0@alpha={alpha}", "--no_amp")
-        other, _ = run(f"vs2:{TINY}@{sae}@alpha={alpha}", "--no_amp")
+        one, _ = run(f"vs2s:{TINY}@{sae}@p=0@alpha={alpha}")
+        other, _ = run(f"vs2:{TINY}@{sae}@alpha={alpha}")
         assert without(one, "vs2_method", "vs2_p") == without(other, "vs2_method")
 
 
@@ -261,9 +262,9 @@ def test_batches_and_workers_do_not_matter_and_autocast_hardly(run, sae):
     assert {name: again[name] for name in evidence} == {name: first[name] for name in evidence}
     assert files()[0].name == kept[0].name
     # The class embeddings are of another precision, and with them the key.
-    exact, _ = run(model, "--no_amp")
+    mixed, _ = run(model, data=DATA[:-1])
     assert len(files()) == 2
-    numbers = [[float(word.split(":")[1]) for word in found["vs2_auto_evidence"].split()] for found in (first, exact)]
+    numbers = [[float(word.split(":")[1]) for word in found["vs2_auto_evidence"].split()] for found in (first, mixed)]
     assert numbers[0] == pytest.approx(numbers[1], abs=0.02)
 
 
@@ -402,7 +403,7 @@ def test_while_choosing_no_image_is_its_own_neighbour(run, sae, asked):
 
 def test_images_are_compared_by_the_encoder_that_was_asked_for(run, few, asked):
     pytest.importorskip("timm")
-    words = ("--samples", "500", "--max_images", "48", "--num_workers", "0", "--quiet", "--overwrite")
+    words = ("--samples", "500", "--max_images", "48", "--num_workers", "0", "--quiet", "--no_amp", "--overwrite")
     name = "by-vit"
     assert (
         train_sae.main(["--model", TINY, *DIGITS[:4], *words, "--name", name, "--retrieval_encoder", "test_vit,"]) == 0

@@ -67,12 +67,12 @@ def test_no_steering_is_the_stock_model_bit_for_bit(in_demo, clip_benchmark):
 
 
 def test_several_data_sets_in_one_call_each_with_its_own_checkpoint(in_demo, clip_benchmark):
-    data = ("--dataset", "wds/first", "wds/second", "--dataset_root", "{dataset}", "--num_workers", "1", "--quiet")
+    data = ("--dataset", "wds/first", "wds/second", "--dataset_root", "{dataset}", *DIGITS[4:])
     words = ("--model", TINY, f"vs2:{TINY}", "--pretrained", "", *data, "--output", "s-{dataset}-{model}.json")
     for shard, name in enumerate(("first", "second")):
         few_digits(in_demo, name, shard)
     # One checkpoint is missing: nothing is evaluated, not even what could be.
-    few = ("--dataset_root", "{dataset}", "--samples", "2000", "--num_workers", "0", "--quiet", "--overwrite")
+    few = ("--dataset_root", "{dataset}", "--samples", "2000", *DIGITS[4:], "--overwrite")
     assert train_sae.main(["--model", TINY, "--dataset", "wds/first", *few]) == 0
     code, error = clip_benchmark("eval", *words)
     assert code == 2 and f"vs2-train-sae --model {TINY} --dataset wds/second --dataset_root '{{dataset}}'" in error
@@ -88,7 +88,7 @@ def test_several_data_sets_in_one_call_each_with_its_own_checkpoint(in_demo, cli
 def test_stock_models_do_not_notice_the_plugin(in_demo):
     """Random weights, several models in one call, in processes with and without the hook."""
     few_digits(in_demo, "few", 0)
-    data = ("--dataset", "wds/few", "--dataset_root", "few", "--num_workers", "1", "--quiet")
+    data = ("--dataset", "wds/few", "--dataset_root", "few", *DIGITS[4:])
     words = ("eval", "--pretrained", "", *data)
     environment = {"cwd": in_demo, "VS2_STORE": "random-store"}
     stock = run_script(
@@ -212,7 +212,7 @@ def test_a_data_set_that_cannot_be_built_ends_with_one_line(in_demo, clip_benchm
         (("--dataset", "wds/digits", "--dataset_root", "nowhere"), "nowhere/test/nshards.txt"),
         (("--dataset", "no-such-set"), "Unsupported dataset: no-such-set"),
     ):
-        code, error = clip_benchmark("eval", "--model", model, "--pretrained", "", *words, "--quiet")
+        code, error = clip_benchmark("eval", "--model", model, "--pretrained", "", *words, "--quiet", "--no_amp")
         assert code == 2 and reason in error.splitlines()[-1]
         assert error.splitlines()[-1].startswith("vs2: error: clip_benchmark could not build the split 'test' of ")
 
@@ -276,7 +276,7 @@ def test_smoke_path_of_the_harness(model, in_demo, monkeypatch):
 
     monkeypatch.setenv("VS2_STORE", "smoke-store")
     if model.startswith("vs2"):
-        few = ("--samples", "1000", "--max_images", "64", "--name", "smoke", "--quiet")
+        few = ("--samples", "1000", "--max_images", "64", "--name", "smoke", "--quiet", "--no_amp")
         assert (
             train_sae.main(["--model", "ViT-S-32-alt", "--pretrained", "", *DIGITS[:4], "--num_workers", "1", *few])
             == 0

@@ -18,8 +18,9 @@ from vs2_plugin.errors import DataError, HarnessError
 from .conftest import DIGITS, TINY, few_digits, metrics
 
 NAME = "local-dir-tiny-clip_wds-digits"
-FEW = ("--samples", "500", "--max_images", "48", "--num_workers", "0", "--quiet", "--overwrite")
-DATA = ("--pretrained", "", "--dataset", "wds/few", "--dataset_root", "few", "--num_workers", "1", "--quiet")
+FEW = ("--samples", "500", "--max_images", "48", "--num_workers", "0", "--quiet", "--no_amp", "--overwrite")
+DATA = ("--pretrained", "", "--dataset", "wds/few", "--dataset_root", "few")
+DATA += ("--num_workers", "1", "--quiet", "--no_amp")
 
 
 @pytest.fixture

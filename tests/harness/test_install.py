@@ -146,7 +146,7 @@ def test_the_readme_plugin_works_as_a_package(environment, tmp_path):
         folder = tmp_path / "work"
         folder.mkdir()
         env = prepare(folder)
-        data = ["--dataset", "wds/digits", "--dataset_root", "digits", "--num_workers", "1", "--quiet"]
+        data = ["--dataset", "wds/digits", "--dataset_root", "digits", "--num_workers", "1", "--quiet", "--no_amp"]
         run = lambda *words: subprocess.run(
             [str(python.parent / words[0]), *words[1:]], cwd=folder, env=env, capture_output=True, text=True
         )  # noqa: E731

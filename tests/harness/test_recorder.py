@@ -16,7 +16,8 @@ from vs2_plugin.report.summary import summarise
 from .conftest import TINY, few_digits, metrics
 
 NAME = "local-dir-tiny-clip_wds-digits"
-DATA = ("--pretrained", "", "--dataset", "wds/few", "--dataset_root", "few", "--num_workers", "1", "--quiet")
+DATA = ("--pretrained", "", "--dataset", "wds/few", "--dataset_root", "few")
+DATA += ("--num_workers", "1", "--quiet", "--no_amp")
 MODELS = [TINY, f"vs2:{TINY}@{NAME}@gate=0.5", f"vs2pp:{TINY}@{NAME}", f"rag:{TINY}@{NAME}"]
 #: Steered at the last block, further in, and at the output, with a gallery and without.
 EVERYWHERE = [
@@ -33,10 +34,10 @@ ASIDE |= {f"vs2_{ece}{bins}" for ece in ("ece", "ece_before") for bins in ("", "
 def evaluate(in_demo, clip_benchmark):
     few_digits(in_demo, "few", 1)
 
-    def run(*models, words=()):
+    def run(*models, data=DATA):
         for path in in_demo.glob("i-*"):
             path.unlink()
-        code, error = clip_benchmark("eval", "--model", *models, *DATA, *words, "--output", "i-{model}.json")
+        code, error = clip_benchmark("eval", "--model", *models, *data, "--output", "i-{model}.json")
         assert code == 0, error
         return [(metrics(in_demo / f"i-{model}.json"), in_demo / f"i-{model}.images.npz") for model in models]
 
@@ -83,10 +84,10 @@ def everything(path):
     return json.loads(path.with_suffix("").with_suffix(".json").read_text())["metrics"]
 
 
-@pytest.mark.parametrize("words", [(), ("--no_amp",), ("--batch_size", "7")])
-def test_a_steered_run_knows_what_the_plain_one_gives_bit_for_bit(words, evaluate, monkeypatch):
+@pytest.mark.parametrize("data", [DATA, DATA[:-1], (*DATA, "--batch_size", "7")], ids=["float32", "autocast", "sevens"])
+def test_a_steered_run_knows_what_the_plain_one_gives_bit_for_bit(data, evaluate, monkeypatch):
     monkeypatch.setenv("VS2_PER_IMAGE", "1")
-    (_, path), *steered = evaluate(TINY, *EVERYWHERE, words=words)
+    (_, path), *steered = evaluate(TINY, *EVERYWHERE, data=data)
     plain, before = np.load(path), everything(path)
     assert "plain_prediction" not in plain and {"vs2_mended", "vs2_ece_before"} & before.keys() == set()
     was = plain["prediction"] == plain["target"]

@@ -80,7 +80,7 @@ def make_tower(folder, name):
 @pytest.mark.parametrize("name", TOWERS)
 def test_other_towers_are_steered_at_their_output(name, in_demo, clip_benchmark):
     model = make_tower(in_demo, name)
-    few = ("--samples", "4000", "--max_images", "128", "--num_workers", "0", "--quiet", "--overwrite")
+    few = ("--samples", "4000", "--max_images", "128", "--num_workers", "0", "--quiet", "--no_amp", "--overwrite")
     assert train_sae.main(["--model", model, *DIGITS[:4], *few]) == 0
     code, error = clip_benchmark(
         "eval",
@@ -110,12 +110,12 @@ def test_other_towers_are_steered_at_their_output(name, in_demo, clip_benchmark)
 def test_other_towers_look_up_neighbours_too(name, in_demo, clip_benchmark):
     """The activation that is steered is the embedding itself, by which neighbours are looked up."""
     model = make_tower(in_demo, name)
-    few = ("--samples", "500", "--max_images", "128", "--num_workers", "0", "--quiet", "--overwrite")
+    few = ("--samples", "500", "--max_images", "128", "--num_workers", "0", "--quiet", "--no_amp", "--overwrite")
     assert train_sae.main(["--model", model, *DIGITS[:4], *few, "--name", "neighbours"]) == 0
     few_digits(in_demo, "few", 0)
     models = [f"{method}:{model}@neighbours" for method in ("vs2pp", "clipsteer", "rag", "knn", "proto")]
     models += [f"vs2pp:{model}@neighbours@alpha=0"]
-    data = ("--dataset", "wds/few", "--dataset_root", "few", "--num_workers", "1", "--quiet")
+    data = ("--dataset", "wds/few", "--dataset_root", "few", "--num_workers", "1", "--quiet", "--no_amp")
     code, error = clip_benchmark(
         "eval", "--model", model, *models, "--pretrained", "", *data, "--output", "n-{model}.json"
     )

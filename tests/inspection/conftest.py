@@ -9,6 +9,7 @@ from vs2_plugin.demo.digits import write_digits
 from vs2_plugin.demo.run import _TINY_CLIP
 
 DATA = ["--dataset", "wds/digits", "--dataset_root", "digits"]
+QUIET = ["--num_workers", "0", "--quiet", "--no_amp"]
 BLOCK = "visual.transformer.resblocks.3"
 
 
@@ -21,7 +22,7 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("VS2_STORE", "store")
-        common = ["--model", "local-dir:tiny-clip", *DATA, "--samples", "20000", "--num_workers", "0", "--quiet"]
+        common = ["--model", "local-dir:tiny-clip", *DATA, "--samples", "20000", *QUIET]
         assert train_sae.main([*common, "--blocks", "2", "last"]) == 0
         assert train_sae.main([*common, "--pass_weight", "0.8"]) == 0
         assert train_sae.main([*common, "--name", "bare", "--no_gallery"]) == 0

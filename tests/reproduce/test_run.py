@@ -152,7 +152,7 @@ def test_a_missing_or_damaged_checkpoint_is_trained_again(copied, capsys):
     assert main([*AGAIN, "--dry_run"]) == 0
     text = capsys.readouterr().out
     (train,) = commands(text, "vs2-train-sae")
-    assert train[-5:] == ["--name", one.name, "--num_workers", "0", "--overwrite"]
+    assert train[-6:] == ["--name", one.name, "--num_workers", "0", "--no_amp", "--overwrite"]
     assert [model for model in evaluated(text) if "seed" in model] == [f"vs2:local-dir:tiny-clip@{one.name}@gate=0.9"]
 
 

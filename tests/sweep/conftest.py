@@ -11,18 +11,19 @@ from pathlib import Path
 import pytest
 
 TINY = "local-dir:tiny-clip"
-DATA = ("--pretrained", "", "--dataset", "wds/few", "--dataset_root", "few", "--num_workers", "0")
-#: Words for either precision.
-AMP = {"autocast": (), "float32": ("--no_amp",)}
+#: Under autocast, which is emulated, and slow, on processors without bfloat16 units.
+AUTOCAST = ("--pretrained", "", "--dataset", "wds/few", "--dataset_root", "few", "--num_workers", "0")
+#: In float32.
+DATA = (*AUTOCAST, "--no_amp")
 #: Batches of 64 in a quarter of the test digits.
 BATCHES = 4
 
 
-def harness(*models: str, output: str, words: tuple[str, ...] = ()) -> None:
+def harness(*models: str, output: str, data: tuple[str, ...] = DATA) -> None:
     """``clip_benchmark eval``, in the current folder."""
     from clip_benchmark import cli
 
-    argv = ["clip_benchmark", "eval", "--model", *models, *DATA, "--quiet", "--output", output, *words]
+    argv = ["clip_benchmark", "eval", "--model", *models, *data, "--quiet", "--output", output]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", argv)
         cli.main()
@@ -51,19 +52,23 @@ def sweep(*models: str, output: str, words: tuple[str, ...] = (), data: tuple[st
 
 
 def both_commands(
-    folder: Path, strings: list[str], points: list[str], prefix: str = "", before: Callable[[], None] = lambda: None
+    folder: Path,
+    strings: list[str],
+    points: list[str],
+    prefix: str = "",
+    before: Callable[[], None] = lambda: None,
+    data: tuple[str, ...] = DATA,
 ) -> None:
-    """The points of a sweep by both commands, in either precision: results in ``{prefix}harness-*`` and
-    ``{prefix}sweep-*``. ``before`` is called before each command."""
+    """The points of a sweep by both commands: results in ``{prefix}harness`` and ``{prefix}sweep``. ``before`` is
+    called before each command."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("VS2_STORE", "store")
-        for name, words in AMP.items():
-            (folder / f"{prefix}harness-{name}").mkdir()
-            before()
-            harness(TINY, *points, output=f"{prefix}harness-{name}/{{model}}.json", words=words)
-            before()
-            assert sweep(*strings, output=f"{prefix}sweep-{name}/{{model}}.json", words=words) == 0
+        (folder / f"{prefix}harness").mkdir()
+        before()
+        harness(TINY, *points, output=f"{prefix}harness/{{model}}.json", data=data)
+        before()
+        assert sweep(*strings, output=f"{prefix}sweep/{{model}}.json", data=data) == 0
 
 
 def result(path: Path | str) -> dict:

@@ -10,7 +10,7 @@ from vs2_plugin.plugins import registry
 from vs2_plugin.sweep import evaluate
 from vs2_plugin.sweep.grid import read_grids
 
-from .conftest import AMP, TINY, both_commands, harness, result, sweep
+from .conftest import TINY, both_commands, harness, result, sweep
 
 STRINGS = [
     f"vs2:{TINY}@alpha=0,auto,2",
@@ -39,11 +39,10 @@ def both(laboratory):
     forget(laboratory)
 
 
-@pytest.mark.parametrize("amp", AMP)
 @pytest.mark.parametrize("model", POINTS)
-def test_results_equal_the_harness(both, here, model, amp):
-    found = result(f"auto-sweep-{amp}/{model}.json")
-    assert found == result(f"auto-harness-{amp}/{model}.json")
+def test_results_equal_the_harness(both, here, model):
+    found = result(f"auto-sweep/{model}.json")
+    assert found == result(f"auto-harness/{model}.json")
     assert ("vs2_auto" in found["metrics"]) == (model in CHOOSING)
     if model in CHOOSING:
         assert all(
@@ -53,18 +52,18 @@ def test_results_equal_the_harness(both, here, model, amp):
 
 def test_the_points_differ(both, here):
     """So that equal results are not the same thing many times."""
-    accuracies = {result(f"auto-sweep-float32/{model}.json")["metrics"]["acc1"] for model in POINTS}
-    evidence = {result(f"auto-sweep-float32/{model}.json")["metrics"].get("vs2_auto_evidence") for model in POINTS}
+    accuracies = {result(f"auto-sweep/{model}.json")["metrics"]["acc1"] for model in POINTS}
+    evidence = {result(f"auto-sweep/{model}.json")["metrics"].get("vs2_auto_evidence") for model in POINTS}
     assert len(accuracies) > 3 and len(evidence) > 6
 
 
 def test_the_table_and_the_picture_hold_the_word(both, here):
-    rows = {row["model"]: row for row in csv.DictReader(open("auto-sweep-float32/sweep.csv", encoding="utf-8"))}
+    rows = {row["model"]: row for row in csv.DictReader(open("auto-sweep/sweep.csv", encoding="utf-8"))}
     assert set(rows) == {TINY, *POINTS}
-    chosen = result(f"auto-sweep-float32/vs2:{TINY}@alpha=auto.json")["metrics"]
+    chosen = result(f"auto-sweep/vs2:{TINY}@alpha=auto.json")["metrics"]
     assert rows[f"vs2:{TINY}@alpha=auto"]["vs2_alpha"] == str(chosen["vs2_alpha"])
     assert rows[f"vs2:{TINY}@alpha=2"]["vs2_auto"] == ""
-    assert (here / f"auto-sweep-float32/{STRINGS[0]}.png").is_file()
+    assert (here / f"auto-sweep/{STRINGS[0]}.png").is_file()
 
 
 def test_every_choice_is_told_once_and_kept(here, capsys):

@@ -15,7 +15,7 @@ from vs2_plugin.steering.neighbours import Codes
 from vs2_plugin.sweep import evaluate
 from vs2_plugin.sweep.grid import read_grids
 
-from .conftest import AMP, BATCHES, TINY, both_commands, harness, interrupt_write, result, sweep
+from .conftest import AUTOCAST, BATCHES, TINY, both_commands, harness, interrupt_write, result, sweep
 
 STRINGS = [
     f"vs2:{TINY}@gamma=1:2:0.5@lam=2,4",  # two points of α = 0, and two of α = 2
@@ -42,43 +42,46 @@ POINTS = [point.model for grid in read_grids(STRINGS) for point in grid.points]
 
 @pytest.fixture(scope="module")
 def both(laboratory):
-    """All points by both commands, with autocast and without: results as {(command, autocast or float32): folder}."""
+    """All points by both commands, in float32: the folder of ``harness`` and ``sweep``."""
     both_commands(laboratory, STRINGS, POINTS)
     return laboratory
 
 
-@pytest.mark.parametrize("amp", AMP)
 @pytest.mark.parametrize("model", [TINY, *POINTS])
-def test_results_equal_the_harness(both, model, amp):
-    expected = result(both / f"harness-{amp}" / f"{model}.json")
-    assert result(both / f"sweep-{amp}" / f"{model}.json") == expected
+def test_results_equal_the_harness(both, model):
+    expected = result(both / "harness" / f"{model}.json")
+    assert result(both / "sweep" / f"{model}.json") == expected
     assert set(expected) == {"dataset", "model", "pretrained", "task", "metrics", "language"}
 
 
-@pytest.mark.parametrize("amp", AMP)
-@pytest.mark.parametrize("model", [f"vs2:{TINY}@alpha=0", f"vs2:{TINY}@gamma=1@lam=4"])
-def test_no_strength_is_the_plain_model(both, model, amp):
-    plain, found = (result(both / f"sweep-{amp}" / f"{name}.json")["metrics"] for name in (TINY, model))
-    assert {key: found[key] for key in plain} == plain
-
-
-def test_autocast_makes_a_difference(both):
-    """So that equal results with it and without are not the same thing twice."""
-    fvu = [result(both / f"sweep-{amp}" / f"vs2:{TINY}@gate=0.9.json")["metrics"]["vs2_mean_fvu"] for amp in AMP]
+def test_results_equal_the_harness_under_autocast(both):
+    """A point of each way to steer: at the end of the tower, in its middle, by neighbours and at the output."""
+    strings = [f"vs2:{TINY}@gate=0.9", f"vs2:{TINY}@blocks=2+3", f"vs2pp:{TINY}@n=10", f"rag:{TINY}", f"knn:{TINY}"]
+    both_commands(both, strings, strings, prefix="amp-", data=AUTOCAST)
+    for model in (TINY, *strings):
+        assert result(both / "amp-sweep" / f"{model}.json") == result(both / "amp-harness" / f"{model}.json")
+    # Equal results with autocast and without are not the same thing twice.
+    fvu = [result(both / name / f"{strings[0]}.json")["metrics"]["vs2_mean_fvu"] for name in ("sweep", "amp-sweep")]
     assert fvu[0] != fvu[1]
 
 
+@pytest.mark.parametrize("model", [f"vs2:{TINY}@alpha=0", f"vs2:{TINY}@gamma=1@lam=4"])
+def test_no_strength_is_the_plain_model(both, model):
+    plain, found = (result(both / "sweep" / f"{name}.json")["metrics"] for name in (TINY, model))
+    assert {key: found[key] for key in plain} == plain
+
+
 def test_the_table_is_that_of_clip_benchmark_build(both):
-    rows = {row["model"]: row for row in csv.DictReader((both / "sweep-float32/sweep.csv").open())}
+    rows = {row["model"]: row for row in csv.DictReader((both / "sweep/sweep.csv").open())}
     assert set(rows) == {TINY, *POINTS}
-    one = result(both / f"sweep-float32/knn:{TINY}@n=50.json")
+    one = result(both / f"sweep/knn:{TINY}@n=50.json")
     row = rows[f"knn:{TINY}@n=50"]
     assert row["acc1"] == str(one["metrics"]["acc1"]) and row["acc5"] == "" and row["vs2_n"] == "50"
     assert row["model_fullname"] == f"knn:{TINY}@n=50 " and row["task"] == "zeroshot_classification"
 
 
 def test_there_is_a_picture_for_each_string_with_several_values(both):
-    pictures = {path.name: path.read_bytes()[:8] for path in (both / "sweep-autocast").glob("*.png")}
+    pictures = {path.name: path.read_bytes()[:8] for path in (both / "sweep").glob("*.png")}
     several = {grid.text for grid in read_grids(STRINGS) if grid.axes}
     # Two numeric axes and a third: one heat map for each of its values.
     halves = {f"vs2pp:{TINY}@n=10,50@rule=majority,query@lam=1,3@rule={rule}" for rule in ("majority", "query")}
@@ -144,16 +147,15 @@ def test_points_of_one_alpha_are_evaluated_once(here, monkeypatch):
 # ---- where the shortcut to the tower's end does not hold, and plugins of all manners
 
 
-@pytest.mark.parametrize("amp", AMP)
-def test_features_that_differ_send_points_through_the_tower(both, monkeypatch, amp):
+def test_features_that_differ_send_points_through_the_tower(both, monkeypatch):
     monkeypatch.chdir(both)
     monkeypatch.setenv("VS2_STORE", "store")
     monkeypatch.setattr(evaluate, "finish", lambda model, site, x: x.new_zeros(len(x), 64))
     strings = [STRINGS[0], STRINGS[2], STRINGS[8], STRINGS[13], STRINGS[15], STRINGS[16]]
-    assert sweep(*strings, output=f"through-{amp}/{{model}}.json", words=AMP[amp]) == 0
+    assert sweep(*strings, output="through/{model}.json") == 0
     for point in (point for grid in read_grids(strings) for point in grid.points):
         name = f"{point.model}.json"
-        assert result(both / f"through-{amp}" / name) == result(both / f"harness-{amp}" / name)
+        assert result(both / "through" / name) == result(both / "harness" / name)
 
 
 def _in_place(context, strength):
@@ -186,7 +188,6 @@ class _Counting(torch.nn.Module):
         return x * self.strength
 
 
-@pytest.mark.parametrize("amp", AMP)
 @pytest.mark.parametrize(
     "method",
     [
@@ -203,15 +204,15 @@ class _Counting(torch.nn.Module):
     ],
     ids=lambda method: method.name,
 )
-def test_methods_of_plugins(here, monkeypatch, method, amp):
+def test_methods_of_plugins(here, monkeypatch, method):
     monkeypatch.setitem(registry().methods, method.name, method)
     monkeypatch.setitem(registry().owners, method.name, "a test")
     values = "labels=pseudo,oracle" if method.name == "labelled" else "strength=0.5:1.5:0.5"
     strings = [f"vs2:{TINY}@lam=2", f"{method.name}:{TINY}@{values}", f"vs2:{TINY}@lam=3"]
     models = [point.model for grid in read_grids(strings) for point in grid.points]
     (here / "plugin-harness").mkdir(exist_ok=True)
-    harness(*models, output="plugin-harness/{model}.json", words=AMP[amp])
-    assert sweep(*strings, output="plugin-sweep/{model}.json", words=AMP[amp]) == 0
+    harness(*models, output="plugin-harness/{model}.json")
+    assert sweep(*strings, output="plugin-sweep/{model}.json") == 0
     for model in models:
         assert result(f"plugin-sweep/{model}.json") == result(f"plugin-harness/{model}.json")
 
@@ -250,7 +251,7 @@ def test_images_with_several_labels(here, monkeypatch):
             return torch.randn(3, 32, 32, generator=generator), torch.randint(2, (3,), generator=generator)
 
     monkeypatch.setattr(builder, "build_dataset", lambda **settings: Several())
-    data = ("--pretrained", "", "--dataset", "several", "--num_workers", "0", "--batch_size", "4")
+    data = ("--pretrained", "", "--dataset", "several", "--num_workers", "0", "--no_amp", "--batch_size", "4")
     assert sweep(f"vs2:{TINY}@other@lam=0,2", output="m/{model}.json", data=data) == 0
     plain, same, other = (
         result(f"m/{name}.json")["metrics"]["mean_average_precision"]
