@@ -56,7 +56,7 @@ def test_other_images_or_classes_are_not_paired(write_run, make_images, steered)
     fewer = write_run("vs2:B", images=make_images(0.6, count=500, sae=True), metrics=steered())
     renamed = write_run("vs2:B@gamma=2", images=make_images(0.6, classes=list("uvwxyz")), metrics=steered(gamma=2))
     for row in group_of(zero, fewer, renamed).steered:
-        assert row.before is row.mended is row.change_interval is None
+        assert row.pairing is row.mended is row.change_interval is None
         assert row.classes == row.bins == []
         assert row.interval is not None and row.change is not None
 
@@ -89,7 +89,7 @@ def test_what_a_run_recorded_goes_before_a_plain_model_of_other_images(write_run
     group = group_of(zero, write_run("vs2:B", images=images, metrics=steered()))
     (row,) = group.steered
     right, was = (images[name] == images["target"] for name in ("prediction", "plain_prediction"))
-    assert group.zero.run.path == zero and row.before.tolist() == images["plain_prediction"].tolist()
+    assert group.zero.run.path == zero and row.pairing.prediction.tolist() == images["plain_prediction"].tolist()
     assert (row.mended, row.broken) == (sum(right & ~was), sum(was & ~right))
     assert row.change == pytest.approx(right.mean() - was.mean())
 
@@ -97,7 +97,7 @@ def test_what_a_run_recorded_goes_before_a_plain_model_of_other_images(write_run
 def test_without_per_image_results_the_metrics_tell(write_run, steered):
     facts = steered(mended=30, broken=20, ece=0.25, ece_before=0.5)
     (row,) = group_of(write_run("B"), write_run("vs2:B", metrics=facts)).steered
-    assert (row.mended, row.broken, row.ece, row.ece_before, row.before) == (30, 20, 0.25, 0.5, None)
+    assert (row.mended, row.broken, row.ece, row.ece_before, row.pairing) == (30, 20, 0.25, 0.5, None)
     damaged = steered(mended=float("nan"), broken=True, ece=[1], ece_before="0.1")
     (row,) = group_of(write_run("vs2:B", name="damaged", metrics=damaged)).steered
     assert row.mended is row.broken is row.ece is row.ece_before is None

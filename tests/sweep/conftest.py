@@ -33,15 +33,15 @@ def interrupt_write(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Ctrl-C in place of writing the result of that number, from 1."""
     from vs2_plugin.sweep import run
 
-    inner, calls = run.write_result, []
+    inner, calls = run.write_run, []
 
-    def interrupted(path, found):
-        calls.append(path)
+    def interrupted(found):
+        calls.append(found)
         if len(calls) == number:
             raise KeyboardInterrupt
-        inner(path, found)
+        inner(found)
 
-    monkeypatch.setattr(run, "write_result", interrupted)
+    monkeypatch.setattr(run, "write_run", interrupted)
 
 
 def sweep(*models: str, output: str, words: tuple[str, ...] = (), data: tuple[str, ...] = DATA) -> int:

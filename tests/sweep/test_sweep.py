@@ -281,7 +281,7 @@ def test_a_file_that_is_no_result_is_named(here, capsys):
     (here / "n").mkdir()
     (here / f"n/vs2:{TINY}.json").write_text('{"metrics": {}}')
     assert sweep(f"vs2:{TINY}", output="n/{model}.json", words=("--skip_existing",)) == 2
-    assert "is no results file of clip_benchmark; remove it" in capsys.readouterr().err
+    assert "is not a results file of clip_benchmark" in capsys.readouterr().err
 
 
 def test_an_interruption_leaves_whole_files_and_says_how_to_go_on(here, monkeypatch, capsys):

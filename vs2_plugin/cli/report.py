@@ -26,7 +26,7 @@ examples:
 """
 
 
-def add_report(commands: argparse._SubParsersAction) -> None:
+def add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the sub-command."""
     report = commands.add_parser(
         "report",

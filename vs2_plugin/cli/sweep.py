@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from typing import TYPE_CHECKING
 
 from vs2_plugin.cli.common import is_interruption, load_torch
+from vs2_plugin.sweep.request import SweepRequest
 from vs2_plugin.text import counted
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ The store of checkpoints is $VS2_STORE, else in the platform's cache folder.
 """
 
 
-def add_sweep(commands: argparse._SubParsersAction) -> None:
+def add_sweep(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the sub-command. Settings have clip_benchmark's names and defaults."""
     sweep = commands.add_parser(
         "sweep",
@@ -63,29 +65,26 @@ def add_sweep(commands: argparse._SubParsersAction) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = sweep.add_argument
+    add, usual = sweep.add_argument, SweepRequest
     add("--model", nargs="+", required=True, metavar="MODEL", help="model strings, with ranges and lists")
-    add("--pretrained", default="laion400m_e32", help="open_clip's weights tag or file (default: %(default)s)")
+    add("--pretrained", default=usual.pretrained, help="open_clip's weights tag or file (default: %(default)s)")
     add("--dataset", required=True, help="a data set of clip_benchmark; wds/NAME for webdataset shards")
-    add("--dataset_root", default="root", help="its folder; {dataset} is filled in (default: %(default)s)")
-    add("--split", "--test_split", default="test", help="the split under evaluation (default: %(default)s)")
-    add("--batch_size", type=_positive, default=64, help="results depend on it in the last digits (default: 64)")
-    add("--num_workers", type=int, default=4, help="processes that load images (default: %(default)s)")
+    add("--dataset_root", default=usual.dataset_root, help="its folder; {dataset} is filled in (default: %(default)s)")
+    add("--split", "--test_split", default=usual.split, help="the split under evaluation (default: %(default)s)")
+    add("--batch_size", type=_positive, default=usual.batch_size,
+        help="results depend on it in the last digits (default: %(default)s)")  # fmt: skip
+    add("--num_workers", type=int, default=usual.num_workers, help="processes that load images (default: %(default)s)")
     add("--no_amp", dest="amp", action="store_false", help="no autocast: float32 throughout")
-    add("--seed", type=int, default=0, help="for random weights (default: %(default)s)")
-    add("--language", default="en", help="of class names and prompts (default: %(default)s)")
+    add("--seed", type=int, default=usual.seed, help="for random weights (default: %(default)s)")
+    add("--language", default=usual.language, help="of class names and prompts (default: %(default)s)")
     add("--custom_classname_file", help="JSON file: data set -> class names")
     add("--custom_template_file", help="JSON file: data set -> prompts")
     add("--model_cache_dir", help="where downloaded models are kept")
     add("--wds_cache_dir", help="where downloaded shards are kept")
-    add("--output", default="sweep/{model}.json", help="results files (default: %(default)s)")
+    add("--output", default=usual.output, help="results files (default: %(default)s)")
     add("--skip_existing", action="store_true", help="keep the results that are there: goes on after an interruption")
     add("--quiet", action="store_true", help="print nothing but errors")
-    # What else clip_benchmark's settings hold, for its checks.
-    sweep.set_defaults(
-        run=_sweep, interrupted="; nothing was written: the same command starts again", model_type="open_clip",
-        pretrained_model="", task="zeroshot_classification", skip_load=False,
-    )  # fmt: skip
+    sweep.set_defaults(run=_sweep, interrupted="; nothing was written: the same command starts again")
 
 
 def _positive(text: str) -> int:
@@ -100,39 +99,41 @@ def _sweep(args: argparse.Namespace) -> int:
     from vs2_plugin.harness.patches import PER_IMAGE
     from vs2_plugin.sweep.run import plan, sweep
 
-    made = plan(args)
+    settings = {one.name for one in dataclasses.fields(SweepRequest)} & vars(args).keys()
+    planned = plan(SweepRequest(**{name: getattr(args, name) for name in settings}))
     if not args.quiet and os.environ.get(PER_IMAGE, "") not in ("", "0"):
         print(
             f"vs2: a sweep keeps no per-image results; {PER_IMAGE}=1 clip_benchmark eval does, for the points you name",
             file=sys.stderr,
         )
     if not args.quiet:
-        there = len(made.files) - len(made.pending)
-        print(f"{len(made.points)} point(s) and {len(made.backbones)} plain model(s); {there} have results already")
+        there = len(planned.files) - len(planned.pending)
+        plain = len(planned.backbones)
+        print(f"{len(planned.points)} point(s) and {plain} plain model(s); {there} have results already")
     try:
-        found = sweep(made, args.quiet)
+        found = sweep(planned, args.quiet)
     except (KeyboardInterrupt, RuntimeError) as error:
         if not is_interruption(error):
             raise
-        print(f"\nvs2: interrupted; {_left(made)}", file=sys.stderr)
+        print(f"\nvs2: interrupted; {_left(planned)}", file=sys.stderr)
         return 130
     if not args.quiet:
         for backbone, accuracy in found.plain.items():
             print(f"zero-shot {backbone}: {accuracy:.2f} %")
-        print(f"best of {len(made.points)}: {found.best[1]:.2f} % by {found.best[0]}")
+        print(f"best of {len(planned.points)}: {found.best[1]:.2f} % by {found.best[0]}")
         print(_TUNING if args.split == "test" else "Report the accuracy of that choice on images that did not make it.")
-        for path in (made.folder, *found.written):
+        for path in (planned.folder, *found.written):
             print(f"wrote {path}")
     return 0
 
 
-def _left(made: Plan) -> str:
-    """What an interrupted sweep has left, and how to go on."""
-    kept = len(made.files) - len(made.pending)
-    if len(made.results) <= kept:
-        there = f"nothing was added to {counted(kept, 'result')} in {made.folder}" if kept else "nothing was written"
+def _left(planned: Plan) -> str:
+    """Say what an interrupted sweep has left, and how to go on."""
+    kept = len(planned.files) - len(planned.pending)
+    if len(planned.results) <= kept:
+        there = f"nothing was added to {counted(kept, 'result')} in {planned.folder}" if kept else "nothing was written"
         return f"{there}: all points are evaluated together, in one pass of the images; the same command starts again"
-    written = f"{len(made.results)} of {len(made.files)} results are in {made.folder}"
-    older = sum(made.files[model].exists() for model in made.pending if model not in made.results)
+    written = f"{len(planned.results)} of {len(planned.files)} results are in {planned.folder}"
+    older = sum(planned.files[model].exists() for model in planned.pending if model not in planned.results)
     hint = f" (it keeps {counted(older, 'older result')} there, too: remove what is out of date)" if older else ""
     return f"{written}; to go on, give the same command with --skip_existing{hint}"

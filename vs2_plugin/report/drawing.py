@@ -1,4 +1,4 @@
-"""How all figures look: drawn by matplotlib, as PNG files and as SVG that takes its colours from the page."""
+"""The look of all figures: drawn by matplotlib, as PNG files and as SVG that takes its colours from the page."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -29,7 +30,7 @@ COLOURS = {
 }
 PAPER, INK, FAINT, PLAIN, *LINES = COLOURS.values()
 _WIDTH = 4.2  # inches: at 360 CSS pixels the letters stay readable
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.edgecolor": PLAIN,
     "axes.labelcolor": INK,
@@ -66,22 +67,22 @@ class Picture:
 
 
 def picture(name: str, title: str, caption: str, plot: Callable[..., Figure], *args: object) -> Picture:
-    """The figure that ``plot(*args)`` makes, in the style of all."""
+    """Return the figure that ``plot(*args)`` draws, in the style of all."""
     # Whatever the user's own matplotlib settings are, and without changing them.
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # names in letters that the font has not
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE, **{"svg.hashsalt": name})
+        matplotlib.rcParams.update(_STYLE | {"svg.hashsalt": name})
         return Picture(name, title, caption, *_render(plot(*args)))
 
 
 def new_figure(height: float) -> Figure:
-    """An empty figure, ``height`` inches high."""
+    """Return an empty figure, ``height`` inches high."""
     return Figure(figsize=(_WIDTH, height))
 
 
 def _render(figure: Figure) -> tuple[str, bytes]:
-    """The figure as SVG for the page, and as PNG on white."""
+    """Return the figure as SVG for the page, and as PNG on white."""
     png, svg = io.BytesIO(), io.StringIO()
     figure.savefig(png, format="png", facecolor=PAPER, metadata={"Software": "vs2 report"})
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vs2_plugin.report.drawing import FAINT, INK, LINES, PAPER, PLAIN, Picture, new_figure, picture
-from vs2_plugin.results.statistics import interval
-from vs2_plugin.report.summary import Curve, Group, Row
+from vs2_plugin.report.summary import Curve, Group, Pairing, Row
+from vs2_plugin.results.statistics import Array, Calibration, Interval, interval
 
 __all__ = ["draw"]
 
@@ -25,7 +27,7 @@ _LABELS = {
 
 
 def draw(group: Group) -> list[Picture]:
-    """Every figure for which the results of one backbone hold the data."""
+    """Draw every figure for which the results of one backbone hold the data."""
     pictures = []
 
     def add(name: str, title: str, caption: str, plot: Callable[..., Figure], *args: object) -> None:
@@ -44,12 +46,14 @@ def draw(group: Group) -> list[Picture]:
     caption = _FVU
     for row in group.methods:
         if row.bins:
-            add(f"fvu-{row.run.method}", f"Accuracy by FVU: {row.label}", caption, _fvu, row)
+            add(f"fvu-{row.run.method}", f"Accuracy by FVU: {row.label}", caption, _fvu, row, row.pairing)
             caption = _AGAIN
     caption = _RELIABLE
     for row in group.methods:
-        if row.calibration is not None and row.calibration_before is not None:
-            add(f"calibration-{row.run.method}", f"Calibration: {row.label}", caption, _reliability, row)
+        before, after = row.calibration_before, row.calibration
+        if before is not None and after is not None:
+            title = f"Calibration: {row.label}"
+            add(f"calibration-{row.run.method}", title, caption, _reliability, row.label, before, after)
             caption = _AGAIN
     return pictures
 
@@ -87,17 +91,17 @@ _RELIABLE = (
 )
 
 
-def _zero_line(axes, zero: Row | None) -> None:
+def _zero_line(axes: Axes, zero: Row | None) -> None:
     if zero is not None:
         axes.axhline(100 * zero.top1, color=PLAIN, linestyle="--", linewidth=1.2, label="zero-shot")
 
 
-def _spread(values: list[float], intervals: list) -> np.ndarray | None:
-    """Error bars ``[2, n]`` in points; none where there is no interval."""
+def _spread(values: list[float], intervals: Sequence[Interval | None]) -> Array | None:
+    """Return error bars ``[2, n]`` in points; None where there is no interval."""
     if not any(intervals):
         return None
-    bounds = np.array([found or (value, value) for value, found in zip(values, intervals, strict=True)])
-    return 100 * np.abs(bounds.T - np.array(values))
+    bounds = np.array([ends or (value, value) for value, ends in zip(values, intervals, strict=True)])
+    return np.asarray(100 * np.abs(bounds.T - np.array(values)))
 
 
 def _accuracy(rows: list[Row]) -> Figure:
@@ -108,7 +112,7 @@ def _accuracy(rows: list[Row]) -> Figure:
     places = np.cumsum(heights) - 0.1
     figure = new_figure(heights.sum() + 0.95)
     axes = figure.add_subplot()
-    shown = {}
+    shown: dict[str, Any] = {}
     for row, name, place in zip(rows, names, places, strict=True):
         colour, marker, fill, words = _LABELS.get(row.run.labels, _LABELS["?"])
         if row.run.method is None:
@@ -135,17 +139,24 @@ def _accuracy(rows: list[Row]) -> Figure:
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.set_xlabel("top-1 accuracy, %")
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=2)
+    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=2)
     return figure
 
 
-def _lines(axes, curves: list[Curve], place: Callable, value: Callable[[Row], float | None], spread: bool) -> None:
+def _lines(
+    axes: Axes,
+    curves: list[Curve],
+    place: Callable[[float | None], float],
+    value: Callable[[Row], float | None],
+    spread: bool,
+) -> None:
     for number, curve in enumerate(curves):
-        kept = [(place(x), row) for x, row in curve.points if value(row) is not None]
+        points = [(place(x), row, share) for x, row in curve.points if (share := value(row)) is not None]
+        intervals = [row.interval if spread else None for _, row, _ in points]
         axes.errorbar(
-            [x for x, _ in kept],
-            [100 * value(row) for _, row in kept],
-            yerr=_spread([row.top1 for _, row in kept], [row.interval for _, row in kept]) if spread and kept else None,
+            [x for x, _, _ in points],
+            [100 * share for _, _, share in points],
+            yerr=_spread([share for _, _, share in points], intervals),
             color=LINES[number % len(LINES)],
             marker=_MARKERS[number % len(_MARKERS)],
             capsize=2,
@@ -158,7 +169,7 @@ def _short(label: str) -> str:
     return textwrap.shorten(label, 44, placeholder="...")
 
 
-def _legend(figure: Figure, axes) -> None:
+def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3 if max(map(len, labels)) < 14 else 1)
 
@@ -167,7 +178,7 @@ def _curve(key: str, curves: list[Curve], zero: Row | None) -> Figure:
     figure = new_figure(3.0)
     axes = figure.add_subplot()
     _zero_line(axes, zero)
-    _lines(axes, curves, float, lambda row: row.top1, spread=True)
+    _lines(axes, curves, lambda x: x or 0.0, lambda row: row.top1, spread=True)
     axes.set_xlabel(
         {"alpha": "alpha = lambda (gamma - 1)", "n": "N, neighbours", "k": "k, active latents"}.get(key, key)
     )
@@ -178,7 +189,7 @@ def _curve(key: str, curves: list[Curve], zero: Row | None) -> Figure:
 
 def _gate(curves: list[Curve], zero: Row | None) -> Figure:
     values = {x for curve in curves for x, _ in curve.points}
-    ticks = [*sorted(values - {None}), *({None} & values)]
+    ticks = sorted(values, key=lambda q: (q is None, q or 0.0))
     figure = new_figure(4.0)
     above, below = figure.subplots(2, sharex=True)
     _lines(above, curves, ticks.index, lambda row: row.run.number("vs2_coverage"), spread=False)
@@ -205,7 +216,7 @@ def _grid(cells: dict[tuple[float, float], Row]) -> Figure:
     mesh = axes.pcolormesh(values, cmap="cividis")
     for (y, x), value in np.ndenumerate(values):
         if np.isfinite(value) and len(gammas) <= 8:
-            dark = mesh.norm(value) < 0.42
+            dark = np.asarray(mesh.norm(value)) < 0.42
             axes.text(
                 x + 0.5, y + 0.5, f"{value:.1f}", color="white" if dark else "black",
                 horizontalalignment="center", verticalalignment="center", fontsize=8,
@@ -219,13 +230,13 @@ def _grid(cells: dict[tuple[float, float], Row]) -> Figure:
     return figure
 
 
-def _fvu(row: Row) -> Figure:
+def _fvu(row: Row, both: Pairing) -> Figure:
     figure = new_figure(3.0)
     axes = figure.add_subplot()
     edges = [row.bins[0].low, *(found.high for found in row.bins)]
     series = (
-        ("zero-shot", row.was_correct, PLAIN, "s", -0.07),
-        (row.label, row.run.images.correct, LINES[0], "o", 0.07),
+        ("zero-shot", both.was_correct, PLAIN, "s", -0.07),
+        (row.label, both.after.correct, LINES[0], "o", 0.07),
     )
     for label, correct, colour, marker, shift in series:
         shares = [float(correct[found.images].mean()) for found in row.bins]
@@ -245,16 +256,15 @@ def _fvu(row: Row) -> Figure:
     return figure
 
 
-def _reliability(row: Row) -> Figure:
+def _reliability(label: str, before: Calibration, after: Calibration) -> Figure:
     figure = new_figure(4.4)
     above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     above.plot((0, 100), (0, 100), color=INK, linewidth=0.8, linestyle=":")
-    before, after = ("zero-shot", row.calibration_before, PLAIN, "s"), (row.label, row.calibration, LINES[0], "o")
-    for name, found, colour, marker in (before, after):
+    for name, found, colour, marker in (("zero-shot", before, PLAIN, "s"), (label, after, LINES[0], "o")):
         filled = found.share > 0
-        label = f"{_short(name)}: ECE {100 * found.ece:.1f} points"
+        text = f"{_short(name)}: ECE {100 * found.ece:.1f} points"
         places = 100 * found.confidence[filled], 100 * found.accuracy[filled]
-        above.plot(*places, color=colour, marker=marker, markersize=3, linewidth=0.8, label=label)
+        above.plot(*places, color=colour, marker=marker, markersize=3, linewidth=0.8, label=text)
         above.scatter(*places, 100 * found.share[filled], color=colour, marker=marker, clip_on=False, zorder=3)
         below.stairs(100 * found.share, np.linspace(0, 100, len(found.share) + 1), color=colour, linewidth=1.4)
     above.set_xlim(0, 100)

@@ -14,9 +14,9 @@ from typing import Any
 from vs2_plugin.report.drawing import Picture
 from vs2_plugin.report.figures import draw
 from vs2_plugin.report.rendering import fixed, render, save
-from vs2_plugin.results.runs import Run
-from vs2_plugin.results.statistics import ClassChange
 from vs2_plugin.report.summary import Group, Row, Section, summarise
+from vs2_plugin.results.runs import Run
+from vs2_plugin.results.statistics import ClassChange, Interval
 
 __all__ = ["Column", "columns", "hints", "write"]
 
@@ -36,7 +36,7 @@ class Column:
 
 
 def write(runs: Iterable[Run], folder: Path) -> list[Path]:
-    """Write ``index.html``, ``report.md``, ``report.json`` and the figures into ``folder``; returns the files written.
+    """Write ``index.html``, ``report.md``, ``report.json`` and the figures into ``folder``, and return their paths.
 
     Raises:
         DataError: a file of that name is there that no report wrote, or the folder cannot be written to.
@@ -65,7 +65,7 @@ def write(runs: Iterable[Run], folder: Path) -> list[Path]:
 
 
 def figures_of(sections: Iterable[Section]) -> Iterator[dict[str, Any]]:
-    """What the report has computed of each result, as plain JSON values; accuracies and ECE as shares."""
+    """Yield what the report has computed of each result, as plain JSON values; accuracies and ECE as shares."""
     for section in sections:
         for row in (row for group in section.groups for row in group.rows):
             found = {
@@ -85,12 +85,12 @@ def figures_of(sections: Iterable[Section]) -> Iterator[dict[str, Any]]:
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:
-    """The columns of the main table that have something to say, but for the first two."""
+    """Return the columns of the main table that have something to say, but for the first two."""
 
     def metric(name: str, digits: int = 2) -> list[str]:
         return [fixed(row.run.number(name), digits) for row in rows]
 
-    def between(bounds: Iterable, sign: bool = False) -> list[str]:
+    def between(bounds: Iterable[Interval | None], sign: bool = False) -> list[str]:
         return [f"{fixed(b.low, 1, sign)} to {fixed(b.high, 1, sign)}" if b else "" for b in bounds]
 
     found = [
@@ -124,8 +124,10 @@ def columns(rows: Sequence[Row]) -> list[Column]:
 
 
 def gains_and_losses(row: Row) -> list[tuple[str, ClassChange, str]]:
-    """Class name, change, and the confusion mended or made, of the largest gains and losses."""
-    name = row.run.images.name
+    """Return class name, change, and the confusion mended or made, of the largest gains and losses."""
+    if row.pairing is None:
+        return []
+    name = row.pairing.after.name
 
     def confusion(change: ClassChange) -> str:
         found = change.mended_from if change.change > 0 else change.broken_to
@@ -141,13 +143,13 @@ def gains_and_losses(row: Row) -> list[tuple[str, ClassChange, str]]:
 
 
 def metric_names(runs: Sequence[Run]) -> list[str]:
-    """The numbers that any of the results holds, but for what steered models say of themselves."""
+    """Return the names of the numbers that any result holds, but for what steered models say of themselves."""
     names = dict.fromkeys(name for run in runs for name in run.metrics)
     return [name for name in names if not name.startswith("vs2_") and any(run.number(name) is not None for run in runs)]
 
 
 def hints(group: Group, section: Section) -> list[tuple[str, str]]:
-    """What is not shown for lack of data, and the command that gets it."""
+    """Return what is not shown for lack of data, and the commands that get it."""
     wanted = []
 
     def want(what: str, *models: str, before: str = "", tool: str = "clip_benchmark eval") -> None:
@@ -173,7 +175,9 @@ def hints(group: Group, section: Section) -> list[tuple[str, str]]:
             *(row.run.model for row in bare),
             before=per_image,
         )
-    elsewhere = [row for row in group.steered if row.run.images and row.zero and row.zero.images and row.before is None]
+    elsewhere = [
+        row for row in group.steered if row.run.images and row.zero and row.zero.images and row.pairing is None
+    ]
     if elsewhere:
         want(
             f"Comparison image by image of {_some(elsewhere)}: zero-shot was evaluated on other images, or with other "
@@ -197,7 +201,7 @@ def _some(rows: list[Row]) -> str:
 
 
 def _slug(*words: str) -> str:
-    """A file name that is safe everywhere.
+    """Return a file name that is safe everywhere.
 
     >>> _slug("wds/digits", "local-dir:tiny-clip", "")
     'wds-digits-local-dir-tiny-clip'

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from vs2_plugin.results.runs import Images, Run
+from vs2_plugin.results.images import Array, Images
+from vs2_plugin.results.runs import Run
 from vs2_plugin.results.statistics import (
     Bin,
     Calibration,
@@ -38,6 +39,36 @@ _MANY = 16
 
 
 @dataclass(frozen=True, eq=False)
+class Pairing:
+    """Two results of the same images."""
+
+    after: Images
+    before: Images
+    """Zero-shot's, in an order of its own."""
+    order: Array
+    """The indices that put them into the order of ``after``."""
+
+    @cached_property
+    def prediction(self) -> Array:
+        """Zero-shot's predictions in the order of ``after``."""
+        return self.before.prediction[self.order]
+
+    @cached_property
+    def was_correct(self) -> Array:
+        """Which of the images of ``after`` zero-shot classified correctly, bool ``[n]``."""
+        return np.asarray(self.prediction == self.after.target)
+
+    @classmethod
+    def of(cls, run: Run, zero: Run | None) -> Pairing | None:
+        """Pair the images of a run with those of a zero-shot result; None where they cannot be paired."""
+        after, before = run.images, zero and zero.images
+        if after is None or not isinstance(before, Images) or after.classes != before.classes:
+            return None
+        order = pair(after.digest, after.target, before.digest, before.target)
+        return None if order is None else cls(after, before, order)
+
+
+@dataclass(frozen=True, eq=False)
 class Row:
     """A result, and what it changes over zero-shot. What it has no data for is None."""
 
@@ -50,12 +81,12 @@ class Row:
     @property
     def top1(self) -> float:
         """Accuracy."""
-        return self.run.number("acc1")
+        return float(self.run.metrics["acc1"])
 
     @property
     def change(self) -> float | None:
         """Change of the accuracy over zero-shot."""
-        return None if self.zero is None else self.top1 - self.zero.number("acc1")
+        return None if self.zero is None else self.top1 - float(self.zero.metrics["acc1"])
 
     @cached_property
     def interval(self) -> Interval | None:
@@ -63,36 +94,31 @@ class Row:
         return None if self.run.images is None else interval(self.run.images.correct)
 
     @cached_property
-    def before(self) -> np.ndarray | None:
-        """Zero-shot's predictions in the order of this run's images; None where they cannot be paired."""
-        order = _pair(self.run, self.zero)
-        return None if order is None else self.zero.images.prediction[order]
-
-    @cached_property
-    def was_correct(self) -> np.ndarray | None:
-        """Which of this run's images zero-shot classified correctly, bool ``[n]``."""
-        return None if self.before is None else self.before == self.run.images.target
+    def pairing(self) -> Pairing | None:
+        """The same images before and after; None where they cannot be paired."""
+        return Pairing.of(self.run, self.zero)
 
     @cached_property
     def change_interval(self) -> Interval | None:
         """95 % bootstrap interval of the change, over the same images."""
-        if self.before is None:
-            return None
-        return interval(self.run.images.correct.astype(int) - self.was_correct)
+        both = self.pairing
+        return None if both is None else interval(both.after.correct.astype(int) - both.was_correct)
 
     @property
     def mended(self) -> int | None:
         """Images that zero-shot got wrong and this run right."""
-        if self.before is None:
-            return _count(self.run.number("vs2_mended"))
-        return int((~self.was_correct & self.run.images.correct).sum())
+        both = self.pairing
+        return self._count("vs2_mended") if both is None else int((~both.was_correct & both.after.correct).sum())
 
     @property
     def broken(self) -> int | None:
         """Images that zero-shot got right and this run wrong."""
-        if self.before is None:
-            return _count(self.run.number("vs2_broken"))
-        return int((self.was_correct & ~self.run.images.correct).sum())
+        both = self.pairing
+        return self._count("vs2_broken") if both is None else int((both.was_correct & ~both.after.correct).sum())
+
+    def _count(self, name: str) -> int | None:
+        number = self.run.number(name)
+        return None if number is None else int(number)
 
     @cached_property
     def calibration(self) -> Calibration | None:
@@ -104,9 +130,9 @@ class Row:
     @cached_property
     def calibration_before(self) -> Calibration | None:
         """How well those of zero-shot fit, on the same images; None where they are not known."""
-        if self.before is None:
+        if self.pairing is None:
             return self.run.calibration("_before")
-        return calibration(self.zero.images.confidence, self.zero.images.correct)
+        return calibration(self.pairing.before.confidence, self.pairing.before.correct)
 
     @property
     def ece(self) -> float | None:
@@ -124,29 +150,16 @@ class Row:
     @cached_property
     def classes(self) -> list[ClassChange]:
         """Every class, from the largest gain to the largest loss; empty where images cannot be paired."""
-        if self.before is None:
-            return []
-        return class_changes(self.run.images.target, self.before, self.run.images.prediction)
+        both = self.pairing
+        return [] if both is None else class_changes(both.after.target, both.prediction, both.after.prediction)
 
     @cached_property
     def bins(self) -> list[Bin]:
         """The images by FVU; empty where images cannot be paired, have no FVU, or are too few for two bins."""
-        if self.before is None or self.run.images.fvu is None:
+        if self.pairing is None or self.pairing.after.fvu is None:
             return []
-        bins = by_fvu(self.run.images.fvu)
+        bins = by_fvu(self.pairing.after.fvu)
         return bins if len(bins) > 1 else []
-
-
-def _pair(run: Run, zero: Run | None) -> np.ndarray | None:
-    """The indices that put zero-shot's images into the order of the run's; None where they cannot be paired."""
-    mine, other = run.images, zero and zero.images
-    if mine is None or other is None or mine.classes != other.classes:
-        return None
-    return pair(mine.digest, mine.target, other.digest, other.target)
-
-
-def _count(number: float | None) -> int | None:
-    return None if number is None else int(number)
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,50 +219,55 @@ class Group:
         """The rows without, where there are many, those of a method that curves and grids show."""
         if len(self.rows) <= _MANY:
             return self.rows
-        shown = [row for curves in self.curves().values() for curve in curves for _, row in curve.points]
-        shown += [row for _, cells in self.grids() for row in cells.values()]
-        kept = {id(row) for row in self.rows} - {id(row) for row in shown} | {id(row) for row in self.methods}
-        return [row for row in self.rows if id(row) in kept]
+        shown = {row for curves in self.curves().values() for curve in curves for _, row in curve.points}
+        shown |= {row for _, cells in self.grids() for row in cells.values()}
+        left_out = shown.difference(self.methods)
+        return [row for row in self.rows if row not in left_out]
 
     def curves(self) -> dict[str, list[Curve]]:
-        """Setting -> curves along it. ``alpha`` stands for gamma and lam where both are there."""
+        """Return curves along each setting. ``alpha`` stands for gamma and lam where both are there."""
         found = {"alpha": self._along("alpha", _STRENGTH)}
-        found["gamma"] = self._along("gamma", {"gamma"}, lambda run: run.fact("alpha") is None)
+        found["gamma"] = self._along("gamma", {"gamma"}, without="alpha")
         found["k"] = self._along("k", {"k", "checkpoint"})  # an SAE of another k is another checkpoint
         for key in sorted(self._options - _STRENGTH - {"k"}):
             found[key] = self._along(key, {key})
         return {key: curves for key, curves in found.items() if curves}
 
     def grids(self) -> list[tuple[str, dict[tuple[float, float], Row]]]:
-        """Label and results by (gamma, lam), of results that differ in these only; at least two of each."""
-        found = []
+        """Return label and results by (gamma, lam), of results that differ in these only; at least two of each."""
+        grids = []
         for label, rows in self._alike(_STRENGTH):
-            cells = {(row.run.number("vs2_gamma"), row.run.number("vs2_lam")): row for row in reversed(rows)}
-            cells = {key: row for key, row in cells.items() if None not in key}
+            cells = {}
+            for row in reversed(rows):
+                gamma, lam = (row.run.number(f"vs2_{name}") for name in ("gamma", "lam"))
+                if gamma is not None and lam is not None:
+                    cells[gamma, lam] = row
             if all(len({key[axis] for key in cells}) > 1 for axis in (0, 1)):
-                found.append((label, cells))
-        return found
+                grids.append((label, cells))
+        return grids
 
     @property
     def _options(self) -> set[str]:
-        return set().union(*(row.run.given for row in self.steered))
+        return set().union(*(row.run.parts.given for row in self.steered))
 
-    def _along(self, key: str, free: set[str], fits: Callable[[Run], bool] = lambda run: True) -> list[Curve]:
+    def _along(self, key: str, free: set[str], without: str = "") -> list[Curve]:
+        """Return curves along a setting through results that differ in ``free`` ones only and have none ``without``."""
         curves = []
         for label, rows in self._alike(free):
-            points = {row.run.number(f"vs2_{key}"): row for row in reversed(rows) if fits(row.run)}
-            numbers = sorted(value for value in points if value is not None)
-            if key == "gate" and numbers and None in points:
-                numbers.append(None)
-            if len(numbers) > 1:
-                curves.append(Curve(label, tuple((value, points[value]) for value in numbers)))
+            points = {row.run.number(f"vs2_{key}"): row for row in reversed(rows) if row.run.fact(without) is None}
+            if key != "gate":  # there, None is one of the values: no gate
+                points.pop(None, None)
+            values = sorted(points, key=lambda value: (value is None, value or 0.0))
+            if len(values) > 1:
+                curves.append(Curve(label, tuple((value, points[value]) for value in values)))
         return curves
 
     def _alike(self, free: set[str]) -> list[tuple[str, list[Row]]]:
-        """The steered results that agree in method, checkpoint, site and all options but the ``free`` ones. One whose
-        options were chosen automatically stands for itself."""
+        """Return the steered results that agree in method, checkpoint, site and all options but the ``free`` ones.
+
+        One whose options were chosen automatically stands for itself."""
         fixed = sorted(({"method", "checkpoint", "latents", "site"} | self._options) - free)
-        alike: dict[tuple, list[Row]] = {}
+        alike: dict[tuple[str, ...], list[Row]] = {}
         for row in self.steered:
             if row.run.fact("auto") is not None:
                 continue
@@ -274,18 +292,18 @@ class Section:
 
 
 def summarise(runs: Iterable[Run]) -> list[Section]:
-    """One section per data set and language, in alphabetical order, English first."""
+    """Make one section per data set and language, in alphabetical order, English first."""
     sections = []
     data_sets = _by(runs, lambda run: (run.dataset, run.language != "en", run.language))
     for (dataset, _, language), mine in data_sets.items():
         # A linear probe or a multi-label data set has metrics of its own.
         ranked = [run for run in mine if run.task == "zeroshot_classification" and run.number("acc1") is not None]
         rest = [run for run in mine if run not in ranked]
-        backbones = _by(ranked, lambda run: (run.backbone, run.pretrained))
+        backbones = _by(ranked, lambda run: (run.parts.backbone, run.pretrained))
         groups = []
         for key, members in backbones.items():
             parts = _by_prompts(members)
-            groups += [_group(*key, part, alone=len(parts) == 1) for part in parts]
+            groups += [_group(key[0], key[1], part, alone=len(parts) == 1) for part in parts]
         sections.append(Section(dataset, language, groups, _by(rest, lambda run: run.task)))
     return sections
 
@@ -298,9 +316,11 @@ def _by(runs: Iterable[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
 
 
 def _by_prompts(runs: list[Run]) -> list[list[Run]]:
-    """Runs whose zero-shot predictions are nearly the same, together. Results do not name their prompts: zero-shot's
-    predictions tell, of a plain model or recorded in a steered run. Runs of which none are known are with the others if
-    these are all alike, else by themselves."""
+    """Put runs together whose zero-shot predictions are nearly the same.
+
+    Results do not name their prompts: zero-shot's predictions tell, of a plain model or recorded in a steered run. Runs
+    of which none are known are with the others if these are all alike, else by themselves.
+    """
     parts: list[tuple[Run, list[Run]]] = []
     unknown = []
     for run in sorted(runs, key=lambda run: run.method is not None):
@@ -308,59 +328,66 @@ def _by_prompts(runs: list[Run]) -> list[list[Run]]:
         if plain is None or plain.images is None:
             unknown.append(run)
             continue
-        agreed = [_agreement(plain, other) for other, _ in parts]
-        most = max((share for share in agreed if share is not None), default=None)
-        if not parts or (most is not None and most < _SAME_PROMPTS):
+        place = _alike_in(plain, [other for other, _ in parts])
+        if place is None:
             parts.append((plain, [run]))
-        else:  # with other images, there is no telling
-            parts[0 if most is None else agreed.index(most)][1].append(run)
+        else:
+            parts[place][1].append(run)
     told = [members for _, members in parts]
     if len(told) == 1:
         return [told[0] + unknown]
     return told + [unknown] * bool(unknown)
 
 
+def _alike_in(plain: Run, others: list[Run]) -> int | None:
+    """Return which of some zero-shot results agrees most with ``plain``; None if none has the same prompts."""
+    agreed = [_agreement(plain, other) for other in others]
+    most = max((share for share in agreed if share is not None), default=None)
+    if most is None:  # with other images, there is no telling
+        return 0 if others else None
+    return agreed.index(most) if most >= _SAME_PROMPTS else None
+
+
 def _agreement(plain: Run, other: Run) -> float | None:
-    """The share of images that two zero-shot results give the same class; None if they are not of the same ones."""
-    order = _pair(plain, other)
-    return None if order is None else float((plain.images.prediction == other.images.prediction[order]).mean())
+    """Return the share of images that two zero-shot results give one class; None if they are not of the same ones."""
+    both = Pairing.of(plain, other)
+    return None if both is None else float((both.after.prediction == both.prediction).mean())
 
 
-def _group(backbone: str, pretrained: str, runs: list[Run], alone: bool = True) -> Group:
-    def rank(run: Run) -> tuple:
-        labels = _LABELS.index(run.labels) if run.labels in _LABELS else len(_LABELS)
-        # Of several zero-shot results, the one that has per-image results is the one to compare with.
-        bare = run.method is None and run.images is None
-        return run.method is not None, bare, labels, run.method != "vs2", run.method, len(run.segments)
-
-    runs = sorted(runs, key=rank)
+def _group(backbone: str, pretrained: str, runs: list[Run], alone: bool) -> Group:
+    runs = sorted(runs, key=_rank)
     if runs[0].method is not None:  # no plain model was evaluated; a steered run may have recorded it
         runs = [*[run.plain for run in runs if run.plain][:1], *runs]
     zero = runs[0] if runs[0].method is None else None
     labels = [_label(run) for run in runs]
     again = Counter(labels)
-    rows = [
+    rows = []
+    for run, label in zip(runs, labels, strict=True):
         # Two files of one model are told apart by where they lie.
-        Row(
-            run,
-            f"{label} ({'/'.join(run.path.parts[-2:])})" if again[label] > 1 else label,
-            None if run.method is None else zero if run.plain is None or _pair(run, zero) is not None else run.plain,
-        )
-        for run, label in zip(runs, labels, strict=True)
-    ]
+        where = f" ({'/'.join(run.path.parts[-2:])})" if again[label] > 1 else ""
+        recorded = run.plain if Pairing.of(run, zero) is None else None
+        rows.append(Row(run, label + where, None if run.method is None else recorded or zero))
     return Group(backbone, pretrained, rows, alone)
 
 
+def _rank(run: Run) -> tuple[bool, bool, int, bool, str, int]:
+    """Return what rows are sorted by."""
+    labels = _LABELS.index(run.labels) if run.labels in _LABELS else len(_LABELS)
+    # Of several zero-shot results, the one that has per-image results is the one to compare with.
+    bare = run.method is None and run.images is None
+    return run.method is not None, bare, labels, run.method != "vs2", run.method or "", len(run.parts.words)
+
+
 def _label(run: Run, without: Iterable[str] = ()) -> str:
-    """The method with its options, but for those named."""
+    """Return the method with its options, but for those named."""
     if run.method is None:
         return "zero-shot"
-    kept = (part for part in run.segments[1:] if part.partition("=")[0] not in without)
+    kept = (part for part in run.parts.words if part.partition("=")[0] not in without)
     return " ".join([run.method, *(f"@{part}" for part in kept)])
 
 
 def _natural(text: str) -> list[str | float]:
-    """Sorts ``n=9`` before ``n=10``.
+    """Return what sorts ``n=9`` before ``n=10``.
 
     >>> _natural("gamma=-1.5")
     ['gamma=', -1.5, '']

@@ -25,6 +25,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.errors import CheckpointError, DataError, Vs2Error
@@ -32,6 +34,8 @@ from vs2_plugin.reproduce.cells import Cell, Evaluation, Sae, Table
 from vs2_plugin.reproduce.command import run_command
 from vs2_plugin.reproduce.fetch import Missing, missing_data, missing_encoder, missing_weights
 from vs2_plugin.reproduce.table import Measured, best, markdown, write
+from vs2_plugin.results.images import Images, images_file
+from vs2_plugin.results.runs import read_run
 from vs2_plugin.text import one_line
 
 __all__ = ["Reproduction"]
@@ -107,16 +111,14 @@ class Reproduction:
         """Whether the results are there, whole, and of the checkpoint as it is now."""
         file = self.results(run)
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            metrics = content["metrics"]
-            same = (content["model"], content["pretrained"], content["dataset"])
-            used = metrics.get("vs2_checkpoint_digest")
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            found = read_run(file)
+        except DataError:
             return False
-        if same != (run.model, run.weights, run.dataset) or not file.with_suffix(".images.npz").is_file():
+        same = (found.model, found.pretrained, found.dataset) == (run.model, run.weights, run.dataset)
+        if not same or not images_file(file).is_file():
             return False
         checkpoint = self.checkpoint(run.checkpoint) if run.checkpoint else None
-        return used == (checkpoint.digest[:16] if checkpoint else None) and bool(checkpoint) == bool(run.checkpoint)
+        return found.fact("checkpoint_digest") == (checkpoint.digest[:16] if checkpoint else None) and bool(checkpoint) == bool(run.checkpoint)
 
     # ------------------------------------------------------------------ where things are
 
@@ -328,10 +330,10 @@ class Reproduction:
         if cell.metric == "gain":
             return _gain(*files, cell.of_class)
         name = {"accuracy": "acc1", "coverage": "vs2_coverage"}[cell.metric]
-        try:
-            return 100 * json.loads(files[-1].read_text(encoding="utf-8"))["metrics"][name]
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise DataError(f"{files[-1]} has no {name} ({type(error).__name__}); run the same command again") from None
+        number = read_run(files[-1]).number(name)
+        if number is None:
+            raise DataError(f"{files[-1]} has no {name}; run the same command again")
+        return 100 * number
 
     def finish(self) -> int:
         """Print and write the tables. Returns how many cells could not be measured."""
@@ -365,13 +367,9 @@ def _written(file: Path) -> int | None:
 
 def _gain(plain: Path, steered: Path, name: str | None) -> float:
     """How many points more of a class's images are classified correctly; without a name, the most of any class."""
-    import numpy as np
-
-    from vs2_plugin.results.runs import Images
-
     shares = []
     for file in (plain, steered):
-        images = Images.load(file.with_suffix(".images.npz"))
+        images = Images.read(images_file(file))
         count = np.bincount(images.target, minlength=len(images.classes))
         right = np.bincount(images.target[images.correct], minlength=len(images.classes))
         shares.append(100 * right / np.maximum(count, 1))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 __all__ = [
     "Bin",
@@ -20,6 +21,7 @@ __all__ = [
     "pair",
 ]
 
+Array = NDArray[Any]
 #: Bins of the expected calibration error.
 BINS = 15
 
@@ -36,11 +38,11 @@ class Calibration(NamedTuple):
 
     ece: float
     """Expected calibration error."""
-    share: np.ndarray
+    share: Array
     """Share of the images in each bin, ``[bins]``."""
-    confidence: np.ndarray
+    confidence: Array
     """Mean confidence in each bin."""
-    accuracy: np.ndarray
+    accuracy: Array
     """Accuracy in each bin."""
 
 
@@ -73,12 +75,12 @@ class Bin(NamedTuple):
 
     low: float
     high: float
-    images: np.ndarray
+    images: Array
     """Which images, bool ``[n]``."""
 
 
-def interval(values: np.ndarray, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
-    """Percentile bootstrap interval of the mean of ``values`` ``[n]``.
+def interval(values: Array, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
+    """Return the percentile bootstrap interval of the mean of ``values`` ``[n]``.
 
     Drawing n images with replacement draws each distinct value a multinomial number of times. That is what is drawn
     here: the same distribution as with a weight per image, at a cost that does not grow with n.
@@ -91,9 +93,9 @@ def interval(values: np.ndarray, level: float = 0.95, resamples: int = 10_000, s
 
 
 def pair(
-    digest: np.ndarray, target: np.ndarray, other_digest: np.ndarray, other_target: np.ndarray
-) -> np.ndarray | None:
-    """The indices that put the images of another run into the order of this one; None: they are not the same images.
+    digest: Array, target: Array, other_digest: Array, other_target: Array
+) -> Array | None:
+    """Return the indices that put the images of another run into the order of this one, or None if they are others.
 
     Images that occur more than once are paired in the order of their occurrence: their pixels are the same, so it
     does not matter which is which.
@@ -104,15 +106,15 @@ def pair(
     same = np.array_equal(digest[here], other_digest[there]) and np.array_equal(target[here], other_target[there])
     if not same:
         return None
-    order = np.empty_like(here)
+    order: Array = np.empty_like(here)
     order[here] = there
     return order
 
 
-def calibration(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> Calibration:
-    """``ECE = Σ_b n_b/n |acc_b - conf_b|`` over equal bins ``(b/bins, (b+1)/bins]`` of confidence (arXiv 1706.04599).
+def calibration(confidence: Array, correct: Array, bins: int = BINS) -> Calibration:
+    """Return how well ``[n]`` probabilities of the predicted class fit which of the predictions are ``correct``.
 
-    Takes ``[n]`` probabilities of the predicted class and ``[n]`` bools.
+    ``ECE = Σ_b n_b/n |acc_b - conf_b|`` over equal bins ``(b/bins, (b+1)/bins]`` of confidence (arXiv 1706.04599).
     """
     confidence = confidence.astype(float)
     index = _bin_of(confidence, bins)
@@ -125,8 +127,11 @@ def calibration(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -
 
 
 def calibration_of_bins(rows: Sequence[Sequence[float]], ece: float, bins: int = BINS) -> Calibration:
-    """The same from bins that hold images, ``[images, mean confidence, accuracy]`` each. Raises ValueError or TypeError
-    for anything else."""
+    """Return the same from bins that hold images, ``[images, mean confidence, accuracy]`` each.
+
+    Raises:
+        ValueError: anything else is given; TypeError, too.
+    """
     images, mean, right = np.array(rows, dtype=float).reshape(-1, 3).T
     if not images.sum() > 0 or not np.isfinite([mean, right]).all():
         raise ValueError("expected bins that hold images")
@@ -136,12 +141,12 @@ def calibration_of_bins(rows: Sequence[Sequence[float]], ece: float, bins: int =
     return Calibration(ece, share, confidence, accuracy)
 
 
-def _bin_of(confidence: np.ndarray, bins: int) -> np.ndarray:
-    return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+def _bin_of(confidence: Array, bins: int) -> Array:
+    return np.asarray(np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1))
 
 
-def class_changes(target: np.ndarray, before: np.ndarray, after: np.ndarray) -> list[ClassChange]:
-    """What changed for each class that has images, from the largest gain to the largest loss.
+def class_changes(target: Array, before: Array, after: Array) -> list[ClassChange]:
+    """Return what changed for each class that has images, from the largest gain to the largest loss.
 
     Takes true classes and both predictions ``[n]`` of the same images in the same order.
     """
@@ -160,16 +165,16 @@ def class_changes(target: np.ndarray, before: np.ndarray, after: np.ndarray) -> 
     return sorted(changes, key=lambda change: (-change.change, -change.mended, change.label))
 
 
-def _most(given: np.ndarray) -> tuple[int, int] | None:
-    """The most frequent class, the first of several, and how often; None of none."""
+def _most(given: Array) -> tuple[int, int] | None:
+    """Return the most frequent class, the first of several, and how often; None of none."""
     if not len(given):
         return None
     labels, counts = np.unique(given, return_counts=True)
     return int(labels[counts.argmax()]), int(counts.max())
 
 
-def by_fvu(fvu: np.ndarray, bins: int = 10, least: int = 20) -> list[Bin]:
-    """Bins of about as many images each, at least ``least``, by rising FVU ``[n]``; equal values share a bin."""
+def by_fvu(fvu: Array, bins: int = 10, least: int = 20) -> list[Bin]:
+    """Return bins of about as many images each, at least ``least``, by rising FVU ``[n]``; equal values share a bin."""
     bins = max(1, min(bins, len(fvu) // least))
     edges = np.unique(np.quantile(fvu, np.linspace(0, 1, bins + 1)))
     index = np.clip(np.searchsorted(edges, fvu, side="left") - 1, 0, max(len(edges) - 2, 0))

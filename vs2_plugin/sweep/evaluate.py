@@ -8,7 +8,6 @@ the tower's end have the rest of the tower run for each of them while the batch 
 from __future__ import annotations
 
 import tempfile
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +34,7 @@ from vs2_plugin.sae.topk import TopKSAE
 from vs2_plugin.steering.context import Context, Task
 from vs2_plugin.steering.neighbours import NeighbourSteering, PrototypeSteering
 from vs2_plugin.sweep.grid import Point, outcome_key
+from vs2_plugin.sweep.request import SweepRequest
 from vs2_plugin.sweep.shared import Batch, Lookup, Remembered, RememberedSums, remember_codes
 from vs2_plugin.sweep.tower import resumed
 from vs2_plugin.text import reason_of
@@ -44,7 +44,7 @@ __all__ = ["Metrics", "evaluate"]
 Metrics = dict[str, Scalar]
 
 
-def evaluate(args: Namespace, backbone: str, points: Sequence[Point], quiet: bool) -> Iterator[tuple[str, Metrics]]:
+def evaluate(args: SweepRequest, backbone: str, points: Sequence[Point], quiet: bool) -> Iterator[tuple[str, Metrics]]:
     """Evaluate the plain model and all points of one backbone.
 
     Args:
@@ -119,7 +119,7 @@ def _harness() -> Iterator[Any]:
 class _Data:
     """The split under evaluation, opened as clip_benchmark's ``cli.run`` does."""
 
-    def __init__(self, args: Namespace, backbone: str, loaded: Loaded) -> None:
+    def __init__(self, args: SweepRequest, backbone: str, loaded: Loaded) -> None:
         from clip_benchmark.datasets.builder import build_dataset, get_dataset_collate_fn
 
         name = args.dataset.removeprefix("wds/")

@@ -46,7 +46,7 @@ Section = tuple[str, dict[tuple[str, ...], float]]
 
 
 def _sections(grid: Grid, table: Mapping[tuple[str, ...], float], axes: list[str]) -> list[Section]:
-    """For each combination of the other axes, in words: the places on ``axes``, and the value at each."""
+    """Return, for each combination of the other axes in words, the value at each place on ``axes``."""
     others = {axis: texts for axis, texts in grid.axes.items() if axis not in axes}
     sections = []
     for chosen in product(*others.values()):
@@ -74,7 +74,7 @@ def _heat_map(grid: Grid, title: str, rows: dict[tuple[str, ...], float], plain:
     plot.set_xlabel(axes[0])
     plot.set_ylabel(axes[1])
     bar = figure.colorbar(mesh, label="top-1 accuracy, %")
-    if mesh.norm.vmin <= plain <= mesh.norm.vmax:
+    if values.min() <= plain <= values.max():
         bar.ax.axhline(plain, color="red", linewidth=2)
     figure.suptitle(f"{grid.text}{' at ' + title if title else ''}", fontsize=9, wrap=True)
     plot.set_title(
@@ -86,8 +86,9 @@ def _heat_map(grid: Grid, title: str, rows: dict[tuple[str, ...], float], plain:
 
 def _curves(grid: Grid, along: str, sections: list[Section], plain: float) -> Figure:
     texts = grid.axes[along]
-    numbers = [as_number(text) for text in texts]
-    places = range(len(texts)) if None in numbers else numbers
+    numbers = [number for text in texts if (number := as_number(text)) is not None]
+    in_words = len(numbers) < len(texts)
+    places = list(map(float, range(len(texts)))) if in_words else numbers
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     plot = figure.add_subplot()
     plot.axhline(plain, color="red", linestyle="--", label=f"zero-shot: {plain:.2f}")
@@ -97,7 +98,7 @@ def _curves(grid: Grid, along: str, sections: list[Section], plain: float) -> Fi
         label = f"{words + ': ' if words else ''}best {values[best]:.2f} at {along}={texts[best]}"
         [line] = plot.plot(places, values, marker="o", markersize=3, label=label)
         plot.plot(places[best], values[best], "*", markersize=12, color=line.get_color())
-    if None in numbers:
+    if in_words:
         plot.set_xticks(places, texts)
     plot.set_xlabel(along)
     plot.set_ylabel("top-1 accuracy, %")

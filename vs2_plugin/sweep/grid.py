@@ -8,11 +8,12 @@ vs2:ViT-B-32@sae-k32,sae-k64                 several checkpoints
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from itertools import product
 from math import prod
+from typing import Any
 
 from vs2_plugin.errors import ModelStringError
 from vs2_plugin.method import AUTO
@@ -69,11 +70,11 @@ def read_grids(texts: Sequence[str]) -> list[Grid]:
     >>> len(grid.points), grid.points[1].model, grid.axes["lam"]
     (6, 'vs2:ViT-B-32@lam=0@gate=0.99', ('0', '0.5', '1'))
     """
-    known: dict[tuple, Point] = {}
+    known: dict[Hashable, Point] = {}
     return [_read(text, known) for text in texts if is_steered(text)]
 
 
-def _read(text: str, known: dict[tuple, Point]) -> Grid:
+def _read(text: str, known: dict[Hashable, Point]) -> Grid:
     parts = split(text)
     choices = [_choices(text, word) for word in parts.words]
     count = prod(map(len, choices))
@@ -89,20 +90,21 @@ def _read(text: str, known: dict[tuple, Point]) -> Grid:
         model = str(parts._replace(words=tuple(map(_joined, parts.words, values))))
         spec = parse(model)
         place = tuple(value for value, many in zip(values, choices, strict=True) if len(many) > 1)
-        same = known.setdefault(_identity(spec), Point(model, spec, place))
+        identity = (spec.method.name, spec.backbone, spec.checkpoint, frozenset(spec.given.items()))
+        same = known.setdefault(identity, Point(model, spec, place))
         points.append(Point(same.model, same.spec, place))
     return Grid(text, axes, tuple(points))
 
 
-def _joined(segment: str, value: str) -> str:
-    key, equals, _ = segment.partition("=")
+def _joined(word: str, value: str) -> str:
+    key, equals, _ = word.partition("=")
     return f"{key}={value}" if equals else value
 
 
-def _choices(text: str, segment: str) -> list[str]:
-    """The values that a segment stands for."""
-    key, equals, value = segment.partition("=")
-    name, value = (f"option {key}={value!r}", value) if equals else (f"checkpoint {segment!r}", segment)
+def _choices(text: str, word: str) -> list[str]:
+    """Return the values that a word behind an ``@`` stands for."""
+    key, equals, value = word.partition("=")
+    name, value = (f"option {key}={value!r}", value) if equals else (f"checkpoint {word!r}", word)
     if equals and ":" in value:
         return _range(f"model {text!r}: {name}", value)
     values = value.split(",")
@@ -114,7 +116,7 @@ def _choices(text: str, segment: str) -> list[str]:
 
 
 def _range(where: str, text: str) -> list[str]:
-    """``START:STOP:STEP`` as texts, in decimal arithmetic: 1:3:0.1 holds 1.1 and ends with 3."""
+    """Read ``START:STOP:STEP`` as texts, in decimal arithmetic: 1:3:0.1 holds 1.1 and ends with 3."""
     try:
         start, stop, step = map(_decimal, text.split(":"))
     except (ValueError, InvalidOperation):
@@ -137,27 +139,23 @@ def _written(value: Decimal) -> str:
     return format(value.normalize(), "f") if value else "0"
 
 
-def _identity(spec: ModelString) -> tuple:
-    return spec.method.name, spec.backbone, spec.checkpoint, frozenset(spec.given.items())
-
-
-def outcome_key(spec: ModelString) -> tuple:
-    """Equal for model strings that come to the same features.
+def outcome_key(spec: ModelString) -> tuple[Any, ...]:
+    """Return what is equal for model strings that come to the same features.
 
     Of the options of :data:`STRENGTH` only α matters, and of α what float32, in which all steering is computed, holds
     of it: the 441 points of the paper's grid are 153 of these.
     """
-    from ctypes import c_float  # numpy would take a tenth of a second to load
+    from numpy import float32
 
-    options = dict(spec.options)
+    options: dict[str, Any] = dict(spec.options)
     if any(set(known) <= set(spec.method.options) for known in STRENGTHS):
-        alpha = strength(*(options.pop(option.name) for option in STRENGTH))
-        options["alpha"] = alpha if alpha == AUTO else c_float(alpha).value
+        alpha: Any = strength(*(options.pop(option.name) for option in STRENGTH))
+        options["alpha"] = alpha if alpha == AUTO else float(float32(alpha))
     return spec.method.name, spec.backbone, spec.checkpoint, frozenset(options.items())
 
 
 def as_number(text: str) -> float | None:
-    """The number that a value of an axis stands for, if it does.
+    """Return the number that a value of an axis stands for, or None.
 
     >>> as_number("0.5"), as_number("10+11")
     (0.5, None)

@@ -1,0 +1,188 @@
+"""The results of a run image by image: the file ``X.images.npz`` beside ``X.json``, written and read here.
+
+Its columns are the fields of :class:`Images` that :func:`_column` describes.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vs2_plugin.errors import DataError
+from vs2_plugin.files import atomic_file
+
+__all__ = ["Array", "Images", "images_file", "printable"]
+
+Array = NDArray[Any]
+
+
+def images_file(results: Path) -> Path:
+    """Return where the per-image results of a results file lie.
+
+    >>> images_file(Path("results/vs2:ViT-B-32@gate=0.9.json")).name
+    'vs2:ViT-B-32@gate=0.9.images.npz'
+    """
+    return results.with_name(f"{results.stem}.images.npz")
+
+
+def _column(dtype: str, holds: str = "") -> dict[str, Any]:
+    """Declare an array ``[images]``; ``holds`` is "class" for class numbers and "share" for values in [0, 1]."""
+    return {"dtype": np.dtype(dtype), "holds": holds}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Images:
+    """What one run gave for every image; the order is the run's own."""
+
+    digest: Array = field(metadata=_column("uint64"))
+    """Of the preprocessed tensor: identifies an image across runs."""
+    target: Array = field(metadata=_column("int32", "class"))
+    """The true class."""
+    prediction: Array = field(metadata=_column("int32", "class"))
+    """The class given."""
+    rank: Array = field(metadata=_column("int32"))
+    """How many classes the model prefers to the true one."""
+    confidence: Array = field(metadata=_column("float32", "share"))
+    """Probability of the prediction (softmax at the logit scale of 100)."""
+    target_probability: Array = field(metadata=_column("float32"))
+    """Probability of the true class."""
+    fvu: Array | None = field(default=None, metadata=_column("float32"))
+    """Of a steered model: the share of the activation's variance that the SAE of the last site does not explain."""
+    steered: Array | None = field(default=None, metadata=_column("bool"))
+    """Of a steered model: whether the gate of the last site let the image through."""
+    plain_prediction: Array | None = field(default=None, metadata=_column("int32", "class"))
+    """Of a steered model: the class that the plain model gives in the same batch, bit for bit."""
+    plain_confidence: Array | None = field(default=None, metadata=_column("float32", "share"))
+    """Of a steered model: the plain model's probability of that class."""
+    classes: tuple[str, ...] = ()
+    """The classes' names; empty where the run did not know them."""
+    seconds: float | None = None
+    """Wall clock of the run, loading included, without what the plain model took of a steered run."""
+    peak_memory: float | None = None
+    """Peak in bytes: the process's resident set, or what torch allocated on the CUDA device."""
+
+    def name(self, label: int) -> str:
+        """Return the name of a class."""
+        return self.classes[label] if self.classes else f"class {label}"
+
+    @cached_property
+    def correct(self) -> NDArray[np.bool_]:
+        """Which images were classified correctly, bool ``[n]``."""
+        return np.asarray(self.prediction == self.target)
+
+    @property
+    def accuracy(self) -> float:
+        """The share of the images that were classified correctly."""
+        return float(self.correct.mean())
+
+    @property
+    def recall(self) -> float:
+        """Accuracy per class, averaged over the classes that have images."""
+        _, label, count = np.unique(self.target, return_inverse=True, return_counts=True)
+        return float((np.bincount(label, self.correct) / count).mean())
+
+    @property
+    def plain(self) -> Images | None:
+        """The plain model's results, if the run recorded them. Ranks and the probability of the target are not of it,
+        and it knows no time or memory."""
+        if self.plain_prediction is None or self.plain_confidence is None:
+            return None
+        return replace(
+            self, prediction=self.plain_prediction, confidence=self.plain_confidence, fvu=None, steered=None,
+            plain_prediction=None, plain_confidence=None, seconds=None, peak_memory=None,
+        )  # fmt: skip
+
+    def write(self, path: Path) -> None:
+        """Write the file, whole or not at all."""
+        given = {name: getattr(self, name) for name in _COLUMNS}
+        arrays = {n: np.asarray(array, _COLUMNS[n]["dtype"]) for n, array in given.items() if array is not None}
+        arrays["classes"] = np.array(self.classes, dtype=np.str_)
+        arrays |= {"seconds": np.array(self.seconds or 0.0), "peak_memory": np.array(int(self.peak_memory or 0))}
+        with atomic_file(path) as scratch, open(scratch, "wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **arrays)
+
+    @classmethod
+    def read(cls, path: Path) -> Images:
+        """Read the file.
+
+        Raises:
+            DataError: it is damaged; the message says what is wrong.
+        """
+        try:  # beside what is expected, all that numpy and zipfile are known to raise for bytes that were damaged
+            with np.load(path, allow_pickle=False) as file:
+                held = {name: file[name] for name in file.files}
+        except (OSError, ValueError, EOFError, KeyError, AttributeError, NotImplementedError, MemoryError) as error:
+            raise _damaged(path, f"{type(error).__name__}: {error}") from error
+        except (zipfile.BadZipFile, zlib.error, TypeError) as error:  # TypeError: a bare array under that name
+            raise _damaged(path, str(error)) from error
+        for problem in _problems(held):
+            raise _damaged(path, problem)
+        arrays = {name: held[name] for name in _COLUMNS if name in held}
+        seconds, memory = (float(held.get(name, 0)) or None for name in _NUMBERS)  # 0: it could not be told
+        names = tuple(map(printable, held["classes"]))
+        return cls(**arrays, classes=names, seconds=seconds, peak_memory=memory)
+
+
+_COLUMNS: Mapping[str, Mapping[str, Any]] = {one.name: one.metadata for one in fields(Images) if one.metadata}
+_NEEDED = [one.name for one in fields(Images) if one.metadata and one.default is MISSING] + ["classes"]
+_NUMBERS = ("seconds", "peak_memory")
+
+
+def printable(name: object) -> str:
+    """Return a name in one line, without what neither a page nor a figure can show."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(name))
+
+
+def _damaged(path: Path, problem: str) -> DataError:
+    return DataError(
+        f"{path}: damaged per-image results: {problem}; delete the file, or run the evaluation again with "
+        "VS2_PER_IMAGE=1"
+    )
+
+
+def _problems(held: Mapping[str, Array]) -> Iterator[str]:
+    """Give what is wrong with the arrays of a file. Each check relies on those before it."""
+    missing = [name for name in _NEEDED if name not in held]
+    if missing:
+        yield f"it holds no {', '.join(missing)}"
+    count = len(held["digest"]) if held["digest"].ndim == 1 else 0
+    for name, about in _COLUMNS.items():
+        array, kind = held.get(name), about["dtype"].kind
+        if array is None:
+            continue
+        if array.shape != (count,) or array.dtype.kind != kind or count == 0:
+            yield f"{name} is {_shape(array)} for {count} images"
+        if kind == "f" and not np.isfinite(array).all():
+            yield f"{name} holds values that are no finite numbers"
+    if held["classes"].ndim != 1 or held["classes"].dtype.kind != "U":
+        yield f"classes is {_shape(held['classes'])}; expected a list of names"
+    of_plain = [name for name in _COLUMNS if name.startswith("plain_") and name in held]
+    if len(of_plain) == 1:
+        yield f"of the plain model it holds {of_plain[0]} only"
+    for name in _COLUMNS.keys() & held.keys():
+        yield from _out_of_range(name, held[name], len(held["classes"]))
+    for name in _NUMBERS:
+        value = held.get(name, np.zeros(()))
+        if value.ndim != 0 or value.dtype.kind not in "iuf" or not np.isfinite(value) or value < 0:
+            yield f"{name} is {_shape(value)}; expected one number"
+
+
+def _out_of_range(name: str, array: Array, classes: int) -> Iterator[str]:
+    """Give what is wrong with the values of a column, for so many classes (0: not known)."""
+    holds = _COLUMNS[name]["holds"]
+    if holds == "class" and (array.min() < 0 or array.max() >= (classes or np.inf)):
+        yield f"{name} names a class outside the {classes} classes"
+    if holds == "share" and (array.min() < 0 or array.max() > 1 + 1e-3):
+        yield f"{name} lies outside 0 to 1"
+
+
+def _shape(array: Array) -> str:
+    return f"{array.dtype} of shape {list(array.shape)}"
