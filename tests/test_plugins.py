@@ -158,11 +158,32 @@ def test_a_plugin_cannot_take_a_built_in_name(install):
         find_plugins().method("vs2")
 
 
-def test_a_real_entry_point_is_loaded(monkeypatch):
+def test_a_real_entry_point_is_loaded(monkeypatch, tmp_path):
+    (tmp_path / "a_real_plugin.py").write_text(
+        "from vs2_plugin import Method, hookimpl\n@hookimpl\ndef vs2_methods(): return [Method('real', print)]"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [EntryPoint("mine", "a_real_plugin", group)])
+    assert find_plugins().owners["real"] == "an unnamed distribution (entry point 'mine')"
+
+
+def test_one_object_under_two_entry_points_is_named_and_its_methods_go_on(monkeypatch):
     point = EntryPoint("mine", "vs2_plugin.steering.builtin", "vs2_plugin")
     monkeypatch.setattr(plugins, "entry_points", lambda group: [point])
-    # The built-in module a second time: its method is claimed twice.
-    assert find_plugins().conflicts["vs2"][1] == "an unnamed distribution (entry point 'mine')"
+    known = find_plugins()
+    assert "same object as vs2-plugin (built in)" in known.broken["an unnamed distribution (entry point 'mine')"]
+    assert known.method("vs2").name == "vs2"
+    assert known.conflicts == {}
+
+
+def test_broken_plugins_leave_nothing_behind():
+    """All plugins share a manager: what a broken one had there must not make the next ones fail."""
+    known = Registry()
+    for label, plugin, _ in BROKEN:
+        known.add_plugin(label, plugin)
+    known.add_plugin("fine", offering(GOOD))
+    assert list(known.broken) == [label for label, *_ in BROKEN]
+    assert known.owners == {"good": "fine"}
 
 
 def test_the_built_in_methods_come_by_the_hook(install):

@@ -1,8 +1,9 @@
-"""Finds the plugins, asks each for its methods, and keeps the broken ones from harming the rest."""
+"""The plugins: found by their entry points, each asked for its methods; a broken one does not harm the others."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any
@@ -12,10 +13,17 @@ import pluggy
 from vs2_plugin import hookspecs
 from vs2_plugin.errors import ModelStringError, PluginError
 from vs2_plugin.method import Method
+from vs2_plugin.text import reason_of
 
 __all__ = ["GROUP", "Registry", "find_plugins", "registry"]
 
 GROUP = "vs2_plugin"
+
+
+def _manager() -> pluggy.PluginManager:
+    manager = pluggy.PluginManager("vs2_plugin")
+    manager.add_hookspecs(hookspecs)
+    return manager
 
 
 @dataclass
@@ -29,38 +37,52 @@ class Registry:
     methods: dict[str, Method] = field(default_factory=dict)
     """Method name -> method."""
     owners: dict[str, str] = field(default_factory=dict)
-    """Method name -> the plugin that offers it, in words."""
+    """Method name -> label of the plugin that offers it."""
     aliases: dict[str, str] = field(default_factory=dict)
     """Other spelling -> method name."""
     broken: dict[str, str] = field(default_factory=dict)
-    """Plugin, in words -> what went wrong."""
+    """Label of a plugin -> what went wrong."""
     conflicts: dict[str, list[str]] = field(default_factory=dict)
-    """Claimed name -> the plugins that claim it."""
+    """Claimed name -> labels of the plugins that claim it."""
     plugins: list[str] = field(default_factory=list)
-    """All plugins found, in words."""
+    """The labels of all plugins, for people: distribution, version and entry point."""
+    _manager: pluggy.PluginManager = field(default_factory=_manager, init=False, repr=False, compare=False)
 
-    def add_plugin(self, label: str, plugin: Any) -> None:
-        """Ask ``plugin`` (a module or object with hook implementations) for its methods."""
+    def add_plugin(self, label: str, plugin: object) -> None:
+        """Add a plugin (a module or object with hook implementations) and the methods that it offers."""
+        self.load_plugin(label, lambda: plugin)
+
+    def load_plugin(self, label: str, load: Callable[[], object]) -> None:
+        """Add the plugin that ``load`` returns. If it raises, the plugin is broken."""
         self.plugins.append(label)
         try:
-            manager = pluggy.PluginManager("vs2_plugin")
-            manager.add_hookspecs(hookspecs)
-            manager.register(plugin, label)
-            manager.check_pending()  # a misspelled hook is an error, not silence
-            if not manager.hook.vs2_methods.get_hookimpls():
-                raise PluginError("it implements no hook; expected a function vs2_methods marked with @hookimpl")
-            answers = manager.hook.vs2_methods()
-            if not answers:  # pluggy leaves out None
-                raise PluginError("vs2_methods() returned nothing; expected a list of vs2_plugin.Method")
-            found = [method for answer in answers for method in answer]
-            for method in found:
-                if not isinstance(method, Method):
-                    raise PluginError(f"vs2_methods() gave {method!r}; expected vs2_plugin.Method")
+            methods = self._methods_of(label, load())
         except (Exception, SystemExit) as error:
-            self.broken[label] = f"{type(error).__name__}: {error}"
+            self.broken[label] = reason_of(error)
+            if self._manager.has_plugin(label):
+                self._manager.unregister(name=label)
             return
-        for method in found:
+        for method in methods:
             self._claim(label, method)
+
+    def _methods_of(self, label: str, plugin: object) -> list[Method]:
+        twin = self._manager.get_name(plugin)
+        if twin is not None:
+            raise PluginError(f"it is the same object as {twin}; expected one entry point for each plugin")
+        self._manager.register(plugin, label)
+        self._manager.check_pending()  # a misspelled hook is an error, not silence
+        # Called one by one: an exception in one of them would end a call of them all.
+        hooks = [hook for hook in self._manager.hook.vs2_methods.get_hookimpls() if hook.plugin is plugin]
+        if not hooks:
+            raise PluginError("it implements no hook; expected a function vs2_methods marked with @hookimpl")
+        answer: Any = hooks[0].function()
+        if answer is None:
+            raise PluginError("vs2_methods() returned nothing; expected a list of vs2_plugin.Method")
+        methods: list[Method] = list(answer)
+        for method in methods:
+            if not isinstance(method, Method):
+                raise PluginError(f"vs2_methods() gave {method!r}; expected vs2_plugin.Method")
+        return methods
 
     def _claim(self, label: str, method: Method) -> None:
         names = (method.name, *method.aliases)
@@ -79,7 +101,7 @@ class Registry:
         return [*self.methods, *self.aliases]
 
     def method(self, name: str) -> Method:
-        """The method called ``name``.
+        """Return the method called ``name``.
 
         Raises:
             PluginError: two plugins claim the name.
@@ -88,33 +110,26 @@ class Registry:
         if name in self.conflicts:
             claimants = " and ".join(self.conflicts[name])
             raise PluginError(f"method {name!r} is claimed by {claimants}; uninstall one of them")
-        found = self.methods.get(self.aliases.get(name, name))
-        if found is None:
+        method = self.methods.get(self.aliases.get(name, name))
+        if method is None:
             broken = f"; plugins that failed to load: {', '.join(self.broken)} (see vs2 doctor)" if self.broken else ""
             raise ModelStringError(f"unknown method {name!r}; known methods: {', '.join(sorted(self.names))}{broken}")
-        return found
+        return method
 
 
 def find_plugins() -> Registry:
-    """A fresh registry: the built-in methods, then every installed plugin."""
-    found = Registry()
+    """Return a new registry: the built-in methods, then those of every installed plugin."""
     from vs2_plugin.steering import builtin
 
-    found.add_plugin("vs2-plugin (built in)", builtin)
+    plugins = Registry()
+    plugins.add_plugin("vs2-plugin (built in)", builtin)
     for point in sorted(entry_points(group=GROUP), key=lambda p: (p.dist.name if p.dist else "", p.name)):
         distribution = f"{point.dist.name} {point.dist.version}" if point.dist else "an unnamed distribution"
-        label = f"{distribution} (entry point {point.name!r})"
-        try:
-            plugin = point.load()
-        except (Exception, SystemExit) as error:
-            found.plugins.append(label)
-            found.broken[label] = f"{type(error).__name__}: {error}"
-        else:
-            found.add_plugin(label, plugin)
-    return found
+        plugins.load_plugin(f"{distribution} (entry point {point.name!r})", point.load)
+    return plugins
 
 
 @functools.cache
 def registry() -> Registry:
-    """The registry of this process, filled once."""
+    """Return the registry of this process, which is filled once."""
     return find_plugins()
