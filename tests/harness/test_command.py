@@ -257,6 +257,19 @@ def test_retrieval_is_steered_too(in_demo, clip_benchmark, captions):
     assert steered["vs2_alpha"] == pytest.approx(1.05)
 
 
+def test_that_autocast_is_emulated_is_said_once_with_what_helps(in_demo, clip_benchmark, monkeypatch):
+    from vs2_plugin.harness import preflight
+
+    few_digits(in_demo, "few", 0)
+    data = ("--pretrained", "", "--dataset", "wds/few", "--dataset_root", "few", *DIGITS[4:])
+    models = [f"vs2:{TINY}@local-dir-tiny-clip_wds-digits@alpha={alpha}" for alpha in (0, 1)]
+    cases = [(True, models, data[:-1], 1), (True, models[:1], data, 0), (False, models[:1], data[:-1], 0)]
+    for emulates, some, words, told in cases:
+        monkeypatch.setattr(preflight, "emulates_bfloat16", lambda emulates=emulates: emulates)
+        code, error = clip_benchmark("eval", "--model", *some, *words, "--output", "amp-{model}.json")
+        assert code == 0 and error.count("autocast is emulated and slow; --no_amp") == told
+
+
 class SmokeArguments:
     """What the harness's own test passes to ``cli.run``: a bare class, its ``dummy`` data set, random weights."""
 
