@@ -72,7 +72,7 @@ def processor_seconds() -> float:
 def throughput(folder: Path, count: int, rounds: int) -> dict:
     """Seconds of the plain forward and of extraction, in turns."""
     from vs2_plugin.clip.backbone import load_backbone
-    from vs2_plugin.clip.sites import default_site, output_site
+    from vs2_plugin.clip.sites import Sites
     from vs2_plugin.data.cache import ActivationCache, activations_at, extract
     from vs2_plugin.data.images import open_images
 
@@ -81,7 +81,7 @@ def throughput(folder: Path, count: int, rounds: int) -> dict:
     loaded = load_backbone(MODEL, "")
     save_file(loaded.model.state_dict(), folder / WEIGHTS)
     images = open_images("wds/synthetic", str(folder), "train", loaded.transform)
-    sites = [default_site(loaded.model), output_site(loaded.model)]  # as vs2-train-sae: activation and embedding
+    sites = [Sites.of(loaded.model).default, Sites.of(loaded.model).output]  # as vs2-train-sae: activation and embedding
     widths = {site.hookpoint: site.width for site in sites}
     started, before = time.perf_counter(), processor_seconds()
     batches = [batch.images for batch in images.batches(BATCH, WORKERS)]

@@ -20,7 +20,7 @@ import torch
 from vs2_plugin.checkpoint.checkpoint import SiteFacts, save_checkpoint
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.clip.backbone import Tower, load_backbone
-from vs2_plugin.clip.sites import default_site
+from vs2_plugin.clip.sites import Sites
 from vs2_plugin.gallery.files import GalleryFiles, GalleryPart
 from vs2_plugin.harness.loader import load
 from vs2_plugin.sae.topk import SaeConfig, TopKSAE
@@ -34,7 +34,7 @@ def make_checkpoint(store: Store, count: int) -> None:
     """A checkpoint of random numbers."""
     torch.manual_seed(0)
     loaded = load_backbone(MODEL, "")
-    site = default_site(loaded.model)
+    site = Sites.of(loaded.model).default
     sae = TopKSAE(SaeConfig(site.width, 4 * site.width, 64))
     rng = np.random.default_rng(0)
     folder = store.root / "extracted"

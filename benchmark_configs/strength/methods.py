@@ -6,6 +6,7 @@ import contextlib
 import io
 import time
 from collections.abc import Callable, Hashable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,19 @@ from settings import METHODS, Setting, Sizes
 from sources import classifier, draw, images, load_clip, train_clip
 from torch import Tensor, nn
 
-from vs2_plugin.clip.sites import default_site, embedding_from, in_float32, output_site
+from vs2_plugin.clip.edits import in_float32
+from vs2_plugin.clip.sites import Sites, embedding_from
 from vs2_plugin.gallery.gallery import CLIP, Gallery
-from vs2_plugin.gallery.retriever import Retriever
 from vs2_plugin.gallery.search import ExactSearch
 from vs2_plugin.harness.automatic import Automatic, settle
 from vs2_plugin.modelstring import ModelString, parse
 from vs2_plugin.sae.config import TrainConfig
 from vs2_plugin.sae.train import Job, Trained, train_saes
+from vs2_plugin.steering.batch import Batch
 from vs2_plugin.steering.context import Context
 from vs2_plugin.steering.gate import Gate, threshold
-from vs2_plugin.steering.operators import keep_norm
+from vs2_plugin.steering.move import Steering, keep_norm, steer
+from vs2_plugin.steering.retriever import Retriever
 from vs2_plugin.strength import neighbour_graph
 
 __all__ = ["prepare", "run", "run_quietly", "train"]
@@ -55,13 +58,13 @@ class Bench:
 
     def __init__(self, model: nn.Module, weights: Tensor, gallery: Gallery, saes: dict[str, Trained], test, labels):
         self.model, self.weights, self.gallery, self.saes = model, weights, gallery, saes
-        self.site, self.out = default_site(model), output_site(model)
+        self.site, self.out = Sites.of(model).default, Sites.of(model).output
         self.test, self.labels = torch.from_numpy(test), torch.from_numpy(labels)
         self.search = ExactSearch(gallery.embeddings[CLIP], _CPU)
         self.plain = torch.cat([embedding_from(model, self.site, x) for x in self.test.split(_BATCH)])
 
-    def build(self, spec: ModelString, prior: Tensor | None = None) -> tuple[Callable, Retriever | None, Callable]:
-        """The steering of a model string, what it looks images up in, and the same steering without a gate."""
+    def build(self, spec: ModelString, prior: Tensor | None = None) -> tuple[Steering, Steering]:
+        """The steering of a model string, and the same steering without a gate."""
         method, options = spec.method, dict(spec.options)
         retriever = None
         if method.gallery != "none":
@@ -77,30 +80,27 @@ class Bench:
         own = {option.name: options[option.name] for option in method.options}
         automatic = method.automatic(own)
         if automatic:
-            steering = Automatic(lambda values: method.build(context, **values), own, automatic, _CPU)
+            steering = Automatic(lambda values: method.build(context, **values), own, automatic)
         else:
             steering = method.build(context, **own)
-        steer = steering
+        steered = steering
         if options.get("gate") is not None:
-            steer = Gate(steering, sae, mean, threshold(figures.fvu_quantiles, options["gate"]))
+            steered = Gate(steering, sae, mean, threshold(figures.fvu_quantiles, options["gate"]))
         if automatic:
             steering.settle(
-                settle(steering, steer, self.model, self.site, self.gallery, self.weights, retriever, prior)
+                settle(steering, partial(steer, steered), self.model, self.site, self.gallery, self.weights, retriever, prior)
             )
-        return steer, retriever, steering
+        return steered, steering
 
-    def right(self, steer: Callable[[Tensor], Tensor], retriever: Retriever | None = None, output: bool = False):
+    def right(self, steering: Steering, output: bool = False) -> Tensor:
         """Which test images are classified correctly when steered, bool ``[count]``."""
-        site, found = self.out if output else self.site, []
+        site, classes = self.out if output else self.site, []
         for x, plain in zip(self.test.split(_BATCH), self.plain.split(_BATCH), strict=True):
-            if retriever is not None:
-                retriever.begin(x)
-                retriever.embed(lambda plain=plain: plain)
-            embedding = embedding_from(self.model, site, in_float32(steer, plain if output else x))
-            found.append((F.normalize(embedding, dim=-1) @ self.weights).argmax(1))
-            if retriever is not None:
-                retriever.end()
-        return torch.cat(found) == self.labels
+            batch = Batch(x, embed=lambda plain=plain: plain)
+            steered = in_float32(lambda x, batch=batch: steer(steering, x, batch), plain if output else x)
+            embedding = embedding_from(self.model, site, steered)
+            classes.append((F.normalize(embedding, dim=-1) @ self.weights).argmax(1))
+        return torch.cat(classes) == self.labels
 
 
 def percent(right: Tensor) -> float:
@@ -108,9 +108,7 @@ def percent(right: Tensor) -> float:
     return round(100 * right.double().mean().item(), 4)
 
 
-def curve(
-    bench: Bench, spec: ModelString, automatic: Automatic, retriever: Retriever | None, known: dict[Hashable, Tensor]
-) -> list[Tensor]:
+def curve(bench: Bench, spec: ModelString, automatic: Automatic, known: dict[Hashable, Tensor]) -> list[Tensor]:
     """Which test images each candidate gets right. What is in ``known`` need not be done again."""
     found = []
     for values in automatic.candidates:
@@ -123,7 +121,7 @@ def curve(
             key = spec.method.sae, told.get("p", 0), told["alpha"]
         if key not in known:
             automatic.use(values)
-            known[key] = bench.right(automatic, retriever)
+            known[key] = bench.right(automatic)
         found.append(known[key])
     automatic.settle(automatic.choice)
     return found
@@ -177,7 +175,7 @@ def run(root: Path, setting: Setting, seed: int, sizes: Sizes) -> dict[str, Any]
             Job("pass", stored, TrainConfig(**config, pass_weight=_PASS_WEIGHT), labels),
         ]
         saes = dict(zip(("plain", "pass"), train_saes(jobs, quiet=True), strict=True))
-    model, site = loaded.model, default_site(loaded.model)
+    model, site = loaded.model, Sites.of(loaded.model).default
     with clock("plain"):
         embedded = embedding_from(model, site, torch.from_numpy(stored).float())
         digests = np.arange(len(stored), dtype=np.uint64)
@@ -199,18 +197,18 @@ def run(root: Path, setting: Setting, seed: int, sizes: Sizes) -> dict[str, Any]
         spec = parse(f"{method}:study{'@' if options else ''}{options}")
         prior = torch.from_numpy(np.bincount(labels, minlength=count) / len(labels)) if "prior" in name else None
         with clock(f"build {name}"):
-            steer, retriever, steering = bench.build(spec, prior)
+            steered, steering = bench.build(spec, prior)
         with clock(name):
-            accuracy[name] = percent(bench.right(steer, retriever, spec.method.site == "output"))
+            accuracy[name] = percent(bench.right(steered, spec.method.site == "output"))
         if isinstance(steering, Automatic):
             choices[name] = steering.choice.to_json()
             with clock(f"candidates of {name}"):
-                rights = curve(bench, spec, steering, retriever, known_right)
+                rights = curve(bench, spec, steering, known_right)
             curves[name] = [percent(right) for right in rights]
             if name == "vs2 auto":
                 strengths = [values["alpha"] for values in steering.candidates]
                 accuracy["vs2 hindsight"], hindsight = in_hindsight(dict(zip(strengths, rights, strict=True)))
-        facts[name] = {key: value for key, value in getattr(steer, "facts", {}).items() if not key.startswith("auto")}
+        facts[name] = {key: value for key, value in getattr(steered, "facts", {}).items() if not key.startswith("auto")}
 
     with clock("linear probe"):
         pseudo = (F.normalize(embedded, dim=-1) @ weights).argmax(1).numpy()

@@ -30,7 +30,7 @@ PACKAGE = HERE.parents[1] / "vs2_plugin"
 CODE = (
     *(HERE / name for name in ("settings.py", "sources.py", "methods.py")),
     *(PACKAGE / name for name in ("harness/automatic.py", "clip/sites.py", "demo/train_tiny_clip.py")),
-    PACKAGE / "strength" / "information.py",
+    PACKAGE / "strength" / "criterion.py",
     *(path for part in ("steering", "sae", "retrieval") for path in sorted((PACKAGE / part).glob("*.py"))),
 )
 #: A thread for each job, and no GPU: read when the libraries are loaded, here and in the processes that are started.

@@ -18,7 +18,8 @@ from settings import Sizes
 from torch import Tensor
 
 from vs2_plugin.clip.backbone import Loaded, load_backbone
-from vs2_plugin.clip.sites import default_site, reading
+from vs2_plugin.clip.edits import reading
+from vs2_plugin.clip.sites import Sites
 from vs2_plugin.demo import digits, train_tiny_clip
 
 __all__ = ["Images", "classifier", "draw", "images", "load_clip", "train_clip"]
@@ -170,7 +171,7 @@ def corrupt(images: Tensor, kind: str, seed: int) -> Tensor:
 
 @torch.no_grad()
 def _activations(loaded: Loaded, views: Tensor, kind: str, seed: int) -> np.ndarray:
-    site, found = default_site(loaded.model), []
+    site, found = Sites.of(loaded.model).default, []
     for batch in corrupt(views, kind, seed).split(_BATCH):
         with reading(loaded.model, [site]) as read:
             loaded.model.encode_image(batch)

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from vs2_plugin.gallery.files import open_gallery
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli import main as vs2
 from vs2_plugin.cli import train_sae
 from vs2_plugin.clip.backbone import load_backbone
-from vs2_plugin.clip.sites import default_site, reading
+from vs2_plugin.clip.edits import reading
+from vs2_plugin.clip.sites import Sites
 from vs2_plugin.data.images import image_digest, open_images
 from vs2_plugin.demo.digits import write_digits
 from vs2_plugin.demo.run import _TINY_CLIP
+from vs2_plugin.gallery.files import open_gallery
 
 FEW = ["--samples", "500", "--max_images", "48", "--num_workers", "0", "--quiet", "--no_amp"]
 BLOCK = "visual.transformer.resblocks.3"
@@ -60,7 +61,7 @@ def test_the_gallery_holds_what_the_plain_tower_gives(folder):
     loaded = load_backbone("local-dir:tiny-clip", "")
     images = open_images("wds/digits", "digits", "train", loaded.transform, max_images=48, labels=True)
     (batch,) = images.batches(64, 0)
-    site = default_site(loaded.model)
+    site = Sites.of(loaded.model).default
     with torch.no_grad(), reading(loaded.model, [site]) as read:
         embeddings = loaded.model.encode_image(batch.images)
     assert len(found) == 48 and found.datasets == ("wds/digits",)

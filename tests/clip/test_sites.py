@@ -4,22 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from vs2_plugin.clip.sites import (
-    OUTPUT,
-    Site,
-    block_sites,
-    default_site,
-    edit,
-    editing,
-    embedding_from,
-    find_site,
-    in_float32,
-    output_site,
-    paused,
-    reading,
-)
+from vs2_plugin.clip.edits import edit, editing, in_float32, paused, reading
+from vs2_plugin.clip.sites import OUTPUT, Site, Sites, embedding_from
 from vs2_plugin.errors import PluginError, TowerError
-from vs2_plugin.steering.operators import SparseSteering, vs2_steer
+from vs2_plugin.steering.move import vs2_steer
 
 EMBED_DIM = 24
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
@@ -89,32 +77,32 @@ def encode(model, images, amp=False):
 @pytest.mark.parametrize("name", CLS_TOWERS)
 def test_a_tower_with_a_pooled_cls_token_has_a_site_per_block(name, make_clip):
     model = build(name, make_clip)
-    sites = block_sites(model)
+    sites = Sites.of(model).blocks
     assert [site.hookpoint for site in sites] == [f"visual.transformer.resblocks.{i}" for i in range(3)]
     assert {site.width for site in sites} == {32}
     assert {site.token_dim for site in sites} == {0 if name == "tokens first" else 1}
-    assert default_site(model) == sites[-1]
+    assert Sites.of(model).default == sites[-1]
     assert (str(sites[1]), sites[1].block) == ("block 1", 1)
 
 
 @pytest.mark.parametrize("name", OTHER_TOWERS)
 def test_any_other_tower_is_steered_at_its_output(name, make_clip):
     model = build(name, make_clip)
-    assert block_sites(model) == []
-    assert default_site(model) == find_site(model, OUTPUT) == Site(OUTPUT, EMBED_DIM)
-    assert (str(default_site(model)), default_site(model).block) == ("the output embedding", None)
+    assert Sites.of(model).blocks == ()
+    assert Sites.of(model).default == Sites.of(model).find(OUTPUT) == Site(OUTPUT, EMBED_DIM)
+    assert (str(Sites.of(model).default), Sites.of(model).default.block) == ("the output embedding", None)
 
 
 def test_a_tower_without_cls_token_has_no_block_sites(make_clip):
     model = make_clip()
     model.visual.class_embedding = None
-    assert block_sites(model) == []
+    assert Sites.of(model).blocks == ()
 
 
 def test_finding_the_output_width_leaves_the_tower_as_it_was(make_clip):
     model = build("timm ConvNeXt", make_clip).train()
     before = copy.deepcopy(model.state_dict())
-    assert output_site(model).width == EMBED_DIM
+    assert Sites.of(model).output.width == EMBED_DIM
     assert model.visual.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -130,14 +118,14 @@ WRONG_SITES = [
 @pytest.mark.parametrize(("hookpoint", "offered"), WRONG_SITES)
 def test_a_site_that_the_tower_lacks_is_refused_with_those_it_has(hookpoint, offered, make_clip):
     with pytest.raises(TowerError) as error:
-        find_site(make_clip(), hookpoint)
+        Sites.of(make_clip()).find(hookpoint)
     assert f"no site {hookpoint!r}" in str(error.value)
     assert offered in str(error.value)
 
 
 def test_a_block_of_a_tower_without_block_sites_is_refused(make_clip):
     with pytest.raises(TowerError, match=r"it has only visual \(it pools no CLS token\)"):
-        find_site(make_clip(pool_type="avg"), "visual.transformer.resblocks.0")
+        Sites.of(make_clip(pool_type="avg")).find("visual.transformer.resblocks.0")
 
 
 # ---- reading
@@ -148,22 +136,22 @@ def test_a_block_of_a_tower_without_block_sites_is_refused(make_clip):
 @torch.no_grad()
 def test_reading_gives_open_clips_own_prefix_tokens(name, amp, make_clip):
     model = build(name, make_clip)
-    sites = block_sites(model)
+    sites = Sites.of(model).blocks
     images = images_for(model)
-    with reading(model, [*sites, output_site(model)]) as found:
+    with reading(model, [*sites, Sites.of(model).output]) as found:
         features = encode(model, images, amp)
     with torch.autocast("cpu", enabled=amp):
         own = model.visual.forward_intermediates(images, output_extra_tokens=True)
     for site, prefix in zip(sites, own["image_intermediates_prefix"], strict=True):
         assert found[site].shape == (4, 32)
         assert torch.equal(found[site], prefix[:, 0])
-    assert torch.equal(found[output_site(model)], features)
+    assert torch.equal(found[Sites.of(model).output], features)
 
 
 @pytest.mark.parametrize("name", OTHER_TOWERS)
 def test_reading_the_output_gives_the_image_embedding(name, make_clip):
     model = build(name, make_clip)
-    site = default_site(model)
+    site = Sites.of(model).default
     with reading(model, [site]) as found:
         features = encode(model, images_for(model))
     assert found[site].shape == (4, EMBED_DIM)
@@ -172,7 +160,7 @@ def test_reading_the_output_gives_the_image_embedding(name, make_clip):
 
 def test_reading_ends_with_its_block(make_clip, batch):
     model = make_clip()
-    with pytest.raises(RuntimeError, match="stop"), reading(model, block_sites(model)) as found:
+    with pytest.raises(RuntimeError, match="stop"), reading(model, Sites.of(model).blocks) as found:
         raise RuntimeError("stop")
     encode(model, batch)
     assert found == {}
@@ -194,7 +182,7 @@ def test_the_identity_changes_no_bit(name, amp, make_clip):
         seen.append(x.dtype)
         return x
 
-    for site in [*block_sites(model), output_site(model)]:
+    for site in [*Sites.of(model).blocks, Sites.of(model).output]:
         with editing(model, site, identity):
             steered = encode(model, images, amp)
         assert steered.dtype == stock.dtype
@@ -208,11 +196,11 @@ def test_an_edit_changes_the_embedding_and_keeps_its_dtype(name, amp, make_clip)
     model = build(name, make_clip)
     images = images_for(model)
     stock = encode(model, images, amp)
-    with editing(model, default_site(model), lambda x: x.flip(-1)):
+    with editing(model, Sites.of(model).default, lambda x: x.flip(-1)):
         steered = encode(model, images, amp)
     assert steered.dtype == stock.dtype
     assert not torch.allclose(steered, stock, atol=1e-3)
-    if not block_sites(model):
+    if not Sites.of(model).blocks:
         assert torch.equal(steered, stock.flip(-1))
 
 
@@ -221,7 +209,7 @@ def test_an_edit_changes_the_embedding_and_keeps_its_dtype(name, amp, make_clip)
 def test_only_the_cls_token_is_edited(name, make_clip):
     model = build(name, make_clip)
     images = images_for(model)
-    site = block_sites(model)[1]
+    site = Sites.of(model).blocks[1]
     outputs = []
     handle = site.module(model).register_forward_hook(lambda module, args, output: outputs.append(output))
     encode(model, images)
@@ -241,7 +229,7 @@ def test_only_the_cls_token_is_edited(name, make_clip):
 def test_an_edit_of_the_last_block_is_followed_by_layer_norm_and_projection_only(name, make_clip):
     model = build(name, make_clip)
     images = images_for(model)
-    site = default_site(model)
+    site = Sites.of(model).default
 
     def steering(x):
         return x.roll(1, -1) * 1.5
@@ -256,7 +244,7 @@ def test_an_edit_of_the_last_block_is_followed_by_layer_norm_and_projection_only
 
 def test_an_edit_reaches_the_blocks_after_it(make_clip, batch):
     model = make_clip()
-    first, second, last = block_sites(model)
+    first, second, last = Sites.of(model).blocks
     with reading(model, [first, second, last]) as stock:
         encode(model, batch)
     with editing(model, second, lambda x: x + 1), reading(model, [first, second, last]) as steered:
@@ -272,7 +260,7 @@ def test_an_edit_reaches_the_blocks_after_it(make_clip, batch):
 def test_what_is_left_of_the_tower_gives_the_embedding(name, dtype, make_clip):
     """From the activation at the default site, in float32, also of a tower in half precision and within autocast."""
     model = build(name, make_clip).to(dtype)
-    site = default_site(model)
+    site = Sites.of(model).default
     images = images_for(model).to(dtype)
     with reading(model, [site]) as found:
         embedding = model.encode_image(images)
@@ -289,7 +277,7 @@ def test_what_is_left_of_the_tower_gives_the_embedding(name, dtype, make_clip):
 def test_paused_edits_are_as_if_they_were_not_there(make_clip, batch):
     model = make_clip()
     plain = encode(model, batch)
-    edits = [edit(model, site, lambda x: x + 1) for site in block_sites(model)[1:]]
+    edits = [edit(model, site, lambda x: x + 1) for site in Sites.of(model).blocks[1:]]
     steered = encode(model, batch)
     with pytest.raises(ZeroDivisionError), paused(edits[:1]):
         assert not torch.equal(encode(model, batch), steered)
@@ -313,7 +301,7 @@ def test_coca_captions_are_steered_through_its_tokens_untouched(make_clip):
     images = images_for(model)
     with torch.no_grad():
         stock, tokens = model.visual(images)
-        with editing(model, default_site(model), lambda x: -x):
+        with editing(model, Sites.of(model).default, lambda x: -x):
             steered, same = model.visual(images)
     assert torch.equal(steered, -stock)
     assert torch.equal(same, tokens)
@@ -339,7 +327,7 @@ WRONG_RESULTS = [
 @pytest.mark.parametrize(("steering", "message"), WRONG_RESULTS)
 def test_a_steering_that_returns_something_else_is_a_plugin_error(steering, message, make_clip, batch):
     model = make_clip()
-    with pytest.raises(PluginError, match=message), editing(model, default_site(model), steering):
+    with pytest.raises(PluginError, match=message), editing(model, Sites.of(model).default, steering):
         encode(model, batch)
     assert_untouched(model)
 
@@ -371,15 +359,26 @@ def assert_untouched(model):
 @pytest.mark.parametrize("name", ["batch first", "average pooling", "timm ConvNeXt"])
 def test_removing_an_edit_leaves_no_trace(name, make_clip, make_sae):
     model = build(name, make_clip)
-    site, images = default_site(model), images_for(model)
+    site, images = Sites.of(model).default, images_for(model)
     keys, stock = list(model.state_dict()), encode(model, images)
-    handle = edit(model, site, SparseSteering(vs2_steer, make_sae(site.width), 2.0, {}))
+    handle = edit(model, site, Steering(make_sae(site.width), 2.0))
     assert not torch.equal(encode(model, images), stock)
     handle.remove()
     handle.remove()  # harmless
     assert list(model.state_dict()) == keys
     assert torch.equal(encode(model, images), stock)
     assert_untouched(model)
+
+
+class Steering(nn.Module):
+    """VS2, as a module of activations alone."""
+
+    def __init__(self, sae, alpha):
+        super().__init__()
+        self.sae, self.alpha = sae, alpha
+
+    def forward(self, x):
+        return vs2_steer(x, self.sae, self.alpha)
 
 
 class Counting(nn.Module):
@@ -395,8 +394,8 @@ class Counting(nn.Module):
 
 def test_a_steering_module_moves_with_the_model(make_clip, batch, make_sae):
     model = make_clip()
-    steering = SparseSteering(vs2_steer, make_sae(), 1.0, {})
-    edit(model, default_site(model), steering)
+    steering = Steering(make_sae(), 1.0)
+    edit(model, Sites.of(model).default, steering)
     steered = encode(model, batch)
     model.to(torch.float64)
     assert steering.sae.W_dec.dtype == torch.float32  # steering is float32 whatever the model is
@@ -407,27 +406,27 @@ def test_a_steering_module_moves_with_the_model(make_clip, batch, make_sae):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_steered_model_can_be_cast_to_half_precision(dtype, make_clip, batch, make_sae):
     model = make_clip()
-    edit(model, default_site(model), SparseSteering(vs2_steer, make_sae(), 1.0, {}))
+    edit(model, Sites.of(model).default, Steering(make_sae(), 1.0))
     model.to(dtype)
     assert encode(model, batch.to(dtype)).dtype == dtype
 
 
 def test_a_copied_model_steers_with_its_own_copy(make_clip, batch):
     model, steering = make_clip(), Counting()
-    edit(model, default_site(model), steering)
+    edit(model, Sites.of(model).default, steering)
     steered = encode(model, batch)
     twin = copy.deepcopy(model)
     calls = steering.calls
     assert torch.equal(encode(twin, batch), steered)
     assert steering.calls == calls  # the copy did the work
-    default_site(twin).module(twin).vs2_steering_0.steering.shift.zero_()
+    Sites.of(twin).default.module(twin).vs2_steering_0.steer.shift.zero_()
     assert not torch.equal(encode(twin, batch), steered)
     assert torch.equal(encode(model, batch), steered)
 
 
 def test_two_steering_modules_at_one_site_both_run(make_clip, batch):
     model, first, second = make_clip(), Counting(), Counting()
-    site = default_site(model)
+    site = Sites.of(model).default
     with editing(model, site, first), editing(model, site, second):
         encode(model, batch)
     assert (first.calls, second.calls) == (1, 1)
@@ -435,7 +434,7 @@ def test_two_steering_modules_at_one_site_both_run(make_clip, batch):
 
 def test_two_steering_functions_at_one_site_run_in_order(make_clip, batch):
     model = make_clip()
-    site = default_site(model)
+    site = Sites.of(model).default
     with reading(model, [site]) as stock:
         encode(model, batch)
     with (
@@ -450,12 +449,14 @@ def test_two_steering_functions_at_one_site_run_in_order(make_clip, batch):
 def test_a_replica_steers_with_its_own_module(make_clip, batch):
     """DataParallel calls shallow copies of modules that hold copies of their children: the hook must use those."""
     model, original, copied = make_clip(), Counting(), Counting()
-    site = default_site(model)
+    site = Sites.of(model).default
     edit(model, site, original)
     block = site.module(model)
     replica = block._replicate_for_data_parallel()
     (name,) = [name for name in block._modules if name.startswith("vs2_steering")]
-    replica._modules = {**block._modules, name: copied}
+    replica_edit = block._modules[name]._replicate_for_data_parallel()
+    replica_edit._modules = {"steer": copied}
+    replica._modules = {**block._modules, name: replica_edit}
     replica._parameters = block._parameters
     with torch.no_grad():
         replica(model.visual._embeds(batch))

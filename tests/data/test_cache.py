@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vs2_plugin.clip.sites import block_sites, default_site, output_site, reading
+from vs2_plugin.clip.edits import reading
+from vs2_plugin.clip.sites import Sites
 from vs2_plugin.data.cache import ActivationCache, activations_at, extract, require_space
 from vs2_plugin.data.images import TrainingImages, image_digest
 from vs2_plugin.errors import DataError
@@ -39,7 +40,7 @@ def pictures(count, labels=False):
 
 
 def run(model, images, cache, *, key=KEY, sites=None, batch_size=4, amp=False, dtype=np.float32):
-    sites = sites or [default_site(model)]
+    sites = sites or [Sites.of(model).default]
     return extract(
         activations_at(model, sites, amp),
         widths(sites),
@@ -62,7 +63,7 @@ def widths(sites):
 
 
 def test_the_activations_of_every_site_are_those_of_one_pass(model, cache):
-    images, sites = pictures(10), [*block_sites(model), output_site(model)]
+    images, sites = pictures(10), [*Sites.of(model).blocks, Sites.of(model).output]
     found = run(model, images, cache, sites=sites)
     with torch.no_grad(), reading(model, sites) as expected:
         model.encode_image(torch.stack(images.source[:4]))
@@ -95,14 +96,14 @@ def test_digests_tell_the_images_apart_and_labels_stand_beside_them(model, cache
     assert found.digests.tolist() == [image_digest(image) for image, _ in images.source]
     assert len(set(found.digests.tolist())) == 6 and found.digests[5] == found.digests[2]
     assert found.labels.tolist() == [10, 9, 8, 7, 6, 3, 4]
-    again = cache.open(KEY, widths([default_site(model)]), labels=True)
+    again = cache.open(KEY, widths([Sites.of(model).default]), labels=True)
     assert np.array_equal(again.labels, found.labels) and np.array_equal(again.digests, found.digests)
-    assert cache.open(KEY, widths([default_site(model)])).labels is None
+    assert cache.open(KEY, widths([Sites.of(model).default])).labels is None
 
 
 def test_labels_that_were_not_read_count_as_not_there(model, cache):
     assert run(model, pictures(5), cache).labels is None
-    assert cache.open(KEY, widths([default_site(model)]), labels=True) is None
+    assert cache.open(KEY, widths([Sites.of(model).default]), labels=True) is None
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 0), (np.float16, 1e-3)])
@@ -121,9 +122,9 @@ def test_a_column_is_a_plain_npy_file(dtype, tolerance, model, cache):
 def test_extraction_under_autocast_stores_what_the_tower_gives_there(model, cache):
     images = pictures(4)
     found = run(model, images, cache, amp=True).columns[COLUMN]
-    with torch.no_grad(), torch.autocast("cpu"), reading(model, [default_site(model)]) as expected:
+    with torch.no_grad(), torch.autocast("cpu"), reading(model, [Sites.of(model).default]) as expected:
         model.encode_image(torch.stack(images.source))
-    assert np.array_equal(found, expected[default_site(model)].float().numpy())
+    assert np.array_equal(found, expected[Sites.of(model).default].float().numpy())
     assert not np.array_equal(found, run(model, images, cache, amp=False).columns[COLUMN])
 
 
@@ -148,7 +149,7 @@ def test_autocast_casts_the_weights_once_and_not_for_each_batch(model, cache):
 
 
 def test_what_was_extracted_is_found_again(model, cache):
-    sites = block_sites(model)
+    sites = Sites.of(model).blocks
     assert cache.open(KEY, widths(sites)) is None
     found = run(model, pictures(5), cache, sites=sites)
     again = cache.open(KEY, widths(sites))
@@ -160,14 +161,14 @@ def test_what_was_extracted_is_found_again(model, cache):
 def test_extracting_again_replaces(model, cache):
     run(model, pictures(5), cache)
     run(model, pictures(7), cache)
-    assert len(cache.open(KEY, widths([default_site(model)])).columns[COLUMN]) == 7
+    assert len(cache.open(KEY, widths([Sites.of(model).default])).columns[COLUMN]) == 7
     assert len(list(cache.root.iterdir())) == 1
 
 
 def test_no_images_at_all_are_a_data_error(model, cache):
     with pytest.raises(DataError, match="there are no training images"):
         run(model, pictures(0), cache)
-    assert cache.open(KEY, widths([default_site(model)])) is None
+    assert cache.open(KEY, widths([Sites.of(model).default])) is None
     assert list(cache.root.iterdir()) == []
 
 
@@ -194,7 +195,7 @@ def test_an_interrupted_extraction_leaves_what_was_there_and_a_later_one_works(e
         run(model, broken, cache)
     left = [path.name for path in cache.root.iterdir()]
     assert left == ([cache.folder(KEY).name] if before else [])
-    found = cache.open(KEY, widths([default_site(model)]))
+    found = cache.open(KEY, widths([Sites.of(model).default]))
     assert len(found) == 5 if before else found is None
     assert len(run(model, pictures(8), cache)) == 8
 
@@ -278,12 +279,12 @@ DAMAGE = [
 def test_what_is_not_whole_counts_as_not_there(file, damage, model, cache):
     run(model, pictures(5, labels=True), cache)
     damage(cache.folder(KEY), file)
-    assert cache.open(KEY, widths([default_site(model)]), labels=True) is None
+    assert cache.open(KEY, widths([Sites.of(model).default]), labels=True) is None
 
 
 def test_a_site_that_was_not_extracted_counts_as_not_there(model, cache):
     run(model, pictures(5), cache)
-    assert cache.open(KEY, widths(block_sites(model))) is None
+    assert cache.open(KEY, widths(Sites.of(model).blocks)) is None
 
 
 # ---- space

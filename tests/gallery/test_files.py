@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from vs2_plugin.arrays import Stack
-from vs2_plugin.gallery import files as gallery_module
-from vs2_plugin.gallery.files import GalleryFiles, GalleryPart, index_file, open_gallery
 from vs2_plugin.checkpoint.checkpoint import MANIFEST, Checkpoint, SiteFacts, save_checkpoint
 from vs2_plugin.clip.backbone import Tower
 from vs2_plugin.errors import CheckpointError
+from vs2_plugin.gallery import files as gallery_module
+from vs2_plugin.gallery.files import GalleryFiles, GalleryPart, index_file, open_gallery
 
 FIRST, LAST = "visual.transformer.resblocks.0", "visual.transformer.resblocks.11"
 ENCODERS = {"clip": {"width": 6}, "test_vit": {"width": 5, "model": "test_vit", "weights": "", "parameters": "ab"}}

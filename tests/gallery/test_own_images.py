@@ -7,11 +7,10 @@ import torch.nn.functional as F
 
 from vs2_plugin.arrays import Stack
 from vs2_plugin.data.images import image_digest
-from vs2_plugin.errors import HarnessError
 from vs2_plugin.gallery.gallery import Gallery
-from vs2_plugin.gallery.retriever import Retriever
 from vs2_plugin.gallery.search import ExactSearch
-from vs2_plugin.sweep.shared import Lookup
+from vs2_plugin.steering.batch import Batch
+from vs2_plugin.steering.retriever import Retriever
 
 COUNT = 30
 
@@ -57,15 +56,12 @@ def same(rows, images):
     return [next(first for first in range(COUNT) if torch.equal(images[first], images[row])) for row in rows]
 
 
-@pytest.mark.parametrize("wrap", [lambda retriever: retriever, Lookup], ids=["retriever", "lookup"])
 @pytest.mark.parametrize("encoder", ["clip", "other"])
 @pytest.mark.parametrize("n", [1, 5, 20])
-def test_neighbours_are_the_others(arrays, images, encoder, n, wrap):
-    retriever = wrap(make(arrays, encoder, n))
+def test_neighbours_are_the_others(arrays, images, encoder, n):
+    retriever = make(arrays, encoder, n)
     for rows in torch.randperm(COUNT, generator=torch.Generator().manual_seed(1)).split(7):
-        retriever.begin_own(rows)
-        found = retriever.neighbours()
-        retriever.end()
+        found = retriever.neighbours(retriever.own(rows))
         assert found.rows.shape == (len(rows), n) and found.valid.all()
         for query, neighbours in zip(rows.tolist(), found.rows.tolist(), strict=True):
             assert not any(torch.equal(images[row], images[query]) for row in neighbours)
@@ -81,31 +77,14 @@ def test_they_are_what_the_images_themselves_would_get(arrays, images):
     classifier = torch.randn(48, 4, generator=torch.Generator().manual_seed(2))
     for retriever in (by_image, by_row):
         retriever.set_classifier(classifier)
-    by_image.begin(images[rows])
-    by_image.embed(lambda: images[rows].flatten(1).half())
-    by_row.begin_own(rows)
-    assert torch.equal(by_row.embedding(), by_image.embedding())
-    assert by_row.embedding().dtype == torch.float32
-    torch.testing.assert_close(by_row.embedding().norm(dim=1), torch.ones(4))
-    assert torch.equal(by_row.classes(), by_image.classes())
-    assert torch.equal(by_row.classes(), by_row.labels("pseudo")[rows])
-    for one, other in zip(by_row.neighbours(), by_image.neighbours(), strict=True):
+    image, row = Batch(images[rows], embed=lambda: images[rows].flatten(1).half()), by_row.own(rows)
+    assert torch.equal(row.embedding(), image.embedding())
+    assert row.embedding().dtype == torch.float32
+    torch.testing.assert_close(row.embedding().norm(dim=1), torch.ones(4))
+    assert torch.equal(by_row.classes(row), by_image.classes(image))
+    assert torch.equal(by_row.classes(row), by_row.labels("pseudo")[rows])
+    for one, other in zip(by_row.neighbours(row), by_image.neighbours(image), strict=True):
         assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("wrap", [lambda retriever: retriever, Lookup], ids=["retriever", "lookup"])
-def test_the_end_forgets_them(arrays, wrap):
-    retriever = wrap(make(arrays))
-    retriever.set_classifier(torch.randn(48, 4))
-    retriever.begin_own(torch.tensor([1, 2]))
-    first = retriever.neighbours()
-    assert retriever.neighbours() is first and retriever.targets is None
-    retriever.begin_own(torch.tensor([5, 6]))
-    assert not torch.equal(retriever.neighbours().rows, first.rows)
-    retriever.end()
-    for ask in (retriever.embedding, retriever.neighbours, retriever.classes):
-        with pytest.raises(HarnessError, match="within encode_image only"):
-            ask()
 
 
 def test_images_at_hand_afterwards_are_not_taken_for_them(arrays, images):
@@ -113,10 +92,8 @@ def test_images_at_hand_afterwards_are_not_taken_for_them(arrays, images):
     retriever = Retriever(
         Gallery({}, embeddings, digests), "cpu", n=3, search=ExactSearch(embeddings["clip"], "cpu"), digest=image_digest
     )
-    retriever.begin_own(torch.tensor([0]))
-    retriever.neighbours()
+    retriever.neighbours(retriever.own(torch.tensor([0])))
     strangers = -images[:2]
-    retriever.begin(strangers)
-    retriever.embed(lambda: strangers.flatten(1))
+    found = retriever.neighbours(Batch(strangers, embed=lambda: strangers.flatten(1)))
     cosines = F.cosine_similarity(strangers.flatten(1)[:, None], images.flatten(1)[None], dim=-1)
-    assert same(retriever.neighbours().rows[0].tolist(), images) == same(cosines[0].topk(3).indices.tolist(), images)
+    assert same(found.rows[0].tolist(), images) == same(cosines[0].topk(3).indices.tolist(), images)

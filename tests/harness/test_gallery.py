@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 
 import vs2_plugin
-from vs2_plugin.gallery.files import open_gallery
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli import train_sae
 from vs2_plugin.data.images import open_images
 from vs2_plugin.demo.digits import CLASSES, TEMPLATES
 from vs2_plugin.errors import DataError, HarnessError
+from vs2_plugin.gallery.files import open_gallery
 
 from .conftest import DIGITS, TINY, few_digits, metrics
 

@@ -10,8 +10,8 @@ import torch
 
 import vs2_plugin
 from vs2_plugin.harness import recorder as per_image
-from vs2_plugin.results.runs import read
 from vs2_plugin.report.summary import summarise
+from vs2_plugin.results.runs import read
 
 from .conftest import TINY, few_digits, metrics
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from vs2_plugin.checkpoint.store import Store
@@ -106,9 +107,12 @@ def test_other_towers_are_steered_at_their_output(name, in_demo, clip_benchmark)
     assert code == 2 and "has no SAE at block 1" in error
 
 
-@pytest.mark.parametrize("name", ["resnet"])
-def test_other_towers_look_up_neighbours_too(name, in_demo, clip_benchmark):
-    """The activation that is steered is the embedding itself, by which neighbours are looked up."""
+@pytest.mark.parametrize("name", ["resnet", "convnext"])
+def test_other_towers_look_up_neighbours_too(name, in_demo, clip_benchmark, monkeypatch):
+    """The activation that is steered is the embedding itself, by which neighbours are looked up.
+
+    The width of a timm trunk is told by running it, which no steering may see: each image counts once."""
+    monkeypatch.setenv("VS2_PER_IMAGE", "1")
     model = make_tower(in_demo, name)
     few = ("--samples", "500", "--max_images", "128", "--num_workers", "0", "--quiet", "--no_amp", "--overwrite")
     assert train_sae.main(["--model", model, *DIGITS[:4], *few, "--name", "neighbours"]) == 0
@@ -125,5 +129,7 @@ def test_other_towers_look_up_neighbours_too(name, in_demo, clip_benchmark):
     for found in steered:
         assert found["vs2_site"] == "visual" and 0 <= found["acc1"] <= 1
     assert steered[0]["vs2_mean_fvu"] > 0 and 0 < steered[0]["vs2_agreement"] <= 1
+    images = np.load(in_demo / f"n-{models[0]}.images.npz")
+    assert images["fvu"].shape == images["target"].shape and len(images["target"]) > 100
     folder = Store.default().find("neighbours").folder / "gallery/0"
     assert (folder / "visual.npy").read_bytes() == (folder / "embedding.clip.npy").read_bytes()

@@ -12,10 +12,9 @@ import torch
 from PIL import Image
 
 import vs2_plugin
-from vs2_plugin.gallery.files import open_gallery
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli.main import main
-from vs2_plugin.clip.sites import paused
+from vs2_plugin.gallery.files import open_gallery
 
 from ..report.test_page import Page
 from .conftest import BLOCK, DATA
@@ -65,7 +64,7 @@ def test_inspect_says_what_steering_did(folder, digit, capsys):
     image = transform(Image.open("904.png"))[None]
     with torch.no_grad():
         after = 100 * torch.nn.functional.normalize(model.encode_image(image), dim=-1) @ classifier
-        with paused([place.edit for place in model.places]):
+        with model.unsteered():
             before = 100 * torch.nn.functional.normalize(model.model.encode_image(image), dim=-1) @ classifier
     assert re.search(r"^  class +before +after +change of the logit$", text, flags=re.MULTILINE)
     shown = re.findall(r"^  (\w+) +([\d.]+) % +([\d.]+) % +([+-][\d.]+)$", text, flags=re.MULTILINE)

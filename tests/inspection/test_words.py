@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from vs2_plugin.clip.backbone import load_backbone
-from vs2_plugin.clip.sites import default_site, editing, output_site
+from vs2_plugin.clip.edits import editing
+from vs2_plugin.clip.sites import Sites
 from vs2_plugin.demo.run import _TINY_CLIP
 from vs2_plugin.inspection.words import latent_embeddings, nearest, text_embeddings
 
@@ -26,7 +27,7 @@ def test_text_embeddings_are_clip_benchmarks(prompts):
 
 def test_a_direction_is_what_the_tower_makes_of_it(make_clip, batch):
     model = make_clip()
-    site = default_site(model)
+    site = Sites.of(model).default
     mean, steps = torch.randn(32), torch.randn(3, 32)
 
     def embedded(activation):
@@ -40,8 +41,8 @@ def test_a_direction_is_what_the_tower_makes_of_it(make_clip, batch):
 
 def test_at_the_output_it_is_the_step_itself(make_clip):
     model = make_clip(pool_type="avg")
-    site, steps = default_site(model), torch.randn(2, 24)
-    assert site == output_site(model)
+    site, steps = Sites.of(model).default, torch.randn(2, 24)
+    assert site == Sites.of(model).output
     assert torch.allclose(latent_embeddings(model, site, torch.randn(24), steps), steps, atol=1e-5)
 
 

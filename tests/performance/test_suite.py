@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vs2_plugin.clip.sites import default_site, output_site
+from vs2_plugin.clip.sites import Sites
 from vs2_plugin.data.cache import ActivationCache, activations_at, extract
 from vs2_plugin.data.images import TrainingImages
 from vs2_plugin.sae.config import TrainConfig
+from vs2_plugin.sae.step import set_gradients
 from vs2_plugin.sae.topk import SaeConfig, TopKSAE
 from vs2_plugin.sae.train import train_sae
-from vs2_plugin.sae.step import set_gradients
+from vs2_plugin.steering.amplify import Amplify
 from vs2_plugin.steering.gate import Gate
-from vs2_plugin.steering.operators import SparseSteering, amplified, vs2_steer
 
 SUITE = Path(__file__).parents[2] / "benchmark_configs" / "performance"
 D, LATENTS, K, BATCH = 64, 512, 8, 256
@@ -105,10 +105,10 @@ def test_a_training_takes_one_dense_product_per_step():
 
 
 @pytest.mark.parametrize("tau", [None, 0.5])
-@pytest.mark.parametrize("function", [vs2_steer, amplified])
+@pytest.mark.parametrize("base", ["x", "b_dec"])
 @torch.no_grad()
-def test_a_steered_batch_takes_one_dense_product_with_what_is_told_of_it(sae, function, tau):
-    gate = Gate(SparseSteering(function, sae, 1.5, {}), sae, torch.zeros(D), tau)
+def test_a_steered_batch_takes_one_dense_product_with_what_is_told_of_it(sae, base, tau):
+    gate = Gate(Amplify(sae, 1.5, base), sae, torch.zeros(D), tau)
     assert products(lambda: gate(torch.randn(BATCH, D))) == 1
     assert gate.facts["mean_fvu"] > 0
 
@@ -119,7 +119,7 @@ def test_extraction_takes_one_forward_per_batch_and_two_bytes_per_value(make_cli
     model.visual.register_forward_hook(lambda *args: forwards.append(1))
     count, batch_size = 22, 4
     images = TrainingImages(list(torch.rand(count, 3, 32, 32)), None, None)
-    sites = [default_site(model), output_site(model)]
+    sites = [Sites.of(model).default, Sites.of(model).output]
     widths = {site.hookpoint: site.width for site in sites}
     found = extract(
         activations_at(model, sites, amp=False),

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from vs2_plugin.results.runs import read
 from vs2_plugin.report.summary import summarise
+from vs2_plugin.results.runs import read
 
 
 def group_of(*paths):

@@ -7,9 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vs2_plugin.errors import CheckpointError
-from vs2_plugin.sae.files import load_sae, save_sae
+from vs2_plugin.sae.files import CONFIG_FILE, WEIGHTS_FILE, load_sae, save_sae
 from vs2_plugin.sae.topk import SaeConfig, TopKSAE
-from vs2_plugin.sae.files import CONFIG_FILE, WEIGHTS_FILE
 
 
 def make_sae(activation="relu", num_latents=64):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vs2_plugin.sae.topk import Latents, SaeConfig, TopKSAE, fvu
 from vs2_plugin.sae.step import Adam, ClassMeans, set_gradients
+from vs2_plugin.sae.topk import Latents, SaeConfig, TopKSAE, fvu
 
 D_IN, LATENTS, K = 64, 512, 8
 

@@ -124,23 +124,3 @@ def test_settings_out_of_range_are_named(settings, named):
 
 def test_latents_are_named():
     assert Latents._fields == ("values", "indices")
-
-
-def test_within_a_block_a_tensor_is_encoded_once_as_long_as_nobody_writes_to_it():
-    sae, x = make_sae(16, 64, 4, "relu")
-    known = sae.encode(x)
-    with sae.encoded(x) as latents:
-        assert sae.encode(x) is latents and torch.equal(latents.values, known.values)
-        assert sae.encode(x.clone()) is not latents
-        x *= 2
-        fresh = sae.encode(x)
-        assert fresh is not latents and np.allclose(dense(fresh, 64).detach(), plain_code(sae, x))
-    assert sae.encode(x) is not latents
-    with pytest.raises(ZeroDivisionError), sae.encoded(x) as latents:
-        raise ZeroDivisionError
-    assert sae.encode(x) is not latents
-    with torch.inference_mode():
-        other = x.clone()
-        with sae.encoded(other):
-            other *= 2
-            assert np.allclose(dense(sae.encode(other), 64), plain_code(sae, x * 2))

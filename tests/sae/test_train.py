@@ -8,12 +8,10 @@ import pytest
 import torch
 
 from vs2_plugin.errors import DataError, SettingError
-from vs2_plugin.sae.config import TrainConfig
-from vs2_plugin.sae.topk import fvu, sample_fvu
-from vs2_plugin.sae.train import train_sae
 from vs2_plugin.sae import train as train_module
-from vs2_plugin.sae.config import RECIPES
-from vs2_plugin.sae.train import QUANTILES
+from vs2_plugin.sae.config import RECIPES, TrainConfig
+from vs2_plugin.sae.topk import fvu, sample_fvu
+from vs2_plugin.sae.train import QUANTILES, train_sae
 
 D_IN = 16
 

@@ -6,11 +6,13 @@ import torch
 
 from vs2_plugin.data.images import image_digest
 from vs2_plugin.gallery.gallery import Gallery
-from vs2_plugin.gallery.retriever import Retriever
 from vs2_plugin.gallery.search import ExactSearch
 from vs2_plugin.sae.topk import sample_fvu
+from vs2_plugin.steering.batch import Batch
 from vs2_plugin.steering.gate import Gate
+from vs2_plugin.steering.move import steer as applied
 from vs2_plugin.steering.neighbours import Activations, Codes, NeighbourSteering
+from vs2_plugin.steering.retriever import Retriever
 
 N = 10
 
@@ -38,20 +40,13 @@ def make(request, images, make_sae):
         return NeighbourSteering(retriever, directions, alpha, rule, "pseudo", brake=brake)
 
     def steer(steering, rows=slice(0, 24)):
-        retriever.begin(images[rows])
-        retriever.embed(lambda: images[rows].flatten(1))
-        try:
-            return steering(x[rows])
-        finally:
-            retriever.end()
+        return applied(steering, x[rows], Batch(images[rows], embed=lambda: images[rows].flatten(1)))
 
     def shares(rule="majority"):
         """The share of S⁺ among the neighbours of each query, counted one by one."""
-        retriever.begin(images[:24])
-        retriever.embed(lambda: images[:24].flatten(1))
-        hood, own = retriever.neighbours(), retriever.classes().tolist()
+        batch = Batch(images[:24], embed=lambda: images[:24].flatten(1))
+        hood, own = retriever.neighbours(batch), retriever.classes(batch).tolist()
         labels = retriever.labels("pseudo")[hood.rows].tolist()
-        retriever.end()
         if rule == "query":
             return [row.count(mine) / N for row, mine in zip(labels, own, strict=True)]
         return [max(row.count(label) for label in row) / N for row in labels]

@@ -10,19 +10,22 @@ import numpy as np
 import pytest
 import torch
 
-from vs2_plugin.gallery.files import GalleryFiles, GalleryPart
 from vs2_plugin.checkpoint.checkpoint import SiteFacts, save_checkpoint
 from vs2_plugin.clip.backbone import Tower, load_backbone
-from vs2_plugin.clip.sites import block_sites, default_site, editing, reading
+from vs2_plugin.clip.edits import editing, reading
+from vs2_plugin.clip.sites import Sites
 from vs2_plugin.data.images import image_digest
 from vs2_plugin.demo.digits import CLASSES, TEMPLATES
 from vs2_plugin.demo.run import _TINY_CLIP
+from vs2_plugin.gallery.files import GalleryFiles, GalleryPart
 from vs2_plugin.harness.model import SteeredCLIP
 from vs2_plugin.modelstring import parse
 from vs2_plugin.sae.config import TrainConfig
 from vs2_plugin.sae.train import train_sae
+from vs2_plugin.steering.batch import Batch
 from vs2_plugin.steering.context import Context
 from vs2_plugin.steering.gate import Gate
+from vs2_plugin.steering.move import steer
 
 _spec = importlib.util.spec_from_file_location("reference", Path(__file__).with_name("reference.py"))
 reference = importlib.util.module_from_spec(_spec)
@@ -40,7 +43,7 @@ def digits():
     loaded = load_backbone(f"local-dir:{_TINY_CLIP}", "")
     pixels = (load_digits().images[:400] * 255 / 16).round().astype("uint8")
     images = torch.stack([loaded.transform(Image.fromarray(array).convert("RGB")) for array in pixels])
-    sites = block_sites(loaded.model)
+    sites = Sites.of(loaded.model).blocks
     with torch.no_grad(), reading(loaded.model, sites) as found:
         embeddings = loaded.model.encode_image(images)
         text = loaded.model.encode_text(loaded.tokenizer([TEMPLATES[0].format(c=name) for name in CLASSES]))
@@ -57,7 +60,7 @@ def digits():
 @pytest.fixture(scope="module")
 def activations(digits):
     """The digits at the last block: ``[400, 128]``."""
-    assert default_site(digits.loaded.model).block == 3
+    assert Sites.of(digits.loaded.model).default.block == 3
     return digits.tokens[3]
 
 
@@ -90,7 +93,7 @@ def build(text, sae, mean):
 @pytest.mark.parametrize("text", CASES)
 def test_methods_agree_with_the_reference(text, trained, activations):
     sae, mean, arrays, activation = trained
-    steered = build(text, sae, mean)(activations[:60]).detach().double().numpy()
+    steered = steer(build(text, sae, mean), activations[:60], Batch()).detach().double().numpy()
     expected = np.stack([CASES[text](arrays, x, activation) for x in activations[:60].double().numpy()])
     scale = np.linalg.norm(activations.numpy(), axis=1).mean()
     assert np.abs(steered - expected).max() / scale < 1e-5
@@ -135,7 +138,7 @@ def train_saes(digits):
     made = {}
 
     def train(activation):
-        for site in [] if activation in made else block_sites(digits.loaded.model)[2:]:
+        for site in [] if activation in made else Sites.of(digits.loaded.model).blocks[2:]:
             config = TrainConfig(k=K, expansion_factor=2, samples=4000, activation=activation)
             sae, mean, figures = train_sae(digits.tokens[site.block].numpy(), config, quiet=True)
             facts = SiteFacts(site.hookpoint, "plain", "none", 128, mean.tolist(), 0.1, figures.fvu_quantiles, {}, {})
@@ -259,7 +262,7 @@ def expected_of(method, digits, known, query, options, x, block=3):
 
 def run(model, digits, queries):
     """The embeddings of some of the digits, and their tokens at blocks 2 and 3 as the steered tower has them."""
-    sites = block_sites(model)[2:]
+    sites = Sites.of(model).blocks[2:]
     model.set_targets(torch.from_numpy(digits.targets[queries]))
     with torch.no_grad(), reading(model, sites) as found:
         embeddings = model.encode_image(digits.images[queries])
@@ -370,7 +373,7 @@ def test_two_sites_are_steered_along_the_neighbours_of_the_plain_embedding(steer
     )
     assert difference(tokens[2], first, digits.tokens[2]) < 1e-5
     plain = digits.loaded.model
-    second, third = block_sites(plain)[2:]
+    second, third = Sites.of(plain).blocks[2:]
     moved = torch.from_numpy(first).float()
     with torch.no_grad(), editing(plain, second, lambda x: moved), reading(plain, [third]) as seen:
         plain.encode_image(digits.images[QUERIES])

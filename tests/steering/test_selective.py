@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 
 from vs2_plugin.gallery.gallery import Gallery
-from vs2_plugin.gallery.retriever import Retriever
 from vs2_plugin.sae.topk import Latents
 from vs2_plugin.steering import selective as module
-from vs2_plugin.steering.operators import SparseSteering, vs2_steer
+from vs2_plugin.steering.batch import Batch
+from vs2_plugin.steering.move import call, steer, vs2_steer
 from vs2_plugin.steering.neighbours import Activations
+from vs2_plugin.steering.retriever import Retriever
 from vs2_plugin.steering.selective import SelectiveSteering, Selectivity, class_selectivity, latent_weights, weighted
 
 LATENTS = 12
@@ -164,6 +165,10 @@ def parts(make_sae):
     return sae, x.half(), torch.randn(32, 32, generator=made), directions
 
 
+def applied(steering, x):
+    return steer(steering, x, Batch())
+
+
 @pytest.fixture
 def build(parts):
     """A function that gives the steering, with the retriever that knows the classes."""
@@ -179,7 +184,7 @@ def build(parts):
 def test_the_selectivity_is_that_of_codes_and_zero_shot_probabilities(parts, build):
     sae, x, project, directions = parts
     make, _ = build
-    make(1.0, 2.0).code(x[:5].float())
+    applied(make(1.0, 2.0), x[:5].float())
     latents = sae.encode(x.float())
     codes = np.zeros((300, 64))
     np.put_along_axis(codes, latents.indices.numpy(), latents.values.double().numpy(), 1)
@@ -194,22 +199,22 @@ def test_the_selectivity_is_that_of_codes_and_zero_shot_probabilities(parts, bui
 def test_with_p_0_it_is_vs2(parts, build, alpha):
     sae, _, _, _ = parts
     x = torch.randn(40, 32, generator=torch.Generator().manual_seed(2)) * 5
-    found = build[0](alpha, 0.0)(x)
-    torch.testing.assert_close(found, SparseSteering(vs2_steer, sae, alpha, {})(x), rtol=1e-6, atol=1e-6)
-    assert not torch.allclose(found, build[0](alpha, 2.0)(x), atol=1e-2)
+    found = applied(build[0](alpha, 0.0), x)
+    torch.testing.assert_close(found, vs2_steer(x, sae, alpha), rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(found, applied(build[0](alpha, 2.0), x), atol=1e-2)
 
 
 @pytest.mark.parametrize("p", [0.0, 2.0])
 def test_with_alpha_0_activations_stay_bit_for_bit(build, p):
     x = torch.randn(40, 32)
-    assert build[0](0.0, p)(x) is x
+    assert applied(build[0](0.0, p), x) is x
 
 
 @pytest.mark.parametrize("p", [0.5, 1.0, 2.0, 8.0])
 def test_over_the_gallery_the_steering_vectors_have_the_mean_length_of_vs2(parts, build, p):
     sae, x, _, _ = parts
     plain = sae.combine(sae.encode(x.float()))
-    selective = sae.combine(build[0](1.0, p).code(x.float()))
+    selective = call(build[0](1.0, p), x.float(), Batch()).code.direction
     assert float(selective.norm(dim=1).mean()) == pytest.approx(float(plain.norm(dim=1).mean()), rel=1e-5)
     assert not torch.allclose(plain, selective, rtol=0.05)
 
@@ -218,7 +223,7 @@ def test_the_formula_by_hand(parts, build):
     sae, x, _, _ = parts
     queries = torch.randn(10, 32, generator=torch.Generator().manual_seed(3))
     steering = build[0](1.5, 2.0)
-    found = steering(queries).double().numpy()
+    found = applied(steering, queries).double().numpy()
     r = steering.selectivity._r.double().numpy()
     w = (r / r[r > 0].mean()) ** 2
     decoder = sae.W_dec.double().numpy()
@@ -239,17 +244,17 @@ def test_the_formula_by_hand(parts, build):
 def test_other_classes_make_other_weights(build):
     make, retriever = build
     steering, x = make(1.0, 2.0), torch.randn(10, 32)
-    before = steering(x)
-    assert torch.equal(steering(x), before)
+    before = applied(steering, x)
+    assert torch.equal(applied(steering, x), before)
     retriever.set_classifier(2 * retriever.classifier)  # the same classes
-    torch.testing.assert_close(steering(x), before)
+    torch.testing.assert_close(applied(steering, x), before)
     retriever.set_classifier(torch.randn(32, 3, generator=torch.Generator().manual_seed(9)))
-    after = steering(x)
+    after = applied(steering, x)
     assert not torch.allclose(after, before, atol=1e-3)
     fresh = SelectiveSteering(
         steering.sae, Selectivity(steering.sae, steering.selectivity._activations, retriever), 1.0, 2.0
     )
-    assert torch.equal(fresh(x), after)
+    assert torch.equal(applied(fresh, x), after)
 
 
 def test_of_a_large_gallery_images_spread_over_it_are_used_in_batches(parts, build, monkeypatch):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 
+from vs2_plugin.gallery.search import ExactSearch
 from vs2_plugin.method import LABELS, Method, Option
 from vs2_plugin.plugins import registry
-from vs2_plugin.gallery.search import ExactSearch
 from vs2_plugin.sae.topk import TopKSAE
 from vs2_plugin.steering.neighbours import Codes
 from vs2_plugin.sweep import evaluate

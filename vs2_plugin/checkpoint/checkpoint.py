@@ -25,8 +25,8 @@ from vs2_plugin.files import atomic_folder
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vs2_plugin.gallery.files import GalleryFiles
     from vs2_plugin.clip.backbone import Tower
+    from vs2_plugin.gallery.files import GalleryFiles
     from vs2_plugin.sae.topk import TopKSAE
 
 __all__ = ["MANIFEST", "Checkpoint", "SiteFacts", "save_checkpoint"]

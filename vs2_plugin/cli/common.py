@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 
+from vs2_plugin import messages
 from vs2_plugin.errors import Vs2Error
 
 __all__ = ["AGAIN", "end_well", "is_interruption", "load_torch"]
@@ -16,7 +17,8 @@ AGAIN = "; nothing is kept of it: run the same command again"
 
 
 def end_well(program: str, action: Callable[[], int | None], interrupted: str = "") -> int:
-    """Run ``action``. An error of this package becomes one line on stderr and exit code 2, Ctrl-C 130."""
+    """Run ``action``, and show its messages. An error of this package becomes one line on stderr and exit code 2, Ctrl-C 130."""
+    messages.show()
     try:
         return action() or 0
     except Vs2Error as error:

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 from vs2_plugin.cli.common import AGAIN, load_torch
-from vs2_plugin.inspection.findings import Finding, Inspector
-from vs2_plugin.inspection.subject import TOP_IMAGES, WORDS, add_settings, open_subject, positive, say
-from vs2_plugin.inspection.pictures import read_image
 from vs2_plugin.errors import HarnessError, SettingError
+from vs2_plugin.inspection.findings import Finding, Inspector
+from vs2_plugin.inspection.pictures import read_image
+from vs2_plugin.inspection.subject import TOP_IMAGES, WORDS, add_settings, open_subject, positive, say
 
 __all__ = ["add_inspect"]
 

@@ -140,8 +140,8 @@ def _train(quiet: bool):
 
     def train(words: Sequence[str]) -> None:
         from vs2_plugin.cli import train_sae
-        from vs2_plugin.training import run as training
         from vs2_plugin.distributed import joined
+        from vs2_plugin.training import run as training
 
         args = train_sae.parser().parse_args([*words[1:], *(["--quiet"] if quiet else [])])
         typed, sys.argv = sys.argv, list(words)  # the checkpoint keeps its command

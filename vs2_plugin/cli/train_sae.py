@@ -193,8 +193,8 @@ def _at_least(least: int) -> Callable[[str], int]:
 def _run(argv: Sequence[str] | None) -> None:
     load_torch()  # and all else that takes a moment: here, where Ctrl-C ends well
     args = parser().parse_args(argv)
-    from vs2_plugin.training import run as training
     from vs2_plugin.distributed import joined
+    from vs2_plugin.training import run as training
 
     with joined() as processes:
         training.run(args, processes, _look_for_garbage)

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
 from vs2_plugin.arrays import digest_of
+from vs2_plugin.clip.sites import Sites
 from vs2_plugin.errors import TowerError
 from vs2_plugin.names import HUB, LOCAL
 from vs2_plugin.text import reason_of
@@ -108,6 +110,11 @@ class Loaded:
     """Its image preprocessing."""
     tokenizer: Any
     """Its text tokenizer."""
+
+    @cached_property
+    def sites(self) -> Sites:
+        """Where activations can be read and edited."""
+        return Sites.of(self.model)
 
 
 def ignores_pretrained(backbone: str) -> bool:

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vs2_plugin.arrays import Column
-from vs2_plugin.clip.sites import Site, reading
+from vs2_plugin.clip.edits import reading
+from vs2_plugin.clip.sites import Site
 from vs2_plugin.data.images import TrainingImages
-from vs2_plugin.errors import DataError
 from vs2_plugin.distributed import ALONE, Processes, wait
+from vs2_plugin.errors import DataError
 from vs2_plugin.files import atomic_folder
 
 __all__ = ["ActivationCache", "Encode", "Extracted", "activations_at", "extract", "require_space"]

@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
-from vs2_plugin.errors import DataError
 from vs2_plugin.distributed import Processes
+from vs2_plugin.errors import DataError
 
 __all__ = ["EXTENSIONS", "LocalShards", "RemoteShards", "open_shards"]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import product
@@ -20,17 +21,27 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from vs2_plugin import __version__
 from vs2_plugin.arrays import digest_of, spread
-from vs2_plugin.clip.sites import Site, embedding_from, in_float32
+from vs2_plugin.checkpoint.checkpoint import Checkpoint
+from vs2_plugin.clip.edits import in_float32
+from vs2_plugin.clip.sites import Site, embedding_from
 from vs2_plugin.errors import HarnessError, ModelStringError
 from vs2_plugin.files import atomic_file
-from vs2_plugin.method import Option, Scalar
+from vs2_plugin.gallery.files import open_gallery
 from vs2_plugin.gallery.gallery import CLIP, Gallery
-from vs2_plugin.gallery.retriever import Retriever
+from vs2_plugin.method import Option, Scalar
+from vs2_plugin.modelstring import ModelString
+from vs2_plugin.steering.batch import Batch
+from vs2_plugin.steering.move import Move, Steering, call, steer
 from vs2_plugin.steering.neighbours import Activations
-from vs2_plugin.strength import Choice, choose, neighbour_graph
+from vs2_plugin.steering.retriever import Retriever
+from vs2_plugin.strength import NEIGHBOURS, RULE, Choice, neighbour_graph
+from vs2_plugin.strength import choose as choose_by_evidence
 
-__all__ = ["Automatic", "gallery_classes", "kept", "read_prior", "settle"]
+__all__ = ["Automatic", "choose", "read_prior", "settle"]
+
+logger = logging.getLogger(__name__)
 
 #: Images that are looked at, evenly spread over a larger gallery, and how many at a time.
 _IMAGES, _BATCH = 10_000, 2048
@@ -41,27 +52,26 @@ class Automatic(nn.Module):
 
     def __init__(
         self,
-        build: Callable[[Mapping[str, Scalar | None]], Callable[[Tensor], Tensor]],
+        build: Callable[[Mapping[str, Scalar | None]], Steering],
         given: Mapping[str, Scalar | None],
         options: Sequence[Option],
-        device: torch.device,
     ) -> None:
         """``build`` makes the steering of all options, of which ``options`` are automatic and the others ``given``."""
         super().__init__()
-        self._build, self._given, self._device = build, given, device
+        self._build, self._given = build, given
         #: Every combination of values; the first leaves activations as they are.
         self.candidates = [
             dict(zip([option.name for option in options], values, strict=True))
-            for values in product(*(option.auto for option in options))
+            for values in product(*(option.auto or () for option in options))
         ]
         self.choice: Choice | None = None
-        self.steering: Callable[[Tensor], Tensor] | None = None
+        self.steering: Steering | None = None
 
     def use(self, values: Mapping[str, Scalar]) -> None:
         """Steer with these values."""
         steering = self._build({**self._given, **values})
         self._modules.pop("steering", None)  # torch would refuse a function where a module was
-        self.steering = steering.to(self._device).eval() if isinstance(steering, nn.Module) else steering
+        self.steering = steering
 
     def settle(self, choice: Choice, classifier: Tensor | None = None) -> None:
         """Steer with the values that were chosen (for these classes) from now on."""
@@ -69,7 +79,7 @@ class Automatic(nn.Module):
         self.choice, self._classes = choice, None if classifier is None else digest_of({"": classifier})
 
     def is_settled(self, classifier: Tensor) -> bool:
-        """Whether the choice is made for these classes."""
+        """Tell whether the choice was made for these classes."""
         return self.choice is not None and self._classes == digest_of({"": classifier})
 
     @property
@@ -79,60 +89,71 @@ class Automatic(nn.Module):
 
     def reset(self) -> None:
         """Forget the images seen so far."""
-        if hasattr(self.steering, "reset"):
+        if self.steering is not None and hasattr(self.steering, "reset"):
             self.steering.reset()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, batch: Batch) -> Tensor | Move:
         """Steer ``[batch, d]``. Raises HarnessError while the classes are not known."""
         if self.steering is None:
             raise HarnessError(
                 "auto needs the classes of the data set, and none are known; in Python, call "
                 "model.set_classifier(classifier) with the zero-shot classifier [embed_dim, classes] first"
             )
-        return self.steering(x)
+        moved: Tensor | Move = call(self.steering, x, batch)
+        return moved
+
+    def steer(self, x: Tensor, batch: Batch) -> Tensor:
+        """The steered activations ``[batch, d]``."""
+        return steer(self, x, batch)
 
 
-@torch.no_grad()
-def gallery_classes(
-    steer: Callable[[Tensor], Tensor],
+def choose(
+    automatic: Automatic,
+    steer: Callable[[Tensor, Batch], Tensor],
     model: nn.Module,
     site: Site,
-    gallery: Gallery,
-    rows: Tensor,
+    checkpoint: Checkpoint,
+    retriever: Retriever | None,
     classifier: Tensor,
-    retriever: Retriever | None = None,
-) -> Tensor:
-    """The zero-shot classes of images of the gallery, steered: int64 ``[len(rows)]``.
+    spec: ModelString,
+    classes: Sequence[str] | None,
+    quiet: bool,
+) -> None:
+    """Choose among the candidates of ``automatic``, or take the choice that was kept, and log it unless ``quiet``.
 
     Args:
-        steer: activations ``[batch, d]`` to the same.
-        model: the open_clip model.
-        site: its last site, or the output.
-        gallery: the images.
-        rows: which of them.
-        classifier: ``[embed_dim, classes]``, as clip_benchmark makes it.
-        retriever: what the steering asks about the images at hand.
+        steer: ``automatic`` with what is around it (a gate).
+        classes: names of the classes, as far as they are known.
+
+    The others are as for :func:`settle`.
     """
-    stored = gallery.activations.get(site.hookpoint, gallery.embeddings[CLIP])
-    activations, classifier = Activations(stored, classifier.device), classifier.float()
-    found = []
-    with torch.autocast(classifier.device.type, enabled=False):
-        for batch in rows.split(_BATCH):
-            if retriever is not None:
-                retriever.begin_own(batch)
-            try:
-                steered = in_float32(steer, activations[batch])
-            finally:
-                if retriever is not None:
-                    retriever.end()
-            embedding = nn.functional.normalize(embedding_from(model, site, steered), dim=-1)
-            found.append((embedding @ classifier).argmax(1))
-    return torch.cat(found)
+    path = spec.options["prior"]
+    prior = None if path is None else read_prior(str(path), classes, classifier.shape[1])
+    gallery = open_gallery(checkpoint) if retriever is None else retriever.gallery
+    name = str(spec)
+    identity = {
+        "version": __version__,
+        "rule": [*RULE, NEIGHBOURS],
+        "checkpoint": checkpoint.digest,
+        "method": spec.method.name,
+        "options": spec.options | {"prior": None if prior is None else prior.tolist()},
+        "candidates": automatic.candidates,
+        "site": site.hookpoint,
+    }
+
+    def make() -> Choice:
+        return settle(
+            automatic, steer, model, site, gallery, classifier, retriever, prior, None if quiet else name
+        )
+
+    automatic.settle(_kept(checkpoint.folder / "auto", identity, classifier, make), classifier)
+    if not quiet:
+        logger.info("%s: %s", name, automatic.choice)
 
 
 def settle(
     automatic: Automatic,
-    steer: Callable[[Tensor], Tensor],
+    steer: Callable[[Tensor, Batch], Tensor],
     model: nn.Module,
     site: Site,
     gallery: Gallery,
@@ -141,29 +162,56 @@ def settle(
     prior: Tensor | None = None,
     name: str | None = None,
 ) -> Choice:
-    """Choose among the candidates.
+    """Choose among the candidates by the zero-shot classes that they give to images of the gallery.
 
     Args:
         automatic: the candidates.
-        steer: it, with whatever is around it (a gate).
+        steer: steers activations ``[batch, d]`` of a batch by the candidate in use.
+        model: the open_clip model.
+        site: its last site, or the output.
+        gallery: the images.
+        classifier: ``[embed_dim, classes]``, as clip_benchmark makes it.
+        retriever: what the steering asks about the images at hand.
         prior: shares of the classes, if known.
         name: of the progress bar; None: there is none.
-
-    The others are as for :func:`gallery_classes`.
     """
     rows = spread(len(gallery), _IMAGES)
     if len(rows) < 2:
         raise HarnessError(f"auto is told by images of the gallery, and there is {len(rows)}; expected some hundreds")
-    stored = Activations(gallery.embeddings[CLIP], classifier.device)
-    graph = neighbour_graph(torch.cat([stored[batch] for batch in rows.split(_BATCH)]))
+    embeddings = Activations(gallery.embeddings[CLIP], classifier.device)
+    graph = neighbour_graph(torch.cat([embeddings[part] for part in rows.split(_BATCH)]))
+    activations = Activations(gallery.activations.get(site.hookpoint, gallery.embeddings[CLIP]), classifier.device)
+    # The candidates share batches, and with them codes and neighbours.
+    batches = [
+        (activations[part], Batch(rows=part) if retriever is None else retriever.own(part))
+        for part in rows.split(_BATCH)
+    ]
     ways = []
     for values in tqdm(automatic.candidates, name, unit="candidate", disable=None if name else True, leave=False):
         automatic.use(values)
-        ways.append(gallery_classes(steer, model, site, gallery, rows, classifier, retriever))
-    return choose(automatic.candidates, ways, graph, classifier.shape[1], prior)
+        ways.append(_classes(steer, model, site, batches, classifier.float()))
+    return choose_by_evidence(automatic.candidates, ways, graph, classifier.shape[1], prior)
 
 
-def kept(folder: Path, identity: Mapping[str, Any], classifier: Tensor, make: Callable[[], Choice]) -> Choice:
+@torch.no_grad()
+def _classes(
+    steer: Callable[[Tensor, Batch], Tensor],
+    model: nn.Module,
+    site: Site,
+    batches: Sequence[tuple[Tensor, Batch]],
+    classifier: Tensor,
+) -> Tensor:
+    """The zero-shot classes of steered images: int64 ``[images]``."""
+    classes = []
+    with torch.autocast(classifier.device.type, enabled=False):
+        for x, batch in batches:
+            steered = in_float32(lambda x, batch=batch: steer(x, batch), x)
+            embedding = nn.functional.normalize(embedding_from(model, site, steered), dim=-1)
+            classes.append((embedding @ classifier).argmax(1))
+    return torch.cat(classes)
+
+
+def _kept(folder: Path, identity: Mapping[str, Any], classifier: Tensor, make: Callable[[], Choice]) -> Choice:
     """The choice that was made before with the same ``identity`` and classifier; else it is made, and kept if possible.
 
     Args:

@@ -4,20 +4,44 @@ from __future__ import annotations
 
 import weakref
 from argparse import Namespace
+from dataclasses import dataclass
 from typing import Any
 
+from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.checkpoint.store import Store, checkpoint_name
 from vs2_plugin.clip.backbone import load_backbone
 from vs2_plugin.errors import CheckpointNotFound
 from vs2_plugin.harness.model import SteeredCLIP
 from vs2_plugin.harness.preflight import missing_checkpoint
-from vs2_plugin.modelstring import parse
+from vs2_plugin.modelstring import ModelString, parse
 from vs2_plugin.steering.context import Task
 
 __all__ = ["bind_waiting", "is_waiting", "load"]
 
 #: The model that was loaded last and does not know its data set yet. clip_benchmark builds that next.
 _waiting: weakref.ref[SteeredCLIP] | None = None
+
+
+@dataclass(frozen=True)
+class _Finder:
+    """Finds the checkpoint of a model for a data set. (No closure, so that a model can be pickled.)"""
+
+    spec: ModelString
+    pretrained: str
+    store: Store
+
+    def __call__(self, task: Task | None) -> Checkpoint | None:
+        spec, store = self.spec, self.store
+        if not spec.method.needs_checkpoint:
+            return None
+        if spec.checkpoint:
+            return store.find(spec.checkpoint)
+        assert task is not None  # without a name, a model is bound to a data set only
+        try:
+            return store.find(checkpoint_name(spec.backbone, self.pretrained, task.dataset))
+        except CheckpointNotFound:
+            args = Namespace(pretrained=self.pretrained, dataset=task.dataset, dataset_root=task.root or "root")
+            raise missing_checkpoint([(spec, args)], store) from None
 
 
 def load(
@@ -55,19 +79,8 @@ def load(
     spec = parse(model)
     store = store or Store.default()
 
-    def find(task: Task | None):
-        if not spec.method.needs_checkpoint:
-            return None
-        if spec.checkpoint:
-            return store.find(spec.checkpoint)
-        try:
-            return store.find(checkpoint_name(spec.backbone, pretrained, task.dataset))
-        except CheckpointNotFound:
-            args = Namespace(pretrained=pretrained, dataset=task.dataset, dataset_root=task.root or "root")
-            raise missing_checkpoint([(spec, args)], store) from None
-
     loaded = load_backbone(spec.backbone, pretrained, cache_dir, device)
-    steered = SteeredCLIP(spec, loaded, find)
+    steered = SteeredCLIP(spec, loaded, _Finder(spec, pretrained, store))
     if dataset is not None:
         steered.bind(Task(dataset))
     else:

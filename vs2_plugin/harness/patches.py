@@ -227,8 +227,10 @@ def _patch_cli(module: ModuleType) -> None:
 
     @functools.wraps(stock_main_eval)
     def main_eval(base):
+        from vs2_plugin import messages
         from vs2_plugin.harness import preflight
 
+        messages.show()
         try:
             preflight.check(base, _planned_runs(base))
             return stock_main_eval(base)

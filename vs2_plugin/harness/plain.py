@@ -1,50 +1,43 @@
-"""What the plain model makes of the images that a steered model encodes."""
+"""The plain model's embedding of the images that a steered model encodes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from vs2_plugin.clip.sites import Edit, Site, finish, paused
+from vs2_plugin.clip.edits import Edit, paused
+from vs2_plugin.clip.sites import finish
 
 __all__ = ["PlainEmbedding"]
 
 
 class PlainEmbedding:
-    """The plain model's embedding of each batch that a steered model encodes, while images are recorded.
+    """The plain model's embedding of each batch that a steered model encodes, bit for bit.
 
-    Where the first steering is at the tower's end, what is left of the tower runs on the activation there. Whether that
-    gives the same bits as the whole tower, the first batch of each shape tells. Where it does not, and with a steering
+    Where the first edit is at the tower's end, what is left of the tower runs on the activation there. Whether that
+    gives the same bits as the whole tower, the first batch of each shape tells. Where it does not, and with an edit
     further in, the whole tower runs once more.
     """
 
-    def __init__(
-        self, model: nn.Module, edits: Sequence[Edit], end: Site | None, show: Callable[[Callable[[], Tensor]], None]
-    ) -> None:
-        self._model, self._edits, self._end, self._show = model, edits, end, show
+    def __init__(self, model: nn.Module, edits: Sequence[Edit], inside: bool) -> None:
+        """``inside``: whether the first edit is before the tower's end."""
+        self._model, self._edits, self._inside = model, edits, inside
         self._exact: dict[torch.Size, bool] = {}
-        # In front of the steering's own hook.
-        self._hook = end and end.module(model).register_forward_hook(self._keep, prepend=True)
+        edits[0].keeping = not inside
 
-    def _keep(self, module: nn.Module, args: object, output: Tensor | tuple) -> None:
-        self._activation = self._end.read(output).clone()  # a plugin may edit in place what it is given
-
-    def show(self, image: Tensor, plain: Tensor | None) -> None:
-        """Show the plain embedding of the batch just encoded, which may be known already."""
-        self._show(lambda: self._embedding(image) if plain is None else plain)
-
-    def _embedding(self, image: Tensor) -> Tensor:
-        found = None if self._end is None else finish(self._model, self._end, self._activation)
-        if self._exact.get(image.shape):
-            return found
+    def of(self, image: Tensor) -> Tensor:
+        """The plain embedding ``[batch, embed_dim]`` of the batch just encoded."""
+        before = self._edits[0].before
+        quick = None if self._inside or before is None else finish(self._model, self._edits[0].site, before)
+        if quick is not None and self._exact.get(image.shape):
+            return quick
         with paused(self._edits):
-            plain = self._model.encode_image(image)
-        self._exact[image.shape] = found is not None and found.dtype == plain.dtype and torch.equal(found, plain)
+            plain: Tensor = self._model.encode_image(image)
+        self._exact[image.shape] = quick is not None and quick.dtype == plain.dtype and torch.equal(quick, plain)
         return plain
 
-    def remove(self) -> None:
-        """Take out the hook."""
-        if self._hook is not None:
-            self._hook.remove()
+    def stop(self) -> None:
+        """Keep no more activations."""
+        self._edits[0].keeping, self._edits[0].before = False, None

@@ -1,6 +1,6 @@
 """Which latents changed a logit, and by how much: integrated gradients along the way that steering takes.
 
-A steering moves an activation by known amounts along decoder directions, and by a rest:
+A steering that is a :class:`Move` takes an activation by known amounts along decoder directions, and by a rest:
 
     x̂ = x + Σ_j a_j d_j + rest                  d_j = row j of W_dec
 
@@ -32,17 +32,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vs2_plugin.clip.sites import Site, default_site, editing, embedding_from, output_site
-from vs2_plugin.sae.topk import Latents
-from vs2_plugin.steering.operators import SparseSteering, amplified, vs2_steer
-from vs2_plugin.steering.neighbours import Codes, NeighbourSteering
-from vs2_plugin.steering.selective import SelectiveSteering
+from vs2_plugin.clip.edits import editing
+from vs2_plugin.clip.sites import Site, Sites, embedding_from
+from vs2_plugin.steering.move import Move
 
 __all__ = ["Attribution", "Movement", "attribute", "movement", "tail"]
 
 #: Points of the quadrature, and how many of them are run at once.
 _POINTS, _AT_ONCE = 32, 8
-_KEEPING_NORM = "back to the norm of x"
 
 
 class Movement(NamedTuple):
@@ -58,44 +55,25 @@ class Movement(NamedTuple):
     """What the rest is, in words."""
 
 
-def movement(steering: object, x: Tensor) -> Movement | None:
-    """How one of the built-in methods moves ``x`` ``[1, d]``; None for a method without a sparse code.
-
-    VS2++ asks its retriever, so the image must be the one at hand there.
-    """
-    if isinstance(steering, SparseSteering) and steering.function is vs2_steer:
-        code = steering.sae.encode(x)
-        return _along(code, steering.strength * code.values, _KEEPING_NORM)
-    if isinstance(steering, SparseSteering) and steering.function is amplified:
-        code = steering.sae.encode(x)
-        return _along(code, (steering.strength - 1) * code.values, "what the SAE does not explain, left out")
-    if isinstance(steering, NeighbourSteering) and isinstance(steering.directions, Codes):
-        mixed = steering.directions.mixed(*steering.weights())
-        indices = mixed[0].nonzero()[:, 0]
-        code = Latents(mixed[:, indices], indices[None])
-        return _along(code, steering.alpha * code.values, _KEEPING_NORM)
-    if isinstance(steering, SelectiveSteering):
-        return _along(steering.sae.encode(x), steering.alpha * steering.code(x).values, _KEEPING_NORM)
-    return None
+def movement(move: Move) -> Movement:
+    """What a move does to the first activation of its batch."""
+    latents, activations, amounts = move.code.active(0)
+    return Movement(latents, activations, move.gain * amounts, move.rest)
 
 
-def _along(code: Latents, amounts: Tensor, rest: str) -> Movement:
-    active = code.values[0] != 0
-    return Movement(code.indices[0][active], code.values[0][active], amounts[0][active], rest)
-
-
-def tail(model: nn.Module, site: Site, image: Tensor) -> Callable[[Tensor], Tensor]:
+def tail(model: nn.Module, sites: Sites, site: Site, image: Tensor) -> Callable[[Tensor], Tensor]:
     """The tower after a site: a function from activations ``[batch, d]`` there to embeddings ``[batch, e]``.
 
     Before the tower's end it depends on the other tokens of ``image`` ``[1, 3, height, width]``, which stay as they
     are.
     """
-    if site in (default_site(model), output_site(model)):
+    if sites.at_end(site):
         return lambda z: embedding_from(model, site, z)
 
     def run(z: Tensor) -> Tensor:
         with editing(model, site, lambda x: z):
-            return model.encode_image(image.expand(len(z), -1, -1, -1)).float()
+            embedding: Tensor = model.encode_image(image.expand(len(z), -1, -1, -1)).float()
+            return embedding
 
     return run
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,8 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vs2_plugin.gallery.gallery import Gallery
-    from vs2_plugin.harness.model import Place
+    from vs2_plugin.harness.places import Place
     from vs2_plugin.inspection.latents import LatentStatistics
+    from vs2_plugin.steering.batch import Batch
 
 __all__ = ["AtPlace", "Card", "ClassChange", "Finding", "Inspector", "Line", "Neighbour", "describe"]
 
@@ -123,13 +123,11 @@ class Inspector:
         """Everything about one image."""
         import torch
 
-        from vs2_plugin.clip.sites import paused
-
         model, texts = self.model, self.subject.class_texts
         image = self.subject.transform(picture)[None].to(self.subject.device)
         places = model.places
         with torch.no_grad():
-            with paused([place.edit for place in places]):
+            with model.unsteered():
                 plain = model.model.encode_image(image)
             logits = [_logits(embedding, texts)[0] for embedding in (plain, model.encode_image(image))]
         before, after = (values.softmax(0).tolist() for values in logits)
@@ -146,45 +144,38 @@ class Inspector:
             f"{names[first]} over {names[second]}",
             [],
         )
-        if model.retriever is not None:
-            model.retriever.begin(image)
-            model.retriever.embed(lambda: plain)
+        with model.at_hand(image) as batch:
+            batch.embed = lambda: plain
             if model.spec.method.gallery == "neighbours":
-                self._neighbours(finding)
-        try:
+                self._neighbours(finding, batch)
             for index, place in enumerate(places):
-                at = self._at(place, index, image, [first, second, *shown])
-                finding.places.append(at)
-        finally:
-            if model.retriever is not None:
-                model.retriever.end()
+                finding.places.append(self._at(place, index, image, batch, [first, second, *shown]))
         return finding
 
-    def _at(self, place: Place, index: int, image: Tensor, classes: list[int]) -> AtPlace:
+    def _at(self, place: Place, index: int, image: Tensor, batch: Batch, classes: list[int]) -> AtPlace:
         """What happened at one site. ``classes``: the two that the lead is between, then those shown."""
         import torch
 
-        from vs2_plugin.clip.sites import paused
         from vs2_plugin.inspection.attribution import attribute, movement, tail
 
-        model, edits = self.model, [place.edit for place in self.model.places]
+        model = self.model
         with torch.no_grad():
-            x = self._activation(place, image, edits[index:])
-            steered = self._activation(place, image, edits[index + 1 :])
+            x = self._activation(place, image, index)
+            steered = self._activation(place, image, index + 1)
         at = AtPlace(str(place.site), _decision(place, x, model.spec.options.get("gate")))
         if place.gate is not None and torch.equal(x, steered):
             at.note = "The activation was left alone here, bit for bit."
             return at
         with torch.no_grad():
-            moved = movement(place.steering, x)
-        if moved is None:
+            move = place.move(x, batch)
+        if move is None:
             at.note = f"{model.spec.method.name} steers by no sparse code of its own, so that no latents are shown."
             return at
-        sae = place.gate.sae
+        moved, sae = movement(move), move.code.sae
         steps = moved.amounts[:, None] * sae.W_dec[moved.latents].detach()
         texts = self.subject.class_texts[classes]
-        with paused(edits[index:]):
-            rest_of_tower = tail(model.model, place.site, image)
+        with model.unsteered(index):
+            rest_of_tower = tail(model.model, model.sites, place.site, image)
             found = attribute(lambda z: _logits(rest_of_tower(z), texts), x[0], steps, steered[0])
 
         def columns(values: Tensor) -> Tensor:
@@ -211,11 +202,11 @@ class Inspector:
         at.cards = self._cards(place, moved.latents[chosen].cpu().numpy(), moved.activations[chosen].cpu().numpy())
         return at
 
-    def _activation(self, place: Place, image: Tensor, without: Sequence) -> Tensor:
-        """The activation ``[1, d]`` at a site, with some of the edits not there."""
-        from vs2_plugin.clip.sites import paused, reading
+    def _activation(self, place: Place, image: Tensor, start: int) -> Tensor:
+        """The activation ``[1, d]`` at a site, with the steerings from number ``start`` on not there."""
+        from vs2_plugin.clip.edits import reading
 
-        with reading(self.model.model, [place.site]) as read, paused(without):
+        with reading(self.model.model, [place.site]) as read, self.model.unsteered(start):
             self.model.model.encode_image(image)
         return read[place.site].float()
 
@@ -242,12 +233,12 @@ class Inspector:
             cards.append(Card(latent, None if words is None else words[index], about, pictures))
         return cards
 
-    def _neighbours(self, finding: Finding) -> None:
+    def _neighbours(self, finding: Finding, batch: Batch) -> None:
         """Show the neighbours that a method looked up for the image at hand."""
-        from vs2_plugin.gallery.retriever import majority
+        from vs2_plugin.steering.retriever import majority
 
-        retriever, options = self.model.retriever, self.model.spec.options
-        hood = retriever.neighbours()
+        retriever, options = self.model.places.retriever, self.model.spec.options
+        hood = retriever.neighbours(batch)
         kind = "oracle" if options.get("labels") == "oracle" else "pseudo"
         labels = retriever.labels(kind)[hood.rows]
         names = dict(enumerate(self.subject.classes)) if kind == "pseudo" or len(self.gallery.datasets) == 1 else {}
@@ -257,7 +248,7 @@ class Inspector:
         if options.get("rule") is not None:
             count = max(int(labels.max()) + 1, len(self.subject.classes))
             on_device = labels.to(retriever.device)
-            chosen = retriever.classes() if options["rule"] == "query" else majority(on_device, hood, count)[0]
+            chosen = retriever.classes(batch) if options["rule"] == "query" else majority(on_device, hood, count)[0]
             side = ["S+" if label == int(chosen[0]) else "S-" for label in labels[0].tolist()]
             name = names.get(int(chosen[0]), f"class {int(chosen[0])}")
             about += f". Steered towards the {side.count('S+')} of {name!r} (S+)"

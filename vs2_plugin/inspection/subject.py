@@ -197,11 +197,10 @@ def words_of(
     """
     import torch
 
-    from vs2_plugin.clip.sites import default_site, output_site
     from vs2_plugin.inspection.words import latent_embeddings, nearest
 
     model = subject.model.model
-    if site not in (default_site(model), output_site(model)):
+    if not subject.model.sites.at_end(site):
         return None
     scale = torch.as_tensor(amounts, dtype=torch.float32, device=mean.device)
     steps = scale[:, None] * sae.W_dec[torch.as_tensor(latents, device=mean.device)].detach()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,8 +61,6 @@ class TopKSAE(nn.Module):
     ``[n, d]``, ``encoder.bias`` ``[n]``, ``W_dec`` ``[n, d]``, ``b_dec`` ``[d]``.
     """
 
-    _known: tuple[Tensor, int, Latents] | None = None
-
     def __init__(self, config: SaeConfig) -> None:
         super().__init__()
         self.config = config
@@ -92,20 +88,7 @@ class TopKSAE(nn.Module):
 
     def encode(self, x: Tensor) -> Latents:
         """The sparse code of activations ``[batch, d]``."""
-        if self._known is not None and self._known[0] is x and self._known[1] == x._version:
-            return self._known[2]
         return self.select(self.pre_activations(x))
-
-    @contextmanager
-    def encoded(self, x: Tensor) -> Iterator[Latents]:
-        """The code of ``x``. Within the block, :meth:`encode` of this very tensor, as it is now, costs nothing."""
-        latents = self.encode(x)
-        if not x.is_inference():  # such a tensor does not tell whether somebody wrote to it
-            self._known = x, x._version, latents
-        try:
-            yield latents
-        finally:
-            self._known = None
 
     def combine(self, latents: Latents) -> Tensor:
         """``W_decᵀ c``, without the bias: ``[batch, d]``. Reads only the k active rows of the decoder."""

@@ -9,8 +9,8 @@ from vs2_plugin.hookspecs import hookimpl
 from vs2_plugin.method import AUTO, LABELS, Method, Option
 
 if TYPE_CHECKING:
+    from vs2_plugin.steering.amplify import Amplify
     from vs2_plugin.steering.context import Context
-    from vs2_plugin.steering.operators import SparseSteering
     from vs2_plugin.steering.neighbours import (
         Activations,
         Codes,
@@ -68,25 +68,27 @@ RULE = Option(
 
 def strength(gamma: float | None, lam: float | None, alpha: float | None) -> float:
     """``α = λ (γ - 1)``, unless given."""
-    return alpha if alpha is not None else lam * (gamma - 1)
+    if alpha is not None:
+        return alpha
+    assert gamma is not None and lam is not None  # alpha alone unsets them
+    return lam * (gamma - 1)
 
 
-def build_vs2(context: Context, gamma: float | None, lam: float | None, alpha: float | None) -> SparseSteering:
+def build_vs2(context: Context, gamma: float | None, lam: float | None, alpha: float | None) -> Amplify:
     """VS2 at one site."""
-    from vs2_plugin.steering.operators import SparseSteering, vs2_steer
+    from vs2_plugin.steering.amplify import Amplify
 
-    alpha = strength(gamma, lam, alpha)
-    return SparseSteering(vs2_steer, context.sae, alpha, {"alpha": alpha})
+    return Amplify(context.require_sae(), strength(gamma, lam, alpha))
 
 
-def build_amp(context: Context, gamma: float) -> SparseSteering:
+def build_amp(context: Context, gamma: float) -> Amplify:
     """The amplified reconstruction at one site."""
-    from vs2_plugin.steering.operators import SparseSteering, amplified
+    from vs2_plugin.steering.amplify import Amplify
 
-    return SparseSteering(amplified, context.sae, gamma, {})
+    return Amplify(context.require_sae(), gamma, base="b_dec")
 
 
-def build_rec(context: Context) -> SparseSteering:
+def build_rec(context: Context) -> Amplify:
     """The reconstruction at one site."""
     return build_amp(context, gamma=1.0)
 
@@ -95,64 +97,86 @@ def build_vs2s(context: Context, alpha: float, p: float) -> SelectiveSteering:
     """Selective amplification at one site."""
     from vs2_plugin.steering.selective import SelectiveSteering, Selectivity
 
+    sae = context.require_sae()
     if "selectivity" not in context.shared:
-        context.shared["selectivity"] = Selectivity(context.sae, _activations(context), context.retriever)
-    return SelectiveSteering(context.sae, context.shared["selectivity"], alpha, p)
+        context.shared["selectivity"] = Selectivity(sae, _activations(context), context.require_retriever())
+    return SelectiveSteering(sae, context.shared["selectivity"], alpha, p)
 
 
 def build_vs2pp(
-    context: Context, gamma, lam, alpha, rule: str, labels: str, brake: float | None = None
+    context: Context,
+    gamma: float | None,
+    lam: float | None,
+    alpha: float | None,
+    rule: str,
+    labels: str,
+    brake: float | None = None,
 ) -> NeighbourSteering:
     """VS2++ at one site."""
     return _neighbour_steering(context, _codes(context), strength(gamma, lam, alpha), rule, labels, brake)
 
 
 def build_clipsteer(
-    context: Context, gamma, lam, alpha, rule: str, labels: str, brake: float | None = None
+    context: Context,
+    gamma: float | None,
+    lam: float | None,
+    alpha: float | None,
+    rule: str,
+    labels: str,
+    brake: float | None = None,
 ) -> NeighbourSteering:
     """CLIP steering at one site."""
     return _neighbour_steering(context, _activations(context), strength(gamma, lam, alpha), rule, labels, brake)
 
 
-def build_proto(context: Context, gamma, lam, alpha) -> PrototypeSteering:
+def build_proto(context: Context, gamma: float | None, lam: float | None, alpha: float | None) -> PrototypeSteering:
     """Oracle prototypes at one site."""
     from vs2_plugin.steering.neighbours import PrototypeSteering
 
-    return PrototypeSteering(context.retriever, _codes(context), strength(gamma, lam, alpha))
+    return PrototypeSteering(context.require_retriever(), _codes(context), strength(gamma, lam, alpha))
 
 
 def build_rag(context: Context, mix: float, labels: str) -> MixedSteering:
     """Weighted RAG."""
     from vs2_plugin.steering.neighbours import MixedSteering
 
-    return MixedSteering(context.retriever, mix, labels)
+    return MixedSteering(context.require_retriever(), mix, labels)
 
 
 def build_knn(context: Context) -> VoteSteering:
     """Vote of the neighbours."""
     from vs2_plugin.steering.neighbours import VoteSteering
 
-    return VoteSteering(context.retriever)
+    return VoteSteering(context.require_retriever())
 
 
-def _neighbour_steering(context: Context, directions, alpha: float, rule: str, labels: str, brake) -> NeighbourSteering:
+def _neighbour_steering(
+    context: Context, directions: Codes | Activations, alpha: float, rule: str, labels: str, brake: float | None
+) -> NeighbourSteering:
     from vs2_plugin.steering.neighbours import NeighbourSteering
 
     dataset = None if context.task is None else context.task.dataset
-    return NeighbourSteering(context.retriever, directions, alpha, rule, labels, dataset, brake)
+    return NeighbourSteering(context.require_retriever(), directions, alpha, rule, labels, dataset, brake)
 
 
 def _activations(context: Context) -> Activations:
+    """The gallery's activations at this site, as one object for all that ask."""
     from vs2_plugin.steering.neighbours import Activations
 
-    return Activations(context.retriever.gallery.activations[context.site], context.retriever.device)
+    retriever = context.require_retriever()
+    if "activations" not in context.shared:
+        stored = retriever.gallery.activations[context.site]
+        context.shared["activations"] = Activations(stored, retriever.device)
+    return context.shared["activations"]
 
 
 def _codes(context: Context) -> Codes:
+    """Their codes, likewise."""
     from vs2_plugin.steering.neighbours import Codes
 
     if "codes" not in context.shared:
-        context.shared["codes"] = Codes(context.sae, _activations(context), len(context.retriever.gallery))
+        count = len(context.require_retriever().gallery)
+        context.shared["codes"] = Codes(context.require_sae(), _activations(context), count)
     return context.shared["codes"]
 
 

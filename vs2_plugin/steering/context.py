@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from vs2_plugin.errors import PluginError
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from vs2_plugin.gallery.retriever import Retriever
     from vs2_plugin.sae.topk import TopKSAE
+    from vs2_plugin.steering.retriever import Retriever
 
 __all__ = ["Context", "Task"]
 
@@ -49,7 +51,19 @@ class Context:
     task: Task | None = None
     """The data set under evaluation, where it is known."""
     retriever: Retriever | None = None
-    """The gallery and, in each forward pass, the neighbours of the images at hand; for methods with a gallery."""
+    """The gallery and search in it, for methods with a gallery; ``retriever.neighbours(batch)`` in each forward pass."""
     shared: dict[str, Any] = field(default_factory=dict)
-    """What a builder leaves here, it finds again when it is called with other options for the same site: ``auto``
-    calls it once per candidate."""
+    """What a builder leaves here under a key of its own, it finds again when it is called with other options for the
+    same site of the same checkpoint: ``auto`` calls it once per candidate, a sweep once per point."""
+
+    def require_sae(self) -> TopKSAE:
+        """The SAE. Raises PluginError if the method steers along none."""
+        if self.sae is None:
+            raise PluginError("this method steers along an SAE, and is declared without (needs_checkpoint, site)")
+        return self.sae
+
+    def require_retriever(self) -> Retriever:
+        """The retriever. Raises PluginError if the method is declared without a gallery."""
+        if self.retriever is None:
+            raise PluginError("this method looks into a gallery, and is declared without (gallery)")
+        return self.retriever

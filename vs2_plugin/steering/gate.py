@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vs2_plugin.sae.topk import TopKSAE, sample_fvu
+from vs2_plugin.steering.batch import Batch
+from vs2_plugin.steering.move import Steering, steer
+from vs2_plugin.steering.tally import Tally
 
 __all__ = ["Gate", "threshold"]
 
@@ -30,7 +33,9 @@ class Gate(nn.Module):
     (arXiv 2506.01247). Without τ everything is steered, and the FVU is only looked at.
     """
 
-    def __init__(self, steering: Callable[[Tensor], Tensor], sae: TopKSAE, mean: Tensor, tau: float | None) -> None:
+    mean: Tensor
+
+    def __init__(self, steering: Steering, sae: TopKSAE, mean: Tensor, tau: float | None) -> None:
         super().__init__()
         self.steering, self.sae, self.tau = steering, sae, tau
         self.register_buffer("mean", mean)
@@ -40,7 +45,7 @@ class Gate(nn.Module):
 
     def reset(self) -> None:
         """Forget the images seen so far."""
-        self._seen, self._steered, self._total = 0, 0, 0.0
+        self._tally = Tally()
         self._ratios: list[Tensor] = []
 
     def per_image(self) -> dict[str, Tensor]:
@@ -51,24 +56,17 @@ class Gate(nn.Module):
     @property
     def facts(self) -> dict[str, float]:
         """``coverage``, the share of images steered, and ``mean_fvu``, over the images seen since :meth:`reset`."""
-        facts = {} if self.tau is None else {"gate_threshold": self.tau}
-        if self._seen:
-            facts |= {"coverage": float(self._steered) / self._seen, "mean_fvu": float(self._total) / self._seen}
-        return facts
+        return {**({} if self.tau is None else {"gate_threshold": self.tau}), **self._tally.means()}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, batch: Batch | None = None) -> Tensor:
         """Steer ``[batch, d]`` where the gate is open."""
-        with self.sae.encoded(x) as latents:  # most steerings ask for it too
-            ratio = sample_fvu(x, self.sae.decode(latents), self.mean)
-            steered = self.steering(x)
+        batch = batch or Batch()
+        # Detached: ratios outlive the batch, and must not keep all that they were computed from.
+        ratio = sample_fvu(x, batch.code(self.sae, x).reconstruction, self.mean).detach()
+        opened = torch.ones_like(ratio, dtype=torch.bool) if self.tau is None else ratio <= self.tau
+        self._tally.add(coverage=opened, mean_fvu=ratio)
         if self.recording:
             self._ratios.append(ratio)
-        # Summed on the device: asking for the numbers here would wait for it after every batch.
-        self._seen += len(x)
-        self._total = ratio.double().sum() + torch.as_tensor(self._total, device=ratio.device)
         if self.tau is None:
-            self._steered += len(x)
-            return steered
-        opened = ratio <= self.tau
-        self._steered = opened.sum() + torch.as_tensor(self._steered, device=ratio.device)
-        return steered.where(opened[:, None], x)
+            return steer(self.steering, x, batch)
+        return steer(self.steering, x, batch).where(opened[:, None], x)

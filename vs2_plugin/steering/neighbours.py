@@ -1,10 +1,13 @@
 """Steering along the neighbours of an image, and along class prototypes: VS2++ and the baselines with a gallery.
 
-Each class here is a steering: called with activations ``[batch, d]``, it asks the :class:`Retriever` for the
-neighbours of the batch at hand. All of arXiv 2506.01247 unless said otherwise.
+Each class here is a steering: called with activations ``[batch, d]`` and the :class:`Batch` that they are of, whose
+neighbours it asks a :class:`Retriever` for. All of arXiv 2506.01247 unless said otherwise.
 """
 
 from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +18,11 @@ from tqdm import tqdm
 from vs2_plugin.arrays import Stack
 from vs2_plugin.errors import DataError
 from vs2_plugin.gallery.gallery import CLIP
-from vs2_plugin.gallery.retriever import Neighbours, Retriever, majority
 from vs2_plugin.sae.topk import Latents, TopKSAE
-from vs2_plugin.steering.operators import keep_norm
+from vs2_plugin.steering.batch import Batch
+from vs2_plugin.steering.move import Code, Move
+from vs2_plugin.steering.retriever import Neighbours, Retriever, majority
+from vs2_plugin.steering.tally import Tally
 
 __all__ = [
     "Activations",
@@ -88,9 +93,9 @@ class Codes:
         code = weights.new_zeros(len(rows), self._sae.config.num_latents)
         return code.scatter_add_(1, latents.indices.flatten(1), (latents.values * weights[..., None]).flatten(1))
 
-    def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """``W_decᵀ Σ_j w_j c_j``: ``[batch, d]`` from row numbers and weights ``[batch, n]``."""
-        return self.mixed(rows, weights) @ self._sae.W_dec
+    def combine(self, rows: Tensor, weights: Tensor) -> Code:
+        """``Σ_j w_j c_j``, from row numbers and weights ``[batch, n]``."""
+        return Code(self._sae, partial(self.mixed, rows, weights))
 
 
 def contrast(labels: Tensor, chosen: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,32 +118,43 @@ def contrast(labels: Tensor, chosen: Tensor, valid: Tensor) -> tuple[Tensor, Ten
     return weights, size[:, 0] / valid.sum(1).clamp_min(1)
 
 
-class _Agreement:
-    """``agreement``, for the results: the mean share of neighbours that have the chosen label."""
+class _Voting(nn.Module):
+    """What steerings along neighbours share: a retriever, labels of neighbours, and how far these agree.
+
+    ``agreement``, for the results, is the mean share of neighbours that have the chosen label.
+    """
+
+    def __init__(self, retriever: Retriever) -> None:
+        super().__init__()
+        self.retriever = retriever
+        self.reset()
 
     def reset(self) -> None:
         """Forget the images seen so far."""
-        self._agreed, self._seen = 0.0, 0
-
-    def _saw(self, shares: Tensor) -> None:
-        self._agreed = shares.double().sum() + torch.as_tensor(self._agreed, device=shares.device)
-        self._seen += len(shares)
+        self._tally = Tally()
 
     @property
     def facts(self) -> dict[str, float]:
         """Flat scalars for the results' metrics."""
-        seen = {"agreement": float(self._agreed) / self._seen} if self._seen else {}
-        return {**self.constants, **seen}
+        return self._tally.means()
+
+    def _labels(self, kind: str, neighbours: Neighbours) -> tuple[Tensor, int]:
+        """The neighbours' labels ``[batch, n]`` on the model's device, and a number that all labels are below."""
+        labels = self.retriever.labels(kind)
+        classes = int(labels.max()) + 1 if kind == "oracle" else self.retriever.classifier.shape[1]
+        return labels[neighbours.rows].to(self.retriever.device), classes
 
 
-def _labels_of(retriever: Retriever, kind: str, hood: Neighbours) -> tuple[Tensor, int]:
-    """The neighbours' labels ``[batch, n]`` on the model's device, and a number that all labels are below."""
-    labels = retriever.labels(kind)
-    classes = int(labels.max()) + 1 if kind == "oracle" else retriever.classifier.shape[1]
-    return labels[hood.rows].to(retriever.device), classes
+class _Contrast(NamedTuple):
+    """The neighbours of a batch, opposed to each other."""
+
+    direction: Code | Tensor
+    """Mean over S⁺ minus mean over S⁻: codes, or activations ``[batch, d]``."""
+    shares: Tensor
+    """``[batch]``: the share of neighbours in S⁺."""
 
 
-class NeighbourSteering(nn.Module, _Agreement):
+class NeighbourSteering(_Voting):
     """``x + α (mean over S⁺ - mean over S⁻)``, with sparse codes (VS2++) or activations (CLIP steering).
 
     S⁺ are the neighbours with the most frequent label among them (``rule`` majority), or with the query's own
@@ -159,59 +175,48 @@ class NeighbourSteering(nn.Module, _Agreement):
         dataset: str | None = None,
         brake: float | None = None,
     ) -> None:
-        super().__init__()
-        self.retriever, self.directions, self.alpha = retriever, directions, alpha
+        super().__init__(retriever)
+        self.directions, self.alpha = directions, alpha
         self.rule, self.labels, self.dataset, self.brake = rule, labels, dataset, brake
-        self.constants = {"alpha": alpha}
-        self.reset()
-
-    def weights(self) -> tuple[Tensor, Tensor]:
-        """The neighbours of each image of the batch and what each counts (below 0: in S⁻), ``[batch, n]``."""
-        hood = self.retriever.neighbours()
-        labels, classes = _labels_of(self.retriever, self.labels, hood)
-        chosen = self._own_classes() if self.rule == "query" else majority(labels, hood, classes)[0]
-        weights, shares = contrast(labels, chosen, hood.valid)
-        self._saw(shares)
-        if self.brake is not None:
-            opened = shares >= self.brake
-            self._braked = (~opened).sum() + torch.as_tensor(self._braked, device=opened.device)
-            weights = weights * opened[:, None]
-        return hood.rows, weights
-
-    def reset(self) -> None:
-        """Forget the images seen so far."""
-        super().reset()
-        self._braked = 0
 
     @property
     def facts(self) -> dict[str, float]:
         """Flat scalars for the results' metrics; ``braked`` is the share of images that the brake left alone."""
-        braked = {"braked": float(self._braked) / self._seen} if self.brake is not None and self._seen else {}
-        return {**super().facts, **braked}
+        return {"alpha": self.alpha, **super().facts}
 
-    def _own_classes(self) -> Tensor:
+    def _contrast(self, batch: Batch) -> _Contrast:
+        neighbours = self.retriever.neighbours(batch)
+        labels, classes = self._labels(self.labels, neighbours)
+        chosen = self._own_classes(batch) if self.rule == "query" else majority(labels, neighbours, classes)[0]
+        weights, shares = contrast(labels, chosen, neighbours.valid)
+        if self.brake is not None:
+            weights = weights * (shares >= self.brake)[:, None]
+        return _Contrast(self.directions.combine(neighbours.rows, weights), shares)
+
+    def _own_classes(self, batch: Batch) -> Tensor:
         """The query's zero-shot class, as the neighbours' labels number it."""
         if self.labels == "pseudo":
-            return self.retriever.classes()
+            return self.retriever.classes(batch)
         known = self.retriever.gallery.first_labels
         if self.dataset not in known and (self.dataset is not None or len(known) > 1):
             raise DataError(
                 f"the query rule compares an image's class with the training labels of {' and '.join(known)}, and the "
                 f"data set under evaluation is {self.dataset or 'not known'}; expected one of them, or @rule=majority"
             )
-        return self.retriever.classes() + known.get(self.dataset, 0)
+        return self.retriever.classes(batch) + (known.get(self.dataset, 0) if self.dataset else 0)
 
-    def direction(self) -> Tensor:
-        """The steering vector of each image of the batch, without α: ``[batch, d]``."""
-        return self.directions.combine(*self.weights())
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, batch: Batch) -> Tensor | Move:
         """Steer ``[batch, d]``."""
-        moved = x + self.alpha * self.direction()
-        return keep_norm(moved, x) if isinstance(self.directions, Codes) else moved
+        # All strengths of one rule go in the same direction.
+        key = (self.directions, self.retriever, self.rule, self.labels, self.brake)
+        direction, shares = batch.once(key, lambda: self._contrast(batch))
+        self._tally.add(agreement=shares, **({} if self.brake is None else {"braked": shares < self.brake}))
+        if isinstance(direction, Code):
+            return Move(direction, self.alpha)
+        return x + self.alpha * direction
 
 
-class MixedSteering(nn.Module, _Agreement):
+class MixedSteering(_Voting):
     """Weighted RAG, at the output embedding: ``mix q + (1 - mix) Σ_j w_j r_j`` with ``q`` and ``r_j`` of unit norm.
 
     ``w_j`` is the similarity of a neighbour, normalised to sum 1; one below 0 counts as 0. With ``labels``, only the
@@ -220,23 +225,21 @@ class MixedSteering(nn.Module, _Agreement):
     """
 
     def __init__(self, retriever: Retriever, mix: float, labels: str) -> None:
-        super().__init__()
-        self.retriever, self.mix, self.labels = retriever, mix, labels
+        super().__init__(retriever)
+        self.mix, self.labels = mix, labels
         self.embeddings = Activations(retriever.gallery.embeddings[CLIP], retriever.device)
-        self.constants: dict[str, float] = {}
-        self.reset()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """Steer embeddings ``[batch, e]``."""
-        hood = self.retriever.neighbours()
-        members = hood.valid
+        neighbours = self.retriever.neighbours(batch)
+        members = neighbours.valid
         if self.labels != "none":
-            labels, classes = _labels_of(self.retriever, self.labels, hood)
-            members = members & (labels == majority(labels, hood, classes)[0][:, None])
-            self._saw(members.sum(1) / hood.valid.sum(1).clamp_min(1))
-        weights = hood.similarity.clamp_min(0) * members
+            labels, classes = self._labels(self.labels, neighbours)
+            members = members & (labels == majority(labels, neighbours, classes)[0][:, None])
+            self._tally.add(agreement=members.sum(1) / neighbours.valid.sum(1).clamp_min(1))
+        weights = neighbours.similarity.clamp_min(0) * members
         total = weights.sum(1, keepdim=True)
-        retrieved = F.normalize(self.embeddings[hood.rows], dim=-1)
+        retrieved = F.normalize(self.embeddings[neighbours.rows], dim=-1)
         mean = torch.einsum("bn,bnd->bd", weights / total.clamp_min(torch.finfo(total.dtype).tiny), retrieved)
         norm = x.norm(dim=-1, keepdim=True)
         mixed = norm * (self.mix * F.normalize(x, dim=-1) + (1 - self.mix) * mean)
@@ -254,51 +257,44 @@ class PrototypeSteering(nn.Module):
         super().__init__()
         self.retriever, self.codes, self.alpha = retriever, codes, alpha
         self.facts = {"alpha": alpha}
-        self._made_for: Tensor | None = None
+        self._prototypes: tuple[Tensor, Code] | None = None
 
-    def prototypes(self) -> Tensor:
-        """``W_decᵀ c̄`` of each class: ``[classes, d]``."""
+    def prototypes(self) -> Code:
+        """``c̄`` of each class: a row per class."""
         pseudo, confidence = self.retriever.pseudo
-        if self._made_for is not pseudo:
+        if self._prototypes is None or self._prototypes[0] is not pseudo:
             count = self.retriever.classifier.shape[1]
             rows, weights = torch.zeros(count, _PER_CLASS, dtype=torch.long), torch.zeros(count, _PER_CLASS)
             for label in pseudo.unique().tolist():
                 mine = (pseudo == label).nonzero()[:, 0]
                 best = mine[confidence[mine].argsort(descending=True, stable=True)[:_PER_CLASS]]
                 rows[label, : len(best)], weights[label, : len(best)] = best, 1 / len(best)
-            self._prototypes = self.codes.combine(rows, weights.to(self.retriever.device))
-            self._made_for = pseudo
-        return self._prototypes
+            self._prototypes = pseudo, self.codes.combine(rows, weights.to(self.retriever.device))
+        return self._prototypes[1]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, batch: Batch) -> Move:
         """Steer ``[batch, d]``."""
-        targets = self.retriever.targets
+        targets = batch.targets
         if targets is None or targets.ndim != 1 or len(targets) != len(x):
             raise DataError(
                 "oracle prototypes need the true class of every image, one each; they run in the zero-shot "
                 "classification of data sets with one label per image"
             )
-        return keep_norm(x + self.alpha * self.prototypes()[targets.to(x.device)], x)
+        return Move(self.prototypes()[targets.to(x.device)], self.alpha)
 
 
-class VoteSteering(nn.Module, _Agreement):
+class VoteSteering(_Voting):
     """Vote of the neighbours' zero-shot classes, at the output embedding: returns the winning class's embedding.
 
     A query without neighbours is left alone. In bfloat16 (clip_benchmark's default) the winner's logit cannot be told
     from that of a class whose embedding has a cosine above about 0.997 with its own; ``--no_amp`` can.
     """
 
-    def __init__(self, retriever: Retriever) -> None:
-        super().__init__()
-        self.retriever = retriever
-        self.constants: dict[str, float] = {}
-        self.reset()
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """Replace embeddings ``[batch, e]``."""
-        hood = self.retriever.neighbours()
-        labels, classes = _labels_of(self.retriever, "pseudo", hood)
-        winner, votes = majority(labels, hood, classes)
-        found = hood.valid.sum(1)
-        self._saw(votes / found.clamp_min(1))
-        return self.retriever.classifier.T[winner].where(found[:, None] > 0, x)
+        neighbours = self.retriever.neighbours(batch)
+        labels, classes = self._labels("pseudo", neighbours)
+        winner, votes = majority(labels, neighbours, classes)
+        number = neighbours.valid.sum(1)
+        self._tally.add(agreement=votes / number.clamp_min(1))
+        return self.retriever.classifier.T[winner].where(number[:, None] > 0, x)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from vs2_plugin.arrays import spread
 from vs2_plugin.gallery.gallery import CLIP
-from vs2_plugin.gallery.retriever import Retriever
 from vs2_plugin.sae.topk import Latents, TopKSAE
-from vs2_plugin.steering.operators import keep_norm
+from vs2_plugin.steering.batch import Batch
+from vs2_plugin.steering.move import Code, Move
 from vs2_plugin.steering.neighbours import Activations
+from vs2_plugin.steering.retriever import Retriever
 
 __all__ = ["SelectiveSteering", "Selectivity", "class_selectivity", "latent_weights"]
 
@@ -116,14 +117,14 @@ class SelectiveSteering(nn.Module):
         self.sae, self.selectivity, self.alpha, self.p = sae, selectivity, alpha, p
         self.facts = {"alpha": alpha, "p": p}
 
-    @torch.no_grad()
-    def code(self, x: Tensor) -> Latents:
-        """``s w ⊙ c`` of activations ``[batch, d]``."""
-        weights, scale = self.selectivity.weights(self.p)
-        return weighted(self.sae.encode(x), scale * weights)
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, batch: Batch) -> Move:
         """Steer ``[batch, d]``."""
-        if self.alpha == 0:
-            return x
-        return keep_norm(x + self.alpha * self.sae.combine(self.code(x)), x)
+        code = batch.code(self.sae, x)
+        # Strengths share a direction.
+        return Move(batch.once((code, self.selectivity, self.p), lambda: self._weighted(code)), self.alpha)
+
+    @torch.no_grad()
+    def _weighted(self, code: Code) -> Code:
+        weights, scale = self.selectivity.weights(self.p)
+        amounts = weighted(Latents(code.values, code.indices), scale * weights)
+        return Code(self.sae, *amounts, activations=code.values)

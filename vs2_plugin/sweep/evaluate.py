@@ -8,7 +8,7 @@ the tower's end have the rest of the tower run for each of them while the batch 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,24 +18,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from vs2_plugin.checkpoint.checkpoint import Checkpoint, SiteFacts
+from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.checkpoint.store import Store, checkpoint_name
 from vs2_plugin.clip.backbone import Loaded, Tower, load_backbone
-from vs2_plugin.clip.sites import Site, embedding_from, finish, in_float32, reading
+from vs2_plugin.clip.edits import edit, in_float32, outputs
+from vs2_plugin.clip.sites import Output, Site, embedding_from, finish
 from vs2_plugin.data.images import leave_interruptions
 from vs2_plugin.errors import DataError, HarnessError
-from vs2_plugin.gallery.gallery import Gallery
-from vs2_plugin.gallery.search import Search
 from vs2_plugin.harness.autoload import DISABLE
-from vs2_plugin.harness.model import SteeredCLIP
-from vs2_plugin.method import NEIGHBOURS, Scalar
+from vs2_plugin.harness.places import Current, Parts, Place, build_places
+from vs2_plugin.method import Scalar
 from vs2_plugin.modelstring import ModelString
-from vs2_plugin.sae.topk import TopKSAE
-from vs2_plugin.steering.context import Context, Task
-from vs2_plugin.steering.neighbours import NeighbourSteering, PrototypeSteering
+from vs2_plugin.steering.batch import Batch
+from vs2_plugin.steering.context import Task
 from vs2_plugin.sweep.grid import Point, outcome_key
 from vs2_plugin.sweep.request import SweepRequest
-from vs2_plugin.sweep.shared import Batch, Lookup, Remembered, RememberedSums, remember_codes
 from vs2_plugin.sweep.tower import resumed
 from vs2_plugin.text import reason_of
 
@@ -63,8 +60,8 @@ def evaluate(args: SweepRequest, backbone: str, points: Sequence[Point], quiet: 
     torch.manual_seed(args.seed)
     loaded = load_backbone(backbone, args.pretrained, args.model_cache_dir, device)
     data = _Data(args, backbone, loaded)
-    parts = _Parts(loaded, args.pretrained, data.task)
-    models = {point.model: _SweptCLIP(point.spec, parts) for point in points}
+    shared = _Shared(loaded, args.pretrained, data.task)
+    models = {point.model: _SweptModel(point.spec, shared) for point in points}
     groups: dict[tuple, list[Point]] = {}
     for point in points:
         groups.setdefault(outcome_key(point.spec), []).append(point)
@@ -95,7 +92,7 @@ def evaluate(args: SweepRequest, backbone: str, points: Sequence[Point], quiet: 
                 yield point.model, _metrics_of(models[point.model], model, metrics)
 
 
-def _metrics_of(point: _SweptCLIP, evaluated: _SweptCLIP, metrics: Metrics) -> Metrics:
+def _metrics_of(point: _SweptModel, evaluated: _SweptModel, metrics: Metrics) -> Metrics:
     """The metrics of a point that come to the same features as the one that was evaluated."""
     gone = evaluated.declared.keys() - point.declared.keys()
     own = {name: value for name, value in point.declared.items() if evaluated.declared.get(name) != value}
@@ -154,168 +151,161 @@ class _Data:
         )
 
 
-class _Parts:
-    """What the points are put together from. Each part is opened once."""
+class _Shared:
+    """What the points of a sweep have in common."""
 
     def __init__(self, loaded: Loaded, pretrained: str, task: Task) -> None:
-        self.loaded, self.task, self._pretrained = loaded, task, pretrained
-        self.tower = Tower.of(loaded.model, loaded.transform)
+        self.model, self.task, self._pretrained = loaded.model, task, pretrained
+        self.parts = Parts(loaded.model, loaded.sites, Tower.of(loaded.model, loaded.transform))
+        self.current = Current()
         self._store = Store.default()
-        self._opened: dict[tuple, Any] = {}
-
-    def once(self, key: tuple, make: Callable[[], Any]) -> Any:
-        """What ``make`` makes, made once for each key."""
-        if key not in self._opened:
-            self._opened[key] = make()
-        return self._opened[key]
 
     def checkpoint(self, spec: ModelString) -> Checkpoint | None:
         """The checkpoint of a model string, if its method needs one."""
         if not spec.method.needs_checkpoint:
             return None
         name = spec.checkpoint or checkpoint_name(spec.backbone, self._pretrained, self.task.dataset)
-        return self.once(("checkpoint", name), lambda: self._store.find(name))
+        return self.parts.once(("checkpoint", name), lambda: self._store.find(name))
 
 
-class _SweptCLIP(SteeredCLIP):
-    """A point: a steered model that is shown a :class:`Batch` in place of images. It is evaluated at most once."""
+class _Seen:
+    """One batch of the test split after its way through the plain tower: what points are evaluated on."""
 
-    def __init__(self, spec: ModelString, parts: _Parts) -> None:
-        super().__init__(spec, parts.loaded, lambda task: parts.checkpoint(spec), parts.tower)
-        self._parts = parts
-        self._steered = self._prepare(parts.task)
+    def __init__(self, images: Tensor, targets: Tensor | None, plain: Tensor) -> None:
+        """``plain``: the plain model's features ``[batch, embed_dim]``."""
+        self.images: Tensor | None = images
+        self.targets, self._plain = targets, plain
+        #: Point -> its image features, where the tower had to be run for them.
+        self.features: dict[_SweptModel, Tensor] = {}
+        self._activations: dict[Site, tuple[Tensor, torch.dtype]] = {}
+        self._batches: dict[Site, Batch] = {}
+
+    def keep(self, site: Site, activation: Tensor) -> None:
+        """Keep the plain activation ``[batch, d]`` at a site at the tower's end, in float32."""
+        activation = activation.detach()
+        self._activations[site] = activation.to(torch.float32, copy=True), activation.dtype
+
+    def activation(self, site: Site) -> tuple[Tensor, torch.dtype]:
+        """The activation, float32, and the dtype of the tower there."""
+        return self._activations[site]
+
+    def batch(self, model: torch.nn.Module, site: Site) -> Batch:
+        """What points that steer first at ``site`` ask about the images. They share it."""
+        if site not in self._batches:
+            batch = Batch(self.images, self.targets, embed=lambda: self._plain)
+            if site in self._activations:  # as a steered model has it
+                x = self._activations[site][0]
+                batch.embed = lambda: embedding_from(model, site, x)
+            self._batches[site] = batch
+        return self._batches[site]
+
+    def forget_images(self) -> None:
+        """Keep what was found out of the images, and not the images."""
+        self.images = None
+        for batch in self._batches.values():
+            batch.images = None
+
+    def to(self, device: str) -> _Seen:
+        """Itself: clip_benchmark moves what it takes for images to the device."""
+        return self
+
+
+class _SweptModel:
+    """A point: a model that clip_benchmark evaluates on :class:`_Seen` in place of images, once at most."""
+
+    def __init__(self, spec: ModelString, shared: _Shared) -> None:
+        self.spec, self._model, self._current = spec, shared.model, shared.current
+        self.places = build_places(spec, shared.checkpoint(spec), shared.task, shared.parts, shared.current)
         #: What the results say of it whatever the images.
-        self.declared = self.vs2_facts()
+        self.declared = self.places.results()
 
     @property
-    def site(self) -> Site:
+    def first(self) -> Place:
         """Where the tower is steered first."""
-        return self._steered[0][0]
+        place: Place = self.places[0]
+        return place
 
-    @property
-    def needs_tower(self) -> bool:
-        """Whether it steers before the tower's end, so that blocks are to be run again."""
-        return self._two_passes
+    def set_classifier(self, classifier: Tensor, quiet: bool = False) -> None:
+        """See :class:`SteeredCLIP`, as for all that the harness glue asks."""
+        self.places.set_classifier(classifier, quiet)
 
-    def look(self, batch: Batch, images: Tensor, plain: Tensor) -> None:
-        """Find the neighbours of a batch, whose plain embedding ``[batch, e]`` is given, if the method needs them."""
-        if self.spec.method.gallery == "neighbours":
-            model, site = self.model, self.site
-            end = not self.needs_tower
-            self._retriever.look(
-                batch, images, lambda: embedding_from(model, site, batch.activation(site)) if end else plain
-            )
+    def vs2_facts(self) -> dict[str, Scalar]:
+        return self.places.results()
 
-    def run_tower(self, batch: Batch, images: Tensor, output: Tensor | tuple) -> None:
-        """Keep the features of a batch, from what the module of :attr:`site` put out in the plain tower."""
-        self._attach(self._steered)
-        try:
-            with self._asked(batch, batch.targets), resumed(self.model, self.site, output):
-                batch.features[self] = self.model.encode_image(images)
-        finally:
-            self._detach()
-
-    def encode_image(self, batch: Batch) -> Tensor:
-        """The steered image embedding ``[batch, embed_dim]``."""
-        if self in batch.features:
-            return batch.features.pop(self)
-        [(site, steering)] = self._steered
-        with self._asked(batch, self._targets):
-            steered = in_float32(steering, batch.activation(site))
-        return finish(self.model, site, steered.to(batch.dtype(site)))
+    def set_targets(self, targets: Tensor | None) -> None:
+        """Nothing: the batches know their targets."""
 
     def reset_statistics(self) -> None:
         """Nothing: what was seen in the first pass counts, and there is only one evaluation."""
 
-    @contextmanager
-    def _asked(self, batch: Batch, targets: Tensor | None) -> Iterator[None]:
-        """Within the ``with`` block, the retriever is asked about the batch."""
-        if self._retriever is None:
-            yield
-            return
-        self._retriever.begin(batch, targets)
+    def record_images(self, recording: bool, show: object = None) -> None:
+        """Nothing: a sweep keeps no per-image results."""
+
+    def look(self, seen: _Seen) -> None:
+        """Look up the neighbours of a batch while its images are there, if the method needs them."""
+        retriever = self.places.retriever
+        if retriever is not None and self.spec.method.gallery == "neighbours":
+            batch = seen.batch(self._model, self.first.site)
+            with torch.autocast(retriever.device.type, enabled=False):  # as in a steering
+                retriever.neighbours(batch)
+                retriever.classes(batch)
+
+    def run_tower(self, seen: _Seen, images: Tensor, output: Output) -> None:
+        """Keep the features of a batch, from what the module of the first site put out in the plain tower."""
+        edits = [edit(self._model, place.site, place) for place in self.places]
+        self._current.batch = seen.batch(self._model, self.first.site)
         try:
-            yield
+            with resumed(self._model, self.first.site, output):
+                seen.features[self] = self._model.encode_image(images)
         finally:
-            self._retriever.end()
+            self._current.batch = None
+            for one in edits:
+                one.remove()
 
-    # -- the parts that points share
+    def eval(self) -> _SweptModel:
+        """Itself, as clip_benchmark asks a model to be."""
+        return self
 
-    def _once(self, *key: Any, make: Callable[[], Any]) -> Any:
-        return self._parts.once((*key, self.checkpoint.folder), make)
-
-    def _load_sae(self, facts: SiteFacts) -> tuple[TopKSAE, Tensor]:
-        load = super()._load_sae
-
-        def make():
-            sae, mean = load(facts)
-            return remember_codes(sae), mean
-
-        return self._once("sae", facts.folder, make=make)
-
-    def _open_retriever(self) -> Lookup | None:
-        if self.spec.method.gallery == "none":
-            return None
-        make, options = super()._open_retriever, self.spec.options
-        asked = [options.get(option.name) for option in NEIGHBOURS]
-        # The plain embedding is had in another way where steering begins elsewhere.
-        where = self._sites()[0][0]
-        return self._once(self.spec.method.gallery, *asked, where, make=lambda: Lookup(make()))
-
-    def _load_encoder(self, name: str, facts: Mapping[str, Any]) -> Remembered:
-        make = super()._load_encoder
-        return self._once("encoder", name, make=lambda: Remembered(make(name, facts)))
-
-    def _open_search(self, name: str, gallery: Gallery) -> Search:
-        make = super()._open_search
-        return self._once("search", name, self.spec.options["search"], make=lambda: make(name, gallery))
-
-    def _build(self, context: Context, options: Mapping[str, Scalar | None]) -> Callable[[Tensor], Tensor]:
-        steering = super()._build(context, options)
-        for kind, name in ((NeighbourSteering, "directions"), (PrototypeSteering, "codes")):
-            if isinstance(steering, kind):
-                self._share_directions(steering, name, context.site)
-        return steering
-
-    def _share_directions(self, steering: Any, name: str, site: str) -> None:
-        """Let a steering along a gallery's codes or activations use those of the first point that has them."""
-        own = getattr(steering, name)
-
-        def make():
-            own.combine = RememberedSums(own.combine)
-            return own
-
-        setattr(steering, name, self._once(type(own), site, self.spec.method.sae, make=make))
+    def encode_image(self, seen: _Seen) -> Tensor:
+        """The steered image embedding ``[batch, embed_dim]``."""
+        if self in seen.features:
+            return seen.features.pop(self)
+        [place] = self.places
+        x, dtype = seen.activation(place.site)
+        batch = seen.batch(self._model, place.site)
+        steered = in_float32(lambda x: place.steer(x, batch), x)
+        return finish(self._model, place.site, steered.to(dtype))
 
 
 class _FirstPass:
     """The plain model, whose activations are kept while clip_benchmark evaluates it."""
 
-    def __init__(self, model: torch.nn.Module, points: Sequence[_SweptCLIP]) -> None:
+    def __init__(self, model: torch.nn.Module, points: Sequence[_SweptModel]) -> None:
         self._model, self._points = model, points
-        self._sites = {point.site for point in points}
-        self._ends = {point.site for point in points if not point.needs_tower}
+        self._sites = {point.first.site for point in points}
+        self._ends = {point.first.site for point in points if not point.places.inside}
         #: What was seen.
-        self.batches: list[Batch] = []
+        self.batches: list[_Seen] = []
         #: The true classes of the batch at hand.
         self.targets: Tensor | None = None
 
     def encode_image(self, images: Tensor) -> Tensor:
         """The plain image embedding ``[batch, embed_dim]``."""
-        with reading(self._model, self._sites, whole=True) as outputs:
-            plain = self._model.encode_image(images)
-        batch = Batch(self.targets)
-        self.batches.append(batch)
+        with outputs(self._model, self._sites) as put_out:
+            plain: Tensor = self._model.encode_image(images)
+        seen = _Seen(images, self.targets, plain)
+        self.batches.append(seen)
         for site in self._ends:
-            batch.keep(site, site.read(outputs[site]))
+            seen.keep(site, site.read(put_out[site]))
         exact = all(
-            torch.equal(finish(self._model, site, batch.activation(site).to(batch.dtype(site))), plain)
-            for site in self._ends
+            torch.equal(finish(self._model, site, activation.to(dtype)), plain)
+            for site, (activation, dtype) in ((site, seen.activation(site)) for site in self._ends)
         )
         for point in self._points:
-            point.look(batch, images, plain)
-            if point.needs_tower or not exact:
-                point.run_tower(batch, images, outputs[point.site])
+            point.look(seen)
+            if point.places.inside or not exact:
+                point.run_tower(seen, images, put_out[point.first.site])
+        seen.forget_images()
         return plain
 
 
@@ -340,8 +330,8 @@ class _Showing:
 class _Replay:
     """A data loader of batches that were seen."""
 
-    def __init__(self, dataset: Any, batches: Sequence[Batch]) -> None:
+    def __init__(self, dataset: Any, batches: Sequence[_Seen]) -> None:
         self.dataset, self._batches = dataset, batches
 
-    def __iter__(self) -> Iterator[tuple[Batch, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[_Seen, Tensor | None]]:
         return ((batch, batch.targets) for batch in self._batches)

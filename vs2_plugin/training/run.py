@@ -17,11 +17,11 @@ import numpy as np
 from vs2_plugin.arrays import stack
 from vs2_plugin.checkpoint.checkpoint import Checkpoint, SiteFacts, save_checkpoint
 from vs2_plugin.checkpoint.store import Store, checkpoint_name
-from vs2_plugin.training.extract import Extraction, all_labels, load_encoders
 from vs2_plugin.data.splits import training_split
+from vs2_plugin.distributed import ALONE, Processes
 from vs2_plugin.errors import CheckpointError, DataError, SettingError, TowerError
 from vs2_plugin.names import is_steered, split
-from vs2_plugin.distributed import ALONE, Processes
+from vs2_plugin.training.extract import Extraction, all_labels, load_encoders
 
 if TYPE_CHECKING:
     from vs2_plugin.clip.sites import Site, Sites

@@ -7,8 +7,9 @@ import torch
 from vs2_plugin.data.images import image_digest
 from vs2_plugin.errors import DataError, HarnessError
 from vs2_plugin.gallery.gallery import Gallery
-from vs2_plugin.gallery.retriever import Neighbours, Retriever, majority
 from vs2_plugin.gallery.search import ExactSearch
+from vs2_plugin.steering.batch import Batch
+from vs2_plugin.steering.retriever import Neighbours, Retriever, majority
 
 
 def hood(similarity, valid=None):
@@ -75,11 +76,7 @@ def make(images, copies=(), n=3, labels=None, **options):
 
 
 def look(retriever, images):
-    retriever.begin(images)
-    retriever.embed(lambda: embed(images))
-    found = retriever.neighbours()
-    retriever.end()
-    return found
+    return retriever.neighbours(Batch(images, embed=lambda: embed(images)))
 
 
 def expected_rows(images, query, copies, n):
@@ -125,47 +122,34 @@ def test_another_encoder_gives_the_queries(images):
     embeddings = encode(images).numpy().astype(np.float16)
     gallery = Gallery({}, {"clip": embed(images).numpy(), "other": embeddings}, np.arange(12, dtype=np.uint64))
     retriever = Retriever(gallery, "cpu", n=4, search=ExactSearch(embeddings, "cpu"), encode=encode)
-    retriever.begin(images[:5] + 0.01)
-    retriever.embed(lambda: pytest.fail("the CLIP embedding is not needed here"))
+    batch = Batch(images[:5] + 0.01, embed=lambda: pytest.fail("the CLIP embedding is not needed here"))
     similarity, rows = ExactSearch(embeddings, "cpu")(
         torch.nn.functional.normalize(encode(images[:5] + 0.01), dim=-1), 4
     )
-    found = retriever.neighbours()
+    found = retriever.neighbours(batch)
     assert torch.equal(found.rows, rows) and torch.equal(found.similarity, similarity) and found.valid.all()
 
 
 def test_embedding_and_neighbours_are_computed_once_per_batch(images):
     retriever, asked = make(images), []
-    retriever.begin(images[:2])
-    retriever.embed(lambda: asked.append(1) or embed(images[:2]))
-    first = retriever.neighbours()
-    assert retriever.neighbours() is first and len(asked) == 1
-    torch.testing.assert_close(retriever.embedding().norm(dim=-1), torch.ones(2))
+    batch = Batch(images[:2], embed=lambda: asked.append(1) or embed(images[:2]))
+    first = retriever.neighbours(batch)
+    assert retriever.neighbours(batch) is first and len(asked) == 1
+    torch.testing.assert_close(batch.embedding().norm(dim=-1), torch.ones(2))
     assert len(asked) == 1
-
-
-def test_the_end_of_a_batch_forgets_it(images):
-    retriever = make(images)
-    first = look(retriever, images[:2])
-    assert retriever.targets is None
-    for ask in (retriever.embedding, retriever.neighbours):
-        with pytest.raises(HarnessError, match="within encode_image only"):
-            ask()
     assert not torch.equal(look(retriever, images[4:6]).rows, first.rows)
-    retriever.begin(images[:1], torch.tensor([7]))
-    assert retriever.targets.tolist() == [7]
-    retriever.begin(images[:1])
-    assert retriever.targets is None
 
 
-def test_neighbours_outside_of_a_batch_are_refused(images):
-    """A tower that runs without ``begin`` may not see the neighbours of other images."""
+def test_images_that_are_not_known_have_no_neighbours(images):
+    """A tower that runs by itself says nothing of its images."""
     retriever = make(images)
-    for some in (images[:2], images[4:6]):
-        with pytest.raises(HarnessError, match="within encode_image only"):
-            retriever.embed(lambda some=some: embed(some))
-        with pytest.raises(HarnessError, match="within encode_image only"):
-            retriever.neighbours()
+    with pytest.raises(HarnessError, match="within encode_image only"):
+        retriever.neighbours(Batch())
+    with pytest.raises(HarnessError, match="within encode_image only"):
+        Batch().embedding()
+    other = make(images, encode=lambda batch: batch.flatten(1))
+    with pytest.raises(HarnessError, match="within encode_image only"):
+        other.neighbours(Batch())
 
 
 # ---- the classes
@@ -191,10 +175,8 @@ def test_pseudo_labels_are_the_zero_shot_classes_of_the_gallery(block, images, m
         cosines = torch.nn.functional.normalize(half, dim=-1) @ unit
         assert retriever.labels("pseudo").tolist() == cosines.argmax(1).tolist()
         assert retriever.pseudo[0] is retriever.pseudo[0]
-        retriever.begin(images[:4])
-        retriever.embed(lambda: embed(images[:4]))
-        assert retriever.classes().tolist() == cosines[:4].argmax(1).tolist()
-        retriever.end()
+        batch = Batch(images[:4], embed=lambda: embed(images[:4]))
+        assert retriever.classes(batch).tolist() == cosines[:4].argmax(1).tolist()
 
 
 def test_confidence_tells_apart_what_float32_calls_certain():

@@ -1,4 +1,4 @@
-"""The neighbours of the images at hand, and what is known of their classes."""
+"""Look images up in a gallery: their neighbours, and the classes of these."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from vs2_plugin.errors import DataError, HarnessError
 from vs2_plugin.gallery.gallery import CLIP, Gallery
 from vs2_plugin.gallery.search import Search, blocks
+from vs2_plugin.steering.batch import Batch
 
 __all__ = ["Neighbours", "Retriever", "majority"]
 
@@ -51,10 +52,9 @@ def majority(labels: Tensor, neighbours: Neighbours, classes: int) -> tuple[Tens
 
 
 class Retriever:
-    """What the steerings of one model ask about the images of the batch at hand.
+    """A gallery, search in it, and the classes of its images.
 
-    The steered model calls :meth:`begin` before a batch and :meth:`end` after it. The classes come with
-    :meth:`set_classifier`, before the first batch.
+    The classes come with :meth:`set_classifier`, before the first batch.
     """
 
     def __init__(
@@ -84,7 +84,6 @@ class Retriever:
         self._classifier: Tensor | None = None
         self._pseudo: tuple[Tensor, Tensor] | None = None
         self._labels = None if gallery.labels is None else torch.from_numpy(np.asarray(gallery.labels))
-        self.end()
 
     # -- the classes
 
@@ -130,92 +129,63 @@ class Retriever:
             raise DataError("the gallery holds no training labels, which an oracle reads")
         return self._labels
 
-    # -- the batch at hand
+    # -- the images at hand
 
-    def begin(self, images: Tensor, targets: Tensor | None = None) -> None:
-        """Images ``[batch, 3, height, width]`` are about to be encoded; ``targets`` ``[batch]``, for an oracle."""
-        self.end()
-        self._images, self.targets = images, targets
+    def own(self, rows: Tensor) -> Batch:
+        """Images of the gallery itself as a batch: int64 ``[batch]``. What is known of them is not computed anew."""
+        return Batch(rows=rows, embed=lambda: self._stored(CLIP, rows))
 
-    def begin_own(self, rows: Tensor) -> None:
-        """Images of the gallery itself are at hand: int64 ``[batch]``. What is known of them is not computed anew."""
-        self.end()
-        self._rows = rows
+    def _stored(self, encoder: str, rows: Tensor) -> Tensor:
+        stored = torch.from_numpy(np.asarray(self.gallery.embeddings[encoder][rows.numpy()]))
+        return stored.to(self.device).float()
 
-    def _embeddings_of(self, encoder: str, rows: Tensor) -> Tensor:
-        found = torch.from_numpy(np.asarray(self.gallery.embeddings[encoder][rows.numpy()]))
-        return F.normalize(found.to(self.device).float(), dim=-1)
+    def classes(self, batch: Batch) -> Tensor:
+        """The zero-shot class of each image: int64 ``[batch]``."""
+        return batch.once((self, "classes"), lambda: (batch.embedding() @ self.classifier).argmax(1))
 
-    def embed(self, embedding: Callable[[], Tensor]) -> None:
-        """Say how the plain CLIP embedding ``[batch, e]`` of the batch is had. It is asked for at most once.
+    def neighbours(self, batch: Batch) -> Neighbours:
+        """The N nearest images of each image, which is never its own neighbour."""
+        return batch.once((self, "neighbours"), lambda: self._neighbours(batch))
 
-        Raises:
-            HarnessError: no batch was begun, so that the images are not known.
-        """
-        self._require_batch()
-        self._embedding = embedding
-
-    def end(self) -> None:
-        """Forget the batch."""
-        self._images: Tensor | None = None
-        self._rows: Tensor | None = None
-        self.targets: Tensor | None = None
-        self._embedding: Callable[[], Tensor] | None = None
-        self._plain: Tensor | None = None
-        self._neighbours: Neighbours | None = None
-
-    def embedding(self) -> Tensor:
-        """The plain CLIP embedding of the batch, float32, of unit norm."""
-        if self._plain is None and self._rows is not None:
-            self._plain = self._embeddings_of(CLIP, self._rows)
-        if self._plain is None:
-            self._require_batch()
-            self._plain = F.normalize(self._embedding().float(), dim=-1)
-        return self._plain
-
-    def _queries(self) -> Tensor:
-        if self._encode is None:
-            return self.embedding()
-        if self._rows is not None:
-            return self._embeddings_of(self._encoder, self._rows)
-        return F.normalize(self._encode(self._images), dim=-1)
-
-    def _require_batch(self) -> None:
-        if self._images is None and self._rows is None:
+    def _queries(self, batch: Batch) -> Tensor:
+        encode, images, rows = self._encode, batch.images, batch.rows
+        if encode is None:
+            return batch.embedding()
+        if rows is not None:
+            return F.normalize(self._stored(self._encoder, rows), dim=-1)
+        if images is None:
             raise HarnessError("methods with a gallery steer within encode_image only; call model.encode_image")
+        # Retrievers of several N share an encoder.
+        return batch.once(encode, lambda: F.normalize(encode(images), dim=-1))
 
-    def classes(self) -> Tensor:
-        """The zero-shot class of each query: int64 ``[batch]``."""
-        return (self.embedding() @ self.classifier).argmax(1)
+    def _neighbours(self, batch: Batch) -> Neighbours:
+        assert self._search is not None, "this method looks up no neighbours"
+        # As many more as an image can be in the gallery, so that n are left without them.
+        wanted = min(len(self.gallery), self.n + self._repeated)
+        similarity, rows = self._search(self._queries(batch), wanted)
+        rows = rows.cpu()
+        valid = rows.ge(0) & ~self._same_image(batch, rows, similarity)
+        # Stable: those that are valid first, still best first.
+        order = (~valid).to(torch.uint8).sort(dim=1, stable=True).indices[:, : self.n]
+        on_device = order.to(self.device)
+        return Neighbours(
+            rows.gather(1, order).clamp_min(0),
+            similarity.gather(1, on_device),
+            valid.gather(1, order).to(self.device),
+        )
 
-    def neighbours(self) -> Neighbours:
-        """The N nearest images of each query, which is never its own neighbour."""
-        if self._neighbours is None:
-            queries = self._queries()
-            # As many more as an image can be in the gallery, so that n are left without them.
-            wanted = min(len(self.gallery), self.n + self._repeated)
-            similarity, rows = self._search(queries, wanted)
-            rows = rows.cpu()
-            valid = rows.ge(0) & ~self._own(rows, similarity)
-            # Stable: those that are valid first, still best first.
-            order = (~valid).to(torch.uint8).sort(dim=1, stable=True).indices[:, : self.n]
-            on_device = order.to(self.device)
-            self._neighbours = Neighbours(
-                rows.gather(1, order).clamp_min(0),
-                similarity.gather(1, on_device),
-                valid.gather(1, order).to(self.device),
-            )
-        return self._neighbours
+    def _same_image(self, batch: Batch, rows: Tensor, similarity: Tensor) -> Tensor:
+        """Which of the rows found hold the very image that is looked up: bool, of their shape."""
+        same = torch.zeros_like(rows, dtype=torch.bool)
+        for index in similarity[:, 0].ge(_SAME).nonzero()[:, 0].tolist():
+            digest = self._digest_of(batch, index)
+            if digest is not None:
+                same[index] = torch.from_numpy(self.gallery.digests[rows[index].numpy()] == digest)
+        return same
 
-    def _digest_at(self, index: int) -> np.uint64:
-        if self._rows is not None:
-            return self.gallery.digests[self._rows[index]]
-        return np.uint64(self._digest(self._images[index]))
-
-    def _own(self, rows: Tensor, similarity: Tensor) -> Tensor:
-        own = torch.zeros_like(rows, dtype=torch.bool)
-        if self._digest is not None or self._rows is not None:
-            for index in similarity[:, 0].ge(_SAME).nonzero()[:, 0].tolist():
-                found = self.gallery.digests[rows[index].numpy()]
-                own[index] = torch.from_numpy(found == self._digest_at(index))
-        return own
+    def _digest_of(self, batch: Batch, index: int) -> np.uint64 | None:
+        if batch.rows is not None:
+            return np.uint64(self.gallery.digests[int(batch.rows[index])])
+        if self._digest is None or batch.images is None:
+            return None
+        return np.uint64(self._digest(batch.images[index]))

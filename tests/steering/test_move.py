@@ -2,9 +2,11 @@ import pytest
 import torch
 
 from vs2_plugin.plugins import find_plugins
+from vs2_plugin.steering.amplify import Amplify
+from vs2_plugin.steering.batch import Batch
 from vs2_plugin.steering.builtin import build_vs2, strength
 from vs2_plugin.steering.context import Context
-from vs2_plugin.steering.operators import SparseSteering, amplified, keep_norm, vs2_steer
+from vs2_plugin.steering.move import Code, Move, keep_norm, steer, vs2_steer
 
 
 @pytest.fixture(scope="module", params=["relu", "abs"])
@@ -97,9 +99,13 @@ def test_an_empty_batch_stays_empty(sae):
 def test_the_amplified_reconstruction_takes_the_place_of_the_activation(gamma, sae, x):
     """``x̂ = D(γ c)`` (arXiv 2506.01247, REC_F+γ)."""
     latents = sae.encode(x)
-    torch.testing.assert_close(amplified(x, sae, gamma), sae.decode(latents._replace(values=gamma * latents.values)))
-    assert torch.equal(amplified(x, sae, 1.0), sae(x))
-    assert torch.equal(amplified(x, sae, 0.0), sae.b_dec.expand_as(x))
+
+    def amplified(strength):
+        return Move(Code.of(sae, x), strength, "b_dec", keep_norm=False).apply(x)
+
+    torch.testing.assert_close(amplified(gamma), sae.decode(latents._replace(values=gamma * latents.values)))
+    assert torch.equal(amplified(1.0), sae(x))
+    assert torch.equal(amplified(0.0), sae.b_dec.expand_as(x))
 
 
 # ---- the built-in method
@@ -112,11 +118,15 @@ def build(sae, **given):
     return method.build(context, **{option.name: options[option.name] for option in method.options})
 
 
+def applied(steering, x):
+    return steer(steering, x, Batch())
+
+
 def test_alpha_is_all_that_matters_of_gamma_and_lam(sae, x):
     by_alpha = build(sae, alpha=1.0)
-    assert torch.equal(by_alpha(x), build(sae, gamma=2.0, lam=1.0)(x))
-    assert torch.equal(by_alpha(x), build(sae, gamma=1.5, lam=2.0)(x))
-    assert not torch.equal(by_alpha(x), build(sae)(x))
+    assert torch.equal(applied(by_alpha, x), applied(build(sae, gamma=2.0, lam=1.0), x))
+    assert torch.equal(applied(by_alpha, x), applied(build(sae, gamma=1.5, lam=2.0), x))
+    assert not torch.equal(applied(by_alpha, x), applied(build(sae), x))
 
 
 def test_the_defaults_are_the_best_pair_of_the_paper(sae):
@@ -126,7 +136,7 @@ def test_the_defaults_are_the_best_pair_of_the_paper(sae):
 
 def test_the_built_steering_holds_its_sae_and_tells_its_strength(sae, x):
     steering = build_vs2(Context(torch.nn.Identity(), "visual", 32, sae), None, None, 0.5)
-    assert isinstance(steering, SparseSteering)
+    assert isinstance(steering, Amplify)
     assert dict(steering.facts) == {"alpha": 0.5}
     assert {name.partition(".")[0] for name in steering.state_dict()} == {"sae"}
-    assert torch.equal(steering(x), vs2_steer(x, sae, 0.5))
+    assert torch.equal(applied(steering, x), vs2_steer(x, sae, 0.5))

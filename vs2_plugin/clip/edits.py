@@ -1,0 +1,159 @@
+"""Read and edit the activations at a site of a vision tower while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from itertools import count
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from vs2_plugin.clip.sites import Output, Site
+from vs2_plugin.errors import PluginError
+
+__all__ = ["Edit", "edit", "editing", "in_float32", "outputs", "paused", "reading"]
+
+T = TypeVar("T")
+#: Name, before a number, under which an edit is attached to the module whose output it changes.
+_ATTACHED = "vs2_steering"
+
+
+def in_float32(steer: Callable[[Tensor], Any], x: Tensor) -> Tensor:
+    """Apply ``steer`` to ``[batch, d]`` in float32, inside any autocast, and return the dtype of ``x``.
+
+    Raises:
+        PluginError: the result is no tensor of the same shape.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        steered = steer(x.float())
+    if not isinstance(steered, Tensor) or steered.shape != x.shape:
+        got = tuple(steered.shape) if isinstance(steered, Tensor) else type(steered).__name__
+        raise PluginError(
+            f"the steering method returned {got} for activations {tuple(x.shape)}; expected the same shape"
+        )
+    return steered.to(x.dtype)
+
+
+class Edit(nn.Module):
+    """A steering in place: a child of the module whose output it changes, and the handle that removes it.
+
+    As a child it moves between devices with the model, is replicated by ``DataParallel`` and copied with the model.
+    It keeps its dtype when the model is cast, and adds nothing to the model's ``state_dict``.
+    """
+
+    def __init__(self, module: nn.Module, site: Site, steer: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.site, self.steer = site, steer
+        #: While True, the tower is as if the edit were not there.
+        self.paused = False
+        #: Whether the tower has run through it since this was last set to False.
+        self.ran = False
+        #: Whether to keep the activation as it was before the edit, in the tower's dtype, as :attr:`before`.
+        self.keeping = False
+        self.before: Tensor | None = None
+        self.name = next(name for name in (f"{_ATTACHED}_{n}" for n in count()) if name not in module._modules)
+        self._parent = (module,)  # in a tuple: a module that is an attribute would be a child
+        self._register_state_dict_hook(_leave_out)
+        self.register_load_state_dict_post_hook(_do_not_miss)
+        module.add_module(self.name, self)
+        self._handle = module.register_forward_hook(_Hook(self.name))
+
+    @property
+    def path(self) -> str:
+        """Path of this edit under the model."""
+        return f"{self.site.hookpoint}.{self.name}"
+
+    def forward(self, output: Output) -> Output:
+        """The module's output with the activation steered."""
+        self.ran = True
+        activation = self.site.read(output)
+        if self.keeping:
+            self.before = activation.detach()
+        return self.site.write(output, in_float32(self.steer, activation))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Edit:
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+
+    def remove(self) -> None:
+        """Take the edit out of the model."""
+        self._handle.remove()
+        self._parent[0]._modules.pop(self.name, None)
+
+
+class _Hook:
+    """The forward hook of an edited module. It looks the edit up in the module at hand: a copy has its own."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, module: nn.Module, args: object, output: Output) -> Output:
+        edit = module._modules[self.name]
+        assert edit is not None
+        return output if edit.paused else edit(output)
+
+
+def _leave_out(edit: nn.Module, destination: dict[str, Any], prefix: str, metadata: object) -> None:
+    for key in [key for key in destination if key.startswith(prefix)]:
+        del destination[key]
+
+
+def _do_not_miss(edit: nn.Module, incompatible: Any) -> None:
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if _ATTACHED not in key]
+
+
+def edit(model: nn.Module, site: Site, steer: Callable[[Tensor], Tensor]) -> Edit:
+    """Steer the activations ``[batch, d]`` at ``site`` in every forward pass until the edit's ``remove()``."""
+    return Edit(site.module(model), site, steer)
+
+
+@contextmanager
+def editing(model: nn.Module, site: Site, steer: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Steer at ``site`` within a ``with`` block."""
+    handle = edit(model, site, steer)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def paused(edits: Sequence[Edit]) -> Iterator[None]:
+    """Leave the tower as if ``edits`` were not there within a ``with`` block."""
+    before = [handle.paused for handle in edits]
+    for handle in edits:
+        handle.paused = True
+    try:
+        yield
+    finally:
+        for handle, was in zip(edits, before, strict=True):
+            handle.paused = was
+
+
+def outputs(model: nn.Module, sites: Iterable[Site]) -> AbstractContextManager[dict[Site, Output]]:
+    """Collect, within a ``with`` block, all that the modules of ``sites`` put out in the latest forward pass."""
+    return _recording(model, sites, lambda site, output: output)
+
+
+def reading(model: nn.Module, sites: Iterable[Site]) -> AbstractContextManager[dict[Site, Tensor]]:
+    """Collect, within a ``with`` block, the activations ``[batch, d]`` at ``sites`` in the latest forward pass."""
+    return _recording(model, sites, lambda site, output: site.read(output).detach())
+
+
+@contextmanager
+def _recording(model: nn.Module, sites: Iterable[Site], take: Callable[[Site, Output], T]) -> Iterator[dict[Site, T]]:
+    seen: dict[Site, T] = {}
+
+    def recorder(site: Site) -> Callable[[nn.Module, object, Output], None]:
+        def hook(module: nn.Module, args: object, output: Output) -> None:
+            seen[site] = take(site, output)
+
+        return hook
+
+    handles = [site.module(model).register_forward_hook(recorder(site)) for site in sites]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,360 @@
+"""Where a model is steered and by what: put together from a model string, a checkpoint and a tower."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from vs2_plugin import __version__
+from vs2_plugin.checkpoint.checkpoint import Checkpoint, SiteFacts
+from vs2_plugin.clip.backbone import Tower
+from vs2_plugin.clip.sites import Site, Sites, embedding_from
+from vs2_plugin.data.images import image_digest
+from vs2_plugin.errors import CheckpointError, ModelStringError, PluginError, Vs2Error
+from vs2_plugin.gallery.encoders import load_encoder
+from vs2_plugin.gallery.files import index_file, open_gallery
+from vs2_plugin.gallery.gallery import CLIP, Gallery
+from vs2_plugin.gallery.search import open_search
+from vs2_plugin.harness.automatic import Automatic, choose
+from vs2_plugin.method import NEIGHBOURS, Method, Scalar
+from vs2_plugin.modelstring import ModelString
+from vs2_plugin.plugins import registry
+from vs2_plugin.sae.topk import TopKSAE
+from vs2_plugin.steering.batch import Batch
+from vs2_plugin.steering.context import Context, Task
+from vs2_plugin.steering.gate import Gate, threshold
+from vs2_plugin.steering.move import Move, Steering, call, steer
+from vs2_plugin.steering.retriever import Retriever
+
+__all__ = ["Parts", "Place", "Places", "build_places"]
+
+T = TypeVar("T")
+_LABELS = ("none", "train", "oracle")
+
+
+class Parts:
+    """What steered models of one tower are built of. Each part is opened once, however many models ask for it."""
+
+    def __init__(self, model: nn.Module, sites: Sites, tower: Tower | None = None) -> None:
+        self.model, self.sites, self.tower = model, sites, tower
+        self.device = next(model.parameters()).device
+        self._opened: dict[Hashable, Any] = {}
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The result of ``make()``, which is called once for each key."""
+        if key not in self._opened:
+            self._opened[key] = make()
+        part: T = self._opened[key]
+        return part
+
+    def sae(self, checkpoint: Checkpoint, facts: SiteFacts) -> tuple[TopKSAE, Tensor]:
+        """An SAE of a checkpoint with its mean ``[d]``, on the model's device."""
+
+        def load() -> tuple[TopKSAE, Tensor]:
+            sae, mean = checkpoint.load(facts)
+            return sae.to(self.device), mean.to(self.device)
+
+        return self.once(("sae", checkpoint.folder, facts.folder), load)
+
+    def gallery(self, checkpoint: Checkpoint) -> Gallery:
+        """The gallery of a checkpoint."""
+        return self.once(("gallery", checkpoint.folder), lambda: open_gallery(checkpoint))
+
+    def retriever(self, checkpoint: Checkpoint, spec: ModelString) -> Retriever | None:
+        """What looks images up for a method with a gallery.
+
+        Raises:
+            CheckpointError: the checkpoint has no gallery, or lacks something in it.
+        """
+        method, options = spec.method, spec.options
+        if method.gallery == "none":
+            return None
+        if method.gallery == "images":
+            checkpoint.require_gallery()
+            return self.once(
+                ("images", checkpoint.folder), lambda: Retriever(self.gallery(checkpoint), self.device)
+            )
+        asked = tuple(options[option.name] for option in NEIGHBOURS)
+        checkpoint.require_gallery(method.labels_used(options) == "oracle", str(options["encoder"]), options["n"])
+        return self.once(("neighbours", checkpoint.folder, asked), lambda: self._retriever(checkpoint, options))
+
+    def _retriever(self, checkpoint: Checkpoint, options: Mapping[str, Any]) -> Retriever:
+        gallery, name, folder = self.gallery(checkpoint), options["encoder"], checkpoint.folder
+        encode = None
+        if name != CLIP:
+            known = gallery.encoders[name]
+            assert self.tower is not None
+            preprocessing = self.tower.preprocessing
+            encode = self.once(
+                ("encoder", folder, name),
+                lambda: load_encoder(name, known["weights"], preprocessing, self.device, known),
+            )
+        file, kind = index_file(checkpoint, name), options["search"]
+        search = self.once(
+            ("search", folder, name, kind), lambda: open_search(kind, gallery.embeddings[name], file, self.device)
+        )
+        return Retriever(
+            gallery, self.device, n=options["n"], search=search, encode=encode, encoder=name, digest=image_digest
+        )
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Calls a method's builder, and says whose it is where that fails. (No closure, so that a model can be pickled.)"""
+
+    method: Method
+    context: Context
+
+    def __call__(self, options: Mapping[str, Scalar | None]) -> Steering:
+        """The steering with these options of the method.
+
+        Raises:
+            PluginError: the builder failed, or built something else.
+        """
+        method = self.method
+        try:
+            steering = method.build(self.context, **options)
+        except Vs2Error:
+            raise
+        except Exception as error:
+            owner = registry().owners.get(method.name, "?")
+            raise PluginError(
+                f"method {method.name!r} of {owner} could not be built: {type(error).__name__}: {error}"
+            ) from error
+        if not callable(steering):
+            raise PluginError(
+                f"method {method.name!r} built {steering!r}; expected a function from activations to activations"
+            )
+        return steering.to(next(self.context.model.parameters()).device).eval() if isinstance(
+            steering, nn.Module
+        ) else steering
+
+
+class Current:
+    """The batch that a tower is running on. One object is shared by a model and its places, also in a copy of both."""
+
+    batch: Batch | None = None
+
+
+class Place(nn.Module):
+    """One site at which a model is steered."""
+
+    def __init__(
+        self, site: Site, facts: SiteFacts | None, steering: Steering, gate: Gate | None, current: Current
+    ) -> None:
+        super().__init__()
+        self.site = site
+        #: What the checkpoint tells of the SAE there, if the method steers along one.
+        self.facts = facts
+        #: The method's own steering, without the gate.
+        self.steering = steering
+        #: Around it, where there is an SAE. It holds the SAE and its mean.
+        self.gate = gate
+        self.current = current
+        #: Of the first place, at the tower's end: the model, whose plain embedding is what the rest of the tower makes
+        #: of the activation here. In a tuple: the model is no part of its own steering.
+        self.shows: tuple[nn.Module, ...] = ()
+
+    def steer(self, x: Tensor, batch: Batch) -> Tensor:
+        """The steered activations ``[batch, d]``, float32, of the images at hand."""
+        return steer(self.steering, x, batch) if self.gate is None else self.gate(x, batch)
+
+    def move(self, x: Tensor, batch: Batch) -> Move | None:
+        """How the method moves ``[batch, d]`` along latents, without the gate; None for a method that tells no move."""
+        moved = call(self.steering, x, batch)
+        return moved if isinstance(moved, Move) else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Steer ``[batch, d]`` in the tower that is running."""
+        batch = self.current.batch
+        if batch is None:  # the tower runs by itself
+            return self.steer(x, Batch())
+        if self.shows and batch.embed is None:
+            batch.embed = lambda: embedding_from(self.shows[0], self.site, x)
+        return self.steer(x, batch)
+
+
+class Places(Sequence[Place]):
+    """Where one model is steered, in the order of the tower."""
+
+    def __init__(
+        self,
+        spec: ModelString,
+        places: Sequence[Place],
+        parts: Parts,
+        checkpoint: Checkpoint | None,
+        task: Task | None,
+        retriever: Retriever | None,
+    ) -> None:
+        self.spec, self.checkpoint, self.task, self.retriever = spec, checkpoint, task, retriever
+        self._places = tuple(places)
+        self._model = (parts.model,)
+        #: Whether steering begins before the tower's end. The plain embedding then takes a run of its own.
+        self.inside = not parts.sites.at_end(places[0].site)
+        if not self.inside:
+            places[0].shows = self._model
+        self._declared = self._describe()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._places[index]
+
+    def __iter__(self) -> Iterator[Place]:
+        return iter(self._places)
+
+    @property
+    def gates(self) -> list[Gate]:
+        """The gates; none for a method that steers along no SAE."""
+        return [place.gate for place in self if place.gate is not None]
+
+    def _describe(self) -> dict[str, Scalar]:
+        checkpoint, method, options = self.checkpoint, self.spec.method, self.spec.options
+        facts: dict[str, Scalar] = {
+            "method": method.name,
+            "version": __version__,
+            "site": "+".join(place.site.hookpoint for place in self),
+        }
+        facts |= {name: value for name, value in options.items() if value is not None}
+        if "labels" in facts:  # the word also says which labels were used at all, just below
+            facts["neighbour_labels"] = facts.pop("labels")
+        used = [method.labels_used(options), *(place.facts.labels for place in self if place.facts is not None)]
+        if checkpoint is not None:
+            facts |= {
+                "checkpoint": checkpoint.name,
+                "checkpoint_digest": checkpoint.digest[:16],
+                "transductive": checkpoint.transductive,
+            }
+        if self.gates:
+            config = self.gates[-1].sae.config
+            facts = {**facts, "k": config.k, "latents": config.num_latents, **facts}  # an option of that name stays
+        facts["labels"] = max(used, key=_LABELS.index)
+        return facts
+
+    def results(self) -> dict[str, Scalar]:
+        """What the results' metrics say of the steering, as flat scalars.
+
+        ``vs2_coverage`` and ``vs2_mean_fvu`` are of the images seen since :meth:`reset`, at the last of several sites.
+        """
+        last = self[-1]
+        seen = {**getattr(last.steering, "facts", {}), **({} if last.gate is None else last.gate.facts)}
+        return {f"vs2_{name}": value for name, value in {**self._declared, **seen}.items()}
+
+    def reset(self) -> None:
+        """Forget the images seen so far."""
+        for place in self:
+            for part in (place.gate, place.steering):
+                if hasattr(part, "reset"):
+                    part.reset()
+
+    def set_classifier(self, classifier: Tensor, quiet: bool = False) -> None:
+        """Tell the zero-shot classifier ``[embed_dim, classes]``. Options that are ``auto`` are chosen by it."""
+        if self.retriever is not None:
+            self.retriever.set_classifier(classifier)
+        classifier = classifier.detach()
+        for place in self:
+            # A sweep tells them twice; the steering keeps what it has seen in between.
+            if isinstance(place.steering, Automatic) and not place.steering.is_settled(classifier):
+                self._choose(place, place.steering, classifier, quiet)
+
+    def _choose(self, place: Place, automatic: Automatic, classifier: Tensor, quiet: bool) -> None:
+        gated = self.spec.options.get("gate") is not None
+        choose(
+            automatic,
+            place.steer if gated else automatic.steer,
+            self._model[0],
+            place.site,
+            self.checkpoint,
+            self.retriever,
+            classifier,
+            self.spec,
+            None if self.task is None else self.task.classes,
+            quiet,
+        )
+        if gated and place.gate is not None:
+            place.gate.reset()  # it saw the gallery
+
+    def per_image(self) -> dict[str, Tensor]:
+        """What the last site's gate saw of each image while it was recording: ``fvu`` and ``steered``."""
+        gate = self[-1].gate
+        return gate.per_image() if gate is not None and gate.recording else {}
+
+
+def build_places(
+    spec: ModelString, checkpoint: Checkpoint | None, task: Task | None, parts: Parts, current: Current
+) -> Places:
+    """Build the steerings of a model string. The tower itself is not touched.
+
+    Raises:
+        CheckpointError: the checkpoint is of another tower, or lacks something.
+        ModelStringError: options that do not go with the sites.
+        PluginError: the method could not be built.
+    """
+    if checkpoint is not None:
+        assert parts.tower is not None
+        checkpoint.require_tower(parts.tower)
+    retriever = None if checkpoint is None else parts.retriever(checkpoint, spec)
+    sites = _sites(spec, checkpoint, parts.sites)
+    _require_end(spec, [site for site, _ in sites], parts.sites)
+    places = [_place(site, facts, spec, checkpoint, task, retriever, parts, current) for site, facts in sites]
+    return Places(spec, places, parts, checkpoint, task, retriever)
+
+
+def _sites(spec: ModelString, checkpoint: Checkpoint | None, sites: Sites) -> list[tuple[Site, SiteFacts | None]]:
+    """Where to steer, with the SAE there, if the method steers along one."""
+    if spec.method.site == "output":
+        return [(sites.output, None)]
+    if checkpoint is None:
+        return [(sites.default, None)]
+    chosen: list[tuple[Site, SiteFacts | None]] = []
+    for facts in checkpoint.select(spec.options["blocks"], spec.method.sae):
+        site = sites.find(facts.hookpoint)
+        if site.width != facts.width:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.name!r} has width {facts.width} at {site}, the tower has {site.width}"
+            )
+        chosen.append((site, facts))
+    return chosen
+
+
+def _require_end(spec: ModelString, chosen: Sequence[Site], sites: Sites) -> None:
+    """Refuse to choose further in: of the gallery's images, only the activations are known."""
+    automatic = spec.method.automatic(spec.options)
+    if automatic and not all(map(sites.at_end, chosen)):
+        names = ", ".join(option.name for option in automatic)
+        raise ModelStringError(
+            f"model {str(spec)!r}: {names}=auto is told by activations at the end of the tower, and steering "
+            f"begins at {chosen[0]}; expected numbers for {names}, or no @blocks"
+        )
+
+
+def _place(
+    site: Site,
+    facts: SiteFacts | None,
+    spec: ModelString,
+    checkpoint: Checkpoint | None,
+    task: Task | None,
+    retriever: Retriever | None,
+    parts: Parts,
+    current: Current,
+) -> Place:
+    given = (site.hookpoint, site.width)
+    if facts is None or checkpoint is None:
+        context = Context(parts.model, *given, task=task, retriever=retriever)
+        return Place(site, None, _steering(spec, context), None, current)
+    sae, mean = parts.sae(checkpoint, facts)
+    shared: dict[str, Any] = parts.once(("shared", checkpoint.folder, facts.folder), dict)
+    context = Context(parts.model, *given, sae, mean, facts.fvu_quantiles, task, retriever, shared)
+    steering, q = _steering(spec, context), spec.options["gate"]
+    gate = Gate(steering, sae, mean, None if q is None else threshold(facts.fvu_quantiles, float(q)))
+    return Place(site, facts, steering, gate, current).to(parts.device).eval()
+
+
+def _steering(spec: ModelString, context: Context) -> Steering:
+    options = {option.name: spec.options[option.name] for option in spec.method.options}
+    build, automatic = Builder(spec.method, context), spec.method.automatic(options)
+    return Automatic(build, options, automatic) if automatic else build(options)

@@ -1,0 +1,71 @@
+"""The images at hand: what steerings ask about them is computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vs2_plugin.errors import HarnessError
+from vs2_plugin.sae.topk import TopKSAE
+from vs2_plugin.steering.move import Code
+
+__all__ = ["Batch"]
+
+T = TypeVar("T")
+
+
+class Batch:
+    """A batch of images on its way through a tower.
+
+    A steering that has a parameter ``batch`` is given one in each forward pass; a plain ``steer(x)`` is not. Several
+    steerings of the same images (sites, methods, points of a sweep) share it, and with it all that :meth:`once` keeps.
+    """
+
+    def __init__(
+        self,
+        images: Tensor | None = None,
+        targets: Tensor | None = None,
+        rows: Tensor | None = None,
+        embed: Callable[[], Tensor] | None = None,
+    ) -> None:
+        """
+        Args:
+            images: ``[batch, 3, height, width]``, as preprocessed for the tower; None where they are not at hand.
+            targets: true classes, int64 ``[batch]``, for oracles.
+            rows: int64 ``[batch]``, where the images are some of the gallery's.
+            embed: gives the plain CLIP embedding ``[batch, embed_dim]``; called at most once.
+        """
+        self.images, self.targets, self.rows, self.embed = images, targets, rows, embed
+        self._known: dict[Hashable, Any] = {}
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The result of ``make()``, which is called for the first ask under ``key``; objects in a key count by
+        identity, or by their own equality."""
+        if key not in self._known:
+            self._known[key] = make()
+        value: T = self._known[key]
+        return value
+
+    def embedding(self) -> Tensor:
+        """The plain CLIP embedding: float32 ``[batch, embed_dim]``, of unit norm.
+
+        Raises:
+            HarnessError: the tower runs by itself, outside of ``encode_image``, so that the images are not known.
+        """
+        if self.embed is None:
+            raise HarnessError("methods with a gallery steer within encode_image only; call model.encode_image")
+        embed = self.embed
+        return self.once("embedding", lambda: F.normalize(embed().float(), dim=-1))
+
+    def code(self, sae: TopKSAE, x: Tensor) -> Code:
+        """The sparse code of activations ``[batch, d]``, computed once for the same tensor."""
+        # The tensor is kept beside its code: as long as it lives, no other has its id.
+        return self.once((sae, id(x)), lambda: (x, Code.of(sae, x)))[1]
+
+    def to(self, device: str | torch.device) -> Batch:
+        """Itself: clip_benchmark moves what it takes for images to the device."""
+        return self

@@ -1,0 +1,169 @@
+"""Steering along decoder directions, as a value: how far along which latents, and from where."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor, nn
+
+from vs2_plugin.errors import PluginError
+from vs2_plugin.sae.topk import Latents, TopKSAE
+
+if TYPE_CHECKING:
+    from vs2_plugin.steering.batch import Batch
+
+__all__ = ["Code", "Move", "Steering", "call", "keep_norm", "steer", "vs2_steer"]
+
+
+def keep_norm(steered: Tensor, x: Tensor) -> Tensor:
+    """Scale ``steered``, row by row, to the norm of ``x``; both ``[batch, d]``. A row of norm 0 stays as it is."""
+    norm = steered.norm(dim=-1, keepdim=True)
+    # Where nothing moved, both norms are the same number and the ratio is exactly 1.
+    return steered * (x.norm(dim=-1, keepdim=True) / norm).where(norm > 0, norm.new_ones(()))
+
+
+class Code:
+    """Amounts of an SAE's latents for each row of a batch: a sparse code, or a mixture of several."""
+
+    def __init__(
+        self,
+        sae: TopKSAE,
+        values: Tensor | Callable[[], Tensor],
+        indices: Tensor | None = None,
+        activations: Tensor | None = None,
+    ) -> None:
+        """
+        Args:
+            sae: whose latents.
+            values: ``[batch, k]`` with ``indices``; without, ``[batch, n]``, one for every latent, or a function that
+                gives them, since many of these are too large to keep.
+            indices: int64 ``[batch, k]``: which latents.
+            activations: ``[batch, k]``, the latents' activations, if the amounts are something else.
+        """
+        self.sae, self._values, self.indices, self._activations = sae, values, indices, activations
+
+    @classmethod
+    def of(cls, sae: TopKSAE, x: Tensor) -> Code:
+        """The sparse code of activations ``[batch, d]``."""
+        return cls(sae, *sae.encode(x))
+
+    @property
+    def values(self) -> Tensor:
+        """The amounts: ``[batch, k]``, or ``[batch, n]`` without :attr:`indices`."""
+        return self._values if isinstance(self._values, Tensor) else self._values()
+
+    @cached_property
+    def direction(self) -> Tensor:
+        """``W_decᵀ c``: ``[batch, d]``."""
+        if self.indices is None:
+            return self.values @ self.sae.W_dec
+        return self.sae.combine(Latents(self.values, self.indices))
+
+    @property
+    def reconstruction(self) -> Tensor:
+        """``x̃ = W_decᵀ c + b_dec``: ``[batch, d]``."""
+        return self.direction + self.sae.b_dec
+
+    def __getitem__(self, rows: Tensor) -> Code:
+        """The code of some rows, int64 ``[m]``."""
+        indices = None if self.indices is None else self.indices[rows]
+        part = Code(self.sae, lambda: self.values[rows], indices)
+        part.direction = self.direction[rows]
+        return part
+
+    def active(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a row: the latents that are active, int64 ``[m]``, their activations ``[m]``, and the amounts ``[m]``."""
+        values = self.values[row]
+        activations = values if self._activations is None else self._activations[row]
+        places = activations.nonzero()[:, 0]
+        latents = places if self.indices is None else self.indices[row][places]
+        return latents, activations[places], values[places]
+
+
+@dataclass(frozen=True)
+class Move:
+    """``x̂ = base + strength · W_decᵀ c``, and then, unless told otherwise, back to the norm of x.
+
+    A steering may return it in place of the steered activations. What is steered is the same; besides, ``vs2 inspect``
+    can tell what each latent contributed.
+    """
+
+    code: Code
+    """c."""
+    strength: float
+    """α in VS2, γ in the amplified reconstruction."""
+    base: Literal["x", "b_dec"] = "x"
+    """Whether the latents are added to the activation, or take its place."""
+    keep_norm: bool = True
+    """Whether the result has the norm of x."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        """The steered activations ``[batch, d]``."""
+        if self.base == "x" and self.strength == 0:
+            return x
+        base = x if self.base == "x" else self.code.sae.b_dec
+        moved = base + self.strength * self.code.direction
+        return keep_norm(moved, x) if self.keep_norm else moved
+
+    @property
+    def gain(self) -> float:
+        """How far from x the move goes along each latent, per unit of its amount. Already in x, once, is what the SAE
+        reconstructs of it."""
+        return self.strength - (self.base == "b_dec")
+
+    @property
+    def rest(self) -> str:
+        """In words, the part of the change that goes along no latent."""
+        if self.base == "b_dec":
+            return "what the SAE does not explain, left out"
+        return "back to the norm of x" if self.keep_norm else "rest"
+
+
+#: What a method builds: from activations ``[batch, d]``, and the batch where it has a parameter of that name.
+Steering = Callable[..., "Tensor | Move"]
+
+
+def call(steering: Steering, x: Tensor, batch: Batch) -> Any:
+    """Call a steering on activations ``[batch, d]`` of the images at hand.
+
+    A plain function of x is given a copy, which it may edit in place. One that has a parameter ``batch`` is given x
+    itself, so that ``batch.code(sae, x)`` is the code that others have asked for.
+
+    Returns:
+        What it gives: activations ``[batch, d]``, or a :class:`Move`.
+
+    Raises:
+        PluginError: it edited x itself in place.
+    """
+    function = steering.forward if isinstance(steering, nn.Module) else steering
+    try:
+        wants_batch = "batch" in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some functions written in C tell nothing of themselves
+        wants_batch = False
+    if not wants_batch:
+        return steering(x.clone())
+    version = None if x.is_inference() else x._version
+    steered = steering(x, batch=batch)
+    if version is not None and x._version != version:
+        raise PluginError(f"the steering {type(steering).__name__} edited its activations in place; expected new ones")
+    return steered
+
+
+def steer(steering: Steering, x: Tensor, batch: Batch) -> Tensor:
+    """The steered activations ``[batch, d]``: what :func:`call` gives, moves applied."""
+    steered = call(steering, x, batch)
+    result: Tensor = steered.apply(x) if isinstance(steered, Move) else steered
+    return result
+
+
+def vs2_steer(x: Tensor, sae: TopKSAE, alpha: float) -> Tensor:
+    """Visual Sparse Steering of ``[batch, d]`` (arXiv 2506.01247).
+
+    ``v = D(γ c) - D(c) = (γ - 1) W_decᵀ c`` and ``x̂ = (x + λ v) · ‖x‖ / ‖x + λ v‖``. Only ``alpha = λ (γ - 1)``
+    matters.
+    """
+    return Move(Code.of(sae, x), alpha).apply(x)
