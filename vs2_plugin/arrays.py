@@ -5,29 +5,32 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Column", "Stack", "digest_of", "spread", "stack"]
+__all__ = ["Array", "Column", "Stack", "digest_of", "spread", "stack"]
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes."""
+    """Return the SHA-256 over names, shapes, dtypes and bytes, as hexadecimal digits."""
     import torch
 
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def spread(count: int, limit: int) -> Tensor:
-    """Row numbers, int64: all of them, or ``limit`` evenly spread over them.
+    """Return row numbers, int64: all of them, or ``limit`` evenly spread over them.
 
     >>> spread(3, 5).tolist(), spread(10, 4).tolist()
     ([0, 1, 2], [0, 3, 6, 9])
@@ -40,18 +43,19 @@ def spread(count: int, limit: int) -> Tensor:
 class Column:
     """An ``.npy`` file ``[count, width]`` that grows: numpy leaves room in the header for the final count."""
 
-    def __init__(self, path: Path, width: int, dtype: np.dtype) -> None:
+    def __init__(self, path: Path, width: int, dtype: DTypeLike) -> None:
         self.width, self.dtype, self.count = width, np.dtype(dtype), 0
-        self._file = open(path, "wb+")
+        self._file = open(path, "wb+")  # noqa: SIM115  # until close
         self._write_header()
 
     def _write_header(self) -> None:
         shape = (self.count, self.width)
-        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
+        form: Any = np.lib.format  # has no types
+        header = {"descr": form.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
         self._file.seek(0)
-        np.lib.format.write_array_header_1_0(self._file, header)
+        form.write_array_header_1_0(self._file, header)
 
-    def append(self, rows: np.ndarray) -> None:
+    def append(self, rows: Array) -> None:
         """Add rows ``[batch, width]``."""
         rows.astype(self.dtype, copy=False).tofile(self._file)
         self.count += len(rows)
@@ -64,26 +68,26 @@ class Column:
             self._file.close()
 
 
-def stack(parts: Sequence[np.ndarray]) -> np.ndarray | Stack:
-    """Several memory-mapped arrays ``[count, width]`` as one, which stays on disk."""
+def stack(parts: Sequence[Array]) -> Array | Stack:
+    """Return several memory-mapped arrays ``[count, width]`` as one, which stays on disk."""
     return parts[0] if len(parts) == 1 else Stack(parts)
 
 
 class Stack:
     """Arrays under each other; read by a row number, a slice, or an array of row numbers."""
 
-    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+    def __init__(self, parts: Sequence[Array]) -> None:
         self._parts = parts
         self._starts = np.cumsum([0, *map(len, parts)])
-        self.shape = (int(self._starts[-1]), parts[0].shape[1])
+        self.shape = (int(self._starts[-1]), int(parts[0].shape[1]))
         self.dtype = parts[0].dtype
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, rows: int | slice | np.ndarray) -> np.ndarray:
+    def __getitem__(self, rows: int | slice | Array) -> Array:
         numbers = rows if isinstance(rows, np.ndarray) else np.arange(len(self))[rows]
-        found = np.empty((numbers.size, self.shape[1]), self.dtype)
+        found: Array = np.empty((numbers.size, self.shape[1]), self.dtype)
         flat = np.atleast_1d(numbers)
         owner = np.searchsorted(self._starts, flat, side="right") - 1
         for index, part in enumerate(self._parts):

@@ -17,11 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vs2_plugin.checkpoint.checkpoint import SiteFacts, save_checkpoint
+from vs2_plugin.checkpoint.checkpoint import SiteSAE, TrainingData, save_checkpoint
 from vs2_plugin.checkpoint.store import Store
-from vs2_plugin.clip.backbone import Tower, load_backbone
+from vs2_plugin.clip.backbone import load_backbone
 from vs2_plugin.clip.sites import Sites
-from vs2_plugin.gallery.files import GalleryFiles, GalleryPart
+from vs2_plugin.clip.tower import Tower
+from vs2_plugin.gallery.contents import GalleryContents, GalleryPart, RetrievalEncoder
+from vs2_plugin.gallery.files import GalleryFiles
 from vs2_plugin.harness.loader import load
 from vs2_plugin.sae.topk import SaeConfig, TopKSAE
 
@@ -46,18 +48,19 @@ def make_checkpoint(store: Store, count: int) -> None:
     }
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
-    part = GalleryPart("random", count, None, "random", {name: folder / f"{name}.npy" for name in arrays})
+    part = GalleryPart("random", count, None, "random")
+    contents = GalleryContents((part,), (site.hookpoint,), {"clip": RetrievalEncoder(512)}, labels=False)
     quantiles = {"0.9": 0.5, "0.99": 1.0}
-    facts = SiteFacts(site.hookpoint, "plain", "none", site.width, [0.0] * site.width, 0.5, quantiles, {}, {})
+    facts = SiteSAE(site.hookpoint, "plain", "none", site.width, [0.0] * site.width, 0.5, quantiles, {}, {})
     save_checkpoint(
         store.folder(NAME),
         backbone=MODEL,
         pretrained="",
         tower=Tower.of(loaded.model, loaded.transform),
-        data={"datasets": ["random"], "transductive": False},
+        data=TrainingData(("random",), count),
         saes=[(facts, sae)],
         created={},
-        gallery=GalleryFiles([part], [site.hookpoint], {"clip": {"width": 512}}, labels=False),
+        gallery=GalleryFiles(contents, [{name: folder / f"{name}.npy" for name in arrays}]),
     )
 
 

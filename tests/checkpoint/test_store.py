@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vs2_plugin.checkpoint.checkpoint import MANIFEST, SiteFacts, save_checkpoint
+from vs2_plugin.checkpoint.checkpoint import MANIFEST, SiteSAE, TrainingData, save_checkpoint
 from vs2_plugin.checkpoint.store import Store, checkpoint_name, folder_size
-from vs2_plugin.clip.backbone import Tower
+from vs2_plugin.clip.tower import Tower
 from vs2_plugin.errors import CheckpointError, CheckpointNotFound, DataError
 
 
@@ -20,13 +20,13 @@ def put(make_sae):
     """A function that saves a checkpoint in a folder."""
 
     def write(folder):
-        facts = SiteFacts("visual", "plain", "none", 4, [0.0] * 4, 0.5, {}, {}, {})
+        facts = SiteSAE("visual", "plain", "none", 4, [0.0] * 4, 0.5, {}, {}, {})
         return save_checkpoint(
             folder,
             backbone="RN50",
             pretrained="",
             tower=Tower("x", [], {}),
-            data={},
+            data=TrainingData(("cifar100",), 7),
             created={},
             saes=[(facts, make_sae(4, 8, 2))],
         )

@@ -16,7 +16,6 @@ from vs2_plugin.clip.sites import Sites
 from vs2_plugin.data.images import image_digest, open_images
 from vs2_plugin.demo.digits import write_digits
 from vs2_plugin.demo.run import _TINY_CLIP
-from vs2_plugin.gallery.files import open_gallery
 
 FEW = ["--samples", "500", "--max_images", "48", "--num_workers", "0", "--quiet", "--no_amp"]
 BLOCK = "visual.transformer.resblocks.3"
@@ -52,7 +51,7 @@ def train(*words: str, name: str = "mine") -> int:
 
 
 def gallery(name: str = "mine"):
-    return open_gallery(Store.default().find(name))
+    return Store.default().find(name).open_gallery()
 
 
 def test_the_gallery_holds_what_the_plain_tower_gives(folder):
@@ -157,7 +156,7 @@ def test_another_encoder_is_extracted_once_and_said_in_the_manifest(folder, monk
     assert len(extracted) == 1  # the tower's activations are there
     found = gallery()
     facts = found.encoders["test_vit"]
-    assert found.embeddings["test_vit"].shape == (48, facts["width"]) and facts["weights"] == ""
+    assert found.embeddings["test_vit"].shape == (48, facts.width) and facts.weights == ""
     assert train("--retrieval_encoder", "test_vit,", name="other") == 0
     assert len(extracted) == 1
 

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from vs2_plugin.checkpoint.checkpoint import TrainingData
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli import train_sae
 from vs2_plugin.demo.digits import write_digits
@@ -47,15 +48,15 @@ def test_writes_a_checkpoint_that_is_found_by_its_data_set(folder, capsys):
     output = capsys.readouterr().out
     checkpoint = Store.default().find(NAME)
     checkpoint.verify()
-    assert checkpoint.data == {
-        "datasets": ["wds/digits"],
-        "splits": ["train"],
-        "images": 900,
-        "calibrated_on": ["wds/digits"],
-        "transductive": False,
-        "amp": False,
-        "max_images": None,
-    }
+    assert checkpoint.data == TrainingData(
+        datasets=("wds/digits",),
+        splits=("train",),
+        images=900,
+        calibrated_on=("wds/digits",),
+        transductive=False,
+        amp=False,
+        max_images=None,
+    )
     site = checkpoint.sites[0]
     assert (site.variant, site.labels) == ("plain", "none")
     assert (site.hookpoint, site.width, site.training["k"], site.training["recipe"]) == (
@@ -179,7 +180,7 @@ def test_data_sets_that_clip_benchmark_builds_are_read_through_it(folder):
             Image.open(io.BytesIO(tar.extractfile(member).read())).save(target)
     words = ["--dataset", "imagenet1k-unverified", "--dataset_root", "images", "--num_workers", "2"]
     assert train(*words) == 0
-    assert Store.default().find("local-dir-tiny-clip_imagenet1k-unverified").data["images"] == 225
+    assert Store.default().find("local-dir-tiny-clip_imagenet1k-unverified").data.images == 225
     (folder / "images/train/n1" / "broken.png").write_bytes(b"no image")
     assert train(*words, "--overwrite", "--refresh_cache") == 2
 
@@ -264,8 +265,8 @@ def test_one_sae_over_several_data_sets(folder, capsys):
     assert train(*both, "--name", "odd-only", "--calibrate_on", "wds/odd") == 0
     assert len(list(Store.default().cached())) == 2
     everything, some = Store.default().find("both"), Store.default().find("odd-only")
-    assert everything.data["datasets"] == ["wds/odd", "wds/even"] and everything.data["images"] == 900
-    assert some.data["calibrated_on"] == ["wds/odd"]
+    assert everything.data.datasets == ("wds/odd", "wds/even") and everything.data.images == 900
+    assert some.data.calibrated_on == ("wds/odd",)
     assert some.sites[0].files == everything.sites[0].files  # the same SAE
     assert some.sites[0].fvu_quantiles != everything.sites[0].fvu_quantiles
     assert train(*both, "--pass_weight", "0.8", "--name", "both") == 0  # their classes are not each other's

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import vs2_plugin
-from vs2_plugin.clip.backbone import Tower, load_backbone
+from vs2_plugin.clip.backbone import load_backbone
+from vs2_plugin.clip.tower import Tower
 
 TINY = f"local-dir:{Path(vs2_plugin.__file__).parent / 'demo' / 'tiny_clip'}"
 

@@ -13,9 +13,10 @@ import torch
 
 import vs2_plugin
 from vs2_plugin.clip import remembered
-from vs2_plugin.clip.backbone import Tower, load_backbone
+from vs2_plugin.clip.backbone import load_backbone
 from vs2_plugin.clip.remembered import Backbone
 from vs2_plugin.clip.sites import Sites
+from vs2_plugin.clip.tower import Tower
 from vs2_plugin.errors import TowerError
 
 TINY = Path(vs2_plugin.__file__).parent / "demo" / "tiny_clip"

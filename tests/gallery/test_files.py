@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 
 from vs2_plugin.arrays import Stack
-from vs2_plugin.checkpoint.checkpoint import MANIFEST, Checkpoint, SiteFacts, save_checkpoint
-from vs2_plugin.clip.backbone import Tower
+from vs2_plugin.checkpoint.checkpoint import MANIFEST, Checkpoint, SiteSAE, TrainingData, save_checkpoint
+from vs2_plugin.clip.tower import Tower
 from vs2_plugin.errors import CheckpointError
 from vs2_plugin.gallery import files as gallery_module
-from vs2_plugin.gallery.files import GalleryFiles, GalleryPart, index_file, open_gallery
+from vs2_plugin.gallery.contents import GalleryContents, GalleryPart, RetrievalEncoder
+from vs2_plugin.gallery.files import GalleryFiles, index_file
 
 FIRST, LAST = "visual.transformer.resblocks.0", "visual.transformer.resblocks.11"
-ENCODERS = {"clip": {"width": 6}, "test_vit": {"width": 5, "model": "test_vit", "weights": "", "parameters": "ab"}}
+ENCODERS = {"clip": RetrievalEncoder(6), "test_vit": RetrievalEncoder(5, "test_vit", "", "ab")}
 COUNTS = {"cifar100": 7, "cub": 4}
 
 
@@ -51,20 +52,23 @@ def save(tmp_path, extracted, make_sae):
 
     def write(*datasets, labels=True, name="mine", extraction="abc", gallery=True):
         files, _ = extracted
-        parts = []
-        for dataset in datasets:
-            some = {key: path for key, path in files[dataset].items() if labels or key != "labels"}
-            parts.append(GalleryPart(dataset, COUNTS[dataset], 3 if labels else None, extraction, some))
-        facts = [SiteFacts(site, "plain", "none", 8, [0.0] * 8, 0.1, {"0.5": 0.1}, {}, {}) for site in (FIRST, LAST)]
+        parts = tuple(
+            GalleryPart(dataset, COUNTS[dataset], 3 if labels else None, extraction) for dataset in datasets
+        )
+        contents = GalleryContents(parts, (FIRST, LAST), ENCODERS, labels)
+        linked = [
+            {key: path for key, path in files[dataset].items() if labels or key != "labels"} for dataset in datasets
+        ]
+        facts = [SiteSAE(site, "plain", "none", 8, [0.0] * 8, 0.1, {"0.5": 0.1}, {}, {}) for site in (FIRST, LAST)]
         return save_checkpoint(
             tmp_path / name,
             backbone="ViT-B-32",
             pretrained="openai",
             tower=Tower("ab" * 32, ["GELU"], {}),
-            data={"datasets": list(datasets), "images": 7},
+            data=TrainingData(datasets, 7),
             saes=[(site, make_sae(8, 32, 4)) for site in facts],
             created={},
-            gallery=GalleryFiles(parts, [FIRST, LAST], ENCODERS, labels) if gallery else None,
+            gallery=GalleryFiles(contents, linked) if gallery else None,
         )
 
     return write
@@ -79,7 +83,7 @@ def file_in(checkpoint, name, part=0):
 
 def test_a_gallery_comes_back_as_it_was_extracted(save, extracted):
     numbers = extracted[1]["cifar100"]
-    found = open_gallery(Checkpoint.open(save("cifar100").folder))
+    found = Checkpoint.open(save("cifar100").folder).open_gallery()
     assert len(found) == 7 and found.datasets == ("cifar100",) and found.encoders == ENCODERS
     assert found.activations.keys() == {FIRST, LAST} and found.embeddings.keys() == {"clip", "test_vit"}
     for site in (FIRST, LAST):
@@ -90,26 +94,26 @@ def test_a_gallery_comes_back_as_it_was_extracted(save, extracted):
 
 
 def test_large_arrays_stay_on_disk(save):
-    found = open_gallery(save("cifar100"))
+    found = save("cifar100").open_gallery()
     assert all(isinstance(array, np.memmap) for array in (*found.activations.values(), *found.embeddings.values()))
-    several = open_gallery(save("cifar100", "cub", name="both"))
+    several = save("cifar100", "cub", name="both").open_gallery()
     assert all(isinstance(array, Stack) for array in (*several.activations.values(), *several.embeddings.values()))
 
 
 def test_several_data_sets_stand_in_their_order_and_share_no_class(save, extracted):
     one, other = (extracted[1][dataset] for dataset in COUNTS)
-    found = open_gallery(save("cifar100", "cub"))
+    found = save("cifar100", "cub").open_gallery()
     assert len(found) == 11 and found.datasets == ("cifar100", "cub")
     assert np.array_equal(found.activations[LAST][:], np.concatenate([one[LAST], other[LAST]]))
     assert np.array_equal(found.digests, np.concatenate([one["digests"], other["digests"]]))
     assert found.labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 3, 4, 5, 3]
-    turned = open_gallery(save("cub", "cifar100", name="turned"))
+    turned = save("cub", "cifar100", name="turned").open_gallery()
     assert turned.labels.tolist() == [0, 1, 2, 0, 3, 4, 5, 3, 4, 5, 3]
 
 
 def test_without_labels_there_are_none(save):
     checkpoint = save("cifar100", labels=False)
-    assert open_gallery(checkpoint).labels is None and not file_in(checkpoint, "labels").exists()
+    assert checkpoint.open_gallery().labels is None and not file_in(checkpoint, "labels").exists()
 
 
 def test_the_digest_changes_with_the_gallery(save):
@@ -132,7 +136,7 @@ def test_files_are_links_that_outlive_the_cache(save, extracted):
         for name, source in files[dataset].items():
             assert os.path.samefile(source, file_in(checkpoint, name, part))
     shutil.rmtree(files["cub"][LAST].parent.parent)
-    found = open_gallery(checkpoint)
+    found = checkpoint.open_gallery()
     assert np.array_equal(found.activations[LAST][7:], numbers["cub"][LAST])
     checkpoint.verify()
 
@@ -156,8 +160,8 @@ def test_the_gallery_takes_no_room_of_its_own(save):
 
 def test_an_index_lies_in_the_gallery(save):
     checkpoint = save("cifar100")
-    assert index_file(checkpoint, "test_vit").parent == checkpoint.folder / "gallery"
-    assert index_file(checkpoint, "test_vit") != index_file(checkpoint, "clip")
+    assert index_file(checkpoint.gallery_folder, "test_vit").parent == checkpoint.folder / "gallery"
+    assert index_file(checkpoint.gallery_folder, "test_vit") != index_file(checkpoint.gallery_folder, "clip")
 
 
 # ---- damage
@@ -203,10 +207,10 @@ def test_a_damaged_file_is_named_in_one_sentence(name, damage, save):
     path.unlink()  # not the cache's file, which it is linked to
     path.write_bytes(replaced)
     damage(path)
-    for read in (lambda: open_gallery(checkpoint), checkpoint.verify):
+    for read in (checkpoint.open_gallery, checkpoint.verify):
         with pytest.raises(CheckpointError) as error:
             read()
-        assert f"checkpoint 'mine' is damaged: {path}" in str(error.value)
+        assert f"gallery is damaged: {path}" in str(error.value)
         assert "\n" not in str(error.value)
 
 
@@ -216,7 +220,7 @@ def test_a_damaged_file_is_named_in_one_sentence(name, damage, save):
 def test_what_is_there_is_given(save):
     checkpoint = save("cifar100", "cub")
     assert checkpoint.require_gallery(labels=True, encoder="test_vit", n=11) == checkpoint.gallery
-    assert checkpoint.gallery["encoders"]["test_vit"]["width"] == 5
+    assert checkpoint.gallery.encoders["test_vit"].width == 5
 
 
 LACKING = [
@@ -244,4 +248,4 @@ def test_a_checkpoint_of_before_galleries_is_still_read(save):
     assert "gallery" not in manifest and checkpoint.gallery is None
     checkpoint.verify()
     with pytest.raises(CheckpointError, match="has no gallery"):
-        open_gallery(checkpoint)
+        checkpoint.open_gallery()

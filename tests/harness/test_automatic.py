@@ -16,7 +16,6 @@ from vs2_plugin.cli import train_sae
 from vs2_plugin.cli.main import main
 from vs2_plugin.demo.digits import CLASSES
 from vs2_plugin.errors import HarnessError, ModelStringError
-from vs2_plugin.gallery.files import open_gallery
 from vs2_plugin.harness import loader
 from vs2_plugin.method import Method, Option
 from vs2_plugin.modelstring import parse
@@ -398,7 +397,7 @@ def assert_left_out(asked, gallery, encoder, n):
 
 def test_while_choosing_no_image_is_its_own_neighbour(run, sae, asked):
     run(f"vs2pp:{TINY}@{sae}@alpha=auto@n=10@brake=0.5")
-    assert_left_out(asked, open_gallery(Store.default().find(sae)), "clip", 10)
+    assert_left_out(asked, Store.default().find(sae).open_gallery(), "clip", 10)
 
 
 def test_images_are_compared_by_the_encoder_that_was_asked_for(run, few, asked):
@@ -411,7 +410,7 @@ def test_images_are_compared_by_the_encoder_that_was_asked_for(run, few, asked):
     try:
         model = f"vs2pp:{TINY}@{name}@n=5@encoder=test_vit@brake=0.5"
         found, _ = run(f"{model}@alpha=auto")
-        assert_left_out(asked, open_gallery(Store.default().find(name)), "test_vit", 5)
+        assert_left_out(asked, Store.default().find(name).open_gallery(), "test_vit", 5)
         assert found["vs2_auto_images"] == 48 and found["vs2_encoder"] == "test_vit"
         fixed, _ = run(f"{model}@alpha={found['vs2_alpha']}")
         assert fixed == without(found)

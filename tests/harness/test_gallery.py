@@ -13,7 +13,6 @@ from vs2_plugin.cli import train_sae
 from vs2_plugin.data.images import open_images
 from vs2_plugin.demo.digits import CLASSES, TEMPLATES
 from vs2_plugin.errors import DataError, HarnessError
-from vs2_plugin.gallery.files import open_gallery
 
 from .conftest import DIGITS, TINY, few_digits, metrics
 
@@ -140,7 +139,7 @@ def test_a_query_is_not_its_own_neighbour_where_the_test_images_are_the_gallery(
     words = ("--pretrained", "", *DIGITS, "--save_clf", "clf.pt", "--output", "transductive.json")
     code, error = clip_benchmark("eval", "--model", f"knn:{TINY}@{name}@n=1", *words)
     assert code == 0, error
-    gallery = open_gallery(Store.default().find(name))
+    gallery = Store.default().find(name).open_gallery()
     embeddings = F.normalize(torch.from_numpy(gallery.embeddings["clip"][:]).float(), dim=1)
     classes = (embeddings @ F.normalize(torch.load("clf.pt").float(), dim=0)).argmax(1)
     same = torch.from_numpy(gallery.digests[:, None] == gallery.digests[None])
@@ -401,7 +400,7 @@ def test_an_oracle_by_the_query_rule_knows_the_data_set_under_evaluation(in_demo
     for shard, name in enumerate(("one", "two")):
         few_digits(in_demo, name, shard)
     train("union", "--dataset", "wds/one", "wds/two", "--dataset_root", "{dataset}", "--gallery_labels", "--no_amp")
-    labels = torch.from_numpy(open_gallery(Store.default().find("union")).labels)
+    labels = torch.from_numpy(Store.default().find("union").open_gallery().labels)
     for dataset, start in (("wds/one", 0), ("wds/two", int(labels[:48].max()) + 1)):
         options = "@labels=oracle@rule=query@n=96"
         model, transform, tokenizer = vs2_plugin.load(f"vs2pp:{TINY}@union{options}", dataset=dataset)

@@ -14,7 +14,6 @@ from PIL import Image
 import vs2_plugin
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli.main import main
-from vs2_plugin.gallery.files import open_gallery
 
 from ..report.test_page import Page
 from .conftest import BLOCK, DATA
@@ -192,7 +191,7 @@ def test_top_images_are_the_training_images_of_those_rows(folder, digit, tmp_pat
     checkpoint = Store.default().find(NAME)
     facts = checkpoint.select()[0]
     sae, _ = checkpoint.load(facts)
-    activations = open_gallery(checkpoint).activations[BLOCK]
+    activations = checkpoint.open_gallery().activations[BLOCK]
     assert run("latents", "--out", tmp_path, "--limit", 4, "--quiet") == 0
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
     card = re.search(r"<article.*?Latent (\d+).*?</article>", text, flags=re.DOTALL)
@@ -215,7 +214,7 @@ def test_the_table_of_latents(folder, tmp_path, capsys):
         rows = list(csv.DictReader(file))
     checkpoint = Store.default().find(NAME)
     sae, _ = checkpoint.load(checkpoint.select()[0])
-    activations = torch.from_numpy(np.array(open_gallery(checkpoint).activations[BLOCK])).float()
+    activations = torch.from_numpy(np.array(checkpoint.open_gallery().activations[BLOCK])).float()
     code = sae.encode(activations)
     counts = np.bincount(code.indices[code.values > 0].numpy(), minlength=len(rows))
     assert [int(row["latent"]) for row in rows] == list(range(sae.config.num_latents))

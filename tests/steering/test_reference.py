@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from vs2_plugin.checkpoint.checkpoint import SiteFacts, save_checkpoint
-from vs2_plugin.clip.backbone import Tower, load_backbone
+from vs2_plugin.checkpoint.checkpoint import SiteSAE, TrainingData, save_checkpoint
+from vs2_plugin.clip.backbone import load_backbone
 from vs2_plugin.clip.edits import editing, reading
 from vs2_plugin.clip.sites import Sites
+from vs2_plugin.clip.tower import Tower
 from vs2_plugin.data.images import image_digest
 from vs2_plugin.demo.digits import CLASSES, TEMPLATES
 from vs2_plugin.demo.run import _TINY_CLIP
-from vs2_plugin.gallery.files import GalleryFiles, GalleryPart
+from vs2_plugin.gallery.contents import GalleryContents, GalleryPart, RetrievalEncoder
+from vs2_plugin.gallery.files import GalleryFiles
 from vs2_plugin.harness.model import SteeredCLIP
 from vs2_plugin.modelstring import parse
 from vs2_plugin.sae.config import TrainConfig
@@ -141,7 +143,7 @@ def train_saes(digits):
         for site in [] if activation in made else Sites.of(digits.loaded.model).blocks[2:]:
             config = TrainConfig(k=K, expansion_factor=2, samples=4000, activation=activation)
             sae, mean, figures = train_sae(digits.tokens[site.block].numpy(), config, quiet=True)
-            facts = SiteFacts(site.hookpoint, "plain", "none", 128, mean.tolist(), 0.1, figures.fvu_quantiles, {}, {})
+            facts = SiteSAE(site.hookpoint, "plain", "none", 128, mean.tolist(), 0.1, figures.fvu_quantiles, {}, {})
             made.setdefault(activation, {})[site.block] = facts, sae
         return made[activation]
 
@@ -165,17 +167,18 @@ def gallery_of(digits, train_saes, tmp_path_factory):
         columns["labels"] = digits.targets[rows]
         for name, array in columns.items():
             np.save(folder / f"{name}.npy", array)
-        part = GalleryPart("digits", len(rows), 10, "x", {name: folder / f"{name}.npy" for name in columns})
-        sites = [facts.hookpoint for facts, _ in saes.values()]
+        part = GalleryPart("digits", len(rows), 10, "x")
+        sites = tuple(facts.hookpoint for facts, _ in saes.values())
+        contents = GalleryContents((part,), sites, {"clip": RetrievalEncoder(64)}, labels=True)
         checkpoint = save_checkpoint(
             folder / "checkpoint",
             backbone="X",
             pretrained="",
             tower=tower,
-            data={"datasets": ["digits"], "images": len(rows)},
+            data=TrainingData(("digits",), len(rows)),
             saes=list(saes.values()),
             created={},
-            gallery=GalleryFiles([part], sites, {"clip": {"width": 64}}, labels=True),
+            gallery=GalleryFiles(contents, [{name: folder / f"{name}.npy" for name in columns}]),
         )
         weights = {
             block: {name: double(tensor) for name, tensor in sae.state_dict().items()}

@@ -6,40 +6,71 @@
     cfg.json
     sae.safetensors
   visual.transformer.resblocks.11.pass/      the one trained by PASS, with labels
-  gallery/                                   see checkpoint.gallery; may be absent
+  gallery/                                   see gallery.files; may be absent
+
+No heavy imports: the harness looks a checkpoint up before it loads anything.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vs2_plugin import __version__
+from vs2_plugin.checkpoint.typed import typed
+from vs2_plugin.clip.tower import Tower
 from vs2_plugin.errors import CheckpointError, CheckpointNotFound
 from vs2_plugin.files import atomic_folder
+from vs2_plugin.gallery.contents import GalleryContents
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vs2_plugin.clip.backbone import Tower
     from vs2_plugin.gallery.files import GalleryFiles
+    from vs2_plugin.gallery.gallery import Gallery
     from vs2_plugin.sae.topk import TopKSAE
 
-__all__ = ["MANIFEST", "Checkpoint", "SiteFacts", "save_checkpoint"]
+__all__ = ["MANIFEST", "Checkpoint", "SiteSAE", "TrainingData", "save_checkpoint"]
 
 MANIFEST = "vs2.json"
-GALLERY = "gallery"
 _FORMAT = "vs2-checkpoint"
 _VERSION = 1
+_AGAIN = "train the checkpoint again"
 
 
 @dataclass(frozen=True)
-class SiteFacts:
-    """One SAE of a checkpoint."""
+class TrainingData:
+    """The images that the SAEs of a checkpoint were trained on."""
+
+    datasets: tuple[str, ...]
+    """clip_benchmark's names."""
+    images: int
+    """How many there are, of all data sets."""
+    splits: tuple[str, ...] = ()
+    """The split of each data set."""
+    calibrated_on: tuple[str, ...] = ()
+    """The data sets whose held-out images the FVU and its quantiles are of."""
+    transductive: bool = False
+    """Whether images that are evaluated are among them."""
+    amp: bool = True
+    """Whether activations were extracted under autocast."""
+    max_images: int | None = None
+    """At most this many of each data set were taken."""
+
+    def differences(self, other: TrainingData) -> list[str]:
+        """Return in words what ``other`` has otherwise."""
+        ours, theirs = asdict(self), asdict(other)
+        return [f"{name} {ours[name]}, now {theirs[name]}" for name in ours if ours[name] != theirs[name]]
+
+
+@dataclass(frozen=True)
+class SiteSAE:
+    """One SAE of a checkpoint, as ``vs2.json`` describes it."""
 
     hookpoint: str
     """The site."""
@@ -50,12 +81,12 @@ class SiteFacts:
     width: int
     """d."""
     mean: list[float]
-    """μ, ``d`` numbers: mean activation over the unlabeled training split."""
+    """Mean activation ``[d]`` over the unlabeled training split."""
     fvu: float
     """FVU over held-out training activations."""
     fvu_quantiles: dict[str, float]
     """Quantile, as text, -> per-sample FVU over held-out training activations."""
-    training: dict[str, Any]
+    training: dict[str, float | int | str | bool | None]
     """The settings of the training, and its figures."""
     files: dict[str, str]
     """File name -> SHA-256, for each file of the SAE."""
@@ -84,15 +115,15 @@ class Checkpoint:
     """open_clip model name that it was trained for."""
     pretrained: str
     """Weights tag or file."""
-    tower: dict[str, Any]
-    """What identifies the vision tower; see :class:`vs2_plugin.clip.backbone.Tower`."""
-    data: dict[str, Any]
-    """``datasets``, ``split``, ``images``, ``transductive``, ``amp``."""
-    sites: list[SiteFacts]
+    tower: Tower
+    """The vision tower that it was trained on."""
+    data: TrainingData
+    """The images that it was trained on."""
+    sites: list[SiteSAE]
     """One per SAE: the plain ones in the order of the tower, then those of other variants."""
-    gallery: dict[str, Any] | None = None
-    """What the gallery holds, if there is one; see :mod:`vs2_plugin.gallery.files`."""
-    created: dict[str, Any] = field(default_factory=dict)
+    gallery: GalleryContents | None = None
+    """What the gallery holds, if there is one."""
+    created: dict[str, str] = field(default_factory=dict)
     """Versions of the software, and the command."""
 
     @classmethod
@@ -112,34 +143,22 @@ class Checkpoint:
                 f"no SAE checkpoint in {folder}: no readable {MANIFEST} ({error.strerror})"
             ) from error
         try:
-            facts = json.loads(raw)
-            if not isinstance(facts, dict) or facts.get("format") != _FORMAT:
-                raise CheckpointError(f"{path} is no {_FORMAT} file")
-            if facts.get("format_version") != _VERSION:
-                raise CheckpointError(
-                    f"{path} has format version {facts.get('format_version')}, this vs2-plugin "
-                    f"({__version__}) reads {_VERSION}; "
-                    "train the checkpoint again or install the version that wrote it"
-                )
-            sites = [SiteFacts(**{f.name: site[f.name] for f in fields(SiteFacts)}) for site in facts["sites"]]
-            names = ("backbone", "pretrained", "tower", "data", "created")
-            found = cls(
-                folder=folder,
-                digest=_digest(facts),
-                sites=sites,
-                gallery=facts.get("gallery"),
-                **{name: facts[name] for name in names},
-            )
-            whole = bool(sites) and all(len(site.mean) == site.width for site in sites)
-        except (ValueError, KeyError, TypeError) as error:
+            values = json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} is damaged: {type(error).__name__} {error}; {_AGAIN}") from error
+        if not isinstance(values, dict) or values.get("format") != _FORMAT:
+            raise CheckpointError(f"{path} is no {_FORMAT} file")
+        if values.get("format_version") != _VERSION:
             raise CheckpointError(
-                f"{path} is damaged: {type(error).__name__} {error}; train the checkpoint again"
-            ) from error
-        if not whole:
-            raise CheckpointError(
-                f"{path} is damaged: no sites, or a mean of another width; train the checkpoint again"
+                f"{path} has format version {values.get('format_version')}, this vs2-plugin ({__version__}) reads "
+                f"{_VERSION}; {_AGAIN} or install the version that wrote it"
             )
-        return found
+        try:
+            checkpoint: Checkpoint = typed(cls, {**values, "folder": folder, "digest": ""})
+            _check(checkpoint)
+        except (ValueError, OverflowError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}; {_AGAIN}") from error
+        return replace(checkpoint, digest=_digest(values))
 
     @property
     def name(self) -> str:
@@ -147,12 +166,17 @@ class Checkpoint:
         return self.folder.name
 
     @property
+    def gallery_folder(self) -> Path:
+        """Where the gallery's files lie."""
+        return self.folder / "gallery"
+
+    @property
     def transductive(self) -> bool:
         """Whether it was trained on the images that are evaluated."""
-        return bool(self.data.get("transductive"))
+        return self.data.transductive
 
-    def select(self, blocks: str | None = None, variant: str = "plain") -> list[SiteFacts]:
-        """The SAEs of a variant at ``blocks``: numbers joined by ``+``, ``all``, or None for the last site there is.
+    def select(self, blocks: str | None = None, variant: str = "plain") -> list[SiteSAE]:
+        """Return the SAEs of a variant at ``blocks``: numbers joined by ``+``, ``all``, or None for the last site.
 
         Raises:
             CheckpointError: it has none there.
@@ -167,17 +191,16 @@ class Checkpoint:
             )
         if blocks is None:
             return [sites[-1]]
-        at_blocks = {site.block: site for site in sites if site.block is not None}
-        wanted = sorted(at_blocks) if blocks == "all" else sorted({int(number) for number in blocks.split("+")})
-        missing = [str(number) for number in wanted if number not in at_blocks]
+        at_block = {site.block: site for site in sites if site.block is not None}
+        wanted = sorted(at_block) if blocks == "all" else sorted({int(number) for number in blocks.split("+")})
+        missing = [str(number) for number in wanted if number not in at_block]
         if missing or not wanted:
-            there = " ".join(map(str, sorted(at_blocks))) or f"none, only {sites[-1].hookpoint}"
+            there = " ".join(map(str, sorted(at_block))) or f"none, only {sites[-1].hookpoint}"
             raise CheckpointError(
-                f"checkpoint {self.name!r} has no SAE at block {' '.join(missing) or blocks} (its blocks: "
-                f"{there}); train them with "
-                f"vs2-train-sae --blocks {' '.join(map(str, wanted)) or 'all'}"
+                f"checkpoint {self.name!r} has no SAE at block {' '.join(missing) or blocks} (its blocks: {there}); "
+                f"train them with vs2-train-sae --blocks {' '.join(map(str, wanted)) or 'all'}"
             )
-        return [at_blocks[number] for number in wanted]
+        return [at_block[number] for number in wanted]
 
     def require_tower(self, tower: Tower) -> None:
         """Refuse a tower other than the one that the SAEs were trained on.
@@ -185,21 +208,15 @@ class Checkpoint:
         Raises:
             CheckpointError: saying what differs.
         """
-        from vs2_plugin.clip.backbone import Tower
-
-        try:
-            trained_on = Tower.from_json(self.tower)
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.folder / MANIFEST} is damaged: tower lacks {error}") from error
-        difference = trained_on.difference(tower)
+        difference = self.tower.difference(tower)
         if difference:
             raise CheckpointError(
                 f"checkpoint {self.name!r} ({self.backbone}, {self.pretrained or 'random weights'}) is of "
                 f"another tower: {difference}"
             )
 
-    def require_gallery(self, labels: bool = False, encoder: str = "clip", n: int = 1) -> dict[str, Any]:
-        """What the gallery holds, as ``vs2.json`` says.
+    def require_gallery(self, labels: bool = False, encoder: str = "clip", n: int = 1) -> GalleryContents:
+        """Return what the gallery holds.
 
         Args:
             labels: whether training labels are needed.
@@ -209,26 +226,36 @@ class Checkpoint:
         Raises:
             CheckpointError: there is none, or it lacks something.
         """
-        again = "; train the checkpoint again by the same vs2-train-sae command with --overwrite"
+        again = f"; {_AGAIN} by the same vs2-train-sae command with --overwrite"
         if self.gallery is None:
             raise CheckpointError(f"checkpoint {self.name!r} has no gallery of training images{again}")
-        if labels and not self.gallery.get("labels"):
+        if labels and not self.gallery.labels:
             raise CheckpointError(
                 f"checkpoint {self.name!r} keeps no training labels, which an oracle reads{again} --gallery_labels"
             )
-        encoders = self.gallery.get("encoders", {})
-        if encoder not in encoders:
-            there = ", ".join(encoders)
+        if encoder not in self.gallery.encoders:
             raise CheckpointError(
-                f"checkpoint {self.name!r} has no embeddings by {encoder!r} (there: {there}){again} "
-                f"--retrieval_encoder {encoder}"
+                f"checkpoint {self.name!r} has no embeddings by {encoder!r} (there: {', '.join(self.gallery.encoders)})"
+                f"{again} --retrieval_encoder {encoder}"
             )
-        count = sum(part["count"] for part in self.gallery.get("parts", []))
-        if n > count:
-            raise CheckpointError(f"n is {n}, and the gallery of checkpoint {self.name!r} holds {count} images")
+        if n > self.gallery.count:
+            raise CheckpointError(
+                f"n is {n}, and the gallery of checkpoint {self.name!r} holds {self.gallery.count} images"
+            )
         return self.gallery
 
-    def load(self, site: SiteFacts) -> tuple[TopKSAE, Tensor]:
+    def open_gallery(self) -> Gallery:
+        """Open the gallery, its large arrays memory-mapped.
+
+        Raises:
+            CheckpointError: there is none, or a file is missing or of another shape.
+        """
+        from vs2_plugin.gallery.files import open_gallery
+
+        widths = {site.hookpoint: site.width for site in self.sites}
+        return open_gallery(self.gallery_folder, self.require_gallery(), widths)
+
+    def load(self, site: SiteSAE) -> tuple[TopKSAE, Tensor]:
         """Read the SAE of ``site`` and its mean ``[d]``, verified against ``vs2.json``.
 
         Raises:
@@ -261,12 +288,21 @@ class Checkpoint:
 
     def verify(self) -> None:
         """Read every file of the checkpoint. Raises CheckpointError at the first that is not whole."""
-        from vs2_plugin.gallery.files import open_gallery
-
         for site in self.sites:
             self.load(site)
         if self.gallery is not None:
-            open_gallery(self)
+            self.open_gallery()
+
+
+def _check(checkpoint: Checkpoint) -> None:
+    """Raise ValueError for values that no training writes."""
+    if not checkpoint.sites:
+        raise ValueError("it has no sites")
+    for site in checkpoint.sites:
+        if not 0 < site.width == len(site.mean):
+            raise ValueError(f"the mean at {site.hookpoint} has {len(site.mean)} numbers; expected {site.width}")
+        if not all(map(math.isfinite, site.mean)):
+            raise ValueError(f"the mean at {site.hookpoint} is not finite")
 
 
 def save_checkpoint(
@@ -275,50 +311,50 @@ def save_checkpoint(
     backbone: str,
     pretrained: str,
     tower: Tower,
-    data: dict[str, Any],
-    saes: Sequence[tuple[SiteFacts, TopKSAE]],
-    created: dict[str, Any],
+    data: TrainingData,
+    saes: Sequence[tuple[SiteSAE, TopKSAE]],
+    created: dict[str, str],
     gallery: GalleryFiles | None = None,
 ) -> Checkpoint:
     """Write a checkpoint so that ``folder`` holds either all of it or what was there before.
 
-    The ``files`` of each :class:`SiteFacts` are filled in here. The gallery's files are linked, where that can be.
+    The ``files`` of each :class:`SiteSAE` are filled in here. The gallery's files are linked, where that can be.
     """
     from vs2_plugin.sae.files import CONFIG_FILE, WEIGHTS_FILE, save_sae
 
     with atomic_folder(folder) as scratch:
         sites = []
-        for facts, sae in saes:
-            save_sae(sae, scratch / facts.folder)
-            digests = {name: _sha256(scratch / facts.folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
-            sites.append({**asdict(facts), "files": digests})
-        facts = {
+        for site, sae in saes:
+            save_sae(sae, scratch / site.folder)
+            digests = {name: _sha256(scratch / site.folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+            sites.append({**asdict(site), "files": digests})
+        values: dict[str, Any] = {
             "format": _FORMAT,
             "format_version": _VERSION,
             "backbone": backbone,
             "pretrained": pretrained,
             "tower": tower.to_json(),
-            "data": data,
+            "data": asdict(data),
             "sites": sites,
             "created": {"vs2_plugin": __version__, **created},
         }
         if gallery is not None:
-            facts["gallery"] = gallery.write(scratch / GALLERY)
-        (scratch / MANIFEST).write_text(json.dumps(facts, indent=1) + "\n")
+            gallery.write(scratch / "gallery")
+            values["gallery"] = gallery.contents.to_json()
+        (scratch / MANIFEST).write_text(json.dumps(values, indent=1) + "\n")
     return Checkpoint.open(folder)
 
 
-def _digest(facts: dict[str, Any]) -> str:
+def _digest(values: dict[str, Any]) -> str:
     # Without times, versions and commands: the same training gives the same digest.
-    sites = [{key: value for key, value in site.items() if key != "training"} for site in facts["sites"]]
-    whole = [facts["tower"], facts["data"], sites, facts.get("gallery")]
+    sites = [{key: value for key, value in site.items() if key != "training"} for site in values["sites"]]
+    whole = [values["tower"], values["data"], sites, values.get("gallery")]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(file.read()).hexdigest()
-        )
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

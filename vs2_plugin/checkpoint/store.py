@@ -1,7 +1,7 @@
 """The store: where checkpoints and cached activations lie, and the names by which they are found.
 
-    <store>/checkpoints/<name>/…     see checkpoint.manifest
-    <store>/activations/<key>/…      see data.activations
+    <store>/checkpoints/<name>/…     see checkpoint.checkpoint
+    <store>/activations/<key>/…      see data.cache
     <store>/towers/<key>.json        see clip.remembered
 
 The store is ``--store``, else the environment variable ``VS2_STORE``, else the platform's cache folder. No heavy

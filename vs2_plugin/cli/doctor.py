@@ -91,7 +91,7 @@ def doctor(store: Store) -> int:
             line(False, f"{folder.name}: {error}", f"vs2 store remove {folder.name}")
         else:
             sites = ", ".join(f"{site.folder} FVU {site.fvu:.4f}" for site in checkpoint.sites)
-            line(True, f"{folder.name}: {checkpoint.data['images']:,} images, {sites}")
+            line(True, f"{folder.name}: {checkpoint.data.images:,} images, {sites}")
     if not folders:
         print("      no checkpoints yet; train one with vs2-train-sae")
 

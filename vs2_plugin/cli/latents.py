@@ -118,7 +118,6 @@ def _latents(args: argparse.Namespace) -> None:
     load_torch()
     import numpy as np
 
-    from vs2_plugin.gallery.files import open_gallery
     from vs2_plugin.inspection.latents import chance, choose, kinds
     from vs2_plugin.modelstring import parse
     from vs2_plugin.report.latent_figures import draw_latents
@@ -129,7 +128,6 @@ def _latents(args: argparse.Namespace) -> None:
         raise HarnessError(f"{args.model}: {method.name} steers along no SAE; expected a method that does, such as vs2")
     subject = open_subject(args)
     checkpoint = subject.model.checkpoint
-    checkpoint.require_gallery()
     places = subject.model.places
     if len(places) > 1:
         raise HarnessError(
@@ -137,7 +135,7 @@ def _latents(args: argparse.Namespace) -> None:
             f"@blocks={places[-1].site.block}"
         )
     [place] = places
-    gallery = open_gallery(checkpoint)
+    gallery = checkpoint.open_gallery()
     sae, mean = place.gate.sae, place.gate.mean
     found = scan_gallery(subject, gallery, place.site.hookpoint, sae, args.quiet)
     table = _Table(

@@ -161,7 +161,7 @@ def _store_list(args: argparse.Namespace) -> None:
         marks = "  transductive" if checkpoint.transductive else ""
         print(
             f"  {name}  {checkpoint.backbone} {checkpoint.pretrained or ''} on "
-            f"{' '.join(data['datasets'])} ({data['images']:,} images), "
+            f"{' '.join(data.datasets)} ({data.images:,} images), "
             f"{len(sites)} site(s), FVU {sites[-1].fvu:.4f}, {gigabytes(folder_size(folder))}{marks}"
         )
     if not store.names():

@@ -1,4 +1,4 @@
-"""Loads open_clip models as the harness does, and tells one vision tower from another."""
+"""Loads open_clip models as the harness does."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 import math
 import os
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
-from vs2_plugin.arrays import digest_of
 from vs2_plugin.clip.sites import Sites
 from vs2_plugin.errors import TowerError
 from vs2_plugin.names import HUB, LOCAL
@@ -24,7 +23,6 @@ from vs2_plugin.text import reason_of
 
 __all__ = [
     "Loaded",
-    "Tower",
     "check_backbone",
     "ignores_pretrained",
     "load_backbone",
@@ -32,72 +30,6 @@ __all__ = [
     "warn_about_quickgelu",
     "weights_files",
 ]
-
-
-@dataclass(frozen=True)
-class Tower:
-    """What makes a vision tower this one and no other. An SAE fits the tower it was trained on, and nothing else."""
-
-    parameters: str
-    """SHA-256 over names, shapes, dtypes and bytes of the vision tower's parameters and buffers."""
-    activations: list[str]
-    """The kinds of activation function in it (QuickGELU, GELU, …): weights do not tell them apart."""
-    preprocessing: dict[str, Any]
-    """How images reach it: size, mean, std, interpolation, resize mode."""
-
-    @classmethod
-    def of(cls, model: nn.Module, transform: Any) -> Tower:
-        """The tower of an open_clip ``model`` whose images ``transform`` prepares."""
-        visual = model.visual
-        kinds = {
-            type(module).__name__
-            for module in visual.modules()
-            if type(module).__name__ == "QuickGELU" or type(module).__module__ == "torch.nn.modules.activation"
-        }
-        preprocessing = getattr(visual, "preprocess_cfg", None) or {"transform": str(transform)}
-        return cls(
-            parameters=digest_of(visual.state_dict()),
-            activations=sorted(kinds - {"MultiheadAttention"}),
-            preprocessing=_plain(preprocessing),
-        )
-
-    @classmethod
-    def from_json(cls, facts: dict[str, Any]) -> Tower:
-        """Read what :meth:`to_json` wrote. Raises TypeError or KeyError if it is something else."""
-        return cls(**{field.name: facts[field.name] for field in fields(cls)})
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
-
-    def difference(self, other: Tower) -> str | None:
-        """In words, how ``other`` (the tower at hand) differs from this one; None if it does not."""
-        if self.activations != other.activations:
-            return (
-                f"it was trained on a tower with {' and '.join(self.activations)}, this one has "
-                f"{' and '.join(other.activations)}"
-            )
-        if self.preprocessing != other.preprocessing:
-            keys = sorted(
-                key
-                for key in self.preprocessing.keys() | other.preprocessing.keys()
-                if self.preprocessing.get(key) != other.preprocessing.get(key)
-            )
-            parts = [f"{key} {self.preprocessing.get(key)}, not {other.preprocessing.get(key)}" for key in keys]
-            return f"its images were preprocessed with {'; '.join(parts)}"
-        if self.parameters != other.parameters:
-            theirs, ours = self.parameters[:12], other.parameters[:12]
-            return f"its vision tower had other parameters (SHA-256 {theirs}, this one has {ours})"
-        return None
-
-
-def _plain(value: Any) -> Any:
-    """``value`` as it comes back from JSON: tuples become lists."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
 
 
 @dataclass

@@ -27,7 +27,6 @@ import torch
 from vs2_plugin import __version__
 from vs2_plugin.clip.backbone import (
     Loaded,
-    Tower,
     check_backbone,
     ignores_pretrained,
     load_backbone,
@@ -35,6 +34,7 @@ from vs2_plugin.clip.backbone import (
     weights_files,
 )
 from vs2_plugin.clip.sites import Site, Sites
+from vs2_plugin.clip.tower import Tower
 from vs2_plugin.errors import TowerError
 from vs2_plugin.names import LOCAL
 

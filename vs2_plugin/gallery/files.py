@@ -16,62 +16,32 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from vs2_plugin.arrays import stack
-from vs2_plugin.checkpoint.checkpoint import GALLERY, Checkpoint
+from vs2_plugin.arrays import Array, stack
 from vs2_plugin.errors import CheckpointError
+from vs2_plugin.gallery.contents import GalleryContents
 from vs2_plugin.gallery.gallery import Gallery
 
-__all__ = ["GalleryFiles", "GalleryPart", "index_file", "open_gallery"]
-
-
-@dataclass(frozen=True)
-class GalleryPart:
-    """The images of one data set."""
-
-    dataset: str
-    """Its name."""
-    count: int
-    """Images."""
-    classes: int | None
-    """Labels are below this; None without labels."""
-    extraction: str
-    """What identifies the extraction that the files are of."""
-    files: Mapping[str, Path]
-    """Name in the gallery, without ``.npy`` -> the file."""
+__all__ = ["GalleryFiles", "index_file", "open_gallery"]
 
 
 @dataclass(frozen=True)
 class GalleryFiles:
     """What is written into a checkpoint."""
 
-    parts: Sequence[GalleryPart]
-    """One per data set."""
-    sites: Sequence[str]
-    """Hookpoints whose activations are there."""
-    encoders: Mapping[str, Mapping[str, Any]]
-    """Encoder -> its facts, with ``width``."""
-    labels: bool
-    """Whether the training labels are there."""
+    contents: GalleryContents
+    """What it is."""
+    files: Sequence[Mapping[str, Path]]
+    """For each part: name in the gallery, without ``.npy`` -> the file that was extracted."""
 
-    def write(self, folder: Path) -> dict[str, Any]:
-        """Link or copy the files into ``folder``. Returns the facts for ``vs2.json``."""
-        for number, part in enumerate(self.parts):
+    def write(self, folder: Path) -> None:
+        """Link or copy the files into ``folder``."""
+        for number, files in enumerate(self.files):
             (folder / str(number)).mkdir(parents=True)
-            for name, source in part.files.items():
+            for name, source in files.items():
                 _link(source, folder / str(number) / f"{name}.npy")
-        return {
-            "parts": [
-                {key: getattr(part, key) for key in ("dataset", "count", "classes", "extraction")}
-                for part in self.parts
-            ],
-            "sites": list(self.sites),
-            "encoders": {name: dict(facts) for name, facts in self.encoders.items()},
-            "labels": self.labels,
-        }
 
 
 def _link(source: Path, target: Path) -> None:
@@ -81,49 +51,54 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def open_gallery(checkpoint: Checkpoint) -> Gallery:
-    """The gallery of a checkpoint, its large arrays memory-mapped.
+def open_gallery(folder: Path, contents: GalleryContents, widths: Mapping[str, int]) -> Gallery:
+    """Open the gallery in ``folder``, its large arrays memory-mapped.
+
+    Args:
+        folder: where its files lie.
+        contents: what is there.
+        widths: hookpoint -> d, for each site whose activations are wanted.
 
     Raises:
-        CheckpointError: there is none, or a file is missing or of another shape.
+        CheckpointError: a file is missing or of another shape.
     """
-    facts = checkpoint.require_gallery()
-    folder = checkpoint.folder / GALLERY
-    widths = {site.hookpoint: site.width for site in checkpoint.sites}
 
-    def read(name: str, width: int | None = None) -> list[np.ndarray]:
-        arrays = []
-        for number, part in enumerate(facts["parts"]):
-            path = folder / str(number) / f"{name}.npy"
-            shape = (part["count"],) if width is None else (part["count"], width)
-            try:
-                array = np.load(path, mmap_mode=None if width is None else "r")
-            except (OSError, ValueError, EOFError) as error:
-                raise CheckpointError(f"checkpoint {checkpoint.name!r} is damaged: {path}: {error}") from error
-            if array.shape != shape:
-                raise CheckpointError(
-                    f"checkpoint {checkpoint.name!r} is damaged: {path} has shape {array.shape}, expected {shape}"
-                )
-            arrays.append(array)
-        return arrays
+    def read(name: str, width: int | None = None) -> list[Array]:
+        return [_read(folder / str(number) / f"{name}.npy", part.count, width) for number, part in parts]
 
-    datasets = [part["dataset"] for part in facts["parts"]]
-    starts = np.cumsum([0, *(part["classes"] or 0 for part in facts["parts"])]).tolist()
+    parts = list(enumerate(contents.parts))
+    *starts, _ = np.cumsum([0, *(part.classes or 0 for part in contents.parts)]).tolist()
     labels = None
-    if facts["labels"]:
-        labels = np.concatenate([part + start for part, start in zip(read("labels"), starts, strict=False)])
+    if contents.labels:
+        labels = np.concatenate([part + start for part, start in zip(read("labels"), starts, strict=True)])
     return Gallery(
-        activations={site: stack(read(site, widths[site])) for site in facts["sites"]},
+        activations={site: stack(read(site, widths[site])) for site in contents.sites if site in widths},
         embeddings={
-            name: stack(read(f"embedding.{name}", encoder["width"])) for name, encoder in facts["encoders"].items()
+            name: stack(read(f"embedding.{name}", encoder.width)) for name, encoder in contents.encoders.items()
         },
         digests=np.concatenate(read("digests")),
         labels=labels,
-        first_labels=dict(zip(datasets, starts, strict=False)),
-        encoders=facts["encoders"],
+        first_labels=dict(zip((part.dataset for part in contents.parts), starts, strict=True)),
+        encoders=contents.encoders,
     )
 
 
-def index_file(checkpoint: Checkpoint, encoder: str) -> Path:
-    """Where the FAISS index over an encoder's embeddings lies, or will lie."""
-    return checkpoint.folder / GALLERY / f"{encoder}.faiss"
+def _read(path: Path, count: int, width: int | None) -> Array:
+    """Read an array ``[count, width]`` as a memory map, or one ``[count]`` into memory."""
+    shape = (count,) if width is None else (count, width)
+    try:
+        array: Array = np.load(path, mmap_mode=None if width is None else "r")
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(f"{path}: {error}") from error
+    if array.shape != shape:
+        raise _damaged(f"{path} has shape {array.shape}, expected {shape}")
+    return array
+
+
+def _damaged(problem: str) -> CheckpointError:
+    return CheckpointError(f"the checkpoint's gallery is damaged: {problem}; train the checkpoint again")
+
+
+def index_file(folder: Path, encoder: str) -> Path:
+    """Return where the FAISS index over an encoder's embeddings lies, or will lie, in a gallery's folder."""
+    return folder / f"{encoder}.faiss"

@@ -6,14 +6,14 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vs2_plugin.arrays import Stack
+from vs2_plugin.arrays import Array, Stack
 from vs2_plugin.errors import SettingError
 from vs2_plugin.files import atomic_file
 from vs2_plugin.sae.topk import largest
@@ -32,8 +32,8 @@ class Search(Protocol):
     def __call__(self, queries: Tensor, n: int) -> tuple[Tensor, Tensor]: ...
 
 
-def blocks(embeddings: np.ndarray | Stack, device: str | torch.device) -> Iterator[Tensor]:
-    """The embeddings ``[count, e]`` in blocks: float32, of unit norm, on ``device``."""
+def blocks(embeddings: Array | Stack, device: str | torch.device) -> Iterator[Tensor]:
+    """Give the embeddings ``[count, e]`` in blocks: float32, of unit norm, on ``device``."""
     for start in range(0, len(embeddings), _BLOCK):
         rows = np.asarray(embeddings[start : start + _BLOCK])
         yield F.normalize(torch.from_numpy(rows.copy()).to(device).float(), dim=-1)
@@ -42,7 +42,7 @@ def blocks(embeddings: np.ndarray | Stack, device: str | torch.device) -> Iterat
 class ExactSearch:
     """Every query against every embedding, in blocks, in float32."""
 
-    def __init__(self, embeddings: np.ndarray | Stack, device: str | torch.device) -> None:
+    def __init__(self, embeddings: Array | Stack, device: str | torch.device) -> None:
         self._embeddings, self._device = embeddings, torch.device(device)
         limit = torch.cuda.mem_get_info(device)[0] // 4 if self._device.type == "cuda" else _RESIDENT
         fits = 4 * len(embeddings) * embeddings.shape[1] <= limit
@@ -50,17 +50,17 @@ class ExactSearch:
 
     def __call__(self, queries: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """See :class:`Search`."""
-        best = rows = None
+        best: list[Tensor] = []  # cosines and rows, once there are some
         start = 0
         for block in self._resident or blocks(self._embeddings, self._device):
-            cosines, found = largest(queries @ block.T, min(n, len(block)))
-            found = found + start
+            cosines, rows = largest(queries @ block.T, min(n, len(block)))
+            rows = rows + start
             start += len(block)
-            if best is not None:
-                cosines, found = torch.cat([best, cosines], dim=1), torch.cat([rows, found], dim=1)
-            best, order = cosines.topk(min(n, cosines.shape[1]), dim=1)
-            rows = found.gather(1, order)
-        return best, rows
+            if best:
+                cosines, rows = torch.cat([best[0], cosines], dim=1), torch.cat([best[1], rows], dim=1)
+            cosines, order = cosines.topk(min(n, cosines.shape[1]), dim=1)
+            best = [cosines, rows.gather(1, order)]
+        return best[0], best[1]
 
 
 class FaissSearch:
@@ -72,7 +72,7 @@ class FaissSearch:
         SettingError: FAISS is not installed.
     """
 
-    def __init__(self, embeddings: np.ndarray | Stack, file: Path, device: str | torch.device) -> None:
+    def __init__(self, embeddings: Array | Stack, file: Path, device: str | torch.device) -> None:
         try:
             import faiss
         except ImportError:
@@ -87,14 +87,14 @@ class FaissSearch:
         self._index = index
 
     @staticmethod
-    def _read(faiss, file: Path):
+    def _read(faiss: Any, file: Path) -> Any:
         try:
             return faiss.read_index(os.fspath(file)) if file.is_file() else None
         except RuntimeError:  # damaged, or cut short: it is built again
             return None
 
     @staticmethod
-    def _build(faiss, embeddings: np.ndarray | Stack):
+    def _build(faiss: Any, embeddings: Array | Stack) -> Any:
         count, width = embeddings.shape
         # As many lists as FAISS advises (4 to 16 times the root of the count), as long as each can be learned from 39.
         lists = max(1, min(int(4 * count**0.5), count // 39))
@@ -106,7 +106,7 @@ class FaissSearch:
         return index
 
     @staticmethod
-    def _keep(faiss, index, file: Path) -> None:
+    def _keep(faiss: Any, index: Any, file: Path) -> None:
         # In a folder that cannot be written, the index serves this run only.
         with suppress(OSError, RuntimeError), atomic_file(file) as scratch:
             faiss.write_index(index, os.fspath(scratch))
@@ -117,6 +117,6 @@ class FaissSearch:
         return torch.from_numpy(cosines).to(self._device), torch.from_numpy(rows).to(self._device)
 
 
-def open_search(kind: str, embeddings: np.ndarray | Stack, file: Path, device: str | torch.device) -> Search:
-    """The search of that kind: ``exact`` or ``faiss`` (whose index lies, or will lie, in ``file``)."""
+def open_search(kind: str, embeddings: Array | Stack, file: Path, device: str | torch.device) -> Search:
+    """Return the search of that kind: ``exact`` or ``faiss`` (whose index lies, or will lie, in ``file``)."""
     return FaissSearch(embeddings, file, device) if kind == "faiss" else ExactSearch(embeddings, device)

@@ -28,7 +28,6 @@ from vs2_plugin.clip.edits import in_float32
 from vs2_plugin.clip.sites import Site, embedding_from
 from vs2_plugin.errors import HarnessError, ModelStringError
 from vs2_plugin.files import atomic_file
-from vs2_plugin.gallery.files import open_gallery
 from vs2_plugin.gallery.gallery import CLIP, Gallery
 from vs2_plugin.method import Option, Scalar
 from vs2_plugin.modelstring import ModelString
@@ -129,7 +128,7 @@ def choose(
     """
     path = spec.options["prior"]
     prior = None if path is None else read_prior(str(path), classes, classifier.shape[1])
-    gallery = open_gallery(checkpoint) if retriever is None else retriever.gallery
+    gallery = checkpoint.open_gallery() if retriever is None else retriever.gallery
     name = str(spec)
     identity = {
         "version": __version__,

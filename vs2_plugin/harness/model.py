@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
-from vs2_plugin.clip.backbone import Loaded, Tower
+from vs2_plugin.clip.backbone import Loaded
 from vs2_plugin.clip.edits import Edit, edit, paused
 from vs2_plugin.clip.sites import Sites
+from vs2_plugin.clip.tower import Tower
 from vs2_plugin.errors import HarnessError, ModelStringError
 from vs2_plugin.harness.places import Current, Parts, Places, build_places
 from vs2_plugin.harness.plain import PlainEmbedding

@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from vs2_plugin import __version__
-from vs2_plugin.checkpoint.checkpoint import Checkpoint, SiteFacts
-from vs2_plugin.clip.backbone import Tower
+from vs2_plugin.checkpoint.checkpoint import Checkpoint, SiteSAE
 from vs2_plugin.clip.sites import Site, Sites, embedding_from
+from vs2_plugin.clip.tower import Tower
 from vs2_plugin.data.images import image_digest
 from vs2_plugin.errors import CheckpointError, ModelStringError, PluginError, Vs2Error
 from vs2_plugin.gallery.encoders import load_encoder
-from vs2_plugin.gallery.files import index_file, open_gallery
+from vs2_plugin.gallery.files import index_file
 from vs2_plugin.gallery.gallery import CLIP, Gallery
 from vs2_plugin.gallery.search import open_search
 from vs2_plugin.harness.automatic import Automatic, choose
@@ -50,7 +50,7 @@ class Parts:
         part: T = self._opened[key]
         return part
 
-    def sae(self, checkpoint: Checkpoint, facts: SiteFacts) -> tuple[TopKSAE, Tensor]:
+    def sae(self, checkpoint: Checkpoint, facts: SiteSAE) -> tuple[TopKSAE, Tensor]:
         """An SAE of a checkpoint with its mean ``[d]``, on the model's device."""
 
         def load() -> tuple[TopKSAE, Tensor]:
@@ -61,7 +61,7 @@ class Parts:
 
     def gallery(self, checkpoint: Checkpoint) -> Gallery:
         """The gallery of a checkpoint."""
-        return self.once(("gallery", checkpoint.folder), lambda: open_gallery(checkpoint))
+        return self.once(("gallery", checkpoint.folder), checkpoint.open_gallery)
 
     def retriever(self, checkpoint: Checkpoint, spec: ModelString) -> Retriever | None:
         """What looks images up for a method with a gallery.
@@ -73,10 +73,7 @@ class Parts:
         if method.gallery == "none":
             return None
         if method.gallery == "images":
-            checkpoint.require_gallery()
-            return self.once(
-                ("images", checkpoint.folder), lambda: Retriever(self.gallery(checkpoint), self.device)
-            )
+            return self.once(("images", checkpoint.folder), lambda: Retriever(self.gallery(checkpoint), self.device))
         asked = tuple(options[option.name] for option in NEIGHBOURS)
         checkpoint.require_gallery(method.labels_used(options) == "oracle", str(options["encoder"]), options["n"])
         return self.once(("neighbours", checkpoint.folder, asked), lambda: self._retriever(checkpoint, options))
@@ -90,9 +87,9 @@ class Parts:
             preprocessing = self.tower.preprocessing
             encode = self.once(
                 ("encoder", folder, name),
-                lambda: load_encoder(name, known["weights"], preprocessing, self.device, known),
+                lambda: load_encoder(name, known.weights, preprocessing, self.device, known),
             )
-        file, kind = index_file(checkpoint, name), options["search"]
+        file, kind = index_file(checkpoint.gallery_folder, name), options["search"]
         search = self.once(
             ("search", folder, name, kind), lambda: open_search(kind, gallery.embeddings[name], file, self.device)
         )
@@ -143,7 +140,7 @@ class Place(nn.Module):
     """One site at which a model is steered."""
 
     def __init__(
-        self, site: Site, facts: SiteFacts | None, steering: Steering, gate: Gate | None, current: Current
+        self, site: Site, facts: SiteSAE | None, steering: Steering, gate: Gate | None, current: Current
     ) -> None:
         super().__init__()
         self.site = site
@@ -304,13 +301,13 @@ def build_places(
     return Places(spec, places, parts, checkpoint, task, retriever)
 
 
-def _sites(spec: ModelString, checkpoint: Checkpoint | None, sites: Sites) -> list[tuple[Site, SiteFacts | None]]:
+def _sites(spec: ModelString, checkpoint: Checkpoint | None, sites: Sites) -> list[tuple[Site, SiteSAE | None]]:
     """Where to steer, with the SAE there, if the method steers along one."""
     if spec.method.site == "output":
         return [(sites.output, None)]
     if checkpoint is None:
         return [(sites.default, None)]
-    chosen: list[tuple[Site, SiteFacts | None]] = []
+    chosen: list[tuple[Site, SiteSAE | None]] = []
     for facts in checkpoint.select(spec.options["blocks"], spec.method.sae):
         site = sites.find(facts.hookpoint)
         if site.width != facts.width:
@@ -334,7 +331,7 @@ def _require_end(spec: ModelString, chosen: Sequence[Site], sites: Sites) -> Non
 
 def _place(
     site: Site,
-    facts: SiteFacts | None,
+    facts: SiteSAE | None,
     spec: ModelString,
     checkpoint: Checkpoint | None,
     task: Task | None,

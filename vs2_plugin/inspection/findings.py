@@ -97,7 +97,6 @@ class Inspector:
     """Looks at images through one steered model."""
 
     def __init__(self, subject: Subject, args: argparse.Namespace) -> None:
-        from vs2_plugin.gallery.files import open_gallery
 
         self.subject, self.args = subject, args
         self.model = subject.model
@@ -106,7 +105,7 @@ class Inspector:
         checkpoint = self.model.checkpoint
         self._problems: dict[str, None] = {}
         if checkpoint is not None and checkpoint.gallery is not None:
-            self.gallery = open_gallery(checkpoint)
+            self.gallery = checkpoint.open_gallery()
             self.pictures = TrainingPictures(
                 checkpoint, self.gallery, args.dataset_root, subject.transform, args.wds_cache_dir
             )

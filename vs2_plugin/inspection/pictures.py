@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from vs2_plugin.checkpoint.checkpoint import Checkpoint
+    from vs2_plugin.gallery.contents import GalleryPart
     from vs2_plugin.gallery.gallery import Gallery
 
 __all__ = ["Thumbnail", "TrainingPictures", "read_image", "thumbnail"]
@@ -75,15 +76,15 @@ class TrainingPictures:
         self.problems: dict[str, None] = {}
         self._parts: list[tuple[int, str, Callable[[], Any]]] = []  # end row, data set, how to open its images
         end = 0
-        for part, split in zip(checkpoint.gallery["parts"], checkpoint.data["splits"], strict=True):
-            end += part["count"]
-            self._parts.append((end, part["dataset"], self._opener(checkpoint, part, split, root, wds_cache_dir)))
+        for part, split in zip(checkpoint.require_gallery().parts, checkpoint.data.splits, strict=True):
+            end += part.count
+            self._parts.append((end, part.dataset, self._opener(checkpoint, part, split, root, wds_cache_dir)))
         self._opened: dict[str, Any] = {}
         self._made: dict[int, Thumbnail | None] = {}
         self._seen: Image | None = None
 
     def _opener(
-        self, checkpoint: Checkpoint, part: dict[str, Any], split: str, root: str, wds_cache_dir: str | None
+        self, checkpoint: Checkpoint, part: GalleryPart, split: str, root: str, wds_cache_dir: str | None
     ) -> Callable[[], Any]:
         def open_part() -> Any:
             from torch.utils.data import IterableDataset
@@ -91,12 +92,12 @@ class TrainingPictures:
             from vs2_plugin.data.images import open_images
 
             images = open_images(
-                part["dataset"], root, split, self._keep, max_images=checkpoint.data.get("max_images"),
+                part.dataset, root, split, self._keep, max_images=checkpoint.data.max_images,
                 seed=checkpoint.sites[0].training.get("seed", 0), wds_cache_dir=wds_cache_dir,
             )  # fmt: skip
             if isinstance(images.source, IterableDataset):
                 raise DataError("a stream of shards cannot be read by row; fetch the shards and name their folder")
-            if len(images.source) != part["count"]:
+            if len(images.source) != part.count:
                 raise DataError(f"{len(images.source):,} images in {root!r}, the gallery has {part['count']:,}")
             return images.source
 

@@ -99,7 +99,7 @@ class Subject:
         spec, checkpoint = self.model.spec, self.model.checkpoint
         found = [("model", str(spec))]
         if checkpoint is not None:
-            data = " ".join(checkpoint.data["datasets"])
+            data = " ".join(checkpoint.data.datasets)
             found += [("weights", checkpoint.pretrained)] if checkpoint.pretrained else []
             found.append(("checkpoint", f"{checkpoint.name}, trained on {data}"))
         labels = self.model.vs2_facts()["vs2_labels"]

@@ -66,7 +66,8 @@ def missing_weights(backbone: str, weights: str) -> Missing | None:
 
 def missing_encoder(text: str) -> Missing | None:
     """Why a retrieval encoder, as ``--retrieval_encoder`` names it, cannot be loaded; None if it can."""
-    from vs2_plugin.gallery.encoders import load_encoder, split_name
+    from vs2_plugin.gallery.contents import split_name
+    from vs2_plugin.gallery.encoders import load_encoder
 
     name, weights = split_name(text)
     try:

@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.checkpoint.store import Store, checkpoint_name
-from vs2_plugin.clip.backbone import Loaded, Tower, load_backbone
+from vs2_plugin.clip.backbone import Loaded, load_backbone
 from vs2_plugin.clip.edits import edit, in_float32, outputs
 from vs2_plugin.clip.sites import Output, Site, embedding_from, finish
+from vs2_plugin.clip.tower import Tower
 from vs2_plugin.data.images import leave_interruptions
 from vs2_plugin.errors import DataError, HarnessError
 from vs2_plugin.harness.autoload import DISABLE

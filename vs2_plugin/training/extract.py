@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.data.splits import Split
 from vs2_plugin.distributed import ALONE, Processes
 from vs2_plugin.errors import DataError, SettingError
-from vs2_plugin.gallery.files import GalleryFiles, GalleryPart
+from vs2_plugin.gallery.contents import GalleryContents, GalleryPart, RetrievalEncoder, split_name
+from vs2_plugin.gallery.files import GalleryFiles
 from vs2_plugin.gallery.gallery import CLIP
 from vs2_plugin.method import ENCODER_NAME as NAME
 from vs2_plugin.text import gigabytes
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Extraction", "Part", "all_labels", "load_encoders"]
 
 #: Retrieval encoder -> the encoder, and the facts by which it is loaded again.
-Encoders = dict[str, tuple["TimmEncoder", dict[str, Any]]]
+Encoders = dict[str, tuple["TimmEncoder", RetrievalEncoder]]
 
 
 @dataclass(frozen=True)
@@ -55,15 +57,13 @@ def all_labels(parts: Sequence[Part]) -> np.ndarray:
 
 
 def load_encoders(
-    args: argparse.Namespace, held: Sequence[dict[str, Any]], preprocessing: dict[str, Any], device: str
+    args: argparse.Namespace, held: Sequence[GalleryContents], preprocessing: dict[str, Any], device: str
 ) -> Encoders:
     """The retrieval encoders beside CLIP: those asked for, and those whose embeddings galleries hold already."""
-    from vs2_plugin.gallery.encoders import load_encoder, split_name
-
     wanted = dict(split_name(text) for text in args.retrieval_encoder)
-    for name, facts in ((name, facts) for gallery in held for name, facts in gallery["encoders"].items()):
+    for name, facts in ((name, facts) for gallery in held for name, facts in gallery.encoders.items()):
         if name != CLIP:
-            wanted.setdefault(name, facts["weights"])
+            wanted.setdefault(name, facts.weights)
     if CLIP in wanted:
         raise SettingError("--retrieval_encoder clip: the CLIP embedding is always kept; expected names of timm models")
     for name in wanted:
@@ -74,8 +74,10 @@ def load_encoders(
         raise SettingError(f"{flag} is for the gallery; leave out --no_gallery")
     loaded = {}
     for name, weights in wanted.items():
+        from vs2_plugin.gallery.encoders import load_encoder
+
         encoder = load_encoder(name, weights, preprocessing, device)
-        loaded[name] = encoder, encoder.facts(name, weights and os.path.abspath(weights))
+        loaded[name] = encoder, encoder.identity(name, weights and os.path.abspath(weights))
     return loaded
 
 
@@ -144,7 +146,7 @@ class Extraction:
         encoded = {}
         for name, (encoder, facts) in self.encoders.items():
             encode = self._encoding(name, encoder)
-            key = {"encoder": facts, **source}
+            key = {"encoder": facts.to_json(), **source}
             encoded[name] = self._cached(encode, {name: encoder.width}, images, key, f"embeddings by {name}")
             if not np.array_equal(encoded[name].digests, of_tower.digests):
                 raise DataError(f"{dataset} gave its images in another order the second time; expected a fixed one")
@@ -201,13 +203,18 @@ class Extraction:
         if not self.args.gallery:
             return None
         facts = {
-            CLIP: {"width": self.backbone.sites.output.width},
+            CLIP: RetrievalEncoder(self.backbone.sites.output.width),
             **{name: facts for name, (_, facts) in self.encoders.items()},
         }
-        sites = [site.hookpoint for site in self.sites]
-        return GalleryFiles([self._gallery_part(part) for part in parts], sites, facts, self.labels)
+        kept = tuple(self._gallery_part(part) for part in parts)
+        contents = GalleryContents(kept, tuple(site.hookpoint for site in self.sites), facts, self.labels)
+        return GalleryFiles(contents, [self._gallery_files(part) for part in parts])
 
     def _gallery_part(self, part: Part) -> GalleryPart:
+        classes = int(part.tower.labels.max()) + 1 if self.labels else None
+        return GalleryPart(part.dataset, len(part), classes, part.tower.folder.name)
+
+    def _gallery_files(self, part: Part) -> dict[str, Path]:
         folder = part.tower.folder
         files = {site.hookpoint: folder / f"{site.hookpoint}.npy" for site in self.sites}
         files[f"embedding.{CLIP}"] = folder / f"{self.backbone.sites.output.hookpoint}.npy"
@@ -215,5 +222,4 @@ class Extraction:
         files["digests"] = folder / "digests.npy"
         if self.labels:
             files["labels"] = folder / "labels.npy"
-        classes = int(part.tower.labels.max()) + 1 if self.labels else None
-        return GalleryPart(part.dataset, len(part), classes, folder.name, files)
+        return files

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vs2_plugin.arrays import stack
-from vs2_plugin.checkpoint.checkpoint import Checkpoint, SiteFacts, save_checkpoint
+from vs2_plugin.checkpoint.checkpoint import Checkpoint, SiteSAE, TrainingData, save_checkpoint
 from vs2_plugin.checkpoint.store import Store, checkpoint_name
 from vs2_plugin.data.splits import training_split
 from vs2_plugin.distributed import ALONE, Processes
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace, processes: Processes = ALONE, loaded: Callable
         backbone=backbone,
         sites=backbone.sites.in_order([*sites, *kept]),
         encoders=load_encoders(args, held, backbone.tower.preprocessing, device),
-        labels=any_pass or args.gallery_labels or any(gallery["labels"] for gallery in held),
+        labels=any_pass or args.gallery_labels or any(gallery.labels for gallery in held),
         device=device,
         say=say,
         processes=processes,
@@ -98,15 +98,15 @@ def run(args: argparse.Namespace, processes: Processes = ALONE, loaded: Callable
     parts = [extraction.run(dataset, split) for dataset, split in splits.items()]
     counts = [len(part) for part in parts]
 
-    data = {
-        "datasets": list(splits),
-        "splits": [split.name for split in splits.values()],
-        "images": sum(counts),
-        "calibrated_on": calibrate_on,
-        "transductive": any(split.transductive for split in splits.values()),
-        "amp": args.amp,
-        "max_images": args.max_images,
-    }
+    data = TrainingData(
+        datasets=tuple(splits),
+        splits=tuple(split.name for split in splits.values()),
+        images=sum(counts),
+        calibrated_on=tuple(calibrate_on),
+        transductive=any(split.transductive for split in splits.values()),
+        amp=args.amp,
+        max_images=args.max_images,
+    )
     saes = [plan.keep(data) for plan in plans]
     trained = _train(
         args,
@@ -153,22 +153,23 @@ class _Plan:
     """The checkpoint that is there."""
 
     @property
-    def kept(self) -> list[SiteFacts]:
+    def kept(self) -> list[SiteSAE]:
         """The SAEs that stay: those of other variants."""
         return [] if self.existing is None else [s for s in self.existing.sites if s.variant not in self.variants]
 
-    def keep(self, data: Mapping[str, Any]) -> list[tuple[SiteFacts, TopKSAE]]:
+    def keep(self, data: TrainingData) -> list[tuple[SiteSAE, TopKSAE]]:
         """Read the SAEs that stay.
 
         Raises:
             DataError: they are of other data.
         """
         kept = self.kept
-        differing = [name for name in data if self.existing.data.get(name) != data[name]] if kept else []
-        if differing:
-            facts = ", ".join(f"{name} {self.existing.data.get(name)}, now {data[name]}" for name in differing)
+        differences = self.existing.data.differences(data) if kept else []
+        if differences:
             name = self.existing.name
-            raise DataError(f"the other SAE of checkpoint {name!r} is of other data ({facts}); give --name")
+            raise DataError(
+                f"the other SAE of checkpoint {name!r} is of other data ({', '.join(differences)}); give --name"
+            )
         return [(site, self.existing.load(site)[0]) for site in kept]
 
     def config(self, variant: str, width: int) -> TrainConfig:
@@ -274,7 +275,7 @@ def _train(
     calibration: np.ndarray,
     device: str,
     processes: Processes,
-) -> list[list[tuple[SiteFacts, TopKSAE]]]:
+) -> list[list[tuple[SiteSAE, TopKSAE]]]:
     """Train the SAEs of all plans and say how it went. What two plans have in common is trained once."""
     from vs2_plugin.sae.train import Job, train_saes
 
@@ -309,12 +310,12 @@ def _train(
     ]
 
 
-def _facts(args: argparse.Namespace, site: Site, variant: str, config: TrainConfig, trained: Trained) -> SiteFacts:
+def _facts(args: argparse.Namespace, site: Site, variant: str, config: TrainConfig, trained: Trained) -> SiteSAE:
     """What the checkpoint tells of an SAE."""
     figures = trained.figures
     progress = {key: value for key, value in asdict(figures).items() if not key.startswith("fvu")}
     settings = asdict(config.for_size(figures.train_count + figures.held_out_count))
-    return SiteFacts(
+    return SiteSAE(
         hookpoint=site.hookpoint,
         variant=variant,
         labels="train" if variant == "pass" else "none",

@@ -1,0 +1,72 @@
+"""Reads dataclasses from JSON values, with every type checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+__all__ = ["typed"]
+
+
+def typed(kind: Any, value: Any, place: str = "") -> Any:
+    """Return a JSON value as a ``kind``: a dataclass of such kinds, a list, tuple or dict of one kind, a plain type.
+
+    A key that a dataclass does not have is left out; a field with a default may be missing.
+
+    Args:
+        kind: the type, as an annotation names it. A float may be given as an int, and stays one.
+        value: what ``json`` read.
+        place: where it stands, for the error.
+
+    Raises:
+        ValueError: a value of another type, or a missing one, with its place.
+
+    >>> typed(dict[str, float], {"a": 1, "b": 0.5}), typed(tuple[str, ...], ["x"])
+    ({'a': 1, 'b': 0.5}, ('x',))
+    >>> typed(list[int | None], [1, None, True], "counts")
+    Traceback (most recent call last):
+    ValueError: counts[2] is True; expected int or None
+    """
+    if kind is Any:
+        return value
+    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
+        return kind(**_fields(kind, value, place))
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        for option in arguments:
+            try:
+                return typed(option, value, place)
+            except ValueError:
+                continue
+    elif origin in (list, tuple) and isinstance(value, list):
+        return origin(typed(arguments[0], item, f"{place}[{index}]") for index, item in enumerate(value))
+    elif origin is dict and isinstance(value, dict):
+        return {key: typed(arguments[1], item, f"{place}[{key!r}]") for key, item in value.items()}
+    elif origin is None and not is_dataclass(kind):
+        accepted = (int, float) if kind is float else kind
+        if isinstance(value, accepted) and isinstance(value, bool) is (kind is bool):
+            return value
+    shown = repr(value)
+    shown = shown if len(shown) <= 40 else f"{shown[:36]} ..."
+    raise ValueError(f"{place or 'the value'} is {shown}; expected {_words(kind)}")
+
+
+def _fields(kind: Any, values: Mapping[str, Any], place: str) -> dict[str, Any]:
+    hints, prefix = get_type_hints(kind), f"{place}." if place else ""
+    lacking = [f.name for f in fields(kind) if f.name not in values and f.default is f.default_factory is MISSING]
+    if lacking:
+        raise ValueError(f"{prefix}{lacking[0]} is missing")
+    return {f.name: typed(hints[f.name], values[f.name], prefix + f.name) for f in fields(kind) if f.name in values}
+
+
+def _words(kind: Any) -> str:
+    """Return a type as the error names it."""
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(map(_words, get_args(kind)))
+    if is_dataclass(kind):
+        return "an object"
+    if kind is type(None):
+        return "None"
+    return str(kind) if get_args(kind) else kind.__name__

@@ -1,0 +1,78 @@
+"""What tells one vision tower from another. No heavy imports: checkpoints are read before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Tower"]
+
+
+@dataclass(frozen=True)
+class Tower:
+    """What makes a vision tower this one and no other. An SAE fits the tower it was trained on, and nothing else."""
+
+    parameters: str
+    """SHA-256 over names, shapes, dtypes and bytes of the vision tower's parameters and buffers."""
+    activations: list[str]
+    """The kinds of activation function in it (QuickGELU, GELU, …): weights do not tell them apart."""
+    preprocessing: dict[str, Any]
+    """How images reach it: size, mean, std, interpolation, resize mode."""
+
+    @classmethod
+    def of(cls, model: nn.Module, transform: object) -> Tower:
+        """Return the tower of an open_clip ``model`` whose images ``transform`` prepares."""
+        from vs2_plugin.arrays import digest_of
+
+        visual: Any = model.visual
+        kinds = {
+            type(module).__name__
+            for module in visual.modules()
+            if type(module).__name__ == "QuickGELU" or type(module).__module__ == "torch.nn.modules.activation"
+        }
+        preprocessing = getattr(visual, "preprocess_cfg", None) or {"transform": str(transform)}
+        return cls(
+            parameters=digest_of(visual.state_dict()),
+            activations=sorted(kinds - {"MultiheadAttention"}),
+            preprocessing=_plain(preprocessing),
+        )
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Tower:
+        """Read what :meth:`to_json` wrote. Raises TypeError or KeyError if it is something else."""
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+    def difference(self, other: Tower) -> str | None:
+        """Return in words how ``other`` (the tower at hand) differs from this one; None if it does not."""
+        if self.activations != other.activations:
+            return (
+                f"it was trained on a tower with {' and '.join(self.activations)}, this one has "
+                f"{' and '.join(other.activations)}"
+            )
+        ours, theirs = self.preprocessing, other.preprocessing
+        if ours != theirs:
+            keys = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+            parts = [f"{key} {ours.get(key)}, not {theirs.get(key)}" for key in keys]
+            return f"its images were preprocessed with {'; '.join(parts)}"
+        if self.parameters != other.parameters:
+            return (
+                f"its vision tower had other parameters (SHA-256 {self.parameters[:12]}, this one has "
+                f"{other.parameters[:12]})"
+            )
+        return None
+
+
+def _plain(value: Any) -> Any:
+    """Return ``value`` as it comes back from JSON: tuples become lists."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)

@@ -1,0 +1,73 @@
+"""What the gallery of a checkpoint holds, as ``vs2.json`` lists it. No heavy imports."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["GalleryContents", "GalleryPart", "RetrievalEncoder", "split_name"]
+
+
+@dataclass(frozen=True)
+class GalleryPart:
+    """The images of one data set."""
+
+    dataset: str
+    """Its name."""
+    count: int
+    """Images."""
+    classes: int | None
+    """Labels are below this; None without labels."""
+    extraction: str
+    """What identifies the extraction that the files are of."""
+
+
+@dataclass(frozen=True)
+class RetrievalEncoder:
+    """A model that embeds images for retrieval. CLIP itself has a width only: its tower is the checkpoint's."""
+
+    width: int
+    """e, the width of its embeddings."""
+    model: str | None = None
+    """timm's name of it."""
+    weights: str | None = None
+    """A file; None for timm's own weights; empty for random ones."""
+    parameters: str | None = None
+    """SHA-256 over its parameters and buffers; see :func:`vs2_plugin.arrays.digest_of`."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {"width": self.width} if self.model is None else asdict(self)
+
+
+@dataclass(frozen=True)
+class GalleryContents:
+    """The data sets, and what is kept of their images."""
+
+    parts: tuple[GalleryPart, ...]
+    """One per data set."""
+    sites: tuple[str, ...]
+    """Hookpoints whose activations are there."""
+    encoders: dict[str, RetrievalEncoder]
+    """The retrieval encoders whose embeddings are there, by name; ``clip`` is CLIP itself."""
+    labels: bool
+    """Whether the training labels are there."""
+
+    @property
+    def count(self) -> int:
+        """The number of images."""
+        return sum(part.count for part in self.parts)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {**asdict(self), "encoders": {name: encoder.to_json() for name, encoder in self.encoders.items()}}
+
+
+def split_name(text: str) -> tuple[str, str | None]:
+    """Return model and weights of ``MODEL`` (timm's own weights), ``MODEL,FILE``, or ``MODEL,`` (random weights).
+
+    >>> split_name("vit_small_patch14_dinov2"), split_name("resnet10t,"), split_name("resnet10t,w.safetensors")
+    (('vit_small_patch14_dinov2', None), ('resnet10t', ''), ('resnet10t', 'w.safetensors'))
+    """
+    model, comma, weights = text.partition(",")
+    return model, weights if comma else None
