@@ -7,6 +7,9 @@ import pytest
 from vs2_plugin.cli import train_sae
 from vs2_plugin.demo.digits import write_digits
 from vs2_plugin.demo.run import _TINY_CLIP
+from vs2_plugin.inspection.findings import inspect_images
+from vs2_plugin.inspection.pictures import read_image
+from vs2_plugin.inspection.subject import open_subject
 
 DATA = ["--dataset", "wds/digits", "--dataset_root", "digits"]
 QUIET = ["--num_workers", "0", "--quiet", "--no_amp"]
@@ -51,3 +54,24 @@ def digit(trained):
         return name
 
     return write
+
+
+@pytest.fixture
+def subject(folder):
+    """A function that opens a steered model on that data: ``subject("vs2", "@blocks=2", ...)``."""
+
+    def open_on_digits(method="vs2", options="", **settings):
+        given = {"dataset": "wds/digits", "dataset_root": "digits", **settings}
+        return open_subject(f"{method}:local-dir:tiny-clip{options}", "", **given)
+
+    return open_on_digits
+
+
+@pytest.fixture
+def looked(subject, digit):
+    """A function that inspects a test image and returns the finding."""
+
+    def look(number, *model, **settings):
+        return inspect_images(subject(*model), [read_image(digit(number))], **settings).findings[0]
+
+    return look

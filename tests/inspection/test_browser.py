@@ -6,18 +6,22 @@ import pytest
 
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
-from ..report.test_browser import BROKEN, STICKS_OUT, browser  # noqa: E402, F401
-from .test_commands import TINY, run  # noqa: E402
+from vs2_plugin.inspection.findings import inspect_images
+from vs2_plugin.inspection.pages import write_inspection, write_survey
+from vs2_plugin.inspection.pictures import read_image
+from vs2_plugin.inspection.survey import survey_latents
+
+from ..report.test_browser import BROKEN, STICKS_OUT, browser  # noqa: F401
 
 
-def test_the_pages_in_a_browser(browser, folder, digit, tmp_path):  # noqa: F811
+def test_the_pages_in_a_browser(browser, subject, digit, tmp_path):  # noqa: F811
     long = "a-name-that-is-very-long-and-has-no-place-to-break-" * 3
-    (tmp_path / "classes.txt").write_text(f"{long}\nzero\none\ntwo\n")
-    image = digit(904, f"{long}.png")
-    classes = ["--classes", tmp_path / "classes.txt", "--quiet"]
-    assert run("inspect", image, digit(905), *classes, "--out", tmp_path / "vs2") == 0
-    assert run("inspect", image, *classes, "--out", tmp_path / "vs2pp", model=f"vs2pp:{TINY}") == 0
-    assert run("latents", *classes, "--limit", 8, "--out", tmp_path / "latents") == 0
+    classes = [long, "zero", "one", "two"]
+    images = [read_image(digit(904))._replace(name=f"{long}.png"), read_image(digit(905))]
+    vs2 = subject("vs2", classes=classes)
+    write_inspection(inspect_images(vs2, images), tmp_path / "vs2")
+    write_inspection(inspect_images(subject("vs2pp", classes=classes), images[:1]), tmp_path / "vs2pp")
+    write_survey(survey_latents(vs2, limit=8), tmp_path / "latents")
     for name, scheme, width in itertools.product(("vs2", "vs2pp", "latents"), ("light", "dark"), (360, 1280)):
         problems, asked = [], []
         page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)

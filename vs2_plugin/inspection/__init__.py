@@ -1,1 +1,21 @@
-"""What the latents of an SAE stand for, and what they did to an image. Computation only: no files, no data sets."""
+"""What the latents of an SAE stand for, and what they did to images.
+
+From Python::
+
+    from pathlib import Path
+
+    from vs2_plugin.inspection.findings import inspect_images
+    from vs2_plugin.inspection.pages import write_survey
+    from vs2_plugin.inspection.pictures import read_image
+    from vs2_plugin.inspection.subject import open_subject
+    from vs2_plugin.inspection.survey import survey_latents
+
+    subject = open_subject("vs2:ViT-B-32-quickgelu", "openai", "cifar100", "root")
+    [finding] = inspect_images(subject, [read_image(Path("photo.jpg"))]).findings
+    for line in finding.places[0].lines:
+        print(line.name, line.values[0])  # what each latent contributed to the lead
+    write_survey(survey_latents(subject), Path("latents"))
+
+The modules, from below: notes (texts), words, latents, attribution and pictures know no model string; probe asks the
+steered model; subject loads it; findings and survey say what there is to see; pages writes that.
+"""

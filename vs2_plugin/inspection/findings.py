@@ -1,26 +1,26 @@
-"""What ``vs2 inspect`` finds out about an image: classes, contributions of latents, neighbours."""
+"""What steering did to images: classes, contributions of latents, neighbours."""
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
-from vs2_plugin.inspection.pictures import Thumbnail, TrainingPictures, thumbnail
-from vs2_plugin.inspection.subject import NO_WORDS, Subject, scan_gallery, words_of
+import numpy as np
+import torch
+from torch import Tensor
+
+from vs2_plugin.errors import HarnessError
+from vs2_plugin.harness.places import Place
+from vs2_plugin.inspection import probe
+from vs2_plugin.inspection.attribution import Attribution, Movement
+from vs2_plugin.inspection.latents import LatentStatistics
+from vs2_plugin.inspection.pictures import ImageFile, Thumbnail, thumbnail
+from vs2_plugin.inspection.subject import Card, Subject
+from vs2_plugin.modelstring import ModelString
+from vs2_plugin.steering.batch import Batch
 from vs2_plugin.text import counted
 
-if TYPE_CHECKING:
-    import numpy as np
-    from PIL.Image import Image
-    from torch import Tensor
-
-    from vs2_plugin.gallery.gallery import Gallery
-    from vs2_plugin.harness.places import Place
-    from vs2_plugin.inspection.latents import LatentStatistics
-    from vs2_plugin.steering.batch import Batch
-
-__all__ = ["AtPlace", "Card", "ClassChange", "Finding", "Inspector", "Line", "Neighbour", "describe"]
+__all__ = ["Finding", "Inspection", "describe", "inspect_images", "require_inspectable"]
 
 
 @dataclass(frozen=True)
@@ -45,27 +45,18 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Card:
-    """What is known of one latent."""
-
-    latent: int
-    words: list[tuple[str, float]] | None
-    about: str
-    pictures: list[Thumbnail]
-
-
-@dataclass
 class AtPlace:
     """What happened at one site."""
 
     site: str
     decision: str
+    """FVU and gate, in words."""
     note: str = ""
     """In place of contributions, why there are none."""
     shown: str = ""
     """Which latents are shown."""
-    lines: list[Line] = field(default_factory=list)
-    cards: list[Card] = field(default_factory=list)
+    lines: tuple[Line, ...] = ()
+    cards: tuple[Card, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,215 +70,186 @@ class Neighbour:
     picture: Thumbnail | None
 
 
-@dataclass
-class Finding:
-    """One image."""
+@dataclass(frozen=True)
+class Neighbours:
+    """The training images that were looked up."""
 
-    path: str
+    about: str
+    images: list[Neighbour]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What steering did to one image."""
+
+    name: str
     picture: Thumbnail
     classes: list[ClassChange]
+    """The best before and the best after, by probability after."""
     lead: str
     """What the lead is of, in words."""
     places: list[AtPlace]
-    about_neighbours: str = ""
-    neighbours: list[Neighbour] = field(default_factory=list)
+    neighbours: Neighbours | None
 
 
-class Inspector:
-    """Looks at images through one steered model."""
+@dataclass(frozen=True)
+class Inspection:
+    """What steering did to some images."""
 
-    def __init__(self, subject: Subject, args: argparse.Namespace) -> None:
+    title: list[tuple[str, str]]
+    """What was looked at: names and values."""
+    findings: list[Finding]
+    problems: list[str]
+    """What could not be shown, and why."""
 
-        self.subject, self.args = subject, args
-        self.model = subject.model
-        self.gallery: Gallery | None = None
-        self.pictures: TrainingPictures | None = None
-        checkpoint = self.model.checkpoint
-        self._problems: dict[str, None] = {}
-        if checkpoint is not None and checkpoint.gallery is not None:
-            self.gallery = checkpoint.open_gallery()
-            self.pictures = TrainingPictures(
-                checkpoint, self.gallery, args.dataset_root, subject.transform, args.wds_cache_dir
-            )
-        elif checkpoint is not None:
-            self._problems["The checkpoint has no gallery, so that no training images are shown."] = None
-        self._statistics: dict[str, LatentStatistics] = {}
 
-    @property
-    def problems(self) -> list[str]:
-        """What could not be shown, and why."""
-        return [*self._problems, *(self.pictures.problems if self.pictures else ())]
-
-    def look(self, path: str, picture: Image) -> Finding:
-        """Everything about one image."""
-        import torch
-
-        model, texts = self.model, self.subject.class_texts
-        image = self.subject.transform(picture)[None].to(self.subject.device)
-        places = model.places
-        with torch.no_grad():
-            with model.unsteered():
-                plain = model.model.encode_image(image)
-            logits = [_logits(embedding, texts)[0] for embedding in (plain, model.encode_image(image))]
-        before, after = (values.softmax(0).tolist() for values in logits)
-        order = [values.argsort(descending=True, stable=True).tolist() for values in logits]
-        shown = sorted({*order[0][: self.args.top], *order[1][: self.args.top]}, key=lambda index: -after[index])
-        first = order[1][0]
-        second = order[0][0] if order[0][0] != first else order[1][1]
-        names = self.subject.classes
-        changes = (logits[1] - logits[0]).tolist()
-        finding = Finding(
-            path,
-            thumbnail(picture, 240),
-            [ClassChange(names[index], before[index], after[index], changes[index]) for index in shown],
-            f"{names[first]} over {names[second]}",
-            [],
+def require_inspectable(model: ModelString) -> None:
+    """Raise HarnessError for a method that reads the true class, which an image file does not tell."""
+    if model.method.gallery == "images" and model.method.labels == "oracle":
+        raise HarnessError(
+            f"{model}: this oracle needs the true class of the image, which a file does not tell; expected "
+            "another method, for example vs2"
         )
-        with model.at_hand(image) as batch:
-            batch.embed = lambda: plain
-            if model.spec.method.gallery == "neighbours":
-                self._neighbours(finding, batch)
-            for index, place in enumerate(places):
-                finding.places.append(self._at(place, index, image, batch, [first, second, *shown]))
-        return finding
 
-    def _at(self, place: Place, index: int, image: Tensor, batch: Batch, classes: list[int]) -> AtPlace:
-        """What happened at one site. ``classes``: the two that the lead is between, then those shown."""
-        import torch
 
-        from vs2_plugin.inspection.attribution import attribute, movement, tail
+def inspect_images(subject: Subject, images: Iterable[ImageFile], *, top: int = 5, latents: int = 8) -> Inspection:
+    """Return what steering did to images, latent by latent, all in float32.
 
-        model = self.model
-        with torch.no_grad():
-            x = self._activation(place, image, index)
-            steered = self._activation(place, image, index + 1)
-        at = AtPlace(str(place.site), _decision(place, x, model.spec.options.get("gate")))
-        if place.gate is not None and torch.equal(x, steered):
-            at.note = "The activation was left alone here, bit for bit."
-            return at
-        with torch.no_grad():
-            move = place.move(x, batch)
-        if move is None:
-            at.note = f"{model.spec.method.name} steers by no sparse code of its own, so that no latents are shown."
-            return at
-        moved, sae = movement(move), move.code.sae
-        steps = moved.amounts[:, None] * sae.W_dec[moved.latents].detach()
-        texts = self.subject.class_texts[classes]
-        with model.unsteered(index):
-            rest_of_tower = tail(model.model, model.sites, place.site, image)
-            found = attribute(lambda z: _logits(rest_of_tower(z), texts), x[0], steps, steered[0])
+    Args:
+        subject: the steered model.
+        images: as :func:`vs2_plugin.inspection.pictures.read_image` gives them.
+        top: classes shown, the best before and the best after.
+        latents: latents shown for each image and site.
 
-        def columns(values: Tensor) -> Tensor:
-            return torch.cat([values[..., :1] - values[..., 1:2], values[..., 2:]], dim=-1)
+    Raises:
+        HarnessError: the method needs the images' true classes.
+    """
+    require_inspectable(subject.model.spec)
+    findings = [_inspect(subject, image, top, latents) for image in images]
+    return Inspection(subject.title, findings, list(subject.problems))
 
-        parts = columns(found.latents)
-        moves = bool(moved.amounts.any())  # REC goes along none
-        rank = parts[:, 0] if moves else moved.activations
-        chosen = rank.abs().argsort(descending=True, stable=True)[: self.args.latents]
-        others = len(parts) - len(chosen)
-        why = "those that contributed most, up or down, to the lead" if moves else "the strongest; none is amplified"
-        at.shown = f"{len(chosen)} of {len(parts)} active latents: {why}"
-        at.lines = [
-            Line(f"latent {latent}", parts[one].tolist(), latent, float(moved.activations[one]))
-            for one, latent in zip(chosen.tolist(), moved.latents[chosen].tolist(), strict=True)
+
+def _inspect(subject: Subject, file: ImageFile, top: int, latents: int) -> Finding:
+    model, names = subject.model, subject.classes
+    image = subject.transform(file.image)[None].to(subject.device)
+    plain, steered = probe.embeddings(model, image)
+    logits = [probe.logits_of(embedding, subject.class_texts)[0] for embedding in (plain, steered)]
+    before, after = (values.softmax(0).tolist() for values in logits)
+    changes = (logits[1] - logits[0]).tolist()
+    best = [values.argsort(descending=True, stable=True).tolist() for values in logits]
+    shown = sorted({*best[0][:top], *best[1][:top]}, key=lambda index: -after[index])
+    first = best[1][0]
+    second = best[0][0] if best[0][0] != first else best[1][1]
+    with model.at_hand(image) as batch:
+        batch.embed = lambda: plain
+        neighbours = _neighbours(subject, batch)
+        places = [
+            _at_place(subject, index, batch, image, [first, second, *shown], latents)
+            for index in range(len(model.places))
         ]
-        if others:
-            at.lines.append(Line(counted(others, "other latent"), (parts.sum(0) - parts[chosen].sum(0)).tolist()))
-        at.lines += [
-            Line(moved.rest, columns(found.rest).tolist()),
-            Line("remainder", columns(found.remainder).tolist()),
-            Line("change", columns(found.total).tolist()),
-        ]
-        at.cards = self._cards(place, moved.latents[chosen].cpu().numpy(), moved.activations[chosen].cpu().numpy())
-        return at
-
-    def _activation(self, place: Place, image: Tensor, start: int) -> Tensor:
-        """The activation ``[1, d]`` at a site, with the steerings from number ``start`` on not there."""
-        from vs2_plugin.clip.edits import reading
-
-        with reading(self.model.model, [place.site]) as read, self.model.unsteered(start):
-            self.model.model.encode_image(image)
-        return read[place.site].float()
-
-    def _cards(self, place: Place, latents: np.ndarray, activations: np.ndarray) -> list[Card]:
-        import numpy as np
-
-        sae, mean = place.gate.sae, place.gate.mean
-        found, amounts = None, activations
-        if self.gallery is not None:
-            hookpoint = place.site.hookpoint
-            if hookpoint not in self._statistics:
-                self._statistics[hookpoint] = scan_gallery(self.subject, self.gallery, hookpoint, sae, self.args.quiet)
-            found = self._statistics[hookpoint]
-            amounts = np.where(found.counts[latents] > 0, found.means[latents], activations)
-        words = words_of(self.subject, place.site, sae, mean, latents, amounts, 3)
-        if words is None:
-            self._problems[NO_WORDS] = None
-        cards = []
-        for index, latent in enumerate(latents.tolist()):
-            about, pictures = "", []
-            if found is not None:
-                about = describe(found, latent, self.subject.classes)
-                pictures = self.pictures.of(found.rows[latent])
-            cards.append(Card(latent, None if words is None else words[index], about, pictures))
-        return cards
-
-    def _neighbours(self, finding: Finding, batch: Batch) -> None:
-        """Show the neighbours that a method looked up for the image at hand."""
-        from vs2_plugin.steering.retriever import majority
-
-        retriever, options = self.model.places.retriever, self.model.spec.options
-        hood = retriever.neighbours(batch)
-        kind = "oracle" if options.get("labels") == "oracle" else "pseudo"
-        labels = retriever.labels(kind)[hood.rows]
-        names = dict(enumerate(self.subject.classes)) if kind == "pseudo" or len(self.gallery.datasets) == 1 else {}
-        side = ["" for _ in range(hood.rows.shape[1])]
-        whose = "zero-shot class" if kind == "pseudo" else "training label"
-        about = f"The {counted(int(hood.valid.sum()), 'nearest training image')}, nearest first, each with its {whose}"
-        if options.get("rule") is not None:
-            count = max(int(labels.max()) + 1, len(self.subject.classes))
-            on_device = labels.to(retriever.device)
-            chosen = retriever.classes(batch) if options["rule"] == "query" else majority(on_device, hood, count)[0]
-            side = ["S+" if label == int(chosen[0]) else "S-" for label in labels[0].tolist()]
-            name = names.get(int(chosen[0]), f"class {int(chosen[0])}")
-            about += f". Steered towards the {side.count('S+')} of {name!r} (S+)"
-            about += f", away from the {counted(side.count('S-'), 'other')} (S-)"
-        finding.about_neighbours = f"{about}."
-        rows = zip(hood.rows[0], labels[0].tolist(), hood.similarity[0], hood.valid[0], side, strict=True)
-        finding.neighbours = [
-            Neighbour(float(similarity), names.get(label, f"class {label}"), which, self.pictures(int(row)))
-            for row, label, similarity, valid, which in rows
-            if valid
-        ]
+    classes = [ClassChange(names[index], before[index], after[index], changes[index]) for index in shown]
+    lead = f"{names[first]} over {names[second]}"
+    return Finding(file.name, thumbnail(file.image, 240), classes, lead, places, neighbours)
 
 
-def _logits(embedding: Tensor, texts: Tensor) -> Tensor:
-    import torch.nn.functional as F
+def _at_place(
+    subject: Subject, index: int, batch: Batch, image: Tensor, classes: list[int], latents: int
+) -> AtPlace:
+    """Return what happened at one site. ``classes``: the two that the lead is between, then those shown."""
+    model, place = subject.model, subject.model.places[index]
+    x, steered = probe.activations(model, index, image)
+    site, decision = str(place.site), _decision(place, x, model.spec.options.get("gate"))
+    if place.gate is not None and torch.equal(x, steered):
+        return AtPlace(site, decision, "The activation was left alone here, bit for bit.")
+    change = probe.contributions(model, index, batch, x, steered, subject.class_texts[classes])
+    if change is None:
+        name = model.spec.method.name
+        return AtPlace(site, decision, f"{name} steers by no sparse code of its own, so that no latents are shown.")
+    move, shares = change
+    moves = bool(move.amounts.any())  # REC goes along none
+    rank = _columns(shares.latents)[:, 0] if moves else move.activations
+    chosen = rank.abs().argsort(descending=True, stable=True)[:latents]
+    why = "those that contributed most, up or down, to the lead" if moves else "the strongest; none is amplified"
+    shown = f"{len(chosen)} of {len(rank)} active latents: {why}"
+    cards = _cards(subject, place, move.latents[chosen].cpu().numpy(), move.activations[chosen].cpu().numpy())
+    return AtPlace(site, decision, "", shown, tuple(_lines(move, shares, chosen)), tuple(cards))
 
-    return 100.0 * F.normalize(embedding.float(), dim=-1) @ texts.T
+
+def _columns(values: Tensor) -> Tensor:
+    """Return contributions ``[..., 2 + shown]`` to logits as those to the lead and to the classes shown."""
+    return torch.cat([values[..., :1] - values[..., 1:2], values[..., 2:]], dim=-1)
 
 
-def _decision(place: Place, x: Tensor, q: float | None) -> str:
-    """FVU and gate, in words."""
-    from vs2_plugin.sae.topk import sample_fvu
+def _lines(move: Movement, shares: Attribution, chosen: Tensor) -> Iterator[Line]:
+    """Yield the table of contributions, with a line for each of the ``chosen`` active latents."""
+    parts = _columns(shares.latents)
+    for index, latent in zip(chosen.tolist(), move.latents[chosen].tolist(), strict=True):
+        yield Line(f"latent {latent}", parts[index].tolist(), latent, float(move.activations[index]))
+    if others := len(parts) - len(chosen):
+        yield Line(counted(others, "other latent"), (parts.sum(0) - parts[chosen].sum(0)).tolist())
+    yield Line(move.rest, _columns(shares.rest).tolist())
+    yield Line("remainder", _columns(shares.remainder).tolist())
+    yield Line("change", _columns(shares.total).tolist())
 
-    gate = place.gate
-    if gate is None:
+
+def _cards(
+    subject: Subject, place: Place, latents: np.ndarray, amounts: np.ndarray
+) -> list[Card]:
+    """Return what is known of latents that have the activations ``amounts`` in the image at hand."""
+    statistics = subject.statistics(place)
+    if statistics is None or subject.pictures is None:
+        words = subject.words_of(place, latents, amounts)
+        return [Card(latent, near, "", []) for latent, near in zip(latents.tolist(), words, strict=True)]
+    amounts = np.where(statistics.counts[latents] > 0, statistics.means[latents], amounts)
+    words = subject.words_of(place, latents, amounts)
+    return [
+        Card(latent, near, describe(statistics, latent, subject.classes), subject.pictures.of(statistics.rows[latent]))
+        for latent, near in zip(latents.tolist(), words, strict=True)
+    ]
+
+
+def _neighbours(subject: Subject, batch: Batch) -> Neighbours | None:
+    """Return the neighbours that the method looked up for the image at hand."""
+    hood = probe.lookup(subject.model, batch, len(subject.classes))
+    if hood is None or subject.pictures is None:
+        return None
+    # The training labels of several data sets are not the classes under inspection.
+    known = not hood.oracle or len(subject.pictures.gallery.datasets) == 1
+
+    def name(label: int) -> str:
+        return subject.classes[label] if known and label < len(subject.classes) else f"class {label}"
+
+    whose = "training label" if hood.oracle else "zero-shot class"
+    about = f"The {counted(len(hood.rows), 'nearest training image')}, nearest first, each with its {whose}"
+    sides = [""] * len(hood.rows)
+    if hood.target is not None:
+        sides = ["S+" if label == hood.target else "S-" for label in hood.labels]
+        about += f". Steered towards the {sides.count('S+')} of {name(hood.target)!r} (S+)"
+        about += f", away from the {counted(sides.count('S-'), 'other')} (S-)"
+    images = [
+        Neighbour(similarity, name(label), side, subject.pictures(row))
+        for row, similarity, label, side in zip(hood.rows, hood.similarities, hood.labels, sides, strict=True)
+    ]
+    return Neighbours(f"{about}.", images)
+
+
+def _decision(place: Place, x: Tensor, q: object) -> str:
+    """Return FVU and gate in words."""
+    if place.gate is None or place.facts is None:
         return "no SAE here, so that there is neither FVU nor gate"
-    ratio = float(sample_fvu(x, gate.sae(x), gate.mean))
-    if gate.tau is None:
+    ratio, tau = probe.fvu_at(place, x), place.gate.tau
+    if tau is None:
         usual = place.facts.fvu_quantiles
-        among = f" (held-out training images: median {usual['0.5']:.3f}, 99 % below {usual['0.99']:.3f})"
-        return f"FVU {ratio:.3f}{among if {'0.5', '0.99'} <= usual.keys() else ''}; no gate, every image is steered"
-    inside = ratio <= gate.tau
-    return (
-        f"FVU {ratio:.3f} is {'within' if inside else 'above'} the gate's threshold {gate.tau:.3f} (q = {q:g}): "
-        f"{'steered' if inside else 'left alone'}"
-    )
+        among = ""
+        if {"0.5", "0.99"} <= usual.keys():
+            among = f" (held-out training images: median {usual['0.5']:.3f}, 99 % below {usual['0.99']:.3f})"
+        return f"FVU {ratio:.3f}{among}; no gate, every image is steered"
+    side, fate = ("within", "steered") if ratio <= tau else ("above", "left alone")
+    return f"FVU {ratio:.3f} is {side} the gate's threshold {tau:.3f} (q = {q:g}): {fate}"
 
 
 def describe(statistics: LatentStatistics, latent: int, classes: list[str]) -> str:
-    """What the gallery says of a latent, in a line."""
+    """Return what the gallery tells of a latent, as a line."""
     count = int(statistics.counts[latent])
     if not count:
         return f"active in none of {statistics.images:,} training images"

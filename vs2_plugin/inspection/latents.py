@@ -49,7 +49,7 @@ class LatentStatistics:
     @cached_property
     def shown(self) -> np.ndarray:
         """int64 ``[n]``: how many top images there are."""
-        return (self.rows >= 0).sum(1)
+        return np.asarray((self.rows >= 0).sum(1))
 
     @cached_property
     def purity(self) -> tuple[np.ndarray, np.ndarray]:
@@ -101,32 +101,31 @@ def scan(
         counts += np.bincount(latent[active], minlength=n)
         sums += np.bincount(latent[active], value[active], minlength=n)
         # An image that comes later has to be stronger than the weakest one kept.
-        kept = np.abs(value) > np.abs(values[latent, -1])
-        _merge((rows, values, labels), latent[kept], (start + row[kept], value[kept], classes[row[kept]]))
+        strong = np.abs(value) > np.abs(values[latent, -1])
+        _merge((rows, values, labels), latent[strong], (start + row[strong], value[strong], classes[row[strong]]))
         progress(len(x))
-    return LatentStatistics(
-        len(activations), counts, sums / np.maximum(counts, 1), rows, values, labels, class_counts
-    )  # fmt: skip
+    means = sums / np.maximum(counts, 1)
+    return LatentStatistics(len(activations), counts, means, rows, values, labels, class_counts)
 
 
-def _merge(kept: tuple[np.ndarray, ...], latent: np.ndarray, found: tuple[np.ndarray, ...]) -> None:
-    """Let what was ``found`` (rows, values, classes of one activation each) take its place among the best ``kept``."""
-    top = kept[0].shape[1]
+def _merge(best: tuple[np.ndarray, ...], latent: np.ndarray, block: tuple[np.ndarray, ...]) -> None:
+    """Put a block's activations of latents (rows, values, classes of each) in their places among the ``best``."""
+    top = best[0].shape[1]
     touched = np.unique(latent)
     owner = np.concatenate([np.repeat(touched, top), latent])
     rows, values, classes = (
-        np.concatenate([old[touched].ravel(), new]) for old, new in zip(kept, found, strict=True)
+        np.concatenate([old[touched].ravel(), new]) for old, new in zip(best, block, strict=True)
     )  # fmt: skip
     # By latent; then by strength; of equals the earlier image, so that the blocks' size changes nothing.
     order = np.lexsort((np.where(rows < 0, np.iinfo(rows.dtype).max, rows), -np.abs(values), owner))
     starts = np.searchsorted(owner[order], touched)
-    best = order[starts[:, None] + np.arange(top)]
-    for old, merged in zip(kept, (rows, values, classes), strict=True):
-        old[touched] = merged[best]
+    first = order[starts[:, None] + np.arange(top)]
+    for old, merged in zip(best, (rows, values, classes), strict=True):
+        old[touched] = merged[first]
 
 
 def kinds(frequencies: np.ndarray, k: int) -> np.ndarray:
-    """``dead`` (never active), ``rare`` (below a tenth of k/n), ``dense`` (above ten times k/n) or empty: ``[n]``.
+    """Return ``dead`` (never active), ``rare`` (below k/n / 10), ``dense`` (above 10 k/n) or an empty word: ``[n]``.
 
     k/n is what the frequency would be if all latents were active equally often.
     """
@@ -137,7 +136,7 @@ def kinds(frequencies: np.ndarray, k: int) -> np.ndarray:
 
 
 def chance(class_counts: np.ndarray, top: int) -> np.ndarray:
-    """How pure images drawn at random are: ``[top + 1, top + 1]``.
+    """Return how pure images drawn at random are: ``[top + 1, top + 1]``.
 
     Entry ``[t, m]`` is the probability that of t images, drawn with the classes' shares p_c, the most frequent class
     has exactly m. Exact: ``P(all classes ≤ m) = t! [z^t] Π_c Σ_{i ≤ m} (p_c z)^i / i!``.
@@ -155,7 +154,7 @@ def chance(class_counts: np.ndarray, top: int) -> np.ndarray:
 
 
 def choose(statistics: LatentStatistics, limit: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Latents to look at: in four ways, up to ``limit`` in all, none of them dead.
+    """Choose latents to look at: in four ways, up to ``limit`` in all, none of them dead.
 
     ``random`` are drawn evenly from all that are alive, and so stand for the SAE; ``frequent`` are active in most
     images (the densest), ``strong`` have the largest mean activation, ``pure`` most top images of one class, among

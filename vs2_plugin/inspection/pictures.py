@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from vs2_plugin.checkpoint.checkpoint import Checkpoint
+from vs2_plugin.data.images import image_digest, open_images
 from vs2_plugin.errors import DataError, Vs2Error
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from vs2_plugin.checkpoint.checkpoint import Checkpoint
-    from vs2_plugin.gallery.contents import GalleryPart
-    from vs2_plugin.gallery.gallery import Gallery
-
-__all__ = ["Thumbnail", "TrainingPictures", "read_image", "thumbnail"]
+__all__ = ["ImageFile", "Thumbnail", "TrainingPictures", "read_image", "thumbnail"]
 
 _SIDE = 160
 
@@ -32,8 +33,15 @@ class Thumbnail:
     height: int
 
 
-def thumbnail(image: Image, side: int = _SIDE) -> Thumbnail:
-    """The image, at most ``side`` pixels wide and high. Smaller ones stay as they are."""
+class ImageFile(NamedTuple):
+    """An image and what it is called."""
+
+    name: str
+    image: Image.Image
+
+
+def thumbnail(image: Image.Image, side: int = _SIDE) -> Thumbnail:
+    """Return the image, at most ``side`` pixels wide and high. Smaller ones stay as they are."""
     small = image.convert("RGB")
     small.thumbnail((side, side))
     data = io.BytesIO()
@@ -43,17 +51,15 @@ def thumbnail(image: Image, side: int = _SIDE) -> Thumbnail:
     return Thumbnail(f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}", *small.size)
 
 
-def read_image(path: Path) -> Image:
-    """An image file, decoded.
+def read_image(path: Path) -> ImageFile:
+    """Read and decode an image file.
 
     Raises:
         DataError: there is none that can be read.
     """
-    from PIL import Image
-
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return ImageFile(str(path), image.convert("RGB"))
     except FileNotFoundError:
         raise DataError(f"there is no file {str(path)!r}; expected an image (png, jpg, webp)") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all of them come from PIL
@@ -69,82 +75,72 @@ class TrainingPictures:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, gallery: Gallery, root: str, transform: Any, wds_cache_dir: str | None = None
+        self,
+        checkpoint: Checkpoint,
+        root: str,
+        transform: Callable[[Any], Tensor],
+        wds_cache_dir: str | None,
+        problems: dict[str, None],
     ) -> None:
-        self._gallery, self._transform = gallery, transform
-        #: Why pictures are not shown, one sentence each; filled in as they are asked for.
-        self.problems: dict[str, None] = {}
-        self._parts: list[tuple[int, str, Callable[[], Any]]] = []  # end row, data set, how to open its images
-        end = 0
-        for part, split in zip(checkpoint.require_gallery().parts, checkpoint.data.splits, strict=True):
-            end += part.count
-            self._parts.append((end, part.dataset, self._opener(checkpoint, part, split, root, wds_cache_dir)))
-        self._opened: dict[str, Any] = {}
-        self._made: dict[int, Thumbnail | None] = {}
-        self._seen: Image | None = None
-
-    def _opener(
-        self, checkpoint: Checkpoint, part: GalleryPart, split: str, root: str, wds_cache_dir: str | None
-    ) -> Callable[[], Any]:
-        def open_part() -> Any:
-            from torch.utils.data import IterableDataset
-
-            from vs2_plugin.data.images import open_images
-
-            images = open_images(
-                part.dataset, root, split, self._keep, max_images=checkpoint.data.max_images,
-                seed=checkpoint.sites[0].training.get("seed", 0), wds_cache_dir=wds_cache_dir,
-            )  # fmt: skip
-            if isinstance(images.source, IterableDataset):
-                raise DataError("a stream of shards cannot be read by row; fetch the shards and name their folder")
-            if len(images.source) != part.count:
-                raise DataError(f"{len(images.source):,} images in {root!r}, the gallery has {part['count']:,}")
-            return images.source
-
-        return open_part
-
-    def _keep(self, image: Image) -> Any:
-        """The tower's preprocessing, and a copy of what comes before it."""
-        self._seen = image
-        return self._transform(image)
+        """Why pictures are not shown is added to ``problems``, one sentence each, as they are asked for."""
+        self._parts = checkpoint.require_gallery().parts
+        self.gallery = checkpoint.open_gallery()
+        self._checkpoint, self._transform, self._problems = checkpoint, transform, problems
+        self._root, self._wds_cache_dir = root, wds_cache_dir
+        self._starts = [0, *accumulate(part.count for part in self._parts)]
+        self._opened: dict[int, Any] = {}
+        self._thumbnails: dict[int, Thumbnail | None] = {}
+        self._seen: Image.Image | None = None
 
     def __call__(self, row: int) -> Thumbnail | None:
-        """The picture of a row, or None where it cannot be shown."""
-        if row not in self._made:
-            self._made[row] = self._make(row)
-        return self._made[row]
+        """Return the picture of a row, or None where it cannot be shown."""
+        if row not in self._thumbnails:
+            part = bisect_right(self._starts, row) - 1
+            if part not in self._opened:
+                self._opened[part] = self._open(part)
+            images = self._opened[part]
+            self._thumbnails[row] = None if images is None else self._read(part, images, row)
+        return self._thumbnails[row]
 
-    def _make(self, row: int) -> Thumbnail | None:
-        from vs2_plugin.data.images import image_digest
+    def of(self, rows: Iterable[int]) -> list[Thumbnail]:
+        """Return the pictures of several rows that can be shown; a row of -1 stands for none."""
+        return [picture for row in rows if row >= 0 and (picture := self(int(row))) is not None]
 
-        start = 0
-        for end, dataset, open_part in self._parts:
-            if row < end:
-                break
-            start = end
-        if dataset not in self._opened:
-            try:
-                self._opened[dataset] = open_part()
-            except Vs2Error as error:
-                self._opened[dataset] = None
-                self.problems[f"Training images of {dataset} are not shown: {error}"] = None
-        source = self._opened[dataset]
-        if source is None:
-            return None
+    def _open(self, part: int) -> Any:
+        """Return the images of a data set, or None where it cannot be read by row."""
+        dataset, count, checkpoint = self._parts[part].dataset, self._parts[part].count, self._checkpoint
         try:
-            item = source[row - start]
+            source: Any = open_images(
+                dataset, self._root, checkpoint.data.splits[part], self._prepare,
+                max_images=checkpoint.data.max_images, seed=int(checkpoint.sites[0].training.get("seed") or 0),
+                wds_cache_dir=self._wds_cache_dir,
+            ).source  # fmt: skip
+            if isinstance(source, IterableDataset):
+                raise DataError("a stream of shards cannot be read by row; fetch the shards and name their folder")
+            if len(source) != count:
+                raise DataError(f"{len(source):,} images in {self._root!r}, the gallery has {count:,}")
+        except Vs2Error as error:
+            self._problems[f"Training images of {dataset} are not shown: {error}"] = None
+            return None
+        return source
+
+    def _read(self, part: int, images: Any, row: int) -> Thumbnail | None:
+        dataset = self._parts[part].dataset
+        try:
+            item = images[row - self._starts[part]]
         except Exception as error:  # whatever a data set's own code raises
-            self.problems[f"Some training images of {dataset} are not shown: {type(error).__name__}: {error}"] = None
+            self._problems[f"Some training images of {dataset} are not shown: {type(error).__name__}: {error}"] = None
             return None
         image = item[0] if isinstance(item, (tuple, list)) else item
-        if image_digest(image) != int(self._gallery.digests[row]):
-            self.problems[
+        if self._seen is None or image_digest(image) != int(self.gallery.digests[row]):
+            self._problems[
                 f"Some training images of {dataset} are not shown: what --dataset_root holds now is not what the "
                 "checkpoint's gallery was made from"
             ] = None
             return None
         return thumbnail(self._seen)
 
-    def of(self, rows: Sequence[int]) -> list[Thumbnail]:
-        """The pictures of several rows that can be shown; a row of -1 stands for none."""
-        return [found for row in rows if row >= 0 and (found := self(int(row))) is not None]
+    def _prepare(self, image: Image.Image) -> Tensor:
+        """Return what the tower's preprocessing makes of an image, and keep a copy of what comes before it."""
+        self._seen = image
+        return self._transform(image)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +18,9 @@ _AT_ONCE = 256
 
 @torch.no_grad()
 def text_embeddings(
-    model: nn.Module,
-    tokenizer: Callable[[list[str]], Tensor],
-    words: Sequence[str],
-    prompts: Sequence[str] | Mapping[str, Sequence[str]],
+    model: Any, tokenizer: Callable[[list[str]], Tensor], words: list[str], prompts: list[str] | dict[str, list[str]]
 ) -> Tensor:
-    """The embedding of each word: the mean over its prompts, of unit norm, as clip_benchmark's zero-shot classifier.
+    """Return the mean embedding of each word's prompts, of unit norm, as clip_benchmark's zero-shot classifier has it.
 
     Args:
         model: the CLIP.
@@ -34,17 +32,18 @@ def text_embeddings(
         float32 ``[words, e]``.
     """
     device = next(model.parameters()).device
-    found = []
+    embeddings = []
     for word in words:
-        texts = prompts[word] if isinstance(prompts, Mapping) else [prompt.format(c=word) for prompt in prompts]
-        embedded = torch.cat([model.encode_text(tokens) for tokens in tokenizer(texts).to(device).split(_AT_ONCE)])
-        found.append(F.normalize(embedded.float(), dim=-1).mean(0))
-    return F.normalize(torch.stack(found), dim=-1)
+        texts = prompts[word] if isinstance(prompts, dict) else [prompt.format(c=word) for prompt in prompts]
+        tokens = tokenizer(texts).to(device)
+        embedded = torch.cat([model.encode_text(part) for part in torch.split(tokens, _AT_ONCE)])
+        embeddings.append(F.normalize(embedded.float(), dim=-1).mean(0))
+    return F.normalize(torch.stack(embeddings), dim=-1)
 
 
 @torch.no_grad()
 def latent_embeddings(model: nn.Module, site: Site, mean: Tensor, steps: Tensor) -> Tensor:
-    """What a latent adds to the embedding of the mean image: ``e(μ + t w_j) - e(μ)``, ``[m, e]``.
+    """Return what a latent adds to the embedding of the mean image: ``e(μ + t w_j) - e(μ)``, ``[m, e]``.
 
     Args:
         model: the CLIP.
@@ -56,7 +55,7 @@ def latent_embeddings(model: nn.Module, site: Site, mean: Tensor, steps: Tensor)
 
 
 def nearest(directions: Tensor, texts: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """The texts with the largest ``cos(direction, text - mean text)``: cosines and indices, ``[m, top]``, best first.
+    """Find the texts with the largest ``cos(direction, text - mean text)``.
 
     What all texts have in common (the prompt, say) tells none from another, so it is taken off. With fewer than two
     texts there is nothing to tell apart.
@@ -65,6 +64,9 @@ def nearest(directions: Tensor, texts: Tensor, top: int) -> tuple[Tensor, Tensor
         directions: ``[m, e]``.
         texts: ``[words, e]``, of unit norm.
         top: how many.
+
+    Returns:
+        Cosines and indices, ``[m, top]``, best first.
     """
     cosines = F.normalize(directions, dim=-1) @ F.normalize(texts - texts.mean(0), dim=-1).T
     best = cosines.topk(min(top, len(texts)), dim=-1)

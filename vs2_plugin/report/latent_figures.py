@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vs2_plugin.report.drawing import INK, LINES, PLAIN, Picture, new_figure, picture
@@ -26,7 +27,7 @@ _PURITY = (
 def draw_latents(
     frequencies: np.ndarray, means: np.ndarray, even: float, pure: np.ndarray, chance: np.ndarray
 ) -> list[Picture]:
-    """The figures of one SAE.
+    """Draw the figures of one SAE.
 
     Args:
         frequencies: ``[n]``, 0 for dead latents.
@@ -37,45 +38,41 @@ def draw_latents(
     """
     alive = frequencies > 0
     top = len(chance) - 1
-    found = [
+    pictures = [
         picture("frequency", "Activation frequency", _FREQUENCY, _frequency, frequencies[alive], even),
         picture("strength", "Mean activation", _STRENGTH, _strength, means[alive]),
     ]
     if len(pure):
-        found.append(picture("purity", "Purity", _PURITY.format(top=top), _purity, pure, chance))
-    return found
+        pictures.append(picture("purity", "Purity", _PURITY.format(top=top), _purity, pure, chance))
+    return pictures
+
+
+def _axes(height: float, xlabel: str) -> tuple[Figure, Axes]:
+    figure = new_figure(height)
+    return figure, figure.add_subplot(xlabel=xlabel, ylabel="latents")
 
 
 def _frequency(frequencies: np.ndarray, even: float) -> Figure:
-    figure = new_figure(2.8)
-    axes = figure.add_subplot()
+    figure, axes = _axes(2.8, "log10 of the activation frequency")
     axes.hist(np.log10(frequencies), bins=_BINS, color=LINES[0])
     axes.axvline(np.log10(even), color=INK, linestyle="--", linewidth=1)
     for apart in (even / 10, even * 10):
         axes.axvline(np.log10(apart), color=PLAIN, linestyle=":", linewidth=1.2)
-    axes.set_xlabel("log10 of the activation frequency")
-    axes.set_ylabel("latents")
     return figure
 
 
 def _strength(means: np.ndarray) -> Figure:
-    figure = new_figure(2.8)
-    axes = figure.add_subplot()
+    figure, axes = _axes(2.8, "mean activation")
     axes.hist(means, bins=_BINS, color=LINES[0])
-    axes.set_xlabel("mean activation")
-    axes.set_ylabel("latents")
     return figure
 
 
 def _purity(pure: np.ndarray, chance: np.ndarray) -> Figure:
-    figure = new_figure(3.0)
-    axes = figure.add_subplot()
     top = len(chance) - 1
+    figure, axes = _axes(3.0, f"of {top} top images, those of the most frequent class")
     numbers = np.arange(1, top + 1)
     axes.bar(numbers, np.bincount(pure, minlength=top + 1)[1:], color=LINES[0], label="latents")
     axes.plot(numbers, len(pure) * chance[1:], color=LINES[1], marker="o", markersize=4, label="chance")
     axes.set_xticks(numbers)
-    axes.set_xlabel(f"of {top} top images, those of the most frequent class")
-    axes.set_ylabel("latents")
     figure.legend(loc="outside lower center", ncols=2)
     return figure

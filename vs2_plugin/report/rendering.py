@@ -19,25 +19,25 @@ __all__ = ["fixed", "render", "save"]
 
 
 def render(template: str, mark: str, context: Mapping[str, Any]) -> bytes:
-    """The file that ``template`` (its name, without ``.jinja``) makes of ``context``.
+    """Return the file that ``template`` (its name, without ``.jinja``) makes of ``context``.
 
     ``mark``, the command that writes it, comes to stand near its beginning, where :func:`save` looks for it.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=lambda name: name.endswith(".html.jinja"),
+        autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
     environment.filters |= {"fixed": fixed, "svg": Markup, "cell": _cell, "code": _code}
-    common = {"mark": mark, "version": __version__, "colours": COLOURS}
-    return environment.get_template(f"{template}.jinja").render(common | context).encode("utf-8", "replace")
+    environment.globals |= {"mark": mark, "version": __version__, "colours": COLOURS}
+    return environment.get_template(f"{template}.jinja").render(context).encode("utf-8", "replace")
 
 
 def fixed(value: float | None, digits: int = 2, sign: bool = False, scale: float = 100) -> str:
-    """``scale * value`` with so many decimals, by default a share in percent; nothing for None.
+    """Return ``scale * value`` with so many decimals, by default a share in percent; nothing for None.
 
     >>> fixed(0.58863), fixed(-0.0011, sign=True), fixed(-1e-9, sign=True), fixed(None)
     ('58.86', '-0.11', '+0.00', '')

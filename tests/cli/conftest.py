@@ -1,0 +1,1 @@
+from ..inspection.conftest import digit, folder, trained  # noqa: F401

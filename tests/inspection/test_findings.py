@@ -1,0 +1,128 @@
+"""What steering did to images, on a real checkpoint."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vs2_plugin
+from vs2_plugin.demo.digits import CLASSES, TEMPLATES
+from vs2_plugin.errors import HarnessError
+from vs2_plugin.inspection.findings import describe, inspect_images
+from vs2_plugin.inspection.latents import LatentStatistics
+from vs2_plugin.inspection.notes import NO_GALLERY, NO_WORDS
+from vs2_plugin.inspection.pictures import ImageFile, read_image
+
+TINY = "local-dir:tiny-clip"
+
+
+def to_the_lead(place):
+    """Line -> contribution to the lead."""
+    return {line.name: line.values[0] for line in place.lines}
+
+
+def test_classes_and_contributions_are_those_of_the_steered_model(folder, digit, looked):
+    finding = looked(904, top=3)
+    model, transform, tokenizer = vs2_plugin.load(f"vs2:{TINY}", "", dataset="wds/digits")
+    from clip_benchmark.metrics.zeroshot_classification import zero_shot_classifier
+
+    classifier = zero_shot_classifier(model, tokenizer, CLASSES, TEMPLATES, "cpu", amp=False)
+    image = transform(Image.open("904.png"))[None]
+    gate = model.places[0].gate
+    with torch.no_grad():
+        after = 100 * torch.nn.functional.normalize(model.encode_image(image), dim=-1) @ classifier
+        fvu = gate.facts["mean_fvu"]
+        with model.unsteered():
+            before = 100 * torch.nn.functional.normalize(model.model.encode_image(image), dim=-1) @ classifier
+    assert {change.name for change in finding.classes} == {
+        CLASSES[index] for logits in (before, after) for index in logits[0].topk(3).indices
+    }
+    for change in finding.classes:
+        index = CLASSES.index(change.name)
+        expected = (before[0].softmax(0)[index], after[0].softmax(0)[index], (after - before)[0, index])
+        assert (change.before, change.after, change.change) == pytest.approx([float(value) for value in expected], 1e-3)
+    [place] = finding.places
+    assert f"FVU {fvu:.3f}" in place.decision and "no gate" in place.decision
+    parts = to_the_lead(place)
+    change = parts.pop("change")
+    assert sum(parts.values()) == pytest.approx(change, abs=0.01) and abs(parts["remainder"]) < 0.01
+    first, second = (CLASSES.index(name) for name in finding.lead.split(" over "))
+    assert change == pytest.approx(float((after - before)[0, first] - (after - before)[0, second]), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "rest"),
+    [
+        ("pass", "", "back to the norm of x"),
+        ("amp", "@gamma=1.5", "what the SAE does not explain, left out"),
+        ("rec", "@blocks=all", "what the SAE does not explain, left out"),
+        ("vs2", "@blocks=2+3", "back to the norm of x"),
+        ("vs2pp", "", "back to the norm of x"),
+    ],
+)
+def test_sums_close_for_every_method_with_a_sparse_code(looked, method, options, rest):
+    finding = looked(910, method, options, latents=3, top=10)
+    assert len(finding.places) == (2 if "blocks" in options else 1)
+    total = 0
+    for place in finding.places:
+        parts = to_the_lead(place)
+        change = parts.pop("change")
+        total += change
+        assert rest in parts and sum(parts.values()) == pytest.approx(change, abs=0.02)
+        latents = [line for line in place.lines if line.latent is not None]
+        assert [line.latent for line in latents] == [card.latent for card in place.cards] and len(latents) == 3
+        if method == "rec":
+            assert not any(line.values[0] for line in latents) and "none is amplified" in place.shown
+    first, second = finding.lead.split(" over ")
+    changes = {change.name: change.change for change in finding.classes}
+    assert total == pytest.approx(changes[first] - changes[second], abs=0.02)
+
+
+def test_where_the_gate_is_closed_nothing_is_attributed(subject, digit):
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
+    images = [ImageFile("noise", Image.fromarray(pixels)), read_image(digit(904))]
+    noise, seen = inspect_images(subject("vs2", "@gate=0.9"), images).findings
+    assert noise.name == "noise" and "is above the gate's threshold" in noise.places[0].decision
+    assert noise.places[0].decision.endswith("(q = 0.9): left alone")
+    assert "left alone here, bit for bit" in noise.places[0].note and noise.places[0].lines == ()
+    assert "is within the gate's threshold" in seen.places[0].decision and seen.places[0].lines
+
+
+def test_neighbours_are_shown_with_their_sides(looked):
+    neighbours = looked(904, "vs2pp", "@n=7@labels=oracle").neighbours
+    assert "The 7 nearest training images" in neighbours.about and "with its training label" in neighbours.about
+    assert len(neighbours.images) == 7 and all(image.picture for image in neighbours.images)
+    assert {image.side for image in neighbours.images} <= {"S+", "S-"}
+    assert {image.label for image in neighbours.images} <= set(CLASSES)
+    similarities = [image.similarity for image in neighbours.images]
+    assert similarities == sorted(similarities, reverse=True)
+
+
+@pytest.mark.parametrize("method", ["rag", "knn", "clipsteer"])
+def test_methods_without_a_sparse_code_show_their_neighbours_only(looked, method):
+    finding = looked(904, method)
+    assert "steers by no sparse code of its own" in finding.places[0].note
+    assert "with its zero-shot class" in finding.neighbours.about
+
+
+def test_what_is_missing_is_said(subject, digit):
+    images = [read_image(digit(904))]
+    inspection = inspect_images(subject("vs2", "@bare"), images)
+    assert inspection.problems == [NO_GALLERY] and inspection.findings[0].places[0].cards[0].pictures == []
+    inspection = inspect_images(subject("vs2", "@blocks=2"), images)
+    assert inspection.problems == [NO_WORDS] and inspection.findings[0].places[0].cards[0].words == []
+
+
+def test_an_oracle_that_needs_the_true_class_is_refused(subject):
+    with pytest.raises(HarnessError, match="needs the true class"):
+        inspect_images(subject("proto"), [])
+
+
+def test_one_image_is_no_images():
+    statistics = LatentStatistics(
+        images=50, counts=np.array([1, 0]), means=np.array([2.0, 0]), rows=np.array([[7, -1], [-1, -1]]),
+        values=np.array([[2.0, 0], [0, 0]]), classes=np.array([[0, -1], [-1, -1]]), class_counts=np.array([50]),
+    )  # fmt: skip
+    text = describe(statistics, 0, ["zero"])
+    assert text == "active in 1 of 50 training images (2.0%), mean 2.00; of the top 1, 1 is 'zero' by zero-shot"
+    assert describe(statistics, 1, ["zero"]) == "active in none of 50 training images"

@@ -1,0 +1,42 @@
+"""The pages of inspections and surveys, which open from disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vs2_plugin.inspection.findings import Inspection
+from vs2_plugin.inspection.notes import ATTRIBUTION, PURITY, TOP_IMAGES, WORDS
+from vs2_plugin.inspection.survey import CSV_HEADER, LatentSurvey
+from vs2_plugin.report.latent_figures import draw_latents
+from vs2_plugin.report.rendering import render, save
+
+__all__ = ["write_inspection", "write_survey"]
+
+#: Stand in the files near the beginning, so that only they are written over.
+_INSPECTION, _SURVEY = "vs2 inspect", "vs2 latents"
+
+
+def write_inspection(inspection: Inspection, folder: Path) -> list[Path]:
+    """Write ``index.html`` into ``folder``; return the files written.
+
+    Raises:
+        DataError: another file of that name is there, or the folder cannot be written to.
+    """
+    context = {"inspection": inspection, "notes": [ATTRIBUTION, WORDS]}
+    return save(folder, {"index.html": render("inspect.html", _INSPECTION, context)}, _INSPECTION)
+
+
+def write_survey(survey: LatentSurvey, folder: Path) -> list[Path]:
+    """Write ``index.html`` and ``latents.csv``, a table of all latents, into ``folder``; return the files written.
+
+    Raises:
+        DataError: another file of such a name is there, or the folder cannot be written to.
+    """
+    statistics = survey.statistics
+    figures = draw_latents(
+        statistics.frequencies, statistics.means, survey.k / len(survey.kinds), statistics.purity[1][survey.full],
+        survey.chance[TOP_IMAGES],
+    )  # fmt: skip
+    context = {"survey": survey, "figures": figures, "notes": [PURITY, WORDS]}
+    files = {"index.html": render("latents.html", _SURVEY, context), "latents.csv": survey.csv().encode()}
+    return save(folder, files, _SURVEY, CSV_HEADER)
