@@ -5,26 +5,35 @@ import platform
 import pytest
 import torch
 
-from vs2_plugin.devices import emulates_bfloat16
+from vs2_plugin.devices import emulates_bfloat16, has_bfloat16_units, own_device
+from vs2_plugin.distributed import Processes
 
 
 @pytest.mark.parametrize(
-    ("machine", "capabilities", "emulates"),
+    ("machine", "capabilities", "has_units"),
     [
-        ("x86_64", {"avx2": True, "avx512_bf16": False, "amx_bf16": False}, True),
-        ("x86_64", {"avx2": True, "avx512_bf16": True, "amx_bf16": False}, False),
-        ("AMD64", {"avx2": True, "amx_bf16": True}, False),
-        ("arm64", {"neon": True}, False),
-        ("x86_64", {}, False),  # unknown
+        ("x86_64", {"avx2": True, "avx512_bf16": False, "amx_bf16": False}, False),
+        ("x86_64", {"avx2": True, "avx512_bf16": True, "amx_bf16": False}, True),
+        ("AMD64", {"avx2": True, "amx_bf16": True}, True),
+        ("arm64", {"neon": True}, None),
+        ("x86_64", {}, None),
     ],
 )
-def test_processors_without_bfloat16_units_are_known(machine, capabilities, emulates, monkeypatch):
+def test_processors_without_bfloat16_units_are_known(machine, capabilities, has_units, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert emulates_bfloat16() is emulates
+    assert has_bfloat16_units() is has_units
+    assert emulates_bfloat16() is (has_units is False)
 
 
 def test_a_gpu_is_another_matter(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert not emulates_bfloat16()
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert own_device(Processes(5, 8, 1)) == "cuda:1"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert own_device() == "cpu"

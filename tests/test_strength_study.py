@@ -158,7 +158,7 @@ def test_a_run_is_what_the_package_gives(study):
     rows = np.random.default_rng(0).permutation(len(stored["pool"]))[:900]
     gallery = stored["pool"][rows]
     sae = train_sae(gallery, TrainConfig(k=8, samples=8_000, seed=0), quiet=True).sae
-    loaded = load_backbone(f"local-dir:{TINY}", "", initialize=False)
+    loaded = load_backbone(f"local-dir:{TINY}", "")
     names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
     with torch.no_grad():
         texts = loaded.model.encode_text(loaded.tokenizer([f"a photo of the digit {name}" for name in names]))

@@ -19,6 +19,7 @@ _HOME = {
     "Vs2Error": "vs2_plugin.errors",
     "hookimpl": "vs2_plugin.hookspecs",
     "load": "vs2_plugin.harness.loader",
+    "train": "vs2_plugin.training",
     "vs2_steer": "vs2_plugin.steering.move",
 }
 __all__ = ["__version__", *sorted(_HOME)]

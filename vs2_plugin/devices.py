@@ -1,10 +1,32 @@
-"""What the processor at hand is good at."""
+"""The device at hand, and what its processor is good at."""
 
 from __future__ import annotations
 
 import platform
 
-__all__ = ["emulates_bfloat16"]
+from vs2_plugin.distributed import ALONE, Processes
+
+__all__ = ["emulates_bfloat16", "has_bfloat16_units", "own_device"]
+
+
+def own_device(processes: Processes = ALONE) -> str:
+    """Return the device of this process: its GPU, or the CPU where there is none."""
+    import torch
+
+    return f"cuda:{processes.local_rank}" if torch.cuda.is_available() else "cpu"
+
+
+def has_bfloat16_units() -> bool | None:
+    """Return whether the processor has units for products of bfloat16 numbers; None if that cannot be told.
+
+    It is asked of x86 processors (AVX512-BF16 or AMX), where torch tells it.
+    """
+    import torch
+
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # absent in older torch
+    if platform.machine().lower() not in ("x86_64", "amd64") or not capabilities:
+        return None
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def emulates_bfloat16() -> bool:
@@ -15,7 +37,4 @@ def emulates_bfloat16() -> bool:
     """
     import torch
 
-    if torch.cuda.is_available() or platform.machine().lower() not in ("x86_64", "amd64"):
-        return False
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # absent in older torch
-    return bool(capabilities) and not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return not torch.cuda.is_available() and has_bfloat16_units() is False

@@ -6,7 +6,6 @@ Prints a line of JSON. FOLDER is one that ``extraction.py throughput`` has fille
 extracted; from then on, they are cached. Imports are those of the command, in its order: they are what is measured.
 """
 
-import gc
 import json
 import os
 import sys
@@ -26,7 +25,6 @@ def main() -> None:
     folder, began = sys.argv[1], float(sys.argv[3]) if len(sys.argv) > 3 else time.time()
     lines = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    gc.disable()  # as the command does
     from vs2_plugin.cli import train_sae
     from vs2_plugin.sae import train
 

@@ -109,7 +109,7 @@ def train_clip(root: Path, clip: str, steps: int) -> None:
 @functools.lru_cache(maxsize=2)
 def load_clip(root: Path, clip: str) -> Loaded:
     """The CLIP, which :func:`train_clip` made."""
-    return load_backbone(f"local-dir:{_folder(root, clip)}", "", initialize=False)
+    return load_backbone(f"local-dir:{_folder(root, clip)}", "")
 
 
 @torch.no_grad()

@@ -147,7 +147,7 @@ def test_several_data_sets_make_one_gallery(folder):
 
 
 def test_another_encoder_is_extracted_once_and_said_in_the_manifest(folder, monkeypatch):
-    import vs2_plugin.data.cache as module
+    import vs2_plugin.training.extract as module
 
     assert train() == 0
     original, extracted = module.extract, []

@@ -1,15 +1,12 @@
-import pickle
 import signal
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
-from torchvision.transforms import Compose, Grayscale
 
 from vs2_plugin.data import images as images_module
-from vs2_plugin.data.images import Preprocessing, TrainingImages, image_digest, open_images
+from vs2_plugin.data.images import TrainingImages, image_digest, open_images
 from vs2_plugin.errors import DataError
 
 
@@ -125,7 +122,7 @@ def test_labels_are_read_where_they_are_asked_for(labels):
     "sample", [(torch.ones(1), "a dog"), (torch.ones(1), torch.ones(5)), (torch.ones(1), None), torch.ones(1)]
 )
 def test_what_is_no_class_number_is_refused_where_labels_are_asked_for(sample):
-    with pytest.raises(DataError, match="labels were asked for, and this data set gives .* one class number per image"):
+    with pytest.raises(DataError, match=r"labels were asked for, and this data set gives .* one class number per image"):
         list(TrainingImages([sample], None, None, labels=True).batches(1, 0))
 
 
@@ -247,33 +244,12 @@ def test_other_braces_in_the_root_are_a_data_error(root):
         open_images("wds/x", root, "train", grey)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_preprocessing_is_made_once_and_only_when_an_image_is_wanted(num_workers, tmp_path, picture):
-    write_faces(tmp_path, picture)
-    made = []
-    images = open_images("fer2013", str(tmp_path), "train", Preprocessing(lambda: made.append(1) or grey))
-    assert images.count == 2 and images.fingerprint and not made
-    for _ in range(2):
-        assert numbers(images, num_workers=num_workers) == [10, 10]
-    assert made == [1]
-
-
-def test_the_fingerprint_changes_with_the_images_and_not_with_the_preprocessing(tmp_path, picture):
+def test_the_fingerprint_changes_with_the_images(tmp_path, picture):
     write_faces(tmp_path, picture)
     before = open_images("fer2013", str(tmp_path), "train", grey).fingerprint
-    assert open_images("fer2013", str(tmp_path), "train", lambda image: pytest.fail("prepared")).fingerprint == before
+    assert open_images("fer2013", str(tmp_path), "train", grey).fingerprint == before
     (tmp_path / "train" / "happy" / "1.png").write_bytes(picture(11))
     assert open_images("fer2013", str(tmp_path), "train", grey).fingerprint != before
-
-
-def test_a_preprocessing_can_be_looked_into_and_sent_to_another_process():
-    """As clip_benchmark's imagenet-w does, and as loaders do where processes are not forked."""
-    prepare = Preprocessing(lambda: Compose([Grayscale()]))
-    assert [type(part).__name__ for part in prepare.transforms] == ["Grayscale"]
-    other = pickle.loads(pickle.dumps(prepare))
-    assert other(Image.new("RGB", (2, 2))).mode == "L"
-    with pytest.raises(AttributeError):
-        prepare.nothing  # noqa: B018
 
 
 NOT_BUILT = [

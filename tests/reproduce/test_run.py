@@ -1,11 +1,9 @@
 """Running a table: its numbers, what is not done twice, what cannot be done."""
 
-import gc
 import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import time
@@ -430,13 +428,6 @@ def test_a_page_of_results_is_recommended_only_where_there_are_some(tmp_path, mo
     assert main(["reproduce", "table.yaml", "--out", "out"]) == 1
     output = capsys.readouterr().out
     assert "The tables are in out" in output and "vs2 report" not in output
-
-
-def test_nothing_stays_frozen_after_a_training(copied):
-    """Python frees nothing at its end that the garbage collector was told to leave alone."""
-    shutil.rmtree(next(copied.glob("out/store/checkpoints/*-seed1")))
-    assert main([*AGAIN, "--quiet"]) == 0
-    assert gc.get_freeze_count() == 0
 
 
 def test_the_best_of_several_rows_is_theirs_and_says_how_it_was_chosen(tmp_path):

@@ -2,7 +2,6 @@
 
     <store>/checkpoints/<name>/…     see checkpoint.checkpoint
     <store>/activations/<key>/…      see data.cache
-    <store>/towers/<key>.json        see clip.remembered
 
 The store is ``--store``, else the environment variable ``VS2_STORE``, else the platform's cache folder. No heavy
 imports here: the harness looks a checkpoint up before it loads anything.
@@ -70,11 +69,6 @@ class Store:
         """The folder of the cached activations."""
         return self.root / "activations"
 
-    @property
-    def towers(self) -> Path:
-        """The folder of what is remembered of vision towers."""
-        return self.root / "towers"
-
     def names(self) -> list[str]:
         """The names of all checkpoints here."""
         return sorted(
@@ -121,8 +115,8 @@ class Store:
         return _delete(folder)
 
     def remove_cache(self) -> int:
-        """Delete all cached activations, and what is remembered of towers. Returns the bytes freed."""
-        return sum(_delete(folder) for folder in [*self.cached(), self.towers] if folder.is_dir())
+        """Delete all cached activations. Returns the bytes freed."""
+        return sum(_delete(folder) for folder in self.cached() if folder.is_dir())
 
 
 def _expand(path: str | Path) -> Path:

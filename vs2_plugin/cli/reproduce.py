@@ -6,8 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
-from io import StringIO
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -141,15 +140,12 @@ def _train(quiet: bool):
     def train(words: Sequence[str]) -> None:
         from vs2_plugin.cli import train_sae
         from vs2_plugin.distributed import joined
-        from vs2_plugin.training import run as training
+        from vs2_plugin.training import run
+        from vs2_plugin.training.request import TrainRequest
 
         args = train_sae.parser().parse_args([*words[1:], *(["--quiet"] if quiet else [])])
-        typed, sys.argv = sys.argv, list(words)  # the checkpoint keeps its command
-        try:
-            with joined() as processes, redirect_stdout(StringIO()) if quiet else nullcontext():
-                training.run(args, processes)
-        finally:
-            sys.argv = typed
+        with joined() as processes:
+            run.train(TrainRequest(**vars(args)), processes, (lambda line: None) if quiet else print)
 
     return train
 

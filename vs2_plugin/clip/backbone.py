@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import math
+import logging
 import os
-import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import init
-from torch.overrides import TorchFunctionMode
+import open_clip
+from torch import nn
 
 from vs2_plugin.clip.sites import Sites
 from vs2_plugin.errors import TowerError
@@ -28,8 +25,9 @@ __all__ = [
     "load_backbone",
     "quickgelu_mismatch",
     "warn_about_quickgelu",
-    "weights_files",
 ]
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -60,8 +58,6 @@ def check_backbone(backbone: str, pretrained: str) -> None:
     Raises:
         TowerError: saying what was wrong and what comes close.
     """
-    import open_clip
-
     if backbone.startswith(LOCAL):
         if not hasattr(open_clip.factory, "LOCAL_DIR_PREFIX"):
             raise TowerError(f"{backbone!r}: {LOCAL} names need open_clip 3; pip install 'open_clip_torch>=3'")
@@ -97,33 +93,13 @@ _warned: set[str] = set()
 
 def _facts_of_tag(backbone: str, pretrained: str) -> dict[str, Any]:
     """What open_clip knows of a weights tag; nothing if it is none."""
-    import open_clip
-
     # As an attribute of the package it is missing in some versions.
     return open_clip.pretrained.get_pretrained_cfg(backbone.replace("/", "-"), pretrained) or {}
-
-
-def weights_files(backbone: str, pretrained: str, cache_dir: str | None = None) -> list[Path] | None:
-    """The files that :func:`load_backbone` makes a model of, fetched if they are not there; none for random weights.
-    None if it cannot be told."""
-    import open_clip
-
-    if backbone.startswith(HUB):
-        return None
-    if backbone.startswith(LOCAL):
-        return sorted(path for path in Path(backbone.removeprefix(LOCAL)).iterdir() if path.is_file())
-    if not pretrained:
-        return []
-    tag = _facts_of_tag(backbone, pretrained)  # in open_clip, a tag comes before a file of that name
-    file = Path(open_clip.pretrained.download_pretrained(tag, cache_dir=cache_dir) if tag else pretrained)
-    return [file] if file.is_file() else None
 
 
 def quickgelu_mismatch(backbone: str, pretrained: str) -> str | None:
     """In words, that these weights were trained with QuickGELU and this architecture is without; None if that is not
     so."""
-    import open_clip
-
     if ignores_pretrained(backbone):
         return None
     backbone = backbone.replace("/", "-")  # as open_clip reads it
@@ -139,58 +115,29 @@ def quickgelu_mismatch(backbone: str, pretrained: str) -> str | None:
 
 
 def warn_about_quickgelu(backbone: str, pretrained: str) -> None:
-    """Say :func:`quickgelu_mismatch` once, on stderr."""
+    """Log :func:`quickgelu_mismatch` once."""
     mismatch = quickgelu_mismatch(backbone, pretrained)
     if mismatch and mismatch not in _warned:
         _warned.add(mismatch)
-        print(f"vs2: warning: {mismatch}", file=sys.stderr)
+        _LOG.warning(mismatch)
 
 
-class _Unfilled(TorchFunctionMode):
-    """Within the ``with`` block, what was to be filled with random numbers in place is filled with NaN."""
-
-    _RANDOM = (init.kaiming_uniform_, init.normal_, init.uniform_, Tensor.normal_, Tensor.uniform_)
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function not in self._RANDOM:
-            return function(*args, **kwargs)
-        with torch.no_grad():
-            return (args[0] if args else kwargs["tensor"]).fill_(math.nan)
-
-
-def load_backbone(
-    backbone: str, pretrained: str, cache_dir: str | None = None, device: str = "cpu", *, initialize: bool = True
-) -> Loaded:
+def load_backbone(backbone: str, pretrained: str, cache_dir: str | None = None, device: str = "cpu") -> Loaded:
     """Load a model by clip_benchmark's own function, so that training and evaluation see the same one.
-
-    Without ``initialize``, a model whose weights are loaded is not filled with random numbers before, which takes as
-    long as all the rest. The model is the same, but fewer random numbers are drawn from torch's generator.
 
     Raises:
         TowerError: open_clip does not know it, or could not fetch or read it.
     """
-    from clip_benchmark.models.open_clip import load_open_clip
+    from clip_benchmark.models.open_clip import load_open_clip  # patched once it is imported, which needs this module
 
     check_backbone(backbone, pretrained)
     warn_about_quickgelu(backbone, pretrained)
-
-    def load() -> Loaded:
+    try:
         model, transform, tokenizer = load_open_clip(
             model_name=backbone, pretrained=pretrained, cache_dir=cache_dir, device=device
         )
-        return Loaded(model.eval(), transform, tokenizer)
-
-    try:
-        if not initialize and (pretrained or ignores_pretrained(backbone)):
-            state = torch.get_rng_state()
-            with _Unfilled():
-                found = load()
-            if not any(tensor.sum().isnan() for tensor in (*found.model.parameters(), *found.model.buffers())):
-                return found
-            torch.set_rng_state(state)  # not all weights were loaded
-        return load()
     except Exception as error:  # whatever open_clip, the hub client or the network raised
         weights = "" if ignores_pretrained(backbone) else f" with weights {pretrained!r}"
         hint = "without a network, give the path of a weights file as --pretrained, or a folder as local-dir:PATH"
         raise TowerError(f"could not load {backbone}{weights} ({hint}): {reason_of(error)}") from error
+    return Loaded(model.eval(), transform, tokenizer)

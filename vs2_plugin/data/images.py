@@ -6,9 +6,7 @@ import hashlib
 import inspect
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +19,7 @@ from vs2_plugin.distributed import Processes
 from vs2_plugin.errors import DataError, Vs2Error
 from vs2_plugin.text import one_line, reason_of
 
-__all__ = ["Batch", "Preprocessing", "TrainingImages", "image_digest", "leave_interruptions", "open_images"]
+__all__ = ["Batch", "TrainingImages", "image_digest", "leave_interruptions", "open_images"]
 
 
 def leave_interruptions(worker: int) -> None:
@@ -48,40 +46,6 @@ def image_digest(image: Tensor) -> int:
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
 
 
-class Preprocessing:
-    """A tower's preprocessing, which is made when the first image is prepared: that takes the model's code."""
-
-    def __init__(self, make: Callable[[], Any]) -> None:
-        """``make`` gives what turns a PIL image into ``[3, height, width]``."""
-        self._make = make
-        self._off = False
-
-    @cached_property
-    def made(self) -> Any:
-        """The preprocessing itself."""
-        return self._make()
-
-    def __call__(self, image: Any) -> Any:
-        return image if self._off else self.made(image)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.made, name)  # some data sets look into it
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"made": self.made, "_off": self._off}  # a worker process need not know how it is made
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """Within the block, images come as they are."""
-        self._off = True
-        try:
-            yield
-        finally:
-            self._off = False
-
-
 @dataclass
 class TrainingImages:
     """The images of one split, preprocessed for one tower."""
@@ -94,8 +58,6 @@ class TrainingImages:
     """Plain JSON values that change when the images do."""
     labels: bool = False
     """Whether labels are read too."""
-    preprocessing: Preprocessing | None = None
-    """What prepares the items, if it may not have been made yet."""
 
     @property
     def count(self) -> int | None:
@@ -130,8 +92,6 @@ class TrainingImages:
         Raises:
             DataError: an image cannot be read.
         """
-        if self.preprocessing is not None:
-            self.preprocessing.made  # noqa: B018  # once, here, and not in every worker
         streamed = isinstance(self.source, IterableDataset)
         # Each worker would repeat a stream. What is no stream is counted, and with that indexed, before there are any.
         most = 1 if streamed else self.count
@@ -203,7 +163,7 @@ def open_images(
         dataset: its name; ``wds/NAME`` for webdataset shards.
         root: its folder (for shards also a URL); ``{dataset}`` and ``{dataset_cleaned}`` are filled in.
         split: the split's name.
-        transform: the tower's preprocessing, or a :class:`Preprocessing` that makes it.
+        transform: the tower's preprocessing.
         max_images: read no more than this: a random subset, or the first of a stream.
         seed: picks that subset.
         labels: read the labels too; otherwise they are not looked at.
@@ -218,31 +178,28 @@ def open_images(
         raise DataError(
             f"--dataset_root {root!r}: only {{dataset}} and {{dataset_cleaned}} can be filled in ({error})"
         ) from None
-    prepare = transform if isinstance(transform, Preprocessing) else Preprocessing(lambda: transform)
     if dataset.startswith("wds/"):
-        source = open_shards(root, split, prepare, wds_cache_dir, labels)
+        source = open_shards(root, split, transform, wds_cache_dir, labels)
     else:
-        source = _build(dataset, root, split, prepare)
+        source = _build(dataset, root, split, transform)
     if isinstance(source, LocalShards) and max_images is None:  # not indexed before an image is wanted
-        return TrainingImages(source, None, source.fingerprint(), labels, prepare)
+        return TrainingImages(source, None, source.fingerprint(), labels)
     try:
         total = len(source)
     except TypeError:
         total = None
     if total == 0:
         raise DataError(f"the split {split!r} of {dataset} in {root} is empty")
-    with prepare.off():
-        fingerprint = source.fingerprint() if hasattr(source, "fingerprint") else _probe(source)
+    fingerprint = source.fingerprint() if hasattr(source, "fingerprint") else _probe(source)
     # Some streams know their length, and none can be indexed.
     if not isinstance(source, IterableDataset) and max_images is not None and max_images < total:
         chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:max_images].sort().values
         source, fingerprint = Subset(source, chosen.tolist()), [fingerprint, total, max_images, seed]
-    return TrainingImages(source, max_images, [fingerprint, total], labels, prepare)
+    return TrainingImages(source, max_images, [fingerprint, total], labels)
 
 
 def _probe(source: Dataset) -> list:
-    """What tells most changes of a data set that has no files of its own to look at: its length and a few images, as
-    they are before the tower's preprocessing."""
+    """What tells most changes of a data set that has no files of its own to look at: its length and a few images."""
     if isinstance(source, IterableDataset):
         return [type(source).__name__]
     digest = hashlib.sha256()

@@ -7,17 +7,15 @@ encoder's is needed: it finds the active ones. The rest are sums over k rows in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.adam import adam
 
+from vs2_plugin.devices import has_bfloat16_units
 from vs2_plugin.distributed import mean_row, total
 from vs2_plugin.sae.topk import Latents, TopKSAE
 
-__all__ = ["Adam", "ClassMeans", "fast_bfloat16", "set_gradients"]
+__all__ = ["ClassMeans", "finds_in_bfloat16", "set_gradients"]
 
 
 class ClassMeans:
@@ -57,35 +55,11 @@ class ClassMeans:
         return self._means
 
 
-class Adam:
-    """``torch.optim.Adam(parameters, fused=True)``, by the function that it calls.
-
-    To make an object of torch's own class imports its compiler, which takes most of a second of every training.
-    """
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._parameters = list(parameters)
-        self._averages = [torch.zeros_like(one) for one in self._parameters]
-        self._squares = [torch.zeros_like(one) for one in self._parameters]
-        self._steps = [torch.zeros((), device=one.device) for one in self._parameters]
-
-    @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """One step along the gradients that the parameters have."""
-        gradients = [one.grad for one in self._parameters]
-        adam(
-            self._parameters, gradients, self._averages, self._squares, [], self._steps, fused=True, amsgrad=False,
-            beta1=0.9, beta2=0.999, lr=lr, weight_decay=0.0, eps=1e-8, maximize=False,
-        )  # fmt: skip
-
-
-def fast_bfloat16(sae: TopKSAE) -> bool:
-    """Whether finding the active latents of ``sae`` in bfloat16 pays: on x86 processors with bfloat16 products, where
+def finds_in_bfloat16(sae: TopKSAE) -> bool:
+    """Tell whether finding the active latents of ``sae`` in bfloat16 pays: on processors with bfloat16 products, where
     the encoder's product outweighs the second look at k latents that it costs."""
-    if sae.W_dec.device.type != "cpu" or sae.config.num_latents < 16 * sae.config.k:
-        return False
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # absent in older torch
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    on_cpu = sae.W_dec.device.type == "cpu"
+    return on_cpu and sae.config.num_latents >= 16 * sae.config.k and bool(has_bfloat16_units())
 
 
 @torch.no_grad()

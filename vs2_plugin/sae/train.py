@@ -18,7 +18,7 @@ from tqdm import tqdm
 from vs2_plugin.distributed import ALONE, Processes, total
 from vs2_plugin.errors import DataError, SettingError
 from vs2_plugin.sae.config import TrainConfig
-from vs2_plugin.sae.step import Adam, ClassMeans, fast_bfloat16, set_gradients
+from vs2_plugin.sae.step import ClassMeans, finds_in_bfloat16, set_gradients
 from vs2_plugin.sae.topk import SaeConfig, TopKSAE, sample_fvu
 
 __all__ = ["QUANTILES", "Figures", "Job", "Trained", "train_sae", "train_saes"]
@@ -199,8 +199,8 @@ class _Run:
             known, labels = np.unique(job.labels, return_inverse=True)
             self._classes = ClassMeans(config.pass_weight, len(known), config.pass_means == "running")
             self._labels = torch.from_numpy(labels).to(device)
-        self._optimizer = Adam([p for p in self.sae.parameters() if p.requires_grad])
-        self._bfloat16 = fast_bfloat16(self.sae)
+        self._optimizer = torch.optim.Adam([p for p in self.sae.parameters() if p.requires_grad], fused=True)
+        self._bfloat16 = finds_in_bfloat16(self.sae)
         self._silent = torch.zeros(self.sae.config.num_latents, dtype=torch.long, device=device)
         self._best: tuple[float, dict[str, Tensor]] = (math.inf, {})
 
@@ -212,7 +212,8 @@ class _Run:
         _, latents = set_gradients(sae, x / self.scale, dead, config.auxk, self._bfloat16, self._classes, own)
         warmup = max(1, round(config.warmup * self.steps))
         rate = min(step / warmup, (self.steps - step + 1) / max(1, self.steps - warmup))
-        self._optimizer.step(config.lr * rate)
+        self._optimizer.param_groups[0]["lr"] = config.lr * rate
+        self._optimizer.step()
         sae.normalize_decoder()
         active = torch.zeros_like(self._silent)
         active[latents.indices[latents.values != 0]] = 1

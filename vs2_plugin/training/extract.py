@@ -1,38 +1,39 @@
-"""The first half of ``vs2-train-sae``: what is read of the training images, and what of it becomes the gallery."""
+"""The first half of a training: what is read of the training images, and what of it becomes the gallery."""
 
 from __future__ import annotations
 
-import argparse
 import os
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from vs2_plugin.checkpoint.store import Store
+from vs2_plugin.clip.backbone import Loaded
+from vs2_plugin.clip.sites import Site
+from vs2_plugin.clip.tower import Tower
+from vs2_plugin.data.cache import ActivationCache, Encode, Extracted, activations_at, extract, require_space
+from vs2_plugin.data.images import TrainingImages, open_images
 from vs2_plugin.data.splits import Split
 from vs2_plugin.distributed import ALONE, Processes
 from vs2_plugin.errors import DataError, SettingError
 from vs2_plugin.gallery.contents import GalleryContents, GalleryPart, RetrievalEncoder, split_name
+from vs2_plugin.gallery.encoders import TimmEncoder, load_encoder
 from vs2_plugin.gallery.files import GalleryFiles
 from vs2_plugin.gallery.gallery import CLIP
-from vs2_plugin.method import ENCODER_NAME as NAME
 from vs2_plugin.text import gigabytes
+from vs2_plugin.training.request import TrainRequest
 
-if TYPE_CHECKING:
-    from vs2_plugin.clip.remembered import Backbone
-    from vs2_plugin.clip.sites import Site
-    from vs2_plugin.data.cache import Encode, Extracted
-    from vs2_plugin.data.images import TrainingImages
-    from vs2_plugin.gallery.encoders import TimmEncoder
+__all__ = ["Extraction", "Part", "Report", "all_labels", "load_encoders"]
 
-__all__ = ["Extraction", "Part", "all_labels", "load_encoders"]
-
-#: Retrieval encoder -> the encoder, and the facts by which it is loaded again.
-Encoders = dict[str, tuple["TimmEncoder", RetrievalEncoder]]
+#: Tells the user a line.
+Report = Callable[[str], None]
+#: Retrieval encoder -> the encoder, and what identifies it.
+Encoders = Mapping[str, tuple[TimmEncoder, RetrievalEncoder]]
 
 
 @dataclass(frozen=True)
@@ -49,134 +50,151 @@ class Part:
     def __len__(self) -> int:
         return len(self.tower)
 
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 ``[count]``; there if the extraction read them."""
+        if self.tower.labels is None:
+            raise DataError(f"the labels of {self.dataset} were not read")
+        return self.tower.labels
+
+    @property
+    def classes(self) -> int:
+        """Labels are below this."""
+        return int(self.labels.max()) + 1
+
 
 def all_labels(parts: Sequence[Part]) -> np.ndarray:
-    """The labels of all data sets, whose classes are not each other's: int64 ``[count]``."""
-    starts = np.cumsum([0, *(int(part.tower.labels.max()) + 1 for part in parts)])
-    return np.concatenate([part.tower.labels + start for part, start in zip(parts, starts, strict=False)])
+    """Return the labels of all data sets, whose classes are not each other's: int64 ``[count]``."""
+    starts = np.cumsum([0, *(part.classes for part in parts)])
+    return np.concatenate([part.labels + start for part, start in zip(parts, starts, strict=False)])
 
 
 def load_encoders(
-    args: argparse.Namespace, held: Sequence[GalleryContents], preprocessing: dict[str, Any], device: str
+    request: TrainRequest, held: Sequence[GalleryContents], preprocessing: Mapping[str, Any], device: str
 ) -> Encoders:
-    """The retrieval encoders beside CLIP: those asked for, and those whose embeddings galleries hold already."""
-    wanted = dict(split_name(text) for text in args.retrieval_encoder)
-    for name, facts in ((name, facts) for gallery in held for name, facts in gallery.encoders.items()):
-        if name != CLIP:
-            wanted.setdefault(name, facts.weights)
+    """Load the retrieval encoders beside CLIP: those asked for, and those whose embeddings galleries hold already."""
+    wanted = dict(split_name(text) for text in request.retrieval_encoder)
     if CLIP in wanted:
         raise SettingError("--retrieval_encoder clip: the CLIP embedding is always kept; expected names of timm models")
-    for name in wanted:
-        if not re.fullmatch(NAME[0], name):
-            raise SettingError(f"--retrieval_encoder {name!r}: expected {NAME[1]}, and after a comma a file of weights")
-    if (wanted or args.gallery_labels) and not args.gallery:
-        flag = "--retrieval_encoder" if wanted else "--gallery_labels"
-        raise SettingError(f"{flag} is for the gallery; leave out --no_gallery")
-    loaded = {}
+    for gallery in held:
+        for name, identity in gallery.encoders.items():
+            if name != CLIP:
+                wanted.setdefault(name, identity.weights)
+    encoders = {}
     for name, weights in wanted.items():
-        from vs2_plugin.gallery.encoders import load_encoder
-
         encoder = load_encoder(name, weights, preprocessing, device)
-        loaded[name] = encoder, encoder.identity(name, weights and os.path.abspath(weights))
-    return loaded
+        encoders[name] = encoder, encoder.identity(name, weights and os.path.abspath(weights))
+    return encoders
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """What is read of every image, by one command line."""
+    """What is read of every image."""
 
-    args: argparse.Namespace
-    """The command line."""
+    request: TrainRequest
+    """What is asked for."""
     store: Store
     """Where the cache lies."""
-    backbone: Backbone
-    """The model, not loaded where all is cached."""
+    loaded: Loaded
+    """The model."""
+    tower: Tower
+    """What identifies its vision tower."""
     sites: Sequence[Site]
     """Where activations are read."""
     encoders: Encoders
     """Retrieval encoders."""
     labels: bool
     """Whether labels are read."""
+    amp: bool
+    """Whether models run under autocast."""
     device: str
     """Where the model is."""
-    say: Callable[..., None]
+    say: Report
     """Tells the user."""
     processes: Processes = ALONE
     """Who shares the work."""
 
     def run(self, dataset: str, split: Split) -> Part:
-        """Everything of one data set, from the cache or extracted into it.
+        """Return everything of one data set, from the cache or extracted into it.
 
         Raises:
             DataError: an image cannot be read, or the disk is too small.
         """
-        from vs2_plugin.data.images import Preprocessing, open_images
-
-        args = self.args
+        request = self.request
         images = open_images(
             dataset,
-            args.dataset_root,
+            request.dataset_root,
             split.name,
-            Preprocessing(lambda: self.backbone.loaded.transform),
-            max_images=args.max_images,
-            seed=args.seed[0],
-            wds_cache_dir=args.wds_cache_dir,
+            self.loaded.transform,
+            max_images=request.max_images,
+            seed=self._seed,
+            wds_cache_dir=request.wds_cache_dir,
             labels=self.labels,
         )
         places = ", ".join(map(str, self.sites))
-        self.say(f"{args.model} on the split {split.name!r} of {dataset}: {places}, on {self.device}")
-        remote = "://" in args.dataset_root
-        source = {  # all that the images depend on
-            "preprocessing": self.backbone.tower.preprocessing,
-            "dataset": dataset,
-            "root": args.dataset_root if remote else os.path.abspath(args.dataset_root),
-            "split": split.name,
-            "images": images.fingerprint,
-            "max_images": args.max_images,
-            "seed": args.seed[0] if args.max_images else None,
-            "labels": self.labels,
-            "amp": args.amp,
-            "device": self.device.partition(":")[0],
-            "dtype": args.cache_dtype,
-        }
-        read = list(dict.fromkeys([*self.sites, *([self.backbone.sites.output] if args.gallery else [])]))
+        self.say(
+            f"{request.model} on the split {split.name!r} of {dataset}: {places}, on {self.device} {self._precision()}"
+        )
+        source = self._source(dataset, split, images)
+        output = [self.loaded.sites.output] if request.gallery else []
+        read = list(dict.fromkeys([*self.sites, *output]))
         widths = {site.hookpoint: site.width for site in read}
-        key = {"tower": self.backbone.tower.to_json(), "sites": list(widths), **source}
-        of_tower = self._cached(self._reading(read), widths, images, key, "activations")
+        key = {"tower": self.tower.to_json(), "sites": list(widths), **source}
+        encode = activations_at(self.loaded.model, read, self.amp)
+        of_tower = self._cached(encode, widths, images, key, "activations")
         encoded = {}
-        for name, (encoder, facts) in self.encoders.items():
-            encode = self._encoding(name, encoder)
-            key = {"encoder": facts.to_json(), **source}
+        for name, (encoder, identity) in self.encoders.items():
+            key = {"encoder": identity.to_json(), **source}
+            encode = self._embeddings(name, encoder)
             encoded[name] = self._cached(encode, {name: encoder.width}, images, key, f"embeddings by {name}")
             if not np.array_equal(encoded[name].digests, of_tower.digests):
                 raise DataError(f"{dataset} gave its images in another order the second time; expected a fixed one")
         return Part(dataset, of_tower, encoded)
 
-    def _reading(self, sites: Sequence[Site]) -> Encode:
-        from vs2_plugin.data.cache import activations_at
+    @property
+    def _seed(self) -> int:
+        """What picks the subset of ``max_images``."""
+        return (self.request.seed or (0,))[0]
 
-        return lambda images: activations_at(self.backbone.loaded.model, sites, self.args.amp)(images)
+    def _precision(self) -> str:
+        if self.amp:
+            kind = torch.get_autocast_dtype(torch.device(self.device).type)
+            return f"under autocast ({str(kind).removeprefix('torch.')})"
+        return "in float32" if self.request.amp is False else "in float32 (this processor would emulate autocast)"
 
-    def _encoding(self, name: str, encoder: TimmEncoder) -> Encode:
-        import torch
+    def _source(self, dataset: str, split: Split, images: TrainingImages) -> dict[str, Any]:
+        """Return all that the images, and what is made of them, depend on beside the model."""
+        request, root = self.request, self.request.dataset_root
+        return {
+            "preprocessing": self.tower.preprocessing,
+            "dataset": dataset,
+            "root": root if "://" in root else os.path.abspath(root),
+            "split": split.name,
+            "images": images.fingerprint,
+            "max_images": request.max_images,
+            "seed": self._seed if request.max_images else None,
+            "labels": self.labels,
+            "amp": self.amp,
+            "device": self.device.partition(":")[0],
+            "dtype": request.cache_dtype,
+        }
 
-        def encode(images):
-            with torch.autocast(images.device.type, enabled=self.args.amp):
+    def _embeddings(self, name: str, encoder: TimmEncoder) -> Encode:
+        def encode(images: Tensor) -> dict[str, Tensor]:
+            with torch.autocast(images.device.type, enabled=self.amp):
                 return {name: encoder(images)}
 
         return encode
 
     def _cached(
-        self, encode: Encode, widths: dict[str, int], images: TrainingImages, key: dict[str, Any], name: str
+        self, encode: Encode, widths: Mapping[str, int], images: TrainingImages, key: dict[str, Any], name: str
     ) -> Extracted:
-        from vs2_plugin.data.cache import ActivationCache, extract, require_space
-
-        cache = ActivationCache(self.store.activations)
-        found = None if self.args.refresh_cache else cache.open(key, widths, images.labels)
+        cache, request = ActivationCache(self.store.activations), self.request
+        found = None if request.refresh_cache else cache.open(key, widths, images.labels)
         if found is not None:
             self.say(f"{name} of {len(found):,} images: cached, in {cache.folder(key)}")
             return found
-        dtype, count = np.dtype(self.args.cache_dtype), images.count
+        dtype, count = np.dtype(request.cache_dtype), images.count
         if count is None:
             self.say(f"{name} of an unknown number of images: into {cache.folder(key)}")
         else:
@@ -190,34 +208,33 @@ class Extraction:
             cache,
             key,
             device=self.device,
-            batch_size=self.args.batch_size,
-            num_workers=self.args.num_workers,
+            batch_size=request.batch_size,
+            num_workers=request.num_workers,
             dtype=dtype,
             name=name,
-            quiet=self.args.quiet,
+            quiet=request.quiet,
             processes=self.processes,
         )
 
     def gallery(self, parts: Sequence[Part]) -> GalleryFiles | None:
-        """The gallery of a checkpoint: the extracted files, under the names that they have there."""
-        if not self.args.gallery:
+        """Return the gallery of a checkpoint: the extracted files, under the names that they have there."""
+        if not self.request.gallery:
             return None
-        facts = {
-            CLIP: RetrievalEncoder(self.backbone.sites.output.width),
-            **{name: facts for name, (_, facts) in self.encoders.items()},
+        encoders = {
+            CLIP: RetrievalEncoder(self.loaded.sites.output.width),
+            **{name: identity for name, (_, identity) in self.encoders.items()},
         }
-        kept = tuple(self._gallery_part(part) for part in parts)
-        contents = GalleryContents(kept, tuple(site.hookpoint for site in self.sites), facts, self.labels)
+        kept = tuple(
+            GalleryPart(part.dataset, len(part), part.classes if self.labels else None, part.tower.folder.name)
+            for part in parts
+        )
+        contents = GalleryContents(kept, tuple(site.hookpoint for site in self.sites), encoders, self.labels)
         return GalleryFiles(contents, [self._gallery_files(part) for part in parts])
-
-    def _gallery_part(self, part: Part) -> GalleryPart:
-        classes = int(part.tower.labels.max()) + 1 if self.labels else None
-        return GalleryPart(part.dataset, len(part), classes, part.tower.folder.name)
 
     def _gallery_files(self, part: Part) -> dict[str, Path]:
         folder = part.tower.folder
         files = {site.hookpoint: folder / f"{site.hookpoint}.npy" for site in self.sites}
-        files[f"embedding.{CLIP}"] = folder / f"{self.backbone.sites.output.hookpoint}.npy"
+        files[f"embedding.{CLIP}"] = folder / f"{self.loaded.sites.output.hookpoint}.npy"
         files |= {f"embedding.{name}": found.folder / f"{name}.npy" for name, found in part.encoded.items()}
         files["digests"] = folder / "digests.npy"
         if self.labels:

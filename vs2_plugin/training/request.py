@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE
 from vs2_plugin.errors import SettingError, TowerError
 from vs2_plugin.method import ENCODER_NAME
-from vs2_plugin.modelstring import is_steered
+from vs2_plugin.names import is_steered, split
 from vs2_plugin.sae.config import RECIPES, TrainConfig
 from vs2_plugin.settings import like, setting, validate, words_of
 
@@ -50,7 +50,9 @@ class TrainRequest:
     )
     batch_size: int = setting(64, minimum=1, help="images per forward pass")
     num_workers: int = setting(min(4, os.cpu_count() or 1), minimum=0, help="image loader processes")
-    amp: bool = setting(True, help="extract in full precision")
+    amp: bool | None = setting(
+        None, help="extract under autocast, or in float32 (default: autocast, unless this processor emulates it)"
+    )
     seed: tuple[int, ...] | None = like(TrainConfig, "seed", help="random seed, or several")
     model_cache_dir: str | None = setting(None, help="where downloaded models are kept")
     wds_cache_dir: str | None = setting(None, help="where clip_benchmark keeps downloaded shards")
@@ -111,10 +113,8 @@ class TrainRequest:
     def __post_init__(self) -> None:
         validate(self)
         if is_steered(self.model):
-            backbone = self.model.partition(":")[2].partition("@")[0] or "ViT-B-32"
-            raise TowerError(
-                f"--model {self.model!r}: an SAE is trained for the plain backbone; use --model {shlex.quote(backbone)}"
-            )
+            backbone = shlex.quote(split(self.model).backbone or "ViT-B-32")
+            raise TowerError(f"--model {self.model!r}: an SAE is of the plain backbone; use --model {backbone}")
         for dataset in self.calibrate_on:
             if dataset not in self.dataset:
                 raise SettingError(

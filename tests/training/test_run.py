@@ -1,0 +1,222 @@
+"""From the request to the checkpoint, on the demo's digits and tiny CLIP."""
+
+import json
+import shlex
+import shutil
+import sys
+
+import pytest
+
+import vs2_plugin
+from vs2_plugin.checkpoint.checkpoint import TrainingData
+from vs2_plugin.checkpoint.store import Store
+from vs2_plugin.cli import train_sae
+from vs2_plugin.training import run
+from vs2_plugin.training.request import TrainRequest
+
+NAME = "local-dir-tiny-clip_wds-digits"
+
+
+def test_writes_a_checkpoint_that_is_found_by_its_data_set(folder, capsys, train):
+    assert train() == 0
+    output = capsys.readouterr().out
+    checkpoint = Store.default().find(NAME)
+    checkpoint.verify()
+    assert checkpoint.data == TrainingData(
+        datasets=("wds/digits",),
+        splits=("train",),
+        images=900,
+        calibrated_on=("wds/digits",),
+        transductive=False,
+        amp=False,
+        max_images=None,
+    )
+    site = checkpoint.sites[0]
+    assert (site.variant, site.labels) == ("plain", "none")
+    assert (site.hookpoint, site.width, site.training["k"], site.training["recipe"]) == (
+        "visual.transformer.resblocks.3",
+        128,
+        16,
+        "default",
+    )
+    assert f"FVU {site.fvu:.4f}" in output and str(checkpoint.folder) in output
+
+
+def test_an_sae_per_block_and_at_the_output(folder, train):
+    assert train("--blocks", "output", "1", "last", "--name", "several") == 0
+    checkpoint = Store.default().find("several")
+    assert [site.hookpoint for site in checkpoint.sites] == [
+        "visual.transformer.resblocks.1",
+        "visual.transformer.resblocks.3",
+        "visual",
+    ]
+    checkpoint.verify()
+
+
+def test_pass_joins_the_plain_sae_in_one_checkpoint(folder, capsys, monkeypatch, train):
+    assert train() == 0
+    plain = Store.default().find(NAME)
+    assert train("--pass_weight", "0.8") == 0
+    both = Store.default().find(NAME)
+    both.verify()
+    assert [(site.variant, site.labels) for site in both.sites] == [("plain", "none"), ("pass", "train")]
+    assert both.sites[0] == plain.sites[0] and both.sites[1].files != plain.sites[0].files
+    assert both.sites[1].training["pass_weight"] == 0.8
+    assert train("--pass_weight", "0.8") == 2 and "already with a PASS SAE" in capsys.readouterr().err
+    assert train("--overwrite", "--seed", "1") == 0  # the plain one alone is replaced
+    replaced = Store.default().find(NAME)
+    assert replaced.sites[1] == both.sites[1] and replaced.sites[0].files != both.sites[0].files
+
+
+def test_pass_pulls_the_codes_of_a_class_together(folder, train):
+    """Against the plain SAE, at the price of FVU; running class means do it too."""
+    import numpy as np
+    import torch
+
+    activations = {}
+    for name, words in {
+        "plain": [],
+        "batch": ["--pass_weight", "4"],
+        "running": ["--pass_weight", "4", "--pass_means", "running"],
+    }.items():
+        assert train("--name", name, "--samples", "40000", *words) == 0
+        site = Store.default().find(name).sites[0]
+        sae, _ = Store.default().find(name).load(site)
+        cached = next(
+            path for path in Store.default().activations.iterdir() if (path / "labels.npy").exists() == bool(words)
+        )
+        x = torch.from_numpy(np.load(next(cached.glob("visual*.npy")))).float()
+        latents = sae.encode(x)
+        codes = torch.zeros(len(x), 512).scatter(1, latents.indices, latents.values)
+        activations[name] = (codes, site.fvu)
+        if words:
+            labels = torch.from_numpy(np.load(cached / "labels.npy"))
+
+    def spread(codes):
+        within = sum((codes[labels == c] - codes[labels == c].mean(0)).pow(2).sum() for c in labels.unique())
+        return (within / (codes - codes.mean(0)).pow(2).sum()).item()
+
+    for name in ("batch", "running"):
+        assert spread(activations[name][0]) < 0.9 * spread(activations["plain"][0])
+        assert activations[name][1] > activations["plain"][1]
+
+
+def test_one_sae_over_several_data_sets(folder, capsys, train):
+    """The union of their training images; each is extracted once, and thresholds can be calibrated on some of them."""
+    (folder / "sets").mkdir()
+    for name, shards in {"odd": (1, 3), "even": (0, 2)}.items():
+        target = folder / "sets" / name / "train"
+        target.mkdir(parents=True)
+        (target / "nshards.txt").write_text("2")
+        for number, shard in enumerate(shards):
+            shutil.copy(folder / f"digits/train/{shard}.tar", target / f"{number}.tar")
+    both = ["--dataset", "wds/odd", "wds/even", "--dataset_root", "sets/{dataset}"]
+    assert train(*both, "--name", "both") == 0
+    assert len(list(Store.default().cached())) == 2
+    assert train(*both, "--name", "odd-only", "--calibrate_on", "wds/odd") == 0
+    assert len(list(Store.default().cached())) == 2
+    everything, some = Store.default().find("both"), Store.default().find("odd-only")
+    assert everything.data.datasets == ("wds/odd", "wds/even") and everything.data.images == 900
+    assert some.data.calibrated_on == ("wds/odd",)
+    assert some.sites[0].files == everything.sites[0].files  # the same SAE
+    assert some.sites[0].fvu_quantiles != everything.sites[0].fvu_quantiles
+    assert train(*both, "--pass_weight", "0.8", "--name", "both") == 0  # their classes are not each other's
+    assert train(*both, "--calibrate_on", "wds/none", "--name", "x") == 2
+    assert "expected some of --dataset: wds/odd wds/even" in capsys.readouterr().err
+    assert train(*both) == 0
+    assert "local-dir-tiny-clip_wds-odd+wds-even" in Store.default().names()
+
+
+def test_the_paper_recipe(folder, train):
+    assert train("--recipe", "paper", "--name", "paper") == 0
+    training = Store.default().find("paper").sites[0].training
+    assert (training["expansion_factor"], training["k"], training["lr"], training["recipe"]) == (4, 64, 5e-4, "paper")
+    assert train("--recipe", "paper", "--k", "8", "--overwrite", "--name", "paper") == 0
+    assert Store.default().find("paper").sites[0].training["k"] == 8
+
+
+def test_an_existing_checkpoint_is_kept(folder, capsys, train):
+    assert train() == 0
+    before = Store.default().find(NAME).digest
+    assert train("--seed", "1") == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert Store.default().find(NAME).digest == before
+    assert train("--seed", "1", "--overwrite") == 0
+    assert Store.default().find(NAME).digest != before
+
+
+def test_transductive_training_is_marked_everywhere(folder, capsys, monkeypatch, train):
+
+    assert train("--train_split", "test", "--transductive") == 0
+    assert Store.default().find(NAME).transductive
+    from clip_benchmark import cli
+
+    words = [
+        "eval",
+        "--model",
+        "vs2:local-dir:tiny-clip",
+        "--pretrained",
+        "",
+        "--dataset",
+        "wds/digits",
+        "--dataset_root",
+        "digits",
+        "--num_workers",
+        "1",
+        "--quiet",
+        "--no_amp",
+        "--output",
+        "r.json",
+    ]
+    monkeypatch.setattr(sys, "argv", ["clip_benchmark", *words])
+    cli.main()
+    assert json.loads((folder / "r.json").read_text())["metrics"]["vs2_transductive"] is True
+
+
+# ---- from Python
+
+
+SETTINGS = {"model": "local-dir:tiny-clip", "dataset_root": "digits", "samples": 2000, "num_workers": 0, "amp": False}
+
+
+def test_from_python_it_is_the_checkpoint_of_the_command(folder, train, capsys):
+    """The same digest: of the same files, tower, data and gallery."""
+    assert train("--name", "typed", "--k", "8") == 0
+    capsys.readouterr()
+    checkpoint = vs2_plugin.train("wds/digits", name="called", k=8, quiet=True, **SETTINGS)
+    assert checkpoint == Store.default().find("called")
+    assert checkpoint.digest == Store.default().find("typed").digest
+    assert capsys.readouterr().out == ""
+
+
+def test_the_command_in_a_checkpoint_asks_for_the_same(folder):
+    request = TrainRequest(dataset="wds/digits", name="first", k=8, quiet=True, **SETTINGS)
+    [checkpoint] = run.train(request)
+    words = shlex.split(checkpoint.created["command"])
+    assert words == request.words()
+    assert TrainRequest(**vars(train_sae.parser().parse_args(words[1:]))) == request
+
+
+def test_several_values_are_a_list_of_checkpoints(folder):
+    lines = []
+    request = TrainRequest(dataset="wds/digits", name="n", k=(4, 8), seed=(0, 1), **SETTINGS)
+    checkpoints = run.train(request, report=lines.append)
+    assert [checkpoint.name for checkpoint in checkpoints] == ["n-k4-seed0", "n-k4-seed1", "n-k8-seed0", "n-k8-seed1"]
+    assert [line for line in lines if line.startswith("SAE at block 3 of n-k8-seed1: 512 latents, 8 active; FVU 0.")]
+    assert [line for line in lines if line.startswith("wrote ")] == [f"wrote {one.folder}" for one in checkpoints]
+    assert lines[-1].startswith("evaluate with: clip_benchmark eval --model local-dir:tiny-clip vs2:local-dir:tiny-")
+    alone = vs2_plugin.train("wds/digits", name="alone", k=8, seed=1, quiet=True, **SETTINGS)
+    assert alone.sites[0].files == checkpoints[-1].sites[0].files  # as it would come out alone
+    assert len(vs2_plugin.train("wds/digits", name="two", k=(4, 8), quiet=True, **SETTINGS)) == 2
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_extraction_takes_the_precision_that_is_fast_here_and_says_which(fast, folder, monkeypatch):
+    monkeypatch.setattr(run, "emulates_bfloat16", lambda: not fast)
+    lines = []
+    request = TrainRequest(dataset="wds/digits", max_images=40, **{**SETTINGS, "amp": None, "samples": 200})
+    [checkpoint] = run.train(request, report=lines.append)
+    assert checkpoint.data.amp is fast
+    words = "under autocast (bfloat16)" if fast else "in float32 (this processor would emulate autocast)"
+    assert f"block 3, on cpu {words}" in lines[0]
+    assert lines[-1].endswith(" --no_amp") is not fast  # evaluated as it was trained

@@ -1,0 +1,146 @@
+"""The checkpoints that a request asks for, and what stays of those that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from vs2_plugin.checkpoint.checkpoint import Checkpoint, SiteSAE, TrainingData
+from vs2_plugin.checkpoint.store import Store, checkpoint_name
+from vs2_plugin.clip.sites import Site, Sites
+from vs2_plugin.errors import CheckpointError, DataError, SettingError
+from vs2_plugin.sae.config import RECIPES, TrainConfig
+from vs2_plugin.sae.topk import TopKSAE
+from vs2_plugin.training.request import TrainRequest
+
+__all__ = ["Plan", "chosen_sites", "make_plans"]
+
+#: Settings of which each value makes a checkpoint -> what stands before the value in its name.
+_GRID = {"k": "k", "expansion_factor": "x", "seed": "seed"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One checkpoint to write."""
+
+    folder: Path
+    """Where."""
+    settings: Mapping[str, Any]
+    """Settings of its SAEs, by the names of :class:`TrainConfig`; ``k`` may be missing."""
+    variants: Mapping[str, float]
+    """Variant to train -> PASS weight."""
+    existing: Checkpoint | None
+    """The checkpoint that is there."""
+
+    @property
+    def kept(self) -> list[SiteSAE]:
+        """The SAEs that stay: those of other variants."""
+        return [] if self.existing is None else [s for s in self.existing.sites if s.variant not in self.variants]
+
+    def load_kept(self, data: TrainingData) -> list[tuple[SiteSAE, TopKSAE]]:
+        """Read the SAEs that stay.
+
+        Raises:
+            DataError: they are of other data.
+        """
+        existing, kept = self.existing, self.kept
+        if existing is None or not kept:
+            return []
+        differences = ", ".join(existing.data.differences(data))
+        if differences:
+            raise DataError(
+                f"the other SAE of checkpoint {existing.name!r} is of other data ({differences}); give --name"
+            )
+        return [(site, existing.load(site)[0]) for site in kept]
+
+    def config(self, variant: str, width: int) -> TrainConfig:
+        """Return the settings for activations of a width. Raises SettingError."""
+        usual = {"k": min(64, max(1, width // 8))}
+        return TrainConfig(**{**usual, **self.settings, "pass_weight": self.variants[variant]})
+
+
+def make_plans(request: TrainRequest, store: Store) -> list[Plan]:
+    """Return the checkpoints that are asked for: one for each combination of what has several values.
+
+    Raises:
+        SettingError: a setting outside its range.
+        DataError: a checkpoint is there already.
+    """
+    given = {one.name: getattr(request, one.name, None) for one in fields(TrainConfig)}
+    shape = _paper_shape(request.model) if request.recipe == "paper" else {}
+    grid = {name: given.pop(name) or ((shape[name],) if name in shape else ()) for name in _GRID}
+    weights = given.pop("pass_weight") or (0.0,)
+    passes = tuple(dict.fromkeys(weight for weight in weights if weight)) or (0.0,)
+    single = {name: value for name, value in given.items() if value is not None}
+    base = request.name or checkpoint_name(request.model, request.pretrained, "+".join(request.dataset))
+    plans = []
+    for *values, weight in product(*(values or (None,) for values in grid.values()), passes):
+        chosen = {name: value for name, value in zip(grid, values, strict=True) if value is not None}
+        suffix = "".join(f"-{_GRID[name]}{value:g}" for name, value in chosen.items() if len(grid[name]) > 1)
+        suffix += f"-pass{weight:g}" if len(passes) > 1 else ""
+        variants = {"plain": 0.0} if 0.0 in weights else {}
+        variants |= {"pass": weight} if weight else {}
+        folder = store.folder(base + suffix)
+        settings = {**RECIPES[request.recipe], **single, **chosen}
+        plan = Plan(folder, settings, variants, _existing(folder, variants, request.overwrite))
+        for variant in variants:
+            plan.config(variant, 512)  # refused now, and not after the extraction
+        plans.append(plan)
+    return plans
+
+
+def _existing(folder: Path, variants: Collection[str], overwrite: bool) -> Checkpoint | None:
+    """Return the checkpoint that a training adds to; None if there is none.
+
+    Raises:
+        DataError: it holds an SAE of such a variant already.
+    """
+    if not folder.exists():
+        return None
+    try:
+        existing = Checkpoint.open(folder)
+    except CheckpointError:
+        if overwrite:
+            return None
+        raise
+    again = [variant for variant in variants if any(site.variant == variant for site in existing.sites)]
+    if again and not overwrite:
+        what = " with a PASS SAE" if again == ["pass"] else ""
+        raise DataError(
+            f"there is a checkpoint {existing.name!r} in {existing.folder.parent} already{what}; replace it with "
+            "--overwrite, or give another --name"
+        )
+    return existing
+
+
+def _paper_shape(backbone: str) -> dict[str, int]:
+    """Return the expansion factor and k that the paper uses with a backbone."""
+    if "L-14" in backbone:
+        return {"expansion_factor": 10, "k": 128}
+    return {"expansion_factor": 4, "k": 256 if "B-16" in backbone else 64}
+
+
+def chosen_sites(offered: Sites, blocks: Sequence[str]) -> list[Site]:
+    """Return the sites that ``--blocks`` names, in the order of the tower.
+
+    Raises:
+        SettingError: the tower has no such block.
+    """
+    chosen: list[Site] = []
+    for word in blocks:
+        if word == "last":
+            chosen.append(offered.default)
+        elif word == "all" and offered.blocks:
+            chosen.extend(offered.blocks)
+        elif word in ("output", "all"):
+            chosen.append(offered.output)
+        elif word.isdigit() and int(word) < len(offered.blocks):
+            chosen.append(offered.blocks[int(word)])
+        else:
+            numbers = f"block numbers from 0 to {len(offered.blocks) - 1}"
+            numbers = numbers if offered.blocks else "no block numbers, as this tower pools no CLS token"
+            raise SettingError(f"--blocks {word!r}: expected last, all, output, or {numbers}")
+    return offered.in_order(chosen)
