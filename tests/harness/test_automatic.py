@@ -128,10 +128,10 @@ def test_results_are_those_of_the_values_that_were_chosen(model, run, sae):
 
 
 def test_on_the_digits_it_helps(demo):
-    """What the README says: told without labels, steering helps, and selective steering more."""
+    """What the README says: with a strength chosen without labels, steering helps here."""
     names = (TINY, f"vs2:{TINY}@alpha=auto", f"vs2s:{TINY}")
     plain, told, selective = (metrics(demo.folder / f"results/{name}.json")["acc1"] for name in names)
-    assert plain + 0.05 < told < selective
+    assert plain + 0.05 < told and plain + 0.05 < selective
 
 
 def test_selective_steering_with_p_0_is_vs2(run, sae):

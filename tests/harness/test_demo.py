@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vs2_plugin.demo import run
 from vs2_plugin.demo.run import SYSTEMS
 
 from .conftest import DIGITS, TINY, metrics, run_script
@@ -25,8 +26,25 @@ def test_demo_prints_the_accuracies_of_its_results(demo):
         found = metrics(demo.folder / "results" / f"{model}.json")
         assert f"| {name} | {100 * found['acc1']:.2f} |" in demo.output
         assert model == TINY or f"| {100 * (found['acc1'] - plain):+.2f} |" in demo.output
-    for command in ("$ vs2-train-sae ", "$ clip_benchmark eval ", "$ clip_benchmark build "):
-        assert command in demo.output
+    ran = [line.split()[1:3] for line in demo.output.splitlines() if line.startswith("$ ")]
+    expected = ["vs2-train-sae --model", "clip_benchmark eval", "vs2 sweep", "clip_benchmark build", "vs2 report"]
+    assert [" ".join(words) for words in ran] == expected
+
+
+def test_with_several_seeds_the_table_gives_mean_and_spread(tmp_path, monkeypatch, capsys):
+    """With few samples: the SAEs do not have to be good."""
+    monkeypatch.setattr(run, "SAMPLES", 1000)
+    run.demo(tmp_path / "seeds", quiet=True, seeds=[0, 3])
+    lines = capsys.readouterr().out.splitlines()
+    plain = metrics(tmp_path / f"seeds/results/{TINY}.json")["acc1"]
+    (row,) = [line for line in lines if line.startswith("| zero-shot CLIP |")]
+    assert row.split("|")[2].strip() == f"{100 * plain:.2f}"
+    for name, model in (("VS2", f"vs2:{TINY}"), ("VS2, last two blocks", f"vs2:{TINY}@blocks=2+3")):
+        files = [run.with_checkpoint(model, f"digits-seed{seed}") for seed in (0, 3)]
+        accuracy = 100 * np.array([metrics(tmp_path / f"seeds/results/{file}.json")["acc1"] for file in files])
+        (row,) = [line for line in lines if line.startswith(f"| {name} |")]
+        spread = f" ({accuracy.std(ddof=1):.1f}) |"
+        assert f"| {accuracy.mean():.1f}{spread}" in row and f"| {accuracy.mean() - 100 * plain:+.1f}{spread}" in row
 
 
 def test_results_carry_the_facts_of_the_steering(demo):

@@ -40,9 +40,16 @@ def parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="the whole way, offline: train an SAE, evaluate CLIP and VS2 on handwritten digits",
-        epilog="example: vs2 demo --out vs2-demo",
+        epilog="examples: vs2 demo --out vs2-demo; vs2 demo --seed 0 1 2 3 4",
     )
     demo.add_argument("--out", type=Path, default=Path("vs2-demo"), help="folder to work in (default: %(default)s)")
+    demo.add_argument(
+        "--seed",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="seed of the SAEs; with several, the table gives mean and standard deviation over them (default: 0)",
+    )
     demo.add_argument("--quiet", action="store_true", help="hide the output of the commands")
     demo.set_defaults(run=_demo, interrupted="; nothing of it is kept: the same command starts again")
 
@@ -96,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _demo(args: argparse.Namespace) -> None:
     from vs2_plugin.demo.run import demo
 
-    demo(args.out, args.quiet)
+    demo(args.out, args.quiet, list(dict.fromkeys(args.seed)))
 
 
 def _methods(args: argparse.Namespace) -> int:

@@ -10,24 +10,30 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
 
 from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE
 from vs2_plugin.demo.digits import write_digits
 from vs2_plugin.errors import DataError, Vs2Error
 from vs2_plugin.harness.patches import PER_IMAGE
 
-__all__ = ["MODEL", "SYSTEMS", "demo", "prepare"]
+__all__ = ["EVALUATED", "MODEL", "SWEPT", "SYSTEMS", "demo", "prepare", "table"]
 
 MODEL = "local-dir:tiny-clip"
-#: Row of the table -> model string.
-SYSTEMS = {
+#: Rows that the stock clip_benchmark evaluates, one model after another -> model string.
+EVALUATED = {
     "zero-shot CLIP": MODEL,
     "VS2": f"vs2:{MODEL}",
     "VS2, strength told without labels": f"vs2:{MODEL}@alpha=auto",
     "selective VS2, told without labels": f"vs2s:{MODEL}",
+    "VS2++, pseudo-labels": f"vs2pp:{MODEL}",
+}
+#: Rows that ``vs2 sweep`` evaluates, all in one pass of the images -> model string.
+SWEPT = {
     "VS2, gated at q = 0.99": f"vs2:{MODEL}@gate=0.99",
     "VS2, last two blocks": f"vs2:{MODEL}@blocks=2+3",
     "VS2 + PASS (training labels)": f"pass:{MODEL}",
@@ -35,7 +41,6 @@ SYSTEMS = {
     "REC_F, reconstruction": f"rec:{MODEL}",
     "REC_A, at every block": f"rec:{MODEL}@blocks=all",
     "REC_F+gamma, gamma = 1.5": f"amp:{MODEL}",
-    "VS2++, pseudo-labels": f"vs2pp:{MODEL}",
     "VS2++, query rule": f"vs2pp:{MODEL}@rule=query",
     "VS2++, pseudo-labels, N = 10, braked": f"vs2pp:{MODEL}@n=10@brake=0.9",
     "CLIP steering, pseudo-labels": f"clipsteer:{MODEL}",
@@ -49,6 +54,10 @@ SYSTEMS = {
     "control: gamma = 0": f"amp:{MODEL}@gamma=0",
     "control: gamma = -1": f"amp:{MODEL}@gamma=-1",
 }
+#: Row of the table -> model string.
+SYSTEMS = {**EVALUATED, **SWEPT}
+#: Activations that an SAE is trained on: a quarter of the default, which takes a minute for eight SAEs.
+SAMPLES = 50_000
 _TINY_CLIP = Path(__file__).parent / "tiny_clip"
 _MINE = ("digits", "tiny-clip", "store", "results", "report")  # the folders that the demo writes into its own
 
@@ -78,8 +87,13 @@ def prepare(folder: Path) -> dict[str, str]:
     return {**os.environ, ENVIRONMENT_VARIABLE: "store"}
 
 
-def demo(folder: Path, quiet: bool = False) -> None:
+def demo(folder: Path, quiet: bool = False, seeds: Sequence[int] = (0,)) -> None:
     """Train, evaluate and print the table.
+
+    Args:
+        folder: where to work.
+        quiet: hide the output of the commands.
+        seeds: of the SAEs. With several, the table gives mean and standard deviation over them.
 
     Raises:
         Vs2Error: a command failed; its own output says why.
@@ -89,45 +103,71 @@ def demo(folder: Path, quiet: bool = False) -> None:
     print(
         f"# 1,797 real handwritten digits (scikit-learn) and a tiny CLIP, trained on printed glyphs only, in {folder}"
     )
-    environment[PER_IMAGE] = "1"
-    print(f"cd {shlex.quote(str(folder))}; export {ENVIRONMENT_VARIABLE}=store {PER_IMAGE}=1")
-    common = ["--dataset", "wds/digits", "--dataset_root", "digits"]
-    _command(folder, environment, quiet, "vs2-train-sae", "--model", MODEL, *common, "--blocks", "all", "--no_amp")
-    _command(folder, environment, quiet, "vs2-train-sae", "--model", MODEL, *common, "--pass_weight", "0.8", "--no_amp")
-    _command(
-        folder, environment, quiet, "clip_benchmark", "eval", "--model", *SYSTEMS.values(), "--pretrained", "", *common,
-        "--num_workers", "1", "--no_amp", "--output", "results/{model}.json", "--quiet",
+    # Where loader and model share two cores, threads that spin while they wait slow each other down.
+    settings = {ENVIRONMENT_VARIABLE: "store", PER_IMAGE: "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment |= settings
+    exported = " ".join(f"{name}={value}" for name, value in settings.items())
+    print(f"cd {shlex.quote(str(folder))}; export {exported}")
+
+    def run(*words: str) -> None:
+        _command(folder, environment, quiet, *words)
+
+    data = ["--dataset", "wds/digits", "--dataset_root", "digits", "--num_workers", "1", "--no_amp"]
+    evaluation = ["--pretrained", "", *data, "--output", "results/{model}.json", "--quiet"]
+    run(
+        "vs2-train-sae", "--model", MODEL, *data, "--blocks", "all", "--pass_weight", "0", "0.8",
+        "--samples", str(SAMPLES), "--seed", *map(str, seeds), *(["--name", "digits"] if len(seeds) > 1 else []),
     )  # fmt: skip
-    _command(folder, environment, quiet, "clip_benchmark", "build", "results", "--output", "benchmark.csv")
-    _command(folder, environment, quiet, "vs2", "report", "results", "--out", "report")
+    if len(seeds) == 1:
+        run("clip_benchmark", "eval", "--model", *EVALUATED.values(), *evaluation)
+        run("vs2", "sweep", "--model", *SWEPT.values(), *evaluation, "--skip_existing")
+        run("clip_benchmark", "build", "results", "--output", "benchmark.csv")
+        run("vs2", "report", "results", "--out", "report")
+        there = "report/index.html, results/*.json, benchmark.csv, the checkpoint in store/checkpoints"
+    else:
+        saes = ",".join(f"digits-seed{seed}" for seed in seeds)
+        strings = [with_checkpoint(model, saes) for model in SYSTEMS.values() if model != MODEL]
+        run("vs2", "sweep", "--model", *strings, *evaluation)
+        there = "results/*.json, results/sweep.csv, the checkpoints in store/checkpoints"
+    print(f"\n{table(folder / 'results', seeds)}")
+    print(f"\n{time.monotonic() - started:.0f} s. All of it is in {folder}: {there}.")
 
-    rows = [
-        (name, json.loads((folder / "results" / f"{model}.json").read_text())["metrics"])
-        for name, model in SYSTEMS.items()
-    ]
-    print()
-    print(table(rows))
-    print(
-        f"\n{time.monotonic() - started:.0f} s. All of it is in {folder}: report/index.html, results/*.json, "
-        "benchmark.csv, the checkpoint in store/checkpoints."
-    )
+
+def with_checkpoint(model: str, checkpoint: str) -> str:
+    """Return the model string with the name of a checkpoint; a plain model's stays as it is."""
+    return model.replace(MODEL, f"{MODEL}@{checkpoint}") if model != MODEL else model
 
 
-def table(rows: list[tuple[str, dict]]) -> str:
-    """Accuracies in percent, with the change over the first row in points."""
-    keys = (("acc1", "top-1 %"), ("acc5", "top-5 %"), ("mean_per_class_recall", "recall %"))
-    titles = [title for _, title in keys] + ["change of top-1", "coverage %"]
-    lines = ["| 897 test images | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(titles)]
-    first = rows[0][1]
-    for name, metrics in rows:
-        change = f"{100 * (metrics['acc1'] - first['acc1']):+.2f}" if metrics is not first else ""
-        coverage = f"{100 * metrics['vs2_coverage']:.1f}" if "vs2_coverage" in metrics else ""
-        lines.append(
-            f"| {name} | "
-            + " | ".join(f"{100 * metrics[key]:.2f}" if key in metrics else "" for key, _ in keys)
-            + f" | {change} | {coverage} |"
-        )
+def table(results: Path, seeds: Sequence[int] = (0,)) -> str:
+    """Return the accuracies in percent, with the change over zero-shot CLIP in points.
+
+    With several seeds, each cell is the mean over them, with the standard deviation of the sample in parentheses.
+    """
+    keys = {"acc1": "top-1 %", "acc5": "top-5 %", "mean_per_class_recall": "recall %"}
+    titles = [*keys.values(), "change of top-1", "coverage %"]
+    over = f", mean (sd) over SAE seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else ""
+    lines = [f"| 897 test images{over} | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(titles)]
+    before = _metrics(results, MODEL)["acc1"]
+    for name, model in SYSTEMS.items():
+        names = [model] if len(seeds) == 1 else [with_checkpoint(model, f"digits-seed{seed}") for seed in seeds]
+        runs = [_metrics(results, one) for one in dict.fromkeys(names)]
+        cells = [_cell([run[key] for run in runs if key in run]) for key in keys]
+        cells.append(_cell([run["acc1"] - before for run in runs], sign="+") if model != MODEL else "")
+        cells.append(_cell([run["vs2_coverage"] for run in runs if "vs2_coverage" in run], digits=1))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _metrics(results: Path, model: str) -> dict[str, Any]:
+    metrics: dict[str, Any] = json.loads((results / f"{model}.json").read_text(encoding="utf-8"))["metrics"]
+    return metrics
+
+
+def _cell(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
+    """Return shares as percent: one value, or the mean of several (standard deviation); empty where there are none."""
+    if len(values) < 2:
+        return f"{100 * values[0]:{sign}.{digits}f}" if values else ""
+    return f"{100 * mean(values):{sign}.1f} ({100 * stdev(values):.1f})"
 
 
 def _command(folder: Path, environment: dict[str, str], quiet: bool, *words: str) -> None:
