@@ -24,7 +24,7 @@ PLUGIN = {
         [tool.hatch.build.targets.wheel]
         include = ["vs2_centre.py"]
     """,
-    "vs2_centre.py": None,  # the README's example, as it stands there
+    "vs2_centre.py": None,  # the example in the plugins' chapter, as it stands there
 }
 
 
@@ -126,11 +126,11 @@ def test_a_failing_patch_is_said_once_and_stock_models_work():
     assert done.stderr.count("vs2_plugin: steered models are not available: ValueError: no") == 1
 
 
-def test_the_readme_plugin_works_as_a_package(environment, tmp_path):
+def test_the_plugin_of_the_docs_works_as_a_package(environment, tmp_path):
     """A third party's package, built and installed by pip, offers a method that the harness and the command know."""
     python, _ = environment
-    readme = (REPOSITORY / "README.md").read_text()
-    source = re.search(r"```python\n(# vs2_centre\.py\n.*?)```", readme, re.S).group(1)
+    chapter = (REPOSITORY / "vs2_plugin/docs/plugins.md").read_text(encoding="utf-8")
+    source = re.search(r"```python\n(# vs2_centre\.py\n.*?)```", chapter, re.S).group(1)
     assert len(source.splitlines()) <= 30
     from textwrap import dedent
 
