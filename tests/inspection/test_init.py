@@ -6,7 +6,7 @@ from vs2_plugin import inspection
 
 
 def test_the_example_runs(folder, digit, tmp_path, capsys):
-    code = inspect.getdoc(inspection).partition("::\n")[2].partition("\nThe modules")[0]
+    code = inspect.getdoc(inspection).partition("::\n")[2].partition("\nFrom below")[0]
     for theirs, ours in (
         ('"vs2:ViT-B-32-quickgelu", "openai", "cifar100"', '"vs2:local-dir:tiny-clip", "", "wds/digits"'),
         ('"root"', '"digits"'),

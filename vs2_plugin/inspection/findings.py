@@ -18,6 +18,7 @@ from vs2_plugin.inspection.pictures import ImageFile, Thumbnail, thumbnail
 from vs2_plugin.inspection.subject import Card, Subject
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.steering.batch import Batch
+from vs2_plugin.steering.retriever import majority
 from vs2_plugin.text import counted
 
 __all__ = ["Finding", "Inspection", "describe", "inspect_images", "require_inspectable"]
@@ -209,27 +210,33 @@ def _cards(
 
 
 def _neighbours(subject: Subject, batch: Batch) -> Neighbours | None:
-    """Return the neighbours that the method looked up for the image at hand."""
-    hood = probe.lookup(subject.model, batch, len(subject.classes))
-    if hood is None or subject.pictures is None:
+    """Return the training images that the method looked up for the image at hand."""
+    model, pictures, retriever = subject.model, subject.pictures, subject.model.places.retriever
+    if retriever is None or pictures is None or model.spec.method.gallery != "neighbours":
         return None
+    oracle = model.spec.options.get("labels") == "oracle"
+    hood = retriever.neighbours(batch)
+    valid = hood.valid[0].cpu()
+    labels = retriever.labels("oracle" if oracle else "pseudo")[hood.rows]
     # The training labels of several data sets are not the classes under inspection.
-    known = not hood.oracle or len(subject.pictures.gallery.datasets) == 1
+    classes = [] if oracle and len(pictures.gallery.datasets) > 1 else subject.classes
 
     def name(label: int) -> str:
-        return subject.classes[label] if known and label < len(subject.classes) else f"class {label}"
+        return classes[label] if label < len(classes) else f"class {label}"
 
-    whose = "training label" if hood.oracle else "zero-shot class"
-    about = f"The {counted(len(hood.rows), 'nearest training image')}, nearest first, each with its {whose}"
-    sides = [""] * len(hood.rows)
-    if hood.target is not None:
-        sides = ["S+" if label == hood.target else "S-" for label in hood.labels]
-        about += f". Steered towards the {sides.count('S+')} of {name(hood.target)!r} (S+)"
+    about = f"The {counted(int(valid.sum()), 'nearest training image')}, nearest first, each with its "
+    about += "training label" if oracle else "zero-shot class"
+    own = labels[0][valid].tolist()
+    sides = [""] * len(own)
+    if (rule := model.spec.options.get("rule")) is not None:
+        count = max(int(labels.max()) + 1, len(subject.classes))
+        chosen = retriever.classes(batch) if rule == "query" else majority(labels.to(retriever.device), hood, count)[0]
+        target = int(chosen[0])
+        sides = ["S+" if label == target else "S-" for label in own]
+        about += f". Steered towards the {sides.count('S+')} of {name(target)!r} (S+)"
         about += f", away from the {counted(sides.count('S-'), 'other')} (S-)"
-    images = [
-        Neighbour(similarity, name(label), side, subject.pictures(row))
-        for row, similarity, label, side in zip(hood.rows, hood.similarities, hood.labels, sides, strict=True)
-    ]
+    rows = zip(hood.rows[0][valid].tolist(), hood.similarity[0].cpu()[valid].tolist(), own, sides, strict=True)
+    images = [Neighbour(similarity, name(label), side, pictures(row)) for row, similarity, label, side in rows]
     return Neighbours(f"{about}.", images)
 
 

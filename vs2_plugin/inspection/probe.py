@@ -1,8 +1,8 @@
-"""What is asked of a steered model, and nowhere else: embeddings, activations, contributions, FVU and neighbours."""
+"""What a steered model makes of one image: embeddings, activations, contributions of latents, FVU."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,24 +14,8 @@ from vs2_plugin.harness.places import Place
 from vs2_plugin.inspection.attribution import Attribution, Movement, attribute, movement, tail
 from vs2_plugin.sae.topk import TopKSAE, sample_fvu
 from vs2_plugin.steering.batch import Batch
-from vs2_plugin.steering.retriever import majority
 
-__all__ = ["Lookup", "activations", "contributions", "embeddings", "fvu_at", "logits_of", "lookup", "sae_at"]
-
-
-class Lookup(NamedTuple):
-    """The training images that a method looked up for the image at hand, nearest first."""
-
-    rows: list[int]
-    """In the gallery."""
-    similarities: list[float]
-    """Cosines."""
-    labels: list[int]
-    """Zero-shot classes, or training labels for an oracle."""
-    oracle: bool
-    """Whether they are training labels."""
-    target: int | None
-    """The class that is steered towards, away from the others; None for a method that does not."""
+__all__ = ["activations", "contributions", "embeddings", "fvu_at", "logits_of", "sae_at"]
 
 
 def logits_of(embedding: Tensor, texts: Tensor) -> Tensor:
@@ -105,26 +89,3 @@ def fvu_at(place: Place, x: Tensor) -> float:
     """Return the FVU of an activation ``[1, d]`` by the SAE at a place."""
     sae, mean = sae_at(place)
     return float(sample_fvu(x, sae(x), mean))
-
-
-def lookup(model: SteeredCLIP, batch: Batch, classes: int) -> Lookup | None:
-    """Return the neighbours of an image; None for a method that looks none up.
-
-    ``classes`` is how many classes the data set under inspection has.
-    """
-    retriever, options = model.places.retriever, model.spec.options
-    if retriever is None or model.spec.method.gallery != "neighbours":
-        return None
-    oracle = options.get("labels") == "oracle"
-    hood = retriever.neighbours(batch)
-    labels = retriever.labels("oracle" if oracle else "pseudo")[hood.rows]
-    target = None
-    if options.get("rule") == "query":
-        target = int(retriever.classes(batch))
-    elif options.get("rule") is not None:
-        target = int(majority(labels.to(retriever.device), hood, max(int(labels.max()) + 1, classes))[0])
-    valid = hood.valid[0].cpu()
-    columns = (hood.rows[0][valid], hood.similarity[0].cpu()[valid], labels[0][valid])
-    rows, similarities, own_labels = (column.tolist() for column in columns)
-    return Lookup(rows, similarities, own_labels, oracle, target)
-
