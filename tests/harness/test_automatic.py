@@ -43,7 +43,7 @@ def few(in_demo):
 def sae(in_demo, monkeypatch):
     """The name of a copy of the demo's checkpoint for which nothing has been chosen yet."""
     # A model that a test inspects waits for a data set; no later test shall bind it.
-    monkeypatch.setattr(loader, "_waiting", None)
+    monkeypatch.setattr(loader._Waiting, "model", None)
     folder = in_demo / "store/checkpoints/chosen"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(folder.parent / NAME, folder, ignore=shutil.ignore_patterns("auto"))

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-from torch import nn
 
-from vs2_plugin.clip.sites import Sites
+from vs2_plugin.clip.sites import ClipModel, Sites
 from vs2_plugin.errors import TowerError
 from vs2_plugin.names import HUB, LOCAL
 from vs2_plugin.text import reason_of
@@ -34,7 +33,7 @@ _LOG = logging.getLogger(__name__)
 class Loaded:
     """A model as the harness loads it."""
 
-    model: nn.Module
+    model: ClipModel
     """The open_clip model, in evaluation mode, on its device."""
     transform: Any
     """Its image preprocessing."""

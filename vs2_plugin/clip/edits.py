@@ -55,8 +55,8 @@ class Edit(nn.Module):
         self.before: Tensor | None = None
         self.name = next(name for name in (f"{_ATTACHED}_{n}" for n in count()) if name not in module._modules)
         self._parent = (module,)  # in a tuple: a module that is an attribute would be a child
-        self._register_state_dict_hook(_leave_out)
-        self.register_load_state_dict_post_hook(_do_not_miss)
+        self._register_state_dict_hook(_leave_out)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_do_not_miss)  # type: ignore[no-untyped-call]
         module.add_module(self.name, self)
         self._handle = module.register_forward_hook(_Hook(self.name))
 
@@ -74,7 +74,8 @@ class Edit(nn.Module):
         return self.site.write(output, in_float32(self.steer, activation))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Edit:
-        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+        super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def remove(self) -> None:
         """Take the edit out of the model."""

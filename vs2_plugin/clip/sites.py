@@ -12,20 +12,32 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from vs2_plugin.errors import TowerError
 
-__all__ = ["OUTPUT", "Output", "Site", "Sites", "embedding_from", "finish"]
+__all__ = ["OUTPUT", "ClipModel", "Output", "Site", "Sites", "embedding_from", "finish"]
 
 OUTPUT = "visual"
 _BLOCKS = "visual.transformer.resblocks"
 
 #: What the module of a site puts out: a tensor, or a tuple whose first part it is.
 Output = Tensor | tuple[Any, ...]
+
+if TYPE_CHECKING:
+
+    class ClipModel(nn.Module):
+        """What is used of an open_clip model."""
+
+        visual: Any
+
+        def encode_image(self, image: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
+        def encode_text(self, text: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
+else:
+    ClipModel = nn.Module
 
 
 @dataclass(frozen=True)
@@ -54,14 +66,14 @@ class Site:
 
     def read(self, output: Output) -> Tensor:
         """The activation ``[batch, d]`` in the module's output."""
-        if self.token_dim is None:
-            return output[0] if isinstance(output, tuple) else output
-        return output.select(self.token_dim, 0)
+        first: Tensor = output[0] if isinstance(output, tuple) else output
+        return first if self.token_dim is None else first.select(self.token_dim, 0)
 
     def write(self, output: Output, activation: Tensor) -> Output:
         """A copy of the module's output with the activation replaced."""
         if self.token_dim is None:
             return (activation, *output[1:]) if isinstance(output, tuple) else activation
+        assert isinstance(output, Tensor)
         output = output.clone()
         output.select(self.token_dim, 0).copy_(activation)
         return output
@@ -77,7 +89,7 @@ class Sites:
     """The output embedding."""
 
     @classmethod
-    def of(cls, model: nn.Module) -> Sites:
+    def of(cls, model: ClipModel) -> Sites:
         """The sites of an open_clip model. Some towers are run once to learn the width of their output."""
         width = getattr(model.visual, "output_dim", None)
         output = Site(OUTPUT, width if isinstance(width, int) else _probe_width(model))
@@ -113,7 +125,7 @@ class Sites:
         return [site for site in (*self.blocks, self.output) if site in chosen]
 
 
-def _block_sites(model: nn.Module) -> tuple[Site, ...]:
+def _block_sites(model: ClipModel) -> tuple[Site, ...]:
     visual = model.visual
     blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
     # open_clip before 2.21 has a flag in place of pool_type
@@ -127,7 +139,7 @@ def _block_sites(model: nn.Module) -> tuple[Site, ...]:
     return tuple(Site(f"{_BLOCKS}.{index}", width, token_dim) for index in range(len(blocks)))
 
 
-def embedding_from(model: nn.Module, site: Site, x: Tensor) -> Tensor:
+def embedding_from(model: ClipModel, site: Site, x: Tensor) -> Tensor:
     """The tower's output embedding ``[batch, embed_dim]`` (float32) from the activation ``[batch, d]`` at its default
     site: what is left of the tower after it."""
     if site.token_dim is None:
@@ -135,11 +147,11 @@ def embedding_from(model: nn.Module, site: Site, x: Tensor) -> Tensor:
     visual = model.visual
     dtype = next(visual.parameters()).dtype
     with torch.autocast(x.device.type, enabled=False):
-        pooled = visual.ln_post(x.to(dtype)).float()
+        pooled: Tensor = visual.ln_post(x.to(dtype)).float()
         return pooled if visual.proj is None else pooled @ visual.proj.float()
 
 
-def finish(model: nn.Module, site: Site, x: Tensor) -> Tensor:
+def finish(model: ClipModel, site: Site, x: Tensor) -> Tensor:
     """What ``encode_image`` makes of the activation ``[batch, d]`` at the tower's end: the default site or the output.
 
     The same operations on the same numbers as in the tower, but for the other tokens, so that the features are the
@@ -147,16 +159,16 @@ def finish(model: nn.Module, site: Site, x: Tensor) -> Tensor:
     """
     if site.token_dim is None:
         return x
-    pooled = model.visual.ln_post(x)
+    pooled: Tensor = model.visual.ln_post(x)
     return pooled if model.visual.proj is None else pooled @ model.visual.proj
 
 
 @torch.no_grad()
-def _probe_width(model: nn.Module) -> int:
+def _probe_width(model: ClipModel) -> int:
     size = getattr(model.visual, "image_size", 224)
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
     like = next(model.visual.parameters())
     was_training = model.visual.training
     output = model.visual.eval()(torch.zeros(1, 3, height, width, dtype=like.dtype, device=like.device))
     model.visual.train(was_training)
-    return (output[0] if isinstance(output, tuple) else output).shape[-1]
+    return int((output[0] if isinstance(output, tuple) else output).shape[-1])

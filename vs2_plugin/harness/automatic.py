@@ -25,7 +25,7 @@ from vs2_plugin import __version__
 from vs2_plugin.arrays import digest_of, spread
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.clip.edits import in_float32
-from vs2_plugin.clip.sites import Site, embedding_from
+from vs2_plugin.clip.sites import ClipModel, Site, embedding_from
 from vs2_plugin.errors import HarnessError, ModelStringError
 from vs2_plugin.files import atomic_file
 from vs2_plugin.gallery.gallery import CLIP, Gallery
@@ -109,7 +109,7 @@ class Automatic(nn.Module):
 def choose(
     automatic: Automatic,
     steer: Callable[[Tensor, Batch], Tensor],
-    model: nn.Module,
+    model: ClipModel,
     site: Site,
     checkpoint: Checkpoint,
     retriever: Retriever | None,
@@ -153,7 +153,7 @@ def choose(
 def settle(
     automatic: Automatic,
     steer: Callable[[Tensor, Batch], Tensor],
-    model: nn.Module,
+    model: ClipModel,
     site: Site,
     gallery: Gallery,
     classifier: Tensor,
@@ -195,7 +195,7 @@ def settle(
 @torch.no_grad()
 def _classes(
     steer: Callable[[Tensor, Batch], Tensor],
-    model: nn.Module,
+    model: ClipModel,
     site: Site,
     batches: Sequence[tuple[Tensor, Batch]],
     classifier: Tensor,
@@ -204,7 +204,11 @@ def _classes(
     classes = []
     with torch.autocast(classifier.device.type, enabled=False):
         for x, batch in batches:
-            steered = in_float32(lambda x, batch=batch: steer(x, batch), x)
+
+            def at_hand(x: Tensor, batch: Batch = batch) -> Tensor:
+                return steer(x, batch)
+
+            steered = in_float32(at_hand, x)
             embedding = nn.functional.normalize(embedding_from(model, site, steered), dim=-1)
             classes.append((embedding @ classifier).argmax(1))
     return torch.cat(classes)

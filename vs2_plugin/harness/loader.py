@@ -18,8 +18,10 @@ from vs2_plugin.steering.context import Task
 
 __all__ = ["bind_waiting", "is_waiting", "load"]
 
-#: The model that was loaded last and does not know its data set yet. clip_benchmark builds that next.
-_waiting: weakref.ref[SteeredCLIP] | None = None
+class _Waiting:
+    """The model that was loaded last and does not know its data set yet. clip_benchmark builds that next."""
+
+    model: weakref.ref[SteeredCLIP] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,6 @@ def load(
         model, transform, tokenizer = vs2_plugin.load("vs2:ViT-B-32", "openai", dataset="cifar100")
         features = model.encode_image(transform(image)[None])
     """
-    global _waiting
     spec = parse(model)
     store = store or Store.default()
 
@@ -86,18 +87,17 @@ def load(
     else:
         if spec.checkpoint or not spec.method.needs_checkpoint:
             steered.bind(None)
-        _waiting = weakref.ref(steered)
+        _Waiting.model = weakref.ref(steered)
     return steered, loaded.transform, loaded.tokenizer
 
 
 def is_waiting() -> bool:
     """Whether a steered model does not know its data set yet."""
-    return _waiting is not None and _waiting() is not None
+    return _Waiting.model is not None and _Waiting.model() is not None
 
 
 def bind_waiting(name: str, root: str, split: str, dataset: Any) -> None:
     """Tell the model loaded last which data set it is evaluated on. Later data sets (a linear probe's) are not it."""
-    global _waiting
-    model, _waiting = _waiting() if _waiting is not None else None, None
+    model, _Waiting.model = None if _Waiting.model is None else _Waiting.model(), None
     if model is not None:
         model.bind(Task(name, root, split, getattr(dataset, "classes", None), getattr(dataset, "templates", None)))

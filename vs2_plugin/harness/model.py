@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.clip.backbone import Loaded
 from vs2_plugin.clip.edits import Edit, edit, paused
-from vs2_plugin.clip.sites import Sites
+from vs2_plugin.clip.sites import ClipModel, Sites
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.errors import HarnessError, ModelStringError
 from vs2_plugin.harness.places import Current, Parts, Places, build_places
@@ -42,7 +42,7 @@ class SteeredCLIP(nn.Module):
         tower: Tower | None = None,
     ) -> None:
         super().__init__()
-        self.model = loaded.model
+        self.model: ClipModel = loaded.model
         self.spec = spec
         self.sites: Sites = loaded.sites
         self._tower = tower or (Tower.of(loaded.model, loaded.transform) if spec.method.needs_checkpoint else None)
@@ -137,7 +137,7 @@ class SteeredCLIP(nn.Module):
             HarnessError: the tower ran without its steering.
         """
         with self.at_hand(image) as batch, self._all_steered():
-            embedding: Tensor = self.model.encode_image(image, *args, **kwargs)
+            embedding = self.model.encode_image(image, *args, **kwargs)
         if self._show is not None and self._plain is not None:
             plain = self._plain
             known = batch.embed if self.places.inside else None
@@ -162,7 +162,8 @@ class SteeredCLIP(nn.Module):
     def _all_steered(self) -> Iterator[None]:
         """Refuse a forward pass in the block that did not run through every edit: torch.compile does not look whether
         hooks were added since it compiled another tower of the same class."""
-        edits = [self.model.get_submodule(one.path) for one in self._edits]  # a replica by DataParallel has its own
+        # A replica by DataParallel has edits of its own.
+        edits: list[Any] = [self.model.get_submodule(one.path) for one in self._edits]
         for one in edits:
             one.ran = False
         yield
@@ -173,13 +174,12 @@ class SteeredCLIP(nn.Module):
             )
 
     def unsteered(self, start: int = 0) -> AbstractContextManager[None]:
-        """Within a ``with`` block, leave the tower as it is without its steerings, from the place of that number on."""
+        """Leave the tower, within a ``with`` block, as it is without its steerings from that place on."""
         return paused(self._edits[start:])
 
     def encode_text(self, text: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The text embedding; steering leaves it alone."""
-        embedding: Tensor = self.model.encode_text(text, *args, **kwargs)
-        return embedding
+        return self.model.encode_text(text, *args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The forward pass of the model inside, of images and texts."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vs2_plugin import __version__
 from vs2_plugin.checkpoint.checkpoint import Checkpoint, SiteSAE
-from vs2_plugin.clip.sites import Site, Sites, embedding_from
+from vs2_plugin.clip.sites import ClipModel, Site, Sites, embedding_from
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.data.images import image_digest
 from vs2_plugin.errors import CheckpointError, ModelStringError, PluginError, Vs2Error
@@ -38,7 +38,7 @@ _LABELS = ("none", "train", "oracle")
 class Parts:
     """What steered models of one tower are built of. Each part is opened once, however many models ask for it."""
 
-    def __init__(self, model: nn.Module, sites: Sites, tower: Tower | None = None) -> None:
+    def __init__(self, model: ClipModel, sites: Sites, tower: Tower | None = None) -> None:
         self.model, self.sites, self.tower = model, sites, tower
         self.device = next(model.parameters()).device
         self._opened: dict[Hashable, Any] = {}
@@ -75,7 +75,9 @@ class Parts:
         if method.gallery == "images":
             return self.once(("images", checkpoint.folder), lambda: Retriever(self.gallery(checkpoint), self.device))
         asked = tuple(options[option.name] for option in NEIGHBOURS)
-        checkpoint.require_gallery(method.labels_used(options) == "oracle", str(options["encoder"]), options["n"])
+        oracle, n = method.labels_used(options) == "oracle", options["n"]
+        assert isinstance(n, int)
+        checkpoint.require_gallery(oracle, str(options["encoder"]), n)
         return self.once(("neighbours", checkpoint.folder, asked), lambda: self._retriever(checkpoint, options))
 
     def _retriever(self, checkpoint: Checkpoint, options: Mapping[str, Any]) -> Retriever:
@@ -153,7 +155,7 @@ class Place(nn.Module):
         self.current = current
         #: Of the first place, at the tower's end: the model, whose plain embedding is what the rest of the tower makes
         #: of the activation here. In a tuple: the model is no part of its own steering.
-        self.shows: tuple[nn.Module, ...] = ()
+        self.shows: tuple[ClipModel, ...] = ()
 
     def steer(self, x: Tensor, batch: Batch) -> Tensor:
         """The steered activations ``[batch, d]``, float32, of the images at hand."""
@@ -245,8 +247,7 @@ class Places(Sequence[Place]):
         """Forget the images seen so far."""
         for place in self:
             for part in (place.gate, place.steering):
-                if hasattr(part, "reset"):
-                    part.reset()
+                getattr(part, "reset", lambda: None)()
 
     def set_classifier(self, classifier: Tensor, quiet: bool = False) -> None:
         """Tell the zero-shot classifier ``[embed_dim, classes]``. Options that are ``auto`` are chosen by it."""
@@ -259,6 +260,7 @@ class Places(Sequence[Place]):
                 self._choose(place, place.steering, classifier, quiet)
 
     def _choose(self, place: Place, automatic: Automatic, classifier: Tensor, quiet: bool) -> None:
+        assert self.checkpoint is not None  # its gallery tells: a method without a checkpoint has no automatic option
         gated = self.spec.options.get("gate") is not None
         choose(
             automatic,
@@ -308,7 +310,8 @@ def _sites(spec: ModelString, checkpoint: Checkpoint | None, sites: Sites) -> li
     if checkpoint is None:
         return [(sites.default, None)]
     chosen: list[tuple[Site, SiteSAE | None]] = []
-    for facts in checkpoint.select(spec.options["blocks"], spec.method.sae):
+    blocks = spec.options["blocks"]
+    for facts in checkpoint.select(None if blocks is None else str(blocks), spec.method.sae):
         site = sites.find(facts.hookpoint)
         if site.width != facts.width:
             raise CheckpointError(

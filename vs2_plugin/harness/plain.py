@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vs2_plugin.clip.edits import Edit, paused
-from vs2_plugin.clip.sites import finish
+from vs2_plugin.clip.sites import ClipModel, finish
 
 __all__ = ["PlainEmbedding"]
 
@@ -21,7 +21,7 @@ class PlainEmbedding:
     further in, the whole tower runs once more.
     """
 
-    def __init__(self, model: nn.Module, edits: Sequence[Edit], inside: bool) -> None:
+    def __init__(self, model: ClipModel, edits: Sequence[Edit], inside: bool) -> None:
         """``inside``: whether the first edit is before the tower's end."""
         self._model, self._edits, self._inside = model, edits, inside
         self._exact: dict[torch.Size, bool] = {}

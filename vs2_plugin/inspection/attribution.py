@@ -30,10 +30,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vs2_plugin.clip.edits import editing
-from vs2_plugin.clip.sites import Site, Sites, embedding_from
+from vs2_plugin.clip.sites import ClipModel, Site, Sites, embedding_from
 from vs2_plugin.steering.move import Move
 
 __all__ = ["Attribution", "Movement", "attribute", "movement", "tail"]
@@ -61,7 +61,7 @@ def movement(move: Move) -> Movement:
     return Movement(latents, activations, move.gain * amounts, move.rest)
 
 
-def tail(model: nn.Module, sites: Sites, site: Site, image: Tensor) -> Callable[[Tensor], Tensor]:
+def tail(model: ClipModel, sites: Sites, site: Site, image: Tensor) -> Callable[[Tensor], Tensor]:
     """The tower after a site: a function from activations ``[batch, d]`` there to embeddings ``[batch, e]``.
 
     Before the tower's end it depends on the other tokens of ``image`` ``[1, 3, height, width]``, which stay as they

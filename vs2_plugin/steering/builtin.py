@@ -167,7 +167,8 @@ def _activations(context: Context) -> Activations:
     if "activations" not in context.shared:
         stored = retriever.gallery.activations[context.site]
         context.shared["activations"] = Activations(stored, retriever.device)
-    return context.shared["activations"]
+    shared: Activations = context.shared["activations"]
+    return shared
 
 
 def _codes(context: Context) -> Codes:
@@ -177,7 +178,8 @@ def _codes(context: Context) -> Codes:
     if "codes" not in context.shared:
         count = len(context.require_retriever().gallery)
         context.shared["codes"] = Codes(context.require_sae(), _activations(context), count)
-    return context.shared["codes"]
+    shared: Codes = context.shared["codes"]
+    return shared
 
 
 @hookimpl
@@ -215,7 +217,7 @@ def vs2_methods() -> list[Method]:
             summary="as VS2++, along the neighbours' activations instead of their latents (CLIP steering)",
         ),
         Method(
-            "rag", build_rag, [MIX, replace(LABELS, default="none", choices=("none", *LABELS.choices))],
+            "rag", build_rag, [MIX, replace(LABELS, default="none", choices=("none", "pseudo", "oracle"))],
             gallery="neighbours", site="output", summary="the embedding mixed with its neighbours' (weighted RAG)",
         ),
         Method(

@@ -22,8 +22,8 @@ def threshold(quantiles: Mapping[str, float], q: float) -> float:
     >>> threshold({"0.9": 0.2, "0.99": 0.5}, 0.99)
     0.5
     """
-    levels = sorted((float(level), value) for level, value in quantiles.items())
-    return float(np.interp(q, *zip(*levels, strict=True)))
+    levels = sorted(quantiles, key=float)
+    return float(np.interp(q, [float(level) for level in levels], [quantiles[level] for level in levels]))
 
 
 class Gate(nn.Module):

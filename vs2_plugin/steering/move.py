@@ -23,7 +23,8 @@ def keep_norm(steered: Tensor, x: Tensor) -> Tensor:
     """Scale ``steered``, row by row, to the norm of ``x``; both ``[batch, d]``. A row of norm 0 stays as it is."""
     norm = steered.norm(dim=-1, keepdim=True)
     # Where nothing moved, both norms are the same number and the ratio is exactly 1.
-    return steered * (x.norm(dim=-1, keepdim=True) / norm).where(norm > 0, norm.new_ones(()))
+    ratio: Tensor = (x.norm(dim=-1, keepdim=True) / norm).where(norm > 0, norm.new_ones(()))
+    return steered * ratio
 
 
 class Code:

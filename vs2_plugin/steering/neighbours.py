@@ -49,7 +49,7 @@ class Activations:
     def __getitem__(self, rows: Tensor) -> Tensor:
         """float32 ``[*rows.shape, d]``."""
         found = torch.from_numpy(np.asarray(self._rows[rows.flatten().numpy()]))
-        return found.to(self._device).float().unflatten(0, rows.shape)
+        return found.to(self._device).float().view(*rows.shape, -1)
 
     def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
         """``Σ_j w_j x_j``: ``[batch, d]`` from row numbers and weights ``[batch, n]``."""
@@ -241,8 +241,8 @@ class MixedSteering(_Voting):
         total = weights.sum(1, keepdim=True)
         retrieved = F.normalize(self.embeddings[neighbours.rows], dim=-1)
         mean = torch.einsum("bn,bnd->bd", weights / total.clamp_min(torch.finfo(total.dtype).tiny), retrieved)
-        norm = x.norm(dim=-1, keepdim=True)
-        mixed = norm * (self.mix * F.normalize(x, dim=-1) + (1 - self.mix) * mean)
+        norm: Tensor = x.norm(dim=-1, keepdim=True)
+        mixed: Tensor = norm * (self.mix * F.normalize(x, dim=-1) + (1 - self.mix) * mean)
         return mixed.where(total > 0, x)
 
 

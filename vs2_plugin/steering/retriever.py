@@ -180,12 +180,12 @@ class Retriever:
         for index in similarity[:, 0].ge(_SAME).nonzero()[:, 0].tolist():
             digest = self._digest_of(batch, index)
             if digest is not None:
-                same[index] = torch.from_numpy(self.gallery.digests[rows[index].numpy()] == digest)
+                same[index] = torch.from_numpy(self.gallery.digests[rows[index].numpy()] == np.uint64(digest))
         return same
 
-    def _digest_of(self, batch: Batch, index: int) -> np.uint64 | None:
+    def _digest_of(self, batch: Batch, index: int) -> int | None:
         if batch.rows is not None:
-            return np.uint64(self.gallery.digests[int(batch.rows[index])])
+            return int(self.gallery.digests[int(batch.rows[index])])
         if self._digest is None or batch.images is None:
             return None
-        return np.uint64(self._digest(batch.images[index]))
+        return self._digest(batch.images[index])

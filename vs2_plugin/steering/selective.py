@@ -37,14 +37,13 @@ def class_selectivity(batches: Iterator[tuple[Latents, Tensor]], num_latents: in
         batches: sparse codes ``[batch, k]`` with class probabilities ``[batch, classes]`` (rows sum to 1).
         num_latents: number of latents.
     """
-    sums: Tensor | None = None
+    count, sums, mass, squares = 0, torch.empty(0), torch.empty(0), torch.empty(0)
     for latents, probabilities in batches:
         dense = probabilities.new_zeros(len(probabilities), num_latents)
         dense.scatter_add_(1, latents.indices, latents.values)
-        if sums is None:
+        if count == 0:
             sums = torch.zeros(probabilities.shape[1], num_latents, dtype=torch.float64, device=dense.device)
             mass, squares = sums.new_zeros(len(sums)), sums.new_zeros(num_latents)
-            count = 0
         sums += probabilities.T @ dense
         mass += probabilities.double().sum(0)
         squares += dense.double().square().sum(0)
@@ -126,5 +125,6 @@ class SelectiveSteering(nn.Module):
     @torch.no_grad()
     def _weighted(self, code: Code) -> Code:
         weights, scale = self.selectivity.weights(self.p)
+        assert code.indices is not None  # of single activations
         amounts = weighted(Latents(code.values, code.indices), scale * weights)
         return Code(self.sae, *amounts, activations=code.values)

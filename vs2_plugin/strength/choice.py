@@ -121,7 +121,7 @@ class Choice:
     def from_json(cls, data: Mapping[str, Any]) -> Choice:
         """The choice that was written. Raises TypeError, ValueError or LookupError for something else."""
         found = cls(**data)
-        str(found), found.facts  # noqa: B018 - a damaged one cannot be told
+        str(found), found.facts  # a damaged one cannot be told
         return found
 
 
@@ -151,9 +151,10 @@ def choose(
     """
     columns = [[float(value) for value in column] for column in scores(ways, graph, count)]
     away = None if prior is None else [_distance(way, prior) for way in ways]
-    information, information_errors, _, modularity_errors = columns
+    information, information_errors, knit, modularity_errors = columns
     index = RULE.pick(candidates, information, information_errors, modularity_errors, away)
-    return Choice([dict(row) for row in candidates], index, *columns, images=len(graph), away=away)
+    rows = [dict(row) for row in candidates]
+    return Choice(rows, index, information, information_errors, knit, modularity_errors, len(graph), away)
 
 
 def _distance(classes: Tensor, prior: Tensor) -> float:

@@ -113,4 +113,5 @@ def scores(ways: Sequence[Tensor], graph: Tensor, count: int) -> Scores:
 def _errors(estimates: Tensor, influence: Tensor) -> Tensor:
     spread = (influence - influence[0]).std(1) / influence.shape[1] ** 0.5
     # Of a spread of 0, a difference is sure, and none is none.
-    return (estimates - estimates[0]) / spread.clamp_min(1e-9)
+    errors: Tensor = (estimates - estimates[0]) / spread.clamp_min(1e-9)
+    return errors

@@ -8,7 +8,7 @@ the tower's end have the rest of the tower run for each of them while the batch 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.checkpoint.store import Store, checkpoint_name
 from vs2_plugin.clip.backbone import Loaded, load_backbone
 from vs2_plugin.clip.edits import edit, in_float32, outputs
-from vs2_plugin.clip.sites import Output, Site, embedding_from, finish
+from vs2_plugin.clip.sites import ClipModel, Output, Site, embedding_from, finish
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.data.images import leave_interruptions
 from vs2_plugin.errors import DataError, HarnessError
@@ -63,7 +63,7 @@ def evaluate(args: SweepRequest, backbone: str, points: Sequence[Point], quiet: 
     data = _Data(args, backbone, loaded)
     shared = _Shared(loaded, args.pretrained, data.task)
     models = {point.model: _SweptModel(point.spec, shared) for point in points}
-    groups: dict[tuple, list[Point]] = {}
+    groups: dict[Hashable, list[Point]] = {}
     for point in points:
         groups.setdefault(outcome_key(point.spec), []).append(point)
     evaluated = [models[group[0].model] for group in groups.values()]
@@ -76,9 +76,10 @@ def evaluate(args: SweepRequest, backbone: str, points: Sequence[Point], quiet: 
         torch.save(classifier, file)
 
         def measure(model: Any, loader: Any) -> Metrics:
-            return harness.evaluate(
+            metrics: Metrics = harness.evaluate(
                 model, loader, None, data.task.classes, templates, device, amp=args.amp, load_clfs=[file]
             )
+            return metrics
 
         for model in evaluated:
             model.set_classifier(classifier, quiet)
@@ -143,12 +144,14 @@ class _Data:
             raise DataError(f"{args.dataset} has no classes and templates; a sweep needs a data set for classification")
         #: What the methods are told of it.
         self.task = Task(args.dataset, root, args.split, classes, templates)
-        if args.dataset.startswith("wds/"):
-            batches, how = dataset.batched(args.batch_size), {"batch_size": None}
-        else:
-            batches, how = dataset, {"batch_size": args.batch_size, "collate_fn": get_dataset_collate_fn(args.dataset)}
-        self.loader = DataLoader(
-            batches, shuffle=False, num_workers=args.num_workers, worker_init_fn=leave_interruptions, **how
+        shards = args.dataset.startswith("wds/")  # these come in batches
+        self.loader: DataLoader[Any] = DataLoader(
+            dataset.batched(args.batch_size) if shards else dataset,
+            batch_size=None if shards else args.batch_size,
+            collate_fn=None if shards else get_dataset_collate_fn(args.dataset),
+            shuffle=False,
+            num_workers=args.num_workers,
+            worker_init_fn=leave_interruptions,
         )
 
 
@@ -190,7 +193,7 @@ class _Seen:
         """The activation, float32, and the dtype of the tower there."""
         return self._activations[site]
 
-    def batch(self, model: torch.nn.Module, site: Site) -> Batch:
+    def batch(self, model: ClipModel, site: Site) -> Batch:
         """What points that steer first at ``site`` ask about the images. They share it."""
         if site not in self._batches:
             batch = Batch(self.images, self.targets, embed=lambda: self._plain)
@@ -281,7 +284,7 @@ class _SweptModel:
 class _FirstPass:
     """The plain model, whose activations are kept while clip_benchmark evaluates it."""
 
-    def __init__(self, model: torch.nn.Module, points: Sequence[_SweptModel]) -> None:
+    def __init__(self, model: ClipModel, points: Sequence[_SweptModel]) -> None:
         self._model, self._points = model, points
         self._sites = {point.first.site for point in points}
         self._ends = {point.first.site for point in points if not point.places.inside}
@@ -313,7 +316,7 @@ class _FirstPass:
 class _Showing:
     """The data loader of the first pass, which shows how far it is and tells the true classes."""
 
-    def __init__(self, loader: DataLoader, model: _FirstPass, quiet: bool) -> None:
+    def __init__(self, loader: DataLoader[Any], model: _FirstPass, quiet: bool) -> None:
         self.dataset, self._loader, self._model, self._quiet = loader.dataset, loader, model, quiet
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:

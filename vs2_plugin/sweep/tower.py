@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import Tensor, nn
-
-from vs2_plugin.clip.sites import Site
+from vs2_plugin.clip.sites import ClipModel, Output, Site
 
 __all__ = ["resumed"]
 
 
 @contextmanager
-def resumed(model: nn.Module, site: Site, output: Tensor | tuple) -> Iterator[None]:
+def resumed(model: ClipModel, site: Site, output: Output) -> Iterator[None]:
     """Within the ``with`` block, forward passes start at ``site``, whose module puts out ``output``.
 
     Blocks before it hand on what they get. Hooks run as ever.
