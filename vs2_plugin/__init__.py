@@ -8,9 +8,11 @@ __version__ = "0.1.0"
 
 #: Public name -> the module that defines it.
 _HOME = {
+    "Batch": "vs2_plugin.steering.batch",
     "Checkpoint": "vs2_plugin.checkpoint.checkpoint",
     "Context": "vs2_plugin.steering.context",
     "Method": "vs2_plugin.method",
+    "Move": "vs2_plugin.steering.move",
     "Option": "vs2_plugin.method",
     "SaeConfig": "vs2_plugin.sae.topk",
     "SteeredCLIP": "vs2_plugin.harness.model",

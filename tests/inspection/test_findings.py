@@ -12,6 +12,7 @@ from vs2_plugin.inspection.findings import describe, inspect_images
 from vs2_plugin.inspection.latents import LatentStatistics
 from vs2_plugin.inspection.notes import NO_GALLERY, NO_WORDS
 from vs2_plugin.inspection.pictures import ImageFile, read_image
+from vs2_plugin.plugins import registry
 
 TINY = "local-dir:tiny-clip"
 
@@ -126,3 +127,23 @@ def test_one_image_is_no_images():
     text = describe(statistics, 0, ["zero"])
     assert text == "active in 1 of 50 training images (2.0%), mean 2.00; of the top 1, 1 is 'zero' by zero-shot"
     assert describe(statistics, 1, ["zero"]) == "active in none of 50 training images"
+
+
+def test_a_move_of_any_plugin_is_explained(subject, digit, monkeypatch):
+    """A function with a parameter ``batch`` that returns a Move, and nothing of this package's own."""
+
+    def build(context, strength):
+        def steer(x, batch):
+            return vs2_plugin.Move(batch.code(context.sae, x), strength, keep_norm=False)
+
+        return steer
+
+    method = vs2_plugin.Method("mine", build, [vs2_plugin.Option("strength", float, 2.0)])
+    monkeypatch.setitem(registry().methods, "mine", method)
+    monkeypatch.setitem(registry().owners, "mine", "a test")
+    [finding] = inspect_images(subject("mine"), [read_image(digit(904))]).findings
+    [place] = finding.places
+    parts = to_the_lead(place)
+    change = parts.pop("change")
+    assert sum(parts.values()) == pytest.approx(change, abs=0.01) and abs(change) > 0.1
+    assert abs(parts["rest"]) < 1e-3 and any(name.startswith("latent ") for name in parts)

@@ -10,9 +10,9 @@ A site is named by its hookpoint, the path under the model of the module whose o
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,17 +27,13 @@ _BLOCKS = "visual.transformer.resblocks"
 #: What the module of a site puts out: a tensor, or a tuple whose first part it is.
 Output = Tensor | tuple[Any, ...]
 
-if TYPE_CHECKING:
 
-    class ClipModel(nn.Module):
-        """What is used of an open_clip model."""
+class ClipModel(nn.Module):
+    """What is used of an open_clip model, for type checkers: torch does not tell that a module has these."""
 
-        visual: Any
-
-        def encode_image(self, image: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
-        def encode_text(self, text: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
-else:
-    ClipModel = nn.Module
+    visual: Any
+    encode_image: Callable[..., Tensor]
+    encode_text: Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
