@@ -71,7 +71,7 @@ def parse(text: str, known: Registry | None = None) -> ModelString:
     try:
         if parts.method is None:
             raise ModelStringError(
-                f"no steering method before a ':'; expected {GRAMMAR}, for example vs2:{parts.backbone or 'ViT-B-32'}"
+                f"no steering method before a ':'; expected {GRAMMAR}, for example vs2:{text or 'ViT-B-32'}"
             )
         method = _method(parts.method, known or registry())
         _check_backbone(parts)
