@@ -5,9 +5,10 @@ What the parts mean is for :mod:`vs2_plugin.modelstring`. This module imports no
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
-__all__ = ["HUB", "LOCAL", "Parts", "is_steered", "split", "with_method"]
+__all__ = ["HUB", "LOCAL", "Parts", "file_stem", "is_steered", "split", "with_method"]
 
 #: The two schemes that open_clip itself reads before a colon.
 HUB, LOCAL = "hf-hub:", "local-dir:"
@@ -70,3 +71,12 @@ def with_method(method: str, name: str) -> str:
     ('vs2:ViT-B-32', 'vs2:ViT-B-32')
     """
     return name if name.startswith(f"{method}:") else f"{method}:{name}"
+
+
+def file_stem(name: str) -> str:
+    """Return what names the results file of a model: its name, but for what cannot stand in a file's.
+
+    >>> file_stem("vs2:hf-hub:org/model").replace(":", "-")
+    'vs2-hf-hub-org-model'
+    """
+    return name.replace("/", "-").replace(":", "-" if os.name == "nt" else ":")

@@ -85,15 +85,14 @@ def steered():
 def results(make_images, write_run, steered, tmp_path):
     """A folder of results in which every part of the report finds its data."""
     write_run("B", images=make_images(0.5))
-    seed = 0
-    for method, gate, labels, accuracy in (
+    runs = (
         ("vs2", None, "none", 0.6),
         ("vs2", 0.9, "none", 0.57),
         ("vs2", 0.99, "none", 0.59),
         ("pass", None, "train", 0.62),
         ("other", None, "oracle", 0.8),
-    ):
-        seed += 1
+    )
+    for seed, (method, gate, labels, accuracy) in enumerate(runs, 1):
         facts = steered(method, labels, alpha=1.05, gamma=1.5, lam=2.1, coverage=gate or 1.0)
         if gate:
             facts |= {"vs2_gate": gate, "vs2_gate_threshold": 0.3}

@@ -55,12 +55,12 @@ CHANGES = {
     "confidence lies outside 0 to 1": {"confidence": np.full(600, 3, np.float32)},
     "fvu is float32 of shape \\[600, 1\\]": {"fvu": np.zeros((600, 1), np.float32)},
     "steered is int64": {"steered": np.zeros(600, np.int64)},
-    "plain_prediction names a class outside": dict(
-        plain_prediction=np.full(600, 6, np.int32), plain_confidence=np.zeros(600, np.float32)
-    ),
-    "plain_confidence lies outside 0 to 1": dict(
-        plain_prediction=np.zeros(600, np.int32), plain_confidence=np.full(600, 3, np.float32)
-    ),
+    "plain_prediction names a class outside": {
+        "plain_prediction": np.full(600, 6, np.int32), "plain_confidence": np.zeros(600, np.float32)
+    },
+    "plain_confidence lies outside 0 to 1": {
+        "plain_prediction": np.zeros(600, np.int32), "plain_confidence": np.full(600, 3, np.float32)
+    },
     "of the plain model it holds plain_prediction only": {"plain_prediction": np.zeros(600, np.int32)},
     "plain_confidence is float32 of shape \\[599\\]": {"plain_confidence": np.zeros(599, np.float32)},
     "classes is float64": {"classes": np.zeros(6)},

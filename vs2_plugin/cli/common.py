@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import signal
 import sys
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from vs2_plugin import messages
 from vs2_plugin.errors import Vs2Error
+from vs2_plugin.settings import flags_of
 
-__all__ = ["AGAIN", "end_well", "is_interruption", "load_torch"]
+__all__ = ["AGAIN", "add_flags", "end_well", "is_interruption", "load_torch"]
 
 #: How to go on after an interruption of a command that writes all of its files at its end.
 AGAIN = "; nothing is kept of it: run the same command again"
@@ -60,3 +64,29 @@ def load_torch() -> None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
     if pending:
         raise KeyboardInterrupt
+
+
+def add_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, owner: type[Any], *names: str) -> None:
+    """Add the flags of the settings that a dataclass declares, or of those named.
+
+    What is not given is not in the result, given a parser with ``argument_default=SUPPRESS``; ranges are checked by the
+    dataclass.
+    """
+    required = {one.name for one in dataclasses.fields(owner) if one.default is dataclasses.MISSING}
+    for name, (setting, value) in flags_of(owner).items():
+        if names and setting.name not in names:
+            continue
+        if value is not None:
+            parser.add_argument(f"--{name}", action="store_const", const=value, dest=setting.name, help=setting.help)
+            continue
+        default = setting.default
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        shown = f"{default:g}" if isinstance(default, float) else shown
+        parser.add_argument(
+            f"--{name}",
+            required=name in required,
+            type=setting.type,
+            choices=setting.choices,
+            nargs="+" if setting.several else None,
+            help=setting.help + ("" if shown in (None, "") else f" (default: {shown})"),
+        )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
 from typing import TYPE_CHECKING
 
-from vs2_plugin.cli.common import is_interruption, load_torch
+from vs2_plugin.cli.common import add_flags, is_interruption, load_torch
+from vs2_plugin.settings import settings_of
 from vs2_plugin.sweep.request import SweepRequest
 from vs2_plugin.text import counted
 
@@ -64,34 +64,12 @@ def add_sweep(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
     )
-    add, usual = sweep.add_argument, SweepRequest
-    add("--model", nargs="+", required=True, metavar="MODEL", help="model strings, with ranges and lists")
-    add("--pretrained", default=usual.pretrained, help="open_clip's weights tag or file (default: %(default)s)")
-    add("--dataset", required=True, help="a data set of clip_benchmark; wds/NAME for webdataset shards")
-    add("--dataset_root", default=usual.dataset_root, help="its folder; {dataset} is filled in (default: %(default)s)")
-    add("--split", "--test_split", default=usual.split, help="the split under evaluation (default: %(default)s)")
-    add("--batch_size", type=_positive, default=usual.batch_size,
-        help="results depend on it in the last digits (default: %(default)s)")  # fmt: skip
-    add("--num_workers", type=int, default=usual.num_workers, help="processes that load images (default: %(default)s)")
-    add("--no_amp", dest="amp", action="store_false", help="no autocast: float32 throughout")
-    add("--seed", type=int, default=usual.seed, help="for random weights (default: %(default)s)")
-    add("--language", default=usual.language, help="of class names and prompts (default: %(default)s)")
-    add("--custom_classname_file", help="JSON file: data set -> class names")
-    add("--custom_template_file", help="JSON file: data set -> prompts")
-    add("--model_cache_dir", help="where downloaded models are kept")
-    add("--wds_cache_dir", help="where downloaded shards are kept")
-    add("--output", default=usual.output, help="results files (default: %(default)s)")
-    add("--skip_existing", action="store_true", help="keep the results that are there: goes on after an interruption")
-    add("--quiet", action="store_true", help="print nothing but errors")
+    add_flags(sweep, SweepRequest)
+    sweep.add_argument("--test_split", dest="split", help="the same as --split")
+    sweep.add_argument("--quiet", action="store_true", default=False, help="print nothing but errors")
     sweep.set_defaults(run=_sweep, interrupted="; nothing was written: the same command starts again")
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
 
 
 def _sweep(args: argparse.Namespace) -> int:
@@ -99,8 +77,9 @@ def _sweep(args: argparse.Namespace) -> int:
     from vs2_plugin.harness.patches import PER_IMAGE
     from vs2_plugin.sweep.run import plan, sweep
 
-    settings = {one.name for one in dataclasses.fields(SweepRequest)} & vars(args).keys()
-    planned = plan(SweepRequest(**{name: getattr(args, name) for name in settings}))
+    given = {name: value for name, value in vars(args).items() if name in settings_of(SweepRequest)}
+    request = SweepRequest(**given)
+    planned = plan(request)
     if not args.quiet and os.environ.get(PER_IMAGE, "") not in ("", "0"):
         print(
             f"vs2: a sweep keeps no per-image results; {PER_IMAGE}=1 clip_benchmark eval does, for the points you name",
@@ -121,7 +100,8 @@ def _sweep(args: argparse.Namespace) -> int:
         for backbone, accuracy in found.plain.items():
             print(f"zero-shot {backbone}: {accuracy:.2f} %")
         print(f"best of {len(planned.points)}: {found.best[1]:.2f} % by {found.best[0]}")
-        print(_TUNING if args.split == "test" else "Report the accuracy of that choice on images that did not make it.")
+        other = "Report the accuracy of that choice on images that did not make it."
+        print(_TUNING if request.split == "test" else other)
         for path in (planned.folder, *found.written):
             print(f"wrote {path}")
     return 0

@@ -180,12 +180,12 @@ class Group:
     rows: list[Row]
     """Zero-shot first, then by the labels used, vs2 before other methods."""
     alone: bool = True
-    """Whether all results of the backbone are here: those with other prompts, which have another zero-shot accuracy,
+    """True if all results of the backbone are here: those with other prompts, which have another zero-shot accuracy,
     are in a group of their own."""
 
     @property
     def prompts(self) -> str:
-        """What tells these results from those with other prompts; empty if there are none."""
+        """A name for these results beside those with other prompts; empty if there are none."""
         return "" if self.alone or self.zero is None else f"zero-shot {100 * self.zero.top1:.2f} %"
 
     @property

@@ -40,7 +40,7 @@ def _column(dtype: str, holds: str = "") -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Images:
-    """What one run gave for every image; the order is the run's own."""
+    """One run's results for every image; the order is the run's own."""
 
     digest: Array = field(metadata=_column("uint64"))
     """Of the preprocessed tensor: identifies an image across runs."""

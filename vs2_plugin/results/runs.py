@@ -41,8 +41,9 @@ class Run:
     def number(self, name: str) -> float | None:
         """Return the metric of that name, if it is a finite number."""
         value = self.metrics.get(name)
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        return float(value) if good else None  # type: ignore[arg-type]  # good says that it is a number
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            return None
+        return float(value)
 
     def fact(self, name: str) -> Any:
         """Return what a steered model said of itself under ``vs2_{name}``, or None."""

@@ -47,7 +47,7 @@ class Calibration(NamedTuple):
 
 
 class ClassChange(NamedTuple):
-    """What steering did to the images of one class."""
+    """The effect of steering on the images of one class."""
 
     label: int
     images: int

@@ -46,7 +46,7 @@ Section = tuple[str, dict[tuple[str, ...], float]]
 
 
 def _sections(grid: Grid, table: Mapping[tuple[str, ...], float], axes: list[str]) -> list[Section]:
-    """Return, for each combination of the other axes in words, the value at each place on ``axes``."""
+    """Return the value at each place on ``axes``, for each combination of the other axes in words."""
     others = {axis: texts for axis, texts in grid.axes.items() if axis not in axes}
     sections = []
     for chosen in product(*others.values()):

@@ -1,49 +1,41 @@
-"""What is asked of a sweep. No heavy imports."""
+"""The request of a sweep: its settings, declared. No heavy imports."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-__all__ = ["TASK", "SweepRequest"]
+from vs2_plugin.settings import setting, validate
 
-TASK = "zeroshot_classification"
+__all__ = ["SweepRequest"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SweepRequest:
-    """The settings of a sweep, with the names and defaults that they have in ``clip_benchmark eval``."""
+    """The settings of a sweep, with the names and defaults that they have in ``clip_benchmark eval``.
 
-    model: Sequence[str]
-    """Model strings with ranges and lists, and plain models."""
-    dataset: str
-    """A data set of clip_benchmark; ``wds/NAME`` for webdataset shards."""
-    pretrained: str = "laion400m_e32"
-    """open_clip's weights tag, or a file."""
-    dataset_root: str = "root"
-    """Its folder; ``{dataset}`` is filled in."""
-    split: str = "test"
-    """The split under evaluation."""
-    batch_size: int = 64
-    num_workers: int = 4
-    amp: bool = True
-    """Whether to evaluate under autocast."""
-    seed: int = 0
-    """For random weights."""
-    language: str = "en"
-    """Of class names and prompts."""
-    custom_classname_file: str | None = None
-    """JSON file: data set -> class names."""
-    custom_template_file: str | None = None
-    """JSON file: data set -> prompts."""
-    model_cache_dir: str | None = None
-    wds_cache_dir: str | None = None
-    output: str = "sweep/{model}.json"
-    """The results file of each point."""
-    skip_existing: bool = False
-    """Whether to keep the results that are there."""
-    task: str = TASK
+    Raises:
+        SettingError: a value outside its range.
+    """
+
+    task: ClassVar[str] = "zeroshot_classification"
     """The only one there is."""
-    model_type: str = "open_clip"
-    pretrained_model: str = ""
-    skip_load: bool = False
+    model: tuple[str, ...] = setting(help="model strings, with ranges and lists")
+    pretrained: str = setting("laion400m_e32", help="open_clip's weights tag or file")
+    dataset: str = setting(help="a data set of clip_benchmark; wds/NAME for webdataset shards")
+    dataset_root: str = setting("root", help="its folder; {dataset} is filled in")
+    split: str = setting("test", help="the split under evaluation")
+    batch_size: int = setting(64, minimum=1, help="results depend on it in the last digits")
+    num_workers: int = setting(4, minimum=0, help="processes that load images")
+    amp: bool = setting(True, help="no autocast: float32 throughout")
+    seed: int = setting(0, help="for random weights")
+    language: str = setting("en", help="of class names and prompts")
+    custom_classname_file: str | None = setting(None, help="JSON file: data set -> class names")
+    custom_template_file: str | None = setting(None, help="JSON file: data set -> prompts")
+    model_cache_dir: str | None = setting(None, help="where downloaded models are kept")
+    wds_cache_dir: str | None = setting(None, help="where downloaded shards are kept")
+    output: str = setting("sweep/{model}.json", help="results files")
+    skip_existing: bool = setting(False, help="keep the results that are there: goes on after an interruption")
+
+    def __post_init__(self) -> None:
+        validate(self)

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from vs2_plugin.clip.backbone import check_backbone
 from vs2_plugin.errors import DataError, HarnessError, SettingError
 from vs2_plugin.harness import preflight
-from vs2_plugin.names import is_steered
+from vs2_plugin.names import file_stem, is_steered
 from vs2_plugin.results.runs import Run, read_run, write_run, write_table
 from vs2_plugin.sweep import evaluate
 from vs2_plugin.sweep.figures import draw
 from vs2_plugin.sweep.grid import Grid, Point, read_grids
-from vs2_plugin.sweep.request import TASK, SweepRequest
+from vs2_plugin.sweep.request import SweepRequest
 
 __all__ = ["Plan", "Summary", "plan", "sweep"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a sweep is going to do."""
+    """A request, read and checked: the models to evaluate, and where their results go."""
 
     request: SweepRequest
     grids: list[Grid]
@@ -54,7 +55,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a sweep has found."""
+    """The outcome of a sweep."""
 
     plain: dict[str, float]
     """Plain model -> accuracy in percent."""
@@ -70,7 +71,7 @@ def plan(request: SweepRequest) -> Plan:
     Raises:
         Vs2Error: the first thing that would go wrong.
     """
-    names, output = list(request.model), request.output
+    names, output = request.model, request.output
     grids = read_grids(names)
     if not grids:
         raise SettingError(f"--model {' '.join(names)} names no steered model; expected one such as "
@@ -96,9 +97,13 @@ def plan(request: SweepRequest) -> Plan:
 
 
 def _file(request: SweepRequest, model: str) -> Path:
-    # As in clip_benchmark, but for what cannot stand in a file's name.
-    name = model.replace("/", "-").replace(":", "-" if os.name == "nt" else ":")
-    return Path(preflight.output_file(replace(request, model=name)))
+    return Path(preflight.output_file(_evaluation(request, file_stem(model))))
+
+
+def _evaluation(request: SweepRequest, model: str, **changes: Any) -> Any:
+    """Return the evaluation of one model, with the names of clip_benchmark's command line."""
+    others = {"task": request.task, "model_type": "open_clip", "pretrained_model": "", "skip_load": False}
+    return SimpleNamespace(**{**asdict(request), **others, "model": model, **changes})
 
 
 def _check(planned: Plan) -> None:
@@ -112,17 +117,16 @@ def _check(planned: Plan) -> None:
         words = [pair for pair in point.spec.options.items() if not isinstance(pair[1], float)]
         if model in planned.pending:
             kinds.setdefault((point.spec.method.name, point.spec.backbone, point.spec.checkpoint, *words), model)
-    preflight.check(
-        request, [replace(request, model=model, output="unused", skip_existing=False) for model in kinds.values()]
-    )
+    runs = [_evaluation(request, model, output="unused", skip_existing=False) for model in kinds.values()]
+    preflight.check(_evaluation(request, ""), runs)
 
 
 def _check_task(dataset: str) -> None:
     from clip_benchmark.datasets.builder import get_dataset_default_task
 
     task = get_dataset_default_task(dataset.removeprefix("wds/"))
-    if task != TASK:
-        raise HarnessError(f"the task of {dataset} is {task}; a sweep evaluates {TASK} only")
+    if task != SweepRequest.task:
+        raise HarnessError(f"the task of {dataset} is {task}; a sweep evaluates {SweepRequest.task} only")
 
 
 def sweep(planned: Plan, quiet: bool = False) -> Summary:
@@ -159,9 +163,8 @@ def _evaluate(planned: Plan, backbone: str, points: Sequence[Point], quiet: bool
     request = planned.request
     for model, metrics in evaluate.evaluate(request, backbone, points, quiet):
         if model in planned.pending:
-            run = Run(
-                planned.files[model], request.dataset, model, request.pretrained, TASK, request.language, dict(metrics)
-            )
+            about = request.dataset, model, request.pretrained, request.task, request.language
+            run = Run(planned.files[model], *about, dict(metrics))
             write_run(run)
             planned.results[model] = run
 
