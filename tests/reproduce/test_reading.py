@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from vs2_plugin.cli import train_sae
 from vs2_plugin.errors import SettingError
-from vs2_plugin.reproduce.reading import FLAGS, read, read_all
+from vs2_plugin.reproduce.reading import SAE_FLAGS, read, read_all
 from vs2_plugin.reproduce.stand_in import stand_in
+from vs2_plugin.settings import flags_of
+from vs2_plugin.training.request import TrainRequest
 
 GOOD = """\
 title: T
@@ -50,13 +51,19 @@ def test_a_row_goes_before_a_column_and_a_column_before_the_top(tmp_path):
     assert steered.evaluation(3).model == f"vs2:ViT-B-32-quickgelu@{name}@lam=3.0"
 
 
-def test_a_training_is_one_command_for_all_its_seeds(tmp_path):
-    table = read(write(tmp_path, GOOD))
-    sae = table.cells[2].sae
-    args = train_sae.parser().parse_args(sae.words([3, 1], "root/{dataset}")[1:])
-    assert args.seed == [3, 1] and args.name == sae.base and args.k == [32]
-    args = train_sae.parser().parse_args(sae.words([1], "root")[1:])
-    assert args.seed == [1] and args.name == sae.name(1) == f"{sae.base}-seed1"
+def test_a_training_is_one_request_for_all_its_seeds(tmp_path):
+    sae = read(write(tmp_path, GOOD)).cells[2].sae
+    request = sae.request([3, 1], "root/{dataset}")
+    assert (request.seed, request.name, request.k) == ((3, 1), sae.base, (32,))
+    request = sae.request([1], "root")
+    assert (request.seed, request.name) == ((1,), sae.name(1)) and sae.name(1) == f"{sae.base}-seed1"
+    assert request.words()[-4:] == ["--k", "32", "--name", sae.name(1)]
+
+
+def test_names_of_checkpoints_stay(tmp_path):
+    """Checkpoints that were trained with an older version are found again."""
+    text = GOOD.replace("{k: 32}", "{k: 32, blocks: [9, 10], lr: 1, no_amp: true, retrieval_encoder: dino}")
+    assert read(write(tmp_path, text)).cells[2].sae.base == "ViT-B-32-quickgelu_openai_cifar100-eafb257a"
 
 
 def test_checkpoints_are_shared_by_their_settings(tmp_path):
@@ -67,13 +74,9 @@ def test_checkpoints_are_shared_by_their_settings(tmp_path):
     assert second.cells[2].sae.base == base != other.cells[2].sae.base
 
 
-def test_every_flag_is_one_of_vs2_train_sae():
-    known = {action.dest: action for action in train_sae.parser()._actions}
-    options = {option for action in known.values() for option in action.option_strings}
-    for name, kind in FLAGS.items():
-        assert f"--{name}" in options
-        if isinstance(kind, tuple):
-            assert set(kind) == set(known[name].choices), name
+def test_every_flag_of_an_sae_is_one_of_vs2_train_sae():
+    assert set(SAE_FLAGS) < set(flags_of(TrainRequest))
+    assert {"k", "recipe", "auxk", "gallery_labels", "no_amp"} < set(SAE_FLAGS) and "seed" not in SAE_FLAGS
 
 
 WRONG = {
@@ -91,6 +94,8 @@ WRONG = {
     "unknown flag": (GOOD.replace("{k: 32}", "{kk: 32}"), "row 'VS2', column 'A': sae: unknown key 'kk'"),
     "a flag of the wrong kind": (GOOD.replace("{k: 32}", "{k: many}"), "k is 'many'; expected a whole number"),
     "true is no number": (GOOD.replace("{k: 32}", "{k: true}"), "k is True; expected a whole number"),
+    "several values": (GOOD.replace("{k: 32}", "{k: [32, 64]}"), "k is [32, 64]; expected one value"),
+    "a number outside its range": (GOOD.replace("{k: 32}", "{k: 0}"), "k is 0; expected a whole number from 1"),
     "a word that is none": (GOOD.replace("{k: 32}", "{recipe: mine}"), "recipe is 'mine'; expected default or paper"),
     "a key twice": (GOOD.replace("  plain:", "  VS2: {}\n  plain:"), "'VS2' stands twice"),
     "unknown method": (GOOD.replace("vs2:{backbone}", "vs3:{backbone}"), "row 'VS2', column 'A': model 'vs3:"),

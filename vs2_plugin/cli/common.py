@@ -7,7 +7,7 @@ import dataclasses
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vs2_plugin import messages
@@ -66,23 +66,26 @@ def load_torch() -> None:
         raise KeyboardInterrupt
 
 
-def add_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, owner: type[Any], *names: str) -> None:
-    """Add the flags of the settings that a dataclass declares, or of those named.
+def add_flags(
+    parser: argparse.ArgumentParser, owner: type[Any], groups: Mapping[str, tuple[str, str | None]] | None = None
+) -> None:
+    """Add the flags of the settings that a dataclass declares.
 
     What is not given is not in the result, given a parser with ``argument_default=SUPPRESS``; ranges are checked by the
-    dataclass.
+    dataclass. ``groups`` holds, for the setting that a group begins with, its title and what is said of it.
     """
     required = {one.name for one in dataclasses.fields(owner) if one.default is dataclasses.MISSING}
+    group: argparse.ArgumentParser | argparse._ArgumentGroup = parser
     for name, (setting, value) in flags_of(owner).items():
-        if names and setting.name not in names:
-            continue
+        if groups and setting.name in groups:
+            group = parser.add_argument_group(*groups[setting.name])
         if value is not None:
-            parser.add_argument(f"--{name}", action="store_const", const=value, dest=setting.name, help=setting.help)
+            group.add_argument(f"--{name}", action="store_const", const=value, dest=setting.name, help=setting.help)
             continue
         default = setting.default
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         shown = f"{default:g}" if isinstance(default, float) else shown
-        parser.add_argument(
+        group.add_argument(
             f"--{name}",
             required=name in required,
             type=setting.type,

@@ -6,10 +6,8 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
 
-from vs2_plugin.cli.common import end_well, load_torch
-from vs2_plugin.settings import Flag, flags_of
+from vs2_plugin.cli.common import add_flags, end_well, load_torch
 from vs2_plugin.training.request import TrainRequest
 
 __all__ = ["main", "parser"]
@@ -67,33 +65,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    required = {one.name for one in fields(TrainRequest) if one.default is MISSING}
-    group = command.add_argument_group()
-    for name, flag in flags_of(TrainRequest).items():
-        if flag.setting.name in _GROUPS:
-            group = command.add_argument_group(*_GROUPS[flag.setting.name])
-        _add(group, name, flag, required)
+    add_flags(command, TrainRequest, _GROUPS)
     return command
-
-
-def _add(group: argparse._ArgumentGroup, name: str, flag: Flag, required: set[str]) -> None:
-    """Add a flag. What is not given is not in the result, and ranges are checked by the request."""
-    setting, value = flag
-    default = setting.default
-    if value is not None:
-        group.add_argument(f"--{name}", action="store_const", const=value, dest=setting.name, help=setting.help)
-        return
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-    if isinstance(default, float):
-        shown = f"{default:g}"
-    group.add_argument(
-        f"--{name}",
-        required=name in required,
-        type=setting.type,
-        choices=setting.choices,
-        nargs="+" if setting.several else None,
-        help=setting.help + ("" if shown in (None, "") else f" (default: {shown})"),
-    )
 
 
 def _run(argv: Sequence[str] | None) -> None:

@@ -1,17 +1,19 @@
-"""What a table of the paper asks for: its cells, and what is to be trained and run for each. No heavy imports."""
+"""A table of the paper: its cells, and what is to be trained and run for each. No heavy imports."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vs2_plugin import settings
 from vs2_plugin.checkpoint.store import checkpoint_name
-from vs2_plugin.modelstring import ModelString, is_steered, parse
+from vs2_plugin.modelstring import ModelString, parse
+from vs2_plugin.names import file_stem, is_steered
+from vs2_plugin.training.request import TrainRequest
 
 __all__ = ["METRICS", "Cell", "Evaluation", "Sae", "Table"]
 
@@ -26,11 +28,11 @@ class Sae:
     backbone: str
     weights: str
     datasets: tuple[str, ...]
-    """What it is trained on."""
+    """The data sets that it is trained on."""
     flags: tuple[tuple[str, Any], ...]
     """Flags of ``vs2-train-sae``, sorted."""
     transductive: bool = False
-    """Whether images that are evaluated may be among them."""
+    """True if images that are evaluated may be among them."""
 
     @property
     def base(self) -> str:
@@ -40,22 +42,21 @@ class Sae:
         return f"{checkpoint_name(self.backbone, self.weights, '+'.join(self.datasets))}-{digest}"
 
     def name(self, seed: int) -> str:
-        """The name of a checkpoint. ``vs2-train-sae`` gives it too, where it is told several seeds."""
+        """Return the name of a checkpoint, which ``vs2-train-sae`` gives too where it is told several seeds."""
         return f"{self.base}-seed{seed}"
 
-    def words(self, seeds: Iterable[int], dataset_root: str) -> list[str]:
-        """The command that trains it with some seeds."""
-        seeds = list(seeds)
-        made = ["vs2-train-sae", "--model", self.backbone, "--pretrained", self.weights]
-        made += ["--dataset", *self.datasets, "--dataset_root", dataset_root]
-        for name, value in self.flags:
-            values = [] if value is True else value if isinstance(value, tuple) else [value]
-            made += [f"--{name}", *map(str, values)]
-        if self.transductive:
-            made.append("--transductive")
-        return [
-            *made, "--seed", *map(str, seeds), "--name", self.base if len(seeds) > 1 else self.name(seeds[0])
-        ]  # fmt: skip
+    def request(self, seeds: Sequence[int], dataset_root: str) -> TrainRequest:
+        """Return the training of some seeds."""
+        return TrainRequest(
+            model=self.backbone,
+            pretrained=self.weights,
+            dataset=self.datasets,
+            dataset_root=dataset_root,
+            transductive=self.transductive,
+            seed=tuple(seeds),
+            name=self.base if len(seeds) > 1 else self.name(seeds[0]),
+            **settings.read(TrainRequest, dict(self.flags)),
+        )
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Evaluation:
     """One run of ``clip_benchmark eval``."""
 
     model: str
-    """What ``--model`` is told: a plain model, or a model string that names its checkpoint."""
+    """The value of ``--model``: a plain model, or a model string that names its checkpoint."""
     backbone: str
     weights: str
     dataset: str
@@ -75,7 +76,7 @@ class Evaluation:
     @property
     def file(self) -> str:
         """The name of its results file."""
-        return self.model.replace("/", "-").replace(":", "-" if os.name == "nt" else ":") + ".json"
+        return f"{file_stem(self.model)}.json"
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Cell:
     dataset: str
     prompts: tuple[str, ...]
     sae: Sae | None
-    """What its checkpoint is trained by, if it has one."""
+    """The training of its checkpoint, if it has one."""
     seeds: tuple[int, ...]
     """Seeds of the SAE; one where there is none."""
     of_class: str | None = None
@@ -103,15 +104,27 @@ class Cell:
     """Rows whose best number it is. It has no model of its own then."""
 
     @property
+    def title(self) -> str:
+        """Its row and column."""
+        return f"{self.row} / {self.column}"
+
+    @property
+    def ends(self) -> tuple[float, ...]:
+        """The published number, or both ends of the interval; empty if none was published."""
+        if self.published is None:
+            return ()
+        return self.published if isinstance(self.published, tuple) else (self.published,)
+
+    @property
     def spec(self) -> ModelString | None:
         """The model string, read; None for a plain model."""
         return parse(self.model) if self.model is not None and is_steered(self.model) else None
 
     def evaluation(self, seed: int) -> Evaluation:
-        """The run of its model, with the SAE of a seed."""
+        """Return the run of its model, with the SAE of a seed."""
         name = self.sae.name(seed) if self.sae else None
-        model = _canonical(replace(self.spec, checkpoint=name)) if self.spec else self.model
-        return Evaluation(model, self.backbone, self.weights, self.dataset, self.prompts, name)
+        model = _canonical(replace(self.spec, checkpoint=name)) if self.spec else self.backbone
+        return replace(self.plain, model=model, checkpoint=name)
 
     @property
     def plain(self) -> Evaluation:
@@ -119,14 +132,14 @@ class Cell:
         return Evaluation(self.backbone, self.backbone, self.weights, self.dataset, self.prompts)
 
     def evaluations(self, seed: int) -> list[Evaluation]:
-        """All runs that its number comes from."""
+        """Return all runs that its number comes from."""
         if self.model is None or self.metric == "fvu":  # the checkpoint tells it
             return []
         return [*([self.plain] if self.metric == "gain" else []), self.evaluation(seed)]
 
 
 def _canonical(spec: ModelString) -> str:
-    """The same string for all models of one meaning: options in the method's order, those that say nothing left out.
+    """Return one string for all models of one meaning: options in the method's order, those that say nothing left out.
 
     >>> _canonical(parse("vs2:ViT-B-32@lam=3@gamma=1.5"))
     'vs2:ViT-B-32@lam=3.0'
@@ -142,7 +155,7 @@ def _canonical(spec: ModelString) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """A file."""
+    """A table, as one file declares it."""
 
     path: Path
     title: str
@@ -151,4 +164,4 @@ class Table:
     cells: tuple[Cell, ...]
     """Row by row."""
     stand_in: bool = False
-    """Whether the cells are those of the stand-in, and not the paper's."""
+    """True if the cells are those of the stand-in, and not the paper's."""

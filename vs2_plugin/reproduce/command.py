@@ -1,4 +1,4 @@
-"""Runs a command of clip_benchmark, and says in a line why it failed."""
+"""Runs a command of clip_benchmark, says in a line why it failed, and sets what surrounds commands."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
+from typing import cast
 
 from vs2_plugin.text import one_line
 
-__all__ = ["run_command"]
+__all__ = ["run_command", "surroundings"]
 
 
 def run_command(words: Sequence[str], log: Path, quiet: bool, look: Callable[[], None]) -> str | None:
-    """Run a command; why it failed, or None.
+    """Run a command, and return why it failed, or None.
 
     Args:
         words: the command.
@@ -35,8 +38,9 @@ def run_command(words: Sequence[str], log: Path, quiet: bool, look: Callable[[],
         file.write(f"\n$ {shlex.join(words)}\n".encode())
         hidden = subprocess.DEVNULL if quiet else None
         with subprocess.Popen([script, *words[1:]], stdout=hidden, stderr=subprocess.PIPE) as process:
+            stream = cast(BufferedReader, process.stderr)
             try:
-                while chunk := process.stderr.read1(65536):
+                while chunk := stream.read1(65536):
                     look()
                     said = (said + chunk)[-65536:]
                     file.write(chunk)
@@ -49,8 +53,25 @@ def run_command(words: Sequence[str], log: Path, quiet: bool, look: Callable[[],
     return None if process.returncode == 0 else _reason(said.decode(errors="replace"), process.returncode)
 
 
+@contextmanager
+def surroundings(folder: Path, variables: Mapping[str, str]) -> Iterator[None]:
+    """Work in a folder and with environment variables, here and in commands, for the length of a ``with`` block."""
+    place, before = Path.cwd(), {name: os.environ.get(name) for name in variables}
+    os.chdir(folder)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.chdir(place)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
+
+
 def _reason(said: str, code: int) -> str:
-    """Why a command failed, from what it said on stderr."""
+    """Return why a command failed, from what it said on stderr."""
     lines = [line for line in said.replace("\r", "\n").splitlines() if line.strip()]
     ours = [line.partition("error: ")[2] for line in lines if line.startswith("vs2: error: ")]
     if ours:

@@ -4,14 +4,14 @@ to get it."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
 from vs2_plugin.errors import SettingError, Vs2Error
-from vs2_plugin.text import one_line
+from vs2_plugin.text import one_line, reason_of
 
 __all__ = ["Missing", "missing_data", "missing_encoder", "missing_weights", "root_of"]
 
@@ -20,7 +20,7 @@ _ONCE = "tried once, and not again for other cells"
 
 @dataclass(frozen=True)
 class Missing:
-    """What could not be had."""
+    """Something that is missing and could not be fetched."""
 
     why: str
     """The reason."""
@@ -32,7 +32,7 @@ class Missing:
 
 
 def root_of(dataset: str, dataset_root: str) -> str:
-    """The folder of a data set, as clip_benchmark fills it in.
+    """Return the folder of a data set, as clip_benchmark fills it in.
 
     >>> root_of("wds/cub200", "root/{dataset}")
     'root/cub200'
@@ -47,45 +47,47 @@ def root_of(dataset: str, dataset_root: str) -> str:
 
 
 def missing_weights(backbone: str, weights: str) -> Missing | None:
-    """Why a model cannot be loaded, and how to get it; None if it can."""
+    """Return why a model cannot be loaded, and how to get it; None if it can."""
     from vs2_plugin.clip.backbone import load_backbone
 
-    try:
-        with _silenced():
-            load_backbone(backbone, weights)
-    except Vs2Error as error:
-        if error.__cause__ is None:  # a name that open_clip does not know, which it says without trying
-            return Missing(one_line(str(error), 1000), "")
-        return Missing(
-            f"could not load {backbone} with weights {weights!r} ({_cause(error)})",
-            f"{_ONCE}; open_clip fetches the weights where there is a network; without one, write "
-            f"{backbone + ',PATH'!r} for the backbone, with the PATH of a weights file",
-        )
-    return None
+    return _try(
+        lambda: load_backbone(backbone, weights),
+        f"{backbone} with weights {weights!r}",
+        "open_clip fetches the weights where there is a network; without one, write "
+        f"{backbone + ',PATH'!r} for the backbone, with the PATH of a weights file",
+    )
 
 
 def missing_encoder(text: str) -> Missing | None:
-    """Why a retrieval encoder, as ``--retrieval_encoder`` names it, cannot be loaded; None if it can."""
+    """Return why a retrieval encoder, as ``--retrieval_encoder`` names it, cannot be loaded; None if it can."""
     from vs2_plugin.gallery.contents import split_name
     from vs2_plugin.gallery.encoders import load_encoder
 
     name, weights = split_name(text)
+    return _try(
+        lambda: load_encoder(name, weights, {"mean": (0, 0, 0), "std": (1, 1, 1)}, "cpu"),
+        f"the retrieval encoder {name}",
+        f"timm fetches its weights where there is a network; without one, write {name + ',FILE'!r} for "
+        "retrieval_encoder, with a FILE of weights",
+    )
+
+
+def _try(load: Callable[[], object], what: str, remedy: str) -> Missing | None:
+    """Load a model; return why that cannot be done."""
+    logging.disable(logging.ERROR)  # the hub's client complains of every attempt
     try:
-        with _silenced():
-            load_encoder(name, weights, {"mean": (0, 0, 0), "std": (1, 1, 1)}, "cpu")
+        load()
     except Vs2Error as error:
-        if error.__cause__ is None:
+        if error.__cause__ is None:  # a name that is not known, which is said without trying
             return Missing(one_line(str(error), 1000), "")
-        return Missing(
-            f"could not load the retrieval encoder {name} ({_cause(error)})",
-            f"{_ONCE}; timm fetches its weights where there is a network; without one, write {name + ',FILE'!r} for "
-            "retrieval_encoder, with a FILE of weights",
-        )
+        return Missing(f"could not load {what} ({reason_of(error.__cause__)})", f"{_ONCE}; {remedy}")
+    finally:
+        logging.disable(logging.NOTSET)
     return None
 
 
 def missing_data(dataset: str, dataset_root: str, split: str) -> Missing | None:
-    """Why a data set cannot be built, and how to get it; None if it can.
+    """Return why a data set cannot be built, and how to get it; None if it can.
 
     Args:
         dataset: clip_benchmark's name of it.
@@ -117,18 +119,3 @@ def missing_data(dataset: str, dataset_root: str, split: str) -> Missing | None:
             "your own and write wds/NAME in the file",
         )
     return None
-
-
-@contextmanager
-def _silenced() -> Iterator[None]:
-    """Without the log: the hub's client complains of every attempt."""
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def _cause(error: Vs2Error) -> str:
-    """What open_clip, timm, the hub's client or the network said."""
-    return one_line(f"{type(error.__cause__).__name__}: {error.__cause__}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,29 +15,35 @@ from vs2_plugin.files import atomic_folder
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.reproduce.cells import Cell, Sae, Table
 
-__all__ = ["DATASET", "MODEL", "prepare", "stand_in"]
+__all__ = ["DATASET", "MODEL", "ROOT", "stand_in", "workplace"]
 
-MODEL, DATASET = "local-dir:tiny-clip", "wds/digits"
+MODEL, DATASET, ROOT = "local-dir:tiny-clip", "wds/digits", "digits"
 _BLOCKS, _WIDTH = 4, 128  # of the tiny CLIP
 #: Activations seen in training: enough for the digits, and few.
 _SAMPLES = 20_000
 
 
-def prepare(folder: Path) -> None:
-    """Write the digits and the tiny CLIP into ``folder``, unless they are there."""
+def workplace(folder: Path, write: bool) -> Path:
+    """Return the folder to work in: ``folder``, with the digits and the tiny CLIP in it, written unless they are there.
+
+    Where nothing shall be written and there is no such folder, it is the current one.
+    """
     model = Path(vs2_plugin.demo.__file__).parent / "tiny_clip"
-    sources = {
-        "digits": write_digits,
+    sources: dict[str, Callable[[Path], object]] = {
+        ROOT: write_digits,
         "tiny-clip": lambda path: shutil.copytree(model, path, dirs_exist_ok=True),
     }
-    for name, write in sources.items():
+    if not write:
+        return folder.absolute() if folder.is_dir() else Path.cwd()
+    for name, fill in sources.items():
         if not (folder / name).exists():
             with atomic_folder(folder / name) as scratch:
-                write(scratch)
+                fill(scratch)
+    return folder.absolute()
 
 
 def stand_in(table: Table) -> Table:
-    """The same table with every model and data set replaced, and without the published numbers.
+    """Return the same table with every model and data set replaced, and without the published numbers.
 
     Raises:
         SettingError: a backbone is not known to open_clip, so that its size is not.
@@ -62,12 +68,12 @@ def _cell(cell: Cell, classes: Mapping[str, str]) -> Cell:
         weights="",
         dataset=DATASET,
         sae=sae,
-        of_class=classes.get(cell.of_class),
+        of_class=classes.get(cell.of_class or ""),
     )
 
 
 def _size(backbone: str) -> tuple[int, int]:
-    """Blocks and width of a vision tower."""
+    """Return the number of blocks and the width of a vision tower."""
     if backbone == MODEL:
         return _BLOCKS, _WIDTH
     import open_clip
@@ -83,13 +89,13 @@ def _model(spec: ModelString | None, blocks: int) -> str:
         return MODEL
     given = {key: value for key, value in spec.given.items() if key != "encoder"}  # there is no such encoder offline
     if given.get("blocks", "all") != "all":
-        numbers = sorted({_block(int(number), blocks) for number in given["blocks"].split("+")})
+        numbers = sorted({_block(int(number), blocks) for number in str(given["blocks"]).split("+")})
         given["blocks"] = "+".join(map(str, numbers))
     return str(replace(spec, backbone=MODEL, given=given))
 
 
 def _block(number: int, blocks: int) -> int:
-    """Counted from the end, the same block.
+    """Return the same block, counted from the end.
 
     >>> _block(11, 12), _block(9, 12), _block(0, 12)
     (3, 1, 0)

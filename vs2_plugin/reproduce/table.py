@@ -31,7 +31,7 @@ class Measured:
     problems: tuple[str, ...] = ()
     """Why there is no number, or not for every seed."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What else belongs to it in the JSON file: results files, checkpoints, labels."""
+    """Other entries of the JSON file: results files, checkpoints, and so on."""
 
     @property
     def mean(self) -> float | None:
@@ -46,56 +46,58 @@ class Measured:
     @property
     def difference(self) -> float | None:
         """Measured minus published; to an interval, the distance to its nearer end."""
-        published, mean = self.cell.published, self.mean
-        if published is None or mean is None:
+        if not self.cell.ends or self.mean is None:
             return None
-        low, high = published if isinstance(published, tuple) else (published, published)
-        return mean - min(max(mean, low), high)
+        return self.mean - min(max(self.mean, self.cell.ends[0]), self.cell.ends[-1])
 
 
 def best(cell: Cell, candidates: Sequence[Measured]) -> Measured:
-    """A cell that is the best of others. It has a number only if all of them have theirs."""
-    if any(one.problems or one.mean is None for one in candidates):
+    """Return a cell that is the best of others. It has a number only if all of them have theirs."""
+    means = [one.mean for one in candidates if one.mean is not None and not one.problems]
+    if len(means) < len(candidates):
         return Measured(cell, problems=("not all of the rows that it is the best of could be measured",))
-    chosen = max(candidates, key=lambda one: one.mean)
+    chosen = candidates[means.index(max(means))]
     return Measured(cell, chosen.values, (), {**chosen.facts, "chosen": chosen.cell.row})
 
 
 def markdown(table: Table, cells: Sequence[Measured]) -> str:
-    """The table as text: a heading, a line per cell, and what there is to say about them."""
-    lines = [f"# {table.title}", ""]
-    lines += [table.source, ""] if table.source else []
-    titles = ["", "", "of", "published", "measured", "difference"]
-    rows = [titles, *(_row(measured) for measured in cells)]
-    widths = [max(3, *(len(row[column]) for row in rows)) for column in range(len(titles))]
-    for number, row in enumerate(rows):
-        padded = [text.ljust(width) if column < 3 else text.rjust(width)
-                  for column, (text, width) in enumerate(zip(row, widths, strict=True))]  # fmt: skip
-        lines.append(f"| {' | '.join(padded)} |")
-        if number == 0:
-            marks = ["-" * width if column < 3 else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
-            lines.append(f"| {' | '.join(marks)} |")
-    notes = list(table.notes)
-    if table.stand_in:
-        notes = [_STAND_IN]
-    transductive = list(dict.fromkeys(f"{m.cell.row} / {m.cell.column}" for m in cells if m.facts.get("transductive")))
+    """Return the table as text: a heading, a line per cell, and what there is to say about them."""
+    source = [table.source, ""] if table.source else []
+    notes = (line for note in _notes(table, cells) for line in ("", note))
+    return "\n".join([f"# {table.title}", "", *source, *_lines(cells), *notes]) + "\n"
+
+
+def _lines(cells: Sequence[Measured]) -> Iterator[str]:
+    """Yield the lines of the table; its first three columns are words, the others numbers."""
+    rows = [["", "", "of", "published", "measured", "difference"], *map(_row, cells)]
+    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, [*("-" * width for width in widths[:3]), *("-" * (width - 1) + ":" for width in widths[3:])])
+    for row in rows:
+        words = [text.ljust(width) for text, width in zip(row[:3], widths[:3], strict=True)]
+        numbers = [text.rjust(width) for text, width in zip(row[3:], widths[3:], strict=True)]
+        yield f"| {' | '.join(words + numbers)} |"
+
+
+def _notes(table: Table, cells: Sequence[Measured]) -> Iterator[str]:
+    """Yield what there is to say about the cells."""
+    yield from [_STAND_IN] if table.stand_in else table.notes
+    transductive = dict.fromkeys(measured.cell.title for measured in cells if measured.facts.get("transductive"))
     if transductive:
-        notes.append(f"Transductive, trained on the images that are evaluated: {', '.join(transductive)}.")
-    several = {len(m.values) for m in cells} - {0, 1}
-    if several:
-        notes.append(f"Mean and standard deviation over the seeds of the SAE ({max(several)}).")
-    notes += [
-        f"{m.cell.row} / {m.cell.column}: that of {m.facts['chosen']!r}, which is best by the numbers of this table. "
-        "So it was chosen on the images that are evaluated, and is an upper bound."
-        for m in cells
-        if "chosen" in m.facts
-    ]
-    notes += _not_measured(cells)
-    return "\n".join([*lines, *(line for note in notes for line in ("", note))]) + "\n"
+        yield f"Transductive, trained on the images that are evaluated: {', '.join(transductive)}."
+    seeds = max((len(measured.values) for measured in cells), default=0)
+    if seeds > 1:
+        yield f"Mean and standard deviation over the seeds of the SAE ({seeds})."
+    for measured in cells:
+        if "chosen" in measured.facts:
+            yield (
+                f"{measured.cell.title}: that of {measured.facts['chosen']!r}, which is best by the numbers of this "
+                "table. So it was chosen on the images that are evaluated, and is an upper bound."
+            )
+    yield from _not_measured(cells)
 
 
 def _not_measured(cells: Sequence[Measured]) -> Iterator[str]:
-    """A line per reason, with the cells that it concerns."""
+    """Yield a line per reason, with the cells that it concerns."""
     reasons: dict[str, list[Cell]] = {}
     for measured in cells:
         for problem in measured.problems:
@@ -107,17 +109,17 @@ def _not_measured(cells: Sequence[Measured]) -> Iterator[str]:
 
 
 def _names(cells: Sequence[Cell], wanted: Sequence[Cell]) -> list[str]:
-    """Cells in words: whole columns and rows by their titles, where these have several cells."""
+    """Return cells in words: whole columns and rows by their titles, where these have several cells."""
     if len(cells) == len(wanted) > 1:
         return ["all of the table"]
     names, left = [], list(cells)
     for kind in ("column", "row"):
         for title in dict.fromkeys(getattr(cell, kind) for cell in cells):
-            mine, all_of_it = ([c for c in some if getattr(c, kind) == title] for some in (left, wanted))
-            if len(mine) == len(all_of_it) > 1:
+            mine = [cell for cell in left if getattr(cell, kind) == title]
+            if len(mine) == sum(getattr(cell, kind) == title for cell in wanted) > 1:
                 names.append(f"{kind} {title!r}")
                 left = [cell for cell in left if cell not in mine]
-    return names + [f"{cell.row} / {cell.column}" for cell in left]
+    return names + [cell.title for cell in left]
 
 
 def _row(measured: Measured) -> list[str]:
@@ -127,11 +129,7 @@ def _row(measured: Measured) -> list[str]:
     def number(value: float | None, sign: str = "") -> str:
         return "" if value is None else f"{value:{sign}.{decimals}f}"
 
-    published = cell.published
-    if isinstance(published, tuple):
-        published = " to ".join(number(end) for end in published)
-    else:
-        published = number(published)
+    published = " to ".join(map(number, cell.ends))
     found = number(measured.mean)
     if measured.spread is not None:
         found += f" +- {number(measured.spread)}"
@@ -147,13 +145,13 @@ def write(table: Table, cells: Sequence[Measured], folder: Path) -> list[Path]:
         "title": table.title,
         "source": table.source,
         "stand_in": table.stand_in,
-        "cells": [_facts(measured) for measured in cells],
+        "cells": [_json(measured) for measured in cells],
     }
     paths[1].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return paths
 
 
-def _facts(measured: Measured) -> dict[str, Any]:
+def _json(measured: Measured) -> dict[str, Any]:
     cell = measured.cell
     sae = cell.sae and {"trained_on": cell.sae.datasets, **dict(cell.sae.flags)}
     numbers = {"measured": measured.mean, "spread": measured.spread, "difference": measured.difference}
