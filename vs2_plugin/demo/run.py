@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -20,6 +19,7 @@ from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE
 from vs2_plugin.demo.digits import write_digits
 from vs2_plugin.errors import DataError, Vs2Error
 from vs2_plugin.harness.patches import PER_IMAGE
+from vs2_plugin.results.runs import read_run
 
 __all__ = ["EVALUATED", "MODEL", "SWEPT", "SYSTEMS", "demo", "prepare", "table"]
 
@@ -159,8 +159,7 @@ def table(results: Path, seeds: Sequence[int] = (0,)) -> str:
 
 
 def _metrics(results: Path, model: str) -> dict[str, Any]:
-    metrics: dict[str, Any] = json.loads((results / f"{model}.json").read_text(encoding="utf-8"))["metrics"]
-    return metrics
+    return read_run(results / f"{model}.json").metrics
 
 
 def _cell(values: Sequence[float], digits: int = 2, sign: str = "") -> str:

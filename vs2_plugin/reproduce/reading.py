@@ -294,7 +294,7 @@ def _load(path: Path) -> Any:
     """Return the content of a YAML file, in which no key stands twice."""
     import yaml
 
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML comes without types
+    class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
             for key, _ in node.value:
