@@ -164,14 +164,14 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
         vs2_plugin.load("vs2:local-dir:tiny-clip", dataset="wds/other")[0]
 
 
-def test_the_plugin_of_its_chapter_runs(monkeypatch):
+def test_the_plugin_of_its_chapter_runs(monkeypatch, make_sae):
     """tests/harness/test_install.py installs it as a package and evaluates with it."""
     from types import SimpleNamespace
 
     from vs2_plugin.plugins import registry
 
     page = REPOSITORY / "vs2_plugin/docs/plugins.md"
-    (code,), (toml,) = blocks(page, "python"), blocks(page, "toml")
+    (code, along), (toml,) = blocks(page, "python"), blocks(page, "toml")
     names = {}
     exec(compile(code, "plugins.md", "exec"), names)
     assert toml == '[project.entry-points.vs2_plugin]\ncentre = "vs2_centre"\n'
@@ -179,5 +179,9 @@ def test_the_plugin_of_its_chapter_runs(monkeypatch):
     (method,) = names["vs2_methods"]()
     steer = method.build(SimpleNamespace(mean=torch.ones(3)), 0.5)
     assert torch.equal(steer(torch.full((2, 3), 3.0)), torch.full((2, 3), 4.0))
+    exec(compile(along, "plugins.md", "exec"), names)
+    sae, x = make_sae(), torch.randn(2, 32)
+    steer = names["build_along"](SimpleNamespace(sae=sae), 0.5)
+    torch.testing.assert_close(steer(x, vs2_plugin.Batch()).apply(x), x + 0.5 * sae.combine(sae.encode(x)))
     monkeypatch.setitem(registry().methods, method.name, method)
     assert EXAMPLE in page.read_text(encoding="utf-8") and parse(EXAMPLE).options["strength"] == 0.5

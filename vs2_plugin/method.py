@@ -120,8 +120,9 @@ class Method:
 
     ``build(context, **options)`` is called once per site, with every option of :attr:`options` (given or default),
     and returns the steering: a callable from activations ``[batch, d]`` (float32) to activations of the same shape.
-    It may be an ``nn.Module``, which then moves between devices with the model. A steering may carry an attribute
-    ``facts``, a mapping of flat scalars that is added to the results' metrics.
+    With a parameter ``batch`` it is given a :class:`vs2_plugin.Batch` too, and it may return a
+    :class:`vs2_plugin.Move` along latents. It may be an ``nn.Module``, which then moves between devices with the model,
+    and carry an attribute ``facts``, a mapping of flat scalars that is added to the results' metrics.
 
     A method that steers at a site of a checkpoint has the options of :data:`COMMON` too: the site and the gate are
     the same for all, and applied around what ``build`` returns. One that looks up neighbours has those of
