@@ -25,10 +25,10 @@ from vs2_plugin.harness.automatic import Automatic, settle
 from vs2_plugin.modelstring import ModelString, parse
 from vs2_plugin.sae.config import TrainConfig
 from vs2_plugin.sae.train import Job, Trained, train_saes
-from vs2_plugin.steering.batch import Batch
+from vs2_plugin.steering.batch import Batch, Steering, steer
 from vs2_plugin.steering.context import Context
 from vs2_plugin.steering.gate import Gate, threshold
-from vs2_plugin.steering.move import Steering, keep_norm, steer
+from vs2_plugin.steering.move import keep_norm
 from vs2_plugin.steering.retriever import Retriever
 from vs2_plugin.strength import neighbour_graph
 

@@ -8,10 +8,10 @@ from vs2_plugin.clip.edits import editing, reading
 from vs2_plugin.clip.sites import Sites, embedding_from
 from vs2_plugin.inspection.attribution import attribute, movement, tail
 from vs2_plugin.sae.topk import Latents
-from vs2_plugin.steering.batch import Batch
+from vs2_plugin.steering.batch import Batch, call, steer
 from vs2_plugin.steering.builtin import build_amp, build_clipsteer, build_rec, build_vs2, build_vs2pp
 from vs2_plugin.steering.context import Context
-from vs2_plugin.steering.move import Move, call, steer
+from vs2_plugin.steering.move import Move
 
 
 def context(sae, retriever=None):

@@ -5,9 +5,9 @@ import torch
 
 from vs2_plugin.errors import PluginError
 from vs2_plugin.sae.topk import TopKSAE
-from vs2_plugin.steering.batch import Batch
+from vs2_plugin.steering.batch import Batch, call, steer
 from vs2_plugin.steering.gate import Gate
-from vs2_plugin.steering.move import Code, Move, call, steer
+from vs2_plugin.steering.move import Code, Move
 
 
 @pytest.fixture

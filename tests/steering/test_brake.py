@@ -9,8 +9,8 @@ from vs2_plugin.gallery.gallery import Gallery
 from vs2_plugin.gallery.search import ExactSearch
 from vs2_plugin.sae.topk import sample_fvu
 from vs2_plugin.steering.batch import Batch
+from vs2_plugin.steering.batch import steer as applied
 from vs2_plugin.steering.gate import Gate
-from vs2_plugin.steering.move import steer as applied
 from vs2_plugin.steering.neighbours import Activations, Codes, NeighbourSteering
 from vs2_plugin.steering.retriever import Retriever
 

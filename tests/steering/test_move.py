@@ -3,10 +3,10 @@ import torch
 
 from vs2_plugin.plugins import find_plugins
 from vs2_plugin.steering.amplify import Amplify
-from vs2_plugin.steering.batch import Batch
+from vs2_plugin.steering.batch import Batch, steer
 from vs2_plugin.steering.builtin import build_vs2, strength
 from vs2_plugin.steering.context import Context
-from vs2_plugin.steering.move import Code, Move, keep_norm, steer, vs2_steer
+from vs2_plugin.steering.move import Code, Move, keep_norm, vs2_steer
 
 
 @pytest.fixture(scope="module", params=["relu", "abs"])

@@ -24,10 +24,9 @@ from vs2_plugin.harness.model import SteeredCLIP
 from vs2_plugin.modelstring import parse
 from vs2_plugin.sae.config import TrainConfig
 from vs2_plugin.sae.train import train_sae
-from vs2_plugin.steering.batch import Batch
+from vs2_plugin.steering.batch import Batch, steer
 from vs2_plugin.steering.context import Context
 from vs2_plugin.steering.gate import Gate
-from vs2_plugin.steering.move import steer
 
 _spec = importlib.util.spec_from_file_location("reference", Path(__file__).with_name("reference.py"))
 reference = importlib.util.module_from_spec(_spec)

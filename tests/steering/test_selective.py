@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from vs2_plugin.gallery.gallery import Gallery
 from vs2_plugin.sae.topk import Latents
 from vs2_plugin.steering import selective as module
-from vs2_plugin.steering.batch import Batch
-from vs2_plugin.steering.move import call, steer, vs2_steer
+from vs2_plugin.steering.batch import Batch, call, steer
+from vs2_plugin.steering.move import vs2_steer
 from vs2_plugin.steering.neighbours import Activations
 from vs2_plugin.steering.retriever import Retriever
 from vs2_plugin.steering.selective import SelectiveSteering, Selectivity, class_selectivity, latent_weights, weighted

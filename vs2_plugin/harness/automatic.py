@@ -31,8 +31,8 @@ from vs2_plugin.files import atomic_file
 from vs2_plugin.gallery.gallery import CLIP, Gallery
 from vs2_plugin.method import Option, Scalar
 from vs2_plugin.modelstring import ModelString
-from vs2_plugin.steering.batch import Batch
-from vs2_plugin.steering.move import Move, Steering, call, steer
+from vs2_plugin.steering.batch import Batch, Steering, call, steer
+from vs2_plugin.steering.move import Move
 from vs2_plugin.steering.neighbours import Activations
 from vs2_plugin.steering.retriever import Retriever
 from vs2_plugin.strength import NEIGHBOURS, RULE, Choice, neighbour_graph

@@ -23,10 +23,10 @@ from vs2_plugin.method import NEIGHBOURS, Method, Scalar
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.plugins import registry
 from vs2_plugin.sae.topk import TopKSAE
-from vs2_plugin.steering.batch import Batch
+from vs2_plugin.steering.batch import Batch, Steering, call, steer
 from vs2_plugin.steering.context import Context, Task
 from vs2_plugin.steering.gate import Gate, threshold
-from vs2_plugin.steering.move import Move, Steering, call, steer
+from vs2_plugin.steering.move import Move
 from vs2_plugin.steering.retriever import Retriever
 
 __all__ = ["Parts", "Place", "Places", "build_places"]

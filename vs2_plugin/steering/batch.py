@@ -1,19 +1,20 @@
-"""The images at hand: what steerings ask about them is computed once."""
+"""The images at hand: what steerings ask about them is computed once. And how a steering is called with them."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from vs2_plugin.errors import HarnessError
+from vs2_plugin.errors import HarnessError, PluginError
 from vs2_plugin.sae.topk import TopKSAE
-from vs2_plugin.steering.move import Code
+from vs2_plugin.steering.move import Code, Move
 
-__all__ = ["Batch"]
+__all__ = ["Batch", "Steering", "call", "steer"]
 
 T = TypeVar("T")
 
@@ -69,3 +70,40 @@ class Batch:
     def to(self, device: str | torch.device) -> Batch:
         """Itself: clip_benchmark moves what it takes for images to the device."""
         return self
+
+
+#: What a method builds: from activations ``[batch, d]``, and the batch where it has a parameter of that name.
+Steering = Callable[..., Tensor | Move]
+
+
+def call(steering: Steering, x: Tensor, batch: Batch) -> Any:
+    """Call a steering on activations ``[batch, d]`` of the images at hand.
+
+    A plain function of x is given a copy, which it may edit in place. One that has a parameter ``batch`` is given x
+    itself, so that ``batch.code(sae, x)`` is the code that others have asked for.
+
+    Returns:
+        What it gives: activations ``[batch, d]``, or a :class:`Move`.
+
+    Raises:
+        PluginError: it edited x itself in place.
+    """
+    function = steering.forward if isinstance(steering, nn.Module) else steering
+    try:
+        wants_batch = "batch" in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some functions written in C tell nothing of themselves
+        wants_batch = False
+    if not wants_batch:
+        return steering(x.clone())
+    version = None if x.is_inference() else x._version
+    steered = steering(x, batch=batch)
+    if version is not None and x._version != version:
+        raise PluginError(f"the steering {type(steering).__name__} edited its activations in place; expected new ones")
+    return steered
+
+
+def steer(steering: Steering, x: Tensor, batch: Batch) -> Tensor:
+    """The steered activations ``[batch, d]``: what :func:`call` gives, moves applied."""
+    steered = call(steering, x, batch)
+    result: Tensor = steered.apply(x) if isinstance(steered, Move) else steered
+    return result

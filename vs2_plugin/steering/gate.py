@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vs2_plugin.sae.topk import TopKSAE, sample_fvu
-from vs2_plugin.steering.batch import Batch
-from vs2_plugin.steering.move import Steering, steer
+from vs2_plugin.steering.batch import Batch, Steering, steer
 from vs2_plugin.steering.tally import Tally
 
 __all__ = ["Gate", "threshold"]

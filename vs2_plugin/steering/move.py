@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from vs2_plugin.errors import PluginError
 from vs2_plugin.sae.topk import Latents, TopKSAE
 
-if TYPE_CHECKING:
-    from vs2_plugin.steering.batch import Batch
-
-__all__ = ["Code", "Move", "Steering", "call", "keep_norm", "steer", "vs2_steer"]
+__all__ = ["Code", "Move", "keep_norm", "vs2_steer"]
 
 
 def keep_norm(steered: Tensor, x: Tensor) -> Tensor:
@@ -122,43 +117,6 @@ class Move:
         if self.base == "b_dec":
             return "what the SAE does not explain, left out"
         return "back to the norm of x" if self.keep_norm else "rest"
-
-
-#: What a method builds: from activations ``[batch, d]``, and the batch where it has a parameter of that name.
-Steering = Callable[..., "Tensor | Move"]
-
-
-def call(steering: Steering, x: Tensor, batch: Batch) -> Any:
-    """Call a steering on activations ``[batch, d]`` of the images at hand.
-
-    A plain function of x is given a copy, which it may edit in place. One that has a parameter ``batch`` is given x
-    itself, so that ``batch.code(sae, x)`` is the code that others have asked for.
-
-    Returns:
-        What it gives: activations ``[batch, d]``, or a :class:`Move`.
-
-    Raises:
-        PluginError: it edited x itself in place.
-    """
-    function = steering.forward if isinstance(steering, nn.Module) else steering
-    try:
-        wants_batch = "batch" in inspect.signature(function).parameters
-    except (TypeError, ValueError):  # some functions written in C tell nothing of themselves
-        wants_batch = False
-    if not wants_batch:
-        return steering(x.clone())
-    version = None if x.is_inference() else x._version
-    steered = steering(x, batch=batch)
-    if version is not None and x._version != version:
-        raise PluginError(f"the steering {type(steering).__name__} edited its activations in place; expected new ones")
-    return steered
-
-
-def steer(steering: Steering, x: Tensor, batch: Batch) -> Tensor:
-    """The steered activations ``[batch, d]``: what :func:`call` gives, moves applied."""
-    steered = call(steering, x, batch)
-    result: Tensor = steered.apply(x) if isinstance(steered, Move) else steered
-    return result
 
 
 def vs2_steer(x: Tensor, sae: TopKSAE, alpha: float) -> Tensor:
