@@ -1,4 +1,4 @@
-"""Makes clip_benchmark know the steered models. Called by ``autoload`` when a module of it has been imported.
+"""Patches of clip_benchmark, so that it knows the steered models. ``autoload`` asks for them module by module.
 
 What is changed, and nothing else:
 
@@ -6,7 +6,7 @@ What is changed, and nothing else:
   is a model type of its own;
 - ``datasets.builder.build_dataset``: tells a model loaded before it which data set it is evaluated on;
 - ``metrics.*.evaluate``: a steered model's facts join the metrics;
-- ``metrics.zeroshot_classification.run_classification``: a steered model learns the classifier, and an oracle the
+- ``metrics.zeroshot_classification.run_classification``: a steered model is told the classifier, and an oracle the
   targets; where ``VS2_PER_IMAGE`` asks for it, the images of any model are recorded;
 - ``cli.main_eval`` and ``cli.run``: everything is checked before the first model is loaded, and this package's
   errors end the command with one line on stderr and exit code 2.
@@ -20,9 +20,12 @@ import functools
 import inspect
 import os
 import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from copy import copy
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vs2_plugin.errors import DataError, HarnessError, Vs2Error
 from vs2_plugin.names import is_steered, with_method
@@ -30,6 +33,9 @@ from vs2_plugin.plugins import registry
 from vs2_plugin.text import reason_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vs2_plugin.harness.model import SteeredCLIP
     from vs2_plugin.harness.recorder import Recorder
 
 __all__ = ["PER_IMAGE", "SUPPORTED", "patch"]
@@ -37,6 +43,9 @@ __all__ = ["PER_IMAGE", "SUPPORTED", "patch"]
 SUPPORTED = "1.6"
 #: The environment variable that asks for per-image results.
 PER_IMAGE = "VS2_PER_IMAGE"
+
+#: Records the present run for per-image results; None where nobody asked for them.
+_recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
 
 
 def patch(module: ModuleType) -> None:
@@ -56,52 +65,52 @@ def patch(module: ModuleType) -> None:
         raise HarnessError(f"this clip_benchmark differs from the supported {SUPPORTED}.x: {error}") from error
 
 
-def _patch_models(module: ModuleType) -> None:
+def _signature(function: Callable[..., Any], *needed: str) -> inspect.Signature:
+    """Return the signature of ``function``. Raises AttributeError: it lacks a parameter that is needed."""
+    signature = inspect.signature(function)
+    for name in needed:
+        if name not in signature.parameters:
+            raise AttributeError(f"{function.__module__}.{function.__name__} has no parameter {name!r}")
+    return signature
+
+
+def _patch_models(module: Any) -> None:
     stock = module.TYPE2FUNC["open_clip"]
+    signature = _signature(stock, "model_name", "pretrained", "cache_dir", "device")
     if not isinstance(module.MODEL_TYPES, list):
         raise AttributeError("MODEL_TYPES is no list")
     known = registry()
     for label, problem in known.broken.items():
         print(f"vs2_plugin: plugin {label} failed to load, its methods are not available: {problem}", file=sys.stderr)
 
-    @functools.wraps(stock)
-    def load_open_clip(*args, **kwargs):
-        arguments = inspect.signature(stock).bind(*args, **kwargs)
-        name = arguments.arguments.get("model_name", "")
-        return _load(name, arguments) if is_steered(name) else stock(*args, **kwargs)
-
-    def loader_of(method: str):
+    def loader_of(method: str | None) -> Callable[..., Any]:
         @functools.wraps(stock)
-        def load_steered(*args, **kwargs):
-            arguments = inspect.signature(stock).bind(*args, **kwargs)
+        def load(*args: Any, **kwargs: Any) -> Any:
+            arguments = signature.bind(*args, **kwargs)
             arguments.apply_defaults()
-            return _load(with_method(method, arguments.arguments["model_name"]), arguments)
+            given = arguments.arguments
+            name = given["model_name"] if method is None else with_method(method, given["model_name"])
+            if not is_steered(name):
+                return stock(*args, **kwargs)
+            from vs2_plugin.harness import loader
 
-        return load_steered
+            return loader.load(name, given["pretrained"], given["cache_dir"], given["device"])
 
-    def _load(name: str, arguments: inspect.BoundArguments):
-        from vs2_plugin.harness import loader
+        return load
 
-        arguments.apply_defaults()
-        given = arguments.arguments
-        return loader.load(name, given["pretrained"], given["cache_dir"], given["device"])
-
-    module.TYPE2FUNC["open_clip"] = load_open_clip
-    for name in (*known.names, *known.conflicts):
-        if name not in module.TYPE2FUNC:
-            module.TYPE2FUNC[name] = loader_of(name)
-            module.MODEL_TYPES.append(name)
+    module.TYPE2FUNC["open_clip"] = loader_of(None)
+    for method in (*known.names, *known.conflicts):
+        if method not in module.TYPE2FUNC:
+            module.TYPE2FUNC[method] = loader_of(method)
+            module.MODEL_TYPES.append(method)
 
 
-def _patch_builder(module: ModuleType) -> None:
+def _patch_builder(module: Any) -> None:
     stock = module.build_dataset
-    signature = inspect.signature(stock)
-    for needed in ("dataset_name", "root", "split"):
-        if needed not in signature.parameters:
-            raise AttributeError(f"build_dataset has no parameter {needed!r}")
+    signature = _signature(stock, "dataset_name", "root", "split")
 
     @functools.wraps(stock)
-    def build_dataset(*args, **kwargs):
+    def build_dataset(*args: Any, **kwargs: Any) -> Any:
         loader = sys.modules.get("vs2_plugin.harness.loader")
         if loader is None or not loader.is_waiting():  # no steered model was loaded before
             return stock(*args, **kwargs)
@@ -120,64 +129,59 @@ def _patch_builder(module: ModuleType) -> None:
     module.build_dataset = build_dataset
 
 
-def _patch_metrics(module: ModuleType) -> None:
+def _patch_metrics(module: Any) -> None:
     stock = module.evaluate
-    signature = inspect.signature(stock)
-    if "model" not in signature.parameters:
-        raise AttributeError(f"{module.__name__}.evaluate has no parameter 'model'")
+    signature = _signature(stock, "model")
 
     @functools.wraps(stock)
-    def evaluate(*args, **kwargs):
-        arguments = signature.bind(*args, **kwargs)
-        model = arguments.arguments["model"]
-        if _recorder is not None:
-            _recorder.classes = arguments.arguments.get("classnames")
-        if not hasattr(model, "vs2_facts"):
-            metrics = stock(*args, **kwargs)
-            return metrics if _recorder is None else {**metrics, **_recorder.facts()}
-        model.reset_statistics()
-        if "model_id" in arguments.arguments:
-            # The linear probe caches features under this name: another checkpoint must not find them.
-            arguments.arguments["model_id"] += f"-{model.vs2_facts().get('vs2_checkpoint_digest', 'vs2')}"
-        metrics = stock(*arguments.args, **arguments.kwargs)
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        given = bound.arguments
+        model, recorder = _steered(given["model"]), _recorder.get()
+        if recorder is not None:
+            recorder.classes = given.get("classnames")
+        if model is not None:
+            model.reset_statistics()
+            if "model_id" in given:
+                # The linear probe caches features under this name: another checkpoint must not find them.
+                given["model_id"] += f"-{model.vs2_facts().get('vs2_checkpoint_digest', 'vs2')}"
+        metrics = stock(*bound.args, **bound.kwargs)
         if not isinstance(metrics, dict):
             return metrics
-        unreported = model.spec.method.unreported
-        kept = {name: value for name, value in metrics.items() if name not in unreported}
-        return {**kept, **model.vs2_facts(), **({} if _recorder is None else _recorder.facts())}
+        if model is not None:
+            unreported = model.spec.method.unreported
+            metrics = {name: value for name, value in metrics.items() if name not in unreported} | model.vs2_facts()
+        return metrics if recorder is None else metrics | recorder.facts()
 
     module.evaluate = evaluate
     if module.__name__.endswith(".zeroshot_classification"):
         _patch_classification(module)
 
 
-#: Records the run at hand for per-image results; None where nobody asked for them.
-_recorder: Recorder | None = None
+def _steered(model: Any) -> SteeredCLIP | None:
+    return model if hasattr(model, "vs2_facts") else None
 
 
-def _patch_classification(module: ModuleType) -> None:
+def _patch_classification(module: Any) -> None:
     """Tell steered models the classifier, which exists before the first image is encoded, and oracles the targets.
     Record the images, if asked to."""
     stock = module.run_classification
-    signature = inspect.signature(stock)
-    for needed in ("model", "classifier", "dataloader"):
-        if needed not in signature.parameters:
-            raise AttributeError(f"run_classification has no parameter {needed!r}")
+    signature = _signature(stock, "model", "classifier", "dataloader")
 
     @functools.wraps(stock)
-    def run_classification(*args, **kwargs):
+    def run_classification(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         given = signature.bind(*args, **kwargs).arguments
-        model = given["model"] if hasattr(given["model"], "vs2_facts") else None
+        model, recorder = _steered(given["model"]), _recorder.get()
         if model is not None:
             model.set_classifier(given["classifier"])
-            if _recorder is not None:
-                model.record_images(True, functools.partial(_recorder.see_plain, given["classifier"]))
-        if model is not None or _recorder is not None:
-            given["dataloader"] = _Telling(given["dataloader"], model)
+            if recorder is not None:
+                model.record_images(True, functools.partial(recorder.see_plain, given["classifier"]))
+        if model is not None or recorder is not None:
+            given["dataloader"] = _Telling(given["dataloader"], model, recorder)
         try:
             logits, target = stock(**given)
-            if _recorder is not None:
-                _recorder.finish(logits, target, {} if model is None else model.per_image())
+            if recorder is not None:
+                recorder.finish(logits, target, {} if model is None else model.per_image())
         finally:
             if model is not None:
                 model.set_targets(None)
@@ -190,57 +194,59 @@ def _patch_classification(module: ModuleType) -> None:
 class _Telling:
     """A data loader that tells a steered model the targets of each batch just before it hands out the images."""
 
-    def __init__(self, dataloader, model) -> None:
-        self._dataloader, self._model = dataloader, model
+    def __init__(self, dataloader: Any, model: SteeredCLIP | None, recorder: Recorder | None) -> None:
+        self._dataloader, self._model, self._recorder = dataloader, model, recorder
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._dataloader, name)
 
     def __len__(self) -> int:
         return len(self._dataloader)
 
-    def __iter__(self):
-        for images, target in self._dataloader if _recorder is None else _recorder.watch(self._dataloader):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        batches: Iterable[tuple[Tensor, Tensor]] = self._dataloader
+        for images, target in batches if self._recorder is None else self._recorder.watch(batches):
             if self._model is not None:
                 self._model.set_targets(target)
             yield images, target
 
 
-def _patch_cli(module: ModuleType) -> None:
+def _patch_cli(module: Any) -> None:
     stock_main_eval, stock_run = module.main_eval, module.run
 
     @functools.wraps(stock_run)
-    def run(args):
-        global _recorder
+    def run(args: Namespace) -> Any:
         args = _as_model_string(args)
         if os.environ.get(PER_IMAGE, "") in ("", "0"):
             return stock_run(args)
-        from vs2_plugin.harness import preflight, recorder
+        from vs2_plugin.harness import preflight
+        from vs2_plugin.harness.recorder import Recorder
 
-        _recorder = recorder.Recorder()
+        recorder = Recorder()
+        token = _recorder.set(recorder)
         try:
-            done = stock_run(args)
-            _recorder.save(preflight.output_file(args))
+            result = stock_run(args)
         finally:
-            _recorder = None
-        return done
+            _recorder.reset(token)
+        recorder.save(preflight.output_file(args))
+        return result
 
     @functools.wraps(stock_main_eval)
-    def main_eval(base):
+    def main_eval(base: Namespace) -> Any:
         from vs2_plugin import messages
         from vs2_plugin.harness import preflight
 
         messages.show()
         try:
-            preflight.check(base, _planned_runs(base))
+            preflight.check(base, planned_runs(base))
             return stock_main_eval(base)
         except Vs2Error as error:
             print(f"vs2: error: {' '.join(str(error).split())}", file=sys.stderr)
             raise SystemExit(2) from None
 
-    def _planned_runs(base) -> list:
-        """What ``main_eval`` would run: its own expansion of models, files and data sets, with the runs recorded."""
-        planned: list = []
+    def planned_runs(base: Namespace) -> list[Namespace]:
+        """Return what ``main_eval`` would run, by its own expansion of models, files and data sets."""
+        planned: list[Namespace] = []
         quiet = copy(base)
         quiet.verbose = False
         module.run = lambda args: planned.append(_as_model_string(args))
@@ -255,8 +261,8 @@ def _patch_cli(module: ModuleType) -> None:
     module.run, module.main_eval = run, main_eval
 
 
-def _as_model_string(args):
-    """``--model_type vs2 --model X`` as ``--model vs2:X``, so that results name the method."""
+def _as_model_string(args: Namespace) -> Namespace:
+    """Return ``--model_type vs2 --model X`` as ``--model vs2:X``, so that results name the method."""
     known = registry()
     if args.model_type in known.names or args.model_type in known.conflicts:
         args = copy(args)
