@@ -1,4 +1,4 @@
-"""Several processes that work together, as ``torchrun`` starts them; by default, this one alone."""
+"""Several processes that work together, started by ``torchrun``; by default, a single one."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ __all__ = ["ALONE", "Processes", "joined", "mean_row", "total", "wait"]
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among its like."""
+    """This process, and how many run beside it."""
 
     rank: int = 0
-    """Its number, from 0."""
+    """The number of this process, from 0."""
     world: int = 1
-    """How many there are, on all machines."""
+    """The number of processes on all machines."""
     local_rank: int = 0
-    """Its number on this machine, which is that of its GPU."""
+    """The number of this process on its machine, which is the index of its GPU."""
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that prints and writes."""
+        """Whether this process prints and writes."""
         return self.rank == 0
 
     def block(self, count: int, unit: int = 1) -> range:
-        """This process's block of ``count`` things, in whole units but for the last: blocks follow each other."""
+        """Return the indices that this process works on: consecutive blocks of ``range(count)``, in whole units."""
         units = -(-count // unit)
         start, stop = units * self.rank // self.world, units * (self.rank + 1) // self.world
         return range(min(count, start * unit), min(count, stop * unit))
@@ -42,7 +42,7 @@ ALONE = Processes()
 
 @contextmanager
 def joined() -> Iterator[Processes]:
-    """The processes that ``torchrun`` started, joined (NCCL where there are GPUs, else gloo) within the block."""
+    """Join the processes that ``torchrun`` started within the block: by NCCL where there are GPUs, else by gloo."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield ALONE
@@ -50,12 +50,12 @@ def joined() -> Iterator[Processes]:
     import torch
     import torch.distributed as dist
 
-    found = Processes(int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", "0")))
+    processes = Processes(int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", "0")))
     if torch.cuda.is_available():
-        torch.cuda.set_device(found.local_rank)
+        torch.cuda.set_device(processes.local_rank)
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
-        yield found
+        yield processes
     finally:
         dist.destroy_process_group()
 
@@ -67,7 +67,7 @@ def _alone() -> bool:
 
 
 def total(tensor: Tensor) -> Tensor:
-    """The sum of ``tensor`` over all processes, in its place; the tensor itself where this process is alone."""
+    """Sum ``tensor`` over all processes, in place, and return it."""
     if not _alone():
         import torch.distributed as dist
 
@@ -76,7 +76,7 @@ def total(tensor: Tensor) -> Tensor:
 
 
 def mean_row(rows: Tensor) -> Tensor:
-    """The mean ``[d]`` of the rows ``[count, d]`` of all processes."""
+    """Return the mean ``[d]`` of the rows ``[count, d]`` of all processes."""
     if _alone():
         return rows.mean(0)
     import torch
@@ -86,7 +86,7 @@ def mean_row(rows: Tensor) -> Tensor:
 
 
 def wait() -> None:
-    """Wait until all processes have come here."""
+    """Wait for all other processes to call this."""
     if not _alone():
         import torch.distributed as dist
 

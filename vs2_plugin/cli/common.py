@@ -1,4 +1,4 @@
-"""What the commands share: how errors and interruptions end."""
+"""What the commands share: flags, and how errors and interruptions end."""
 
 from __future__ import annotations
 
@@ -11,17 +11,28 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vs2_plugin import messages
+from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE
 from vs2_plugin.errors import Vs2Error
 from vs2_plugin.settings import flags_of
 
-__all__ = ["AGAIN", "add_flags", "end_well", "is_interruption", "load_torch"]
+__all__ = ["AGAIN", "add_flags", "add_store_option", "end_well", "is_interruption", "load_torch"]
 
 #: How to go on after an interruption of a command that writes all of its files at its end.
 AGAIN = "; nothing is kept of it: run the same command again"
 
 
+def add_store_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--store``."""
+    parser.add_argument(
+        "--store", help=f"folder of the store (default: ${ENVIRONMENT_VARIABLE}, else the platform's cache folder)"
+    )
+
+
 def end_well(program: str, action: Callable[[], int | None], interrupted: str = "") -> int:
-    """Run ``action``, and show its messages. An error of this package becomes one line on stderr and exit code 2, Ctrl-C 130."""
+    """Run ``action``, show its log messages, and return the exit code.
+
+    An error of this package becomes one line on stderr and exit code 2; Ctrl-C 130.
+    """
     messages.show()
     try:
         return action() or 0
@@ -29,7 +40,7 @@ def end_well(program: str, action: Callable[[], int | None], interrupted: str = 
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, RuntimeError) as error:
-        # Ctrl-C ends a data loader's workers too, of which the loader complains while the interruption is handled.
+        # Ctrl-C ends a data loader's workers too, and the loader raises RuntimeError while the interruption is handled.
         if not is_interruption(error):
             raise
         print(f"\n{program}: interrupted{interrupted}", file=sys.stderr)
@@ -40,7 +51,7 @@ def end_well(program: str, action: Callable[[], int | None], interrupted: str = 
 
 
 def is_interruption(error: BaseException | None) -> bool:
-    """Whether it is Ctrl-C, or was raised while that was handled."""
+    """Return whether an exception is Ctrl-C, or was raised while that was handled."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error is not None
@@ -51,7 +62,7 @@ def load_torch() -> None:
 
     Raised within the C++ that this import runs, it would abort the process.
     """
-    pending = []
+    pending: list[object] = []
     # Where Ctrl-C is ignored (nohup) or somebody else's, it stays so; only the main thread may set a handler.
     mine = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     mine = mine and threading.current_thread() is threading.main_thread()

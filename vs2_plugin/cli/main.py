@@ -8,21 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vs2_plugin import __version__
-from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE, Store, folder_size
-from vs2_plugin.cli.common import end_well
+from vs2_plugin.checkpoint.store import Store
+from vs2_plugin.cli.common import add_store_option, end_well
 from vs2_plugin.cli.inspect import add_inspect
 from vs2_plugin.cli.latents import add_latents
 from vs2_plugin.cli.report import add_report
 from vs2_plugin.cli.reproduce import add_reproduce
+from vs2_plugin.cli.store import add_store
 from vs2_plugin.cli.sweep import add_sweep
-from vs2_plugin.text import gigabytes
 
 __all__ = ["main", "parser"]
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
+    """Return the command line."""
+    command = argparse.ArgumentParser(
         prog="vs2",
         description="SAE-steered CLIP models for clip_benchmark. Evaluate with clip_benchmark itself; "
         "train SAEs with vs2-train-sae.",
@@ -34,8 +34,8 @@ def parser() -> argparse.ArgumentParser:
         "each command's --help shows more\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--version", action="version", version=f"vs2-plugin {__version__}")
-    commands = made.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    command.add_argument("--version", action="version", version=f"vs2-plugin {__version__}")
+    commands = command.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     demo = commands.add_parser(
         "demo",
@@ -61,9 +61,7 @@ def parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser(
         "doctor", help="check the installation, the plugins and the store", epilog="example: vs2 doctor --store store"
     )
-    doctor.add_argument(
-        "--store", help=f"folder of the store (default: ${ENVIRONMENT_VARIABLE}, else the platform's cache folder)"
-    )
+    add_store_option(doctor)
     doctor.set_defaults(run=_doctor)
 
     add_report(commands)
@@ -71,31 +69,12 @@ def parser() -> argparse.ArgumentParser:
     add_latents(commands)
     add_sweep(commands)
     add_reproduce(commands)
-
-    store = commands.add_parser(
-        "store",
-        help="list or remove checkpoints and cached activations",
-        epilog="examples: vs2 store list; vs2 store remove ViT-B-32-quickgelu_openai_cifar100",
-    )
-    store.add_argument(
-        "--store", help=f"folder of the store (default: ${ENVIRONMENT_VARIABLE}, else the platform's cache folder)"
-    )
-    actions = store.add_subparsers(dest="action", metavar="ACTION", required=True)
-    listing = actions.add_parser("list", help="what is there", epilog="example: vs2 store --store store list")
-    listing.set_defaults(run=_store_list)
-    remove = actions.add_parser(
-        "remove", help="delete checkpoints, or cached activations", epilog="example: vs2 store remove --cache"
-    )
-    remove.add_argument("names", nargs="*", metavar="NAME", help="checkpoints to delete")
-    remove.add_argument(
-        "--cache", action="store_true", help="delete all cached activations (they are made again when needed)"
-    )
-    remove.set_defaults(run=_store_remove)
-    return made
+    add_store(commands)
+    return command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the command."""
+    """Run the command, and return its exit code."""
     args = parser().parse_args(argv)
     return end_well("vs2", lambda: args.run(args), getattr(args, "interrupted", ""))
 
@@ -107,10 +86,10 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _methods(args: argparse.Namespace) -> int:
-    from vs2_plugin.method import AUTOMATIC, COMMON, NEIGHBOURS, Method
+    from vs2_plugin.method import AUTOMATIC, COMMON, NEIGHBOURS, Method, Option
     from vs2_plugin.plugins import registry
 
-    def show(option) -> None:
+    def show(option: Option) -> None:
         excludes = f", not with {' or '.join(option.excludes)}" if option.excludes else ""
         print(f"    @{option.name}={option.type.__name__:<6} {option.describe()}{excludes}. {option.help}")
 
@@ -149,44 +128,6 @@ def _doctor(args: argparse.Namespace) -> int:
     from vs2_plugin.cli.doctor import doctor
 
     return doctor(Store.default(args.store))
-
-
-def _store_list(args: argparse.Namespace) -> None:
-    from vs2_plugin.checkpoint.checkpoint import Checkpoint
-    from vs2_plugin.errors import CheckpointError
-
-    store = Store.default(args.store)
-    print(f"store {store.root}")
-    for name in store.names():
-        folder = store.checkpoints / name
-        try:
-            checkpoint = Checkpoint.open(folder)
-        except CheckpointError as error:
-            print(f"  {name}  damaged: {error}")
-            continue
-        data, sites = checkpoint.data, checkpoint.sites
-        marks = "  transductive" if checkpoint.transductive else ""
-        print(
-            f"  {name}  {checkpoint.backbone} {checkpoint.pretrained or ''} on "
-            f"{' '.join(data.datasets)} ({data.images:,} images), "
-            f"{len(sites)} site(s), FVU {sites[-1].fvu:.4f}, {gigabytes(folder_size(folder))}{marks}"
-        )
-    if not store.names():
-        print("  no checkpoints; train one with vs2-train-sae")
-    cached = list(store.cached())
-    print(f"  cached activations: {len(cached)} set(s), {gigabytes(sum(map(folder_size, cached)))}")
-
-
-def _store_remove(args: argparse.Namespace) -> None:
-    from vs2_plugin.errors import SettingError
-
-    store = Store.default(args.store)
-    if not args.names and not args.cache:
-        raise SettingError("nothing to remove: name checkpoints (see vs2 store list), or give --cache")
-    for name in args.names:
-        print(f"removed {name}: {gigabytes(store.remove(name))}")
-    if args.cache:
-        print(f"removed cached activations: {gigabytes(store.remove_cache())}")
 
 
 if __name__ == "__main__":

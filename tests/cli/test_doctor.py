@@ -1,0 +1,35 @@
+"""The checks of ``vs2 doctor``, each by itself."""
+
+import pytest
+
+from vs2_plugin.checkpoint.store import Store
+from vs2_plugin.cli import doctor
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "good"),
+    [("clip-benchmark", "1.6.1", True), ("clip-benchmark", "1.7.0", False), ("numpy", "2.3.5", True),
+     ("numpy", "2.4.0", False), ("torch", "9.9", True)],
+)  # fmt: skip
+def test_versions_that_do_not_fit_are_problems(monkeypatch, name, version, good):
+    monkeypatch.setattr(doctor, "_PACKAGES", (name,))
+    monkeypatch.setattr(doctor, "version", lambda name: version)
+    [finding] = doctor._packages()
+    assert (finding.text, finding.good) == (f"{name} {version}", good)
+
+
+def test_a_missing_package_is_a_problem_with_its_command(monkeypatch):
+    monkeypatch.setattr(doctor, "_PACKAGES", ("no-such-package",))
+    assert list(doctor._packages()) == [
+        doctor.Finding("no-such-package is not installed", False, "pip install no-such-package")
+    ]
+
+
+def test_folders_without_a_checkpoint_are_problems_and_hidden_ones_are_not_looked_at(tmp_path):
+    store = Store(tmp_path)
+    for name in ("empty", ".hidden"):
+        (store.checkpoints / name).mkdir(parents=True)
+    (store.checkpoints / "file").touch()
+    [finding] = doctor._checkpoints(store)
+    assert not finding.good and finding.text.startswith("empty: ") and finding.mend == "vs2 store remove empty"
+    assert list(doctor._checkpoints(Store(tmp_path / "nothing"))) == []

@@ -1,0 +1,67 @@
+"""``vs2 store``: list or remove checkpoints and cached activations."""
+
+from __future__ import annotations
+
+import argparse
+
+from vs2_plugin.checkpoint.checkpoint import Checkpoint
+from vs2_plugin.checkpoint.store import Store, folder_size
+from vs2_plugin.cli.common import add_store_option
+from vs2_plugin.errors import CheckpointError, SettingError
+from vs2_plugin.text import gigabytes
+
+__all__ = ["add_store"]
+
+
+def add_store(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to those of ``vs2``."""
+    store = commands.add_parser(
+        "store",
+        help="list or remove checkpoints and cached activations",
+        epilog="examples: vs2 store list; vs2 store remove ViT-B-32-quickgelu_openai_cifar100",
+    )
+    add_store_option(store)
+    actions = store.add_subparsers(dest="action", metavar="ACTION", required=True)
+    listing = actions.add_parser("list", help="what is there", epilog="example: vs2 store --store store list")
+    listing.set_defaults(run=_list)
+    remove = actions.add_parser(
+        "remove", help="delete checkpoints, or cached activations", epilog="example: vs2 store remove --cache"
+    )
+    remove.add_argument("names", nargs="*", metavar="NAME", help="checkpoints to delete")
+    remove.add_argument(
+        "--cache", action="store_true", help="delete all cached activations (they are made again when needed)"
+    )
+    remove.set_defaults(run=_remove)
+
+
+def _list(args: argparse.Namespace) -> None:
+    store = Store.default(args.store)
+    print(f"store {store.root}")
+    for name in store.names():
+        folder = store.checkpoints / name
+        try:
+            checkpoint = Checkpoint.open(folder)
+        except CheckpointError as error:
+            print(f"  {name}  damaged: {error}")
+            continue
+        data, sites = checkpoint.data, checkpoint.sites
+        marks = "  transductive" if checkpoint.transductive else ""
+        print(
+            f"  {name}  {checkpoint.backbone} {checkpoint.pretrained or ''} on "
+            f"{' '.join(data.datasets)} ({data.images:,} images), "
+            f"{len(sites)} site(s), FVU {sites[-1].fvu:.4f}, {gigabytes(folder_size(folder))}{marks}"
+        )
+    if not store.names():
+        print("  no checkpoints; train one with vs2-train-sae")
+    cached = list(store.cached())
+    print(f"  cached activations: {len(cached)} set(s), {gigabytes(sum(map(folder_size, cached)))}")
+
+
+def _remove(args: argparse.Namespace) -> None:
+    store = Store.default(args.store)
+    if not args.names and not args.cache:
+        raise SettingError("nothing to remove: name checkpoints (see vs2 store list), or give --cache")
+    for name in args.names:
+        print(f"removed {name}: {gigabytes(store.remove(name))}")
+    if args.cache:
+        print(f"removed cached activations: {gigabytes(store.remove_cache())}")
