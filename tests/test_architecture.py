@@ -43,11 +43,15 @@ def imported_by(path):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            # A name is a module of a folder, or else something in a module.
+            found |= {name if name in FILES else node.module for name in names}
     return {name for name in found if name.split(".")[0] == "vs2_plugin"}
 
 
 MODULES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
+#: Dotted name -> path within the package.
+FILES = {f"vs2_plugin.{path[:-3].replace('/', '.')}".removesuffix(".__init__"): path for path in MODULES}
 
 
 def test_every_part_has_a_rule():
@@ -60,6 +64,69 @@ def test_a_module_imports_only_what_lies_below_it(module):
     part = module.partition("/")[0] if "/" in module else ""
     imported = {name.split(".")[1] for name in imported_by(ROOT / module) if "." in name}
     assert imported & FORBIDDEN[part] == set()
+
+
+#: Modules that name each other's types.
+FOR_TYPES_ONLY = {"vs2_plugin.steering.batch": {"vs2_plugin.steering.move"}}
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    """Imports within functions count too, and those for type checking."""
+    below = {name: imported_by(ROOT / path) - FOR_TYPES_ONLY.get(name, set()) for name, path in FILES.items()}
+    ordered, remaining = set(), set(FILES)
+    while ready := {name for name in remaining if below[name] - {name} <= ordered}:
+        ordered |= ready
+        remaining -= ready
+    # What is left is in a circle, or above one.
+    while above := {name for name in remaining if not any(name in below[other] for other in remaining - {name})}:
+        remaining -= above
+    assert remaining == set()
+
+
+#: Where flags are read, and where clip_benchmark hands its own over.
+KNOW_ARGPARSE = {f"harness/{name}.py" for name in ("loader", "patches", "preflight")} | {"demo/train_tiny_clip.py"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_commands_know_argparse(module):
+    tree = ast.parse((ROOT / module).read_text(encoding="utf-8"))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert "argparse" not in imported or module.startswith("cli/") or module in KNOW_ARGPARSE
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_functions_have_at_most_60_lines(module):
+    tree = ast.parse((ROOT / module).read_text(encoding="utf-8"))
+    functions = (node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+    assert [node.name for node in functions if node.end_lineno - node.lineno + 1 > 60] == []
+
+
+TESTS = Path(__file__).parent
+#: Tests of more than one module: the whole, commands as a person types them, pages in a browser, references.
+WHOLE = {
+    "": {"architecture", "docs", "strength_study"},
+    "cli": {"gallery", "interruptions"},
+    "gallery": {"own_images"},
+    "harness": {"command", "demo", "gallery", "install", "towers"},
+    "inspection": {"browser", "init"},
+    "performance": {"suite"},
+    "report": {"browser"},
+    "reproduce": {"paper"},
+    "steering": {"brake", "reference"},
+    "strength": {"declarations"},
+    "sweep": {"automatic_sweep", "said", "sweep"},
+}
+
+
+def test_tests_lie_where_their_modules_lie():
+    whole = {f"{room}/test_{name}.py".lstrip("/") for room, names in WHOLE.items() for name in names}
+    tests = {path.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py")}
+    assert {test for test in tests - whole if test.replace("test_", "", 1) not in MODULES} == set()
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (ROOT / "py.typed").is_file()
 
 
 def new_modules(statement, *options):
@@ -82,8 +149,8 @@ def test_the_package_itself_is_light():
     assert new_modules("import vs2_plugin; dir(vs2_plugin); vs2_plugin.__version__", "-S") == {"vs2_plugin"}
 
 
-LIGHT = ["cli.main", "checkpoint.store", "data.splits", "errors", "hookspecs", "method", "modelstring", "plugins"]
-LIGHT += ["steering.builtin"]
+LIGHT = ["cli.main", "checkpoint.store", "data.splits", "errors", "hookspecs", "method", "modelstring", "names"]
+LIGHT += ["plugins", "settings", "steering.builtin", "text"]
 
 
 @pytest.mark.parametrize("name", LIGHT)

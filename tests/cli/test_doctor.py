@@ -1,9 +1,14 @@
-"""The checks of ``vs2 doctor``, each by itself."""
+"""``vs2 doctor``, and its checks by themselves."""
 
 import pytest
 
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli import doctor
+from vs2_plugin.cli.main import main
+
+from .test_train_sae import folder, train  # noqa: F401
+
+NAME = "local-dir-tiny-clip_wds-digits"
 
 
 @pytest.mark.parametrize(
@@ -33,3 +38,20 @@ def test_folders_without_a_checkpoint_are_problems_and_hidden_ones_are_not_looke
     [finding] = doctor._checkpoints(store)
     assert not finding.good and finding.text.startswith("empty: ") and finding.mend == "vs2 store remove empty"
     assert list(doctor._checkpoints(Store(tmp_path / "nothing"))) == []
+
+
+def test_doctor_finds_a_damaged_checkpoint(folder, capsys):  # noqa: F811
+    assert train() == 0
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "the hook is active" in text and f"{NAME}: 900 images" in text and "torch" in text
+    file = next(Store.default().checkpoints.glob("*/*/sae.safetensors"))
+    file.write_bytes(file.read_bytes()[:-8])
+    assert main(["doctor"]) == 1
+    assert f"vs2 store remove {NAME}" in capsys.readouterr().out
+
+
+def test_doctor_notices_the_switch(monkeypatch, capsys):
+    monkeypatch.setenv("VS2_PLUGIN_DISABLE", "1")
+    assert main(["doctor"]) == 1
+    assert "unset VS2_PLUGIN_DISABLE" in capsys.readouterr().out

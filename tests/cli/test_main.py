@@ -2,12 +2,9 @@
 
 import pytest
 
-from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli.main import main
 from vs2_plugin.method import Method, Option
 from vs2_plugin.plugins import Registry, registry
-
-from .test_train_sae import NAME, folder, train  # noqa: F401
 
 
 def test_methods_lists_options_with_types_ranges_and_defaults(capsys):
@@ -51,38 +48,6 @@ def test_broken_and_clashing_plugins_are_named(capsys, monkeypatch, fresh_regist
     assert main(["doctor"]) == 1
     text = capsys.readouterr().out
     assert "claimed by ours and theirs 1.0" in text and "no luck" in text
-
-
-def test_doctor_finds_a_damaged_checkpoint(folder, capsys):  # noqa: F811
-    assert train() == 0
-    assert main(["doctor"]) == 0
-    text = capsys.readouterr().out
-    assert "the hook is active" in text and f"{NAME}: 900 images" in text and "torch" in text
-    file = next(Store.default().checkpoints.glob("*/*/sae.safetensors"))
-    file.write_bytes(file.read_bytes()[:-8])
-    assert main(["doctor"]) == 1
-    assert f"vs2 store remove {NAME}" in capsys.readouterr().out
-
-
-def test_doctor_notices_the_switch(monkeypatch, capsys):
-    monkeypatch.setenv("VS2_PLUGIN_DISABLE", "1")
-    assert main(["doctor"]) == 1
-    assert "unset VS2_PLUGIN_DISABLE" in capsys.readouterr().out
-
-
-def test_store_list_and_remove(folder, capsys):  # noqa: F811
-    assert main(["store", "list"]) == 0
-    assert "no checkpoints" in capsys.readouterr().out
-    assert train() == 0
-    assert main(["store", "list"]) == 0
-    text = capsys.readouterr().out
-    assert NAME in text and "900 images" in text and "1 set(s)" in text
-    assert main(["store", "remove", "nope"]) == 2
-    assert "no SAE checkpoint 'nope'" in capsys.readouterr().err
-    assert main(["store", "remove"]) == 2
-    assert main(["store", "remove", NAME, "--cache"]) == 0
-    assert Store.default().names() == [] and list(Store.default().cached()) == []
-    assert main(["store", "remove", "../store"]) == 2
 
 
 @pytest.mark.parametrize("words", [["--help"], ["demo", "--help"], ["store", "remove", "--help"], ["--version"]])
