@@ -69,14 +69,19 @@ class ActivationCache:
         try:
             count = json.loads((folder / _FACTS).read_text())["count"]
             columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in widths}
-            found = Extracted(
-                folder, columns, np.load(folder / _DIGESTS), np.load(folder / _LABELS) if labels else None
-            )
+            digests, classes = np.load(folder / _DIGESTS), np.load(folder / _LABELS) if labels else None
             whole = all(columns[name].shape == (count, width) for name, width in widths.items())
-            whole = whole and len(found.digests) == count and (not labels or len(found.labels) == count)
+            whole = whole and len(digests) == count and (classes is None or len(classes) == count)
         except (OSError, ValueError, EOFError, KeyError, TypeError):  # not there, cut short, or not ours
             return None
-        return found if whole else None
+        return Extracted(folder, columns, digests, classes) if whole else None
+
+    def written(self, key: dict[str, Any], widths: Mapping[str, int], labels: bool = False) -> Extracted:
+        """Return what :meth:`open` does of what was just written. Raises DataError if it is gone."""
+        found = self.open(key, widths, labels)
+        if found is None:
+            raise DataError(f"{self.folder(key)}: what was just extracted is not there; run the same command again")
+        return found
 
     @contextmanager
     def writing(
@@ -102,12 +107,12 @@ class ActivationCache:
         """Put what lies under the keys ``parts`` under one key, in their order, and remove the parts."""
         with self.writing(key, widths, dtype, labels) as writer:
             for part in parts:
-                found = self.open(part, widths, labels)
+                found = self.written(part, widths, labels)
                 for name, column in writer.columns.items():
                     for start in range(0, len(found), _CHUNK):
                         column.append(found.columns[name][start : start + _CHUNK])
                 writer.digests.append(found.digests)
-                if labels:
+                if found.labels is not None:
                     writer.labels.append(found.labels)
             if writer.count == 0:
                 raise DataError("there are no training images")
@@ -135,9 +140,11 @@ class _Writer:
 def activations_at(model: nn.Module, sites: Sequence[Site], amp: bool) -> Encode:
     """The encoder for :func:`extract` that reads the activations at ``sites`` of an open_clip model."""
 
+    encode_image: Callable[[Tensor], Tensor] = model.encode_image  # type: ignore[assignment]
+
     def encode(images: Tensor) -> dict[str, Tensor]:
         with torch.autocast(images.device.type, enabled=amp), reading(model, sites) as found:
-            model.encode_image(images)
+            encode_image(images)
         return {site.hookpoint: found[site] for site in sites}
 
     return encode
@@ -192,7 +199,7 @@ def extract(
         if processes.first:
             cache.join(keys, key, widths, dtype, images.labels)
         wait()
-        return cache.open(key, widths, images.labels)
+        return cache.written(key, widths, images.labels)
     bar = tqdm(total=images.count, desc=name, unit="img", disable=True if quiet else None)
     # What autocast has cast is kept until the outermost one ends: within this one, encode's casts the weights once.
     outermost = torch.autocast(torch.device(device).type, enabled=False)
@@ -215,4 +222,4 @@ def extract(
             bar.update(len(batch.images))
         if writer.count == 0 and "part" not in key:
             raise DataError("there are no training images")
-    return cache.open(key, widths, images.labels)
+    return cache.written(key, widths, images.labels)

@@ -38,19 +38,24 @@ class Batch(NamedTuple):
     labels: np.ndarray | None
     """int64 ``[batch]``, where they are read."""
 
+    def first(self, count: int) -> Batch:
+        """Return the first ``count`` of them."""
+        labels = None if self.labels is None else self.labels[:count]
+        return Batch(self.images[:count], self.digests[:count], labels)
+
 
 def image_digest(image: Tensor) -> int:
     """64 bits of SHA-256 over the bytes of a preprocessed image: the harness keeps neither names nor order, so that
     this is what tells whether two images are the same one."""
     data = image.detach().to("cpu", torch.float32).contiguous().numpy()
-    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
+    return int.from_bytes(hashlib.sha256(data.data).digest()[:8], "little")
 
 
 @dataclass
 class TrainingImages:
     """The images of one split, preprocessed for one tower."""
 
-    source: Dataset
+    source: Dataset[Any]
     """Items are images, or tuples of image and more: a label, captions."""
     limit: int | None
     """At most this many of a stream."""
@@ -62,11 +67,8 @@ class TrainingImages:
     @property
     def count(self) -> int | None:
         """How many will be read; None for a stream of unknown length. Local shards are indexed to tell it."""
-        try:
-            total = len(self.source)
-        except TypeError:
-            return None
-        return total if self.limit is None else min(total, self.limit)
+        total = _length(self.source)
+        return total if self.limit is None or total is None else min(total, self.limit)
 
     def part(self, processes: Processes, batch_size: int) -> TrainingImages:
         """This process's images: blocks of whole batches that follow each other, or of whole shards of a stream.
@@ -77,7 +79,7 @@ class TrainingImages:
         if processes.world == 1:
             return self
         if not isinstance(self.source, IterableDataset):
-            block = processes.block(len(self.source), batch_size)
+            block = processes.block(_length(self.source) or 0, batch_size)
             return replace(self, source=Subset(self.source, block))
         if not hasattr(self.source, "part") or self.limit is not None:
             what = "--max_images of a stream" if self.limit is not None else f"a {type(self.source).__name__}"
@@ -94,7 +96,7 @@ class TrainingImages:
         """
         streamed = isinstance(self.source, IterableDataset)
         # Each worker would repeat a stream. What is no stream is counted, and with that indexed, before there are any.
-        most = 1 if streamed else self.count
+        most = 1 if streamed else self.count or 0
         loader = DataLoader(
             self.source,
             batch_size=batch_size,
@@ -106,15 +108,13 @@ class TrainingImages:
         left = self.limit if streamed and self.limit is not None else None
         try:
             for batch in loader:
+                wanted = batch if left is None else batch.first(left)
+                if len(wanted.images):
+                    yield wanted
                 if left is not None:
-                    batch, left = (
-                        Batch(*(part if part is None else part[:left] for part in batch)),
-                        left - len(batch[0]),
-                    )
-                if len(batch.images):
-                    yield batch
-                if left is not None and left <= 0:
-                    return
+                    left -= len(batch.images)
+                    if left <= 0:
+                        return
         except Vs2Error as error:
             raise DataError(_from_worker(error)) from error
         except Exception as error:  # whatever a data set's own code, PIL or a download raises
@@ -123,20 +123,31 @@ class TrainingImages:
             ) from error
 
 
-def _stack_images(samples: list) -> Tensor:
+def _length(source: Dataset[Any]) -> int | None:
+    """Return how many items there are; None for a stream of unknown length."""
+    try:
+        return len(source)  # type: ignore[arg-type]  # most have a length
+    except TypeError:
+        return None
+
+
+def _stack_images(samples: list[Any]) -> Tensor:
     # Whatever follows the image (a label, captions) is dropped unread. In a worker, this is torch.stack into memory
     # that the processes share.
-    return default_collate([sample[0] if isinstance(sample, (tuple, list)) else sample for sample in samples])
+    images: Tensor = default_collate([sample[0] if isinstance(sample, (tuple, list)) else sample for sample in samples])
+    return images
 
 
 # Digests and labels are computed where images are loaded: in the workers, beside each other.
-def _batch(samples: list) -> Batch:
+def _batch(samples: list[Any]) -> Batch:
     images = _stack_images(samples)
     return Batch(images, np.array([image_digest(image) for image in images], dtype=np.uint64), None)
 
 
-def _batch_with_labels(samples: list) -> Batch:
-    labels = [sample[1] if isinstance(sample, (tuple, list)) and len(sample) > 1 else None for sample in samples]
+def _batch_with_labels(samples: list[Any]) -> Batch:
+    labels: list[Any] = [
+        sample[1] if isinstance(sample, (tuple, list)) and len(sample) > 1 else None for sample in samples
+    ]
     if not all(
         isinstance(label, (int, np.integer)) or (isinstance(label, Tensor) and label.ndim == 0) for label in labels
     ):
@@ -178,33 +189,32 @@ def open_images(
         raise DataError(
             f"--dataset_root {root!r}: only {{dataset}} and {{dataset_cleaned}} can be filled in ({error})"
         ) from None
+    source: Dataset[Any]
+    fingerprint: list[Any]
     if dataset.startswith("wds/"):
         source = open_shards(root, split, transform, wds_cache_dir, labels)
     else:
         source = _build(dataset, root, split, transform)
     if isinstance(source, LocalShards) and max_images is None:  # not indexed before an image is wanted
         return TrainingImages(source, None, source.fingerprint(), labels)
-    try:
-        total = len(source)
-    except TypeError:
-        total = None
+    total = _length(source)
     if total == 0:
         raise DataError(f"the split {split!r} of {dataset} in {root} is empty")
     fingerprint = source.fingerprint() if hasattr(source, "fingerprint") else _probe(source)
     # Some streams know their length, and none can be indexed.
-    if not isinstance(source, IterableDataset) and max_images is not None and max_images < total:
+    if not isinstance(source, IterableDataset) and max_images is not None and total is not None and max_images < total:
         chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:max_images].sort().values
         source, fingerprint = Subset(source, chosen.tolist()), [fingerprint, total, max_images, seed]
     return TrainingImages(source, max_images, [fingerprint, total], labels)
 
 
-def _probe(source: Dataset) -> list:
+def _probe(source: Dataset[Any]) -> list[str]:
     """What tells most changes of a data set that has no files of its own to look at: its length and a few images."""
     if isinstance(source, IterableDataset):
         return [type(source).__name__]
     digest = hashlib.sha256()
     try:
-        for index in torch.linspace(0, len(source) - 1, 8).long().tolist():
+        for index in torch.linspace(0, (_length(source) or 0) - 1, 8).long().tolist():
             sample = source[index]
             image = np.asarray(sample[0] if isinstance(sample, (tuple, list)) else sample)
             digest.update(f"{image.dtype}{image.shape}".encode() + image.tobytes())
@@ -215,15 +225,16 @@ def _probe(source: Dataset) -> list:
     return [type(source).__name__, digest.hexdigest()]
 
 
-def _build(dataset: str, root: str, split: str, transform: Any) -> Dataset:
+def _build(dataset: str, root: str, split: str, transform: Any) -> Dataset[Any]:
     from clip_benchmark.datasets.builder import build_dataset, get_dataset_default_task
 
     build = inspect.unwrap(build_dataset)  # without the binding of steered models that the harness glue adds
     try:
-        return build(
+        source: Dataset[Any] = build(
             dataset_name=dataset, root=root, transform=transform, split=split, download=True,
             task=get_dataset_default_task(dataset),
         )  # fmt: skip
+        return source
     except (Exception, SystemExit) as error:  # torchvision, downloads, missing packages: anything
         raise DataError(
             f"clip_benchmark could not build the split {split!r} of {dataset!r} in {root!r} (without a "

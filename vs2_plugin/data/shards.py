@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -26,9 +27,13 @@ __all__ = ["EXTENSIONS", "LocalShards", "RemoteShards", "open_shards"]
 
 #: In the order in which clip_benchmark prefers them, should a sample hold several.
 EXTENSIONS = ("webp", "png", "jpg", "jpeg")
+#: Turns a PIL image into ``[3, height, width]``.
+Transform = Callable[[Any], Any]
 
 
-def open_shards(root: str, split: str, transform, cache_dir: str | None = None, labels: bool = False) -> Dataset:
+def open_shards(
+    root: str, split: str, transform: Transform, cache_dir: str | None = None, labels: bool = False
+) -> LocalShards | RemoteShards:
     """The images of a split, local or remote, or pairs of image and label. Remote shards are kept in ``cache_dir``.
 
     Raises:
@@ -51,10 +56,10 @@ def open_shards(root: str, split: str, transform, cache_dir: str | None = None, 
     return LocalShards([folder / f"{index}.tar" for index in range(count)], transform, labels)
 
 
-class LocalShards(Dataset):
+class LocalShards(Dataset[Any]):
     """Images at known positions of local tar files; an item is a preprocessed image, or a pair of it and its label."""
 
-    def __init__(self, files: list[Path], transform, labels: bool = False) -> None:
+    def __init__(self, files: list[Path], transform: Transform, labels: bool = False) -> None:
         self.files, self.transform, self.labels = files, transform, labels
 
     @cached_property
@@ -120,7 +125,7 @@ class LocalShards(Dataset):
     def __len__(self) -> int:
         return len(self.samples[0])
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> Any:
         positions, labels = self.samples
         number, offset, size = positions[index].tolist()
         with open(self.files[number], "rb") as file:
@@ -132,11 +137,11 @@ class LocalShards(Dataset):
             with tarfile.open(self.files[number], "r:") as tar:
                 name = next(member.name for member in _members(tar) if member.offset_data == offset)
             raise DataError(f"{self.files[number]}: {name} is not a readable image") from error
-        image = self.transform(image)
-        return (image, int(labels[index])) if self.labels else image
+        prepared = self.transform(image)
+        return prepared if labels is None else (prepared, int(labels[index]))
 
-    def fingerprint(self) -> list:
-        """What changes when the shards do: names, sizes and times. Raises DataError if one is not there."""
+    def fingerprint(self) -> list[list[Any]]:
+        """Return what changes when the shards do: names, sizes and times. Raises DataError if one is not there."""
         try:
             return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in self.files]
         except OSError as error:
@@ -146,14 +151,16 @@ class LocalShards(Dataset):
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """What is in a tar file, without keeping it: by itself, an open one remembers a kilobyte for each member."""
     while (member := tar.next()) is not None:
-        tar.members.clear()
+        tar.members.clear()  # type: ignore[attr-defined]  # which the stubs leave out
         yield member
 
 
-class RemoteShards(IterableDataset):
+class RemoteShards(IterableDataset[Any]):
     """A stream of preprocessed images, or pairs of image and label, out of shards behind a URL."""
 
-    def __init__(self, root: str, split: str, transform, cache_dir: str | None = None, labels: bool = False) -> None:
+    def __init__(
+        self, root: str, split: str, transform: Transform, cache_dir: str | None = None, labels: bool = False
+    ) -> None:
         import requests
 
         metadata = data = root.rstrip("/")
@@ -177,7 +184,7 @@ class RemoteShards(IterableDataset):
         mine.urls = [self.urls[index] for index in processes.block(len(self.urls))]
         return mine
 
-    def __iter__(self) -> Iterator:
+    def __iter__(self) -> Iterator[Any]:
         if not self.urls:  # more processes than shards
             return
         import webdataset as wds
@@ -190,6 +197,6 @@ class RemoteShards(IterableDataset):
         for image, *label in pipeline:
             yield (self.transform(image), int(label[0])) if self.labels else self.transform(image)
 
-    def fingerprint(self) -> list:
-        """The addresses: what lies behind them cannot be told apart without reading it."""
+    def fingerprint(self) -> list[str]:
+        """Return the addresses: what lies behind them cannot be told apart without reading it."""
         return self.urls

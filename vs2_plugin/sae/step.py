@@ -7,6 +7,8 @@ encoder's is needed: it finds the active ones. The rest are sums over k rows in 
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,8 +30,7 @@ class ClassMeans:
 
     def __init__(self, weight: float, num_classes: int, running: bool) -> None:
         self.weight, self.num_classes, self.running = weight, num_classes, running
-        self._means: Tensor | None = None  # [classes, n], once running
-        self._seen: Tensor | None = None
+        self._kept: tuple[Tensor, Tensor] | None = None  # running means [classes, n], and which classes have one
 
     def __call__(self, latents: Latents, labels: Tensor, num_latents: int) -> tuple[Tensor, Tensor]:
         """The term times V, and its derivative by the active latents' values ``[batch, k]``."""
@@ -47,12 +48,10 @@ class ClassMeans:
         batch_means = sums.view(self.num_classes, num_latents) / counts.clamp_min(1)
         if not self.running:
             return batch_means
-        if self._means is None:
-            self._means, self._seen = batch_means.clone(), counts > 0
-        share = torch.where(self._seen, 0.1, 1.0) * (counts > 0)
-        self._means.lerp_(batch_means, share)
-        self._seen |= counts > 0
-        return self._means
+        means, seen = self._kept or (batch_means.clone(), counts > 0)
+        means.lerp_(batch_means, torch.where(seen, 0.1, 1.0) * (counts > 0))
+        self._kept = means, seen | (counts > 0)
+        return means
 
 
 def finds_in_bfloat16(sae: TopKSAE) -> bool:
@@ -101,7 +100,7 @@ def set_gradients(
 
     to_output = residual * (-2 / variance)  # d loss / d x̃
     to_values = _products(to_output, latents.indices, sae.W_dec)
-    if classes is not None:
+    if classes is not None and labels is not None:
         term, by_values = classes(latents, labels, sae.config.num_latents)
         loss, to_values = loss + term / variance, to_values + by_values / variance
     if sae.config.activation == "relu":
@@ -116,9 +115,9 @@ def set_gradients(
     if auxk and dead is not None and dead.any():
         loss = loss + _add_auxk(sae, x, residual, variance, dead.nonzero().squeeze(1), auxk)
     for parameter in sae.parameters():
-        total(parameter.grad)
-    parallel = (sae.W_dec.grad * sae.W_dec).sum(1, keepdim=True)
-    sae.W_dec.grad.addcmul_(parallel, sae.W_dec, value=-1)
+        total(_gradient(parameter))
+    to_decoder = _gradient(sae.W_dec)
+    to_decoder.addcmul_((to_decoder * sae.W_dec).sum(1, keepdim=True), sae.W_dec, value=-1)
     return loss, latents
 
 
@@ -136,9 +135,10 @@ def _products(vectors: Tensor, indices: Tensor, table: Tensor) -> Tensor:
     ``[batch, k]`` and ``[n, d]``. It is what torch calls the derivative of a bag by its weights."""
     batch, k = indices.shape
     bags = torch.arange(batch, device=indices.device)
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+    products: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         vectors, table, indices.flatten(), bags * k, bags.repeat_interleave(k), 0
-    ).view(batch, k)
+    )
+    return products.view(batch, k)
 
 
 def _by_latent(indices: Tensor, num_latents: int) -> tuple[Tensor, Tensor]:
@@ -171,6 +171,11 @@ def _add_auxk(sae: TopKSAE, x: Tensor, residual: Tensor, variance: Tensor, dead:
         loss = auxk * min(1.0, len(dead) / wanted) * (guess - residual).pow(2).sum() / variance
     gradients = torch.autograd.grad(loss, [*parts, b_dec])
     for parameter, gradient in zip(parameters, gradients, strict=False):
-        parameter.grad.index_add_(0, dead, gradient)
-    sae.b_dec.grad += gradients[-1]
+        _gradient(parameter).index_add_(0, dead, gradient)
+    _gradient(sae.b_dec).add_(gradients[-1])
     return loss.detach()
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    """Return the gradient of a parameter, which is there."""
+    return cast("Tensor", parameter.grad)

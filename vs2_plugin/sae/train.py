@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from vs2_plugin.arrays import Stack
 from vs2_plugin.distributed import ALONE, Processes, total
 from vs2_plugin.errors import DataError, SettingError
 from vs2_plugin.sae.config import TrainConfig
@@ -25,6 +26,9 @@ __all__ = ["QUANTILES", "Figures", "Job", "Trained", "train_sae", "train_saes"]
 
 #: Quantiles of the held-out per-sample FVU that a checkpoint stores.
 QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.995)
+#: Activations ``[count, d]``, in memory or on disk.
+Rows = np.ndarray | Stack
+Device = str | torch.device
 _EVALUATIONS = 20  # held-out evaluations per training
 _HELD_OUT_MAX = 10_000
 _WATCHED_MAX = 2_000  # held-out activations looked at to choose the weights to keep
@@ -59,8 +63,8 @@ class Job:
 
     name: str
     """What it is called in progress and errors."""
-    activations: np.ndarray
-    """``[count, d]``; a memory-mapped array stays on disk."""
+    activations: Rows
+    """``[count, d]``; a memory-mapped array, or a stack of such, stays on disk."""
     config: TrainConfig
     """The settings."""
     labels: np.ndarray | None = None
@@ -79,12 +83,12 @@ class Trained(NamedTuple):
 
 
 def train_sae(
-    activations: np.ndarray,
+    activations: Rows,
     config: TrainConfig,
     *,
     labels: np.ndarray | None = None,
     calibration: np.ndarray | None = None,
-    device: str | torch.device = "cpu",
+    device: Device = "cpu",
     quiet: bool = False,
     name: str = "SAE",
     processes: Processes = ALONE,
@@ -98,7 +102,7 @@ def train_saes(
     jobs: Sequence[Job],
     *,
     calibration: np.ndarray | None = None,
-    device: str | torch.device = "cpu",
+    device: Device = "cpu",
     quiet: bool = False,
     processes: Processes = ALONE,
 ) -> list[Trained]:
@@ -132,9 +136,9 @@ def train_saes(
         if job.config.sae_batch_size < processes.world:
             size = job.config.sae_batch_size
             raise SettingError(f"sae_batch_size is {size}; expected at least one activation per process")
-    moments = {id(job.activations): job.activations for job in jobs}
-    moments = {key: _moments(activations) for key, activations in moments.items()}
-    passes: dict[tuple, list[int]] = {}
+    arrays = {id(job.activations): job.activations for job in jobs}
+    moments = {key: _moments(activations) for key, activations in arrays.items()}
+    passes: dict[tuple[int, int, int], list[int]] = {}
     for index, job in enumerate(jobs):
         passes.setdefault((job.config.seed, job.config.sae_batch_size, job.config.samples), []).append(index)
     trained: dict[int, Trained] = {}
@@ -169,7 +173,7 @@ def _train_together(runs: Sequence[_Run], quiet: bool, processes: Processes) -> 
 class _Run:
     """The training of one SAE."""
 
-    def __init__(self, job: Job, mean: Tensor, variance: float, device: str | torch.device) -> None:
+    def __init__(self, job: Job, mean: Tensor, variance: float, device: Device) -> None:
         config, activations = job.config, job.activations
         self.job, self.device, self.mean, self._started = job, device, mean, time.monotonic()
         count, width = activations.shape
@@ -194,9 +198,10 @@ class _Run:
         if config.init == "data":
             _start_from_data(self.sae, activations, self.train, config.seed)
         self.sae.to(device)
-        self._classes = self._labels = None
+        self._classes: ClassMeans | None = None
+        self._labels: Tensor | None = None
         if config.pass_weight:
-            known, labels = np.unique(job.labels, return_inverse=True)
+            known, labels = np.unique(np.asarray(job.labels), return_inverse=True)
             self._classes = ClassMeans(config.pass_weight, len(known), config.pass_means == "running")
             self._labels = torch.from_numpy(labels).to(device)
         self._optimizer = torch.optim.Adam([p for p in self.sae.parameters() if p.requires_grad], fused=True)
@@ -207,7 +212,7 @@ class _Run:
     def step(self, x: Tensor, chosen: np.ndarray, step: int) -> None:
         """One step on activations ``[batch, d]``, whose row numbers are ``chosen``."""
         config, sae = self.job.config, self.sae
-        own = None if self._classes is None else self._labels[chosen]
+        own = None if self._labels is None else self._labels[chosen]
         dead = self._silent >= config.dead_after
         _, latents = set_gradients(sae, x / self.scale, dead, config.auxk, self._bfloat16, self._classes, own)
         warmup = max(1, round(config.warmup * self.steps))
@@ -240,8 +245,8 @@ class _Run:
         sae.load_state_dict(self._best[1])
         # x / s = W_decᵀ c + b  ⇒  x = W_decᵀ (s c) + s b, and s c = TopK(W_enc (x - s b_dec) + s b_enc).
         with torch.no_grad():
-            sae.b_dec *= self.scale
-            sae.encoder.bias *= self.scale
+            sae.b_dec.mul_(self.scale)
+            sae.encoder.bias.mul_(self.scale)
         sae.eval().requires_grad_(False)
         calibrated = self.held if calibration is None else self.held[calibration[self.held]]
         if not len(calibrated):
@@ -273,7 +278,7 @@ def _threads_for(work: int) -> Iterator[None]:
         torch.set_num_threads(usual)
 
 
-def _rows(activations: np.ndarray, chosen: np.ndarray, device: str | torch.device) -> Tensor:
+def _rows(activations: Rows, chosen: np.ndarray, device: Device) -> Tensor:
     return torch.from_numpy(activations[chosen]).to(device).float()  # torch casts float16 faster than NumPy
 
 
@@ -293,7 +298,7 @@ def _chunks(chosen: np.ndarray) -> Iterator[np.ndarray]:
         yield chosen[start : start + _CHUNK]
 
 
-def _moments(activations: np.ndarray) -> tuple[Tensor, float]:
+def _moments(activations: Rows) -> tuple[Tensor, float]:
     """Mean ``[d]`` and total variance, in float64 and one pass."""
     origin = torch.from_numpy(np.array(activations[0])).double()  # sums around it keep their digits
     total, squares = torch.zeros_like(origin), 0.0
@@ -306,7 +311,7 @@ def _moments(activations: np.ndarray) -> tuple[Tensor, float]:
 
 
 @torch.no_grad()
-def _start_from_data(sae: TopKSAE, activations: np.ndarray, train: np.ndarray, seed: int) -> None:
+def _start_from_data(sae: TopKSAE, activations: Rows, train: np.ndarray, seed: int) -> None:
     rng = np.random.default_rng([seed, 2])
     for latents in _chunks(np.arange(sae.config.num_latents)):
         one = rng.integers(len(train), size=len(latents))
@@ -318,29 +323,30 @@ def _start_from_data(sae: TopKSAE, activations: np.ndarray, train: np.ndarray, s
 
 
 @torch.no_grad()
-def _held_out_fvu(sae: TopKSAE, rows, held: np.ndarray) -> float:
+def _held_out_fvu(sae: TopKSAE, rows: Callable[[np.ndarray], Tensor], held: np.ndarray) -> float:
     origin = rows(held[:1]).double()  # sums around it keep their digits where the mean is large
-    unexplained, total, squares = 0.0, 0.0, 0.0
+    total = torch.zeros_like(origin[0])
+    unexplained, squares = 0.0, 0.0
     for chosen in _chunks(held):
         x = rows(chosen)
         unexplained += (x - sae(x)).double().pow(2).sum().item()
         shifted = x.double() - origin
         total, squares = total + shifted.sum(0), squares + shifted.pow(2).sum().item()
-    variance = squares - (total.pow(2).sum() / len(held)).item()
+    variance = float(squares - (total.pow(2).sum() / len(held)).item())
     if variance <= 0:
         raise DataError(f"all {len(held)} held-out activations are equal; expected more, and more varied, images")
     return unexplained / variance
 
 
 @torch.no_grad()
-def _samples_fvu(sae: TopKSAE, activations: np.ndarray, chosen: np.ndarray, mean: Tensor, device) -> Tensor:
+def _samples_fvu(sae: TopKSAE, activations: Rows, chosen: np.ndarray, mean: Tensor, device: Device) -> Tensor:
     """Per-sample FVU, float64 on the CPU: ``[len(chosen)]``."""
     parts = [_rows(activations, part, device) for part in _chunks(chosen)]
     return torch.cat([sample_fvu(x, sae(x), mean.to(device)) for x in parts]).double().cpu()
 
 
 @torch.no_grad()
-def _dead_share(sae: TopKSAE, activations: np.ndarray, chosen: np.ndarray, device) -> float:
+def _dead_share(sae: TopKSAE, activations: Rows, chosen: np.ndarray, device: Device) -> float:
     active = torch.zeros(sae.config.num_latents, dtype=torch.bool, device=device)
     for part in _chunks(chosen):
         latents = sae.encode(_rows(activations, part, device))
