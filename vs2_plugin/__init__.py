@@ -24,10 +24,14 @@ _HOME = {
     "train": "vs2_plugin.training",
     "vs2_steer": "vs2_plugin.steering.move",
 }
-__all__ = ["__version__", *sorted(_HOME)]
+__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604 (strings they are)
+
+TYPE_CHECKING = False  # as that of typing, without importing it
+if TYPE_CHECKING:
+    from typing import Any
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> "Any":
     if name in _HOME:
         from importlib import import_module
 
@@ -35,5 +39,5 @@ def __getattr__(name):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__
