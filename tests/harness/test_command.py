@@ -87,7 +87,7 @@ def test_several_data_sets_in_one_call_each_with_its_own_checkpoint(in_demo, cli
 
 def test_stock_models_do_not_notice_the_plugin(in_demo):
     """Random weights, several models in one call, in processes with and without the hook."""
-    few_digits(in_demo, "few", 0)
+    few_digits(in_demo, "few", 0, count=70)  # a ViT-S-32 takes its time
     data = ("--dataset", "wds/few", "--dataset_root", "few", *DIGITS[4:])
     words = ("eval", "--pretrained", "", *data)
     environment = {"cwd": in_demo, "VS2_STORE": "random-store"}
