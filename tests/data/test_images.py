@@ -7,7 +7,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from vs2_plugin.data import images as images_module
 from vs2_plugin.data.images import TrainingImages, image_digest, open_images
-from vs2_plugin.errors import DataError
+from vs2_plugin.errors import DataError, SettingError
 
 
 class Unreadable(tuple):
@@ -54,7 +54,7 @@ class StreamOfKnownLength(Stream):
 @pytest.fixture
 def built(monkeypatch):
     """Put a data set in the place of what clip_benchmark builds."""
-    return lambda dataset: monkeypatch.setattr(images_module, "_build", lambda *args: dataset)
+    return lambda dataset: monkeypatch.setattr(images_module, "build", lambda *args, **settings: dataset)
 
 
 def numbers(images, batch_size=4, num_workers=0):
@@ -239,8 +239,8 @@ def test_placeholders_of_the_root_are_filled_in_as_clip_benchmark_does(tmp_path,
 
 
 @pytest.mark.parametrize("root", ["data{set}", "data{"])
-def test_other_braces_in_the_root_are_a_data_error(root):
-    with pytest.raises(DataError):
+def test_other_braces_in_the_root_are_refused(root):
+    with pytest.raises(SettingError):
         open_images("wds/x", root, "train", grey)
 
 

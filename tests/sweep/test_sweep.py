@@ -328,7 +328,7 @@ def test_mistakes_are_found_before_anything_is_loaded(here, monkeypatch, capsys,
             "could not build the split 'test' of 'wds/nowhere'",
         ),
         (("--split", "tests"), "could not build the split 'tests'"),
-        (("--dataset_root", "{nope}"), "could not build the split"),
+        (("--dataset_root", "{nope}"), "can be filled in"),
     ],
 )
 def test_a_data_set_that_is_not_there_is_one_line(here, capsys, words, message):

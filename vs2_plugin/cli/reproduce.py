@@ -96,14 +96,14 @@ def _work(
     dataset_root: str,
     variables: Mapping[str, str],
 ) -> int:
-    from vs2_plugin.reproduce.fetch import root_of
+    from vs2_plugin.host import data_root
     from vs2_plugin.reproduce.run import Reproduction
 
     def report(line: str) -> None:
         if not args.quiet:
             print(line, flush=True)
 
-    root_of("cifar100", dataset_root)
+    data_root(dataset_root, "cifar100")
     work = Reproduction(tables, out, dataset_root, args.quiet, report)
     if args.stand_in:
         report(f"cd {args.out}   # the tiny CLIP and the digits are written there")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, defau
 from vs2_plugin.data.shards import LocalShards, open_shards
 from vs2_plugin.distributed import Processes
 from vs2_plugin.errors import DataError, Vs2Error
+from vs2_plugin.host import build, data_root, default_task
 from vs2_plugin.text import one_line, reason_of
 
 __all__ = ["Batch", "TrainingImages", "image_digest", "leave_interruptions", "open_images"]
@@ -181,20 +181,16 @@ def open_images(
 
     Raises:
         DataError: the data set, its split or its files are not there.
+        SettingError: a field of ``root`` that cannot be filled in.
     """
-    name = dataset.removeprefix("wds/")
-    try:
-        root = root.format(dataset=name, dataset_cleaned=name.replace("/", "-"))
-    except (KeyError, IndexError, ValueError) as error:
-        raise DataError(
-            f"--dataset_root {root!r}: only {{dataset}} and {{dataset_cleaned}} can be filled in ({error})"
-        ) from None
+    root = data_root(root, dataset)
     source: Dataset[Any]
     fingerprint: list[Any]
     if dataset.startswith("wds/"):
         source = open_shards(root, split, transform, wds_cache_dir, labels)
     else:
-        source = _build(dataset, root, split, transform)
+        remedy = "without a network, put the data there by hand"
+        source = build(dataset, root, split, remedy=remedy, transform=transform, task=default_task(dataset))
     if isinstance(source, LocalShards) and max_images is None:  # not indexed before an image is wanted
         return TrainingImages(source, None, source.fingerprint(), labels)
     total = _length(source)
@@ -223,24 +219,6 @@ def _probe(source: Dataset[Any]) -> list[str]:
     except Exception as error:
         raise DataError(f"cannot read the training images: {reason_of(error)}") from error
     return [type(source).__name__, digest.hexdigest()]
-
-
-def _build(dataset: str, root: str, split: str, transform: Any) -> Dataset[Any]:
-    from clip_benchmark.datasets.builder import build_dataset, get_dataset_default_task
-
-    build = inspect.unwrap(build_dataset)  # without the binding of steered models that the harness glue adds
-    try:
-        source: Dataset[Any] = build(
-            dataset_name=dataset, root=root, transform=transform, split=split, download=True,
-            task=get_dataset_default_task(dataset),
-        )  # fmt: skip
-        return source
-    except (Exception, SystemExit) as error:  # torchvision, downloads, missing packages: anything
-        raise DataError(
-            f"clip_benchmark could not build the split {split!r} of {dataset!r} in {root!r} (without a "
-            "network, put the data "
-            f"there by hand): {reason_of(error)}"
-        ) from error
 
 
 def _from_worker(error: Exception) -> str:

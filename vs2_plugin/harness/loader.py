@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from vs2_plugin.clip.backbone import load_backbone
 from vs2_plugin.errors import CheckpointNotFound
 from vs2_plugin.harness.model import SteeredCLIP
 from vs2_plugin.harness.preflight import missing_checkpoint
+from vs2_plugin.host import Evaluation
 from vs2_plugin.modelstring import ModelString, parse
 from vs2_plugin.steering.context import Task
 
@@ -42,8 +42,8 @@ class _Finder:
         try:
             return store.find(checkpoint_name(spec.backbone, self.pretrained, task.dataset))
         except CheckpointNotFound:
-            args = Namespace(pretrained=self.pretrained, dataset=task.dataset, dataset_root=task.root or "root")
-            raise missing_checkpoint([(spec, args)], store) from None
+            run = Evaluation(str(spec), self.pretrained, task.dataset, task.root or "root")
+            raise missing_checkpoint([(spec, run)], store) from None
 
 
 def load(

@@ -219,8 +219,8 @@ def _patch_cli(module: Any) -> None:
         args = _as_model_string(args)
         if os.environ.get(PER_IMAGE, "") in ("", "0"):
             return stock_run(args)
-        from vs2_plugin.harness import preflight
         from vs2_plugin.harness.recorder import Recorder
+        from vs2_plugin.host import Evaluation
 
         recorder = Recorder()
         token = _recorder.set(recorder)
@@ -228,17 +228,19 @@ def _patch_cli(module: Any) -> None:
             result = stock_run(args)
         finally:
             _recorder.reset(token)
-        recorder.save(preflight.output_file(args))
+        recorder.save(Evaluation.of(args).output_file)
         return result
 
     @functools.wraps(stock_main_eval)
     def main_eval(base: Namespace) -> Any:
         from vs2_plugin import messages
         from vs2_plugin.harness import preflight
+        from vs2_plugin.host import Evaluation
 
         messages.show()
         try:
-            preflight.check(base, planned_runs(base))
+            preflight.check_pairs(base.pretrained_model)
+            preflight.check([Evaluation.of(args) for args in planned_runs(base)])
             return stock_main_eval(base)
         except Vs2Error as error:
             print(f"vs2: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,13 +17,13 @@ from vs2_plugin.gallery.gallery import CLIP
 from vs2_plugin.harness.loader import load
 from vs2_plugin.harness.model import SteeredCLIP
 from vs2_plugin.harness.places import Place
+from vs2_plugin.host import build, data_root
 from vs2_plugin.inspection.latents import LatentStatistics, scan
 from vs2_plugin.inspection.notes import NO_GALLERY, NO_WORDS, TOP_IMAGES
 from vs2_plugin.inspection.pictures import Thumbnail, TrainingPictures
 from vs2_plugin.inspection.probe import sae_at
 from vs2_plugin.inspection.words import latent_embeddings, nearest, text_embeddings
 from vs2_plugin.steering.context import Task
-from vs2_plugin.text import reason_of
 
 __all__ = ["Card", "Subject", "open_subject"]
 
@@ -177,21 +176,11 @@ def open_subject(
 
 def _classes_of(dataset: str, root: str, wds_cache_dir: str | None) -> tuple[list[str], Any]:
     """Return class names and prompts as clip_benchmark has them for the test split."""
-    from clip_benchmark.datasets.builder import build_dataset
-
-    name = dataset.removeprefix("wds/")
-    build = inspect.unwrap(build_dataset)  # without the binding of steered models that the harness glue adds
     hint = "or name the classes with --classes FILE"
-    try:
-        folder = root.format(dataset=name, dataset_cleaned=name.replace("/", "-"))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of an order of shards, which are not read here
-            built = build(dataset_name=dataset, root=folder, split="test", download=True, wds_cache_dir=wds_cache_dir)
-    except (Exception, SystemExit) as error:  # a download, a missing file or package: anything
-        raise DataError(
-            f"clip_benchmark could not build {dataset!r} in {root!r}, which tells the class names "
-            f"({reason_of(error)}); put the data there, {hint}"
-        ) from error
+    remedy = f"its class names are needed: put the data there, {hint}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an order of shards, which are not read here
+        built = build(dataset, data_root(root, dataset), "test", remedy=remedy, wds_cache_dir=wds_cache_dir)
     classes, prompts = getattr(built, "classes", None), getattr(built, "templates", None)
     if not classes or len(classes) < 2 or not prompts:
         raise DataError(f"{dataset} has no class names and prompts; expected a classification data set, {hint}")

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
-from vs2_plugin.errors import SettingError, Vs2Error
+from vs2_plugin.errors import DataError, Vs2Error
+from vs2_plugin.host import build, data_root
 from vs2_plugin.text import one_line, reason_of
 
-__all__ = ["Missing", "missing_data", "missing_encoder", "missing_weights", "root_of"]
+__all__ = ["Missing", "missing_data", "missing_encoder", "missing_weights"]
 
 _ONCE = "tried once, and not again for other cells"
 
@@ -29,21 +30,6 @@ class Missing:
 
     def __str__(self) -> str:
         return f"{self.why}; {self.remedy}" if self.remedy else self.why
-
-
-def root_of(dataset: str, dataset_root: str) -> str:
-    """Return the folder of a data set, as clip_benchmark fills it in.
-
-    >>> root_of("wds/cub200", "root/{dataset}")
-    'root/cub200'
-    """
-    name = dataset.removeprefix("wds/")
-    try:
-        return dataset_root.format(dataset=name, dataset_cleaned=name.replace("/", "-"))
-    except (KeyError, IndexError, ValueError) as error:
-        raise SettingError(
-            f"--dataset_root {dataset_root!r}: only {{dataset}} and {{dataset_cleaned}} can be filled in ({error})"
-        ) from None
 
 
 def missing_weights(backbone: str, weights: str) -> Missing | None:
@@ -94,7 +80,7 @@ def missing_data(dataset: str, dataset_root: str, split: str) -> Missing | None:
         dataset_root: its folder, in which ``{dataset}`` is filled in.
         split: the split that is needed.
     """
-    root = root_of(dataset, dataset_root)
+    root = data_root(dataset_root, dataset)
     if dataset.startswith("wds/"):
         file = Path(root, split, "nshards.txt")
         if "://" in root or file.is_file():
@@ -105,14 +91,12 @@ def missing_data(dataset: str, dataset_root: str, split: str) -> Missing | None:
             "does): train/ and test/, each with 0.tar to 3.tar or more (KEY.jpg or KEY.png and KEY.cls of each image) "
             "and nshards.txt with their number; classnames.txt and zeroshot_classification_templates.txt, a line each",
         )
-    from clip_benchmark.datasets.builder import build_dataset
-
     said = StringIO()
     try:
         with redirect_stdout(said):
-            build_dataset(dataset, root=root, split="test", download=True)
-    except (Exception, SystemExit) as error:  # a download, a missing package or tool: anything
-        reason = one_line(f"{type(error).__name__}: {error} {said.getvalue()}")
+            build(dataset, root, "test")
+    except DataError as error:
+        reason = one_line(f"{reason_of(error.__cause__ or error)} {said.getvalue()}")
         return Missing(
             f"clip_benchmark could not fetch {dataset} into {root} ({reason})",
             f"{_ONCE}; run the same command where there is a network, or copy {root} from there, or make shards of "

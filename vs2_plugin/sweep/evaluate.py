@@ -28,6 +28,7 @@ from vs2_plugin.data.images import leave_interruptions
 from vs2_plugin.errors import DataError, HarnessError
 from vs2_plugin.harness.autoload import DISABLE
 from vs2_plugin.harness.places import Current, Parts, Place, build_places
+from vs2_plugin.host import build, data_root
 from vs2_plugin.method import Scalar
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.steering.batch import Batch
@@ -35,7 +36,6 @@ from vs2_plugin.steering.context import Task
 from vs2_plugin.sweep.grid import Point, outcome_key
 from vs2_plugin.sweep.request import SweepRequest
 from vs2_plugin.sweep.tower import resumed
-from vs2_plugin.text import reason_of
 
 __all__ = ["Metrics", "evaluate"]
 
@@ -119,26 +119,18 @@ class _Data:
     """The split under evaluation, opened as clip_benchmark's ``cli.run`` does."""
 
     def __init__(self, args: SweepRequest, backbone: str, loaded: Loaded) -> None:
-        from clip_benchmark.datasets.builder import build_dataset, get_dataset_collate_fn
+        from clip_benchmark.datasets.builder import get_dataset_collate_fn
 
-        name = args.dataset.removeprefix("wds/")
         if "nllb-clip" in backbone:
             from clip_benchmark.models.nllb_clip import set_language
 
             set_language(loaded.tokenizer, args.language)
-        try:
-            root = args.dataset_root.format(dataset=name, dataset_cleaned=name.replace("/", "-"))
-            dataset = build_dataset(
-                dataset_name=args.dataset, root=root, transform=loaded.transform, split=args.split,
-                annotation_file="", download=True, language=args.language, task=args.task,
-                custom_template_file=args.custom_template_file, custom_classname_file=args.custom_classname_file,
-                wds_cache_dir=args.wds_cache_dir,
-            )  # fmt: skip
-        except (Exception, SystemExit) as error:  # a download, a missing file or package: anything
-            raise DataError(
-                f"clip_benchmark could not build the split {args.split!r} of {args.dataset!r} in "
-                f"{args.dataset_root!r}: {reason_of(error)}"
-            ) from error
+        root = data_root(args.dataset_root, args.dataset)
+        dataset = build(
+            args.dataset, root, args.split, transform=loaded.transform, annotation_file="", language=args.language,
+            task=args.task, custom_template_file=args.custom_template_file,
+            custom_classname_file=args.custom_classname_file, wds_cache_dir=args.wds_cache_dir,
+        )  # fmt: skip
         classes, templates = (getattr(dataset, name, None) for name in ("classes", "templates"))
         if classes is None or templates is None:
             raise DataError(f"{args.dataset} has no classes and templates; a sweep needs a data set for classification")

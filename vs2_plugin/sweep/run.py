@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 from vs2_plugin.clip.backbone import check_backbone
 from vs2_plugin.errors import DataError, HarnessError, SettingError
 from vs2_plugin.harness import preflight
+from vs2_plugin.host import Evaluation, default_task
 from vs2_plugin.names import file_stem, is_steered
 from vs2_plugin.results.runs import Run, read_run, write_run, write_table
 from vs2_plugin.sweep import evaluate
@@ -97,13 +96,7 @@ def plan(request: SweepRequest) -> Plan:
 
 
 def _file(request: SweepRequest, model: str) -> Path:
-    return Path(preflight.output_file(_evaluation(request, file_stem(model))))
-
-
-def _evaluation(request: SweepRequest, model: str, **changes: Any) -> Any:
-    """Return the evaluation of one model, with the names of clip_benchmark's command line."""
-    others = {"task": request.task, "model_type": "open_clip", "pretrained_model": "", "skip_load": False}
-    return SimpleNamespace(**{**asdict(request), **others, "model": model, **changes})
+    return Path(Evaluation.of(request, model=file_stem(model)).output_file)
 
 
 def _check(planned: Plan) -> None:
@@ -117,14 +110,13 @@ def _check(planned: Plan) -> None:
         words = [pair for pair in point.spec.options.items() if not isinstance(pair[1], float)]
         if model in planned.pending:
             kinds.setdefault((point.spec.method.name, point.spec.backbone, point.spec.checkpoint, *words), model)
-    runs = [_evaluation(request, model, output="unused", skip_existing=False) for model in kinds.values()]
-    preflight.check(_evaluation(request, ""), runs)
+    preflight.check(
+        [Evaluation.of(request, model=model, output="unused", skip_existing=False) for model in kinds.values()]
+    )
 
 
 def _check_task(dataset: str) -> None:
-    from clip_benchmark.datasets.builder import get_dataset_default_task
-
-    task = get_dataset_default_task(dataset.removeprefix("wds/"))
+    task = default_task(dataset)
     if task != SweepRequest.task:
         raise HarnessError(f"the task of {dataset} is {task}; a sweep evaluates {SweepRequest.task} only")
 

@@ -1,0 +1,80 @@
+from argparse import Namespace
+
+import pytest
+
+from vs2_plugin.errors import DataError, HarnessError, SettingError
+from vs2_plugin.host import Evaluation, build, data_root, default_task
+
+# ---- an evaluation
+
+
+def test_an_evaluation_takes_the_settings_that_there_are():
+    args = Namespace(model="m", pretrained="p", dataset="d", split="test", amp=False, seed=3)
+    found = Evaluation.of(args, output="x.json")
+    assert found == Evaluation("m", "p", "d", amp=False, seed=3, output="x.json")
+
+
+def test_it_has_the_defaults_of_clip_benchmark(monkeypatch):
+    from clip_benchmark.cli import get_parser_args
+
+    monkeypatch.setattr("sys.argv", ["clip_benchmark", "eval"])
+    _, args = get_parser_args()
+    named = {"model": "m", "pretrained": "p", "dataset": "d"}
+    assert Evaluation.of(args, **named) == Evaluation(**named)
+
+
+NAMES = [
+    ({}, "vtab_x_openai_m_en_zeroshot_classification.json"),
+    ({"output": "{model}.json"}, "m.json"),
+    ({"output": "{task}", "dataset": "wds/mscoco_captions"}, "zeroshot_retrieval"),
+    ({"output": "{task}", "task": "linear_probe"}, "linear_probe"),
+    ({"output": "{pretrained}-{pretrained_full_path}", "pretrained": "FILE"}, "w.pt-FILE_PATH"),
+    ({"output": "{pretrained}-{pretrained_full_path}"}, "openai-openai"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changed", "name"), NAMES)
+def test_the_output_is_named_as_clip_benchmark_does(changed, name, tmp_path):
+    file = tmp_path / "w.pt"
+    file.touch()
+    if changed.get("pretrained") == "FILE":
+        changed = {**changed, "pretrained": str(file)}
+    settings = {"model": "m", "pretrained": "openai", "dataset": "wds/vtab/x", **changed}
+    assert Evaluation(**settings).output_file == name.replace("FILE_PATH", str(file).replace("/", "_"))
+
+
+@pytest.mark.parametrize("output", ["{nope}.json", "{", "{0}"])
+def test_an_output_that_cannot_be_filled_in_is_refused(output):
+    with pytest.raises(HarnessError, match=r"cannot be filled in .*; known fields: \{model\}, "):
+        Evaluation("m", "p", "d", output=output).output_file  # noqa: B018
+
+
+# ---- data sets
+
+
+def test_tasks_are_those_of_clip_benchmark():
+    assert default_task("wds/flickr8k") == "zeroshot_retrieval"
+    assert default_task("cifar10") == "zeroshot_classification"
+
+
+@pytest.mark.parametrize("root", ["{nope}", "{", "{0}", "{dataset.x}"])
+def test_a_root_that_cannot_be_filled_in_is_refused(root):
+    with pytest.raises(SettingError, match=r"only \{dataset\} and \{dataset_cleaned\} can be filled in"):
+        data_root(root, "cifar10")
+
+
+def test_what_cannot_be_built_is_told_with_its_remedy(tmp_path):
+    with pytest.raises(DataError, match=r"'test' of 'nope' in 'r': .*Unsupported dataset.*; put it there") as error:
+        build("nope", "r", "test", remedy="put it there")
+    assert error.value.__cause__ is not None
+    with pytest.raises(DataError) as error:
+        build("wds/nope", str(tmp_path), "train")
+    assert not str(error.value).endswith("; ")
+
+
+def test_a_split_is_built_by_clip_benchmark(tmp_path, write_shards, picture):
+    write_shards(tmp_path / "test", [{"a.png": picture(5), "a.cls": b"1"}])
+    (tmp_path / "classnames.txt").write_text("one\ntwo\n")
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("a {c}\n")
+    found = build("wds/mine", str(tmp_path), "test", transform=lambda image: image.size)
+    assert found.classes == ["one", "two"] and [tuple(row) for row in found] == [((8, 8), 1)]

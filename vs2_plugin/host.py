@@ -1,0 +1,139 @@
+"""All that is read from clip_benchmark, the host: an evaluation's settings, data sets, default tasks, output names."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from dataclasses import dataclass, fields
+from typing import Any
+
+from vs2_plugin.errors import DataError, HarnessError, SettingError
+from vs2_plugin.text import reason_of
+
+__all__ = ["Evaluation", "build", "data_root", "default_task"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation that clip_benchmark makes of its command line, with its names for the settings."""
+
+    model: str
+    """An open_clip model, or a model string."""
+    pretrained: str
+    """open_clip's weights tag, or a file."""
+    dataset: str
+    """A data set of clip_benchmark; ``wds/NAME`` for webdataset shards."""
+    dataset_root: str = "root"
+    """Its folder; ``{dataset}`` is filled in."""
+    task: str = "auto"
+    """The task; ``auto`` for the data set's own."""
+    language: str = "en"
+    """Of class names and prompts."""
+    output: str = "{dataset}_{pretrained}_{model}_{language}_{task}.json"
+    """The results file; the fields of :attr:`output_file` are filled in."""
+    model_type: str = "open_clip"
+    """Whose models they are."""
+    amp: bool = True
+    """Whether to evaluate under autocast."""
+    seed: int = 0
+    """For random weights."""
+    model_cache_dir: str | None = None
+    """Where downloaded models are kept."""
+    wds_cache_dir: str | None = None
+    """Where downloaded shards are kept."""
+    skip_load: bool = False
+    """Whether nothing is loaded, and so nothing evaluated."""
+    skip_existing: bool = False
+    """Whether nothing is done where there are results."""
+
+    @classmethod
+    def of(cls, settings: object, **changed: Any) -> Evaluation:
+        """Return the evaluation that attributes of ``settings`` (clip_benchmark's Namespace) describe.
+
+        Args:
+            settings: where an attribute is missing, its default counts.
+            changed: values in place of those.
+        """
+        given = {f.name: getattr(settings, f.name) for f in fields(cls) if hasattr(settings, f.name)}
+        return cls(**{**given, **changed})
+
+    @property
+    def own_task(self) -> str:
+        """The task, also where it is ``auto``."""
+        return default_task(self.dataset) if self.task == "auto" else self.task
+
+    @property
+    def output_file(self) -> str:
+        """The results file, as clip_benchmark's ``cli.run`` makes its name.
+
+        Raises:
+            HarnessError: a field that clip_benchmark does not fill in.
+        """
+        is_file = os.path.isfile(self.pretrained)
+        values = {
+            "model": self.model,
+            "pretrained": os.path.basename(self.pretrained) if is_file else self.pretrained,
+            "pretrained_full_path": self.pretrained.replace("/", "_") if is_file else self.pretrained,
+            "task": self.own_task,
+            "dataset": self.dataset.removeprefix("wds/").replace("/", "_"),
+            "language": self.language,
+        }
+        try:
+            return self.output.format(**values)
+        except (KeyError, IndexError, ValueError) as error:
+            known = ", ".join(f"{{{name}}}" for name in values)
+            raise HarnessError(
+                f"--output {self.output!r} cannot be filled in ({error}); known fields: {known}"
+            ) from None
+
+
+def default_task(dataset: str) -> str:
+    """Return the task that clip_benchmark evaluates with a data set unless told."""
+    from clip_benchmark.datasets.builder import get_dataset_default_task
+
+    task: str = get_dataset_default_task(dataset.removeprefix("wds/"))
+    return task
+
+
+def data_root(dataset_root: str, dataset: str) -> str:
+    """Return the folder of a data set, as clip_benchmark fills it in.
+
+    Raises:
+        SettingError: a field that cannot be filled in.
+
+    >>> data_root("root/{dataset}", "wds/cub200"), data_root("{dataset_cleaned}", "vtab/pets")
+    ('root/cub200', 'vtab-pets')
+    """
+    name = dataset.removeprefix("wds/")
+    try:
+        return dataset_root.format(dataset=name, dataset_cleaned=name.replace("/", "-"))
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise SettingError(
+            f"--dataset_root {dataset_root!r}: only {{dataset}} and {{dataset_cleaned}} can be filled in ({error})"
+        ) from None
+
+
+def build(dataset: str, root: str, split: str, *, remedy: str = "", **settings: Any) -> Any:
+    """Build a split of a data set by clip_benchmark's own function, fetching it where that can be.
+
+    No steered model that waits for its data set takes it for that one.
+
+    Args:
+        dataset: its name.
+        root: its folder, as :func:`data_root` gives it.
+        split: the split's name.
+        remedy: what else the user can do, for the error.
+        settings: other arguments of ``build_dataset``.
+
+    Raises:
+        DataError: the data set, its split or its files are not there.
+    """
+    from clip_benchmark.datasets.builder import build_dataset
+
+    try:
+        return inspect.unwrap(build_dataset)(dataset_name=dataset, root=root, split=split, download=True, **settings)
+    except (Exception, SystemExit) as error:  # a download, a missing file, package or tool: anything
+        raise DataError(
+            f"clip_benchmark could not build the split {split!r} of {dataset!r} in {root!r}: {reason_of(error)}"
+            + (f"; {remedy}" if remedy else "")
+        ) from error
