@@ -81,7 +81,7 @@ def throughput(folder: Path, count: int, rounds: int) -> dict:
     loaded = load_backbone(MODEL, "")
     save_file(loaded.model.state_dict(), folder / WEIGHTS)
     images = open_images("wds/synthetic", str(folder), "train", loaded.transform)
-    sites = [Sites.of(loaded.model).default, Sites.of(loaded.model).output]  # as vs2-train-sae: activation and embedding
+    sites = [Sites.of(loaded.model).default, Sites.of(loaded.model).output]  # as vs2-train-sae
     widths = {site.hookpoint: site.width for site in sites}
     started, before = time.perf_counter(), processor_seconds()
     batches = [batch.images for batch in images.batches(BATCH, WORKERS)]

@@ -88,7 +88,10 @@ class Bench:
             steered = Gate(steering, sae, mean, threshold(figures.fvu_quantiles, options["gate"]))
         if automatic:
             steering.settle(
-                settle(steering, partial(steer, steered), self.model, self.site, self.gallery, self.weights, retriever, prior)
+                settle(
+                    steering, partial(steer, steered), self.model, self.site, self.gallery, self.weights, retriever,
+                    prior,
+                )
             )
         return steered, steering
 

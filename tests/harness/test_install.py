@@ -147,9 +147,11 @@ def test_the_plugin_of_the_docs_works_as_a_package(environment, tmp_path):
         folder.mkdir()
         env = prepare(folder)
         data = ["--dataset", "wds/digits", "--dataset_root", "digits", "--num_workers", "1", "--quiet", "--no_amp"]
-        run = lambda *words: subprocess.run(
-            [str(python.parent / words[0]), *words[1:]], cwd=folder, env=env, capture_output=True, text=True
-        )  # noqa: E731
+
+        def run(*words):
+            command = [str(python.parent / words[0]), *words[1:]]
+            return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+
         trained = run("vs2-train-sae", "--model", "local-dir:tiny-clip", *data, "--samples", "2000")
         assert trained.returncode == 0, trained.stderr
         script = [

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from vs2_plugin.clip.sites import Site, embedding_from
+from vs2_plugin.clip.sites import ClipModel, Site, embedding_from
 
 __all__ = ["latent_embeddings", "nearest", "text_embeddings"]
 
@@ -42,7 +42,7 @@ def text_embeddings(
 
 
 @torch.no_grad()
-def latent_embeddings(model: nn.Module, site: Site, mean: Tensor, steps: Tensor) -> Tensor:
+def latent_embeddings(model: ClipModel, site: Site, mean: Tensor, steps: Tensor) -> Tensor:
     """Return what a latent adds to the embedding of the mean image: ``e(μ + t w_j) - e(μ)``, ``[m, e]``.
 
     Args:

@@ -51,7 +51,7 @@ class Context:
     task: Task | None = None
     """The data set under evaluation, where it is known."""
     retriever: Retriever | None = None
-    """The gallery, and search in it: ``retriever.neighbours(batch)`` in each forward pass. For methods with a gallery."""
+    """Looks images up in the gallery, for methods with one: ``retriever.neighbours(batch)`` in each forward pass."""
     shared: dict[str, Any] = field(default_factory=dict)
     """What a builder leaves here under a key of its own, it finds again when it is called with other options for the
     same site of the same checkpoint: ``auto`` calls it once per candidate, a sweep once per point."""

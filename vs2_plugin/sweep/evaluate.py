@@ -71,8 +71,8 @@ def evaluate(args: SweepRequest, backbone: str, points: Sequence[Point], quiet: 
     with _harness() as harness, tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "classifier.pt"
         templates = data.task.templates
-        bar = tqdm(data.task.classes, "classes", disable=quiet or None, leave=False)
-        classifier = harness.zero_shot_classifier(loaded.model, loaded.tokenizer, bar, templates, device, args.amp)
+        names = tqdm(data.task.classes, "classes", disable=quiet or None, leave=False)
+        classifier = harness.zero_shot_classifier(loaded.model, loaded.tokenizer, names, templates, device, args.amp)
         torch.save(classifier, file)
 
         def measure(model: Any, loader: Any) -> Metrics:
