@@ -27,7 +27,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this process prints and writes."""
+        """Tell whether this process prints and writes."""
         return self.rank == 0
 
     def block(self, count: int, unit: int = 1) -> range:

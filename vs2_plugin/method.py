@@ -208,7 +208,7 @@ class Method:
         return "oracle" if options.get(LABELS.name) == "oracle" else self.labels
 
     def needs_classes(self, options: Mapping[str, Scalar | None]) -> bool:
-        """Whether it needs the class embeddings with these options."""
+        """Tell whether it needs the class embeddings with these options."""
         return self.classes or options.get(LABELS.name) == "pseudo" or bool(self.automatic(options))
 
     def automatic(self, options: Mapping[str, Scalar | None]) -> tuple[Option, ...]:

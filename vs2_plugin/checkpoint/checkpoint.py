@@ -172,7 +172,7 @@ class Checkpoint:
 
     @property
     def transductive(self) -> bool:
-        """Whether it was trained on the images that are evaluated."""
+        """Tell whether it was trained on the images that are evaluated."""
         return self.data.transductive
 
     def select(self, blocks: str | None = None, variant: str = "plain") -> list[SiteSAE]:

@@ -47,7 +47,7 @@ class Loaded:
 
 
 def ignores_pretrained(backbone: str) -> bool:
-    """Whether the weights come with the backbone's name, so that ``--pretrained`` says nothing."""
+    """Tell whether the weights come with the backbone's name, so that ``--pretrained`` says nothing."""
     return backbone.startswith((HUB, LOCAL))
 
 
@@ -91,7 +91,7 @@ _warned: set[str] = set()
 
 
 def _facts_of_tag(backbone: str, pretrained: str) -> dict[str, Any]:
-    """What open_clip knows of a weights tag; nothing if it is none."""
+    """Look up what open_clip knows of a weights tag; nothing if it is none."""
     # As an attribute of the package it is missing in some versions.
     return open_clip.pretrained.get_pretrained_cfg(backbone.replace("/", "-"), pretrained) or {}
 

@@ -29,7 +29,7 @@ Output = Tensor | tuple[Any, ...]
 
 
 class ClipModel(nn.Module):
-    """What is used of an open_clip model, for type checkers: torch does not tell that a module has these."""
+    """An open_clip model, for type checkers: torch does not tell that a module has these."""
 
     visual: Any
     encode_image: Callable[..., Tensor]
@@ -148,7 +148,7 @@ def embedding_from(model: ClipModel, site: Site, x: Tensor) -> Tensor:
 
 
 def finish(model: ClipModel, site: Site, x: Tensor) -> Tensor:
-    """What ``encode_image`` makes of the activation ``[batch, d]`` at the tower's end: the default site or the output.
+    """The image features from the activation ``[batch, d]`` at the tower's end, as ``encode_image`` makes them.
 
     The same operations on the same numbers as in the tower, but for the other tokens, so that the features are the
     same bit for bit, inside autocast and outside. (Where they are not, callers run the tower.)

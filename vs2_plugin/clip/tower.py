@@ -1,4 +1,4 @@
-"""What tells one vision tower from another. No heavy imports: checkpoints are read before anything is loaded."""
+"""The identity of a vision tower. No heavy imports: checkpoints are read before anything is loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Tower"]
 
 @dataclass(frozen=True)
 class Tower:
-    """What makes a vision tower this one and no other. An SAE fits the tower it was trained on, and nothing else."""
+    """The identity of a vision tower. An SAE fits the tower it was trained on, and nothing else."""
 
     parameters: str
     """SHA-256 over names, shapes, dtypes and bytes of the vision tower's parameters and buffers."""

@@ -37,7 +37,7 @@ Encode = Callable[[Tensor], Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Extracted:
-    """What was extracted of the images of one split, in their order."""
+    """The extracted columns of the images of one split, in their order."""
 
     folder: Path
     """Where it lies: ``<column>.npy``, ``digests.npy`` and, where labels were read, ``labels.npy``."""
@@ -87,7 +87,7 @@ class ActivationCache:
     def writing(
         self, key: dict[str, Any], widths: Mapping[str, int], dtype: np.dtype, labels: bool = False
     ) -> Iterator[_Writer]:
-        """What to add batches to. All appears under the key, at once, when the block ends well."""
+        """Open a writer for batches. All appears under the key, at once, when the block ends well."""
         with atomic_folder(self.folder(key)) as scratch, closing(_Writer(scratch, widths, dtype)) as writer:
             yield writer
             writer.close()

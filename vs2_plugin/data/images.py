@@ -205,7 +205,7 @@ def open_images(
 
 
 def _probe(source: Dataset[Any]) -> list[str]:
-    """What tells most changes of a data set that has no files of its own to look at: its length and a few images."""
+    """Fingerprint a data set that has no files of its own to look at, by its length and a few images."""
     if isinstance(source, IterableDataset):
         return [type(source).__name__]
     digest = hashlib.sha256()

@@ -149,7 +149,7 @@ class LocalShards(Dataset[Any]):
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """What is in a tar file, without keeping it: by itself, an open one remembers a kilobyte for each member."""
+    """Iterate over a tar file without keeping its members: an open one remembers a kilobyte for each."""
     while (member := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined]  # which the stubs leave out
         yield member

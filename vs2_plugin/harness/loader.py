@@ -92,7 +92,7 @@ def load(
 
 
 def is_waiting() -> bool:
-    """Whether a steered model does not know its data set yet."""
+    """Tell whether a steered model does not know its data set yet."""
     return _Waiting.model is not None and _Waiting.model() is not None
 
 

@@ -110,7 +110,7 @@ class SteeredCLIP(nn.Module):
         self.places.reset()
 
     def vs2_facts(self) -> dict[str, Scalar]:
-        """What the results' metrics say of the steering; see :meth:`Places.results`."""
+        """The metrics that describe the steering; see :meth:`Places.results`."""
         return self.places.results()
 
     def record_images(self, recording: bool, show: ShowPlain | None = None) -> None:
@@ -127,7 +127,7 @@ class SteeredCLIP(nn.Module):
         self._plain = None if self._show is None else PlainEmbedding(self.model, self._edits, self.places.inside)
 
     def per_image(self) -> dict[str, Tensor]:
-        """What the last site's gate saw of each image since :meth:`reset_statistics`: ``fvu`` and ``steered``."""
+        """The last site's gate on each image since :meth:`reset_statistics`: ``fvu`` and ``steered``."""
         return self.places.per_image()
 
     def encode_image(self, image: Tensor, *args: Any, **kwargs: Any) -> Tensor:

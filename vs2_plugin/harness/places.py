@@ -36,7 +36,7 @@ _LABELS = ("none", "train", "oracle")
 
 
 class Parts:
-    """What steered models of one tower are built of. Each part is opened once, however many models ask for it."""
+    """The parts of steered models of one tower. Each is opened once, however many models ask for it."""
 
     def __init__(self, model: ClipModel, sites: Sites, tower: Tower | None = None) -> None:
         self.model, self.sites, self.tower = model, sites, tower
@@ -64,7 +64,7 @@ class Parts:
         return self.once(("gallery", checkpoint.folder), checkpoint.open_gallery)
 
     def retriever(self, checkpoint: Checkpoint, spec: ModelString) -> Retriever | None:
-        """What looks images up for a method with a gallery.
+        """The retriever of a method with a gallery.
 
         Raises:
             CheckpointError: the checkpoint has no gallery, or lacks something in it.
@@ -235,7 +235,7 @@ class Places(Sequence[Place]):
         return facts
 
     def results(self) -> dict[str, Scalar]:
-        """What the results' metrics say of the steering, as flat scalars.
+        """The metrics that describe the steering: flat scalars.
 
         ``vs2_coverage`` and ``vs2_mean_fvu`` are of the images seen since :meth:`reset`, at the last of several sites.
         """
@@ -278,7 +278,7 @@ class Places(Sequence[Place]):
             place.gate.reset()  # it saw the gallery
 
     def per_image(self) -> dict[str, Tensor]:
-        """What the last site's gate saw of each image while it was recording: ``fvu`` and ``steered``."""
+        """The last site's gate on each image, while it was recording: ``fvu`` and ``steered``."""
         gate = self[-1].gate
         return gate.per_image() if gate is not None and gate.recording else {}
 

@@ -56,7 +56,7 @@ class Movement(NamedTuple):
 
 
 def movement(move: Move) -> Movement:
-    """What a move does to the first activation of its batch."""
+    """Return the part along latents of a move, for the first activation of its batch."""
     latents, activations, amounts = move.code.active(0)
     return Movement(latents, activations, move.gain * amounts, move.rest)
 
@@ -80,7 +80,7 @@ def tail(model: ClipModel, sites: Sites, site: Site, image: Tensor) -> Callable[
 
 @dataclass(frozen=True)
 class Attribution:
-    """What changed the logits of some classes."""
+    """The change of the logits of some classes, shared among latents."""
 
     latents: Tensor
     """``[m, classes]``: the contribution of each latent."""

@@ -71,7 +71,7 @@ class Subject:
 
     @property
     def title(self) -> list[tuple[str, str]]:
-        """What is looked at: names and values."""
+        """Names and values that tell what is looked at."""
         spec, checkpoint = self.model.spec, self.model.checkpoint
         title = [("model", str(spec))]
         if checkpoint is not None:

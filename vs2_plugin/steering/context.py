@@ -1,4 +1,4 @@
-"""What the builder of a steering method is given."""
+"""The context that the builder of a steering method is given."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Context", "Task"]
 
 @dataclass(frozen=True)
 class Task:
-    """What is known of the data set under evaluation."""
+    """The data set under evaluation, as far as it is known."""
 
     dataset: str
     """Its name, as typed."""
@@ -34,7 +34,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Context:
-    """What a builder is given, once per site. All tensors are float32."""
+    """The parts that a builder works with, once per site. All tensors are float32."""
 
     model: nn.Module
     """The open_clip model (not yet steered)."""

@@ -119,7 +119,7 @@ def contrast(labels: Tensor, chosen: Tensor, valid: Tensor) -> tuple[Tensor, Ten
 
 
 class _Voting(nn.Module):
-    """What steerings along neighbours share: a retriever, labels of neighbours, and how far these agree.
+    """The base of steerings along neighbours: a retriever, labels of neighbours, and how far these agree.
 
     ``agreement``, for the results, is the mean share of neighbours that have the chosen label.
     """

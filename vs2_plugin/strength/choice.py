@@ -19,7 +19,7 @@ __all__ = ["RULE", "Choice", "Rule", "choose"]
 
 
 class Rule(NamedTuple):
-    """What a candidate has to show to be chosen."""
+    """The evidence that a candidate has to show to be chosen."""
 
     errors: float
     """A gain of fewer standard errors is no gain."""
@@ -114,7 +114,7 @@ class Choice:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """What :meth:`from_json` reads."""
+        """Return plain values for :meth:`from_json`."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     @classmethod

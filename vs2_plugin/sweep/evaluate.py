@@ -148,7 +148,7 @@ class _Data:
 
 
 class _Shared:
-    """What the points of a sweep have in common."""
+    """The model, data set and parts that the points of a sweep share."""
 
     def __init__(self, loaded: Loaded, pretrained: str, task: Task) -> None:
         self.model, self.task, self._pretrained = loaded.model, task, pretrained
@@ -186,7 +186,7 @@ class _Seen:
         return self._activations[site]
 
     def batch(self, model: ClipModel, site: Site) -> Batch:
-        """What points that steer first at ``site`` ask about the images. They share it."""
+        """The batch that points which steer first at ``site`` share."""
         if site not in self._batches:
             batch = Batch(self.images, self.targets, embed=lambda: self._plain)
             if site in self._activations:  # as a steered model has it

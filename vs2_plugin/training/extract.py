@@ -38,7 +38,7 @@ Encoders = Mapping[str, tuple[TimmEncoder, RetrievalEncoder]]
 
 @dataclass(frozen=True)
 class Part:
-    """What one data set contributes."""
+    """The extracted columns of one data set."""
 
     dataset: str
     """Its name."""
@@ -89,7 +89,7 @@ def load_encoders(
 
 @dataclass(frozen=True)
 class Extraction:
-    """What is read of every image."""
+    """The columns to be read of every image."""
 
     request: TrainRequest
     """What is asked for."""
@@ -153,7 +153,7 @@ class Extraction:
 
     @property
     def _seed(self) -> int:
-        """What picks the subset of ``max_images``."""
+        """The seed that picks the subset of ``max_images``."""
         return (self.request.seed or (0,))[0]
 
     def _precision(self) -> str:
