@@ -104,14 +104,14 @@ WHOLE = {
     "": {"architecture", "docs", "strength_study"},
     "cli": {"gallery", "interruptions"},
     "gallery": {"own_images"},
-    "harness": {"command", "demo", "gallery", "install", "towers"},
+    "harness": {"demo", "gallery", "towers"},
     "inspection": {"browser", "init"},
     "performance": {"suite"},
     "report": {"browser"},
     "reproduce": {"paper"},
-    "steering": {"brake", "reference"},
+    "steering": {"reference"},
     "strength": {"declarations"},
-    "sweep": {"automatic_sweep", "said", "sweep"},
+    "sweep": {"automatic_sweep", "said"},
 }
 
 

@@ -165,7 +165,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
 
 
 def test_the_plugin_of_its_chapter_runs(monkeypatch, make_sae):
-    """tests/harness/test_install.py installs it as a package and evaluates with it."""
+    """tests/harness/test_autoload.py installs it as a package and evaluates with it."""
     from types import SimpleNamespace
 
     from vs2_plugin.plugins import registry
