@@ -54,13 +54,13 @@ def test_an_interrupted_demo_ends_its_command_and_says_how_to_go_on(tmp_path, mo
 
 
 def test_interrupted_commands_say_how_to_go_on(monkeypatch, capsys):
-    from vs2_plugin.cli import inspect, latents
+    from vs2_plugin.inspection import pictures, survey
     from vs2_plugin.results import runs as results
 
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    for where, name in ((results, "read"), (inspect, "read_image"), (latents, "open_subject")):
+    for where, name in ((results, "read"), (pictures, "read_image"), (survey, "require_sae")):
         monkeypatch.setattr(where, name, interrupted)
     model = ["--model", "vs2:ViT-B-32", "--dataset", "cifar100"]
     for words in (["report", "results"], ["inspect", *model, "a.png"], ["latents", *model]):

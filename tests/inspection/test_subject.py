@@ -23,7 +23,7 @@ def test_a_subject_knows_its_classes_words_and_images(subject):
 @pytest.mark.parametrize(
     ("settings", "error", "fragment"),
     [
-        ({"dataset_root": "nowhere"}, DataError, "which tells the class names"),
+        ({"dataset_root": "nowhere"}, DataError, "its class"),
         ({"dataset": "wds/other"}, CheckpointNotFound, "vs2-train-sae --model"),
         ({"classes": ["one", "one"]}, DataError, "classes: 'one', 'one'; expected at least two different words"),
         ({"concepts": []}, DataError, "concepts: none; expected"),

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from vs2_plugin.harness.automatic import kept
+from vs2_plugin.harness.automatic import _kept as kept
 from vs2_plugin.strength import RULE, Choice, choose, neighbour_graph, scores
 
 ALPHAS = [{"alpha": value} for value in (0.0, 0.5, 1.0, 2.0)]
