@@ -115,6 +115,22 @@ WHOLE = {
 }
 
 
+def complexity(function):
+    """Its cyclomatic complexity, with that of functions in it."""
+    one = (ast.If, ast.IfExp, ast.For, ast.While, ast.ExceptHandler, ast.Assert)
+    nodes = list(ast.walk(function))
+    several = sum(len(node.values) - 1 for node in nodes if isinstance(node, ast.BoolOp))
+    several += sum(1 + len(node.ifs) for node in nodes if isinstance(node, ast.comprehension))
+    return 1 + several + sum(isinstance(node, one) for node in nodes)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_function_is_too_complex(module):
+    nodes = ast.walk(ast.parse((ROOT / module).read_text(encoding="utf-8")))
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    assert {function.name: complexity(function) for function in functions if complexity(function) > 15} == {}
+
+
 def test_tests_lie_where_their_modules_lie():
     whole = {f"{room}/test_{name}.py".lstrip("/") for room, names in WHOLE.items() for name in names}
     tests = {path.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py")}

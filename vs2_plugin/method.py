@@ -162,6 +162,11 @@ class Method:
             raise PluginError(
                 f"method name {self.name!r}: expected lower-case letters, digits and '_', and none of {reserved}"
             )
+        self._check_declarations()
+        object.__setattr__(self, "options", tuple(self.options))
+        object.__setattr__(self, "_by_name", self._checked_options())
+
+    def _check_declarations(self) -> None:
         for alias in self.aliases:
             if not re.match(r"[a-z][a-z0-9_+-]*\Z", alias) or alias in RESERVED:
                 raise PluginError(f"method {self.name!r}: alias {alias!r} is not a usable name")
@@ -178,7 +183,8 @@ class Method:
             )
         if self.gallery != "none" and not self.needs_checkpoint:
             raise PluginError(f"method {self.name!r} needs a gallery, which lies in a checkpoint; set needs_checkpoint")
-        object.__setattr__(self, "options", tuple(self.options))
+
+    def _checked_options(self) -> dict[str, Option]:
         by_name = {option.name: option for option in self.all_options}
         if len(by_name) != len(self.all_options):
             raise PluginError(
@@ -190,7 +196,7 @@ class Method:
                 raise PluginError(
                     f"method {self.name!r}: auto of {option.name!r} needs {option.auto_needs[0]!r}, which is no option"
                 )
-        object.__setattr__(self, "_by_name", by_name)
+        return by_name
 
     @property
     def all_options(self) -> tuple[Option, ...]:

@@ -140,11 +140,16 @@ def _value(method: Method, key: str, value: str) -> Scalar:
 
 
 def _check_combination(method: Method, given: dict[str, Scalar]) -> None:
-    """Refuse options that exclude each other, and automatic ones without what they need, or the reverse."""
+    """Refuse options that do not go together."""
     for option in method.all_options:
         for other in option.excludes:
             if option.name in given and other in given:
                 raise ModelStringError(f"options {option.name!r} and {other!r} exclude each other; give one of them")
+    _check_automatic(method, given)
+
+
+def _check_automatic(method: Method, given: dict[str, Scalar]) -> None:
+    """Refuse automatic options without what they need, and what is for them without one."""
     filled = method.fill(given)
     automatic = method.automatic(filled)
     for option in automatic:

@@ -189,8 +189,9 @@ class Checkpoint:
                 f"checkpoint {self.name!r} has no {variant} SAE, only {there}; add one to it by vs2-train-sae with its "
                 f"--model, --pretrained and --dataset{how}"
             )
-        if blocks is None:
-            return [sites[-1]]
+        return [sites[-1]] if blocks is None else self._at_blocks(blocks, sites)
+
+    def _at_blocks(self, blocks: str, sites: Sequence[SiteSAE]) -> list[SiteSAE]:
         at_block = {site.block: site for site in sites if site.block is not None}
         wanted = sorted(at_block) if blocks == "all" else sorted({int(number) for number in blocks.split("+")})
         missing = [str(number) for number in wanted if number not in at_block]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -29,36 +30,39 @@ def typed(kind: Any, value: Any, place: str = "") -> Any:
     Traceback (most recent call last):
     ValueError: counts[2] is True; expected int or None
     """
-    if kind is Any:
-        return value
-    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
-        return kind(**_fields(kind, value, place))
+    if is_dataclass(kind) and isinstance(value, dict):
+        return _dataclass(kind, value, place)
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         for option in arguments:
-            try:
+            with suppress(ValueError):
                 return typed(option, value, place)
-            except ValueError:
-                continue
     elif origin in (list, tuple) and isinstance(value, list):
         return origin(typed(arguments[0], item, f"{place}[{index}]") for index, item in enumerate(value))
     elif origin is dict and isinstance(value, dict):
         return {key: typed(arguments[1], item, f"{place}[{key!r}]") for key, item in value.items()}
-    elif origin is None and not is_dataclass(kind):
-        accepted = (int, float) if kind is float else kind
-        if isinstance(value, accepted) and isinstance(value, bool) is (kind is bool):
-            return value
+    elif origin is None and _is_plain(kind, value):
+        return value
     shown = repr(value)
     shown = shown if len(shown) <= 40 else f"{shown[:36]} ..."
     raise ValueError(f"{place or 'the value'} is {shown}; expected {_words(kind)}")
 
 
-def _fields(kind: Any, values: Mapping[str, Any], place: str) -> dict[str, Any]:
+def _is_plain(kind: Any, value: object) -> bool:
+    """Tell whether a value is of a plain type, or may be anything. A bool is no number."""
+    if kind is Any:
+        return True
+    accepted = (int, float) if kind is float else kind
+    return not is_dataclass(kind) and isinstance(value, accepted) and isinstance(value, bool) is (kind is bool)
+
+
+def _dataclass(kind: Any, values: Mapping[str, Any], place: str) -> Any:
     hints, prefix = get_type_hints(kind), f"{place}." if place else ""
     lacking = [f.name for f in fields(kind) if f.name not in values and f.default is f.default_factory is MISSING]
     if lacking:
         raise ValueError(f"{prefix}{lacking[0]} is missing")
-    return {f.name: typed(hints[f.name], values[f.name], prefix + f.name) for f in fields(kind) if f.name in values}
+    given = [f.name for f in fields(kind) if f.name in values]
+    return kind(**{name: typed(hints[name], values[name], prefix + name) for name in given})
 
 
 def _words(kind: Any) -> str:

@@ -258,19 +258,20 @@ def read_prior(path: str, classes: Sequence[str] | None = None, count: int | Non
         found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError, RuntimeError) as error:
         raise wrong(" ".join(str(error).split())) from None
-    shares = list(found.values()) if isinstance(found, dict) else found
-    good = isinstance(shares, list) and all(
-        isinstance(share, (int, float)) and not isinstance(share, bool) and 0 <= share < float("inf")
-        for share in shares
-    )
-    if not good or sum(shares) <= 0:
+    by_name = isinstance(found, dict)
+    shares = list(found.values()) if by_name else found
+    if not isinstance(shares, list) or not all(map(_is_share, shares)) or sum(shares) <= 0:
         raise wrong("shares are numbers from 0 on, not all of them 0")
-    if isinstance(found, dict) and classes is not None:
+    if by_name and classes is not None:
         unknown = sorted(set(found) - set(classes))
         if unknown:
             raise wrong(f"{', '.join(map(repr, unknown[:3]))} is no class of the data set")
         shares = [found.get(name, 0) for name in classes]
-    if count is not None and (len(shares) != count or (isinstance(found, dict) and classes is None)):
+    if count is not None and (len(shares) != count or (by_name and classes is None)):
         raise wrong(f"{len(shares)} shares for {count} classes, whose names are {'' if classes else 'not '}known")
     prior = torch.tensor(shares, dtype=torch.float64)
     return prior / prior.sum()
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")

@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 import shlex
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,10 @@ def metric_names(runs: Sequence[Run]) -> list[str]:
     return [name for name in names if not name.startswith("vs2_") and any(run.number(name) is not None for run in runs)]
 
 
+#: What asks the commands for per-image results.
+_PER_IMAGE = "VS2_PER_IMAGE=1 "
+
+
 def hints(group: Group, section: Section) -> list[tuple[str, str]]:
     """Return what is not shown for lack of data, and the commands that get it."""
     wanted = []
@@ -156,15 +160,26 @@ def hints(group: Group, section: Section) -> list[tuple[str, str]]:
         words = (*tool.split(), "--model", *models, "--pretrained", group.pretrained, "--dataset", section.dataset)
         wanted.append((what, before + shlex.join(words)))
 
-    per_image = "VS2_PER_IMAGE=1 "
     if group.zero is None:
         want("Changes over zero-shot: there is no result of the plain model.", group.backbone)
     elif "acc5" not in group.zero.run.metrics:
         want(
             "Top-5 accuracy, time and memory of zero-shot: what is shown of it was recorded in a steered run.",
             group.backbone,
-            before=per_image,
+            before=_PER_IMAGE,
         )
+    _want_images(group, want)
+    if "gate" not in group.curves():
+        models = [f"vs2:{group.backbone}@gate={q}" for q in (0.9, 0.95, 0.99)]
+        want("Coverage against q: needs results that differ in the gate only.", *models)
+    if not group.grids():
+        model = f"vs2:{group.backbone}@gamma=1:3:0.25@lam=0:10:1"
+        want("The heat map of gamma and lambda: needs results that differ in these two only.", model, tool="vs2 sweep")
+    return wanted
+
+
+def _want_images(group: Group, want: Callable[..., None]) -> None:
+    """Want per-image results of the rows that have none, or none that can be paired with zero-shot's."""
     bare = [row for row in group.rows if row.run.images is None]
     if bare:
         whose = "" if len(bare) == len(group.rows) else f" of {_some(bare)}"
@@ -173,7 +188,7 @@ def hints(group: Group, section: Section) -> list[tuple[str, str]]:
         want(
             f"Intervals, accuracy by FVU, {what}{whose}: there are no per-image results.",
             *(row.run.model for row in bare),
-            before=per_image,
+            before=_PER_IMAGE,
         )
     elsewhere = [
         row for row in group.steered if row.run.images and row.zero and row.zero.images and row.pairing is None
@@ -184,15 +199,8 @@ def hints(group: Group, section: Section) -> list[tuple[str, str]]:
             "class names.",
             group.backbone,
             *(row.run.model for row in elsewhere),
-            before=per_image,
+            before=_PER_IMAGE,
         )
-    if "gate" not in group.curves():
-        models = [f"vs2:{group.backbone}@gate={q}" for q in (0.9, 0.95, 0.99)]
-        want("Coverage against q: needs results that differ in the gate only.", *models)
-    if not group.grids():
-        model = f"vs2:{group.backbone}@gamma=1:3:0.25@lam=0:10:1"
-        want("The heat map of gamma and lambda: needs results that differ in these two only.", model, tool="vs2 sweep")
-    return wanted
 
 
 def _some(rows: list[Row]) -> str:

@@ -150,29 +150,36 @@ def _damaged(path: Path, problem: str) -> DataError:
 
 def _problems(held: Mapping[str, Array]) -> Iterator[str]:
     """Give what is wrong with the arrays of a file. Each check relies on those before it."""
-    missing = [name for name in _NEEDED if name not in held]
+    missing = ", ".join(name for name in _NEEDED if name not in held)
     if missing:
-        yield f"it holds no {', '.join(missing)}"
-    count = len(held["digest"]) if held["digest"].ndim == 1 else 0
-    for name, about in _COLUMNS.items():
-        array, kind = held.get(name), about["dtype"].kind
-        if array is None:
-            continue
-        if array.shape != (count,) or array.dtype.kind != kind or count == 0:
-            yield f"{name} is {_shape(array)} for {count} images"
-        if kind == "f" and not np.isfinite(array).all():
-            yield f"{name} holds values that are no finite numbers"
-    if held["classes"].ndim != 1 or held["classes"].dtype.kind != "U":
-        yield f"classes is {_shape(held['classes'])}; expected a list of names"
-    of_plain = [name for name in _COLUMNS if name.startswith("plain_") and name in held]
+        yield f"it holds no {missing}"
+    columns = [name for name in _COLUMNS if name in held]
+    for name in columns:
+        yield from _malformed(name, held[name], held["digest"].size)
+    classes = held["classes"]
+    if classes.ndim != 1 or classes.dtype.kind != "U":
+        yield f"classes is {_shape(classes)}; expected a list of names"
+    of_plain = {"plain_prediction", "plain_confidence"} & held.keys()
     if len(of_plain) == 1:
-        yield f"of the plain model it holds {of_plain[0]} only"
-    for name in _COLUMNS.keys() & held.keys():
+        yield f"of the plain model it holds {of_plain.pop()} only"
+    for name in columns:
         yield from _out_of_range(name, held[name], len(held["classes"]))
     for name in _NUMBERS:
-        value = held.get(name, np.zeros(()))
-        if value.ndim != 0 or value.dtype.kind not in "iuf" or not np.isfinite(value) or value < 0:
-            yield f"{name} is {_shape(value)}; expected one number"
+        if name in held and not _is_number(held[name]):
+            yield f"{name} is {_shape(held[name])}; expected one number"
+
+
+def _is_number(value: Array) -> bool:
+    return value.ndim == 0 and value.dtype.kind in "iuf" and bool(0 <= value < np.inf)
+
+
+def _malformed(name: str, array: Array, count: int) -> Iterator[str]:
+    """Give what is wrong with the form of a column of so many images."""
+    kind = _COLUMNS[name]["dtype"].kind
+    if array.shape != (count,) or array.dtype.kind != kind or count == 0:
+        yield f"{name} is {_shape(array)} for {count} images"
+    if kind == "f" and not np.isfinite(array).all():
+        yield f"{name} holds values that are no finite numbers"
 
 
 def _out_of_range(name: str, array: Array, classes: int) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -55,22 +56,7 @@ def load_sae(folder: Path | str) -> TopKSAE:
     if not isinstance(facts, dict):
         raise CheckpointError(f"{folder / CONFIG_FILE} holds {type(facts).__name__}; expected an object")
 
-    activation = str(facts.get("activation", "topk"))
-    unsupported = [key for key in ("skip_connection", "transcode") if facts.get(key)]
-    known = {name: ours for ours, name in _ACTIVATION_NAMES.items()}
-    if unsupported or activation not in known:
-        what = unsupported[0] if unsupported else f"activation {activation!r}"
-        raise CheckpointError(f"the SAE in {folder} has {what}; expected a plain top-k SAE (activation topk or abs)")
-    try:
-        d_in = facts["d_in"]
-        # sparsify writes 0 for "d_in times expansion_factor"
-        num_latents = facts.get("num_latents") or d_in * facts["expansion_factor"]
-        config = SaeConfig(d_in, num_latents, facts["k"], known[activation])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / CONFIG_FILE} lacks {error}; expected d_in, num_latents and k") from error
-    except SettingError as error:
-        raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from error
-
+    config = _config(folder, facts)
     with torch.device("meta"):
         sae = TopKSAE(config)
     expected = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
@@ -81,3 +67,21 @@ def load_sae(folder: Path | str) -> TopKSAE:
         raise CheckpointError(f"{folder / WEIGHTS_FILE} holds values that are not finite; train the SAE again")
     sae.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     return sae.eval().requires_grad_(False)
+
+
+def _config(folder: Path, facts: dict[str, Any]) -> SaeConfig:
+    activation = str(facts.get("activation", "topk"))
+    unsupported = [key for key in ("skip_connection", "transcode") if facts.get(key)]
+    known = {name: ours for ours, name in _ACTIVATION_NAMES.items()}
+    if unsupported or activation not in known:
+        what = unsupported[0] if unsupported else f"activation {activation!r}"
+        raise CheckpointError(f"the SAE in {folder} has {what}; expected a plain top-k SAE (activation topk or abs)")
+    try:
+        d_in = facts["d_in"]
+        # sparsify writes 0 for "d_in times expansion_factor"
+        num_latents = facts.get("num_latents") or d_in * facts["expansion_factor"]
+        return SaeConfig(d_in, num_latents, facts["k"], known[activation])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE} lacks {error}; expected d_in, num_latents and k") from error
+    except SettingError as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from error

@@ -69,12 +69,9 @@ def make_plans(request: TrainRequest, store: Store) -> list[Plan]:
         SettingError: a setting outside its range.
         DataError: a checkpoint is there already.
     """
-    given = {one.name: getattr(request, one.name, None) for one in fields(TrainConfig)}
-    shape = _paper_shape(request.model) if request.recipe == "paper" else {}
-    grid = {name: given.pop(name) or ((shape[name],) if name in shape else ()) for name in _GRID}
-    weights = given.pop("pass_weight") or (0.0,)
-    passes = tuple(dict.fromkeys(weight for weight in weights if weight)) or (0.0,)
-    single = {name: value for name, value in given.items() if value is not None}
+    grid, single = _settings(request)
+    weights = request.pass_weight or (0.0,)
+    passes = tuple(dict.fromkeys(filter(None, weights))) or (0.0,)
     base = request.name or checkpoint_name(request.model, request.pretrained, "+".join(request.dataset))
     plans = []
     for *values, weight in product(*(values or (None,) for values in grid.values()), passes):
@@ -83,13 +80,24 @@ def make_plans(request: TrainRequest, store: Store) -> list[Plan]:
         suffix += f"-pass{weight:g}" if len(passes) > 1 else ""
         variants = {"plain": 0.0} if 0.0 in weights else {}
         variants |= {"pass": weight} if weight else {}
-        folder = store.folder(base + suffix)
         settings = {**RECIPES[request.recipe], **single, **chosen}
-        plan = Plan(folder, settings, variants, _existing(folder, variants, request.overwrite))
-        for variant in variants:
-            plan.config(variant, 512)  # refused now, and not after the extraction
-        plans.append(plan)
+        plans.append(_plan(store.folder(base + suffix), settings, variants, request.overwrite))
     return plans
+
+
+def _settings(request: TrainRequest) -> tuple[dict[str, Sequence[Any]], dict[str, Any]]:
+    """Return the settings that may have several values, and those with one, as far as the request tells them."""
+    given = {one.name: getattr(request, one.name, None) for one in fields(TrainConfig) if one.name != "pass_weight"}
+    shape = _paper_shape(request.model) if request.recipe == "paper" else {}
+    grid = {name: given.pop(name) or ((shape[name],) if name in shape else ()) for name in _GRID}
+    return grid, {name: value for name, value in given.items() if value is not None}
+
+
+def _plan(folder: Path, settings: Mapping[str, Any], variants: Mapping[str, float], overwrite: bool) -> Plan:
+    plan = Plan(folder, settings, variants, _existing(folder, variants, overwrite))
+    for variant in variants:
+        plan.config(variant, 512)  # refused now, and not after the extraction
+    return plan
 
 
 def _existing(folder: Path, variants: Collection[str], overwrite: bool) -> Checkpoint | None:

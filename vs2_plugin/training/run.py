@@ -112,8 +112,8 @@ def _prepare(
     for checkpoint in existing:
         checkpoint.require_tower(tower)
     kept = [loaded.sites.find(site.hookpoint) for plan in plans for site in plan.kept]
-    held = [checkpoint.gallery for checkpoint in existing if request.gallery and checkpoint.gallery]
-    any_pass = any("pass" in plan.variants for plan in plans)
+    held = [checkpoint.gallery for checkpoint in existing if checkpoint.gallery] if request.gallery else []
+    labels = request.gallery_labels or any(gallery.labels for gallery in held)
     extraction = Extraction(
         request=request,
         store=store,
@@ -121,13 +121,17 @@ def _prepare(
         tower=tower,
         sites=loaded.sites.in_order([*sites, *kept]),
         encoders=load_encoders(request, held, tower.preprocessing, device),
-        labels=any_pass or request.gallery_labels or any(gallery.labels for gallery in held),
-        amp=not emulates_bfloat16() if request.amp is None else request.amp,
+        labels=labels or any("pass" in plan.variants for plan in plans),
+        amp=_amp(request),
         device=device,
         say=say,
         processes=processes,
     )
     return extraction, sites
+
+
+def _amp(request: TrainRequest) -> bool:
+    return not emulates_bfloat16() if request.amp is None else request.amp
 
 
 def _data(request: TrainRequest, splits: Mapping[str, Split], parts: Sequence[Part], amp: bool) -> TrainingData:
@@ -155,12 +159,10 @@ def _train_saes(
     activations = {site: stack([part.tower.columns[site.hookpoint] for part in parts]) for site in sites}
     labels = all_labels(parts) if any("pass" in plan.variants for plan in plans) else None
     jobs: dict[tuple[Site, TrainConfig], Job] = {}
-    for plan in plans:
-        for variant, site in _wanted(plan, sites):
-            config = plan.config(variant, site.width)
-            name = _name(plan, variant, site, len(plans))
-            own = labels if variant == "pass" else None
-            jobs.setdefault((site, config), Job(name, activations[site], config, own))
+    for plan, variant, site in [(one, *wanted) for one in plans for wanted in _wanted(one, sites)]:
+        config = plan.config(variant, site.width)
+        job = Job(_name(plan, variant, site, len(plans)), activations[site], config, labels)
+        jobs.setdefault((site, config), job if variant == "pass" else replace(job, labels=None))
     calibrated = [part.dataset in (request.calibrate_on or request.dataset) for part in parts]
     trained = train_saes(
         list(jobs.values()),
@@ -173,14 +175,15 @@ def _train_saes(
     if extraction.processes.first:
         for job, result in zip(jobs.values(), trained, strict=True):
             report(_outcome(job.name, result))
-    return [
-        [
+
+    def saes(plan: Plan) -> _Saes:
+        wanted = ((variant, site, plan.config(variant, site.width)) for variant, site in _wanted(plan, sites))
+        return [
             (_facts(request.recipe, site, variant, config, results[site, config]), results[site, config].sae)
-            for variant, site in _wanted(plan, sites)
-            for config in [plan.config(variant, site.width)]
+            for variant, site, config in wanted
         ]
-        for plan in plans
-    ]
+
+    return [saes(plan) for plan in plans]
 
 
 def _wanted(plan: Plan, sites: Sequence[Site]) -> list[tuple[str, Site]]:
