@@ -157,16 +157,16 @@ def _train_saes(
 ) -> list[_Saes]:
     """Train the SAEs of all plans and say how it went. What two plans have in common is trained once."""
     activations = {site: stack([part.tower.columns[site.hookpoint] for part in parts]) for site in sites}
-    labels = all_labels(parts) if any("pass" in plan.variants for plan in plans) else None
+    labels = all_labels(parts) if extraction.labels else None
     jobs: dict[tuple[Site, TrainConfig], Job] = {}
     for plan, variant, site in [(one, *wanted) for one in plans for wanted in _wanted(one, sites)]:
         config = plan.config(variant, site.width)
         job = Job(_name(plan, variant, site, len(plans)), activations[site], config, labels)
         jobs.setdefault((site, config), job if variant == "pass" else replace(job, labels=None))
-    calibrated = [part.dataset in (request.calibrate_on or request.dataset) for part in parts]
+    calibrate_on = request.calibrate_on or request.dataset
     trained = train_saes(
         list(jobs.values()),
-        calibration=np.repeat(calibrated, [len(part) for part in parts]),
+        calibration=np.concatenate([np.full(len(part), part.dataset in calibrate_on) for part in parts]),
         device=extraction.device,
         quiet=request.quiet,
         processes=extraction.processes,
