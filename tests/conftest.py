@@ -5,8 +5,6 @@ import signal
 
 # Read when torch is loaded: threads that sleep while they wait do not slow each other down on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-if "PYTEST_XDIST_WORKER" in os.environ:  # several of these processes: a core each, also for the commands that they run
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a run in the background, which tests of Ctrl-C are to be as any
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # A developer's own wish for per-image results, which add to every results file, is none of the tests'.

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import tarfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,7 +28,7 @@ def test_demo_prints_the_accuracies_of_its_results(demo):
         assert f"| {name} | {100 * found['acc1']:.2f} |" in demo.output
         assert model == TINY or f"| {100 * (found['acc1'] - plain):+.2f} |" in demo.output
     ran = [line.split()[1:3] for line in demo.output.splitlines() if line.startswith("$ ")]
-    expected = ["vs2-train-sae --model", "clip_benchmark eval", "vs2 sweep", "clip_benchmark build", "vs2 report"]
+    expected = ["vs2-train-sae --model", "clip_benchmark eval", "vs2 sweep", "vs2 report"]
     assert [" ".join(words) for words in ran] == expected
 
 
@@ -61,8 +62,9 @@ def test_results_carry_the_facts_of_the_steering(demo):
     assert not any(key.startswith("vs2_") for key in metrics(demo.folder / "results" / f"{TINY}.json"))
 
 
-def test_build_carries_them_into_the_csv(demo):
-    rows = {row["model"]: row for row in csv.DictReader((demo.folder / "benchmark.csv").open())}
+def test_build_carries_them_into_the_csv(in_demo, clip_benchmark):
+    assert clip_benchmark("build", *map(str, Path("results").glob("*.json")), "--output", "benchmark.csv")[0] == 0
+    rows = {row["model"]: row for row in csv.DictReader((in_demo / "benchmark.csv").open())}
     assert rows.keys() == set(SYSTEMS.values())
     assert rows[f"vs2:{TINY}"]["vs2_gamma"] == "1.5"
     assert rows[TINY]["vs2_gamma"] == ""

@@ -29,11 +29,11 @@ EVALUATED = {
     "zero-shot CLIP": MODEL,
     "VS2": f"vs2:{MODEL}",
     "VS2, strength told without labels": f"vs2:{MODEL}@alpha=auto",
-    "selective VS2, told without labels": f"vs2s:{MODEL}",
-    "VS2++, pseudo-labels": f"vs2pp:{MODEL}",
 }
 #: Rows that ``vs2 sweep`` evaluates, all in one pass of the images -> model string.
 SWEPT = {
+    "selective VS2, told without labels": f"vs2s:{MODEL}",
+    "VS2++, pseudo-labels": f"vs2pp:{MODEL}",
     "VS2, gated at q = 0.99": f"vs2:{MODEL}@gate=0.99",
     "VS2, last two blocks": f"vs2:{MODEL}@blocks=2+3",
     "VS2 + PASS (training labels)": f"pass:{MODEL}",
@@ -121,9 +121,8 @@ def demo(folder: Path, quiet: bool = False, seeds: Sequence[int] = (0,)) -> None
     if len(seeds) == 1:
         run("clip_benchmark", "eval", "--model", *EVALUATED.values(), *evaluation)
         run("vs2", "sweep", "--model", *SWEPT.values(), *evaluation, "--skip_existing")
-        run("clip_benchmark", "build", "results", "--output", "benchmark.csv")
         run("vs2", "report", "results", "--out", "report")
-        there = "report/index.html, results/*.json, benchmark.csv, the checkpoint in store/checkpoints"
+        there = "report/index.html, results/*.json, the checkpoint in store/checkpoints"
     else:
         saes = ",".join(f"digits-seed{seed}" for seed in seeds)
         strings = [with_checkpoint(model, saes) for model in SYSTEMS.values() if model != MODEL]
