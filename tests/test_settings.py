@@ -1,6 +1,6 @@
 """A setting: what it accepts and says; and what is derived from a dataclass of settings."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -8,7 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vs2_plugin.errors import PluginError, SettingError
+from vs2_plugin.method import Option
 from vs2_plugin.settings import Setting, flags_of, like, read, setting, settings_of, validate, words_of
+
+#: An option of a model string is a setting and has to behave as one.
+KINDS = pytest.mark.parametrize("kind", [Setting, Option])
+
+
+def as_kind(kind, declared):
+    """The same declaration as a Setting or an Option."""
+    return kind(**{one.name: getattr(declared, one.name) for one in fields(Setting)})
+
 
 NUMBER = Setting("x", float, minimum=-2, maximum=3)
 COUNT = Setting("x", int, minimum=1)
@@ -71,33 +81,38 @@ REFUSED = [
 ]
 
 
+@KINDS
 @pytest.mark.parametrize(("declared", "text", "value"), ACCEPTED)
-def test_accepted_texts(declared, text, value):
-    found = declared.parse(text)
+def test_accepted_texts(declared, text, value, kind):
+    found = as_kind(kind, declared).parse(text)
     assert found == value
     assert type(found) is declared.type
 
 
+@KINDS
 @pytest.mark.parametrize(("declared", "text", "expected"), REFUSED)
-def test_refused_texts_say_what_was_expected(declared, text, expected):
+def test_refused_texts_say_what_was_expected(declared, text, expected, kind):
     with pytest.raises(ValueError) as error:
-        declared.parse(text)
+        as_kind(kind, declared).parse(text)
     assert str(error.value) == expected
 
 
-def test_a_huge_whole_number_is_read_or_refused():
-    assert Setting("x", int, maximum=10).check(10**400) == "a whole number, at most 10"
+@KINDS
+def test_a_huge_whole_number_is_read_or_refused(kind):
+    assert kind("x", int, maximum=10).check(10**400) == "a whole number, at most 10"
 
 
-@given(st.floats(allow_nan=False, allow_infinity=False))
-def test_numbers_round_trip(value):
-    assert Setting("x", float).parse(str(value)) == value
+@KINDS
+@given(value=st.floats(allow_nan=False, allow_infinity=False))
+def test_numbers_round_trip(kind, value):
+    assert kind("x", float).parse(str(value)) == value
 
 
 @pytest.mark.parametrize("value", [True, False, "1", None, float("nan"), float("inf")])
-@pytest.mark.parametrize("kind", [float, int])
-def test_values_that_are_no_numbers_fail_the_check(kind, value):
-    assert Setting("x", kind).check(value) is not None
+@pytest.mark.parametrize("number", [float, int])
+@KINDS
+def test_values_that_are_no_numbers_fail_the_check(number, value, kind):
+    assert kind("x", number).check(value) is not None
 
 
 BAD_SETTINGS = [
@@ -119,11 +134,12 @@ BAD_SETTINGS = [
 ]
 
 
+@KINDS
 @pytest.mark.parametrize(("declaration", "part"), BAD_SETTINGS)
-def test_a_wrong_setting_is_a_plugin_error(declaration, part):
+def test_a_wrong_setting_is_a_plugin_error(declaration, part, kind):
     with pytest.raises(PluginError) as error:
-        Setting(**declaration)
-    assert part in str(error.value)
+        kind(**declaration)
+    assert part.replace("setting", kind.__name__.lower()) in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -135,8 +151,9 @@ def test_a_wrong_setting_is_a_plugin_error(declaration, part):
         (Setting("x", str, "a", choices=("a", "b")), "a or b (default a)"),
     ],
 )
-def test_a_setting_describes_itself(declared, words):
-    assert declared.describe() == words
+@KINDS
+def test_a_setting_describes_itself(declared, words, kind):
+    assert as_kind(kind, declared).describe() == words
 
 
 # ---- dataclasses of settings

@@ -1,30 +1,15 @@
 """vs2-train-sae, in this process, on the demo's digits and tiny CLIP."""
 
-import shutil
-
 import pytest
 
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli import train_sae
-from vs2_plugin.demo.digits import write_digits
-from vs2_plugin.demo.run import _TINY_CLIP
 
-FEW = ["--samples", "2000", "--num_workers", "0", "--quiet", "--no_amp"]
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    write_digits(tmp_path / "digits")
-    shutil.copytree(_TINY_CLIP, tmp_path / "tiny-clip")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("VS2_STORE", str(tmp_path / "store"))
-    return tmp_path
+from ..training.conftest import FEW, WORDS, folder  # noqa: F401
 
 
 def train(*words: str) -> int:
-    return train_sae.main(
-        ["--model", "local-dir:tiny-clip", "--dataset", "wds/digits", "--dataset_root", "digits", *FEW, *words]
-    )
+    return train_sae.main([*WORDS, *FEW, *words])
 
 
 @pytest.mark.parametrize(
@@ -47,7 +32,8 @@ def train(*words: str) -> int:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_mistakes_end_with_one_line(words, fragments, folder, capsys):
+@pytest.mark.usefixtures("folder")
+def test_mistakes_end_with_one_line(words, fragments, capsys):
     assert train(*words) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vs2-train-sae: error: ")]
     assert len(error) == 1

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vs2_plugin.data.images import image_digest
-from vs2_plugin.errors import DataError, HarnessError
+from vs2_plugin.errors import DataError, HarnessError, PluginError
 from vs2_plugin.gallery.gallery import Gallery
 from vs2_plugin.gallery.search import ExactSearch
 from vs2_plugin.steering.batch import Batch
@@ -188,6 +188,12 @@ def test_confidence_tells_apart_what_float32_calls_certain():
     classes, confidence = retriever.pseudo
     assert classes.tolist() == [0] * 5
     assert confidence.argsort(descending=True, stable=True).tolist() == [3, 1, 2, 4, 0]
+
+
+def test_neighbours_without_a_search_name_the_declaration(images):
+    retriever = Retriever(Gallery({}, {"clip": np.eye(2, dtype=np.float16)}, np.arange(2, dtype=np.uint64)), "cpu")
+    with pytest.raises(PluginError, match="gallery='neighbours'"):
+        retriever.neighbours(Batch(torch.zeros(1, 3, 2, 2), embed=lambda: torch.eye(2)[:1]))
 
 
 def test_labels_of_an_oracle(images):

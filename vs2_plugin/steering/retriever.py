@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vs2_plugin.errors import DataError, HarnessError
+from vs2_plugin.errors import DataError, HarnessError, PluginError
 from vs2_plugin.gallery.gallery import CLIP, Gallery
 from vs2_plugin.gallery.search import Search, blocks
 from vs2_plugin.steering.batch import Batch
@@ -159,7 +159,8 @@ class Retriever:
         return batch.once(encode, lambda: F.normalize(encode(images), dim=-1))
 
     def _neighbours(self, batch: Batch) -> Neighbours:
-        assert self._search is not None, "this method looks up no neighbours"
+        if self._search is None:
+            raise PluginError("this method looks up neighbours; declare it with gallery='neighbours'")
         # As many more as an image can be in the gallery, so that n are left without them.
         wanted = min(len(self.gallery), self.n + self._repeated)
         similarity, rows = self._search(self._queries(batch), wanted)
