@@ -8,8 +8,7 @@ from PIL import Image
 import vs2_plugin
 from vs2_plugin.demo.digits import CLASSES, TEMPLATES
 from vs2_plugin.errors import HarnessError
-from vs2_plugin.inspection.findings import describe, inspect_images
-from vs2_plugin.inspection.latents import LatentStatistics
+from vs2_plugin.inspection.findings import inspect_images
 from vs2_plugin.inspection.notes import NO_GALLERY, NO_WORDS
 from vs2_plugin.inspection.pictures import ImageFile, read_image
 from vs2_plugin.plugins import registry
@@ -117,16 +116,6 @@ def test_what_is_missing_is_said(subject, digit):
 def test_an_oracle_that_needs_the_true_class_is_refused(subject):
     with pytest.raises(HarnessError, match="needs the true class"):
         inspect_images(subject("proto"), [])
-
-
-def test_one_image_is_no_images():
-    statistics = LatentStatistics(
-        images=50, counts=np.array([1, 0]), means=np.array([2.0, 0]), rows=np.array([[7, -1], [-1, -1]]),
-        values=np.array([[2.0, 0], [0, 0]]), classes=np.array([[0, -1], [-1, -1]]), class_counts=np.array([50]),
-    )  # fmt: skip
-    text = describe(statistics, 0, ["zero"])
-    assert text == "active in 1 of 50 training images (2.0%), mean 2.00; of the top 1, 1 is 'zero' by zero-shot"
-    assert describe(statistics, 1, ["zero"]) == "active in none of 50 training images"
 
 
 def test_a_move_of_any_plugin_is_explained(subject, digit, monkeypatch):

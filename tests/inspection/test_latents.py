@@ -143,3 +143,11 @@ def test_random_latents_are_drawn_evenly():
     for seed in range(400):
         times[choose(found, 40, seed)["random"]] += 1
     assert times[0] == 0 and times[1:].min() > 60 and times[1:].max() < 140  # 100 expected
+
+
+def test_one_image_is_no_images():
+    found = statistics([1, 0])
+    assert found.about(0, ["zero", "one"]) == (
+        "active in 1 of 1,000 training images (0.10%), mean 0.10; purity 100% (1 of 1 is 'one'; by chance 100%)"
+    )
+    assert found.about(1, ["zero", "one"]) == "active in none of 1,000 training images"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vs2_plugin.cli.common import AGAIN, load_torch
 from vs2_plugin.cli.subject import add_subject, positive, say, say_problems, subject_of
-from vs2_plugin.inspection.notes import PURITY, WORDS
+from vs2_plugin.inspection.notes import GROUPS, WORDS
 
 __all__ = ["add_latents"]
 
@@ -31,7 +31,7 @@ def add_latents(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "latents",
         help="a page and a table of all latents of an SAE",
         description=_DESCRIPTION,
-        epilog=f"{_EXAMPLES}\n{PURITY}\n\n{WORDS}",
+        epilog=f"{_EXAMPLES}\n{GROUPS}\n\n{WORDS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_subject(command)

@@ -13,7 +13,6 @@ from vs2_plugin.errors import HarnessError
 from vs2_plugin.harness.places import Place
 from vs2_plugin.inspection import probe
 from vs2_plugin.inspection.attribution import Attribution, Movement
-from vs2_plugin.inspection.latents import LatentStatistics
 from vs2_plugin.inspection.pictures import ImageFile, Thumbnail, thumbnail
 from vs2_plugin.inspection.subject import Card, Subject
 from vs2_plugin.modelstring import ModelString
@@ -21,7 +20,7 @@ from vs2_plugin.steering.batch import Batch
 from vs2_plugin.steering.retriever import majority
 from vs2_plugin.text import counted
 
-__all__ = ["Finding", "Inspection", "describe", "inspect_images", "require_inspectable"]
+__all__ = ["Finding", "Inspection", "inspect_images", "require_inspectable"]
 
 
 @dataclass(frozen=True)
@@ -198,15 +197,10 @@ def _cards(
 ) -> list[Card]:
     """Return what is known of latents that have the activations ``amounts`` in the image at hand."""
     statistics = subject.statistics(place)
-    if statistics is None or subject.pictures is None:
-        words = subject.words_of(place, latents, amounts)
-        return [Card(latent, near, "", []) for latent, near in zip(latents.tolist(), words, strict=True)]
-    amounts = np.where(statistics.counts[latents] > 0, statistics.means[latents], amounts)
+    if statistics is not None:
+        amounts = np.where(statistics.counts[latents] > 0, statistics.means[latents], amounts)
     words = subject.words_of(place, latents, amounts)
-    return [
-        Card(latent, near, describe(statistics, latent, subject.classes), subject.pictures.of(statistics.rows[latent]))
-        for latent, near in zip(latents.tolist(), words, strict=True)
-    ]
+    return [subject.card(latent, near, statistics) for latent, near in zip(latents.tolist(), words, strict=True)]
 
 
 def _neighbours(subject: Subject, batch: Batch) -> Neighbours | None:
@@ -253,16 +247,3 @@ def _decision(place: Place, x: Tensor, q: object) -> str:
         return f"FVU {ratio:.3f}{among}; no gate, every image is steered"
     side, fate = ("within", "steered") if ratio <= tau else ("above", "left alone")
     return f"FVU {ratio:.3f} is {side} the gate's threshold {tau:.3f} (q = {q:g}): {fate}"
-
-
-def describe(statistics: LatentStatistics, latent: int, classes: list[str]) -> str:
-    """Return what the gallery tells of a latent, as a line."""
-    count = int(statistics.counts[latent])
-    if not count:
-        return f"active in none of {statistics.images:,} training images"
-    label, votes = (int(values[latent]) for values in statistics.purity)
-    images, mean, shown = statistics.images, statistics.means[latent], int(statistics.shown[latent])
-    return (
-        f"active in {count:,} of {counted(images, 'training image')} ({count / images:.1%}), mean {mean:.2f}; of "
-        f"the top {shown}, {votes} {'is' if votes == 1 else 'are'} {classes[label]!r} by zero-shot"
-    )

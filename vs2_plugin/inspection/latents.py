@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vs2_plugin.arrays import Stack
 from vs2_plugin.sae.topk import TopKSAE
+from vs2_plugin.text import counted
 
 __all__ = ["LatentStatistics", "chance", "choose", "kinds", "scan"]
 
@@ -60,6 +61,34 @@ class LatentStatistics:
         most = votes.max(1)
         first = np.where(votes == most[:, None], self.classes, len(self.class_counts)).min(1)
         return np.where(most > 0, first, -1), most
+
+    @property
+    def full(self) -> np.ndarray:
+        """bool ``[n]``: the latents that have all top images."""
+        return np.asarray(self.shown == self.rows.shape[1])
+
+    @cached_property
+    def chance(self) -> np.ndarray:
+        """``[top + 1, top + 1]``; see :func:`chance`."""
+        return chance(self.class_counts, self.rows.shape[1])
+
+    def purity_by_chance(self, latent: int) -> tuple[float, float]:
+        """Return the mean purity by chance, and the probability of one at least as large as this latent's."""
+        shown, votes = self.shown[latent], self.purity[1][latent]
+        row = self.chance[shown]
+        return float(row @ np.arange(len(row)) / shown), min(1.0, float(row[votes:].sum()))
+
+    def about(self, latent: int, classes: Sequence[str]) -> str:
+        """Return the figures of a latent as a line; ``classes`` are the names of the zero-shot classes."""
+        images = counted(self.images, "training image")
+        if not self.counts[latent]:
+            return f"active in none of {images}"
+        shown, label, votes = (int(values[latent]) for values in (self.shown, *self.purity))
+        return (
+            f"active in {self.counts[latent]:,} of {images} ({self.frequencies[latent]:.2%}), "
+            f"mean {self.means[latent]:.2f}; purity {votes / shown:.0%} ({votes} of {shown} "
+            f"{'is' if votes == 1 else 'are'} {classes[label]!r}; by chance {self.purity_by_chance(latent)[0]:.0%})"
+        )
 
 
 @torch.no_grad()
@@ -162,7 +191,7 @@ def choose(statistics: LatentStatistics, limit: int, seed: int = 0) -> dict[str,
     """
     alive = np.flatnonzero(statistics.counts)
     each = [len(part) for part in np.array_split(np.arange(limit), 4)]
-    full = np.flatnonzero(statistics.shown == statistics.rows.shape[1])
+    full = np.flatnonzero(statistics.full)
     pure = statistics.purity[1]
     return {
         "random": np.random.default_rng(seed).permutation(alive)[: each[0]],

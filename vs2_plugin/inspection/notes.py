@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ATTRIBUTION", "NO_GALLERY", "NO_WORDS", "PURITY", "TOP_IMAGES", "WORDS"]
+__all__ = ["ATTRIBUTION", "GROUPS", "NO_GALLERY", "NO_WORDS", "PURITY", "TOP_IMAGES", "WORDS"]
 
 #: Top-activating images of each latent.
 TOP_IMAGES = 10
@@ -26,8 +26,8 @@ PURITY = (
     f"Top images: the {TOP_IMAGES} training images in which a latent's activation is largest. Purity: the share of "
     "them that has the most frequent zero-shot class among them. Chance: the mean purity of as many images drawn at "
     "random with the gallery's own class frequencies, computed exactly; p is the probability that such a draw is at "
-    "least as pure, without correction for the number of latents. No true label is read. A latent may stand in several "
-    "groups."
+    "least as pure, without correction for the number of latents. No true label is read."
 )
+GROUPS = f"{PURITY} A latent may stand in several groups."
 NO_WORDS = "Nearest words are shown at the tower's end only: what comes after an earlier block depends on the image."
 NO_GALLERY = "The checkpoint has no gallery, so that no training images are shown."

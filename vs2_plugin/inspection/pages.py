@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vs2_plugin.inspection.findings import Inspection
-from vs2_plugin.inspection.notes import ATTRIBUTION, PURITY, TOP_IMAGES, WORDS
+from vs2_plugin.inspection.notes import ATTRIBUTION, GROUPS, PURITY, TOP_IMAGES, WORDS
 from vs2_plugin.inspection.survey import CSV_HEADER, LatentSurvey
 from vs2_plugin.report.latent_figures import draw_latents
 from vs2_plugin.report.rendering import render, save
@@ -22,7 +22,7 @@ def write_inspection(inspection: Inspection, folder: Path) -> list[Path]:
     Raises:
         DataError: another file of that name is there, or the folder cannot be written to.
     """
-    context = {"inspection": inspection, "notes": [ATTRIBUTION, WORDS]}
+    context = {"inspection": inspection, "notes": [ATTRIBUTION, PURITY, WORDS]}
     return save(folder, {"index.html": render("inspect.html", _INSPECTION, context)}, _INSPECTION)
 
 
@@ -34,9 +34,9 @@ def write_survey(survey: LatentSurvey, folder: Path) -> list[Path]:
     """
     statistics = survey.statistics
     figures = draw_latents(
-        statistics.frequencies, statistics.means, survey.k / len(survey.kinds), statistics.purity[1][survey.full],
-        survey.chance[TOP_IMAGES],
+        statistics.frequencies, statistics.means, survey.k / len(survey.kinds), statistics.purity[1][statistics.full],
+        statistics.chance[TOP_IMAGES],
     )  # fmt: skip
-    context = {"survey": survey, "figures": figures, "notes": [PURITY, WORDS]}
+    context = {"survey": survey, "figures": figures, "notes": [GROUPS, WORDS]}
     files = {"index.html": render("latents.html", _SURVEY, context), "latents.csv": survey.csv().encode()}
     return save(folder, files, _SURVEY, CSV_HEADER)

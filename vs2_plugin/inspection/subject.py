@@ -117,6 +117,15 @@ class Subject:
         ]
 
 
+    def card(
+        self, latent: int, words: list[tuple[str, float]], statistics: LatentStatistics | None, kind: str = ""
+    ) -> Card:
+        """Return what is shown of a latent, without a gallery its ``words`` only."""
+        if statistics is None or self.pictures is None:
+            return Card(latent, words, "", [], kind)
+        pictures = self.pictures.of(statistics.rows[latent])
+        return Card(latent, words, statistics.about(latent, self.classes), pictures, kind)
+
 def open_subject(
     model: str,
     pretrained: str,

@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vs2_plugin.errors import HarnessError
-from vs2_plugin.inspection.latents import LatentStatistics, chance, choose, kinds
+from vs2_plugin.inspection.latents import LatentStatistics, choose, kinds
 from vs2_plugin.inspection.notes import TOP_IMAGES
-from vs2_plugin.inspection.pictures import TrainingPictures
 from vs2_plugin.inspection.probe import sae_at
 from vs2_plugin.inspection.subject import Card, Subject
 from vs2_plugin.modelstring import ModelString
@@ -64,8 +63,6 @@ class LatentSurvey:
     """str ``[n]``; see :func:`vs2_plugin.inspection.latents.kinds`."""
     words: list[list[tuple[str, float]]]
     """Of each latent, the nearest words and their cosines; empty before the tower's end."""
-    chance: np.ndarray
-    """``[top + 1, top + 1]``; see :func:`vs2_plugin.inspection.latents.chance`."""
     title: tuple[tuple[str, str], ...] = ()
     """What was looked at, and the figures of the whole: names and values."""
     groups: tuple[Group, ...] = ()
@@ -73,50 +70,28 @@ class LatentSurvey:
     problems: tuple[str, ...] = ()
     """What could not be shown, and why."""
 
-    @property
-    def full(self) -> np.ndarray:
-        """bool ``[n]``: the latents that have all top images."""
-        return np.asarray(self.statistics.shown == TOP_IMAGES)
-
-    def purity_by_chance(self, latent: int) -> tuple[float, float]:
-        """Return the mean purity by chance, and the probability of one at least as large as this latent's."""
-        shown, votes = self.statistics.shown[latent], self.statistics.purity[1][latent]
-        row = self.chance[shown]
-        return float(row @ np.arange(len(row)) / shown), min(1.0, float(row[votes:].sum()))
-
     def figures(self) -> list[tuple[str, str]]:
         """Return the figures of the whole: names and values."""
-        n, even = len(self.kinds), self.k / len(self.kinds)
+        n, even, statistics = len(self.kinds), self.k / len(self.kinds), self.statistics
 
         def share(kind: str) -> str:
             count = int((self.kinds == kind).sum())
             return f"{count:,} ({count / n:.1%})"
 
         figures = [
-            ("training images", f"{self.statistics.images:,}"),
+            ("training images", f"{statistics.images:,}"),
             ("latents", f"{n:,}, of which {self.k} are active in an image; k/n = {even:.3%}"),
             ("dead", f"{share('dead')}: active in none of the images"),
             ("rare", f"{share('rare')}: in less than a tenth of k/n, {even / 10:.3%} of the images"),
             ("dense", f"{share('dense')}: in more than ten times k/n, {10 * even:.3%} of the images"),
         ]
-        full = self.full
+        full = statistics.full
         if full.any():
-            mean = self.statistics.purity[1][full].mean() / TOP_IMAGES
-            expected = self.purity_by_chance(int(full.argmax()))[0]
+            mean = statistics.purity[1][full].mean() / TOP_IMAGES
+            expected = statistics.purity_by_chance(int(full.argmax()))[0]
             latents = counted(int(full.sum()), "latent")
             figures.append(("purity", f"{mean:.1%} on average over {latents}; by chance it would be {expected:.1%}"))
         return figures
-
-    def about(self, latent: int) -> str:
-        """Return the figures of a latent that is not dead, as a line."""
-        statistics = self.statistics
-        shown, label, votes = (int(values[latent]) for values in (statistics.shown, *statistics.purity))
-        return (
-            f"active in {counted(statistics.counts[latent], 'image')} ({statistics.frequencies[latent]:.2%}), "
-            f"mean {statistics.means[latent]:.2f}; purity {votes / shown:.0%} ({votes} of {shown} "
-            f"{'is' if votes == 1 else 'are'} {self.classes[label]!r}; by chance "
-            f"{self.purity_by_chance(latent)[0]:.0%})"
-        )
 
     def csv(self) -> str:
         """Return a table with a row for each latent."""
@@ -134,7 +109,7 @@ class LatentSurvey:
             return [*row, *[""] * 8]
         shown, label, votes = (values[latent] for values in (statistics.shown, *statistics.purity))
         strength = (statistics.means[latent], statistics.values[latent, 0])
-        purity = (votes / shown, *self.purity_by_chance(latent))
+        purity = (votes / shown, *statistics.purity_by_chance(latent))
         return [
             *row, *(f"{value:.6g}" for value in strength), shown, *(f"{value:.4g}" for value in purity),
             self.classes[label], "; ".join(word for word, _ in self.words[latent]),
@@ -170,30 +145,26 @@ def survey_latents(subject: Subject, *, limit: int = 100) -> LatentSurvey:
             f"@blocks={place.site.block}"
         )
     statistics, k = subject.statistics(place), sae_at(place)[0].config.k
-    if checkpoint is None or statistics is None or subject.pictures is None:
+    if checkpoint is None or statistics is None:
         raise HarnessError(f"{model.spec} has no training images to look at; expected a checkpoint with a gallery")
     words = subject.words_of(place, np.arange(len(statistics.counts)), statistics.means)
     survey = LatentSurvey(
-        checkpoint.name, k, subject.classes, statistics, kinds(statistics.frequencies, k), words,
-        chance(statistics.class_counts, TOP_IMAGES),
-    )  # fmt: skip
+        checkpoint.name, k, subject.classes, statistics, kinds(statistics.frequencies, k), words
+    )
     title = (*subject.title, ("site", str(place.site)), *survey.figures())
-    groups = tuple(_groups(survey, subject.pictures, limit))
+    groups = tuple(_groups(survey, subject, limit))
     return replace(survey, title=title, groups=groups, problems=tuple(subject.problems))
 
 
-def _groups(survey: LatentSurvey, pictures: TrainingPictures, limit: int) -> Iterator[Group]:
+def _groups(survey: LatentSurvey, subject: Subject, limit: int) -> Iterator[Group]:
     """Yield the latents that are shown."""
     statistics = survey.statistics
-    full, alive = int(survey.full.sum()), int((statistics.counts > 0).sum())
+    full, alive = int(statistics.full.sum()), int((statistics.counts > 0).sum())
     for name, latents in choose(statistics, limit).items():
         cards = [
-            Card(
-                latent, survey.words[latent], survey.about(latent), pictures.of(statistics.rows[latent]),
-                str(survey.kinds[latent]),
-            )
+            subject.card(latent, survey.words[latent], statistics, str(survey.kinds[latent]))
             for latent in latents.tolist()
-        ]  # fmt: skip
+        ]
         if cards:
             title, how = _GROUPS[name]
             how = how.format(latents=counted(len(cards), "latent"), top=TOP_IMAGES, full=full, alive=alive)
