@@ -1,16 +1,18 @@
-"""All that is read from clip_benchmark, the host: an evaluation's settings, data sets, default tasks, output names."""
+"""All that is read from clip_benchmark, the host: an evaluation's settings, data sets, tasks, output names, metrics."""
 
 from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
 from vs2_plugin.errors import DataError, HarnessError, SettingError
 from vs2_plugin.text import reason_of
 
-__all__ = ["Evaluation", "build", "data_root", "default_task"]
+__all__ = ["Evaluation", "build", "data_root", "default_task", "zero_shot_classification"]
 
 
 @dataclass(frozen=True)
@@ -137,3 +139,15 @@ def build(dataset: str, root: str, split: str, *, remedy: str = "", **settings: 
             f"clip_benchmark could not build the split {split!r} of {dataset!r} in {root!r}: {reason_of(error)}"
             + (f"; {remedy}" if remedy else "")
         ) from error
+
+
+@contextmanager
+def zero_shot_classification() -> Iterator[Any]:
+    """Give clip_benchmark's module of that name, without its progress bars within the ``with`` block."""
+    from clip_benchmark.metrics import zeroshot_classification as module
+
+    bars, module.tqdm = module.tqdm, lambda items: items
+    try:
+        yield module
+    finally:
+        module.tqdm = bars

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,12 @@ from vs2_plugin.gallery.gallery import CLIP
 from vs2_plugin.harness.loader import load
 from vs2_plugin.harness.model import SteeredCLIP
 from vs2_plugin.harness.places import Place
-from vs2_plugin.host import build, data_root
+from vs2_plugin.host import build, data_root, zero_shot_classification
 from vs2_plugin.inspection.latents import LatentStatistics, scan
 from vs2_plugin.inspection.notes import NO_GALLERY, NO_WORDS, TOP_IMAGES
 from vs2_plugin.inspection.pictures import Thumbnail, TrainingPictures
 from vs2_plugin.inspection.probe import sae_at
-from vs2_plugin.inspection.words import latent_embeddings, nearest, text_embeddings
+from vs2_plugin.inspection.words import latent_embeddings, nearest
 from vs2_plugin.steering.context import Task
 
 __all__ = ["Card", "Subject", "open_subject"]
@@ -116,7 +117,6 @@ class Subject:
             for amount, *row in zip(amounts, cosines.tolist(), indices.tolist(), strict=True)
         ]
 
-
     def card(
         self, latent: int, words: list[tuple[str, float]], statistics: LatentStatistics | None, kind: str = ""
     ) -> Card:
@@ -125,6 +125,7 @@ class Subject:
             return Card(latent, words, "", [], kind)
         pictures = self.pictures.of(statistics.rows[latent])
         return Card(latent, words, statistics.about(latent, self.classes), pictures, kind)
+
 
 def open_subject(
     model: str,
@@ -164,9 +165,11 @@ def open_subject(
     torch.manual_seed(0)  # random weights: as clip_benchmark has them
     steered, transform, tokenizer = load(model, pretrained, model_cache_dir, device)
     steered.bind(Task(dataset, dataset_root, "test", classes, prompts))
-    class_texts = text_embeddings(steered.model, tokenizer, classes, prompts)
+    with zero_shot_classification() as harness:
+        embed = partial(harness.zero_shot_classifier, steered.model, tokenizer, device=device, amp=False)
+        class_texts = embed(classes, prompts).T.contiguous()
+        word_texts = class_texts if concepts is None else embed(concepts, [_PROMPT]).T.contiguous()
     steered.set_classifier(class_texts.T)
-    word_texts = class_texts if concepts is None else text_embeddings(steered.model, tokenizer, concepts, [_PROMPT])
     if isinstance(prompts, dict):
         said = "prompts of their own"
     else:

@@ -2,43 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vs2_plugin.clip.sites import ClipModel, Site, embedding_from
 
-__all__ = ["latent_embeddings", "nearest", "text_embeddings"]
-
-_AT_ONCE = 256
-
-
-@torch.no_grad()
-def text_embeddings(
-    model: Any, tokenizer: Callable[[list[str]], Tensor], words: list[str], prompts: list[str] | dict[str, list[str]]
-) -> Tensor:
-    """Return the mean embedding of each word's prompts, of unit norm, as clip_benchmark's zero-shot classifier has it.
-
-    Args:
-        model: the CLIP.
-        tokenizer: its tokenizer.
-        words: class names or concepts.
-        prompts: with ``{c}`` in the word's place; or each word's own.
-
-    Returns:
-        float32 ``[words, e]``.
-    """
-    device = next(model.parameters()).device
-    embeddings = []
-    for word in words:
-        texts = prompts[word] if isinstance(prompts, dict) else [prompt.format(c=word) for prompt in prompts]
-        tokens = tokenizer(texts).to(device)
-        embedded = torch.cat([model.encode_text(part) for part in torch.split(tokens, _AT_ONCE)])
-        embeddings.append(F.normalize(embedded.float(), dim=-1).mean(0))
-    return F.normalize(torch.stack(embeddings), dim=-1)
+__all__ = ["latent_embeddings", "nearest"]
 
 
 @torch.no_grad()

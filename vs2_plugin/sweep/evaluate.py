@@ -28,7 +28,7 @@ from vs2_plugin.data.images import leave_interruptions
 from vs2_plugin.errors import DataError, HarnessError
 from vs2_plugin.harness.autoload import DISABLE
 from vs2_plugin.harness.places import Current, Parts, Place, build_places
-from vs2_plugin.host import build, data_root
+from vs2_plugin.host import build, data_root, zero_shot_classification
 from vs2_plugin.method import Scalar
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.steering.batch import Batch
@@ -68,7 +68,9 @@ def evaluate(args: SweepRequest, backbone: str, points: Sequence[Point], quiet: 
         groups.setdefault(outcome_key(point.spec), []).append(point)
     evaluated = [models[group[0].model] for group in groups.values()]
 
-    with _harness() as harness, tempfile.TemporaryDirectory() as folder:
+    with zero_shot_classification() as harness, tempfile.TemporaryDirectory() as folder:
+        if not hasattr(harness.evaluate, "__wrapped__"):
+            raise HarnessError(f"clip_benchmark does not know the steered models; is {DISABLE} set? See: vs2 doctor")
         file = Path(folder) / "classifier.pt"
         templates = data.task.templates
         names = tqdm(data.task.classes, "classes", disable=quiet or None, leave=False)
@@ -99,20 +101,6 @@ def _metrics_of(point: _SweptModel, evaluated: _SweptModel, metrics: Metrics) ->
     gone = evaluated.declared.keys() - point.declared.keys()
     own = {name: value for name, value in point.declared.items() if evaluated.declared.get(name) != value}
     return {name: value for name, value in metrics.items() if name not in gone} | own
-
-
-@contextmanager
-def _harness() -> Iterator[Any]:
-    """clip_benchmark's zero-shot classification, without its progress bars."""
-    from clip_benchmark.metrics import zeroshot_classification as module
-
-    if not hasattr(module.evaluate, "__wrapped__"):
-        raise HarnessError(f"clip_benchmark does not know the steered models; is {DISABLE} set? See: vs2 doctor")
-    bars, module.tqdm = module.tqdm, lambda items: items
-    try:
-        yield module
-    finally:
-        module.tqdm = bars
 
 
 class _Data:
