@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from vs2_plugin.cli.common import AGAIN, load_torch
-from vs2_plugin.cli.subject import add_subject, positive, say, say_problems, subject_of
+from vs2_plugin.cli.inspect import add_subject, positive, say, say_problems, subject_of
 from vs2_plugin.inspection.notes import GROUPS, WORDS
 
 __all__ = ["add_latents"]

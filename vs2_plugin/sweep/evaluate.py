@@ -35,7 +35,6 @@ from vs2_plugin.steering.batch import Batch
 from vs2_plugin.steering.context import Task
 from vs2_plugin.sweep.grid import Point, outcome_key
 from vs2_plugin.sweep.request import SweepRequest
-from vs2_plugin.sweep.tower import resumed
 
 __all__ = ["Metrics", "evaluate"]
 
@@ -133,6 +132,24 @@ class _Data:
             num_workers=args.num_workers,
             worker_init_fn=leave_interruptions,
         )
+
+
+@contextmanager
+def _resumed(model: ClipModel, site: Site, output: Output) -> Iterator[None]:
+    """Within the ``with`` block, forward passes start at ``site``, whose module puts out ``output``.
+
+    Blocks before it hand on what they get. Hooks run as ever.
+    """
+    module = site.module(model)
+    before = [] if site.block is None else model.visual.transformer.resblocks[: site.block]
+    for block in before:
+        block.forward = lambda x, *args, **kwargs: x
+    module.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        for replaced in (*before, module):
+            del replaced.forward
 
 
 class _Shared:
@@ -239,7 +256,7 @@ class _SweptModel:
         edits = [edit(self._model, place.site, place) for place in self.places]
         self._current.batch = seen.batch(self._model, self.first.site)
         try:
-            with resumed(self._model, self.first.site, output):
+            with _resumed(self._model, self.first.site, output):
                 seen.features[self] = self._model.encode_image(images)
         finally:
             self._current.batch = None
