@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,11 +39,6 @@ class Tower:
             activations=sorted(kinds - {"MultiheadAttention"}),
             preprocessing=_plain(preprocessing),
         )
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Tower:
-        """Read what :meth:`to_json` wrote. Raises TypeError or KeyError if it is something else."""
-        return cls(**{field.name: values[field.name] for field in fields(cls)})
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""

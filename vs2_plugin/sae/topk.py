@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vs2_plugin.errors import SettingError
+from vs2_plugin.settings import setting, validate
 
 __all__ = ["Latents", "SaeConfig", "TopKSAE", "fvu", "largest", "sample_fvu"]
 
@@ -22,26 +23,22 @@ class SaeConfig:
         SettingError: a value outside its range.
     """
 
-    d_in: int
+    d_in: int = setting(minimum=1)
     """Width d of the activations."""
-    num_latents: int
+    num_latents: int = setting(minimum=1)
     """Number of latents n."""
-    k: int = 64
+    k: int = setting(64, minimum=1)
     """Active latents per activation."""
-    activation: str = "relu"
+    activation: str = setting("relu", choices=("relu", "abs"))
     """``relu``: the k largest positive pre-activations. ``abs``: the k pre-activations of largest magnitude, signs
     kept, without encoder bias (version 3 of arXiv 2506.01247)."""
 
     def __post_init__(self) -> None:
-        for name in ("d_in", "num_latents", "k"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise SettingError(f"{name} is {getattr(self, name)!r}; expected a whole number, at least 1")
+        validate(self)
         if self.k > self.num_latents:
             raise SettingError(
                 f"k is {self.k}, more than the {self.num_latents} latents; lower k or raise expansion_factor"
             )
-        if self.activation not in ("relu", "abs"):
-            raise SettingError(f"activation is {self.activation!r}; expected relu or abs")
 
 
 class Latents(NamedTuple):
