@@ -31,7 +31,6 @@ class ModelString:
     """A model string, read."""
 
     method: Method
-    """The steering method."""
     backbone: str
     """An open_clip model name: a built-in architecture, ``hf-hub:org/repo`` or ``local-dir:path``."""
     checkpoint: str | None = None

@@ -35,7 +35,6 @@ class Registry:
     """
 
     methods: dict[str, Method] = field(default_factory=dict)
-    """Method name -> method."""
     owners: dict[str, str] = field(default_factory=dict)
     """Method name -> label of the plugin that offers it."""
     aliases: dict[str, str] = field(default_factory=dict)

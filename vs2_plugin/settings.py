@@ -146,7 +146,6 @@ class Flag(NamedTuple):
     """A flag of a command, which sets one setting."""
 
     setting: Setting
-    """The setting."""
     value: bool | None = None
     """What the flag sets it to; None: to the words that follow it."""
 

@@ -73,7 +73,6 @@ class SiteSAE:
     """One SAE of a checkpoint, as ``vs2.json`` describes it."""
 
     hookpoint: str
-    """The site."""
     variant: str
     """``plain``, or ``pass`` for an SAE that was trained by PASS."""
     labels: str
@@ -116,9 +115,7 @@ class Checkpoint:
     pretrained: str
     """Weights tag or file."""
     tower: Tower
-    """The vision tower that it was trained on."""
     data: TrainingData
-    """The images that it was trained on."""
     sites: list[SiteSAE]
     """One per SAE: the plain ones in the order of the tower, then those of other variants."""
     gallery: GalleryContents | None = None

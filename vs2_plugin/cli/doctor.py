@@ -29,7 +29,6 @@ class Finding(NamedTuple):
     """The result of one check."""
 
     text: str
-    """What was found."""
     good: bool = True
     """False for a problem."""
     mend: str = ""

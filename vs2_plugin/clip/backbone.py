@@ -36,9 +36,7 @@ class Loaded:
     model: ClipModel
     """The open_clip model, in evaluation mode, on its device."""
     transform: Any
-    """Its image preprocessing."""
     tokenizer: Any
-    """Its text tokenizer."""
 
     @cached_property
     def sites(self) -> Sites:

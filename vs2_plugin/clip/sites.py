@@ -82,7 +82,6 @@ class Sites:
     blocks: tuple[Site, ...]
     """One per transformer block, first to last; empty for a tower without a CLS token that is pooled."""
     output: Site
-    """The output embedding."""
 
     @classmethod
     def of(cls, model: ClipModel) -> Sites:

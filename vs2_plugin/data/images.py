@@ -62,7 +62,6 @@ class TrainingImages:
     fingerprint: Any
     """Plain JSON values that change when the images do."""
     labels: bool = False
-    """Whether labels are read too."""
 
     @property
     def count(self) -> int | None:

@@ -13,9 +13,7 @@ class GalleryPart:
     """The images of one data set."""
 
     dataset: str
-    """Its name."""
     count: int
-    """Images."""
     classes: int | None
     """Labels are below this; None without labels."""
     extraction: str
@@ -51,7 +49,6 @@ class GalleryContents:
     encoders: dict[str, RetrievalEncoder]
     """The retrieval encoders whose embeddings are there, by name; ``clip`` is CLIP itself."""
     labels: bool
-    """Whether the training labels are there."""
 
     @property
     def count(self) -> int:

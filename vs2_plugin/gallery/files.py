@@ -32,7 +32,6 @@ class GalleryFiles:
     """What is written into a checkpoint."""
 
     contents: GalleryContents
-    """What it is."""
     files: Sequence[Mapping[str, Path]]
     """For each part: name in the gallery, without ``.npy`` -> the file that was extracted."""
 

@@ -28,7 +28,6 @@ class Sae:
     backbone: str
     weights: str
     datasets: tuple[str, ...]
-    """The data sets that it is trained on."""
     flags: tuple[tuple[str, Any], ...]
     """Flags of ``vs2-train-sae``, sorted."""
     transductive: bool = False
@@ -71,7 +70,6 @@ class Evaluation:
     prompts: tuple[str, ...]
     """Empty: the harness's own."""
     checkpoint: str | None = None
-    """The name of its checkpoint."""
 
     @property
     def file(self) -> str:

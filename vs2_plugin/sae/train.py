@@ -66,7 +66,6 @@ class Job:
     activations: Rows
     """``[count, d]``; a memory-mapped array, or a stack of such, stays on disk."""
     config: TrainConfig
-    """The settings."""
     labels: np.ndarray | None = None
     """int64 ``[count]``, for PASS."""
 
@@ -79,7 +78,6 @@ class Trained(NamedTuple):
     mean: Tensor
     """μ ``[d]``, the mean activation."""
     figures: Figures
-    """How it went."""
 
 
 def train_sae(

@@ -41,7 +41,6 @@ class Part:
     """The extracted columns of one data set."""
 
     dataset: str
-    """Its name."""
     tower: Extracted
     """Columns: hookpoint -> activations; with a gallery also the output embedding."""
     encoded: dict[str, Extracted]
@@ -92,27 +91,19 @@ class Extraction:
     """The columns to be read of every image."""
 
     request: TrainRequest
-    """What is asked for."""
     store: Store
     """Where the cache lies."""
     loaded: Loaded
-    """The model."""
     tower: Tower
     """What identifies its vision tower."""
     sites: Sequence[Site]
     """Where activations are read."""
     encoders: Encoders
-    """Retrieval encoders."""
     labels: bool
-    """Whether labels are read."""
     amp: bool
-    """Whether models run under autocast."""
     device: str
-    """Where the model is."""
     say: Report
-    """Tells the user."""
     processes: Processes = ALONE
-    """Who shares the work."""
 
     def run(self, dataset: str, split: Split) -> Part:
         """Return everything of one data set, from the cache or extracted into it.

@@ -27,7 +27,6 @@ class Plan:
     """One checkpoint to write."""
 
     folder: Path
-    """Where."""
     settings: Mapping[str, Any]
     """Settings of its SAEs, by the names of :class:`TrainConfig`; ``k`` may be missing."""
     variants: Mapping[str, float]
