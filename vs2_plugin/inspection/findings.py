@@ -7,15 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from vs2_plugin.clip.edits import reading
 from vs2_plugin.errors import HarnessError
+from vs2_plugin.harness.model import SteeredCLIP
 from vs2_plugin.harness.places import Place
-from vs2_plugin.inspection import probe
-from vs2_plugin.inspection.attribution import Attribution, Movement
+from vs2_plugin.inspection.attribution import Attribution, Movement, attribute, movement, tail
 from vs2_plugin.inspection.pictures import ImageFile, Thumbnail, thumbnail
-from vs2_plugin.inspection.subject import Card, Subject
+from vs2_plugin.inspection.subject import Card, Subject, sae_at
 from vs2_plugin.modelstring import ModelString
+from vs2_plugin.sae.topk import sample_fvu
 from vs2_plugin.steering.batch import Batch
 from vs2_plugin.steering.retriever import majority
 from vs2_plugin.text import counted
@@ -132,8 +135,8 @@ def inspect_images(subject: Subject, images: Iterable[ImageFile], *, top: int = 
 def _inspect(subject: Subject, file: ImageFile, top: int, latents: int) -> Finding:
     model, names = subject.model, subject.classes
     image = subject.transform(file.image)[None].to(subject.device)
-    plain, steered = probe.embeddings(model, image)
-    logits = [probe.logits_of(embedding, subject.class_texts)[0] for embedding in (plain, steered)]
+    plain, steered = _embeddings(model, image)
+    logits = [_logits(embedding, subject.class_texts)[0] for embedding in (plain, steered)]
     before, after = (values.softmax(0).tolist() for values in logits)
     changes = (logits[1] - logits[0]).tolist()
     best = [values.argsort(descending=True, stable=True).tolist() for values in logits]
@@ -152,16 +155,45 @@ def _inspect(subject: Subject, file: ImageFile, top: int, latents: int) -> Findi
     return Finding(file.name, thumbnail(file.image, 240), classes, lead, places, neighbours)
 
 
+def _logits(embedding: Tensor, texts: Tensor) -> Tensor:
+    """Return the logits ``[batch, classes]`` of embeddings ``[batch, e]``, as clip_benchmark has them."""
+    return 100.0 * F.normalize(embedding.float(), dim=-1) @ texts.T
+
+
+@torch.no_grad()
+def _embeddings(model: SteeredCLIP, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the plain and the steered embedding ``[1, e]`` of an image ``[1, 3, height, width]``."""
+    with model.unsteered():
+        plain: Tensor = model.model.encode_image(image)
+    return plain, model.encode_image(image)
+
+
+@torch.no_grad()
+def _activations(model: SteeredCLIP, index: int, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the activation ``[1, d]`` at the place ``index`` without and with the steering there.
+
+    Earlier places steer, later ones do not.
+    """
+    site = model.places[index].site
+
+    def read(first: int) -> Tensor:
+        with reading(model.model, [site]) as activation, model.unsteered(first):
+            model.model.encode_image(image)
+        return activation[site].float()
+
+    return read(index), read(index + 1)
+
+
 def _at_place(
     subject: Subject, index: int, batch: Batch, image: Tensor, classes: list[int], latents: int
 ) -> AtPlace:
     """Return what happened at one site. ``classes``: the two that the lead is between, then those shown."""
     model, place = subject.model, subject.model.places[index]
-    x, steered = probe.activations(model, index, image)
+    x, steered = _activations(model, index, image)
     site, decision = str(place.site), _decision(place, x, model.spec.options.get("gate"))
     if place.gate is not None and torch.equal(x, steered):
         return AtPlace(site, decision, "The activation was left alone here, bit for bit.")
-    change = probe.contributions(model, index, batch, x, steered, subject.class_texts[classes])
+    change = _contributions(model, index, batch, x, steered, subject.class_texts[classes])
     if change is None:
         name = model.spec.method.name
         return AtPlace(site, decision, f"{name} steers by no sparse code of its own, so that no latents are shown.")
@@ -173,6 +205,26 @@ def _at_place(
     shown = f"{len(chosen)} of {len(rank)} active latents: {why}"
     cards = _cards(subject, place, move.latents[chosen].cpu().numpy(), move.activations[chosen].cpu().numpy())
     return AtPlace(site, decision, "", shown, tuple(_lines(move, shares, chosen)), tuple(cards))
+
+
+def _contributions(
+    model: SteeredCLIP, index: int, batch: Batch, x: Tensor, steered: Tensor, texts: Tensor
+) -> tuple[Movement, Attribution] | None:
+    """Return how the steering at the place ``index`` moves an image along latents, and what that does to its logits.
+
+    ``x`` is its activation there ``[1, d]``, ``steered`` the same after the steering; ``texts`` ``[classes, e]`` are
+    the classes whose logits are meant. None for a method that has no sparse code.
+    """
+    place = model.places[index]
+    with torch.no_grad():
+        move = place.move(x, batch)
+    if move is None or batch.images is None:
+        return None
+    moved = movement(move)
+    steps = moved.amounts[:, None] * move.code.sae.W_dec[moved.latents].detach()
+    with model.unsteered(index):
+        rest_of_tower = tail(model.model, model.sites, place.site, batch.images)
+        return moved, attribute(lambda z: _logits(rest_of_tower(z), texts), x[0], steps, steered[0])
 
 
 def _columns(values: Tensor) -> Tensor:
@@ -238,7 +290,8 @@ def _decision(place: Place, x: Tensor, q: object) -> str:
     """Return FVU and gate in words."""
     if place.gate is None or place.facts is None:
         return "no SAE here, so that there is neither FVU nor gate"
-    ratio, tau = probe.fvu_at(place, x), place.gate.tau
+    sae, mean = sae_at(place)
+    ratio, tau = float(sample_fvu(x, sae(x), mean)), place.gate.tau
     if tau is None:
         usual = place.facts.fvu_quantiles
         among = ""

@@ -22,11 +22,11 @@ from vs2_plugin.host import build, data_root, zero_shot_classification
 from vs2_plugin.inspection.latents import LatentStatistics, scan
 from vs2_plugin.inspection.notes import NO_GALLERY, NO_WORDS, TOP_IMAGES
 from vs2_plugin.inspection.pictures import Thumbnail, TrainingPictures
-from vs2_plugin.inspection.probe import sae_at
 from vs2_plugin.inspection.words import latent_embeddings, nearest
+from vs2_plugin.sae.topk import TopKSAE
 from vs2_plugin.steering.context import Task
 
-__all__ = ["Card", "Subject", "open_subject"]
+__all__ = ["Card", "Subject", "open_subject", "sae_at"]
 
 _PROMPT = "a photo of a {c}"
 _NEAREST = 3
@@ -44,6 +44,13 @@ class Card:
     """Its top-activating training images."""
     kind: str = ""
     """See :func:`vs2_plugin.inspection.latents.kinds`."""
+
+
+def sae_at(place: Place) -> tuple[TopKSAE, Tensor]:
+    """Return the SAE at a place that has one, and its mean activation ``[d]``."""
+    if place.gate is None:
+        raise ValueError(f"no SAE at {place.site}")
+    return place.gate.sae, place.gate.mean
 
 
 @dataclass
