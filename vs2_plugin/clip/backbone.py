@@ -88,19 +88,14 @@ def check_backbone(backbone: str, pretrained: str) -> None:
 _warned: set[str] = set()
 
 
-def _facts_of_tag(backbone: str, pretrained: str) -> dict[str, Any]:
-    """Look up what open_clip knows of a weights tag; nothing if it is none."""
-    # As an attribute of the package it is missing in some versions.
-    return open_clip.pretrained.get_pretrained_cfg(backbone.replace("/", "-"), pretrained) or {}
-
-
 def quickgelu_mismatch(backbone: str, pretrained: str) -> str | None:
     """In words, that these weights were trained with QuickGELU and this architecture is without; None if that is not
     so."""
     if ignores_pretrained(backbone):
         return None
     backbone = backbone.replace("/", "-")  # as open_clip reads it
-    weights = _facts_of_tag(backbone, pretrained)
+    # As an attribute of the package it is missing in some versions.
+    weights = open_clip.pretrained.get_pretrained_cfg(backbone, pretrained) or {}
     architecture = open_clip.get_model_config(backbone) or {}
     if not weights.get("quick_gelu", False) or architecture.get("quick_gelu", False):
         return None

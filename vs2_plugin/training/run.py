@@ -54,7 +54,7 @@ def train(request: TrainRequest, processes: Processes = ALONE, report: Report = 
         pretrained="" if ignores_pretrained(request.model) else request.pretrained,
         quiet=request.quiet or not processes.first,
     )
-    say = _nothing if request.quiet else report
+    say: Report = (lambda line: None) if request.quiet else report
     store = Store.default(request.store)
     splits = {name: training_split(name, request.train_split, request.transductive) for name in request.dataset}
     plans = make_plans(request, store)
@@ -82,10 +82,6 @@ def train(request: TrainRequest, processes: Processes = ALONE, report: Report = 
         checkpoints.append(checkpoint)
     say(f"evaluate with: {_evaluate_command(request, plans, extraction.amp)}")
     return checkpoints
-
-
-def _nothing(line: str) -> None:
-    """Tell the user nothing."""
 
 
 def _warn(plans: Sequence[Plan], splits: Iterable[Split], say: Report) -> None:
