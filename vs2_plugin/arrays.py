@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import DTypeLike
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
 __all__ = ["Array", "Column", "Stack", "digest_of", "spread", "stack"]
 
@@ -20,8 +19,6 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 over names, shapes, dtypes and bytes, as hexadecimal digits."""
-    import torch
-
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
@@ -35,8 +32,6 @@ def spread(count: int, limit: int) -> Tensor:
     >>> spread(3, 5).tolist(), spread(10, 4).tolist()
     ([0, 1, 2], [0, 3, 6, 9])
     """
-    import torch
-
     return torch.from_numpy(np.linspace(0, count - 1, min(count, limit)).astype(np.int64))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 
+import torch
+
 from vs2_plugin.distributed import ALONE, Processes
 
 __all__ = ["emulates_bfloat16", "has_bfloat16_units", "own_device"]
@@ -11,8 +13,6 @@ __all__ = ["emulates_bfloat16", "has_bfloat16_units", "own_device"]
 
 def own_device(processes: Processes = ALONE) -> str:
     """Return the device of this process: its GPU, or the CPU where there is none."""
-    import torch
-
     return f"cuda:{processes.local_rank}" if torch.cuda.is_available() else "cpu"
 
 
@@ -21,8 +21,6 @@ def has_bfloat16_units() -> bool | None:
 
     It is asked of x86 processors (AVX512-BF16 or AMX), where torch tells it.
     """
-    import torch
-
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # absent in older torch
     if platform.machine().lower() not in ("x86_64", "amd64") or not capabilities:
         return None
@@ -35,6 +33,4 @@ def emulates_bfloat16() -> bool:
     Autocast on the CPU is to bfloat16, which such a processor emulates: a ViT-B-32 takes nine times as long as in
     float32 (31.5 s and 3.5 s for 64 images, on two cores with AVX2 only).
     """
-    import torch
-
     return not torch.cuda.is_available() and has_bfloat16_units() is False

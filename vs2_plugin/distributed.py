@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 __all__ = ["ALONE", "Processes", "joined", "mean_row", "total", "wait"]
 
@@ -47,9 +47,6 @@ def joined() -> Iterator[Processes]:
     if world == 1:
         yield ALONE
         return
-    import torch
-    import torch.distributed as dist
-
     processes = Processes(int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", "0")))
     if torch.cuda.is_available():
         torch.cuda.set_device(processes.local_rank)
@@ -61,16 +58,12 @@ def joined() -> Iterator[Processes]:
 
 
 def _alone() -> bool:
-    import torch.distributed as dist
-
     return not (dist.is_available() and dist.is_initialized())
 
 
 def total(tensor: Tensor) -> Tensor:
     """Sum ``tensor`` over all processes, in place, and return it."""
     if not _alone():
-        import torch.distributed as dist
-
         dist.all_reduce(tensor)
     return tensor
 
@@ -79,8 +72,6 @@ def mean_row(rows: Tensor) -> Tensor:
     """Return the mean ``[d]`` of the rows ``[count, d]`` of all processes."""
     if _alone():
         return rows.mean(0)
-    import torch
-
     summed = total(torch.cat([rows.sum(0), rows.new_tensor([len(rows)])]))
     return summed[:-1] / summed[-1]
 
@@ -88,6 +79,4 @@ def mean_row(rows: Tensor) -> Tensor:
 def wait() -> None:
     """Wait for all other processes to call this."""
     if not _alone():
-        import torch.distributed as dist
-
         dist.barrier()
