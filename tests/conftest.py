@@ -1,4 +1,6 @@
-"""Fixtures that several test modules share: tiny random models, SAEs, images and shards. No test uses a network."""
+"""Fixtures that several test modules share: tiny random models, SAEs, images and shards. No test uses a network.
+
+torch is imported by the fixtures, and not here: the process that hands tests out has no use for it."""
 
 import os
 import signal
@@ -11,11 +13,73 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a run in the background
 os.environ.pop("VS2_PER_IMAGE", None)
 
 import io
+import shutil
 import socket
+import sys
 import tarfile
+from pathlib import Path
 
 import pytest
-import torch
+from filelock import FileLock
+
+#: Files that take longest, longest first: they begin, so that no process is left with one of them at the end.
+LONGEST = ["harness/test_demo", "reproduce/test_run", "test_distributed", "test_strength_study", "sweep/test_evaluate"]
+LONGEST += ["harness/test_automatic", "harness/test_autoload", "reproduce/test_paper", "sweep/test_automatic_sweep"]
+LONGEST += ["harness/test_patches", "harness/test_recorder", "harness/test_gallery"]
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"{Path(__file__).parent / name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(str(item.path), len(order)))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_vocabulary():
+    """Let open_clip read the 49,408 words of its tokenizer once, and not for every model: models are made by the
+    hundred here."""
+    factory = sys.modules.get("open_clip.factory")
+    if factory is None:  # a run of a few tests
+        yield
+        return
+    tokenizer, known = factory.SimpleTokenizer, {}
+
+    def same(**settings):
+        key = repr(settings)
+        if key not in known:
+            known[key] = tokenizer(**settings)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(factory, "SimpleTokenizer", same)
+        yield
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """A function that gives a copy, this process's own, of a folder that ``fill`` makes once for all processes of a
+    run."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root  # that of all of them
+
+    def copy(name, fill):
+        made, done = root / f"once-{name}", root / f"once-{name}.done"
+        with FileLock(root / f"once-{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(made, ignore_errors=True)
+                made.mkdir()
+                fill(made)
+                done.touch()
+        return shutil.copytree(made, tmp_path_factory.mktemp(name), dirs_exist_ok=True)
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def workplace(once):
+    """A folder with the demo's digits and its tiny CLIP, to be copied."""
+    from vs2_plugin.demo.run import prepare
+
+    return once("workplace", prepare)
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +104,7 @@ def no_network(monkeypatch):
 @pytest.fixture(scope="session")
 def make_clip():
     """A function that builds a tiny random CLIP of open_clip; keywords change its vision tower."""
+    import torch
     from open_clip.model import CLIP
 
     def make(seed=0, quick_gelu=False, **vision):
@@ -54,6 +119,8 @@ def make_clip():
 @pytest.fixture(scope="session")
 def make_sae():
     """A function that builds a random SAE with every parameter away from its initial value."""
+    import torch
+
     from vs2_plugin import SaeConfig, TopKSAE
 
     def make(d_in=32, num_latents=64, k=8, seed=0, **config):
@@ -70,6 +137,8 @@ def make_sae():
 @pytest.fixture(scope="session")
 def batch():
     """Four random images ``[4, 3, 32, 32]``."""
+    import torch
+
     return torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 

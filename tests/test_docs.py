@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -143,12 +144,10 @@ def test_the_tables_of_the_demo_are_of_its_rows():
 # ---- code
 
 
-def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+def test_the_python_of_the_readme_runs(workplace, tmp_path, monkeypatch):
     """As it stands there, but for the model: the tiny CLIP with a checkpoint of a few digits."""
-    from vs2_plugin.demo.run import prepare
-
     (code,) = blocks(PAGES[0], "python")
-    prepare(tmp_path)
+    shutil.copytree(workplace, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     data = ("--dataset", "wds/digits", "--dataset_root", "digits", "--num_workers", "0", "--no_amp", "--quiet")
     few = ("--samples", "500", "--max_images", "48")

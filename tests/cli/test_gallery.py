@@ -14,19 +14,14 @@ from vs2_plugin.clip.backbone import load_backbone
 from vs2_plugin.clip.edits import reading
 from vs2_plugin.clip.sites import Sites
 from vs2_plugin.data.images import image_digest, open_images
-from vs2_plugin.demo.digits import write_digits
-from vs2_plugin.demo.run import _TINY_CLIP
 
 FEW = ["--samples", "500", "--max_images", "48", "--num_workers", "0", "--quiet", "--no_amp"]
 BLOCK = "visual.transformer.resblocks.3"
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("digits")
-    write_digits(folder / "digits")
-    shutil.copytree(_TINY_CLIP, folder / "tiny-clip")
-    return folder
+def digits(workplace, tmp_path_factory):
+    return shutil.copytree(workplace, tmp_path_factory.mktemp("digits"), dirs_exist_ok=True)
 
 
 @pytest.fixture(scope="module")

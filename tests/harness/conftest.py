@@ -9,11 +9,11 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from filelock import FileLock
 
 from vs2_plugin.demo.digits import CLASSES
 
@@ -39,21 +39,17 @@ def run_python(
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory) -> SimpleNamespace:
-    """A copy of the folder that ``vs2 demo`` leaves, made by the installed command once for all processes of a run,
-    and what it printed."""
-    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-    shared = tmp_path_factory.getbasetemp().parent / f"demo-{run}"
-    with FileLock(f"{shared}.lock"):
-        if not shared.exists():
-            done = run_script("vs2", "demo", "--out", str(shared / "demo"), cwd=shared.parent)
-            assert done.returncode == 0, done.stdout + done.stderr
-            (shared / "said.json").write_text(json.dumps([done.stdout, done.stderr]))
-    folder = tmp_path_factory.mktemp("demo")
-    shutil.copytree(shared / "demo", folder, dirs_exist_ok=True)
-    said = (shared / "said.json").read_text().replace(str(shared / "demo"), str(folder))
-    output, errors = json.loads(said)
-    return SimpleNamespace(folder=folder, output=output, errors=errors)
+def demo(once: Callable[..., Path]) -> SimpleNamespace:
+    """A copy of the folder that ``vs2 demo`` leaves, made by the installed command, and what it printed."""
+
+    def run(folder: Path) -> None:
+        done = run_script("vs2", "demo", "--out", str(folder / "demo"), cwd=folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (folder / "said.json").write_text(json.dumps([done.stdout, done.stderr]))
+
+    made = once("demo", run)
+    output, errors = json.loads((made / "said.json").read_text())
+    return SimpleNamespace(folder=made / "demo", output=output, errors=errors)
 
 
 @pytest.fixture

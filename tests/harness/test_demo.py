@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vs2_plugin.cli import main, train_sae
 from vs2_plugin.demo import run
 from vs2_plugin.demo.run import SYSTEMS
 
@@ -33,7 +34,19 @@ def test_demo_prints_the_accuracies_of_its_results(demo):
 
 
 def test_with_several_seeds_the_table_gives_mean_and_spread(tmp_path, monkeypatch, capsys):
-    """With few samples: the SAEs do not have to be good."""
+    """With few samples and rows, and its commands in this process: the SAEs do not have to be good."""
+
+    def command(folder, environment, quiet, *words):
+        with monkeypatch.context() as patch:
+            patch.chdir(folder)
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            module = {"vs2-train-sae": train_sae, "vs2": main}[words[0]]
+            assert module.main(words[1:]) == 0
+
+    rows = ("zero-shot CLIP", "VS2", "VS2, last two blocks", "VS2++, oracle (training labels)")
+    monkeypatch.setattr(run, "_command", command)
+    monkeypatch.setattr(run, "SYSTEMS", {name: SYSTEMS[name] for name in rows})
     monkeypatch.setattr(run, "SAMPLES", 1000)
     run.demo(tmp_path / "seeds", quiet=True, seeds=[0, 3])
     lines = capsys.readouterr().out.splitlines()
@@ -46,6 +59,7 @@ def test_with_several_seeds_the_table_gives_mean_and_spread(tmp_path, monkeypatc
         (row,) = [line for line in lines if line.startswith(f"| {name} |")]
         spread = f" ({accuracy.std(ddof=1):.1f}) |"
         assert f"| {accuracy.mean():.1f}{spread}" in row and f"| {accuracy.mean() - 100 * plain:+.1f}{spread}" in row
+    assert [line.split("|")[1].strip() for line in lines if line.startswith("| ")][1:] == list(rows)
 
 
 def test_results_carry_the_facts_of_the_steering(demo):
@@ -268,22 +282,11 @@ def test_accuracy_equals_plain_torch(demo, known, name):
     assert right / len(known.targets) == metrics(demo.folder / "results" / f"{model}.json")["acc1"]
 
 
-def test_the_same_seed_gives_the_same_numbers(demo, in_demo):
+def test_the_same_seed_gives_the_same_numbers(in_demo, clip_benchmark):
+    """Twice in this process as in the demo's."""
     for output in ("again-1.json", "again-2.json"):
-        done = run_script(
-            "clip_benchmark",
-            "eval",
-            "--model",
-            f"vs2:{TINY}",
-            "--pretrained",
-            "",
-            *DIGITS,
-            "--output",
-            output,
-            cwd=in_demo,
-            VS2_STORE="store",
-        )
-        assert done.returncode == 0, done.stderr
+        words = ("--model", f"vs2:{TINY}", "--pretrained", "", *DIGITS, "--output", output)
+        assert clip_benchmark("eval", *words)[0] == 0
     first = (in_demo / "again-1.json").read_text()
     assert first == (in_demo / "again-2.json").read_text()
     assert json.loads(first)["metrics"] == metrics(in_demo / "results" / f"vs2:{TINY}.json")

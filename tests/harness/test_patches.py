@@ -85,39 +85,20 @@ def test_several_data_sets_in_one_call_each_with_its_own_checkpoint(in_demo, cli
         assert "vs2_checkpoint" not in metrics(in_demo / f"s-{name}-{TINY}.json")
 
 
-def test_stock_models_do_not_notice_the_plugin(in_demo):
-    """Random weights, several models in one call, in processes with and without the hook."""
+def test_stock_models_do_not_notice_the_plugin(in_demo, clip_benchmark, monkeypatch):
+    """Random weights, several models in one call, in this process and in one without the hook."""
     few_digits(in_demo, "few", 0, count=70)  # a ViT-S-32 takes its time
     data = ("--dataset", "wds/few", "--dataset_root", "few", *DIGITS[4:])
     words = ("eval", "--pretrained", "", *data)
-    environment = {"cwd": in_demo, "VS2_STORE": "random-store"}
-    stock = run_script(
-        "clip_benchmark",
-        *words,
-        "--model",
-        "ViT-S-32-alt",
-        "--output",
-        "off.json",
-        VS2_PLUGIN_DISABLE="1",
-        **environment,
-    )
+    alone = ("--model", "ViT-S-32-alt", "--output", "off.json")
+    stock = run_script("clip_benchmark", *words, *alone, cwd=in_demo, VS2_PLUGIN_DISABLE="1")
     assert stock.returncode == 0, stock.stderr
-    trained = run_script(
-        "vs2-train-sae", "--model", "ViT-S-32-alt", "--pretrained", "", *data, "--samples", "2000", **environment
-    )
-    assert trained.returncode == 0, trained.stderr
-    both = run_script(
-        "clip_benchmark",
-        *words,
-        "--model",
-        "ViT-S-32-alt",
-        "vs2:ViT-S-32-alt",
-        "vs2:ViT-S-32-alt@alpha=0",
-        "--output",
-        "on-{model}.json",
-        **environment,
-    )
-    assert both.returncode == 0, both.stderr
+    monkeypatch.setenv("VS2_STORE", "random-store")
+    train = ("--model", "ViT-S-32-alt", "--pretrained", "", *data, "--samples", "2000")
+    assert train_sae.main(train) == 0
+    models = ("ViT-S-32-alt", "vs2:ViT-S-32-alt", "vs2:ViT-S-32-alt@alpha=0")
+    code, error = clip_benchmark(*words, "--model", *models, "--output", "on-{model}.json")
+    assert code == 0, error
     off, on = (in_demo / "off.json").read_text(), (in_demo / "on-ViT-S-32-alt.json").read_text()
     assert off == on
     unsteered = metrics(in_demo / "on-vs2:ViT-S-32-alt@alpha=0.json")

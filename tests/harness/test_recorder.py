@@ -17,7 +17,9 @@ from .conftest import TINY, few_digits, metrics
 
 NAME = "local-dir-tiny-clip_wds-digits"
 DATA = ("--pretrained", "", "--dataset", "wds/few", "--dataset_root", "few")
-DATA += ("--num_workers", "1", "--quiet", "--no_amp")
+DATA += ("--num_workers", "1", "--quiet", "--batch_size", "16", "--no_amp")
+#: Four batches of them.
+IMAGES = 64
 MODELS = [TINY, f"vs2:{TINY}@{NAME}@gate=0.5", f"vs2pp:{TINY}@{NAME}", f"rag:{TINY}@{NAME}"]
 #: Steered at the last block, further in, and at the output, with a gallery and without.
 EVERYWHERE = [
@@ -32,7 +34,7 @@ ASIDE |= {f"vs2_{ece}{bins}" for ece in ("ece", "ece_before") for bins in ("", "
 
 @pytest.fixture
 def evaluate(in_demo, clip_benchmark):
-    few_digits(in_demo, "few", 1)
+    few_digits(in_demo, "few", 1, count=IMAGES)
 
     def run(*models, data=DATA):
         for path in in_demo.glob("i-*"):
@@ -49,7 +51,7 @@ def test_they_add_up_to_the_results(evaluate, monkeypatch):
     digests = []
     for found, path in evaluate(*MODELS):
         images = np.load(path)
-        assert len(images["digest"]) == 224 and images["classes"].tolist()[:2] == ["zero", "one"]
+        assert len(images["digest"]) == IMAGES and images["classes"].tolist()[:2] == ["zero", "one"]
         assert (images["prediction"] == images["target"]).mean() == pytest.approx(found["acc1"])
         assert (images["rank"] == 0).mean() == pytest.approx(found["acc1"])
         assert (images["rank"] < 5).mean() == pytest.approx(found["acc5"])
@@ -59,7 +61,7 @@ def test_they_add_up_to_the_results(evaluate, monkeypatch):
             assert images["fvu"].mean() == pytest.approx(found["vs2_mean_fvu"], rel=1e-5)
             assert images["steered"].mean() == pytest.approx(found["vs2_coverage"])
         digests.append(images["digest"].tolist())
-    assert all(one == digests[0] for one in digests) and len(set(digests[0])) == 224
+    assert all(one == digests[0] for one in digests) and len(set(digests[0])) == IMAGES
 
 
 @pytest.mark.parametrize("value", [None, "", "0"])
@@ -100,7 +102,7 @@ def test_a_steered_run_knows_what_the_plain_one_gives_bit_for_bit(data, evaluate
         assert found["vs2_ece_before"] == before["vs2_ece"] and found["vs2_ece_before_bins"] == before["vs2_ece_bins"]
         right = images["prediction"] == images["target"]
         assert found["vs2_mended"] == sum(right & ~was) and found["vs2_broken"] == sum(was & ~right)
-        assert found["vs2_mended"] - found["vs2_broken"] == pytest.approx(224 * (found["acc1"] - before["acc1"]))
+        assert found["vs2_mended"] - found["vs2_broken"] == pytest.approx(IMAGES * (found["acc1"] - before["acc1"]))
 
 
 def test_where_the_rest_of_the_tower_gives_other_bits_the_whole_tower_runs(evaluate, monkeypatch):
@@ -164,8 +166,8 @@ def test_the_bins_reach_the_table_of_all_results(evaluate, in_demo, clip_benchma
         for name in ("vs2_ece", "vs2_ece_before") if "vs2_ece_before" in found else ("vs2_ece",):
             bins = json.loads(rows[model][f"{name}_bins"])
             assert bins == found[f"{name}_bins"] == sorted(bins, key=lambda row: row[1])
-            assert sum(count for count, _, _ in bins) == 224
-            ece = sum(count * abs(confidence - accuracy) for count, confidence, accuracy in bins) / 224
+            assert sum(count for count, _, _ in bins) == IMAGES
+            ece = sum(count * abs(confidence - accuracy) for count, confidence, accuracy in bins) / IMAGES
             assert ece == pytest.approx(found[name], abs=2e-6)
 
 

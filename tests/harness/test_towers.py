@@ -8,7 +8,7 @@ import pytest
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli import train_sae
 
-from .conftest import DIGITS, few_digits, metrics
+from .conftest import few_digits, metrics
 
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 TOWERS = {
@@ -78,58 +78,53 @@ def make_tower(folder, name):
     return f"local-dir:{name}"
 
 
+DATA = ("--pretrained", "", "--dataset", "wds/few", "--dataset_root", "few")
+DATA += ("--num_workers", "0", "--quiet", "--no_amp")
+
+
+@pytest.fixture
+def few(in_demo):
+    """A hundred of the digits of each split, as ``wds/few``."""
+    few_digits(in_demo, "few", 0, count=100)
+    return in_demo
+
+
 @pytest.mark.parametrize("name", TOWERS)
-def test_other_towers_are_steered_at_their_output(name, in_demo, clip_benchmark):
-    model = make_tower(in_demo, name)
-    few = ("--samples", "4000", "--max_images", "128", "--num_workers", "0", "--quiet", "--no_amp", "--overwrite")
-    assert train_sae.main(["--model", model, *DIGITS[:4], *few]) == 0
-    code, error = clip_benchmark(
-        "eval",
-        "--model",
-        model,
-        f"vs2:{model}",
-        f"vs2:{model}@alpha=0",
-        f"rec:{model}@gate=0.9",
-        "--pretrained",
-        "",
-        *DIGITS,
-        "--output",
-        "t-{model}.json",
-    )
+def test_other_towers_are_steered_at_their_output(name, few, clip_benchmark):
+    model = make_tower(few, name)
+    assert train_sae.main(["--model", model, *DATA, "--samples", "1000", "--overwrite"]) == 0
+    models = (model, f"vs2:{model}", f"vs2:{model}@alpha=0", f"rec:{model}@gate=0.9")
+    code, error = clip_benchmark("eval", "--model", *models, *DATA, "--output", "t-{model}.json")
     assert code == 0, error
-    stock = metrics(in_demo / f"t-{model}.json")
-    unsteered = metrics(in_demo / f"t-vs2:{model}@alpha=0.json")
-    steered = metrics(in_demo / f"t-vs2:{model}.json")
+    stock = metrics(few / f"t-{model}.json")
+    unsteered = metrics(few / f"t-vs2:{model}@alpha=0.json")
+    steered = metrics(few / f"t-vs2:{model}.json")
     assert {key: unsteered[key] for key in stock} == stock
     assert steered["vs2_site"] == "visual" and steered["vs2_mean_fvu"] > 0
-    assert 0 <= metrics(in_demo / f"t-rec:{model}@gate=0.9.json")["vs2_coverage"] <= 1
-    code, error = clip_benchmark("eval", "--model", f"vs2:{model}@blocks=1", "--pretrained", "", *DIGITS)
+    assert 0 <= metrics(few / f"t-rec:{model}@gate=0.9.json")["vs2_coverage"] <= 1
+    code, error = clip_benchmark("eval", "--model", f"vs2:{model}@blocks=1", *DATA)
     assert code == 2 and "has no SAE at block 1" in error
 
 
 @pytest.mark.parametrize("name", ["resnet", "convnext"])
-def test_other_towers_look_up_neighbours_too(name, in_demo, clip_benchmark, monkeypatch):
+def test_other_towers_look_up_neighbours_too(name, few, clip_benchmark, monkeypatch):
     """The activation that is steered is the embedding itself, by which neighbours are looked up.
 
     The width of a timm trunk is told by running it, which no steering may see: each image counts once."""
     monkeypatch.setenv("VS2_PER_IMAGE", "1")
-    model = make_tower(in_demo, name)
-    few = ("--samples", "500", "--max_images", "128", "--num_workers", "0", "--quiet", "--no_amp", "--overwrite")
-    assert train_sae.main(["--model", model, *DIGITS[:4], *few, "--name", "neighbours"]) == 0
-    few_digits(in_demo, "few", 0)
+    model = make_tower(few, name)
+    words = ("--samples", "500", "--overwrite", "--name", "neighbours")
+    assert train_sae.main(["--model", model, *DATA, *words]) == 0
     models = [f"{method}:{model}@neighbours" for method in ("vs2pp", "clipsteer", "rag", "knn", "proto")]
     models += [f"vs2pp:{model}@neighbours@alpha=0"]
-    data = ("--dataset", "wds/few", "--dataset_root", "few", "--num_workers", "1", "--quiet", "--no_amp")
-    code, error = clip_benchmark(
-        "eval", "--model", model, *models, "--pretrained", "", *data, "--output", "n-{model}.json"
-    )
+    code, error = clip_benchmark("eval", "--model", model, *models, *DATA, "--output", "n-{model}.json")
     assert code == 0, error
-    stock, *steered, unsteered = (metrics(in_demo / f"n-{one}.json") for one in (model, *models))
+    stock, *steered, unsteered = (metrics(few / f"n-{one}.json") for one in (model, *models))
     assert {key: unsteered[key] for key in stock} == stock
     for found in steered:
         assert found["vs2_site"] == "visual" and 0 <= found["acc1"] <= 1
     assert steered[0]["vs2_mean_fvu"] > 0 and 0 < steered[0]["vs2_agreement"] <= 1
-    images = np.load(in_demo / f"n-{models[0]}.images.npz")
-    assert images["fvu"].shape == images["target"].shape and len(images["target"]) > 100
+    images = np.load(few / f"n-{models[0]}.images.npz")
+    assert images["fvu"].shape == images["target"].shape and len(images["target"]) == 100
     folder = Store.default().find("neighbours").folder / "gallery/0"
     assert (folder / "visual.npy").read_bytes() == (folder / "embedding.clip.npy").read_bytes()

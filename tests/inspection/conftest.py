@@ -1,12 +1,9 @@
 """A checkpoint with a gallery, trained for a moment on the demo's digits by its tiny CLIP."""
 
-import shutil
-
 import pytest
 
 from vs2_plugin.cli import train_sae
-from vs2_plugin.demo.digits import write_digits
-from vs2_plugin.demo.run import _TINY_CLIP
+from vs2_plugin.demo.run import prepare
 from vs2_plugin.inspection.findings import inspect_images
 from vs2_plugin.inspection.pictures import read_image
 from vs2_plugin.inspection.subject import open_subject
@@ -17,19 +14,20 @@ BLOCK = "visual.transformer.resblocks.3"
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory):
+def trained(once):
     """The folder: digits, tower, and a store with an SAE for blocks 2 and 3 and one by PASS."""
-    folder = tmp_path_factory.mktemp("inspected")
-    write_digits(folder / "digits")
-    shutil.copytree(_TINY_CLIP, folder / "tiny-clip")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("VS2_STORE", "store")
-        common = ["--model", "local-dir:tiny-clip", *DATA, "--samples", "20000", *QUIET]
-        assert train_sae.main([*common, "--blocks", "2", "last"]) == 0
-        assert train_sae.main([*common, "--pass_weight", "0.8"]) == 0
-        assert train_sae.main([*common, "--name", "bare", "--no_gallery"]) == 0
-    return folder
+
+    def fill(folder):
+        prepare(folder)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            patch.setenv("VS2_STORE", "store")
+            common = ["--model", "local-dir:tiny-clip", *DATA, "--samples", "20000", *QUIET]
+            assert train_sae.main([*common, "--blocks", "2", "last"]) == 0
+            assert train_sae.main([*common, "--pass_weight", "0.8"]) == 0
+            assert train_sae.main([*common, "--name", "bare", "--no_gallery"]) == 0
+
+    return once("inspected", fill)
 
 
 @pytest.fixture

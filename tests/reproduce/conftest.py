@@ -1,15 +1,19 @@
-"""A small table, run once on the stand-in by the installed command."""
+"""A small table, run once on the stand-in, and the command that runs tables, in this process."""
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
-import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+from vs2_plugin.cli.main import main
 
 SMALL = """\
 title: A small table
@@ -37,11 +41,36 @@ def words(name: str, *rest: str) -> list[str]:
     return [script, *rest]
 
 
-def reproduce(*rest: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    """``vs2 reproduce``, as a user would run it, away from any network."""
-    env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", **environment}
-    command = words("vs2", "reproduce", *rest)
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
+@contextmanager
+def harness_here() -> Iterator[None]:
+    """Within the block, evaluations run the stock command in this process."""
+
+    def evaluate(command: list[str], log: Path, quiet: bool, look: Callable[[], None]) -> str | None:
+        from clip_benchmark import cli
+
+        look()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", command)
+            try:
+                code = cli.main() or 0
+            except SystemExit as stop:
+                code = stop.code
+        look()
+        return f"exit code {code}" if code else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vs2_plugin.reproduce.run.run_command", evaluate)
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        yield
+
+
+def run_here(*rest: str, cwd: Path) -> SimpleNamespace:
+    """``vs2 reproduce`` in this process, with the stock command in it too, and what a process would give."""
+    output, errors = io.StringIO(), io.StringIO()
+    with harness_here(), pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
+        patch.chdir(cwd)
+        code = main(["reproduce", *rest])
+    return SimpleNamespace(returncode=code, stdout=output.getvalue(), stderr=errors.getvalue())
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +78,7 @@ def finished(tmp_path_factory) -> SimpleNamespace:
     """The folder in which ``small.yaml`` was run, with ``out`` in it, and what was printed."""
     folder = tmp_path_factory.mktemp("reproduce")
     (folder / "small.yaml").write_text(SMALL)
-    done = reproduce("small.yaml", "--stand_in", "digits", "--out", "out", cwd=folder)
+    done = run_here("small.yaml", "--stand_in", "digits", "--out", "out", cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return SimpleNamespace(folder=folder, out=folder / "out", output=done.stdout, errors=done.stderr)
 

@@ -1,6 +1,7 @@
 """Result files as clip_benchmark and this package write them, from seeded random predictions."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 CLASSES = ["cat", "dog", "fox", "owl", "bee", "ant"]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_images():
     """A function that gives the arrays of a run: images are the same for all, their order is the run's own."""
 
@@ -43,12 +44,11 @@ def make_images():
     return make
 
 
-@pytest.fixture
-def write_run(tmp_path):
+def writer(root):
     """A function that writes one result, with its per-image results where they are given, and returns its path."""
 
     def write(model, acc1=0.5, images=None, folder="results", name=None, **content):
-        where = tmp_path / folder
+        where = root / folder
         where.mkdir(exist_ok=True)
         path = where / f"{name or model.replace('/', '-')}.json"
         metrics = {"acc1": acc1, "acc5": 0.9, "mean_per_class_recall": acc1, **content.pop("metrics", {})}
@@ -71,6 +71,12 @@ def write_run(tmp_path):
 
 
 @pytest.fixture
+def write_run(tmp_path):
+    """That function, for the folder of a test."""
+    return writer(tmp_path)
+
+
+@pytest.fixture(scope="session")
 def steered():
     """A function that gives the metrics that a steered model adds."""
 
@@ -81,9 +87,11 @@ def steered():
     return facts
 
 
-@pytest.fixture
-def results(make_images, write_run, steered, tmp_path):
-    """A folder of results in which every part of the report finds its data."""
+@pytest.fixture(scope="session")
+def all_results(tmp_path_factory, make_images, steered):
+    """A folder of results in which every part of the report finds its data; not to be written to."""
+    root = tmp_path_factory.mktemp("all")
+    write_run = writer(root)
     write_run("B", images=make_images(0.5))
     runs = (
         ("vs2", None, "none", 0.6),
@@ -109,4 +117,10 @@ def results(make_images, write_run, steered, tmp_path):
             )  # fmt: skip
     for n in (10, 50):
         write_run(f"selective:B@n={n}", 0.6, metrics=steered("selective", n=n))
-    return tmp_path / "results"
+    return root / "results"
+
+
+@pytest.fixture
+def results(all_results, tmp_path):
+    """A copy of that folder."""
+    return shutil.copytree(all_results, tmp_path / "results")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
+from ..harness.conftest import few_digits
+
 TINY = "local-dir:tiny-clip"
-#: Under autocast, which is emulated, and slow, on processors without bfloat16 units.
-AUTOCAST = ("--pretrained", "", "--dataset", "wds/few", "--dataset_root", "few", "--num_workers", "0")
+_DATA = ("--pretrained", "", "--dataset", "wds/few", "--num_workers", "0", "--dataset_root")
+#: Under autocast, which is emulated, and slow, on processors without bfloat16 units: of few images.
+AUTOCAST = (*_DATA, "fewer")
 #: In float32.
-DATA = (*AUTOCAST, "--no_amp")
+DATA = (*_DATA, "few", "--no_amp")
 #: Batches of 64 in a quarter of the test digits.
 BATCHES = 4
 
@@ -53,14 +55,14 @@ def sweep(*models: str, output: str, words: tuple[str, ...] = (), data: tuple[st
 
 def both_commands(
     folder: Path,
-    strings: list[str],
-    points: list[str],
+    strings: Sequence[str],
+    points: Sequence[str],
     prefix: str = "",
     before: Callable[[], None] = lambda: None,
     data: tuple[str, ...] = DATA,
 ) -> None:
-    """The points of a sweep by both commands: results in ``{prefix}harness`` and ``{prefix}sweep``. ``before`` is
-    called before each command."""
+    """A sweep, and some of its points by the stock command: results in ``{prefix}sweep`` and ``{prefix}harness``.
+    ``before`` is called before each command."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("VS2_STORE", "store")
@@ -77,19 +79,18 @@ def result(path: Path | str) -> dict:
 
 
 @pytest.fixture(scope="session")
-def laboratory(tmp_path_factory) -> Path:
+def laboratory(once: Callable[..., Path]) -> Path:
     """The folder, with SAEs at every block, one by PASS, and a second checkpoint called ``other``."""
+    return once("sweep", _fill)
+
+
+def _fill(folder: Path) -> None:
     from vs2_plugin.cli import train_sae
     from vs2_plugin.demo.run import prepare
 
-    folder = tmp_path_factory.mktemp("sweep")
     prepare(folder)
-    for split in ("train", "test"):
-        (folder / "few" / split).mkdir(parents=True)
-        (folder / "few" / split / "nshards.txt").write_text("1")
-        shutil.copy(folder / "digits" / split / "0.tar", folder / "few" / split / "0.tar")
-    for file in ("classnames.txt", "zeroshot_classification_templates.txt"):
-        shutil.copy(folder / "digits" / file, folder / "few")
+    few_digits(folder, "few", 0)
+    few_digits(folder, "fewer", 0, count=40)
     train = ["--model", TINY, *DATA, "--samples", "3000", "--quiet"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -97,7 +98,6 @@ def laboratory(tmp_path_factory) -> Path:
         assert train_sae.main([*train, "--blocks", "all", "--gallery_labels"]) == 0
         assert train_sae.main([*train, "--pass_weight", "0.8", "--gallery_labels"]) == 0
         assert train_sae.main([*train, "--k", "8", "--name", "other"]) == 0
-    return folder
 
 
 @pytest.fixture

@@ -86,12 +86,22 @@ def test_quiet_is_quiet(here, capsys):
     assert result(f"auto-quiet/vs2:{TINY}@alpha=auto.json")["metrics"]["vs2_auto"] == "alpha"
 
 
+THROUGH = [f"vs2pp:{TINY}@alpha=auto@n=10@brake=0.6", f"vs2:{TINY}@alpha=auto@gate=0.9", f"vs2s:{TINY}"]
+
+
+@pytest.fixture(scope="module")
+def through(laboratory):
+    """Those by the stock command."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(laboratory)
+        patch.setenv("VS2_STORE", "store")
+        (laboratory / "tower-harness").mkdir()
+        harness(*THROUGH, output="tower-harness/{model}.json")
+
+
 @pytest.mark.parametrize("keeps", [True, False], ids=["kept", "not kept"])
-def test_points_that_are_sent_through_the_tower_keep_what_they_have_seen(here, monkeypatch, keeps):
+def test_points_that_are_sent_through_the_tower_keep_what_they_have_seen(through, here, monkeypatch, keeps):
     """Where features differ, points steer while the plain model is evaluated, before they are evaluated themselves."""
-    strings = [f"vs2pp:{TINY}@alpha=auto@n=10@brake=0.6", f"vs2:{TINY}@alpha=auto@gate=0.9", f"vs2s:{TINY}"]
-    (here / f"tower-harness-{keeps}").mkdir()
-    harness(*strings, output=f"tower-harness-{keeps}/{{model}}.json")
     folders = [path.parent for path in here.glob("store/checkpoints/*/vs2.json")]
     forget(here)
     if not keeps:
@@ -101,12 +111,12 @@ def test_points_that_are_sent_through_the_tower_keep_what_they_have_seen(here, m
             (folder / "auto").write_text("in the way")
     try:
         monkeypatch.setattr(evaluate, "finish", lambda model, site, x: x.new_zeros(len(x), 64))
-        assert sweep(*strings, output=f"tower-sweep-{keeps}/{{model}}.json") == 0
+        assert sweep(*THROUGH, output=f"tower-sweep-{keeps}/{{model}}.json") == 0
     finally:
         for folder in folders if not keeps else ():
             (folder / "auto").unlink()
-    for model in strings:
-        assert result(f"tower-sweep-{keeps}/{model}.json") == result(f"tower-harness-{keeps}/{model}.json")
+    for model in THROUGH:
+        assert result(f"tower-sweep-{keeps}/{model}.json") == result(f"tower-harness/{model}.json")
 
 
 class Pull(torch.nn.Module):

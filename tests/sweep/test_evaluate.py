@@ -37,31 +37,42 @@ STRINGS = [
     f"proto:{TINY}@lam=1,2",
     f"proto:{TINY}@blocks=1",
 ]
-POINTS = [point.model for grid in read_grids(STRINGS) for point in grid.points]
+GRIDS = read_grids(STRINGS)
+POINTS = [point.model for grid in GRIDS for point in grid.points]
+#: Those that the stock command evaluates too: of a large grid, two corners that differ in everything.
+CORNERS = [
+    point.model
+    for grid in GRIDS
+    for point in (grid.points if len(grid.points) < 4 else (grid.points[0], grid.points[-1]))
+]
 
 
 @pytest.fixture(scope="module")
 def both(laboratory):
-    """All points by both commands, in float32: the folder of ``harness`` and ``sweep``."""
-    both_commands(laboratory, STRINGS, POINTS)
+    """All points by a sweep, and the corners by the stock command, in float32: the folder of ``harness`` and
+    ``sweep``."""
+    both_commands(laboratory, STRINGS, CORNERS)
     return laboratory
 
 
-@pytest.mark.parametrize("model", [TINY, *POINTS])
+@pytest.mark.parametrize("model", [TINY, *CORNERS])
 def test_results_equal_the_harness(both, model):
     expected = result(both / "harness" / f"{model}.json")
     assert result(both / "sweep" / f"{model}.json") == expected
     assert set(expected) == {"dataset", "model", "pretrained", "task", "metrics", "language"}
 
 
-def test_results_equal_the_harness_under_autocast(both):
+def test_results_equal_the_harness_under_autocast(both, monkeypatch):
     """A point of each way to steer: at the end of the tower, in its middle, by neighbours and at the output."""
     strings = [f"vs2:{TINY}@gate=0.9", f"vs2:{TINY}@blocks=2+3", f"vs2pp:{TINY}@n=10", f"rag:{TINY}", f"knn:{TINY}"]
     both_commands(both, strings, strings, prefix="amp-", data=AUTOCAST)
     for model in (TINY, *strings):
         assert result(both / "amp-sweep" / f"{model}.json") == result(both / "amp-harness" / f"{model}.json")
     # Equal results with autocast and without are not the same thing twice.
-    fvu = [result(both / name / f"{strings[0]}.json")["metrics"]["vs2_mean_fvu"] for name in ("sweep", "amp-sweep")]
+    monkeypatch.chdir(both)
+    monkeypatch.setenv("VS2_STORE", "store")
+    assert sweep(strings[0], output="no-amp/{model}.json", data=(*AUTOCAST, "--no_amp")) == 0
+    fvu = [result(both / name / f"{strings[0]}.json")["metrics"]["vs2_mean_fvu"] for name in ("no-amp", "amp-sweep")]
     assert fvu[0] != fvu[1]
 
 
@@ -155,7 +166,7 @@ def test_features_that_differ_send_points_through_the_tower(both, monkeypatch):
     assert sweep(*strings, output="through/{model}.json") == 0
     for point in (point for grid in read_grids(strings) for point in grid.points):
         name = f"{point.model}.json"
-        assert result(both / "through" / name) == result(both / "harness" / name)
+        assert result(both / "through" / name) == result(both / "sweep" / name)
 
 
 def _in_place(context, strength):
@@ -188,29 +199,27 @@ class _Counting(torch.nn.Module):
         return x * self.strength
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        Method("inplace", _in_place, [Option("strength", float, 1.0)]),
-        Method("untracked", _untracked, [Option("strength", float, 1.0)]),
-        Method("counting", lambda context, strength: _Counting(strength), [Option("strength", float, 1.0)]),
-        Method(
-            "free",
-            lambda context, strength: lambda x: x + strength,
-            [Option("strength", float, 1.0)],
-            needs_checkpoint=False,
-        ),
-        Method("labelled", lambda context, labels: lambda x: x, [LABELS], needs_checkpoint=False),
-    ],
-    ids=lambda method: method.name,
-)
-def test_methods_of_plugins(here, monkeypatch, method):
-    monkeypatch.setitem(registry().methods, method.name, method)
-    monkeypatch.setitem(registry().owners, method.name, "a test")
-    values = "labels=pseudo,oracle" if method.name == "labelled" else "strength=0.5:1.5:0.5"
-    strings = [f"vs2:{TINY}@lam=2", f"{method.name}:{TINY}@{values}", f"vs2:{TINY}@lam=3"]
+STRENGTH = [Option("strength", float, 1.0)]
+OTHERS = [
+    Method("inplace", _in_place, STRENGTH),
+    Method("untracked", _untracked, STRENGTH),
+    Method("counting", lambda context, strength: _Counting(strength), STRENGTH),
+    Method("free", lambda context, strength: lambda x: x + strength, STRENGTH, needs_checkpoint=False),
+    Method("labelled", lambda context, labels: lambda x: x, [LABELS], needs_checkpoint=False),
+]
+
+
+def test_methods_of_plugins(here, monkeypatch):
+    """None of them disturbs another, nor what comes after it."""
+    strings = [f"vs2:{TINY}@lam=2"]
+    for method in OTHERS:
+        monkeypatch.setitem(registry().methods, method.name, method)
+        monkeypatch.setitem(registry().owners, method.name, "a test")
+        values = "labels=pseudo,oracle" if method.name == "labelled" else "strength=0.5,1.5"
+        strings += [f"{method.name}:{TINY}@{values}"]
+    strings += [f"vs2:{TINY}@lam=3"]
     models = [point.model for grid in read_grids(strings) for point in grid.points]
-    (here / "plugin-harness").mkdir(exist_ok=True)
+    (here / "plugin-harness").mkdir()
     harness(*models, output="plugin-harness/{model}.json")
     assert sweep(*strings, output="plugin-sweep/{model}.json") == 0
     for model in models:
