@@ -1,0 +1,69 @@
+"""Pictures of grids, read from the axes."""
+
+import numpy as np
+import pytest
+
+from vs2_plugin.sweep import figures
+from vs2_plugin.sweep.grid import read_grids
+
+
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """A function that draws a grid with a value for each point: file -> figure."""
+    found = {}
+
+    def keep(figure, path):
+        found[path.name] = figure
+        return path
+
+    monkeypatch.setattr(figures, "_save", keep)
+
+    def draw(text, plain=50.0):
+        [grid] = read_grids([text])
+        values = {point.model: float(number) for number, point in enumerate(grid.points)}
+        paths = figures.draw(grid, values, plain, lambda words: tmp_path / f"picture{words and '@'}{words}")
+        assert [path.name for path in paths] == list(found)
+        return found
+
+    return draw
+
+
+def test_one_point_is_no_picture(drawn):
+    assert drawn("vs2:X@gamma=2") == {}
+
+
+def test_one_numeric_axis_is_a_curve_for_each_value_of_the_others(drawn):
+    figure = drawn("vs2pp:X@n=10,50@rule=majority,query")["picture"]
+    [axes] = figure.axes
+    zero, *lines = axes.lines
+    assert zero.get_ydata()[0] == 50 and axes.get_xlabel() == "n"
+    curves = [line for line in lines if len(line.get_xdata()) > 1]
+    assert [list(line.get_xdata()) for line in curves] == [[10, 50]] * 2
+    assert [list(line.get_ydata()) for line in curves] == [[0, 2], [1, 3]]  # the last axis changes fastest
+    labels = [line.get_label() for line in curves]
+    assert labels == ["rule=majority: best 2.00 at n=50", "rule=query: best 3.00 at n=50"]
+
+
+def test_words_stand_at_even_places(drawn):
+    [axes] = drawn("vs2:X@blocks=3,2+3,all")["picture"].axes
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["3", "2+3", "all"]
+    [curve] = [line for line in axes.lines if len(line.get_xdata()) == 3]
+    assert list(curve.get_xdata()) == [0, 1, 2] and list(curve.get_ydata()) == [0, 1, 2]
+
+
+def test_two_numeric_axes_are_a_heat_map_for_each_value_of_the_others(drawn):
+    found = drawn("vs2pp:X@rule=majority,query@gamma=1:3:1@lam=2,4", plain=7.5)
+    assert list(found) == ["picture@rule=majority", "picture@rule=query"]
+    axes, bar = found["picture@rule=query"].axes
+    assert np.array_equal(axes.images[0].get_array(), [[6, 8, 10], [7, 9, 11]])  # gamma across, lambda up
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("gamma", "lam")
+    assert (axes.lines[0].get_xdata()[0], axes.lines[0].get_ydata()[0]) == (2, 1)  # the star
+    assert "best, 11.00 at gamma=3, lam=4; zero-shot (red): 7.50" in axes.get_title()
+    assert 7.5 in [line.get_ydata()[0] for line in bar.lines]
+    assert all(line.get_ydata()[0] != 7.5 for line in found["picture@rule=majority"].axes[1].lines)  # outside of it
+
+
+def test_a_picture_is_a_file(tmp_path):
+    [grid] = read_grids(["vs2:X@gamma=1,2"])
+    [path] = figures.draw(grid, {point.model: 1.0 for point in grid.points}, 1.0, lambda words: tmp_path / "a.png")
+    assert path.read_bytes()[:4] == b"\x89PNG"
