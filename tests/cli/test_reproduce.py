@@ -33,7 +33,7 @@ def test_all_measured_is_success(work, capsys):
     output, error = capsys.readouterr()
     assert error == "" and output.startswith("export VS2_PER_IMAGE=1\n")
     table = (work.out / "table.md").read_text()
-    assert f"\n{table}" in output and "| 58.00 |" in table and "-8.00" in table
+    assert f"\n{table}" in output and " 58.00 |" in table and " -8.00 |" in table
     assert output.endswith("\nThe tables are in out, as .md and .json\n")
 
 

@@ -65,9 +65,8 @@ def install(python: Path, *what: str) -> None:
 
 
 def ask(python: Path, code: str, **env: str) -> str:
-    done = subprocess.run(
-        [python, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, cwd=python.parent
-    )
+    here = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, env={**here, **env}, cwd=python.parent)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

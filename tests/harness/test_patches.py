@@ -87,14 +87,14 @@ def test_several_data_sets_in_one_call_each_with_its_own_checkpoint(in_demo, cli
 
 def test_stock_models_do_not_notice_the_plugin(in_demo, clip_benchmark, monkeypatch):
     """Random weights, several models in one call, in this process and in one without the hook."""
-    few_digits(in_demo, "few", 0, count=70)  # a ViT-S-32 takes its time
+    few_digits(in_demo, "few", 0, count=32)  # a ViT-S-32 takes its time
     data = ("--dataset", "wds/few", "--dataset_root", "few", *DIGITS[4:])
     words = ("eval", "--pretrained", "", *data)
     alone = ("--model", "ViT-S-32-alt", "--output", "off.json")
     stock = run_script("clip_benchmark", *words, *alone, cwd=in_demo, VS2_PLUGIN_DISABLE="1")
     assert stock.returncode == 0, stock.stderr
     monkeypatch.setenv("VS2_STORE", "random-store")
-    train = ("--model", "ViT-S-32-alt", "--pretrained", "", *data, "--samples", "2000")
+    train = ("--model", "ViT-S-32-alt", "--pretrained", "", *data, "--samples", "500")
     assert train_sae.main(train) == 0
     models = ("ViT-S-32-alt", "vs2:ViT-S-32-alt", "vs2:ViT-S-32-alt@alpha=0")
     code, error = clip_benchmark(*words, "--model", *models, "--output", "on-{model}.json")
@@ -241,7 +241,7 @@ def test_retrieval_is_steered_too(in_demo, clip_benchmark, captions):
 def test_that_autocast_is_emulated_is_said_once_with_what_helps(in_demo, clip_benchmark, monkeypatch):
     from vs2_plugin.harness import preflight
 
-    few_digits(in_demo, "few", 0)
+    few_digits(in_demo, "few", 0, count=20)
     data = ("--pretrained", "", "--dataset", "wds/few", "--dataset_root", "few", *DIGITS[4:])
     models = [f"vs2:{TINY}@local-dir-tiny-clip_wds-digits@alpha={alpha}" for alpha in (0, 1)]
     cases = [(True, models, data[:-1], 1), (True, models[:1], data, 0), (False, models[:1], data[:-1], 0)]

@@ -44,8 +44,8 @@ def test_every_model_is_the_tiny_one_and_nothing_is_published(table):
         assert (cell.model is None) == (was.model is None)
     models = {cell.row: cell.model for cell in found.cells}
     assert models["others"] is None
-    assert parse(models["VS2"]).given == {"blocks": "1+3", "lam": "3"}  # counted from the end
-    assert parse(models["VS2++"]).given == {"n": "5"}  # there is no such encoder offline
+    assert parse(models["VS2"]).given == {"blocks": "1+3", "lam": 3.0}  # counted from the end
+    assert parse(models["VS2++"]).given == {"n": 5}  # there is no such encoder offline
 
 
 def test_classes_that_gain_are_digits_each_its_own(table):

@@ -79,7 +79,7 @@ def test_pass_pulls_the_codes_of_a_class_together(folder, train):
         "batch": ["--pass_weight", "4"],
         "running": ["--pass_weight", "4", "--pass_means", "running"],
     }.items():
-        assert train("--name", name, "--samples", "40000", *words) == 0
+        assert train("--name", name, "--samples", "20000", *words) == 0
         site = Store.default().find(name).sites[0]
         sae, _ = Store.default().find(name).load(site)
         cached = next(
