@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from vs2_plugin.arrays import digest_of, spread
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.clip.edits import in_float32
 from vs2_plugin.clip.sites import ClipModel, Site, embedding_from
-from vs2_plugin.errors import HarnessError, ModelStringError
+from vs2_plugin.errors import HarnessError, ModelStringError, PluginError
 from vs2_plugin.files import atomic_file
 from vs2_plugin.gallery.gallery import CLIP, Gallery
 from vs2_plugin.method import Option, Scalar
@@ -44,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 #: Images that are looked at, evenly spread over a larger gallery, and how many at a time.
 _IMAGES, _BATCH = 10_000, 2048
+#: Of its norm, how far an activation may be moved by rounding alone.
+_STILL = 1e-4
 
 
 class Automatic(nn.Module):
@@ -51,12 +54,14 @@ class Automatic(nn.Module):
 
     def __init__(
         self,
+        name: str,
         build: Callable[[Mapping[str, Scalar | None]], Steering],
         given: Mapping[str, Scalar | None],
         options: Sequence[Option],
     ) -> None:
-        """``build`` makes the steering of all options, of which ``options`` are automatic and the others ``given``."""
+        """``build`` makes the steering of method ``name`` of all options: some automatic, and the others ``given``."""
         super().__init__()
+        self.name = name
         self._build, self._given = build, given
         #: Every combination of values; the first leaves activations as they are.
         self.candidates = [
@@ -100,10 +105,6 @@ class Automatic(nn.Module):
             )
         moved: Tensor | Move = call(self.steering, x, batch)
         return moved
-
-    def steer(self, x: Tensor, batch: Batch) -> Tensor:
-        """The steered activations ``[batch, d]``."""
-        return steer(self, x, batch)
 
 
 def choose(
@@ -185,11 +186,31 @@ def settle(
         (activations[part], Batch(rows=part) if retriever is None else retriever.own(part))
         for part in rows.split(_BATCH)
     ]
-    ways = []
+    ways: list[Tensor] = []
     for values in tqdm(automatic.candidates, name, unit="candidate", disable=None if name else True, leave=False):
         automatic.use(values)
+        if not ways:
+            _check_first(automatic, batches)
         ways.append(_classes(steer, model, site, batches, classifier.float()))
     return choose_by_evidence(automatic.candidates, ways, graph, classifier.shape[1], prior)
+
+
+@torch.no_grad()
+def _check_first(automatic: Automatic, batches: Sequence[tuple[Tensor, Batch]]) -> None:
+    """Raise PluginError unless the first candidate, in use, leaves activations as they are."""
+    for x, batch in batches:
+        moved = (in_float32(partial(steer, automatic, batch=batch), x) - x).norm(dim=-1)
+        if not (moved <= _STILL * x.norm(dim=-1)).all():
+            told = ", ".join(f"{name}={value:g}" for name, value in automatic.candidates[0].items())
+            raise PluginError(
+                f"method {automatic.name!r} moves activations by up to {float(moved.max()):.3g} with {told}; expected "
+                "that its automatic options, all at their first value, leave activations as they are, since auto "
+                "compares the others with that"
+            )
+
+
+def _at_hand(steer: Callable[[Tensor, Batch], Tensor], batch: Batch, x: Tensor) -> Tensor:
+    return steer(x, batch)
 
 
 @torch.no_grad()
@@ -204,11 +225,7 @@ def _classes(
     classes = []
     with torch.autocast(classifier.device.type, enabled=False):
         for x, batch in batches:
-
-            def at_hand(x: Tensor, batch: Batch = batch) -> Tensor:
-                return steer(x, batch)
-
-            steered = in_float32(at_hand, x)
+            steered = in_float32(partial(_at_hand, steer, batch), x)
             embedding = nn.functional.normalize(embedding_from(model, site, steered), dim=-1)
             classes.append((embedding @ classifier).argmax(1))
     return torch.cat(classes)

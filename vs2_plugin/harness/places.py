@@ -142,9 +142,11 @@ class Place(nn.Module):
     """One site at which a model is steered."""
 
     def __init__(
-        self, site: Site, facts: SiteSAE | None, steering: Steering, gate: Gate | None, current: Current
+        self, name: str, site: Site, facts: SiteSAE | None, steering: Steering, gate: Gate | None, current: Current
     ) -> None:
         super().__init__()
+        #: Of the method.
+        self.name = name
         self.site = site
         #: What the checkpoint tells of the SAE there, if the method steers along one.
         self.facts = facts
@@ -158,8 +160,25 @@ class Place(nn.Module):
         self.shows: tuple[ClipModel, ...] = ()
 
     def steer(self, x: Tensor, batch: Batch) -> Tensor:
-        """The steered activations ``[batch, d]``, float32, of the images at hand."""
-        return steer(self.steering, x, batch) if self.gate is None else self.gate(x, batch)
+        """The steered activations ``[batch, d]``, float32, of the images at hand.
+
+        Raises:
+            PluginError: they are not finite, though x is: accuracy would be computed of them all the same.
+        """
+        return self._finite(self.gate(x, batch), x) if self.gate is not None else self.steer_all(x, batch)
+
+    def steer_all(self, x: Tensor, batch: Batch) -> Tensor:
+        """The same without the gate."""
+        return self._finite(steer(self.steering, x, batch), x)
+
+    def _finite(self, steered: Tensor, x: Tensor) -> Tensor:
+        # What is no tensor is refused where it is used.
+        if isinstance(steered, Tensor) and not steered.isfinite().all() and x.isfinite().all():
+            raise PluginError(
+                f"method {self.name!r} of {registry().owners.get(self.name, '?')} steered to NaN or infinity at "
+                f"{self.site}; expected finite activations (a division by 0, or a strength beyond float32?)"
+            )
+        return steered
 
     def move(self, x: Tensor, batch: Batch) -> Move | None:
         """How the method moves ``[batch, d]`` along latents, without the gate; None for a method that tells no move."""
@@ -264,7 +283,7 @@ class Places(Sequence[Place]):
         gated = self.spec.options.get("gate") is not None
         choose(
             automatic,
-            place.steer if gated else automatic.steer,
+            place.steer if gated else place.steer_all,
             self._model[0],
             place.site,
             self.checkpoint,
@@ -345,16 +364,16 @@ def _place(
     given = (site.hookpoint, site.width)
     if facts is None or checkpoint is None:
         context = Context(parts.model, *given, task=task, retriever=retriever)
-        return Place(site, None, _steering(spec, context), None, current)
+        return Place(spec.method.name, site, None, _steering(spec, context), None, current)
     sae, mean = parts.sae(checkpoint, facts)
     shared: dict[str, Any] = parts.once(("shared", checkpoint.folder, facts.folder), dict)
     context = Context(parts.model, *given, sae, mean, facts.fvu_quantiles, task, retriever, shared)
     steering, q = _steering(spec, context), spec.options["gate"]
     gate = Gate(steering, sae, mean, None if q is None else threshold(facts.fvu_quantiles, float(q)))
-    return Place(site, facts, steering, gate, current).to(parts.device).eval()
+    return Place(spec.method.name, site, facts, steering, gate, current).to(parts.device).eval()
 
 
 def _steering(spec: ModelString, context: Context) -> Steering:
     options = {option.name: spec.options[option.name] for option in spec.method.options}
     build, automatic = Builder(spec.method, context), spec.method.automatic(options)
-    return Automatic(build, options, automatic) if automatic else build(options)
+    return Automatic(spec.method.name, build, options, automatic) if automatic else build(options)

@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from vs2_plugin.method import Scalar
-from vs2_plugin.strength.criterion import scores
+from vs2_plugin.strength.criterion import Scores, scores
 
 __all__ = ["RULE", "Choice", "Rule", "choose"]
 
@@ -22,37 +21,51 @@ class Rule(NamedTuple):
     """The evidence that a candidate has to show to be chosen."""
 
     errors: float
-    """A gain of fewer standard errors is no gain."""
+    """A gain of fewer standard errors is no gain. Nor may the shares of the predicted classes move away by more from
+    what they should be: all equal, unless a prior is known."""
     gain: float
-    """Nats. A smaller gain, however sure, is often a class that falls apart into two (many images tell even that). It
-    is believed only where modularity, which such a split lowers, rises as surely."""
-    price: float
-    """Nats that each further option which leaves its first value must bring."""
+    """Nats. A smaller gain, however sure, is often a class that falls apart into two: many images tell even that."""
+    known: float
+    """Of what there is to tell of a neighbour's class (the entropy of the predicted classes), the share that a class
+    must tell, for each option that leaves its first value. With less, neighbours are mostly of other classes: the graph
+    then knows how images look, but not which class they are of."""
 
-    def pick(
-        self,
-        candidates: Sequence[Mapping[str, Scalar]],
-        information: Sequence[float],
-        information_errors: Sequence[float],
-        modularity_errors: Sequence[float],
-        away: Sequence[float] | None = None,
-    ) -> int:
-        """Which candidate to choose by its evidence, as :class:`Choice` holds it. 0, the plain model, wins all ties."""
-        first, best, chosen = candidates[0], -float("inf"), 0
-        for index, candidate in enumerate(candidates):
-            gained = information[index] - information[0]
-            backed = gained > self.gain or modularity_errors[index] > self.errors
-            allowed = away is None or away[index] <= away[0]
-            if not (gained > 0 and information_errors[index] > self.errors and backed and allowed):
-                continue
-            used = sum(value != first[name] for name, value in candidate.items())
-            worth = information[index] - self.price * used
-            if worth > best:
-                best, chosen = worth, index
+    def objection(self, candidates: Sequence[Mapping[str, Scalar]], scores: Scores, index: int) -> str | None:
+        """What speaks against a candidate, in words; None if nothing does."""
+        told, entropy = scores.information[index], scores.entropy[index]
+        gained, errors = told - scores.information[0], scores.information_errors[index]
+        if not (gained > self.gain and errors > self.errors):
+            return f"that is not surely more, or not by much ({gained:+.3f} nats, {errors:+.1f} standard errors)"
+        if told < self.known * _used(candidates, index) * entropy:
+            return f"that is only {told / entropy:.0%} of what there is to tell: neighbours are mostly of other classes"
+        if scores.divergence_errors[index] > self.errors:
+            return (
+                "the shares of the classes move away from what they should be "
+                f"({scores.divergence[0]:.3f} to {scores.divergence[index]:.3f} nats)"
+            )
+        return None
+
+    def pick(self, candidates: Sequence[Mapping[str, Scalar]], scores: Scores) -> int:
+        """Which candidate to choose by its scores: 0, the plain model, unless others stand up to all objections.
+
+        Of those, the one with most evidence, as the sum of the standard errors by which more is told and the shares
+        move to what they should be. (Most information would be the strongest: strength goes on smoothing predictions
+        where it no longer mends them.)
+        """
+        best, chosen = -float("inf"), 0
+        for index in range(1, len(candidates)):
+            evidence = scores.information_errors[index] - scores.divergence_errors[index]
+            if evidence > best and self.objection(candidates, scores, index) is None:
+                best, chosen = evidence, index
         return chosen
 
 
-RULE = Rule(errors=2.0, gain=0.1, price=0.02)
+def _used(candidates: Sequence[Mapping[str, Scalar]], index: int) -> int:
+    """Number of options that leave their first value."""
+    return sum(value != candidates[0][name] for name, value in candidates[index].items())
+
+
+RULE = Rule(errors=2.5, gain=0.075, known=0.25)
 
 
 @dataclass(frozen=True)
@@ -63,18 +76,10 @@ class Choice:
     """All that could be chosen; the first leaves the activations as they are."""
     index: int
     """Which was."""
-    information: Sequence[float]
-    """Of each candidate, in nats; see :class:`Scores`, as for the next three."""
-    information_errors: Sequence[float]
-    """Standard errors above the first candidate."""
-    modularity: Sequence[float]
+    scores: Scores
     """Of each candidate."""
-    modularity_errors: Sequence[float]
-    """Standard errors above the first candidate."""
     images: int
     """Unlabeled images that were looked at."""
-    away: Sequence[float] | None = None
-    """Of each candidate: total variation between the shares of the predicted classes and a prior, if one is known."""
 
     @property
     def values(self) -> dict[str, Scalar]:
@@ -82,45 +87,68 @@ class Choice:
         return dict(self.candidates[self.index])
 
     @property
+    def reason(self) -> str:
+        """Why not something else, in words."""
+        scores = self.scores
+        if self.index == 0:
+            rest = range(1, len(self.candidates))
+            top = max(rest, key=lambda index: scores.information[index])
+            return (
+                f"left at that. Most is told at {_words(self.candidates[top])}, {scores.information[top]:.3f} nats: "
+                f"{RULE.objection(self.candidates, scores, top)}"
+            )
+        surely = f"{scores.information_errors[self.index]:+.1f} standard errors"
+        ends = [name for name, value in self.values.items() if self._is_end(name, value)]
+        more = "" if not ends else f"; no larger {' or '.join(ends)} was tried, and it may be better still"
+        return surely + more
+
+    def _is_end(self, name: str, value: Scalar) -> bool:
+        offered = {candidate[name] for candidate in self.candidates}
+        return len(offered) > 2 and value == max(offered)  # of two, one is always the larger
+
+    @property
     def facts(self) -> dict[str, Scalar]:
         """Flat scalars for the results' metrics."""
+        scores = self.scores
         evidence = " ".join(
             f"{'/'.join(f'{value:g}' for value in candidate.values())}:{nats:.3f}"
-            for candidate, nats in zip(self.candidates, self.information, strict=True)
+            for candidate, nats in zip(self.candidates, scores.information, strict=True)
         )
         return {
             **self.values,
             "auto": "+".join(self.values),
             "auto_images": self.images,
-            "auto_information": round(self.information[self.index], 4),
-            "auto_information_plain": round(self.information[0], 4),
-            "auto_standard_errors": round(self.information_errors[self.index], 2),
+            "auto_information": round(scores.information[self.index], 4),
+            "auto_information_plain": round(scores.information[0], 4),
+            "auto_standard_errors": round(scores.information_errors[self.index], 2),
+            "auto_entropy": round(scores.entropy[self.index], 4),
+            "auto_entropy_plain": round(scores.entropy[0], 4),
             "auto_evidence": evidence,
+            "auto_reason": self.reason,
         }
 
     def __str__(self) -> str:
         chosen = ", ".join(f"{name} = {value:g}" for name, value in self.values.items())
-        top = max(range(len(self.candidates)), key=lambda index: self.information[index])
-        told = f"{self.information[0]:.3f} nats at {_words(self.candidates[0])}"
+        plain = f"{self.scores.information[0]:.3f} nats"
+        over = f"over {self.images} unlabeled images, a class tells"
         if self.index == 0:
-            return (
-                f"{chosen}: left at that. Over {self.images} unlabeled images, what a class tells of the neighbours' "
-                f"classes is {told}, and no candidate passes the rule (best: {self.information[top]:.3f} at "
-                f"{_words(self.candidates[top])}, {self.information_errors[top]:+.1f} standard errors)"
-            )
+            return f"{chosen}: {over} {plain} of the neighbours' classes, {self.reason}"
+        told = self.scores.information[self.index]
         return (
-            f"{chosen}: over {self.images} unlabeled images, a class tells {self.information[self.index]:.3f} nats of "
-            f"the neighbours' classes, {told} ({self.information_errors[self.index]:+.1f} standard errors)"
+            f"{chosen}: {over} {told:.3f} nats of the neighbours' classes, {plain} at {_words(self.candidates[0])} "
+            f"({self.reason})"
         )
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for :meth:`from_json`."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {"candidates": self.candidates, "index": self.index, "images": self.images, **self.scores._asdict()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Choice:
         """The choice that was written. Raises TypeError, ValueError or LookupError for something else."""
-        found = cls(**data)
+        data = dict(data)
+        told = Scores(**{name: data.pop(name) for name in Scores._fields})
+        found = cls(scores=told, **data)
         str(found), found.facts  # a damaged one cannot be told
         return found
 
@@ -138,25 +166,15 @@ def choose(
 ) -> Choice:
     """Choose between candidates by the classes that they give to the same unlabeled images.
 
-    A candidate has to raise the information surely, and either by much or together with the modularity; of those
-    that do, the one with most information is taken, less a price for every option beyond the first that it uses
-    (:data:`RULE`). With a known ``prior``, a candidate may not move the shares of the predicted classes away from it.
+    See :class:`Rule` for what a candidate has to show, and :data:`RULE` for the constants.
 
     Args:
         candidates: values of the options; the first leaves the activations as they are.
         ways: classes of the images with each candidate, int64 ``[n]``.
         graph: int64 ``[n, k]``, neighbours of the images; see :func:`neighbour_graph`.
         count: number of classes.
-        prior: shares of the classes ``[count]``, if they are known.
+        prior: shares of the classes ``[count]``, if they are known; by default all equal.
     """
-    columns = [[float(value) for value in column] for column in scores(ways, graph, count)]
-    away = None if prior is None else [_distance(way, prior) for way in ways]
-    information, information_errors, knit, modularity_errors = columns
-    index = RULE.pick(candidates, information, information_errors, modularity_errors, away)
+    told = scores(ways, graph, count, prior)
     rows = [dict(row) for row in candidates]
-    return Choice(rows, index, information, information_errors, knit, modularity_errors, len(graph), away)
-
-
-def _distance(classes: Tensor, prior: Tensor) -> float:
-    share = torch.bincount(classes, minlength=len(prior)).to(prior) / len(classes)
-    return float((share - prior).abs().sum() / 2)
+    return Choice(rows, RULE.pick(rows, told), told, len(graph))

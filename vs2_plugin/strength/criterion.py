@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["NEIGHBOURS", "Scores", "information", "modularity", "neighbour_graph", "scores"]
+__all__ = ["NEIGHBOURS", "Scores", "divergence", "information", "neighbour_graph", "scores"]
 
 #: Neighbours of each image in the graph.
 NEIGHBOURS = 10
 _BLOCK = 2048
 _SHUFFLES = 4
+#: How much of a prior is spread evenly, so that an image of a class that should not be there costs a finite amount.
+_EVEN = 0.01
 
 
 def neighbour_graph(embeddings: Tensor, k: int = NEIGHBOURS) -> Tensor:
@@ -60,14 +62,22 @@ def information(classes: Tensor, graph: Tensor, count: int) -> Tensor:
     return _influence((joint / (margin[ours] * margin[theirs])).log(), graph)
 
 
-def modularity(classes: Tensor, graph: Tensor, count: int) -> Tensor:
-    """Modularity of the classes on the graph, as its influence function: float64 ``[n]``, whose mean it is.
+def divergence(classes: Tensor, prior: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of the shares of the classes from a prior, in nats: float64 ``[n]``.
 
-    It is the share of edges within a class less the share by chance, ``Σ_c q_c²``.
+    ``Σ_c q_c log(q_c / π_c)``, as its influence function, whose mean it is. Of even shares, it is the logarithm of the
+    number of classes less the entropy of the shares.
+
+    Args:
+        classes: int64 ``[n]``.
+        prior: shares of the classes ``[count]``, with sum 1.
     """
-    share = torch.bincount(classes, minlength=count).double() / len(classes)
-    within = _influence((classes[graph] == classes[:, None]).double(), graph)
-    return within - 2 * share[classes] + share.square().sum()
+    expected = (1 - _EVEN) * prior.double() + _EVEN / len(prior)
+    return (_shares(classes, len(prior)) / expected).log()[classes]
+
+
+def _shares(classes: Tensor, count: int) -> Tensor:
+    return torch.bincount(classes, minlength=count).double() / len(classes)
 
 
 def _influence(edges: Tensor, graph: Tensor) -> Tensor:
@@ -82,32 +92,46 @@ def _influence(edges: Tensor, graph: Tensor) -> Tensor:
 
 
 class Scores(NamedTuple):
-    """Of each of several ways to classify the same images. The first way is what the others are compared with."""
+    """Of each of several ways to classify the same images. The first way is what the others are compared with.
 
-    information: Tensor
-    """float64 ``[ways]``: mutual information of an image's class and its neighbours', in nats, less what chance gives.
+    An error column says by how many standard errors, over samples of images, a way is above the first.
     """
-    information_errors: Tensor
-    """``[ways]``: by how many standard errors, over samples of images, it is above that of the first way."""
-    modularity: Tensor
-    """float64 ``[ways]``."""
-    modularity_errors: Tensor
-    """``[ways]``, likewise."""
+
+    information: list[float]
+    """Mutual information of an image's class and its neighbours', in nats, less what chance gives."""
+    information_errors: list[float]
+    entropy: list[float]
+    """Of the shares of the classes, in nats: what there is to tell of a neighbour's class."""
+    divergence: list[float]
+    """Of the shares of the classes from what they should be, in nats."""
+    divergence_errors: list[float]
 
 
-def scores(ways: Sequence[Tensor], graph: Tensor, count: int) -> Scores:
+def scores(ways: Sequence[Tensor], graph: Tensor, count: int, prior: Tensor | None = None) -> Scores:
     """Score ways to classify n images, int64 ``[n]`` each.
 
     What chance gives is the mean information when the same classes are dealt to the images in another order: the
     plug-in estimate is above 0 for any classes, and more so for many.
+
+    Args:
+        ways: classes of the images, int64 ``[n]`` each.
+        graph: int64 ``[n, k]``, as from :func:`neighbour_graph`.
+        count: number of classes.
+        prior: what the shares of the classes should be, ``[count]``; by default all equal.
     """
     generator = torch.Generator().manual_seed(0)
     orders = [torch.randperm(len(graph), generator=generator).to(graph.device) for _ in range(_SHUFFLES)]
+    expected = torch.full((count,), 1 / count, dtype=torch.float64) if prior is None else prior
     told = torch.stack([information(way, graph, count) for way in ways])
     chance = [torch.stack([information(way[order], graph, count).mean() for order in orders]).mean() for way in ways]
-    knit = torch.stack([modularity(way, graph, count) for way in ways])
+    apart = torch.stack([divergence(way, expected.to(graph.device)) for way in ways])
     gained = told.mean(1) - torch.stack(chance)
-    return Scores(gained, _errors(gained, told), knit.mean(1), _errors(knit.mean(1), knit))
+    columns = (
+        *(gained, _errors(gained, told)),
+        torch.stack([torch.special.entr(_shares(way, count)).sum() for way in ways]),
+        *(apart.mean(1), _errors(apart.mean(1), apart)),
+    )
+    return Scores(*(column.tolist() for column in columns))
 
 
 def _errors(estimates: Tensor, influence: Tensor) -> Tensor:
