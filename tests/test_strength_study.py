@@ -1,10 +1,14 @@
 """The study of automatic strength runs, its tables say what its runs do, and a run says what the package does."""
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,7 +18,7 @@ import torch.nn.functional as F
 from vs2_plugin.clip.backbone import load_backbone
 from vs2_plugin.sae.config import TrainConfig
 from vs2_plugin.sae.train import train_sae
-from vs2_plugin.strength import choose, neighbour_graph
+from vs2_plugin.strength import RULE, Scores, choose, neighbour_graph
 
 STUDY = Path(__file__).parents[1] / "benchmark_configs" / "strength"
 TINY = Path(__file__).parents[1] / "vs2_plugin" / "demo" / "tiny_clip"
@@ -124,7 +128,9 @@ def test_choices_are_those_of_the_rule_as_it_is_when_tables_are_made(study, tmp_
     """Evidence that speaks for the fourth candidate, and one that is better but not sure."""
     run = read(study[0] / "quick" / "development" / "runs.jsonl")[0]
     choice = run["choices"]["vs2 auto"]
-    told = {"information": [0, 0, 0, 1, 2, *[0] * 5], "information_errors": [0, 0, 0, 9, 0.1, *[0] * 5]}
+    told = {name: [0] * 10 for name in Scores._fields}
+    told |= {"information": [0, 0, 0, 1, 2, *[0] * 5], "information_errors": [0, 0, 0, 9, 0.1, *[0] * 5]}
+    told["entropy"] = [2] * 10
     made = {**run, "choices": {**run["choices"], "vs2 auto": {**choice, **told, "index": 7}}}
     (tmp_path / "runs.jsonl").write_text(json.dumps(made) + "\n")
     call("table.py", tmp_path / "runs.jsonl")
@@ -134,7 +140,8 @@ def test_choices_are_those_of_the_rule_as_it_is_when_tables_are_made(study, tmp_
     printed = call("rule.py", tmp_path / "runs.jsonl")
     own = next(line for line in printed.splitlines() if line.endswith("<-"))
     gain = run["curves"]["vs2 auto"][3] - run["accuracy"]["zero-shot"]
-    assert own.startswith("errors 2, gain 0.1, price 0.02: ") and f" {gain:+.2f} " in own
+    constants = ", ".join(f"{name} {value:g}" for name, value in RULE._asdict().items())
+    assert own.startswith(f"{constants}: ") and f" {gain:+.2f} " in own
 
 
 @pytest.mark.parametrize("script", ["table.py", "rule.py"])
@@ -181,6 +188,131 @@ def test_a_run_is_what_the_package_gives(study):
     # An image or two may lie between two classes.
     assert run["curves"]["vs2 auto"] == pytest.approx(accuracy, abs=0.41)
     assert max(accuracy) - accuracy[0] > 2
-    assert run["choices"]["vs2 auto"]["information"] == pytest.approx(found.information, abs=0.01)
+    assert run["choices"]["vs2 auto"]["information"] == pytest.approx(found.scores.information, abs=0.01)
     assert run["choices"]["vs2 auto"]["index"] == found.index
     assert run["accuracy"]["vs2 auto"] == pytest.approx(accuracy[found.index], abs=0.41)
+
+
+# ---- embeddings of a CLIP
+
+
+def study_here(*words):
+    """``run.py`` in this process: what it printed. It raises SystemExit as the command would exit."""
+    before, threads, printed = set(sys.modules), torch.get_num_threads(), io.StringIO()
+    try:
+        with (
+            mock.patch.object(sys, "path", [str(STUDY), *sys.path]),
+            mock.patch.object(sys, "argv", ["run.py", *map(str, words), "--jobs", "1", "--quick"]),
+            mock.patch.dict(os.environ),
+            contextlib.redirect_stdout(printed),
+        ):
+            importlib.import_module("run").main()
+    finally:
+        torch.set_num_threads(threads)
+        for name in {"run", "settings", "methods", "sources", "table", "embeddings"} - before:
+            sys.modules.pop(name, None)
+    return printed.getvalue()
+
+
+def made_embeddings(classes, images, shift, seed=0):
+    """Image and class embeddings, and labels: noisy class directions with a common shift towards the first."""
+    rng = np.random.default_rng(seed)
+    text = np.linalg.qr(rng.standard_normal((32, classes)))[0].T
+    labels = np.arange(classes * images) % classes
+    image = text[labels] + 0.12 * rng.standard_normal((len(labels), 32)) + shift * text[0]
+    return image, labels, text
+
+
+@pytest.fixture(scope="module")
+def embeddings(tmp_path_factory):
+    """A file of embeddings whose zero-shot classes a shift has spoiled, and the folder of its study."""
+    folder = tmp_path_factory.mktemp("embeddings")
+    unlabeled, _, text = made_embeddings(6, 60, 1.0)
+    test, labels, _ = made_embeddings(6, 40, 1.0)
+    np.savez(
+        folder / "mine.npz", unlabeled=(7 * unlabeled).astype(np.float16), test=test.astype(np.float32),
+        test_labels=labels, text=text.astype(np.float32),
+    )  # fmt: skip
+    study_here("--embeddings", folder / "mine.npz", "--out", folder / "out")
+    return folder
+
+
+def test_a_file_of_embeddings_is_studied_as_it_is(embeddings):
+    rows = json.loads((embeddings / "out/quick/embeddings.json").read_text())
+    methods = ["zero-shot", "vs2", "auto", "vs2s", "centring", "DN"]
+    assert [(row["method"], row["seed"]) for row in rows] == [(name, 0) for name in methods]
+    assert {(row["setting"], row["classes"], row["unlabeled"], row["test"]) for row in rows} == {("mine", 6, 360, 240)}
+    by_method = {row["method"]: row for row in rows}
+    with np.load(embeddings / "mine.npz") as file:
+        image, text, labels = (file[name].astype(float) for name in ("test", "text", "test_labels"))
+        mean = np.mean([row / np.linalg.norm(row) for row in file["unlabeled"].astype(float)], axis=0)
+    image /= np.linalg.norm(image, axis=1, keepdims=True)
+
+    def accuracy(image, text):
+        return 100 * np.mean((image @ text.T).argmax(1) == labels)
+
+    assert by_method["zero-shot"]["accuracy"] == pytest.approx(accuracy(image, text), abs=0.5)
+    assert by_method["centring"]["accuracy"] == pytest.approx(accuracy(image - 1.05 / 2.05 * mean, text), abs=0.5)
+    own = text - text.mean(0) / 4
+    own /= np.linalg.norm(own, axis=1, keepdims=True)
+    assert by_method["DN"]["accuracy"] == pytest.approx(accuracy(image - mean / 4, own), abs=0.5)
+    auto = by_method["auto"]
+    assert auto["alpha"] > 0 and auto["accuracy"] > by_method["zero-shot"]["accuracy"] + 5
+    index = auto["evidence"]["index"]
+    assert auto["accuracy"] == auto["accuracies"][index] and auto["accuracies"][0] == by_method["zero-shot"]["accuracy"]
+    assert len(by_method["vs2s"]["accuracies"]) == 20 and "standard errors" in auto["reason"]
+    again = study_here("--embeddings", embeddings / "mine.npz", "--out", embeddings / "out")
+    assert json.loads((embeddings / "out/quick/embeddings.json").read_text()) == rows
+    assert f"| mine | 6 | 360 | 240 | {rows[0]['accuracy']:.1f} | " in again
+
+
+def test_settings_are_made_of_embeddings_with_labels(tmp_path):
+    """A draw of real size, with few passes: classes that the halves do not share, and names of absent ones."""
+    image, labels, text = made_embeddings(32, 4, 0.0)
+    np.savez(tmp_path / "all.npz", image=image, label=labels, text=text, text_b=text[:, ::-1])
+    words = ("--embeddings", tmp_path / "all.npz", "--out", tmp_path, "--only", "10 random classes, 2")
+    seen = {}
+    for half in ("development", "report"):
+        printed = study_here(*words, "--half", half)
+        rows = [row for row in json.loads((tmp_path / "quick/embeddings.json").read_text()) if row["half"] == half]
+        seen[half] = [row["accuracy"] for row in rows if row["method"] == "zero-shot"]
+        settings = list(dict.fromkeys(row["setting"] for row in rows))
+        name = "10 random classes, 2 images"
+        assert settings == [name, f"{name}, text_b", f"{name}, 6 absent"]
+        assert [row["classes"] for row in rows[::6]] == [10, 10, 16] and rows[0]["unlabeled"] == rows[0]["test"] == 20
+        assert printed.count(f"| {name}") == 3
+        assert seen[half][0] > 90 > 50 > seen[half][1]
+    assert len(json.loads((tmp_path / "quick/embeddings.json").read_text())) == 36
+
+
+WRONG = {
+    "no file": (None, "No such file"),
+    "no arrays": ({}, "holds nothing; expected an .npz with unlabeled"),
+    "no labels": ({"test_labels": None}, "holds unlabeled, test, text; expected"),
+    "widths": ({"test": np.ones((4, 3))}, "test is float64 (4, 3)"),
+    "one row": ({"unlabeled": np.ones((1, 5))}, "unlabeled is float64 (1, 5)"),
+    "too few": ({}, "2 activations are too few to train an SAE"),
+    "NaN": ({"text": np.full((3, 5), np.nan)}, "text holds NaN"),
+    "zeros": ({"test": np.zeros((4, 5))}, "test holds rows of zeros"),
+    "labels": ({"test_labels": np.array([0, 1, 2, 3])}, "goes from 0 to 3; expected 0 to 2"),
+    "negative": ({"test_labels": np.array([0, -1, 2, 1])}, "goes from -1 to 2"),
+    "other labels": ({"test_labels": np.array([0.0, 1, 2, 1])}, "test_labels is float64 (4,)"),
+    "count": ({"test_labels": np.array([0, 1])}, "test_labels is int64 (2,)"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_embeddings_that_cannot_be_used_are_refused(case, tmp_path, capsys):
+    change, message = WRONG[case]
+    arrays = {"unlabeled": np.ones((2, 5)), "test": np.ones((4, 5)), "test_labels": np.array([0, 1, 2, 1])}
+    arrays = {**arrays, "text": np.ones((3, 5)), **(change or {})}
+    if case != "no file":
+        arrays = {} if case == "no arrays" else {name: array for name, array in arrays.items() if array is not None}
+        np.savez(tmp_path / "mine.npz", **arrays)
+    for content in (None, "no archive"):
+        if content is not None:
+            (tmp_path / "mine.npz").write_text(content)
+        with pytest.raises(SystemExit, match="2"):
+            study_here("--embeddings", tmp_path / "mine.npz", "--out", tmp_path / "out")
+        error = capsys.readouterr().err
+        assert (message if content is None else "mine.npz: ") in error and "Traceback" not in error

@@ -18,7 +18,7 @@ from sources import classifier, draw, images, load_clip, train_clip
 from torch import Tensor, nn
 
 from vs2_plugin.clip.edits import in_float32
-from vs2_plugin.clip.sites import Sites, embedding_from
+from vs2_plugin.clip.sites import Site, Sites, embedding_from
 from vs2_plugin.gallery.gallery import CLIP, Gallery
 from vs2_plugin.gallery.search import ExactSearch
 from vs2_plugin.harness.automatic import Automatic, settle
@@ -32,12 +32,12 @@ from vs2_plugin.steering.move import keep_norm
 from vs2_plugin.steering.retriever import Retriever
 from vs2_plugin.strength import neighbour_graph
 
-__all__ = ["prepare", "run", "run_quietly", "train"]
+__all__ = ["PAPER", "Bench", "alone", "curve", "percent", "prepare", "run", "run_quietly", "train", "train_plain"]
 
 _CPU = torch.device("cpu")
 _BATCH = 2500
 _PASS_WEIGHT = 0.8
-_PAPER = 1.05
+PAPER = 1.05
 
 
 class Clock:
@@ -56,10 +56,20 @@ class Clock:
 class Bench:
     """A gallery with its SAEs, and the test images that methods are scored on. All are activations at one site."""
 
-    def __init__(self, model: nn.Module, weights: Tensor, gallery: Gallery, saes: dict[str, Trained], test, labels):
-        self.model, self.weights, self.gallery, self.saes = model, weights, gallery, saes
-        self.site, self.out = Sites.of(model).default, Sites.of(model).output
-        self.test, self.labels = torch.from_numpy(test), torch.from_numpy(labels)
+    def __init__(
+        self,
+        model: nn.Module,
+        site: Site,
+        out: Site,
+        weights: Tensor,
+        gallery: Gallery,
+        saes: dict[str, Trained],
+        test: Tensor,
+        labels: Tensor,
+    ) -> None:
+        """``out`` is the output of the tower whose last site is ``site``; ``weights`` the zero-shot classifier."""
+        self.model, self.site, self.out = model, site, out
+        self.weights, self.gallery, self.saes, self.test, self.labels = weights, gallery, saes, test, labels
         self.search = ExactSearch(gallery.embeddings[CLIP], _CPU)
         self.plain = torch.cat([embedding_from(model, self.site, x) for x in self.test.split(_BATCH)])
 
@@ -80,7 +90,7 @@ class Bench:
         own = {option.name: options[option.name] for option in method.options}
         automatic = method.automatic(own)
         if automatic:
-            steering = Automatic(lambda values: method.build(context, **values), own, automatic)
+            steering = Automatic(method.name, lambda values: method.build(context, **values), own, automatic)
         else:
             steering = method.build(context, **own)
         steered = steering
@@ -104,6 +114,12 @@ class Bench:
             embedding = embedding_from(self.model, site, steered)
             classes.append((F.normalize(embedding, dim=-1) @ self.weights).argmax(1))
         return torch.cat(classes) == self.labels
+
+
+def train_plain(stored: np.ndarray, seed: int, samples: int = 0) -> Trained:
+    """An SAE by the package's defaults, on activations ``[count, d]``. It sees ``samples`` of them."""
+    with torch.enable_grad():
+        return train_saes([Job("plain", stored, TrainConfig(seed=seed, samples=samples))], quiet=True)[0]
 
 
 def percent(right: Tensor) -> float:
@@ -185,7 +201,8 @@ def run(root: Path, setting: Setting, seed: int, sizes: Sizes) -> dict[str, Any]
         gallery = Gallery(
             {site.hookpoint: stored}, {CLIP: embedded.numpy().astype(np.float16)}, digests, labels, {"study": 0}
         )
-        bench = Bench(model, weights, gallery, saes, found.test[shown], found.test_labels[shown])
+        test = torch.from_numpy(found.test[shown]), torch.from_numpy(found.test_labels[shown])
+        bench = Bench(model, site, Sites.of(model).output, weights, gallery, saes, *test)
         known = torch.from_numpy(labels)
         graph = neighbour_graph(torch.from_numpy(gallery.embeddings[CLIP]))
         accuracy = {"zero-shot": percent(bench.right(lambda x: x))}
@@ -218,7 +235,7 @@ def run(root: Path, setting: Setting, seed: int, sizes: Sizes) -> dict[str, Any]
         accuracy["linear probe"] = percent(linear_probe(embedded, pseudo, bench.plain, bench.labels))
     with clock("centring"):
         mean = torch.from_numpy(stored).float().mean(0)
-        accuracy["centring"] = percent(bench.right(lambda x: keep_norm(x + _PAPER * (x - mean), x)))
+        accuracy["centring"] = percent(bench.right(lambda x: keep_norm(x + PAPER * (x - mean), x)))
     return {
         "accuracy": {name: accuracy[name] for name in METHODS if name in accuracy},
         "choices": choices,
@@ -233,7 +250,7 @@ def run(root: Path, setting: Setting, seed: int, sizes: Sizes) -> dict[str, Any]
     }
 
 
-def _alone(function: Callable[..., Any], *args: Any) -> Any:
+def alone(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function on one thread, without the progress bars in it."""
     torch.set_num_threads(1)
     with contextlib.redirect_stderr(io.StringIO()):
@@ -242,14 +259,14 @@ def _alone(function: Callable[..., Any], *args: Any) -> Any:
 
 def run_quietly(root: Path, setting: Setting, seed: int, sizes: Sizes) -> dict[str, Any]:
     """:func:`run`, in a process that does nothing else."""
-    return _alone(run, root, setting, seed, sizes)
+    return alone(run, root, setting, seed, sizes)
 
 
 def train(root: Path, clip: str, steps: int) -> None:
     """:func:`train_clip`, likewise."""
-    _alone(train_clip, root, clip, steps)
+    alone(train_clip, root, clip, steps)
 
 
 def prepare(root: Path, clip: str, source: str, corruption: str, sizes: Sizes) -> None:
     """:func:`images`, likewise; they are left on disk."""
-    _alone(images, root, clip, source, corruption, sizes)
+    alone(images, root, clip, source, corruption, sizes)

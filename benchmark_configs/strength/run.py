@@ -1,6 +1,7 @@
 """The study of automatic and selective strength, on rendered and handwritten characters and several tiny CLIPs.
 
-    python benchmark_configs/strength/run.py --out DIR [--half report] [--jobs 2] [--quick] [--only TEXT]
+    python benchmark_configs/strength/run.py --out DIR [--half report] [--jobs 2] [--seeds 5] [--quick] [--only TEXT]
+    python benchmark_configs/strength/run.py --out DIR --embeddings FILE.npz
 
 What is studied, and how, is in the README.md beside this file. Each run is a line of DIR/HALF/runs.jsonl as soon as it
 is done, and is not done again; tables and a figure are written beside it at the end.
@@ -28,10 +29,10 @@ HERE = Path(__file__).parent
 PACKAGE = HERE.parents[1] / "vs2_plugin"
 #: What the runs come from. The rule is not among it: the tables choose by the rule as it is when they are made.
 CODE = (
-    *(HERE / name for name in ("settings.py", "sources.py", "methods.py")),
+    *(HERE / name for name in ("settings.py", "sources.py", "methods.py", "embeddings.py")),
     *(PACKAGE / name for name in ("harness/automatic.py", "clip/sites.py", "demo/train_tiny_clip.py")),
     PACKAGE / "strength" / "criterion.py",
-    *(path for part in ("steering", "sae", "retrieval") for path in sorted((PACKAGE / part).glob("*.py"))),
+    *(path for part in ("steering", "sae", "gallery") for path in sorted((PACKAGE / part).glob("*.py"))),
 )
 #: A thread for each job, and no GPU: read when the libraries are loaded, here and in the processes that are started.
 ENVIRONMENT = {
@@ -41,8 +42,8 @@ ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "CUDA_VISIBLE_DEVICES": "",
 }
-#: Samples 0: the SAEs' default training, which most of the time is spent on.
-FULL = Sizes(steps=1500, pool=4000, test=10_000, samples=0)
+#: An SAE by default sees 200,000 activations or more, which would take most of the time.
+FULL = Sizes(steps=1500, pool=4000, test=4000, samples=40_000)
 QUICK = Sizes(steps=30, pool=1000, test=500, samples=8_000)
 
 
@@ -116,7 +117,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def study(root: Path, half: str, quick: bool, jobs: int, only: str = "") -> None:
+def study(root: Path, half: str, quick: bool, jobs: int, only: str = "", seeds: int = SEEDS) -> None:
     """Do the runs of a half that are not done yet, and write its tables. ``only``: part of the settings' names."""
     os.environ.update(ENVIRONMENT)
     import table
@@ -128,17 +129,17 @@ def study(root: Path, half: str, quick: bool, jobs: int, only: str = "") -> None
     sizes = QUICK if quick else FULL
     chosen = settings(half, quick)
     looked_at = [setting for setting in chosen if only in setting.name]
-    wanted = [(setting, seed) for setting in looked_at for seed in range(1 if quick else SEEDS)]
+    wanted = [(setting, seed) for setting in looked_at for seed in range(1 if quick else seeds)]
     missing = [(setting, seed) for setting, seed in wanted if (setting.name, seed) not in known]
 
     tasks: dict[Hashable, Task] = {}
     if missing:
         from methods import prepare, run_quietly, train  # torch, for which a second call need not wait
-    for clip in dict.fromkeys(setting.clip for setting, _ in missing if setting.clip != "tiny"):
-        tasks[(clip,)] = Task(train, (root, clip, sizes.steps))
     # All that look at the same images follow each other.
     shown = dict.fromkeys((setting.clip, setting.source, setting.corruption) for setting, _ in missing)
     for key in shown:
+        if key[0] != "tiny":
+            tasks.setdefault(key[:1], Task(train, (root, key[0], sizes.steps)))
         tasks[key] = Task(prepare, (root, *key, sizes), [key[:1]] if key[:1] in tasks else [])
         for setting, seed in missing:
             if (setting.clip, setting.source, setting.corruption) == key:
@@ -160,6 +161,37 @@ def study(root: Path, half: str, quick: bool, jobs: int, only: str = "") -> None
     print(table.write(folder, half, [setting.name for setting in chosen]))
 
 
+def study_embeddings(
+    path: Path, root: Path, half: str, quick: bool, jobs: int, only: str = "", seeds: int = SEEDS
+) -> None:
+    """Do what is not done yet of a file of embeddings; rows and a table are in ``root``."""
+    os.environ.update(ENVIRONMENT)
+    from embeddings import ARRAYS, draws, evaluate, read, table
+
+    drawn = [None] if set(ARRAYS) <= set(read(path)) else [draw for draw in draws(half) if only in draw.name]
+    file, digest = root / "embeddings.json", hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    rows = [row for row in rows if row["file"] == digest]
+    done = {(row["draw"], row["seed"], row["half"]) for row in rows}
+    tasks: dict[Hashable, Task] = {}
+    for draw in drawn:
+        for seed in range(1 if quick else seeds):
+            key = (path.stem if draw is None else draw.name, seed, half)
+            if key not in done:
+                tasks[key] = Task(evaluate, (path, draw, seed, half, quick))
+    code = code_digest()
+    root.mkdir(parents=True, exist_ok=True)
+    for key, found in tqdm(work(tasks, jobs), path.name, len(tasks), unit="run", disable=None):
+        about = {**dict(zip(("draw", "seed", "half"), key, strict=True)), "file": digest, "code": code}
+        rows += [{**about, **row} for row in found]
+        scratch = file.with_suffix(".partial")
+        scratch.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        scratch.replace(file)
+    told = table([row for row in rows if row["half"] == half])
+    file.with_suffix(".md").write_text(told + "\n", encoding="utf-8")
+    print(f"{told}\nwrote {file} and {file.with_suffix('.md').name}")
+
+
 def main() -> None:
     """Read the command line, and do the study."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -168,13 +200,29 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, on a core each (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="few and small runs, which only show that all works")
     parser.add_argument("--only", default="", metavar="TEXT", help="settings with this in their names (see results.md)")
+    parser.add_argument(
+        "--embeddings", type=Path, metavar="FILE.npz",
+        help="study these embeddings of a CLIP instead: unlabeled [n, d], test [m, d], test_labels [m], text [classes, "
+        "d]; or image [n, d], label [n], text, of which settings are made",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="of each setting (default: %(default)s)")
     args = parser.parse_args()
-    if args.jobs < 1:
-        parser.error(f"--jobs is {args.jobs}; expected at least 1")
+    for flag in ("jobs", "seeds"):
+        if getattr(args, flag) < 1:
+            parser.error(f"--{flag} is {getattr(args, flag)}; expected at least 1")
+    root = args.out.resolve() / "quick" if args.quick else args.out.resolve()
+    known = args.half, args.quick, args.jobs, args.only, args.seeds
+    if args.embeddings is not None:
+        from vs2_plugin.errors import Vs2Error
+
+        try:
+            study_embeddings(args.embeddings, root, *known)
+        except Vs2Error as error:
+            parser.error(str(error))
+        return
     if not any(args.only in setting.name for setting in settings(args.half, args.quick)):
         parser.error(f"no setting of this half has {args.only!r} in its name; expected a part of one such as 'rotated'")
-    root = args.out.resolve()
-    study(root / "quick" if args.quick else root, args.half, args.quick, args.jobs, args.only)
+    study(root, *known)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,12 @@ from typing import Any
 import numpy as np
 from settings import GROUPS, METHODS
 
-from vs2_plugin.strength import RULE, Rule
+from vs2_plugin.strength import RULE, Rule, Scores
 
-__all__ = ["LOSS", "NO_RUNS", "SAFE", "decide", "read", "summarize", "write"]
+__all__ = ["LOSS", "NO_RUNS", "SAFE", "decide", "grid", "read", "summarize", "write"]
 
 #: Points. A loss whose whole interval is below this is one.
 LOSS = -0.3
-#: What a choice is made of.
-EVIDENCE = ("candidates", "information", "information_errors", "modularity_errors", "away")
 #: What is said of a file without runs.
 NO_RUNS = "{}: no runs in it; expected the runs.jsonl that python benchmark_configs/strength/run.py --out DIR writes"
 #: Methods that promise not to lose to zero-shot.
@@ -33,7 +31,7 @@ SAFE = ("vs2 auto", "vs2s")
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The runs of a file, the first of each setting and seed. Lines that were cut short are left out, and runs of
-    versions that did not score all candidates."""
+    versions that did not score all candidates, or that had other evidence."""
     return [row for row in _lines(path).values() if "setting" in row]
 
 
@@ -44,10 +42,14 @@ def _lines(path: Path) -> dict[Any, dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             continue
-        if "setting" in row and "curves" not in row:
+        if "setting" in row and not ("curves" in row and all(map(_has_evidence, row["choices"].values()))):
             continue
         found.setdefault((row["setting"], row["seed"]) if "setting" in row else number, row)
     return found
+
+
+def _has_evidence(choice: Mapping[str, Any]) -> bool:
+    return set(Scores._fields) <= set(choice)
 
 
 def decide(row: Mapping[str, Any], rule: Rule = RULE) -> dict[str, Any]:
@@ -55,7 +57,7 @@ def decide(row: Mapping[str, Any], rule: Rule = RULE) -> dict[str, Any]:
     choices, accuracy = dict(row["choices"]), dict(row["accuracy"])
     for method, curve in row["curves"].items():
         told = choices[method]
-        index = rule.pick(*(told[name] for name in EVIDENCE))
+        index = rule.pick(told["candidates"], Scores(**{name: told[name] for name in Scores._fields}))
         choices[method], accuracy[method] = {**told, "index": index}, curve[index]
     return {**row, "choices": choices, "accuracy": accuracy}
 
@@ -177,7 +179,8 @@ def _means(settings: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]
 # -- Markdown --------------------------------------------------------------------------------------------------------
 
 
-def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, its first column on the left."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(row) + " |" for row in lines)
 
@@ -253,7 +256,7 @@ def _summary(summary: Mapping[str, Any]) -> str:
 def _means_table(means: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     rows = [[name, _points(one["accuracy"]), _signed(one["change"]), _signed(one["worst"])]
             for name, one in means["all"].items()]  # fmt: skip
-    return _grid(["method", "accuracy", "change", "worst change"], rows)
+    return grid(["method", "accuracy", "change", "worst change"], rows)
 
 
 def _groups_table(means: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
@@ -263,7 +266,7 @@ def _groups_table(means: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str
         told = [means[group].get(method, {}).get("change") for group in groups]
         if any(value is not None for value in told) and method != "zero-shot":
             rows.append([method, *map(_signed, told)])
-    return _grid(["method", *groups], rows)
+    return grid(["method", *groups], rows)
 
 
 def _accuracy_table(settings: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> str:
@@ -273,7 +276,7 @@ def _accuracy_table(settings: Sequence[Mapping[str, Any]], methods: Sequence[str
         return _points(one["mean"]) + ("" if one["sd"] is None else f" ± {one['sd']:.1f}")
 
     rows = [[one["setting"], *(cell(one["methods"].get(method)) for method in methods)] for one in settings]
-    return _grid(["setting", *methods], rows)
+    return grid(["setting", *methods], rows)
 
 
 def _change_table(settings: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> str:
@@ -281,7 +284,7 @@ def _change_table(settings: Sequence[Mapping[str, Any]], methods: Sequence[str])
         return "-" if one is None else _between(one["change"])
 
     rows = [[one["setting"], *(cell(one["methods"].get(method)) for method in methods)] for one in settings]
-    return _grid(["setting", *methods], rows)
+    return grid(["setting", *methods], rows)
 
 
 def _chosen_table(settings: Sequence[Mapping[str, Any]]) -> str:
@@ -292,7 +295,7 @@ def _chosen_table(settings: Sequence[Mapping[str, Any]]) -> str:
         ]
         for one in settings
     ]  # fmt: skip
-    return _grid(["setting", "images", "test images", "purity", "FVU", *SAFE], rows)
+    return grid(["setting", "images", "test images", "purity", "FVU", *SAFE], rows)
 
 
 def figure(results: Mapping[str, Any], path: Path) -> None:
