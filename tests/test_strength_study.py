@@ -21,17 +21,28 @@ from vs2_plugin.sae.train import train_sae
 from vs2_plugin.strength import RULE, Scores, choose, neighbour_graph
 
 STUDY = Path(__file__).parents[1] / "benchmark_configs" / "strength"
+QUICK = ("--jobs", "1", "--quick")
 TINY = Path(__file__).parents[1] / "vs2_plugin" / "demo" / "tiny_clip"
 ALPHAS = [0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0]
 
 
-def call(script, *words):
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, STUDY / script, *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.isascii()
-    return done.stdout
+def here(script, *words):
+    """What a script prints, run in this process. It raises SystemExit as the command would exit."""
+    before, threads, printed = set(sys.modules), torch.get_num_threads(), io.StringIO()
+    try:
+        with (
+            mock.patch.object(sys, "path", [str(STUDY), *sys.path]),
+            mock.patch.object(sys, "argv", [script, *map(str, words)]),
+            mock.patch.dict(os.environ),
+            contextlib.redirect_stdout(printed),
+        ):
+            importlib.import_module(script.removesuffix(".py")).main()
+    finally:
+        torch.set_num_threads(threads)
+        for name in {"run", "rule", "settings", "methods", "sources", "table", "embeddings"} - before:
+            sys.modules.pop(name, None)
+    assert printed.getvalue().isascii()
+    return printed.getvalue()
 
 
 def read(file):
@@ -42,8 +53,11 @@ def read(file):
 def study(tmp_path_factory):
     """The folder of a quick study of the development half, and what the command printed."""
     out = tmp_path_factory.mktemp("study")
-    printed = call("run.py", "--out", out, "--half", "development", "--quick", "--jobs", "1")
-    return out, printed
+    command = [sys.executable, STUDY / "run.py", "--out", out, "--half", "development", "--quick", "--jobs", "1"]
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
 
 
 def test_a_second_call_runs_nothing_anew(study):
@@ -54,7 +68,7 @@ def test_a_second_call_runs_nothing_anew(study):
     results = (folder / "results.md").read_text()
     clip = out / "quick" / "clips" / "small" / "open_clip_model.safetensors"
     trained = clip.stat().st_mtime_ns
-    assert "0 runs done, 7 were there" in call("run.py", "--out", out, "--half", "development", "--quick")
+    assert "0 runs done, 7 were there" in here("run.py", *QUICK, "--out", out, "--half", "development")
     assert (folder / "runs.jsonl").read_bytes() == before
     assert (folder / "results.md").read_text() == results
     assert clip.stat().st_mtime_ns == trained
@@ -106,7 +120,7 @@ def test_intervals_are_over_seeds_and_paired(study, tmp_path):
                 file.write(json.dumps(made) + "\n")
                 file.write(json.dumps({**run, "setting": setting, "seed": seed}) + "\n")  # the first counts
         file.write('{"setting": "one", "se')  # cut short
-    call("table.py", tmp_path / "runs.jsonl")
+    here("table.py", tmp_path / "runs.jsonl")
     results = json.loads((tmp_path / "results.json").read_text())
     summary = results["summary"]
     half = 2.7764451 * np.std(differences["one"][0], ddof=1) / 5**0.5
@@ -133,11 +147,11 @@ def test_choices_are_those_of_the_rule_as_it_is_when_tables_are_made(study, tmp_
     told["entropy"] = [2] * 10
     made = {**run, "choices": {**run["choices"], "vs2 auto": {**choice, **told, "index": 7}}}
     (tmp_path / "runs.jsonl").write_text(json.dumps(made) + "\n")
-    call("table.py", tmp_path / "runs.jsonl")
+    here("table.py", tmp_path / "runs.jsonl")
     [one] = json.loads((tmp_path / "results.json").read_text())["settings"]
     assert one["chosen"]["vs2 auto"] == ["0.75"]
     assert one["methods"]["vs2 auto"]["mean"] == run["curves"]["vs2 auto"][3]
-    printed = call("rule.py", tmp_path / "runs.jsonl")
+    printed = here("rule.py", tmp_path / "runs.jsonl")
     own = next(line for line in printed.splitlines() if line.endswith("<-"))
     gain = run["curves"]["vs2 auto"][3] - run["accuracy"]["zero-shot"]
     constants = ", ".join(f"{name} {value:g}" for name, value in RULE._asdict().items())
@@ -145,14 +159,14 @@ def test_choices_are_those_of_the_rule_as_it_is_when_tables_are_made(study, tmp_
 
 
 @pytest.mark.parametrize("script", ["table.py", "rule.py"])
-def test_a_file_without_runs_is_refused(script, study, tmp_path):
+def test_a_file_without_runs_is_refused(script, study, tmp_path, capsys):
     run = read(study[0] / "quick" / "development" / "runs.jsonl")[0]
     del run["curves"]  # as an earlier version wrote it
     (tmp_path / "old.jsonl").write_text(json.dumps(run) + "\n")
     for name in ("absent.jsonl", "old.jsonl"):
-        command = [sys.executable, STUDY / script, tmp_path / name]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 2 and f"{name}: no runs in it; expected the runs.jsonl" in done.stderr
+        with pytest.raises(SystemExit, match="2"):
+            here(script, tmp_path / name)
+        assert f"{name}: no runs in it; expected the runs.jsonl" in capsys.readouterr().err
 
 
 def test_a_run_is_what_the_package_gives(study):
@@ -196,24 +210,6 @@ def test_a_run_is_what_the_package_gives(study):
 # ---- embeddings of a CLIP
 
 
-def study_here(*words):
-    """``run.py`` in this process: what it printed. It raises SystemExit as the command would exit."""
-    before, threads, printed = set(sys.modules), torch.get_num_threads(), io.StringIO()
-    try:
-        with (
-            mock.patch.object(sys, "path", [str(STUDY), *sys.path]),
-            mock.patch.object(sys, "argv", ["run.py", *map(str, words), "--jobs", "1", "--quick"]),
-            mock.patch.dict(os.environ),
-            contextlib.redirect_stdout(printed),
-        ):
-            importlib.import_module("run").main()
-    finally:
-        torch.set_num_threads(threads)
-        for name in {"run", "settings", "methods", "sources", "table", "embeddings"} - before:
-            sys.modules.pop(name, None)
-    return printed.getvalue()
-
-
 def made_embeddings(classes, images, shift, seed=0):
     """Image and class embeddings, and labels: noisy class directions with a common shift towards the first."""
     rng = np.random.default_rng(seed)
@@ -233,7 +229,7 @@ def embeddings(tmp_path_factory):
         folder / "mine.npz", unlabeled=(7 * unlabeled).astype(np.float16), test=test.astype(np.float32),
         test_labels=labels, text=text.astype(np.float32),
     )  # fmt: skip
-    study_here("--embeddings", folder / "mine.npz", "--out", folder / "out")
+    here("run.py", *QUICK, "--embeddings", folder / "mine.npz", "--out", folder / "out")
     return folder
 
 
@@ -261,7 +257,7 @@ def test_a_file_of_embeddings_is_studied_as_it_is(embeddings):
     index = auto["evidence"]["index"]
     assert auto["accuracy"] == auto["accuracies"][index] and auto["accuracies"][0] == by_method["zero-shot"]["accuracy"]
     assert len(by_method["vs2s"]["accuracies"]) == 20 and "standard errors" in auto["reason"]
-    again = study_here("--embeddings", embeddings / "mine.npz", "--out", embeddings / "out")
+    again = here("run.py", *QUICK, "--embeddings", embeddings / "mine.npz", "--out", embeddings / "out")
     assert json.loads((embeddings / "out/quick/embeddings.json").read_text()) == rows
     assert f"| mine | 6 | 360 | 240 | {rows[0]['accuracy']:.1f} | " in again
 
@@ -273,7 +269,7 @@ def test_settings_are_made_of_embeddings_with_labels(tmp_path):
     words = ("--embeddings", tmp_path / "all.npz", "--out", tmp_path, "--only", "10 random classes, 2")
     seen = {}
     for half in ("development", "report"):
-        printed = study_here(*words, "--half", half)
+        printed = here("run.py", *QUICK, *words, "--half", half)
         rows = [row for row in json.loads((tmp_path / "quick/embeddings.json").read_text()) if row["half"] == half]
         seen[half] = [row["accuracy"] for row in rows if row["method"] == "zero-shot"]
         settings = list(dict.fromkeys(row["setting"] for row in rows))
@@ -313,6 +309,6 @@ def test_embeddings_that_cannot_be_used_are_refused(case, tmp_path, capsys):
         if content is not None:
             (tmp_path / "mine.npz").write_text(content)
         with pytest.raises(SystemExit, match="2"):
-            study_here("--embeddings", tmp_path / "mine.npz", "--out", tmp_path / "out")
+            here("run.py", *QUICK, "--embeddings", tmp_path / "mine.npz", "--out", tmp_path / "out")
         error = capsys.readouterr().err
         assert (message if content is None else "mine.npz: ") in error and "Traceback" not in error
