@@ -132,8 +132,8 @@ def test_no_model_is_evaluated_twice(tmp_path):
 
 def test_all_of_them_run_on_the_stand_in(tmp_path, workplace, monkeypatch):
     """All of them, and again: then nothing is left to do. On few of the images, since what is there already is taken,
-    with two seeds at most and SAEs that are hardly trained."""
-    monkeypatch.setattr("vs2_plugin.reproduce.stand_in._SAMPLES", 500)
+    with two seeds at most and SAEs that are little trained."""
+    monkeypatch.setattr("vs2_plugin.reproduce.stand_in._SAMPLES", 4000)
     shutil.copytree(workplace / "digits", tmp_path / "digits")
     few_digits(tmp_path, "out/digits", 0, count=110)  # no fewer than neighbours that a table asks for
     (tmp_path / "paper").mkdir()
@@ -154,7 +154,7 @@ def test_all_of_them_run_on_the_stand_in(tmp_path, workplace, monkeypatch):
             runs = was.model is not None or was.best_of
             assert (cell["measured"] is None) == (not runs)
             if runs:
-                low, high = {"fvu": (0, 100), "gain": (-100, 100)}.get(was.metric, (0, 100))
+                low, high = {"fvu": (0, 1), "gain": (-100, 100)}.get(was.metric, (0, 100))
                 assert low <= cell["measured"] <= high
                 assert (cell["spread"] is None) == (len(was.seeds) == 1)
         text = (tmp_path / "out" / f"{name}.md").read_text()
