@@ -2,7 +2,7 @@
 
 import pytest
 
-from vs2_plugin.text import counted, gigabytes, one_line, reason_of
+from vs2_plugin.text import counted, gigabytes, one_line, printable, reason_of
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,21 @@ def test_one_line_cuts_between_words_and_long_words_anywhere(text, length, line)
 def test_a_reason_names_the_type_of_the_exception():
     assert reason_of(KeyError("a\nb")) == "KeyError: 'a\\nb'"
     assert reason_of(ValueError("a\nb")) == "ValueError: a b"
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("\x1b[2J\x07\r\n\t\x7f\x9b", r"\x1b[2J\x07\r\n\t\x7f\x9b"),
+        ("a\u202eb\u2066c\u200e\u061c", r"a\u202eb\u2066c\u200e\u061c"),  # marks that turn the reading order
+        ("line\u2028paragraph\u2029\ufeff\udcff", r"line\u2028paragraph\u2029\ufeff\udcff"),
+        *((plain, plain) for plain in ("", "caf\u00e9", "\u732b \U0001f469\u200d\U0001f52c", "\u3000x\xa0y\u200cz")),
+        (r"c:\new", r"c:\new"), (3, "3"),
+    ],
+)  # fmt: skip
+def test_what_could_tell_a_terminal_something_is_escaped_and_the_rest_is_left(text, shown):
+    assert printable(text) == shown
+    assert printable(shown) == shown
 
 
 def test_numbers():

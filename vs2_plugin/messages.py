@@ -1,11 +1,24 @@
-"""Show this package's log messages on stderr, as its commands and the patched ``clip_benchmark`` do."""
+"""Lines for people: what this package's commands and the patched ``clip_benchmark`` print, whatever names hold."""
 
 from __future__ import annotations
 
 import logging
 import sys
 
-__all__ = ["show"]
+from vs2_plugin.text import printable
+
+__all__ = ["complain", "say", "show"]
+
+
+def say(line: str) -> None:
+    """Print one line on stdout, also where it holds what the terminal cannot write or must not be told."""
+    encoding = sys.stdout.encoding or "ascii"
+    print(printable(line).encode(encoding, "replace").decode(encoding), flush=True)
+
+
+def complain(line: str) -> None:
+    """Print one line on stderr: spaces and line breaks become single spaces."""
+    print(printable(" ".join(line.split())), file=sys.stderr)
 
 
 class _Handler(logging.Handler):
@@ -13,7 +26,7 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         mark = "warning: " if record.levelno >= logging.WARNING else ""
-        print(f"vs2: {mark}{record.getMessage()}", file=sys.stderr)
+        complain(f"vs2: {mark}{record.getMessage()}")
 
 
 _HANDLER = _Handler()

@@ -3,8 +3,28 @@
 from __future__ import annotations
 
 import textwrap
+import unicodedata
 
-__all__ = ["counted", "gigabytes", "one_line", "reason_of"]
+__all__ = ["counted", "gigabytes", "one_line", "printable", "reason_of"]
+
+#: These join or part letters and emoji; they neither move a cursor nor turn the reading order.
+_JOINERS = (0x200C, 0x200D)
+
+
+def printable(text: object) -> str:
+    """Return ``text`` in one line that says what it holds: control characters, which could rewrite what a terminal
+    shows, and marks that turn the reading order are escaped.
+
+    >>> print(printable("a\x1b[2K\u202eb\nc"))
+    a\\x1b[2K\\u202eb\\nc
+    """
+    text = str(text)
+    return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def _escaped(letter: str) -> str:
+    shows = letter.isprintable() or ord(letter) in _JOINERS or unicodedata.category(letter) == "Zs"  # other spaces
+    return letter if shows else letter.encode("unicode_escape").decode()
 
 
 def one_line(text: str, length: int = 300) -> str:

@@ -18,6 +18,8 @@ def test_an_error_of_ours_is_one_line_and_anybody_elses_goes_on(capsys):
 
     assert end_well("vs2 x", lambda: fail(DataError("no\n  luck"))) == 2
     assert capsys.readouterr() == ("", "vs2 x: error: no luck\n")
+    assert end_well("vs2 x", lambda: fail(DataError("no \x1b[2J\u202eluck"))) == 2
+    assert capsys.readouterr() == ("", "vs2 x: error: no \\x1b[2J\\u202eluck\n")
     with pytest.raises(KeyError):
         end_well("vs2 x", lambda: fail(KeyError("a")))
     assert [end_well("vs2 x", lambda code=code: code) for code in (None, 0, 3)] == [0, 0, 3]

@@ -1,5 +1,7 @@
 """``vs2 store``."""
 
+import pytest
+
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli.main import main
 
@@ -21,3 +23,13 @@ def test_store_list_and_remove(folder, capsys):  # noqa: F811
     assert main(["store", "remove", NAME, "--cache"]) == 0
     assert Store.default().names() == [] and list(Store.default().cached()) == []
     assert main(["store", "remove", "../store"]) == 2
+
+
+@pytest.mark.parametrize("command", [["store", "list"], ["doctor"]])
+def test_the_name_of_a_folder_cannot_tell_the_terminal_anything(command, capsys):
+    path = Store.default().checkpoints / "a\x1b[2J\u202eb\n  ok  c"
+    path.mkdir(parents=True)
+    (path / "vs2.json").write_text("{}")
+    main(command)
+    [line, *_] = [line for line in capsys.readouterr().out.splitlines() if "x1b" in line]
+    assert line.isprintable() and r"a\x1b[2J\u202eb\n  ok  c" in line

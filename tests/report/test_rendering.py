@@ -25,6 +25,15 @@ def test_text_in_a_table_of_markdown_is_only_text():
     assert _code("a|b\n`c`") == "`a\\|b 'c'`"
 
 
+@pytest.mark.parametrize("template", ["latents.html", "inspect.html"])
+def test_names_on_a_page_show_what_they_hold(template):
+    bad = "a\x1b[2J\u202e<b>"
+    about = {"title": [("data set", bad)], "problems": [bad], "groups": [], "findings": [], "checkpoint": bad}
+    page = render(template, "vs2 x", {"survey": about, "inspection": about, "figures": [], "notes": []}).decode()
+    assert "\x1b" not in page and "\u202e" not in page
+    assert page.count(r"a\x1b[2J\u202e&lt;b&gt;") >= 2
+
+
 def test_what_a_template_is_not_given_is_an_error():
     with pytest.raises(UndefinedError):
         render("report.md", "vs2 report", {})

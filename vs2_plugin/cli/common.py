@@ -37,7 +37,7 @@ def end_well(program: str, action: Callable[[], int | None], interrupted: str = 
     try:
         return action() or 0
     except Vs2Error as error:
-        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        messages.complain(f"{program}: error: {error}")
         return 2
     except (KeyboardInterrupt, RuntimeError) as error:
         # Ctrl-C ends a data loader's workers too, and the loader raises RuntimeError while the interruption is handled.

@@ -14,6 +14,7 @@ from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.errors import Vs2Error
 from vs2_plugin.harness import autoload
 from vs2_plugin.harness.patches import SUPPORTED
+from vs2_plugin.messages import say
 from vs2_plugin.plugins import registry
 from vs2_plugin.text import reason_of
 
@@ -44,17 +45,18 @@ def doctor(store: Store) -> int:
         f"store {store.root}": _checkpoints(store),
     }
     problems = []
-    print(f"vs2-plugin {__version__}, Python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    say(f"vs2-plugin {__version__}, Python {platform.python_version()} on {platform.system()} {platform.machine()}")
     for title, findings in sections.items():
-        print(title)
+        say(title)
         for finding in findings:
-            print(f"  {'ok' if finding.good else '!!'}  {finding.text}")
+            say(f"  {'ok' if finding.good else '!!'}  {finding.text}")
             if not finding.good:
                 problems.append("; ".join(filter(None, (finding.text, finding.mend))))
     if not _folders(store):
-        print("      no checkpoints yet; train one with vs2-train-sae")
+        say("      no checkpoints yet; train one with vs2-train-sae")
     if problems:
-        print(f"\n{len(problems)} problem(s):", *problems, sep="\n  - ")
+        for line in ("", f"{len(problems)} problem(s):", *(f"  - {problem}" for problem in problems)):
+            say(line)
     return 1 if problems else 0
 
 

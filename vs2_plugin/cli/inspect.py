@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,12 +10,13 @@ from typing import TYPE_CHECKING
 from vs2_plugin.cli.common import AGAIN, load_torch
 from vs2_plugin.errors import DataError, SettingError
 from vs2_plugin.inspection.notes import ATTRIBUTION, TOP_IMAGES, WORDS
+from vs2_plugin.messages import complain, say
 
 if TYPE_CHECKING:
     from vs2_plugin.inspection.findings import AtPlace, Finding
     from vs2_plugin.inspection.subject import Subject
 
-__all__ = ["add_inspect", "add_subject", "positive", "say", "say_problems", "subject_of"]
+__all__ = ["add_inspect", "add_subject", "positive", "say_problems", "subject_of"]
 
 _DESCRIPTION = """\
 Show what steering did to images: the classes before and after, the FVU and the gate's decision, and what each active
@@ -68,12 +68,13 @@ def _run(args: argparse.Namespace) -> None:
         for name, value in inspection.title:
             say(f"{name}: {value}")
         for finding in inspection.findings:
-            say("\n" + "\n".join(_lines(finding)))
+            for line in ("", *_lines(finding)):
+                say(line)
         say_problems(inspection.problems)
     if args.out is not None:
         for path in write_inspection(inspection, args.out):
             if not args.quiet:
-                print(f"wrote {path}")
+                say(f"wrote {path}")
 
 
 def _lines(finding: Finding) -> Iterator[str]:
@@ -154,13 +155,7 @@ def _read_words(path: Path, flag: str) -> list[str]:
     return words
 
 
-def say(text: str) -> None:
-    """Print, also where a class has a name that the terminal cannot write."""
-    encoding = sys.stdout.encoding or "ascii"
-    print(text.encode(encoding, "replace").decode(encoding))
-
-
 def say_problems(problems: Iterable[str]) -> None:
     """Print on stderr what could not be shown."""
     for problem in problems:
-        print(f"vs2: {problem}", file=sys.stderr)
+        complain(f"vs2: {problem}")

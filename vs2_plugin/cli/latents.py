@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from vs2_plugin.cli.common import AGAIN, load_torch
-from vs2_plugin.cli.inspect import add_subject, positive, say, say_problems, subject_of
+from vs2_plugin.cli.inspect import add_subject, positive, say_problems, subject_of
 from vs2_plugin.inspection.notes import GROUPS, WORDS
+from vs2_plugin.messages import say
 
 __all__ = ["add_latents"]
 
@@ -57,4 +58,4 @@ def _run(args: argparse.Namespace) -> None:
         say(f"{name}: {value}")
     say_problems(survey.problems)
     for path in paths:
-        print(f"wrote {path}")
+        say(f"wrote {path}")

@@ -16,6 +16,7 @@ from vs2_plugin.cli.report import add_report
 from vs2_plugin.cli.reproduce import add_reproduce
 from vs2_plugin.cli.store import add_store
 from vs2_plugin.cli.sweep import add_sweep
+from vs2_plugin.messages import complain, say
 
 __all__ = ["main", "parser"]
 
@@ -91,7 +92,7 @@ def _methods(args: argparse.Namespace) -> int:
 
     def show(option: Option) -> None:
         excludes = f", not with {' or '.join(option.excludes)}" if option.excludes else ""
-        print(f"    @{option.name}={option.type.__name__:<6} {option.describe()}{excludes}. {option.help}")
+        say(f"    @{option.name}={option.type.__name__:<6} {option.describe()}{excludes}. {option.help}")
 
     def needs(method: Method) -> str:
         where = "steers the output embedding" if method.site == "output" else "steers at the sites of a checkpoint"
@@ -101,8 +102,8 @@ def _methods(args: argparse.Namespace) -> int:
     known = registry()
     for name, method in known.methods.items():
         aliases = f" (also {', '.join(method.aliases)})" if method.aliases else ""
-        print(f"{name}:{aliases}  {method.summary}")
-        print(f"    from {known.owners[name]}; labels used: {method.labels}; {needs(method)}")
+        say(f"{name}:{aliases}  {method.summary}")
+        say(f"    from {known.owners[name]}; labels used: {method.labels}; {needs(method)}")
         for option in method.options:
             show(option)
     groups = (
@@ -111,16 +112,13 @@ def _methods(args: argparse.Namespace) -> int:
         (AUTOMATIC, "has an option that can be auto"),
     )
     for group, which in groups:
-        print(f"every method that {which} has:")
+        say(f"every method that {which} has:")
         for option in group:
             show(option)
     for name, claimants in known.conflicts.items():
-        print(
-            f"vs2: error: method {name!r} is claimed by {' and '.join(claimants)}; uninstall one of them",
-            file=sys.stderr,
-        )
+        complain(f"vs2: error: method {name!r} is claimed by {' and '.join(claimants)}; uninstall one of them")
     for plugin, problem in known.broken.items():
-        print(f"vs2: error: plugin {plugin} failed to load: {problem}", file=sys.stderr)
+        complain(f"vs2: error: plugin {plugin} failed to load: {problem}")
     return 1 if known.conflicts or known.broken else 0
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from vs2_plugin.cli.common import AGAIN
+from vs2_plugin.messages import complain, say
 
 __all__ = ["add_report"]
 
@@ -52,8 +52,8 @@ def _report(args: argparse.Namespace) -> None:
     if args.quiet:
         return
     for reason in passed_over:
-        print(f"vs2: passed over {reason}", file=sys.stderr)
-    print(f"{len(runs)} result(s), {sum(run.images is not None for run in runs)} with per-image results")
+        complain(f"vs2: passed over {reason}")
+    say(f"{len(runs)} result(s), {sum(run.images is not None for run in runs)} with per-image results")
     figures = [path for path in written if path.suffix == ".png"]
     others = [str(path) for path in written if path not in figures]
-    print(f"wrote {', '.join(others)} and {len(figures)} figure(s) beside them")
+    say(f"wrote {', '.join(others)} and {len(figures)} figure(s) beside them")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE
 from vs2_plugin.cli.common import load_torch
+from vs2_plugin.messages import complain, say
 
 if TYPE_CHECKING:
     from vs2_plugin.reproduce.cells import Table
@@ -75,7 +76,7 @@ def _reproduce(args: argparse.Namespace) -> int:
         tables = [stand_in(table) for table in tables]
     if args.list:
         for line in listing(tables):
-            print(line)
+            say(line)
         return 0
     load_torch()
     from vs2_plugin.harness.patches import PER_IMAGE
@@ -101,7 +102,8 @@ def _work(
 
     def report(line: str) -> None:
         if not args.quiet:
-            print(line, flush=True)
+            for one in line.split("\n"):
+                say(one)
 
     data_root(dataset_root, "cifar100")
     work = Reproduction(tables, out, dataset_root, args.quiet, report)
@@ -110,7 +112,7 @@ def _work(
     report("export " + " ".join(f"{name}={value}" for name, value in variables.items()))
     if args.dry_run:
         for line in work.commands():
-            print(line)
+            say(line)
         return 0
     try:
         work.run()
@@ -122,13 +124,14 @@ def _work(
         return 130
     texts, missing = work.finish()
     for text in texts:
-        print(f"\n{text}", end="")
+        for line in ("", *text.splitlines()):
+            say(line)
     total = sum(len(table.cells) for table in tables)
     if missing:
         kept = (
             "the others are kept, and the same command goes on from there" if missing < total else "no number was found"
         )
-        print(f"vs2: {missing} of {total} cells could not be measured, the reasons are above; {kept}", file=sys.stderr)
+        complain(f"vs2: {missing} of {total} cells could not be measured, the reasons are above; {kept}")
     page = f"; a page with all results: vs2 report {args.out / 'results'}" if any(out.glob("results/*/*.json")) else ""
     report(f"\nThe tables are in {args.out}, as .md and .json{page}")
     return 1 if missing else 0

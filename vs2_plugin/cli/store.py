@@ -8,6 +8,7 @@ from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.checkpoint.store import Store, folder_size
 from vs2_plugin.cli.common import add_store_option
 from vs2_plugin.errors import CheckpointError, SettingError
+from vs2_plugin.messages import say
 from vs2_plugin.text import gigabytes
 
 __all__ = ["add_store"]
@@ -36,25 +37,25 @@ def add_store(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 def _list(args: argparse.Namespace) -> None:
     store = Store.default(args.store)
-    print(f"store {store.root}")
+    say(f"store {store.root}")
     for name in store.names():
         folder = store.checkpoints / name
         try:
             checkpoint = Checkpoint.open(folder)
         except CheckpointError as error:
-            print(f"  {name}  damaged: {error}")
+            say(f"  {name}  damaged: {error}")
             continue
         data, sites = checkpoint.data, checkpoint.sites
         marks = "  transductive" if checkpoint.transductive else ""
-        print(
+        say(
             f"  {name}  {checkpoint.backbone} {checkpoint.pretrained or ''} on "
             f"{' '.join(data.datasets)} ({data.images:,} images), "
             f"{len(sites)} site(s), FVU {sites[-1].fvu:.4f}, {gigabytes(folder_size(folder))}{marks}"
         )
     if not store.names():
-        print("  no checkpoints; train one with vs2-train-sae")
+        say("  no checkpoints; train one with vs2-train-sae")
     cached = list(store.cached())
-    print(f"  cached activations: {len(cached)} set(s), {gigabytes(sum(map(folder_size, cached)))}")
+    say(f"  cached activations: {len(cached)} set(s), {gigabytes(sum(map(folder_size, cached)))}")
 
 
 def _remove(args: argparse.Namespace) -> None:
@@ -62,6 +63,6 @@ def _remove(args: argparse.Namespace) -> None:
     if not args.names and not args.cache:
         raise SettingError("nothing to remove: name checkpoints (see vs2 store list), or give --cache")
     for name in args.names:
-        print(f"removed {name}: {gigabytes(store.remove(name))}")
+        say(f"removed {name}: {gigabytes(store.remove(name))}")
     if args.cache:
-        print(f"removed cached activations: {gigabytes(store.remove_cache())}")
+        say(f"removed cached activations: {gigabytes(store.remove_cache())}")

@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from vs2_plugin.cli.common import add_flags, is_interruption, load_torch
+from vs2_plugin.messages import complain, say
 from vs2_plugin.settings import settings_of
 from vs2_plugin.sweep.request import SweepRequest
 from vs2_plugin.text import counted
@@ -81,14 +82,13 @@ def _sweep(args: argparse.Namespace) -> int:
     request = SweepRequest(**given)
     planned = plan(request)
     if not args.quiet and os.environ.get(PER_IMAGE, "") not in ("", "0"):
-        print(
-            f"vs2: a sweep keeps no per-image results; {PER_IMAGE}=1 clip_benchmark eval does, for the points you name",
-            file=sys.stderr,
+        complain(
+            f"vs2: a sweep keeps no per-image results; {PER_IMAGE}=1 clip_benchmark eval does, for the points you name"
         )
     if not args.quiet:
         there = len(planned.files) - len(planned.pending)
         plain = len(planned.backbones)
-        print(f"{len(planned.points)} point(s) and {plain} plain model(s); {there} have results already")
+        say(f"{len(planned.points)} point(s) and {plain} plain model(s); {there} have results already")
     try:
         found = sweep(planned, args.quiet)
     except (KeyboardInterrupt, RuntimeError) as error:
@@ -98,12 +98,12 @@ def _sweep(args: argparse.Namespace) -> int:
         return 130
     if not args.quiet:
         for backbone, accuracy in found.plain.items():
-            print(f"zero-shot {backbone}: {accuracy:.2f} %")
-        print(f"best of {len(planned.points)}: {found.best[1]:.2f} % by {found.best[0]}")
+            say(f"zero-shot {backbone}: {accuracy:.2f} %")
+        say(f"best of {len(planned.points)}: {found.best[1]:.2f} % by {found.best[0]}")
         other = "Report the accuracy of that choice on images that did not make it."
-        print(_TUNING if request.split == "test" else other)
+        say(_TUNING if request.split == "test" else other)
         for path in (planned.folder, *found.written):
-            print(f"wrote {path}")
+            say(f"wrote {path}")
     return 0
 
 

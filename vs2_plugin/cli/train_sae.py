@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from vs2_plugin.cli.common import add_flags, end_well, load_torch
+from vs2_plugin.messages import say
 from vs2_plugin.training.request import TrainRequest
 
 __all__ = ["main", "parser"]
@@ -76,7 +77,7 @@ def _run(argv: Sequence[str] | None) -> None:
     from vs2_plugin.training import run
 
     with joined() as processes:
-        run.train(request, processes, print)
+        run.train(request, processes, say)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

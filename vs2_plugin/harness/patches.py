@@ -28,6 +28,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from vs2_plugin.errors import DataError, HarnessError, Vs2Error
+from vs2_plugin.messages import complain
 from vs2_plugin.names import is_steered, with_method
 from vs2_plugin.plugins import registry
 from vs2_plugin.text import reason_of
@@ -81,7 +82,7 @@ def _patch_models(module: Any) -> None:
         raise AttributeError("MODEL_TYPES is no list")
     known = registry()
     for label, problem in known.broken.items():
-        print(f"vs2_plugin: plugin {label} failed to load, its methods are not available: {problem}", file=sys.stderr)
+        complain(f"vs2_plugin: plugin {label} failed to load, its methods are not available: {problem}")
 
     def loader_of(method: str | None) -> Callable[..., Any]:
         @functools.wraps(stock)
@@ -243,7 +244,7 @@ def _patch_cli(module: Any) -> None:
             preflight.check([Evaluation.of(args) for args in planned_runs(base)])
             return stock_main_eval(base)
         except Vs2Error as error:
-            print(f"vs2: error: {' '.join(str(error).split())}", file=sys.stderr)
+            complain(f"vs2: error: {error}")
             raise SystemExit(2) from None
 
     def planned_runs(base: Namespace) -> list[Namespace]:

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from vs2_plugin import __version__
 from vs2_plugin.errors import DataError
 from vs2_plugin.report.drawing import COLOURS
+from vs2_plugin.text import printable
 
 __all__ = ["fixed", "render", "save"]
 
@@ -27,6 +28,7 @@ def render(template: str, mark: str, context: Mapping[str, Any]) -> bytes:
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
         undefined=StrictUndefined,
+        finalize=lambda value: printable(value) if type(value) is str else value,  # no Markup
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,

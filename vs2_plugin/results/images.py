@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from vs2_plugin.errors import DataError
 from vs2_plugin.files import atomic_file
+from vs2_plugin.text import printable
 
-__all__ = ["Array", "Images", "images_file", "printable"]
+__all__ = ["Array", "Images", "images_file"]
 
 Array = NDArray[Any]
 
@@ -134,11 +135,6 @@ class Images:
 _COLUMNS: Mapping[str, Mapping[str, Any]] = {one.name: one.metadata for one in fields(Images) if one.metadata}
 _NEEDED = [one.name for one in fields(Images) if one.metadata and one.default is MISSING] + ["classes"]
 _NUMBERS = ("seconds", "peak_memory")
-
-
-def printable(name: object) -> str:
-    """Return a name in one line, without what neither a page nor a figure can show."""
-    return "".join(letter if letter.isprintable() else "?" for letter in str(name))
 
 
 def _damaged(path: Path, problem: str) -> DataError:

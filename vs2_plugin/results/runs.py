@@ -14,8 +14,9 @@ from typing import Any
 from vs2_plugin.errors import DataError
 from vs2_plugin.files import atomic_file
 from vs2_plugin.names import Parts, split
-from vs2_plugin.results.images import Images, images_file, printable
+from vs2_plugin.results.images import Images, images_file
 from vs2_plugin.results.statistics import Calibration, calibration_of_bins
+from vs2_plugin.text import printable
 
 __all__ = ["Run", "read", "read_run", "write_run", "write_table"]
 
