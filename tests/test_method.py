@@ -5,6 +5,7 @@ from vs2_plugin.method import COMMON, LABELS, NEIGHBOURS, RESERVED, Method, Opti
 
 BAD_METHODS = [
     *({"name": name} for name in ("", "VS2", "a-b", "a:b", "a b", "2a", "a\n", *sorted(RESERVED))),
+    {"name": "m", "aliases": "abc"},
     *({"name": "m", "aliases": (name,)} for name in ("", "M", "a:b", "a@b", "a b", *sorted(RESERVED))),
     {"name": "m", "build": "print"},
     {"name": "m", "labels": "some"},

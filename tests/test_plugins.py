@@ -110,6 +110,38 @@ def test_a_name_that_two_plugins_claim_is_an_error_that_names_both_and_others_go
     assert known.broken == {}
 
 
+def test_an_alias_that_is_claimed_twice_does_not_take_its_method_away():
+    known = Registry()
+    known.add_plugin("one", offering(Method("a", print, aliases=("x",))))
+    known.add_plugin("two", offering(Method("b", print, aliases=("a", "x", "y"))))
+    assert known.method("b") is known.method("y") and known.owners == {"a": "one", "b": "two"}
+    assert known.conflicts == {"a": ["one", "two"], "x": ["one", "two"]}
+    for name in ("a", "x"):
+        with pytest.raises(PluginError, match=f"method '{name}' is claimed by one and two"):
+            known.method(name)
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        [Method("a", print), Method("a", repr)],
+        [Method("b", print, aliases=("a",)), Method("a", print)],
+        [Method("b", print, aliases=("a",)), Method("c", print, aliases=("a",))],
+    ],
+)
+def test_a_plugin_that_claims_a_name_twice_is_broken(methods):
+    known = Registry()
+    known.add_plugin("one", offering(*methods))
+    assert "two of its methods are called 'a'" in known.broken["one"]
+    assert known.conflicts == {} and known.names == []
+
+
+def test_an_alias_may_be_the_methods_own_name():
+    known = Registry()
+    known.add_plugin("one", offering(Method("a", print, aliases=("a", "b"))))
+    assert known.broken == {} and known.method("b").name == "a"
+
+
 def test_a_third_claimant_is_named_too():
     known = Registry()
     for label in ("one", "two", "three"):

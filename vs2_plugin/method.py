@@ -96,7 +96,7 @@ AUTOMATIC = (
 COMMON = (
     Option(
         "blocks", str, None,
-        pattern=(r"all|\d+(\+\d+)*", "block numbers counted from 0 and joined by + (10+11), or all"),
+        pattern=(r"all|[0-9]{1,9}(\+[0-9]{1,9})*", "block numbers counted from 0 and joined by + (10+11), or all"),
         help="where to steer; by default the last site of the checkpoint",
     ),
     Option(
@@ -167,6 +167,8 @@ class Method:
         object.__setattr__(self, "_by_name", self._checked_options())
 
     def _check_declarations(self) -> None:
+        if isinstance(self.aliases, str):
+            raise PluginError(f"method {self.name!r}: aliases is {self.aliases!r}; expected a tuple of names")
         for alias in self.aliases:
             if not re.match(r"[a-z][a-z0-9_+-]*\Z", alias) or alias in RESERVED:
                 raise PluginError(f"method {self.name!r}: alias {alias!r} is not a usable name")

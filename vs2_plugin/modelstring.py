@@ -77,7 +77,7 @@ def parse(text: str, known: Registry | None = None) -> ModelString:
         given = _options(method, parts)
         _check_combination(method, given)
     except ModelStringError as error:
-        raise ModelStringError(f"model {text!r}: {error}") from None
+        raise ModelStringError(f"model {text!r:.500}: {error}") from None
     return ModelString(method, parts.backbone, parts.checkpoint, given)
 
 
@@ -135,7 +135,7 @@ def _value(method: Method, key: str, value: str) -> Scalar:
     try:
         return option.parse(value)
     except ValueError as error:
-        raise ModelStringError(f"option {key}={value!r}: expected {error}") from None
+        raise ModelStringError(f"option {key}={value!r:.80}: expected {error}") from None
 
 
 def _check_combination(method: Method, given: dict[str, Scalar]) -> None:

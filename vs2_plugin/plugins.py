@@ -81,18 +81,22 @@ class Registry:
         for method in methods:
             if not isinstance(method, Method):
                 raise PluginError(f"vs2_methods() gave {method!r}; expected vs2_plugin.Method")
+        names = [name for method in methods for name in _names(method)]
+        for name in names:
+            if names.count(name) > 1:
+                raise PluginError(f"two of its methods are called {name!r}; expected another name or alias for each")
         return methods
 
     def _claim(self, label: str, method: Method) -> None:
-        names = (method.name, *method.aliases)
-        for name in names:
+        for name in _names(method):
             holder = self.owners.get(self.aliases.get(name, name))
             if holder is not None:
                 self.conflicts.setdefault(name, [holder]).append(label)
-        if not self.conflicts.keys() & set(names):
+        if method.name not in self.conflicts:  # an alias that is claimed twice does not take the method with it
             self.methods[method.name] = method
             self.owners[method.name] = label
-            self.aliases.update(dict.fromkeys(method.aliases, method.name))
+            own = [alias for alias in method.aliases if alias not in self.conflicts]
+            self.aliases.update(dict.fromkeys(own, method.name))
 
     @property
     def names(self) -> list[str]:
@@ -114,6 +118,11 @@ class Registry:
             broken = f"; plugins that failed to load: {', '.join(self.broken)} (see vs2 doctor)" if self.broken else ""
             raise ModelStringError(f"unknown method {name!r}; known methods: {', '.join(sorted(self.names))}{broken}")
         return method
+
+
+def _names(method: Method) -> list[str]:
+    """Return all that a method is called, each once."""
+    return list(dict.fromkeys((method.name, *method.aliases)))
 
 
 def find_plugins() -> Registry:

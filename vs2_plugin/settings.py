@@ -17,12 +17,26 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 from vs2_plugin.errors import PluginError, SettingError
 
-__all__ = ["Flag", "Scalar", "Setting", "flags_of", "like", "read", "setting", "settings_of", "validate", "words_of"]
+__all__ = [
+    "Flag",
+    "Scalar",
+    "Setting",
+    "flags_of",
+    "like",
+    "read",
+    "setting",
+    "settings_of",
+    "validate",
+    "whole",
+    "words_of",
+]
 
 Scalar = float | int | str | bool
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 _TYPES: dict[type, str] = {float: "number", int: "whole number", str: "word", bool: "true or false"}
 _KEY = "setting"  # of a field's metadata
+#: Whole numbers lie below this, as those of torch and of files do.
+_TOO_LARGE = 2**63
 
 
 @dataclass(frozen=True)
@@ -105,6 +119,8 @@ class Setting:
     def check(self, value: Any) -> str | None:
         """Return what was expected, if ``value`` is not acceptable; else None."""
         values = value if self.several and isinstance(value, tuple) else (value,)
+        if any(isinstance(one, int) and abs(one) >= _TOO_LARGE for one in values):
+            return self.accepted() + (" (and below 2**63)" if self.maximum is None else "")
         return None if values and all(map(self._accepts, values)) else self.accepted()
 
     def _accepts(self, value: Any) -> bool:
@@ -140,6 +156,15 @@ class Setting:
         """Return the accepted values and the default in words."""
         default = "not set" if self.default is None else f"default {self.default}"
         return f"{self.accepted()} ({default})"
+
+
+def whole(text: object) -> int | None:
+    """Return the number that up to nine decimal digits stand for; None for any other text.
+
+    >>> whole("11"), whole("-1"), whole("1" * 5000)
+    (11, None, None)
+    """
+    return int(str(text)) if re.fullmatch("[0-9]{1,9}", str(text)) else None
 
 
 class Flag(NamedTuple):
@@ -250,7 +275,7 @@ def _read(name: str, declared: Setting, value: Any) -> Any:
     except ValueError as error:
         values = value if declared.several and isinstance(value, (list, tuple)) else [value]
         wrong = next((one for one in values if declared.check(declared.plain(one)) is not None), value)
-        raise SettingError(f"{name} is {wrong!r}; expected {error}") from None
+        raise SettingError(f"{name} is {wrong!r:.80}; expected {error}") from None
 
 
 def _defaults(owner: type[Any]) -> dict[str, Any]:

@@ -114,6 +114,12 @@ def test_a_checkpoint_of_the_output_embedding_has_no_blocks(save):
             found.select(blocks)
 
 
+@pytest.mark.parametrize("number", ["\u00b2", "1" * 5000, ""])
+def test_what_is_no_block_number_is_none(number, save):
+    [site, *_] = save().sites
+    assert replace(site, hookpoint=f"visual.transformer.resblocks.{number}").block is None
+
+
 def test_a_transductive_checkpoint_says_so(save):
     assert save(data=replace(DATA, transductive=True)).transductive is True
 

@@ -462,6 +462,8 @@ PRIORS = {
     "zero.json": "[0, 0]",
     "infinite.json": "[1, Infinity]",
     "nan.json": "[1, NaN]",
+    "large.json": f"[1, 1{'0' * 400}]",
+    "deep.json": "[" * 5000 + "]" * 5000,
     "true.json": "[true, 1]",
     "nested.json": '{"zero": {"share": 1}}',
     "empty.json": "[]",

@@ -58,9 +58,13 @@ def test_accuracy_outside_its_range(write_run):
 
 
 def test_numbers_that_are_none(write_run):
-    path = write_run("B", metrics={"acc5": float("nan"), "extra": "text", "flag": True})
+    metrics = {"acc5": float("nan"), "extra": "text", "flag": True, "vs2_seconds": 10**400, "vs2_ece": 0.1}
+    path = write_run("B", metrics={**metrics, "vs2_ece_bins": [[10**400, 0.5, 0.5]]})
     ((run,), _) = read([path])
-    assert [run.number(name) for name in ("acc5", "extra", "flag", "missing")] == [None] * 4
+    assert [run.number(name) for name in ("acc5", "extra", "flag", "missing", "vs2_seconds")] == [None] * 5
+    assert run.seconds is None and run.calibration() is None
+    path.write_text(path.read_text().replace("0.5]]", f"1{'0' * 5000}]]"))  # more digits than Python makes a number of
+    assert read_run(path).calibration() is None
 
 
 def test_per_image_results_of_another_run(write_run, make_images):

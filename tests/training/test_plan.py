@@ -123,6 +123,9 @@ def test_sites_are_those_that_are_named_in_the_order_of_the_tower(make_clip):
         (["2", "last"], [last]),
     ):
         assert chosen_sites(sites, words) == chosen
+    for word in ("\u00b2", "\u0663", "1" * 5000):  # isdigit() is true of all three
+        with pytest.raises(SettingError, match="expected last, all, output, or block numbers from 0 to 2"):
+            chosen_sites(sites, [word])
     with pytest.raises(SettingError, match="--blocks '3': expected last, all, output, or block numbers from 0 to 2"):
         chosen_sites(sites, ["0", "3"])
 

@@ -27,6 +27,7 @@ from vs2_plugin.clip.tower import Tower
 from vs2_plugin.errors import CheckpointError, CheckpointNotFound
 from vs2_plugin.files import atomic_folder
 from vs2_plugin.gallery.contents import GalleryContents
+from vs2_plugin.settings import whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,8 +99,7 @@ class SiteSAE:
     @property
     def block(self) -> int | None:
         """The number of the block, counted from 0; None at the output embedding."""
-        number = self.hookpoint.rpartition(".")[2]
-        return int(number) if number.isdigit() else None
+        return whole(self.hookpoint.rpartition(".")[2])
 
 
 @dataclass(frozen=True)

@@ -273,7 +273,7 @@ def read_prior(path: str, classes: Sequence[str] | None = None, count: int | Non
 
     try:
         found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: too deep, or a home folder of nobody
         raise wrong(" ".join(str(error).split())) from None
     by_name = isinstance(found, dict)
     shares = list(found.values()) if by_name else found
@@ -291,4 +291,4 @@ def read_prior(path: str, classes: Sequence[str] | None = None, count: int | Non
 
 
 def _is_share(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 2.0**63

@@ -302,6 +302,13 @@ def _load(path: Path) -> Any:
                     raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
             return super().construct_mapping(node, deep)
 
+        def construct_yaml_int(self, node: Any) -> int:
+            number: int = super().construct_yaml_int(node)
+            if abs(number) >= 2**63:
+                raise yaml.constructor.ConstructorError(None, None, "a number of too many digits", node.start_mark)
+            return number
+
+    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
     try:
         with open(path, encoding="utf-8") as file:
             return yaml.load(file, Loader)  # a SafeLoader, which makes plain values only

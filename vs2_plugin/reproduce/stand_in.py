@@ -14,6 +14,7 @@ from vs2_plugin.errors import SettingError
 from vs2_plugin.files import atomic_folder
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.reproduce.cells import Cell, Sae, Table
+from vs2_plugin.settings import whole
 
 __all__ = ["DATASET", "MODEL", "ROOT", "stand_in", "workplace"]
 
@@ -107,7 +108,7 @@ def _flags(flags: dict[str, Any], blocks: int, width: int) -> dict[str, Any]:
     for name in ("retrieval_encoder", "calibrate_on", "max_images"):
         flags.pop(name, None)
     if "blocks" in flags:
-        words = (_block(int(word), blocks) if str(word).isdigit() else word for word in flags["blocks"])
+        words = (word if whole(word) is None else _block(int(word), blocks) for word in flags["blocks"])
         flags["blocks"] = tuple(dict.fromkeys(words))
     # As many latents per dimension, and the same share of them active.
     flags["k"] = max(1, min(_WIDTH, round(flags.get("k", 64) * _WIDTH / width)))

@@ -148,7 +148,7 @@ def read_run(path: Path) -> Run:
         DataError: it cannot be read, or is no results file.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_int=_whole)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); expected {EXPECTED}") from error
     except (ValueError, RecursionError) as error:
@@ -167,6 +167,11 @@ def read_run(path: Path) -> Run:
         "+".join(map(printable, languages)) if isinstance(languages, list) else "en",
         content["metrics"],
     )
+
+
+def _whole(digits: str) -> float:
+    """Return a whole number; of more digits than a float holds, infinity, which is no measure."""
+    return int(digits) if len(digits) <= 300 else float(digits)
 
 
 def _with_images(run: Run) -> Run:

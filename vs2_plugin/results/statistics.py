@@ -133,7 +133,7 @@ def calibration_of_bins(rows: Sequence[Sequence[float]], ece: float, bins: int =
         ValueError: anything else is given; TypeError, too.
     """
     images, mean, right = np.array(rows, dtype=float).reshape(-1, 3).T
-    if not images.sum() > 0 or not np.isfinite([mean, right]).all():
+    if not 0 < images.sum() < np.inf or not np.isfinite([mean, right]).all():
         raise ValueError("expected bins that hold images")
     index = _bin_of(mean, bins)
     share, confidence, accuracy = np.zeros(bins), np.full(bins, np.nan), np.full(bins, np.nan)

@@ -14,6 +14,7 @@ from vs2_plugin.clip.sites import Site, Sites
 from vs2_plugin.errors import CheckpointError, DataError, SettingError
 from vs2_plugin.sae.config import RECIPES, TrainConfig
 from vs2_plugin.sae.topk import TopKSAE
+from vs2_plugin.settings import whole
 from vs2_plugin.training.request import TrainRequest
 
 __all__ = ["Plan", "chosen_sites", "make_plans"]
@@ -144,8 +145,8 @@ def chosen_sites(offered: Sites, blocks: Sequence[str]) -> list[Site]:
             chosen.extend(offered.blocks)
         elif word in ("output", "all"):
             chosen.append(offered.output)
-        elif word.isdigit() and int(word) < len(offered.blocks):
-            chosen.append(offered.blocks[int(word)])
+        elif (number := whole(word)) is not None and number < len(offered.blocks):
+            chosen.append(offered.blocks[number])
         else:
             numbers = f"block numbers from 0 to {len(offered.blocks) - 1}"
             numbers = numbers if offered.blocks else "no block numbers, as this tower pools no CLS token"

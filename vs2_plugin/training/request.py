@@ -63,7 +63,7 @@ class TrainRequest:
         help="named settings, which single flags override; paper: those of arXiv 2506.01247",
     )  # fmt: skip
     blocks: tuple[str, ...] = setting(
-        ("last",), pattern=(r"last|all|output|\d+", "last, all, output, or block numbers counted from 0"),
+        ("last",), pattern=("last|all|output|[0-9]{1,9}", "last, all, output, or block numbers counted from 0"),
         help="where: last, all, output (the embedding), or block numbers counted from 0; one SAE each",
     )  # fmt: skip
     expansion_factor: tuple[int, ...] | None = like(TrainConfig, "expansion_factor")
