@@ -126,6 +126,25 @@ def test_what_is_no_class_number_is_refused_where_labels_are_asked_for(sample):
         list(TrainingImages([sample], None, None, labels=True).batches(1, 0))
 
 
+@pytest.mark.parametrize(("label", "below"), [(-1, 9), (10, 9), (np.int64(9999999999), 9), (torch.tensor(99), 9)])
+def test_a_label_that_is_none_of_the_classes_of_a_data_set_is_refused(label, below, built):
+    class Classified(Labelled):
+        classes = [f"class {number}" for number in range(10)]
+
+        def __getitem__(self, index):
+            return torch.ones(1), label
+
+    built(Classified(3))
+    with pytest.raises(DataError, match=rf"the label is {int(label)}; .* 0 to {below} \(any names 10 classes"):
+        list(open_any(labels=True).batches(2, 0))
+
+
+@pytest.mark.parametrize("label", [-1, 10**6, 10**18])
+def test_a_label_that_can_number_no_class_is_refused(label, built):
+    with pytest.raises(DataError, match=rf"the label is {label}; .* 0 to 999999 \(no file names the classes"):
+        list(TrainingImages([(torch.ones(1), label)], None, None, labels=True).batches(1, 0))
+
+
 @pytest.mark.parametrize("limit", [1, 3, 4])
 def test_a_stream_is_cut_with_its_digests_and_labels(limit):
     class Labels(IterableDataset):

@@ -149,6 +149,18 @@ def zero_shards(folder):
     (folder / "nshards.txt").write_text("0")
 
 
+def negative_shards(folder):
+    (folder / "nshards.txt").write_text("-2")
+
+
+def too_many_shards(folder):
+    (folder / "nshards.txt").write_text("1000000")
+
+
+def far_too_many_shards(folder):
+    (folder / "nshards.txt").write_text("100000000")
+
+
 def one_shard_too_few(folder):
     (folder / "1.tar").unlink()
 
@@ -169,13 +181,16 @@ def cut_in_an_image(folder):
 DAMAGE = [
     (
         no_listing,
-        "no readable file {folder}/nshards.txt (No such file or directory); expected webdataset shards "
-        "there: nshards.txt "
-        "holding their number, and 0.tar",
+        "no readable file {folder}/nshards.txt (No such file or directory); expected the number of shards: "
+        "echo 2 > {folder}/nshards.txt",
     ),
-    (wordy_listing, "{folder}/nshards.txt does not hold the number of shards"),
-    (binary_listing, "{folder}/nshards.txt does not hold the number of shards"),
-    (zero_shards, "no images (webp, png, jpg, jpeg) in the 0 shards"),
+    (wordy_listing, "{folder}/nshards.txt holds 'many'; expected the number of shards, from 1 to 1,000,000"),
+    (binary_listing, "{folder}/nshards.txt holds '\ufffd\ufffd'; expected the number of shards"),
+    (zero_shards, "{folder}/nshards.txt holds '0'; expected the number of shards"),
+    (negative_shards, "{folder}/nshards.txt holds '-2'; expected the number of shards"),
+    (far_too_many_shards, "{folder}/nshards.txt holds '100000000'; expected the number of shards"),
+    (too_many_shards, "{folder}/2.tar: no such file, and {folder}/nshards.txt says 1,000,000 shards; write it, or: "
+                      "echo 2 > {folder}/nshards.txt"),
     (one_shard_too_few, "cannot read shard {folder}/1.tar"),
     (empty_file, "cannot read shard {folder}/1.tar"),
     (no_tar, "cannot read shard {folder}/1.tar"),
@@ -195,8 +210,15 @@ def test_damaged_shards_are_named(damage, message, shards, picture):
 
 def test_a_split_that_is_not_there_is_named(shards, picture):
     root = shards({"a.png": picture(1)})
-    with pytest.raises(DataError, match=r"no readable file .*valid/nshards\.txt"):
+    with pytest.raises(DataError, match=r"no readable file .*valid/nshards\.txt .*the splits in .*: train\)"):
         open_shards(root, "valid", grey)
+
+
+def test_a_plain_folder_of_pictures_is_told_from_shards(tmp_path, picture):
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "cats" / "1.PNG").write_bytes(picture(1))
+    with pytest.raises(DataError, match=r"nshards\.txt .*expected webdataset shards .* holds pictures as they are"):
+        open_shards(str(tmp_path), "test", grey)
 
 
 def test_shards_without_images_are_refused(shards):
@@ -257,6 +279,69 @@ def test_a_cut_image_is_named(shards):
     found = open_shards(shards({"b.png": file.getvalue()[:500]}), "train", grey)
     with pytest.raises(DataError, match=r"train/0\.tar: b\.png is not a readable image"):
         found[0]
+
+
+# ---- labels
+
+
+def labelled(picture, *labels):
+    """A shard of images, each with what its ``.cls`` file holds."""
+    pairs = ((f"{number}.png", picture(number), f"{number}.cls", label) for number, label in enumerate(labels))
+    return {name: data for image, pixels, cls, label in pairs for name, data in ((image, pixels), (cls, label))}
+
+
+def labels_of(root, num_workers=0):
+    images = open_images("wds/x", root, "train", grey, labels=True)
+    return [label for batch in images.batches(2, num_workers) for label in batch.labels.tolist()]
+
+
+WRONG_LABELS = [
+    # classes that are named, the label, what is expected
+    (None, b"-5", "the label is -5; expected a class number from 0 to 999999 (no file names the classes)"),
+    (None, b"9999999999", "the label is 9999999999; expected a class number from 0 to 999999"),
+    (None, b"1" * 10_000, f"the label is {'1' * 64}; expected a class number"),
+    (None, b"1000000", "the label is 1000000; expected"),
+    (10, b"99", "the label is 99; expected a class number from 0 to 9 ({root}/classnames.txt names 10 classes)"),
+    (10, b"10", "the label is 10; expected a class number from 0 to 9"),
+    (10, b"-1", "the label is -1; expected a class number from 0 to 9"),
+    (10, b"cat", "holds b'cat'; expected the number of a class"),
+]
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["local", "remote"])
+@pytest.mark.parametrize(("classes", "label", "expected"), WRONG_LABELS, ids=[str(row[1][:12]) for row in WRONG_LABELS])
+def test_a_label_of_no_class_is_named_with_its_shard_and_key(
+    remote, classes, label, expected, shards, picture, tmp_path, request
+):
+    root = shards(labelled(picture, b"0"), labelled(picture, b" 1\n", label))
+    if classes:
+        (tmp_path / "classnames.txt").write_text("".join(f"class {number}\n" for number in range(classes)))
+    if remote:
+        root = request.getfixturevalue("serve")
+    with pytest.raises(DataError) as error:
+        labels_of(root)
+    assert f"{root}/train/1.tar: 1.cls" in str(error.value) and expected.format(root=root) in str(error.value)
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["local", "remote"])
+def test_labels_of_classes_are_read(remote, shards, picture, tmp_path, request):
+    root = shards(labelled(picture, b"9", b" 0\n"), labelled(picture, b"3"))
+    (tmp_path / "classnames.txt").write_text("x\n" * 10)
+    assert labels_of(request.getfixturevalue("serve") if remote else root) == [9, 0, 3]
+    (tmp_path / "classnames.txt").unlink()
+    assert labels_of(request.getfixturevalue("serve") if remote else root) == [9, 0, 3]
+
+
+@pytest.mark.parametrize("names", ["", None], ids=["empty", "a folder"])
+def test_class_names_that_name_none_are_refused(names, shards, picture, tmp_path):
+    root = shards(labelled(picture, b"0"))
+    if names is None:
+        (tmp_path / "classnames.txt").mkdir()
+    else:
+        (tmp_path / "classnames.txt").write_text(names)
+    with pytest.raises(DataError, match=r"classnames\.txt .*expected one class name per line"):
+        labels_of(root)
+    assert open_shards(root, "train", grey)[0].item() == 0  # without labels, it is never looked at
 
 
 # ---- behind a URL
@@ -330,7 +415,7 @@ def test_a_missing_listing_behind_a_url_is_named(serve, shards, picture):
 def test_a_listing_that_is_no_number_behind_a_url_is_named(serve, shards, picture, tmp_path):
     shards({"a.png": picture(1)})
     (tmp_path / "train" / "nshards.txt").write_text("<html>")
-    with pytest.raises(DataError, match="cannot read http://127.0.0.1:.*/train/nshards.txt"):
+    with pytest.raises(DataError, match="http://127.0.0.1:.*/train/nshards.txt holds '<html>'"):
         open_images("wds/x", serve, "train", grey)
 
 

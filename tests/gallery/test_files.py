@@ -214,6 +214,16 @@ def test_a_damaged_file_is_named_in_one_sentence(name, damage, save):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("label", [-5, 3, 9999999999])
+def test_labels_of_no_class_are_damage(label, save, extracted):
+    """Checkpoints of before labels were checked where they are read may hold some."""
+    labels = np.load(extracted[0]["cub"]["labels"])
+    labels[1] = label
+    np.save(extracted[0]["cub"]["labels"], labels)
+    with pytest.raises(CheckpointError, match=rf"1/labels\.npy holds labels from .*{label}.*, for 3 classes"):
+        save("cifar100", "cub").open_gallery()
+
+
 # ---- what is asked of it
 
 

@@ -35,7 +35,7 @@ MAJORITIES = [
 
 @pytest.mark.parametrize(("labels", "similarity", "winner", "count"), MAJORITIES)
 def test_the_majority_and_its_size(labels, similarity, winner, count):
-    found = majority(torch.tensor([labels]), hood([similarity]), 5)
+    found = majority(torch.tensor([labels]), hood([similarity]))
     assert [part.tolist() for part in found] == [[winner], [count]]
 
 
@@ -45,12 +45,17 @@ def test_a_small_difference_of_similarity_decides_between_equal_counts(each, lab
     """However many neighbours there are, and in whatever order the classes stand."""
     similarity = [[0.7 + 1e-4] + [0.7] * (2 * each - 1)]
     votes = torch.tensor([[labels[0]] * each + [labels[1]] * each])
-    assert majority(votes, hood(similarity), 3)[0].tolist() == [labels[0]]
+    assert majority(votes, hood(similarity))[0].tolist() == [labels[0]]
+
+
+def test_the_memory_of_a_majority_does_not_grow_with_the_labels():
+    found = majority(torch.tensor([[7, 10**15, 10**15], [10**15, 7, 7]]), hood([[0.9, 0.8, 0.7]] * 2))
+    assert [part.tolist() for part in found] == [[10**15, 7], [2, 2]]
 
 
 def test_what_is_no_neighbour_has_no_vote():
     neighbours = hood([[0.9, 0.8, 0.7], [0.9, 0.8, 0.7]], [[True, False, False], [False, False, False]])
-    winner, count = majority(torch.tensor([[1, 2, 2], [1, 2, 2]]), neighbours, 3)
+    winner, count = majority(torch.tensor([[1, 2, 2], [1, 2, 2]]), neighbours)
     assert winner.tolist()[0] == 1 and count.tolist() == [1, 0]
 
 

@@ -6,6 +6,7 @@ import hashlib
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
+from vs2_plugin.data.labels import UNKNOWN, Classes
 from vs2_plugin.data.shards import LocalShards, open_shards
 from vs2_plugin.distributed import Processes
 from vs2_plugin.errors import DataError, Vs2Error
@@ -62,6 +64,8 @@ class TrainingImages:
     fingerprint: Any
     """Plain JSON values that change when the images do."""
     labels: bool = False
+    classes: Classes = UNKNOWN
+    """Those that labels number."""
 
     @property
     def count(self) -> int | None:
@@ -100,7 +104,7 @@ class TrainingImages:
             self.source,
             batch_size=batch_size,
             num_workers=min(num_workers, most),
-            collate_fn=_batch_with_labels if self.labels else _batch,
+            collate_fn=partial(_batch_with_labels, self.classes) if self.labels else _batch,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=leave_interruptions,
         )
@@ -143,7 +147,7 @@ def _batch(samples: list[Any]) -> Batch:
     return Batch(images, np.array([image_digest(image) for image in images], dtype=np.uint64), None)
 
 
-def _batch_with_labels(samples: list[Any]) -> Batch:
+def _batch_with_labels(classes: Classes, samples: list[Any]) -> Batch:
     labels: list[Any] = [
         sample[1] if isinstance(sample, (tuple, list)) and len(sample) > 1 else None for sample in samples
     ]
@@ -153,7 +157,8 @@ def _batch_with_labels(samples: list[Any]) -> Batch:
         raise DataError(
             f"labels were asked for, and this data set gives {labels[0]!r}; expected one class number per image"
         )
-    return _batch(samples)._replace(labels=np.array([int(label) for label in labels], dtype=np.int64))
+    checked = [classes.check(int(label), "an image of the data set") for label in labels]
+    return _batch(samples)._replace(labels=np.array(checked, dtype=np.int64))
 
 
 def open_images(
@@ -179,19 +184,22 @@ def open_images(
         labels: read the labels too; otherwise they are not looked at.
 
     Raises:
-        DataError: the data set, its split or its files are not there.
+        DataError: the data set, its split or its files are not there. Labels are checked when they are read.
         SettingError: a field of ``root`` that cannot be filled in.
     """
     root = data_root(root, dataset)
     source: Dataset[Any]
     fingerprint: list[Any]
+    classes = UNKNOWN
     if dataset.startswith("wds/"):
         source = open_shards(root, split, transform, wds_cache_dir, labels)
     else:
         remedy = "without a network, put the data there by hand"
         source = build(dataset, root, split, remedy=remedy, transform=transform, task=default_task(dataset))
+        names = getattr(source, "classes", None)
+        classes = Classes(len(names), dataset) if names else classes
     if isinstance(source, LocalShards) and max_images is None:  # not indexed before an image is wanted
-        return TrainingImages(source, None, source.fingerprint(), labels)
+        return TrainingImages(source, None, source.fingerprint(), labels, classes)
     total = _length(source)
     if total == 0:
         raise DataError(f"the split {split!r} of {dataset} in {root} is empty")
@@ -200,7 +208,7 @@ def open_images(
     if not isinstance(source, IterableDataset) and max_images is not None and total is not None and max_images < total:
         chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:max_images].sort().values
         source, fingerprint = Subset(source, chosen.tolist()), [fingerprint, total, max_images, seed]
-    return TrainingImages(source, max_images, [fingerprint, total], labels)
+    return TrainingImages(source, max_images, [fingerprint, total], labels, classes)
 
 
 def _probe(source: Dataset[Any]) -> list[str]:

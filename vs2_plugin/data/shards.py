@@ -9,19 +9,24 @@ until an image is wanted: with the activations cached, none is.
 from __future__ import annotations
 
 import io
+import os
+import shlex
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from functools import cached_property
+from itertools import islice, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
+from vs2_plugin.data.labels import CLASS_NAMES, LONGEST_LABEL, UNKNOWN, Classes, read_label
 from vs2_plugin.distributed import Processes
 from vs2_plugin.errors import DataError
+from vs2_plugin.text import one_line
 
 __all__ = ["EXTENSIONS", "LocalShards", "RemoteShards", "open_shards"]
 
@@ -29,6 +34,11 @@ __all__ = ["EXTENSIONS", "LocalShards", "RemoteShards", "open_shards"]
 EXTENSIONS = ("webp", "png", "jpg", "jpeg")
 #: Turns a PIL image into ``[3, height, width]``.
 Transform = Callable[[Any], Any]
+#: Where a file lies in a shard: offset and size.
+Place = tuple[int, int]
+#: More shards than any data set has.
+_MOST_SHARDS = 1_000_000
+_LISTING = "nshards.txt"
 
 
 def open_shards(
@@ -41,26 +51,67 @@ def open_shards(
     """
     if "://" in root:
         return RemoteShards(root, split, transform, cache_dir, labels)
-    folder = Path(root) / split
-    listing = folder / "nshards.txt"
+    return LocalShards(local_shards(root, split), transform, Classes.in_folder(Path(root)) if labels else None)
+
+
+def local_shards(root: str, split: str) -> list[Path]:
+    """Return the shards of a split, all of which are there. Raises DataError, which says what mends it, otherwise."""
+    listing = Path(root) / split / _LISTING
     try:
-        count = int(listing.read_text())
+        count = _number_of_shards(listing.read_text(errors="replace"), str(listing))
     except OSError as error:
-        raise DataError(
-            f"no readable file {listing} ({error.strerror}); expected webdataset shards there: "
-            f"{listing.name} holding their "
-            "number, and 0.tar, 1.tar, ..."
-        ) from None
+        raise DataError(f"no readable file {listing} ({error.strerror}); {_what_is_there(Path(root), split)}") from None
+    files = list(islice(_shards_in(listing.parent), count))
+    if len(files) < count:
+        missing = listing.with_name(f"{len(files)}.tar")
+        mend = f"; write it, or: {_listing_command(listing, len(files))}" if files else ""
+        raise DataError(f"cannot read shard {missing}: no such file, and {listing} says {count:,} shards{mend}")
+    return files
+
+
+def _shards_in(folder: Path) -> Iterator[Path]:
+    """0.tar, 1.tar and so on, up to the first that is not there."""
+    return takewhile(Path.is_file, (folder / f"{index}.tar" for index in range(_MOST_SHARDS)))
+
+
+def _listing_command(listing: Path, count: int) -> str:
+    return f"echo {count} > {shlex.quote(str(listing))}"
+
+
+def _what_is_there(root: Path, split: str) -> str:
+    """Say what is expected of a folder without a split's list of shards, and what it holds instead."""
+    count = sum(1 for _ in _shards_in(root / split))
+    if count:
+        return f"expected the number of shards: {_listing_command(root / split / _LISTING, count)}"
+    expected = f"expected webdataset shards there: {_LISTING} holding their number, and 0.tar, 1.tar, ..."
+    splits = sorted(file.parent.name for file in root.glob(f"*/{_LISTING}"))
+    if splits:
+        return f"{expected} (the splits in {root}: {', '.join(splits)})"
+    suffixes = tuple(f".{extension}" for extension in EXTENSIONS)
+    names = (name for _, _, names in islice(os.walk(root), 100) for name in names)
+    if any(name.lower().endswith(suffixes) for name in names):
+        return f"{expected} ({root} holds pictures as they are: the README says how to write shards of them)"
+    return expected
+
+
+def _number_of_shards(text: str, listing: str) -> int:
+    """Return what a ``nshards.txt`` says. Raises DataError if that is no number, or none that can be."""
+    try:
+        count = int(text)
     except ValueError:
-        raise DataError(f"{listing} does not hold the number of shards") from None
-    return LocalShards([folder / f"{index}.tar" for index in range(count)], transform, labels)
+        count = 0
+    if not 1 <= count <= _MOST_SHARDS:
+        said = one_line(text, 40)
+        raise DataError(f"{listing} holds {said!r}; expected the number of shards, from 1 to {_MOST_SHARDS:,}")
+    return count
 
 
 class LocalShards(Dataset[Any]):
     """Images at known positions of local tar files; an item is a preprocessed image, or a pair of it and its label."""
 
-    def __init__(self, files: list[Path], transform: Transform, labels: bool = False) -> None:
-        self.files, self.transform, self.labels = files, transform, labels
+    def __init__(self, files: list[Path], transform: Transform, classes: Classes | None = None) -> None:
+        """``classes``: those that the labels number; None: labels are not read."""
+        self.files, self.transform, self.classes = files, transform, classes
 
     @cached_property
     def samples(self) -> tuple[np.ndarray, np.ndarray | None]:
@@ -68,59 +119,34 @@ class LocalShards(Dataset[Any]):
         int64 ``[count]``. Arrays: objects would take hundreds of bytes per image, again in every loader process.
 
         Raises:
-            DataError: a shard cannot be read, a label is missing, or there are no images.
+            DataError: a shard cannot be read, a label is missing or numbers no class, or there are no images.
         """
         positions, labels = [], []
         for number, file in enumerate(self.files):
-            images, classes = self._index(file)
+            images, found = self._index(file)
             positions.append(np.array([(number, *place) for place in images.values()], np.int64).reshape(-1, 3))
-            if self.labels:
-                labels.append(np.array([self._label(file, key, classes) for key in images], np.int64))
+            if self.classes is not None:
+                labels.append(np.array(_labels(file, images, found, self.classes), np.int64))
         if not sum(map(len, positions)):
-            beside = self.files[0] if self.files else "?"
-            raise DataError(f"no images ({', '.join(EXTENSIONS)}) in the {len(self.files)} shards beside {beside}")
-        return np.concatenate(positions), np.concatenate(labels) if self.labels else None
+            raise DataError(
+                f"no images ({', '.join(EXTENSIONS)}) in the {len(self.files)} shards beside {self.files[0]}"
+            )
+        return np.concatenate(positions), None if self.classes is None else np.concatenate(labels)
 
     @staticmethod
-    def _index(file: Path) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, int]]]:
-        """Sample key -> offset and size of its image, and -> those of its label."""
-        best: dict[str, tuple[int, tuple[int, int]]] = {}
-        classes: dict[str, tuple[int, int]] = {}
-        try:
-            with tarfile.open(file, "r:") as tar:  # uncompressed, since images are read by their position
-                for member in _members(tar):
-                    folder, slash, name = member.name.rpartition("/")
-                    stem, _, extension = name.partition(".")
-                    key = folder + slash + stem
-                    if extension.lower() == "cls":
-                        classes[key] = (member.offset_data, member.size)
-                    if not member.isfile() or extension.lower() not in EXTENSIONS:
-                        continue
-                    rank = EXTENSIONS.index(extension.lower())
-                    if key not in best or rank < best[key][0]:
-                        best[key] = (rank, (member.offset_data, member.size))
-                end = tar.offset
-            # Python takes a damaged header for the end of the archive; the real end is zeros, or nothing.
-            with open(file, "rb") as raw:
-                raw.seek(end)
-                if raw.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                    raise DataError(f"shard {file} is damaged at byte {end}")
-        except (OSError, EOFError, tarfile.TarError) as error:
-            raise DataError(f"cannot read shard {file} (expected an uncompressed tar file): {error}") from error
-        return {key: place for key, (_, place) in best.items()}, classes
-
-    @staticmethod
-    def _label(file: Path, key: str, classes: dict[str, tuple[int, int]]) -> int:
-        if key not in classes:
-            raise DataError(f"{file}: the image {key!r} has no label ({key}.cls), and labels were asked for")
-        offset, size = classes[key]
-        with open(file, "rb") as raw:
-            raw.seek(offset)
-            text = raw.read(size)
-        try:
-            return int(text)
-        except ValueError:
-            raise DataError(f"{file}: {key}.cls holds {text[:20]!r}; expected the number of a class") from None
+    def _index(file: Path) -> tuple[dict[str, Place], dict[str, Place]]:
+        """Sample key -> where its image lies, and -> where its label does."""
+        best: dict[str, tuple[int, Place]] = {}
+        labels: dict[str, Place] = {}
+        for name, place in contents(file):
+            key, extension = sample_of(name)
+            if extension == "cls":
+                labels[key] = place
+            elif extension in EXTENSIONS:
+                rank = EXTENSIONS.index(extension)
+                if key not in best or rank < best[key][0]:
+                    best[key] = (rank, place)
+        return {key: place for key, (_, place) in best.items()}, labels
 
     def __len__(self) -> int:
         return len(self.samples[0])
@@ -133,9 +159,8 @@ class LocalShards(Dataset[Any]):
             data = file.read(size)
         try:
             image = Image.open(io.BytesIO(data)).convert("RGB")
-        except (OSError, ValueError, SyntaxError) as error:  # all three come from PIL
-            with tarfile.open(self.files[number], "r:") as tar:
-                name = next(member.name for member in _members(tar) if member.offset_data == offset)
+        except Exception as error:  # PIL's readers of damaged files raise about everything
+            name = next(name for name, place in contents(self.files[number]) if place[0] == offset)
             raise DataError(f"{self.files[number]}: {name} is not a readable image") from error
         prepared = self.transform(image)
         return prepared if labels is None else (prepared, int(labels[index]))
@@ -148,11 +173,85 @@ class LocalShards(Dataset[Any]):
             raise DataError(f"cannot read shard {error.filename}: {error.strerror}") from error
 
 
-def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Iterate over a tar file without keeping its members: an open one remembers a kilobyte for each."""
-    while (member := tar.next()) is not None:
-        tar.members.clear()  # type: ignore[attr-defined]  # which the stubs leave out
-        yield member
+def contents(file: Path) -> Iterator[tuple[str, Place]]:
+    """Iterate over the files in a shard: name and place. It is read by its headers, and kept open meanwhile.
+
+    Raises:
+        DataError: it cannot be read, or is damaged.
+    """
+    try:
+        with tarfile.open(file, "r:") as tar:  # uncompressed, since images are read by their position
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # an open one remembers a kilobyte for each
+                if member.size < 0:  # which would be read for ever
+                    raise tarfile.ReadError(f"{member.name} has a size of {member.size} bytes")
+                if member.isfile():
+                    yield member.name, (member.offset_data, member.size)
+            end = tar.offset
+        # Python takes a damaged header for the end of the archive; the real end is zeros, or nothing.
+        with open(file, "rb") as raw:
+            raw.seek(end)
+            if raw.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise DataError(f"shard {file} is damaged at byte {end}")
+    except (OSError, EOFError, ValueError, OverflowError, tarfile.TarError) as error:  # for headers of any bytes
+        raise DataError(f"cannot read shard {file} (expected an uncompressed tar file): {error}") from error
+
+
+def sample_of(name: str) -> tuple[str, str]:
+    """Return the key of the sample that a file belongs to, and what the file is of it, as webdataset has them.
+
+    >>> sample_of("train/cat.1.JPG"), sample_of("v1.0/README")
+    (('train/cat', '1.jpg'), ('v1.0/README', ''))
+    """
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return folder + slash + stem, extension.lower()
+
+
+def _labels(file: Path, images: Iterable[str], places: Mapping[str, Place], classes: Classes) -> list[int]:
+    """The labels of a shard's images. Raises DataError, which names the image, if one is missing or wrong."""
+    labels = []
+    with open(file, "rb") as raw:
+        for key in images:
+            if key not in places:
+                raise DataError(f"{file}: the image {key!r} has no label ({key}.cls), and labels were asked for")
+            labels.append(label_at(raw, places[key], classes, f"{file}: {key}.cls"))
+    return labels
+
+
+def label_at(raw: BinaryIO, place: Place, classes: Classes, where: str) -> int:
+    """Return the label at a place of a shard. Raises DataError, which begins with ``where``."""
+    offset, size = place
+    raw.seek(offset)
+    return read_label(raw.read(min(size, LONGEST_LABEL)), classes, where)
+
+
+def addresses(root: str) -> tuple[str, str]:
+    """Return where the small files of a remote data set lie, and where its shards do."""
+    metadata = data = root.rstrip("/")
+    if root.startswith("https://huggingface.co/datasets"):
+        # A folder of a data set's page, .../tree/BRANCH: small files under raw, large ones under resolve.
+        *head, _, path = root.split("/", 7)
+        metadata, data = "/".join([*head, "raw", path]), "/".join([*head, "resolve", path])
+    return metadata, data
+
+
+def fetch(url: str) -> str:
+    """Return the text behind a URL. Raises FileNotFoundError if there is none, and OSError if that cannot be told."""
+    import requests
+
+    answer = requests.get(url, timeout=30)
+    if answer.status_code == requests.codes.not_found:
+        raise FileNotFoundError(f"404 {answer.reason} for url: {url}")
+    answer.raise_for_status()
+    return answer.text
+
+
+def _remote_classes(url: str) -> Classes:
+    try:
+        return Classes.in_text(fetch(url), url)
+    except OSError:  # clip_benchmark takes a file that it cannot fetch for one that is not there
+        return UNKNOWN
 
 
 class RemoteShards(IterableDataset[Any]):
@@ -161,22 +260,15 @@ class RemoteShards(IterableDataset[Any]):
     def __init__(
         self, root: str, split: str, transform: Transform, cache_dir: str | None = None, labels: bool = False
     ) -> None:
-        import requests
-
-        metadata = data = root.rstrip("/")
-        if root.startswith("https://huggingface.co/datasets"):
-            # A folder of a data set's page, …/tree/BRANCH: small files under raw, large ones under resolve.
-            *head, _, path = root.split("/", 7)
-            metadata, data = "/".join([*head, "raw", path]), "/".join([*head, "resolve", path])
-        listing = f"{metadata}/{split}/nshards.txt"
+        metadata, data = addresses(root)
+        listing = f"{metadata}/{split}/{_LISTING}"
         try:
-            answer = requests.get(listing, timeout=30)
-            answer.raise_for_status()
-            count = int(answer.text)
-        except (requests.RequestException, ValueError) as error:
+            count = _number_of_shards(fetch(listing), listing)
+        except OSError as error:
             raise DataError(f"cannot read {listing} (the number of shards): {error}") from error
         self.urls = [f"{data}/{split}/{index}.tar" for index in range(count)]
-        self.transform, self.cache_dir, self.labels = transform, cache_dir, labels
+        self.transform, self.cache_dir = transform, cache_dir
+        self.classes = _remote_classes(f"{metadata}/{CLASS_NAMES}") if labels else None
 
     def part(self, processes: Processes) -> RemoteShards:
         """The shards of one of several processes: each shard is one's, and blocks of them follow each other."""
@@ -192,10 +284,14 @@ class RemoteShards(IterableDataset[Any]):
         pipeline = (
             wds.WebDataset(self.urls, shardshuffle=False, nodesplitter=lambda urls: urls, cache_dir=self.cache_dir)
             .decode(wds.autodecode.ImageHandler("pil", extensions=list(EXTENSIONS)), only=list(EXTENSIONS))
-            .to_tuple(list(EXTENSIONS), *(["cls"] if self.labels else []))
+            .to_tuple("__url__", "__key__", list(EXTENSIONS), *([] if self.classes is None else ["cls"]))
         )
-        for image, *label in pipeline:
-            yield (self.transform(image), int(label[0])) if self.labels else self.transform(image)
+        for url, key, image, *label in pipeline:
+            prepared = self.transform(image)
+            if self.classes is None:
+                yield prepared
+            else:
+                yield prepared, read_label(label[0], self.classes, f"{url}: {key}.cls")
 
     def fingerprint(self) -> list[str]:
         """Return the addresses: what lies behind them cannot be told apart without reading it."""

@@ -69,7 +69,12 @@ def open_gallery(folder: Path, contents: GalleryContents, widths: Mapping[str, i
     *starts, _ = np.cumsum([0, *(part.classes or 0 for part in contents.parts)]).tolist()
     labels = None
     if contents.labels:
-        labels = np.concatenate([part + start for part, start in zip(read("labels"), starts, strict=True)])
+        found = read("labels")
+        for (number, part), own in zip(parts, found, strict=True):
+            if own.min() < 0 or own.max() >= (part.classes or 0):
+                file = folder / str(number) / "labels.npy"
+                raise _damaged(f"{file} holds labels from {own.min()} to {own.max()}, for {part.classes} classes")
+        labels = np.concatenate([part + start for part, start in zip(found, starts, strict=True)])
     return Gallery(
         activations={site: stack(read(site, widths[site])) for site in contents.sites if site in widths},
         embeddings={

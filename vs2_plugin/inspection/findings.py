@@ -275,8 +275,7 @@ def _neighbours(subject: Subject, batch: Batch) -> Neighbours | None:
     own = labels[0][valid].tolist()
     sides = [""] * len(own)
     if (rule := model.spec.options.get("rule")) is not None:
-        count = max(int(labels.max()) + 1, len(subject.classes))
-        chosen = retriever.classes(batch) if rule == "query" else majority(labels.to(retriever.device), hood, count)[0]
+        chosen = retriever.classes(batch) if rule == "query" else majority(labels.to(retriever.device), hood)[0]
         target = int(chosen[0])
         sides = ["S+" if label == target else "S-" for label in own]
         about += f". Steered towards the {sides.count('S+')} of {name(target)!r} (S+)"

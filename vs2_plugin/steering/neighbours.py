@@ -138,11 +138,9 @@ class _Voting(nn.Module):
         """Flat scalars for the results' metrics."""
         return self._tally.means()
 
-    def _labels(self, kind: str, neighbours: Neighbours) -> tuple[Tensor, int]:
-        """The neighbours' labels ``[batch, n]`` on the model's device, and a number that all labels are below."""
-        labels = self.retriever.labels(kind)
-        classes = int(labels.max()) + 1 if kind == "oracle" else self.retriever.classifier.shape[1]
-        return labels[neighbours.rows].to(self.retriever.device), classes
+    def _labels(self, kind: str, neighbours: Neighbours) -> Tensor:
+        """The neighbours' labels ``[batch, n]`` on the model's device."""
+        return self.retriever.labels(kind)[neighbours.rows].to(self.retriever.device)
 
 
 class _Contrast(NamedTuple):
@@ -186,8 +184,8 @@ class NeighbourSteering(_Voting):
 
     def _contrast(self, batch: Batch) -> _Contrast:
         neighbours = self.retriever.neighbours(batch)
-        labels, classes = self._labels(self.labels, neighbours)
-        chosen = self._own_classes(batch) if self.rule == "query" else majority(labels, neighbours, classes)[0]
+        labels = self._labels(self.labels, neighbours)
+        chosen = self._own_classes(batch) if self.rule == "query" else majority(labels, neighbours)[0]
         weights, shares = contrast(labels, chosen, neighbours.valid)
         if self.brake is not None:
             weights = weights * (shares >= self.brake)[:, None]
@@ -234,8 +232,8 @@ class MixedSteering(_Voting):
         neighbours = self.retriever.neighbours(batch)
         members = neighbours.valid
         if self.labels != "none":
-            labels, classes = self._labels(self.labels, neighbours)
-            members = members & (labels == majority(labels, neighbours, classes)[0][:, None])
+            labels = self._labels(self.labels, neighbours)
+            members = members & (labels == majority(labels, neighbours)[0][:, None])
             self._tally.add(agreement=members.sum(1) / neighbours.valid.sum(1).clamp_min(1))
         weights = neighbours.similarity.clamp_min(0) * members
         total = weights.sum(1, keepdim=True)
@@ -293,8 +291,7 @@ class VoteSteering(_Voting):
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """Replace embeddings ``[batch, e]``."""
         neighbours = self.retriever.neighbours(batch)
-        labels, classes = self._labels("pseudo", neighbours)
-        winner, votes = majority(labels, neighbours, classes)
+        winner, votes = majority(self._labels("pseudo", neighbours), neighbours)
         number = neighbours.valid.sum(1)
         self._tally.add(agreement=votes / number.clamp_min(1))
         return self.retriever.classifier.T[winner].where(number[:, None] > 0, x)

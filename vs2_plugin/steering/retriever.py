@@ -33,7 +33,7 @@ class Neighbours(NamedTuple):
     """bool ``[batch, n]``: False in places that hold no neighbour, since fewer were found."""
 
 
-def majority(labels: Tensor, neighbours: Neighbours, classes: int) -> tuple[Tensor, Tensor]:
+def majority(labels: Tensor, neighbours: Neighbours) -> tuple[Tensor, Tensor]:
     """The most frequent of the neighbours' labels, and the number of neighbours that have it: ``[batch]`` each.
 
     Of equally frequent ones, that with the greater sum of similarities is taken.
@@ -41,14 +41,14 @@ def majority(labels: Tensor, neighbours: Neighbours, classes: int) -> tuple[Tens
     Args:
         labels: int64 ``[batch, n]``.
         neighbours: whose labels they are.
-        classes: labels are below this.
     """
     valid = neighbours.valid.double()
-    counts = valid.new_zeros(len(labels), classes).scatter_add_(1, labels, valid)
-    sums = torch.zeros_like(counts).scatter_add_(1, labels, neighbours.similarity * valid)
+    known, numbers = labels.unique(return_inverse=True)  # as many as there are, whatever their values
+    counts = valid.new_zeros(len(labels), len(known)).scatter_add_(1, numbers, valid)
+    sums = torch.zeros_like(counts).scatter_add_(1, numbers, neighbours.similarity * valid)
     # A sum is within ± n, so that it can only decide between equal counts.
     winner = (counts + sums / (2 * labels.shape[1] + 1)).argmax(1)
-    return winner, counts.gather(1, winner[:, None])[:, 0].float()
+    return known[winner], counts.gather(1, winner[:, None])[:, 0].float()
 
 
 class Retriever:

@@ -1,0 +1,70 @@
+"""Labels: class numbers, which are checked where they are read. No heavy imports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vs2_plugin.errors import DataError
+
+__all__ = ["CLASS_NAMES", "LONGEST_LABEL", "UNKNOWN", "Classes", "read_label"]
+
+#: The file of a webdataset folder that names its classes, one per line.
+CLASS_NAMES = "classnames.txt"
+#: Where nothing says how many classes there are, labels are below this: more than any collection of images has.
+_MOST = 1_000_000
+#: Bytes of a ``.cls`` file that are looked at.
+LONGEST_LABEL = 64
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a data set, which its labels number from 0."""
+
+    count: int | None = None
+    """How many there are; None where that is not known."""
+    source: str = ""
+    """What names them."""
+
+    @classmethod
+    def in_text(cls, text: str, source: str) -> Classes:
+        """Return the classes that the text of a ``classnames.txt`` names, as clip_benchmark reads it."""
+        return cls(len(text.splitlines()), source)
+
+    @classmethod
+    def in_folder(cls, root: Path) -> Classes:
+        """Return the classes of a webdataset folder: unknown ones where it does not name them.
+
+        Raises:
+            DataError: the file cannot be read, or names none.
+        """
+        file = root / CLASS_NAMES
+        try:
+            found = cls.in_text(file.read_text(encoding="utf-8", errors="replace"), str(file))
+        except FileNotFoundError:
+            return UNKNOWN
+        except OSError as error:
+            raise DataError(f"cannot read {file} ({error.strerror}); expected one class name per line") from None
+        if not found.count:
+            raise DataError(f"{file} names no class; expected one class name per line")
+        return found
+
+    def check(self, label: int, where: str) -> int:
+        """Return a label that numbers one of the classes. Raises DataError, which begins with ``where``."""
+        below = _MOST if self.count is None else self.count
+        if 0 <= label < below:
+            return int(label)
+        known = "no file names the classes" if self.count is None else f"{self.source} names {self.count:,} classes"
+        raise DataError(f"{where}: the label is {label}; expected a class number from 0 to {below - 1} ({known})")
+
+
+UNKNOWN = Classes()
+
+
+def read_label(data: bytes, classes: Classes, where: str) -> int:
+    """Return the label that a ``.cls`` file holds. Raises DataError, which begins with ``where``."""
+    try:
+        label = int(data[:LONGEST_LABEL])
+    except ValueError:
+        raise DataError(f"{where} holds {data[:20]!r}; expected the number of a class") from None
+    return classes.check(label, where)
