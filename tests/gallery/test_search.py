@@ -175,9 +175,7 @@ def test_a_folder_that_cannot_be_written_does_not_matter(clustered, tmp_path):
 def test_a_failed_write_leaves_no_half_an_index(clustered, tmp_path, monkeypatch):
     faiss = pytest.importorskip("faiss")
 
-    def fails(index, name):
-        with open(name, "wb") as file:
-            file.write(b"half an ind")
+    def fails(index, writer):
         raise RuntimeError("disk full")
 
     monkeypatch.setattr(faiss, "write_index", fails)

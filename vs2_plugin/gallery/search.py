@@ -108,8 +108,9 @@ class FaissSearch:
     @staticmethod
     def _keep(faiss: Any, index: Any, file: Path) -> None:
         # In a folder that cannot be written, the index serves this run only.
-        with suppress(OSError, RuntimeError), atomic_file(file) as scratch:
-            faiss.write_index(index, os.fspath(scratch))
+        with suppress(OSError, RuntimeError), atomic_file(file) as scratch, open(scratch, "wb") as out:
+            # By a file of Python's: FAISS prints that its own could not be closed, as on a full disk, and goes on.
+            faiss.write_index(index, faiss.PyCallbackIOWriter(out.write))
 
     def __call__(self, queries: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """See :class:`Search`. Where FAISS finds fewer than n, the rest are rows -1."""

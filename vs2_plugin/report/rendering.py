@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from vs2_plugin import __version__
 from vs2_plugin.errors import DataError
+from vs2_plugin.files import atomic_file
 from vs2_plugin.report.drawing import COLOURS
 from vs2_plugin.text import printable
 
@@ -76,7 +77,8 @@ def save(folder: Path, files: Mapping[str, bytes], mark: str, *others: str) -> l
             if path.exists() and not any(own.encode() in path.read_bytes()[:2000] for own in (mark, *others)):
                 raise DataError(f"{path} is there, and {mark} did not write it; name another folder with --out")
         for name, content in files.items():
-            (folder / name).write_bytes(content)
+            with atomic_file(folder / name) as scratch:
+                scratch.write_bytes(content)
     except OSError as error:
         raise DataError(f"cannot write into {folder}: {error.strerror}; name another folder with --out") from error
     return [folder / name for name in files]

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from vs2_plugin.files import atomic_file
 from vs2_plugin.reproduce.cells import METRICS, Cell, Table
 
 __all__ = ["Measured", "best", "markdown", "write"]
@@ -140,14 +141,15 @@ def _row(measured: Measured) -> list[str]:
 def write(table: Table, cells: Sequence[Measured], folder: Path) -> list[Path]:
     """Write ``STEM.md`` and ``STEM.json`` into ``folder``."""
     paths = [folder / f"{table.path.stem}{suffix}" for suffix in (".md", ".json")]
-    paths[0].write_text(markdown(table, cells), encoding="utf-8")
     content = {
         "title": table.title,
         "source": table.source,
         "stand_in": table.stand_in,
         "cells": [_json(measured) for measured in cells],
     }
-    paths[1].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for path, text in zip(paths, (markdown(table, cells), json.dumps(content, indent=1) + "\n"), strict=True):
+        with atomic_file(path) as scratch:
+            scratch.write_text(text, encoding="utf-8")
     return paths
 
 

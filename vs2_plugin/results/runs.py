@@ -198,7 +198,7 @@ def write_run(run: Run) -> None:
 
 
 def write_table(path: Path, runs: Sequence[Run]) -> None:
-    """Write a CSV with the columns of ``clip_benchmark build``, a row per run."""
+    """Write a CSV with the columns of ``clip_benchmark build``, a row per run, whole or not at all."""
     names = ("dataset", "model", "pretrained", "task", "language")
     rows = [
         {name: getattr(run, name) for name in names}
@@ -207,7 +207,7 @@ def write_table(path: Path, runs: Sequence[Run]) -> None:
         for run in runs
     ]
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with atomic_file(path) as scratch, open(scratch, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from vs2_plugin.errors import CheckpointError, SettingError
 from vs2_plugin.sae.topk import SaeConfig, TopKSAE
@@ -26,7 +26,7 @@ def save_sae(sae: TopKSAE, folder: Path) -> None:
     config = sae.config
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in sae.state_dict().items()}
-    save_file(weights, folder / WEIGHTS_FILE)
+    (folder / WEIGHTS_FILE).write_bytes(save(weights))  # save_file's error on a full disk is no OSError
     facts = {
         "activation": _ACTIVATION_NAMES[config.activation],
         "expansion_factor": max(1, config.num_latents // config.d_in),

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from vs2_plugin.files import atomic_file
 from vs2_plugin.sweep.grid import Grid, as_number
 
 __all__ = ["draw"]
@@ -110,5 +111,6 @@ def _curves(grid: Grid, along: str, sections: list[Section], plain: float) -> Fi
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=150, metadata={"Software": "vs2 sweep"})
+    with atomic_file(path) as scratch:
+        figure.savefig(scratch, format="png", dpi=150, metadata={"Software": "vs2 sweep"})
     return path
