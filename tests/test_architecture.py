@@ -102,6 +102,7 @@ TESTS = Path(__file__).parent
 #: Tests of more than one module: the whole, commands as a person types them, pages in a browser, references.
 WHOLE = {
     "": {"architecture", "docs", "faults", "strength_study"},
+    "checkpoint": {"mutations"},
     "cli": {"gallery", "interruptions"},
     "gallery": {"own_images"},
     "harness": {"demo", "gallery", "towers"},

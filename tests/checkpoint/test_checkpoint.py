@@ -255,30 +255,33 @@ ACCEPTED = {
     ("created",): [{}],
     ("data",): [],
     ("data", "datasets"): [[], ["text"]],
-    ("data", "images"): [5, -1],
+    ("data", "images"): [5],
     ("data", "max_images"): [None, 5, -1],
     ("data", "amp"): [True],
     ("gallery",): [None],
     ("gallery", "labels"): [True],
     ("gallery", "sites"): [[], ["text"]],
-    ("gallery", "parts"): [[]],
+    ("gallery", "parts"): [],
     ("gallery", "parts", 0): [],
-    ("gallery", "parts", 0, "count"): [5, -1],
-    ("gallery", "parts", 0, "classes"): [None, 5, -1],
-    ("gallery", "encoders"): [{}],
+    ("gallery", "parts", 0, "count"): [5],
+    ("gallery", "parts", 0, "classes"): [None, 5],
+    ("gallery", "encoders"): [],
     ("gallery", "encoders", "clip"): [],
-    ("gallery", "encoders", "clip", "width"): [5, -1],
+    ("gallery", "encoders", "clip", "width"): [5],
     ("sites",): [],
     ("sites", 0): [],
     ("sites", 0, "hookpoint"): ["text"],
+    ("sites", 0, "variant"): [],
+    ("sites", 0, "labels"): [],
     ("sites", 0, "width"): [],
     ("sites", 0, "mean"): [],
     ("sites", 0, "mean", 0): [5, -1, 0.5],
-    ("sites", 0, "fvu"): [5, -1, 0.5],
+    ("sites", 0, "fvu"): [5, 0.5],
     ("sites", 0, "fvu_quantiles"): [{}],
+    ("sites", 0, "fvu_quantiles", "0.01"): [],
     ("sites", 0, "training"): [{}],
     ("sites", 0, "training", "seed"): [None, True, 5, -1, 0.5, "text"],
-    ("sites", 0, "files"): [{}],
+    ("sites", 0, "files"): [],
     ("sites", 0, "files", "cfg.json"): ["text"],
     ("tower",): [],
     ("tower", "parameters"): ["text"],
@@ -303,6 +306,57 @@ def test_values_of_another_kind_are_refused_in_one_sentence(place, tmp_path):
             with pytest.raises(CheckpointError) as error:
                 Checkpoint.open(tmp_path)
             assert "is damaged: " in str(error.value) and one_sentence(error), value
+
+
+#: Values that no training writes: where they stand, what stands there, and what is said.
+IMPOSSIBLE = [
+    (("sites", 0, "hookpoint"), "../x", "sites[0] has the hookpoint '../x'; expected names joined by dots"),
+    (("sites", 0, "hookpoint"), "visual.\xb2", "has the hookpoint"),
+    (("sites", 0, "hookpoint"), "a\0b", "has the hookpoint 'a\\x00b'"),
+    (("sites", 0, "hookpoint"), "visual.transformer.resblocks.1", "two of its SAEs are of one site"),
+    (("sites", 0, "variant"), "raw", "has the variant 'raw'; expected plain or pass"),
+    (("sites", 0, "labels"), "some", "has the labels 'some'; expected none or train"),
+    (("sites", 0, "files", "../x"), "00", "has files ['../x', 'cfg.json', 'sae.safetensors']; expected cfg.json and"),
+    (("sites", 0, "files"), {"cfg.json": "00"}, "has files ['cfg.json']; expected cfg.json and sae.safetensors"),
+    (("sites", 0, "mean", 3), 1e39, "has a mean that is not finite in float32"),
+    (("sites", 0, "fvu"), float("nan"), "has FVU nan; expected a number from 0 on"),
+    (("sites", 0, "fvu"), 10**400, "has FVU 1000"),
+    (("sites", 0, "fvu_quantiles", "many"), 1.0, "has FVU quantiles ['many']; expected levels such as 0.95"),
+    (("sites", 0, "fvu_quantiles", "nan"), 1.0, "has FVU quantiles ['nan']"),
+    (("sites", 0, "fvu_quantiles", "0.99"), 0.1, "expected finite numbers that rise with their levels"),
+    (("sites", 0, "fvu_quantiles", "0.995"), float("inf"), "expected finite numbers that rise with their levels"),
+    (("data", "images"), 10**30, "it is of 1000000000000000000000000000000 images"),
+    (("gallery", "parts", 0, "count"), -1, "its gallery has images and classes [-1, 10]"),
+    (("gallery", "parts", 0, "classes"), 10**12 * 10, "its gallery has images and classes [100, 10000000000000]"),
+    (("gallery", "encoders", "../x"), {"width": 16}, "its gallery has embeddings ('../x', 16)"),
+    (("tower", "preprocessing", "mode"), [[[[]]]] * 3, None),
+    (("tower", "preprocessing", "mode"), json.loads("[" * 200 + "]" * 200), "expected less within each other"),
+    (("format_version",), json.loads("[" * 500 + "]" * 500), "has format version [[[[[["),
+]
+
+
+@pytest.mark.parametrize(("place", "value", "message"), IMPOSSIBLE, ids=lambda part: str(part)[:40])
+def test_values_that_no_training_writes_are_refused(place, value, message, tmp_path):
+    facts = json.loads((FIXTURES / "version1" / MANIFEST).read_text())
+    inner = facts
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    (tmp_path / MANIFEST).write_text(json.dumps(facts))
+    if message is None:
+        Checkpoint.open(tmp_path)
+        return
+    with pytest.raises(CheckpointError) as error:
+        Checkpoint.open(tmp_path)
+    assert message in str(error.value) and one_sentence(error) and len(str(error.value)) < 400
+
+
+def test_a_mean_of_large_whole_numbers_is_read(save):
+    saved = save()
+    sites = json.loads((saved.folder / MANIFEST).read_text())["sites"]
+    change(saved, sites=[{**sites[0], "mean": [10**30] * 8}])
+    found = Checkpoint.open(saved.folder)
+    assert found.load(found.sites[0])[1].tolist() == pytest.approx([1e30] * 8)
 
 
 def flip_a_byte(path):

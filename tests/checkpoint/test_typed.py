@@ -37,7 +37,7 @@ BAD = [
     (dict[str, int], [], r"x is \[\]; expected dict"), (Inner, [], r"x is \[\]; expected an object"),
     (Inner, {}, "x.name is missing"), (Inner, {"name": "a", "width": "b"}, "x.width is 'b'; expected int"),
     (Outer, {"inners": [{"name": "a"}, {"name": 2}]}, r"x.inners\[1\].name is 2; expected str"),
-    (str, list(range(100)), r"x is \[0, 1, .{10,40} \.\.\.; expected str"),
+    (str, list(range(100)), r"x is \[0, 1, 2, 3, 4, 5, \.\.\.\]; expected str"),
 ]  # fmt: skip
 
 

@@ -1,13 +1,21 @@
 """``vs2 store``."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 
+from vs2_plugin.checkpoint import store as stores
 from vs2_plugin.checkpoint.store import Store
+from vs2_plugin.cli import doctor
+from vs2_plugin.cli import store as cli_store
 from vs2_plugin.cli.main import main
 
 from .test_train_sae import folder, train  # noqa: F401
 
 NAME = "local-dir-tiny-clip_wds-digits"
+GOOD = Path(__file__).parents[1] / "checkpoint/fixtures/version1"
 
 
 def test_store_list_and_remove(folder, capsys):  # noqa: F811
@@ -33,3 +41,78 @@ def test_the_name_of_a_folder_cannot_tell_the_terminal_anything(command, capsys)
     main(command)
     [line, *_] = [line for line in capsys.readouterr().out.splitlines() if "x1b" in line]
     assert line.isprintable() and r"a\x1b[2J\u202eb\n  ok  c" in line
+
+
+def without_manifest(place):
+    (place / "vs2.json").unlink()
+
+
+def folder_in_its_place(place):
+    without_manifest(place)
+    (place / "vs2.json").mkdir()
+
+
+def leading_nowhere(place):
+    without_manifest(place)
+    (place / "vs2.json").symlink_to("nowhere")
+
+
+def leading_to_itself(place):
+    without_manifest(place)
+    (place / "vs2.json").symlink_to("vs2.json")
+
+
+def with_(**facts):
+    def damage(place):
+        path = place / "vs2.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
+
+    return damage
+
+
+BAD = {
+    "no manifest": without_manifest, "a folder": folder_in_its_place, "leads nowhere": leading_nowhere,
+    "leads to itself": leading_to_itself, "no object": lambda place: (place / "vs2.json").write_text("7"),
+    "half a letter": with_(backbone="\ud800"), "nested": with_(tower=json.loads("[" * 500 + "]" * 500)),
+    "beyond str": lambda place: (place / "vs2.json").write_text("9" * 5000), "its site is a file": lambda place: (
+        shutil.rmtree(place / "visual.transformer.resblocks.1"), (place / "visual.transformer.resblocks.1").touch()
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def store():
+    store = Store.default()
+    for name in ("a-good-one", "bad", "one-more"):
+        shutil.copytree(GOOD, store.checkpoints / name)
+    return store
+
+
+@pytest.mark.parametrize("damage", BAD)
+def test_the_others_go_on_beside_a_bad_one(damage, store, capsys):
+    BAD[damage](store.checkpoints / "bad")
+    assert main(["store", "list"]) == 0
+    listed = capsys.readouterr().out
+    assert listed.count("FVU 0.1621") >= 2 and "  a-good-one  local-dir:model" in listed and "  one-more  " in listed
+    listed.encode()
+    findings = {finding.text.partition(":")[0]: finding for finding in doctor._checkpoints(store)}
+    assert findings["a-good-one"].good and findings["one-more"].good
+    assert findings["bad"].good == (damage == "half a letter")
+    assert findings["bad"].good or findings["bad"].mend == "vs2 store remove bad"
+    assert store.find("one-more").name == "one-more"
+    assert main(["store", "remove", "bad"]) == 0 and "bad" not in store.names()
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "size"])
+def test_what_vanishes_while_the_list_is_made_is_no_error(what, store, monkeypatch, capsys):
+    place = store.checkpoints / "bad"
+    if what == "checkpoint":
+        names = store.names()
+        monkeypatch.setattr(Store, "names", lambda self: names)
+        shutil.rmtree(place)
+    else:
+        monkeypatch.setattr(
+            cli_store, "folder_size", lambda path: shutil.rmtree(path, True) or stores.folder_size(path)
+        )
+    assert main(["store", "list"]) == 0
+    assert capsys.readouterr().out.count("FVU 0.1621") == (2 if what == "checkpoint" else 3)

@@ -128,6 +128,29 @@ BROKEN = {
     "weight missing": (lambda f: edit_weights(f, lambda w: w.pop("b_dec")), "b_dec"),
     "weight too many": (lambda f: edit_weights(f, lambda w: w.update(W_skip=torch.zeros(2))), "W_skip"),
     "transposed": (lambda f: edit_weights(f, lambda w: w.update(W_dec=w["W_dec"].T.contiguous())), r"\(16, 64\)"),
+    "true d_in": (lambda f: edit(f, d_in=True), "d_in is True; expected a whole number"),
+    "d_in of a fraction": (lambda f: edit(f, d_in=16.0), "d_in is 16.0"),
+    "k of a fraction": (lambda f: edit(f, k=64.0), "k is 64.0"),
+    "absurd width": (lambda f: edit(f, d_in=10**12), "d_in is 1000000000000; expected a whole number, 1 to 2147483647"),
+    "absurd latents": (lambda f: edit(f, num_latents=10**9), r"\(1000000000, 16\)"),
+    "text times a number": (lambda f: edit(f, d_in="16", num_latents=0, expansion_factor=10**12), "d_in is '16'"),
+    "beyond str": (lambda f: (f / CONFIG_FILE).write_text('{"d_in": ' + "9" * 5000 + "}"), "4300"),
+    "nested without end": (lambda f: (f / CONFIG_FILE).write_text("[" * 100_000), "recursion"),
+    "nested activation": (lambda f: edit(f, activation=json.loads("[" * 300 + "]" * 300)), r"activation \[\[\["),
+    "null d_in": (lambda f: edit(f, d_in=None), "d_in is None"),
+    "whole weights": (lambda f: edit_weights(f, lambda w: w.update(b_dec=torch.zeros(16, dtype=torch.int8))), "int8"),
+    "tiny floats": (
+        lambda f: edit_weights(f, lambda w: w.update(b_dec=torch.zeros(16).to(torch.float8_e4m3fn))), "float8_e4m3fn"
+    ),
+    "complex": (lambda f: edit_weights(f, lambda w: w.update(b_dec=torch.zeros(16, dtype=torch.complex64))), "complex"),
+    "beyond float32": (
+        lambda f: edit_weights(f, lambda w: w.update(b_dec=torch.full((16,), 1e300, dtype=torch.double))), "not finite"
+    ),
+    "config is a folder": (lambda f: ((f / CONFIG_FILE).unlink(), (f / CONFIG_FILE).mkdir()), CONFIG_FILE),
+    "weights are a folder": (lambda f: ((f / WEIGHTS_FILE).unlink(), (f / WEIGHTS_FILE).mkdir()), WEIGHTS_FILE),
+    "config leads nowhere": (
+        lambda f: ((f / CONFIG_FILE).unlink(), (f / CONFIG_FILE).symlink_to("nowhere")), CONFIG_FILE
+    ),
     "not finite": (lambda f: edit_weights(f, lambda w: w["W_dec"].fill_(torch.nan)), "not finite"),
 }
 

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Sequence
+import re
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from vs2_plugin.clip.tower import Tower
 from vs2_plugin.errors import CheckpointError, CheckpointNotFound
 from vs2_plugin.files import atomic_folder
 from vs2_plugin.gallery.contents import GalleryContents
+from vs2_plugin.method import ENCODER_NAME
 from vs2_plugin.settings import whole
 
 if TYPE_CHECKING:
@@ -42,6 +44,10 @@ MANIFEST = "vs2.json"
 _FORMAT = "vs2-checkpoint"
 _VERSION = 1
 _AGAIN = "train the checkpoint again"
+#: Of an SAE; see sae.files, which is not read before torch is needed.
+_FILES = ("cfg.json", "sae.safetensors")
+#: The largest number in float32, and more than there are of anything that is counted.
+_FLOAT32, _MOST = 3.4028234e38, 2**40
 
 
 @dataclass(frozen=True)
@@ -147,15 +153,16 @@ class Checkpoint:
             raise CheckpointError(f"{path} is no {_FORMAT} file")
         if values.get("format_version") != _VERSION:
             raise CheckpointError(
-                f"{path} has format version {values.get('format_version')}, this vs2-plugin ({__version__}) reads "
-                f"{_VERSION}; {_AGAIN} or install the version that wrote it"
+                f"{path} has format version {reprlib.repr(values.get('format_version'))}, this vs2-plugin "
+                f"({__version__}) reads {_VERSION}; {_AGAIN} or install the version that wrote it"
             )
         try:
             checkpoint: Checkpoint = typed(cls, {**values, "folder": folder, "digest": ""})
-            _check(checkpoint)
-        except (ValueError, OverflowError) as error:
+            for problem in _problems(checkpoint):
+                raise ValueError(problem)
+            return replace(checkpoint, digest=_digest(values))
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is damaged: {error}; {_AGAIN}") from error
-        return replace(checkpoint, digest=_digest(values))
 
     @property
     def name(self) -> str:
@@ -282,7 +289,7 @@ class Checkpoint:
                 f"checkpoint {self.name!r}: the SAE at {site.hookpoint} has width {sae.config.d_in}, "
                 f"expected {site.width}"
             )
-        return sae, torch.tensor(site.mean, dtype=torch.float32)
+        return sae, torch.tensor(list(map(float, site.mean)), dtype=torch.float32)
 
     def verify(self) -> None:
         """Read every file of the checkpoint. Raises CheckpointError at the first that is not whole."""
@@ -292,15 +299,62 @@ class Checkpoint:
             self.open_gallery()
 
 
-def _check(checkpoint: Checkpoint) -> None:
-    """Raise ValueError for values that no training writes."""
-    if not checkpoint.sites:
-        raise ValueError("it has no sites")
-    for site in checkpoint.sites:
-        if not 0 < site.width == len(site.mean):
-            raise ValueError(f"the mean at {site.hookpoint} has {len(site.mean)} numbers; expected {site.width}")
-        if not all(map(math.isfinite, site.mean)):
-            raise ValueError(f"the mean at {site.hookpoint} is not finite")
+def _problems(checkpoint: Checkpoint) -> Iterator[str]:
+    """Give what no training writes. Each check relies on those before it."""
+    folders = [site.folder for site in checkpoint.sites]
+    if not folders:
+        yield "it has no sites"
+    if len(set(folders)) < len(folders):
+        yield "two of its SAEs are of one site"
+    if not 0 <= checkpoint.data.images < _MOST:
+        yield f"it is of {reprlib.repr(checkpoint.data.images)} images"
+    for number, site in enumerate(checkpoint.sites):
+        for problem in _site_problems(site):
+            yield f"sites[{number}] {problem}"
+    if checkpoint.gallery is not None:
+        yield from _gallery_problems(checkpoint.gallery)
+
+
+def _site_problems(site: SiteSAE) -> Iterator[str]:
+    if not re.fullmatch(r"\w{1,50}(\.\w{1,50}){0,10}", site.hookpoint, re.ASCII):  # it names a folder
+        yield f"has the hookpoint {reprlib.repr(site.hookpoint)}; expected names joined by dots"
+    for name, expected in {"variant": ("plain", "pass"), "labels": ("none", "train")}.items():
+        if getattr(site, name) not in expected:
+            yield f"has the {name} {reprlib.repr(getattr(site, name))}; expected {' or '.join(expected)}"
+    if set(site.files) != set(_FILES):
+        yield f"has files {reprlib.repr(sorted(site.files))}; expected {' and '.join(_FILES)}"
+    if not 0 < site.width == len(site.mean):
+        yield f"has a mean of {len(site.mean)} numbers; expected {site.width}"
+    if not all(-_FLOAT32 < value < _FLOAT32 for value in site.mean):
+        yield "has a mean that is not finite in float32"
+    if not 0 <= site.fvu < _FLOAT32:
+        yield f"has FVU {reprlib.repr(site.fvu)}; expected a number from 0 on"
+    yield from _quantile_problems(site.fvu_quantiles)
+
+
+def _quantile_problems(quantiles: Mapping[str, float]) -> Iterator[str]:
+    """Give what is wrong with FVU quantiles, which a gate reads."""
+    strange = [level for level in quantiles if not re.fullmatch(r"0\.\d{1,9}", level, re.ASCII)]
+    if strange:
+        yield f"has FVU quantiles {reprlib.repr(strange)}; expected levels such as 0.95"
+    values = [quantiles[level] for level in sorted(quantiles, key=float)]
+    if not all(0 <= value < _FLOAT32 for value in values) or values != sorted(values):
+        yield f"has FVU quantiles {reprlib.repr(values)}; expected finite numbers that rise with their levels"
+
+
+def _gallery_problems(gallery: GalleryContents) -> Iterator[str]:
+    if not gallery.parts:
+        yield "its gallery has no parts"
+    for part in gallery.parts:
+        if not 0 < part.count < _MOST or not 0 <= (part.classes or 0) < _MOST:
+            shown = reprlib.repr([part.count, part.classes])
+            yield f"its gallery has images and classes {shown}; expected numbers from 1 on"
+    if "clip" not in gallery.encoders:
+        yield "its gallery has no embeddings by clip"
+    for name, encoder in gallery.encoders.items():
+        if not re.fullmatch(ENCODER_NAME[0], name) or not 0 < encoder.width < _MOST:  # it names files
+            shown = reprlib.repr((name, encoder.width))
+            yield f"its gallery has embeddings {shown}; expected {ENCODER_NAME[1]}, and a width"
 
 
 def save_checkpoint(

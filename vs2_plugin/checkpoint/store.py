@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,8 +135,13 @@ def _is_checkpoint(folder: Path) -> bool:
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes in the files below ``folder``."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Bytes in the files below ``folder``, but for those that vanish while they are counted."""
+    size = 0
+    with suppress(OSError):
+        for path in folder.rglob("*"):
+            with suppress(OSError):
+                size += path.stat().st_size if path.is_file() else 0
+    return size
 
 
 def _delete(folder: Path) -> int:

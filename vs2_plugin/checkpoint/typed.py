@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
@@ -9,6 +10,9 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 __all__ = ["typed"]
+
+#: Lists and objects within each other, in a value that may be anything: more than json and repr can take is damage.
+_DEEPEST = 30
 
 
 def typed(kind: Any, value: Any, place: str = "") -> Any:
@@ -40,20 +44,23 @@ def typed(kind: Any, value: Any, place: str = "") -> Any:
     elif origin in (list, tuple) and isinstance(value, list):
         return origin(typed(arguments[0], item, f"{place}[{index}]") for index, item in enumerate(value))
     elif origin is dict and isinstance(value, dict):
-        return {key: typed(arguments[1], item, f"{place}[{key!r}]") for key, item in value.items()}
+        return {key: typed(arguments[1], item, f"{place}[{reprlib.repr(key)}]") for key, item in value.items()}
     elif origin is None and _is_plain(kind, value):
         return value
-    shown = repr(value)
-    shown = shown if len(shown) <= 40 else f"{shown[:36]} ..."
-    raise ValueError(f"{place or 'the value'} is {shown}; expected {_words(kind)}")
+    raise ValueError(f"{place or 'the value'} is {reprlib.repr(value)}; expected {_words(kind)}")
 
 
 def _is_plain(kind: Any, value: object) -> bool:
     """Tell whether a value is of a plain type, or may be anything. A bool is no number."""
     if kind is Any:
-        return True
+        return _is_shallow(value, _DEEPEST)
     accepted = (int, float) if kind is float else kind
     return not is_dataclass(kind) and isinstance(value, accepted) and isinstance(value, bool) is (kind is bool)
+
+
+def _is_shallow(value: object, depth: int) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > 0 and all(_is_shallow(item, depth - 1) for item in items)
 
 
 def _dataclass(kind: Any, values: Mapping[str, Any], place: str) -> Any:
@@ -73,4 +80,6 @@ def _words(kind: Any) -> str:
         return "an object"
     if kind is type(None):
         return "None"
+    if kind is Any:
+        return "less within each other"
     return str(kind) if get_args(kind) else kind.__name__

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from vs2_plugin.errors import CheckpointError, SettingError
 from vs2_plugin.sae.topk import SaeConfig, TopKSAE
@@ -19,6 +22,8 @@ CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae.safetensors"
 # sparsify calls the ReLU variant "topk". It has no name for the other one, so it refuses such an SAE, as it should.
 _ACTIVATION_NAMES = {"relu": "topk", "abs": "abs"}
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_LARGEST = 2**31 - 1  # of a width, and of a number of latents
 
 
 def save_sae(sae: TopKSAE, folder: Path) -> None:
@@ -49,39 +54,60 @@ def load_sae(folder: Path | str) -> TopKSAE:
     """
     folder = Path(folder)
     try:
-        facts = json.loads((folder / CONFIG_FILE).read_text())
+        facts = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         weights = load_file(folder / WEIGHTS_FILE)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError, AttributeError) as error:  # Attribute: a new dtype
         raise CheckpointError(f"no readable SAE in {folder} ({CONFIG_FILE} and {WEIGHTS_FILE}): {error}") from error
     if not isinstance(facts, dict):
         raise CheckpointError(f"{folder / CONFIG_FILE} holds {type(facts).__name__}; expected an object")
 
     config = _config(folder, facts)
-    with torch.device("meta"):
-        sae = TopKSAE(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if expected != found:
-        raise CheckpointError(f"{folder / WEIGHTS_FILE} holds {found}; expected {expected}")
+    _require_shapes(folder / WEIGHTS_FILE, config, weights)
+    weights = {name: tensor.float() for name, tensor in weights.items()}
     if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
         raise CheckpointError(f"{folder / WEIGHTS_FILE} holds values that are not finite; train the SAE again")
-    sae.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+    with torch.device("meta"):
+        sae = TopKSAE(config)
+    sae.load_state_dict(weights, assign=True)
     return sae.eval().requires_grad_(False)
 
 
 def _config(folder: Path, facts: dict[str, Any]) -> SaeConfig:
-    activation = str(facts.get("activation", "topk"))
+    activation = facts.get("activation", "topk")
     unsupported = [key for key in ("skip_connection", "transcode") if facts.get(key)]
     known = {name: ours for ours, name in _ACTIVATION_NAMES.items()}
-    if unsupported or activation not in known:
-        what = unsupported[0] if unsupported else f"activation {activation!r}"
+    if unsupported or not isinstance(activation, str) or activation not in known:
+        what = unsupported[0] if unsupported else f"activation {reprlib.repr(activation)}"
         raise CheckpointError(f"the SAE in {folder} has {what}; expected a plain top-k SAE (activation topk or abs)")
+    d_in = _whole(folder, facts, "d_in")
+    # sparsify writes 0 for "d_in times expansion_factor"
+    several = "num_latents" if facts.get("num_latents") else "expansion_factor"
+    num_latents = _whole(folder, facts, several) * (1 if several == "num_latents" else d_in)
     try:
-        d_in = facts["d_in"]
-        # sparsify writes 0 for "d_in times expansion_factor"
-        num_latents = facts.get("num_latents") or d_in * facts["expansion_factor"]
-        return SaeConfig(d_in, num_latents, facts["k"], known[activation])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / CONFIG_FILE} lacks {error}; expected d_in, num_latents and k") from error
+        return SaeConfig(d_in, num_latents, _whole(folder, facts, "k"), known[activation])
     except SettingError as error:
         raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from error
+
+
+def _whole(folder: Path, facts: dict[str, Any], name: str) -> int:
+    """Return the whole number of that name. (Anything else could be multiplied, too.)"""
+    if name not in facts:
+        raise CheckpointError(f"{folder / CONFIG_FILE} lacks {name!r}; expected d_in, num_latents and k")
+    value = facts[name]
+    if type(value) is not int or not 0 < value <= _LARGEST:
+        shown = reprlib.repr(value)
+        raise CheckpointError(f"{folder / CONFIG_FILE}: {name} is {shown}; expected a whole number, 1 to {_LARGEST}")
+    return value
+
+
+def _require_shapes(path: Path, config: SaeConfig, weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights of another SAE, before there is one of that size. Raises CheckpointError."""
+    latents, width = config.num_latents, config.d_in
+    expected = {"W_dec": (latents, width), "encoder.weight": (latents, width), "encoder.bias": (latents,)}
+    expected["b_dec"] = (width,)
+    for name in sorted(expected.keys() | weights.keys()):
+        found = tuple(weights[name].shape) if name in weights else "nothing"
+        if found != expected.get(name):
+            raise CheckpointError(f"{path}: {name} holds {found}; expected {expected.get(name, 'no such tensor')}")
+        if weights[name].dtype not in _FLOATS:
+            raise CheckpointError(f"{path}: {name} holds {weights[name].dtype}; expected floating-point numbers")

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vs2_plugin.errors import CheckpointError
 from vs2_plugin.sae.topk import TopKSAE, sample_fvu
 from vs2_plugin.steering.batch import Batch, Steering, steer
 from vs2_plugin.steering.tally import Tally
@@ -18,10 +19,18 @@ __all__ = ["Gate", "threshold"]
 def threshold(quantiles: Mapping[str, float], q: float) -> float:
     """τ, the q-quantile of FVU over held-out training activations, interpolated between the stored ones.
 
+    Raises:
+        CheckpointError: q lies outside of these.
+
     >>> threshold({"0.9": 0.2, "0.99": 0.5}, 0.99)
     0.5
     """
     levels = sorted(quantiles, key=float)
+    if not levels or not float(levels[0]) <= q <= float(levels[-1]):
+        told = f"{levels[0]} to {levels[-1]}" if levels else "none"
+        raise CheckpointError(
+            f"the checkpoint tells no FVU quantile for gate={q:g} (it tells {told}); train the checkpoint again"
+        )
     return float(np.interp(q, [float(level) for level in levels], [quantiles[level] for level in levels]))
 
 
