@@ -21,6 +21,12 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from hypothesis import settings
+
+# The same cases every time; by "nightly" (--hypothesis-profile) a hundred times as many, and others each time.
+settings.register_profile("quick", deadline=None, derandomize=True, database=None)
+settings.register_profile("nightly", deadline=None, max_examples=10_000, print_blob=True)
+settings.load_profile("quick")
 
 #: Files that take longest, longest first: they begin, so that no process is left with one of them at the end.
 LONGEST = ["harness/test_demo", "reproduce/test_run", "test_distributed", "test_strength_study", "sweep/test_evaluate"]

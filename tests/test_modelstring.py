@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from vs2_plugin.errors import ModelStringError, PluginError
 from vs2_plugin.method import AUTOMATIC, COMMON, Method, Option
 from vs2_plugin.modelstring import parse
-from vs2_plugin.plugins import Registry
+from vs2_plugin.plugins import Registry, registry
 
 TOY = Method(
     "toy",
@@ -147,12 +147,17 @@ def test_a_method_that_two_plugins_claim_is_a_plugin_error(known):
         parse("toy:ViT-B-32", known)
 
 
+def many(share=10):
+    """So many times as many cases as of other properties."""
+    return settings(max_examples=share * settings.default.max_examples)
+
+
 PIECES = ["toy", "toy++", "plain", ":", "@", "=", "count", "ratio", "rule", "flag", "word", "mine", "ViT-B-32"]
 PIECES += ["hf-hub:", "a/b", "local-dir:", "1", "-2.5e3", "9" * 30, "nan", "true", "query", "_", " ", "\n", "é"]
 
 
 @given(st.text() | st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
-@settings(max_examples=500, deadline=None)
+@many()
 def test_any_text_is_read_or_refused_and_what_is_read_can_be_written(known, text):
     try:
         found = parse(text, known)
@@ -180,7 +185,6 @@ OPTIONS = st.fixed_dictionaries(
     checkpoint=st.none() | st.from_regex(r"[A-Za-z0-9._+/-]{1,20}", fullmatch=True),
     options=OPTIONS,
 )
-@settings(deadline=None)
 def test_every_well_formed_string_is_read_as_written(known, backbone, checkpoint, options):
     text = f"toy:{backbone}" + (f"@{checkpoint}" if checkpoint else "")
     found = parse(text + "".join(f"@{key}={value}" for key, value in options.items()), known)
@@ -190,11 +194,51 @@ def test_every_well_formed_string_is_read_as_written(known, backbone, checkpoint
 
 
 @given(key=st.from_regex(r"[a-z_]{1,15}", fullmatch=True))
-@settings(deadline=None)
 def test_an_unknown_key_is_always_named(known, key):
     if TOY.option(key) is None:
         with pytest.raises(ModelStringError, match=re.escape(f"unknown option {key!r} of toy")):
             parse(f"toy:ViT-B-32@{key}=1", known)
+
+
+METHODS = [registry().method(name) for name in registry().names]
+BUILT_IN = ["@", "=", ",", "auto", "nan", "0", "1.05", "1e400", "-1", "1_0", "\u0664"]
+BUILT_IN += [f"{method.name}:" for method in METHODS]
+BUILT_IN += [f"@{option.name}=" for method in METHODS for option in method.all_options]
+
+
+def written(option):
+    """Texts of an option, most of which it accepts."""
+    numbers = st.sampled_from([option.minimum or 0, option.maximum or 1, 0.5, 1, 1.05, 2, 50])
+    if option.type is float:
+        numbers |= st.floats(option.minimum, option.maximum, allow_nan=False, allow_infinity=False)
+    found = numbers.map(str) | st.sampled_from(["", "true", "0", "clip", "a b", "10+11", "all", "p.json"])
+    return found if option.choices is None else found | st.sampled_from([*option.choices])
+
+
+@st.composite
+def model_strings(draw):
+    """What somebody may type who knows the methods and their options."""
+    method = draw(st.sampled_from(METHODS))
+    options = draw(st.lists(st.sampled_from(method.all_options), max_size=4)) if method.all_options else []
+    words = [f"{option.name}={draw(written(option) | st.just('auto'))}" for option in options]
+    backbone = draw(st.sampled_from(["ViT-B-32", "hf-hub:a/b", "local-dir:x:y", "x y"]))
+    checkpoint = draw(st.sampled_from([[], ["mine"], ["runs/a-1"], [" x"], [""]]))
+    return "@".join([f"{method.name}:{backbone}", *checkpoint, *words])
+
+
+@given(model_strings() | st.lists(st.sampled_from([*PIECES, *BUILT_IN]), max_size=8).map("".join))
+@many(20)
+def test_built_in_methods_read_any_text_or_refuse_it_and_write_what_they_read(text):
+    try:
+        found = parse(text)
+    except ModelStringError:
+        return
+    again = parse(str(found))
+    assert again == found and again.options == found.options and str(again) == str(found)
+    for option in found.method.all_options:
+        value = found.options[option.name]
+        assert value is None or option.check(value) is None
+    assert {**found.options, **found.given} == found.options
 
 
 def test_a_prior_is_for_a_strength_that_is_told_automatically():

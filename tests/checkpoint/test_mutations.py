@@ -8,15 +8,20 @@ import json
 import random
 import shutil
 import struct
+import sys
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vs2_plugin.checkpoint.checkpoint import MANIFEST, Checkpoint
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli.doctor import _checkpoints
 from vs2_plugin.cli.main import main
-from vs2_plugin.errors import Vs2Error
+from vs2_plugin.errors import CheckpointError, Vs2Error
 from vs2_plugin.sae.files import CONFIG_FILE, WEIGHTS_FILE, load_sae
 from vs2_plugin.steering.gate import threshold
 
@@ -161,3 +166,81 @@ def store(tmp_path_factory):
 def test_only_errors_of_this_package_come_out_of_a_damaged_checkpoint(start, store, capsys):
     refused = [bool(check(store, seed, capsys)) for seed in range(start, start + 50)]
     assert sum(refused) > 25
+
+
+# ---- the same, one file at a time, in cases that hypothesis finds
+
+
+@given(st.randoms())
+@settings(max_examples=15 * settings.default.max_examples)
+def test_any_facts_are_read_or_refused(folder, rng):
+    (folder / MANIFEST).write_bytes(changed((GOOD / MANIFEST).read_bytes(), rng))
+    try:
+        found = Checkpoint.open(folder)
+    except CheckpointError:
+        return
+    assert Checkpoint.open(folder) == found and found.select("all" if found.sites[-1].block is not None else None)
+    for site in found.sites:
+        with suppress(Vs2Error):
+            threshold(site.fvu_quantiles, 0.99)
+
+
+@given(st.randoms())
+@settings(max_examples=10 * settings.default.max_examples)
+def test_any_configuration_of_an_sae_is_read_or_refused(folder, rng):
+    (folder / CONFIG_FILE).write_bytes(changed((GOOD / SITE / CONFIG_FILE).read_bytes(), rng))
+    (folder / WEIGHTS_FILE).write_bytes(WEIGHTS)
+    with little_memory():
+        read_or_refused(folder)
+
+
+WEIGHTS = (GOOD / SITE / WEIGHTS_FILE).read_bytes()
+LENGTH = struct.unpack("<Q", WEIGHTS[:8])[0]
+HEADER, NUMBERS_OF = WEIGHTS[8 : 8 + LENGTH], WEIGHTS[8 + LENGTH :]
+LENGTHS = st.integers(0, 2**64 - 1) | st.sampled_from([0, LENGTH - 1, LENGTH + 1, 10**8, 10**8 + 1, 2**31, 2**63])
+
+
+@st.composite
+def headers(draw):
+    """A safetensors file with another header: of any bytes, of any length, or of other facts."""
+    header = draw(st.binary(max_size=200) | st.randoms().map(lambda rng: changed(HEADER, rng)) | st.just(HEADER))
+    data = struct.pack("<Q", draw(st.just(len(header)) | LENGTHS)) + header + NUMBERS_OF
+    return data[: draw(st.just(len(data)) | st.integers(0, len(data)))]
+
+
+@given(headers())
+@settings(max_examples=20 * settings.default.max_examples)
+def test_any_file_of_weights_is_read_or_refused(folder, data):
+    shutil.copy(GOOD / SITE / CONFIG_FILE, folder)
+    (folder / WEIGHTS_FILE).write_bytes(data)
+    with little_memory():
+        read_or_refused(folder)
+
+
+def read_or_refused(folder):
+    with suppress(CheckpointError):
+        sae = load_sae(folder)
+        assert sae.W_dec.shape == (sae.config.num_latents, sae.config.d_in) == (64, 16)
+        assert all(torch.isfinite(tensor).all() for tensor in sae.state_dict().values())
+
+
+@contextmanager
+def little_memory():
+    """Let this process have a gigabyte more than it has, and no more."""
+    if sys.platform != "linux":
+        yield
+        return
+    import resource
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("changed")

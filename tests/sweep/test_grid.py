@@ -2,8 +2,13 @@
 
 import subprocess
 import sys
+from decimal import Decimal
+from fractions import Fraction
+from itertools import product
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vs2_plugin.errors import ModelStringError
 from vs2_plugin.modelstring import parse
@@ -115,6 +120,51 @@ def test_what_comes_to_the_same(one, other, same):
 
 def test_numbers_and_words():
     assert [as_number(text) for text in ("1e-3", "-2", "10+11", "all")] == [0.001, -2.0, None, None]
+
+
+@st.composite
+def ranges(draw):
+    """A range that ``lam`` accepts, and its values as fractions."""
+    places, start, step = draw(st.integers(2, 9)), draw(st.integers(0, 3000)), draw(st.integers(1, 500))
+    count, beyond = draw(st.integers(1, 40)), draw(st.integers(0, step - 1))
+    ends = start, start + (count - 1) * step + beyond, step
+    forms = [draw(st.sampled_from("fe+")) for _ in ends]
+    numbers = [Decimal(number).scaleb(-places) for number in ends]
+    texts = [f"{'+' if form == '+' else ''}{number:{form.strip('+')}}" for number, form in zip(numbers, forms)]
+    return ":".join(texts), [Fraction(start + index * step, 10**places) for index in range(count)]
+
+
+@given(ranges())
+@settings(max_examples=10 * settings.default.max_examples)
+def test_a_range_holds_exact_multiples_of_its_step(case):
+    text, expected = case
+    [grid] = read_grids([f"vs2:X@lam={text}"])
+    values = [point.model.partition("lam=")[2] for point in grid.points]
+    assert [Fraction(value) for value in values] == expected
+    assert not any("e" in value.lower() or (value.endswith("0") and "." in value) for value in values)
+    assert [point.spec.given["lam"] for point in grid.points] == [float(value) for value in expected]
+
+
+PIECES = ["vs2:X", "vs2pp:X", "vs2s:X", "knn:X", "ViT", "@lam=", "@alpha=", "@n=", "@rule=", "@gate=", "@blocks="]
+PIECES += ["@a", "@", ",", ":", "0", "1", "2", "0.5", ".25", "1e-1", "1e-999", "9" * 20, "auto", "majority,query"]
+PIECES += ["10+11", "a,b", "-", "0:1:0.5", "1:3:1", "0,1", "0.9,0.99", "\u0661", "=", " ", "\n"]
+
+
+@given(
+    st.lists(st.sampled_from(PIECES), max_size=9).map("".join)
+    | st.lists(st.sampled_from(["@lam=0:1:0.5", "@gamma=1,2", "@gate=0.9,0.5", "@a,b", "@alpha=1,auto"]), max_size=4)
+    .map(lambda words: "".join(["vs2:X", *words]))
+)  # fmt: skip
+@settings(max_examples=10 * settings.default.max_examples)
+def test_any_text_is_a_grid_of_all_combinations_or_refused(text):
+    try:
+        grids = read_grids([text, text])
+    except ModelStringError:
+        return
+    for grid in grids:
+        assert [point.place for point in grid.points] == list(product(*grid.axes.values()))
+        assert all(parse(point.model) == point.spec for point in grid.points)
+        assert [read_grids([point.model])[0].points[0].model for point in grid.points] == [p.model for p in grid.points]
 
 
 def test_reading_a_grid_loads_nothing_heavy():
