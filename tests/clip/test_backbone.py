@@ -1,4 +1,5 @@
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from vs2_plugin.clip.backbone import (
     check_backbone,
     ignores_pretrained,
     load_backbone,
+    require_weights,
     warn_about_quickgelu,
 )
 from vs2_plugin.errors import TowerError
@@ -113,6 +115,49 @@ def test_what_open_clip_raises_becomes_one_line(tmp_path):
         load_backbone(f"local-dir:{tmp_path}", "ignored")
     assert str(error.value).startswith(f"could not load local-dir:{tmp_path} ")
     assert "\n" not in str(error.value)
+
+
+FETCHED = [
+    (("ViT-B-32", "openai"), [("timm/vit_base_patch32_clip_224.openai", "kept")]),
+    (("hf-hub:org/name", "ignored"), [("org/name", "kept")]),
+    (("ViT-B-16-SigLIP", ""), [("timm/ViT-B-16-SigLIP", None)]),  # its tokenizer
+    (("ViT-B-32", ""), []),
+    (("ViT-B-32", __file__), []),
+    (("local-dir:somewhere", "openai"), []),
+]
+
+
+@pytest.mark.parametrize(("model", "repositories"), FETCHED)
+def test_what_is_fetched_from_a_hub_is_asked_for(model, repositories, monkeypatch):
+    asked = []
+    monkeypatch.setattr(backbone, "require_hub", lambda *given: asked.append(given))
+    require_weights(*model, "kept")
+    assert asked == repositories
+
+
+def test_without_a_network_one_sentence_says_what_was_tried_and_what_helps(monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("vs2_plugin.hub._PAUSES", (0,))
+    with pytest.raises(TowerError) as error:
+        load_backbone("ViT-B-32-quickgelu", "openai", str(tmp_path))
+    assert re.fullmatch(
+        r"could not load ViT-B-32-quickgelu with weights 'openai': no way to http://127.0.0.1:9 \(.*refused\), tried "
+        r"for 0 s, and timm/vit_base_patch32_clip_224.openai is not in the hub's cache; without a network, give the "
+        r"path of a weights file as --pretrained, or a folder as local-dir:PATH", str(error.value),
+    )  # fmt: skip
+    assert capfd.readouterr().err == ""
+
+
+def test_what_the_network_said_comes_before_what_others_made_of_it(monkeypatch):
+    def load(**given):
+        try:
+            raise TimeoutError("timed out")
+        except TimeoutError:
+            raise RuntimeError("please check your connection " * 20) from None
+
+    monkeypatch.setattr("clip_benchmark.models.open_clip.load_open_clip", load)
+    with pytest.raises(TowerError, match=r"PATH\): TimeoutError: timed out; RuntimeError: please check"):
+        load_backbone("RN50", "")
 
 
 def test_weights_that_cannot_be_read_are_named(tmp_path):

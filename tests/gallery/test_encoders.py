@@ -150,10 +150,10 @@ def test_an_unknown_name_is_refused_with_names_like_it():
 
 def test_weights_that_cannot_be_fetched_are_a_data_error(monkeypatch):
     def no_hub(*given, **options):
-        raise OSError("no route\nto host")
+        raise ConnectionError("no route\nto host")
 
-    monkeypatch.setattr("timm.models._builder.load_pretrained", no_hub)
-    with pytest.raises(DataError, match=r"OSError: no route to host; without a network, .*: test_vit,FILE"):
+    monkeypatch.setattr("vs2_plugin.gallery.encoders.require_hub", no_hub)
+    with pytest.raises(DataError, match=r"ConnectionError: no route to host; without a network, .*: test_vit,FILE"):
         load_encoder("test_vit", None, CLIP, "cpu")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ import open_clip
 
 from vs2_plugin.clip.sites import ClipModel, Sites
 from vs2_plugin.errors import TowerError
+from vs2_plugin.hub import chain, require_hub
 from vs2_plugin.names import HUB, LOCAL
 from vs2_plugin.text import reason_of
 
@@ -23,10 +25,12 @@ __all__ = [
     "ignores_pretrained",
     "load_backbone",
     "quickgelu_mismatch",
+    "require_weights",
     "warn_about_quickgelu",
 ]
 
 _LOG = logging.getLogger(__name__)
+_OFFLINE = "without a network, give the path of a weights file as --pretrained, or a folder as local-dir:PATH"
 
 
 @dataclass
@@ -114,6 +118,38 @@ def warn_about_quickgelu(backbone: str, pretrained: str) -> None:
         _LOG.warning(mismatch)
 
 
+def _not_loaded(backbone: str, pretrained: str) -> str:
+    weights = "" if ignores_pretrained(backbone) else f" with weights {pretrained!r}"
+    return f"could not load {backbone}{weights}"
+
+
+def require_weights(backbone: str, pretrained: str, cache_dir: str | None = None) -> None:
+    """Refuse, within seconds, weights that would have to be fetched from a hub that cannot be reached.
+
+    Raises:
+        TowerError: saying what the network said, and what to do without one.
+    """
+    try:
+        for repository, folder in _repositories(backbone, pretrained, cache_dir):
+            require_hub(repository, folder)
+    except ConnectionError as error:
+        raise TowerError(f"{_not_loaded(backbone, pretrained)}: {error}; {_OFFLINE}") from error
+
+
+def _repositories(backbone: str, pretrained: str, cache_dir: str | None) -> Iterator[tuple[str, str | None]]:
+    """Yield the repositories of the hub that a model is fetched from, and where their files are kept."""
+    if backbone.startswith(HUB):
+        yield backbone.removeprefix(HUB), cache_dir
+    elif not backbone.startswith(LOCAL):
+        name = backbone.replace("/", "-")  # as open_clip reads it
+        weights = open_clip.pretrained.get_pretrained_cfg(name, pretrained) or {}
+        if weights.get("hf_hub") and not os.path.isfile(pretrained):
+            yield os.path.split(weights["hf_hub"])[0], cache_dir
+        text = (open_clip.get_model_config(name) or {}).get("text_cfg", {})
+        if text.get("hf_tokenizer_name"):
+            yield text["hf_tokenizer_name"], None
+
+
 def load_backbone(backbone: str, pretrained: str, cache_dir: str | None = None, device: str = "cpu") -> Loaded:
     """Load a model by clip_benchmark's own function, so that training and evaluation see the same one.
 
@@ -124,12 +160,13 @@ def load_backbone(backbone: str, pretrained: str, cache_dir: str | None = None, 
 
     check_backbone(backbone, pretrained)
     warn_about_quickgelu(backbone, pretrained)
+    require_weights(backbone, pretrained, cache_dir)
     try:
         model, transform, tokenizer = load_open_clip(
             model_name=backbone, pretrained=pretrained, cache_dir=cache_dir, device=device
         )
     except Exception as error:  # whatever open_clip, the hub client or the network raised
-        weights = "" if ignores_pretrained(backbone) else f" with weights {pretrained!r}"
-        hint = "without a network, give the path of a weights file as --pretrained, or a folder as local-dir:PATH"
-        raise TowerError(f"could not load {backbone}{weights} ({hint}): {reason_of(error)}") from error
+        first = [*chain(error)][-1]  # what a network or a disk said, which open_clip and the hub wrap in words
+        told = f"{reason_of(first)}; " if first is not error and isinstance(first, OSError) else ""
+        raise TowerError(f"{_not_loaded(backbone, pretrained)} ({_OFFLINE}): {told}{reason_of(error)}") from error
     return Loaded(model.eval(), transform, tokenizer)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vs2_plugin.arrays import digest_of
 from vs2_plugin.errors import CheckpointError, DataError
 from vs2_plugin.gallery.contents import RetrievalEncoder
+from vs2_plugin.hub import require_hub
 from vs2_plugin.text import reason_of
 
 __all__ = ["TimmEncoder", "load_encoder"]
@@ -102,6 +103,9 @@ def load_encoder(
 
 
 def _create(name: str, weights: str | None) -> nn.Module:
+    known = timm.get_pretrained_cfg(name) if weights is None else None
+    if known and known.hf_hub_id:
+        require_hub(known.hf_hub_id)
     source: dict[str, Any] = {"pretrained": weights != ""}
     if weights:  # timm knows its own files, with or without a classifier, in older formats and newer ones
         source["pretrained_cfg_overlay"] = {"file": weights}

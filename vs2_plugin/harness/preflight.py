@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from vs2_plugin.checkpoint.store import Store, checkpoint_name
-from vs2_plugin.clip.backbone import check_backbone, ignores_pretrained, warn_about_quickgelu
+from vs2_plugin.clip.backbone import check_backbone, ignores_pretrained, require_weights, warn_about_quickgelu
 from vs2_plugin.data.splits import without_training_split
 from vs2_plugin.devices import emulates_bfloat16
 from vs2_plugin.errors import CheckpointNotFound, HarnessError, ModelStringError
@@ -58,6 +58,8 @@ def check(evaluations: Sequence[Evaluation]) -> None:
             _check_checkpoint(model, run, store)
         except CheckpointNotFound:
             missing.append((model, run))
+        else:
+            require_weights(model.backbone, run.pretrained, run.model_cache_dir)
     if missing:
         raise missing_checkpoint(missing, store)
     if emulates_bfloat16() and any(run.amp for _, run in pending):
