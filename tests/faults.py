@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ LEFT = "a later writing left"
 
 _ERRORS = [errno.ENOSPC, errno.EROFS, errno.EIO]
 _DEAD = 86  # the exit status of a process that died by a fault
+_PATIENCE = 60  # seconds that a writing may take in a process of its own
 #: Python's own events of calls that change what lies on the disk (fsync has none; see below).
 _CHANGES = {"os.rename", "os.link", "os.symlink", "os.mkdir", "os.chmod", "os.truncate"}
 _REMOVALS = {"os.remove", "os.rmdir"}
@@ -125,12 +127,17 @@ def _at_byte(limit: int, action: Any) -> Iterator[None]:
 
 
 def _in_a_child(run: Callable[[], object]) -> int:
-    """Run in a fork of this process. Returns its wait status."""
+    """Run in a fork of this process, alone and with one thread. Returns its exit code, negative for a signal."""
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
     if child:
-        return os.waitpid(child, 0)[1]
+        ends = time.monotonic() + _PATIENCE
+        while not (status := os.waitpid(child, os.WNOHANG))[0]:
+            if time.monotonic() > ends:  # a lock that a thread held when the process was forked
+                os.kill(child, signal.SIGKILL)
+            time.sleep(0.001)
+        return os.waitstatus_to_exitcode(status[1])
     try:
         run()
         os._exit(0)
@@ -213,10 +220,10 @@ def _calls(writer: Writer, root: Path, before: int | None, kind: str) -> Iterato
                 if place.problem is not None:
                     raise AssertionError(place.problem)
 
-            status = _in_a_child(run)
-            met, well = os.waitstatus_to_exitcode(status) == _DEAD, status == 0
+            code = _in_a_child(run)
+            met, well = code == _DEAD, code == 0
             if not met and not well:
-                place.problem = f"the process ended with {os.waitstatus_to_exitcode(status)}"
+                place.problem = f"the process ended with {code}"
         else:
             with _at_call(place.folder, number, kind) as counter:
                 well = place.attempt()
@@ -242,7 +249,10 @@ def _bytes(writer: Writer, root: Path, before: int | None, kind: str) -> Iterato
                 with _at_byte(limit, signal.SIG_DFL):
                     place.attempt()
 
-            well = _in_a_child(run) == 0
+            code = _in_a_child(run)
+            well = code == 0
+            if code == -signal.SIGKILL:
+                place.problem = "the process hung"
         else:
             with _at_byte(limit, signal.SIG_IGN):
                 well = place.attempt()

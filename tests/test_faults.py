@@ -179,7 +179,17 @@ def embeddings(version):
 
 
 def write_index(folder, version):
-    FaissSearch(embeddings(version), folder / "clip.faiss", "cpu")
+    faiss = pytest.importorskip("faiss")
+    FaissSearch._keep(faiss, INDEXES[version], folder / "clip.faiss")  # alone: FAISS cannot compute after a fork
+
+
+INDEXES = {}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def indexes():
+    faiss = pytest.importorskip("faiss")
+    INDEXES.update({version: FaissSearch._build(faiss, embeddings(version)) for version in (1, 2)})
 
 
 def read_index(folder):
