@@ -3,7 +3,7 @@ from argparse import Namespace
 import pytest
 
 from vs2_plugin.errors import DataError, HarnessError, SettingError
-from vs2_plugin.host import Evaluation, build, data_root, default_task
+from vs2_plugin.host import Evaluation, build, data_root, default_task, unknown_data_set
 
 # ---- an evaluation
 
@@ -64,12 +64,29 @@ def test_a_root_that_cannot_be_filled_in_is_refused(root):
 
 
 def test_what_cannot_be_built_is_told_with_its_remedy(tmp_path):
-    with pytest.raises(DataError, match=r"'test' of 'nope' in 'r': .*Unsupported dataset.*; put it there") as error:
-        build("nope", "r", "test", remedy="put it there")
+    with pytest.raises(DataError, match=r"'nope' of 'pets' in '.*': .*Error: .*; put it there") as error:
+        build("pets", str(tmp_path), "nope", remedy="put it there")
     assert error.value.__cause__ is not None
     with pytest.raises(DataError) as error:
         build("wds/nope", str(tmp_path), "train")
     assert not str(error.value).endswith("; ")
+
+
+@pytest.mark.parametrize(
+    ("name", "close"),
+    [("cifar10O", "'cifar10' or 'cifar100'"), ("Food101", "'food101'"), ("imagenet-1k", "'imagenet1k'"), ("xyzzy", "")],
+)
+def test_a_data_set_that_is_not_known_is_named_with_those_like_it(name, close, tmp_path):
+    with pytest.raises(DataError) as error:
+        build(name, str(tmp_path), "train", remedy="without a network, put it there")
+    hint = f"did you mean {close}" if close else ""
+    assert str(error.value).startswith(f"clip_benchmark knows no data set '{name}'; {hint}")
+    assert "network" not in str(error.value) and str(error.value).endswith("webdataset shards are called wds/NAME")
+
+
+def test_names_that_clip_benchmark_may_know_are_left_to_it():
+    for name in ("cifar10", "food101", "imagenet1k", "crossmodal3600", "wds/mine", "vtab/pets", "sugar_crepe/add_att"):
+        assert unknown_data_set(name) is None
 
 
 def test_a_split_is_built_by_clip_benchmark(tmp_path, write_shards, picture):

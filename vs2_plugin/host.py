@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import os
 from collections.abc import Iterator
@@ -12,7 +13,15 @@ from typing import Any
 from vs2_plugin.errors import DataError, HarnessError, SettingError
 from vs2_plugin.text import reason_of
 
-__all__ = ["Evaluation", "build", "data_root", "default_task", "zero_shot_classification"]
+__all__ = [
+    "Evaluation",
+    "build",
+    "data_root",
+    "default_task",
+    "not_built",
+    "unknown_data_set",
+    "zero_shot_classification",
+]
 
 
 @dataclass(frozen=True)
@@ -135,10 +144,30 @@ def build(dataset: str, root: str, split: str, *, remedy: str = "", **settings: 
     try:
         return inspect.unwrap(build_dataset)(dataset_name=dataset, root=root, split=split, download=True, **settings)
     except (Exception, SystemExit) as error:  # a download, a missing file, package or tool: anything
-        raise DataError(
-            f"clip_benchmark could not build the split {split!r} of {dataset!r} in {root!r}: {reason_of(error)}"
-            + (f"; {remedy}" if remedy else "")
-        ) from error
+        raise not_built(dataset, root, split, error, remedy) from error
+
+
+def not_built(dataset: str, root: str, split: str, error: BaseException, remedy: str = "") -> DataError:
+    """Return the error that says why a split could not be built, and what to do: see :func:`build`."""
+    if str(error).startswith("Unsupported dataset"):  # neither a network nor a file is to blame
+        return DataError(unknown_data_set(dataset) or f"clip_benchmark knows no data set {dataset!r}")
+    problem = f"clip_benchmark could not build the split {split!r} of {dataset!r} in {root!r}: {reason_of(error)}"
+    return DataError("; ".join(filter(None, (problem, remedy))))
+
+
+def unknown_data_set(dataset: str) -> str | None:
+    """Return in words that clip_benchmark knows no data set of that name, and which are like it.
+
+    None if it knows it, as far as can be told without building it."""
+    from clip_benchmark.datasets.builder import build_dataset, dataset_collection
+
+    names = {name for group in dataset_collection.values() for name in group}
+    names |= {text for text in inspect.unwrap(build_dataset).__code__.co_consts if isinstance(text, str)}
+    if "/" in dataset or dataset in names or not {"cifar10", "food101"} <= names:
+        return None
+    close = difflib.get_close_matches(dataset.lower(), sorted(names), n=3)
+    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+    return f"clip_benchmark knows no data set {dataset!r}; {hint}webdataset shards are called wds/NAME"
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-__all__ = ["HUB", "LOCAL", "Parts", "file_stem", "is_steered", "split", "with_method"]
+__all__ = ["HUB", "LOCAL", "Parts", "file_stem", "is_steered", "split", "with_method", "with_weights"]
 
 #: The two schemes that open_clip itself reads before a colon.
 HUB, LOCAL = "hf-hub:", "local-dir:"
@@ -71,6 +71,15 @@ def with_method(method: str, name: str) -> str:
     ('vs2:ViT-B-32', 'vs2:ViT-B-32')
     """
     return name if name.startswith(f"{method}:") else f"{method}:{name}"
+
+
+def with_weights(backbone: str, pretrained: str) -> str:
+    """Return a model and its weights in words.
+
+    >>> with_weights("ViT-B-32", "openai"), with_weights("ViT-B-32", ""), with_weights("local-dir:a/clip", "")
+    ('ViT-B-32, openai', 'ViT-B-32, random weights', 'local-dir:a/clip')
+    """
+    return backbone if backbone.startswith((HUB, LOCAL)) else f"{backbone}, {pretrained or 'random weights'}"
 
 
 def file_stem(name: str) -> str:

@@ -405,7 +405,7 @@ def test_an_sae_of_another_width_is_refused(save):
 
 
 def test_its_own_tower_is_accepted(save):
-    assert save().require_tower(Tower(**TOWER.to_json())) is None
+    assert save().require_tower(Tower(**TOWER.to_json()), "ViT-B-32") is None
 
 
 OTHER_TOWERS = [
@@ -424,9 +424,19 @@ OTHER_TOWERS = [
 @pytest.mark.parametrize(("tower", "words"), OTHER_TOWERS)
 def test_another_tower_is_refused_with_what_differs(tower, words, save):
     with pytest.raises(CheckpointError) as error:
-        save().require_tower(tower)
+        save().require_tower(tower, "local-dir:there/clip", "pass")
     assert "checkpoint 'mine' (ViT-B-32, openai) is of another tower: " in str(error.value)
     assert words in str(error.value)
+    assert (
+        "; for local-dir:there/clip as it is loaded now, add --name mine-2 to its vs2-train-sae command and evaluate "
+        "it as pass:local-dir:there/clip@mine-2, or replace the checkpoint with --overwrite" in str(error.value)
+    )
+
+
+def test_a_free_name_is_no_other_checkpoints(save):
+    saved = save()
+    saved.folder.with_name("mine-2").mkdir()
+    assert saved.free_name == "mine-3"
 
 
 # ---- replacing

@@ -133,7 +133,7 @@ def use(folder, done):
                 attempt(checkpoint.load, site)
                 attempt(threshold, site.fvu_quantiles, 0.99)
         attempt(checkpoint.verify)
-        attempt(checkpoint.require_tower, Checkpoint.open(GOOD).tower)
+        attempt(checkpoint.require_tower, Checkpoint.open(GOOD).tower, "ViT-B-32")
         attempt(checkpoint.require_gallery, True, "clip", 50)
     attempt(load_sae, folder / SITE)
 

@@ -190,6 +190,18 @@ def test_unfinished_folders_have_no_names(store, put):
     assert store.names() == ["mine"]
 
 
+def test_commands_are_told_a_store_that_they_do_not_find_by_themselves(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VS2_STORE", str(tmp_path / "mine"))
+    for found in ("mine", tmp_path / "mine", "there/../mine", None):
+        store = Store.default(found)
+        assert (store.words, store.assignment) == ([], "")
+    other = Store.default("a store")
+    assert other.words == ["--store", "a store"] and other.assignment == "VS2_STORE='a store' "
+    monkeypatch.delenv("VS2_STORE")
+    assert Store.default().words == [] and Store.default("mine").assignment == "VS2_STORE=mine "
+
+
 # ---- removing
 
 

@@ -36,7 +36,8 @@ def test_folders_without_a_checkpoint_are_problems_and_hidden_ones_are_not_looke
         (store.checkpoints / name).mkdir(parents=True)
     (store.checkpoints / "file").touch()
     [finding] = doctor._checkpoints(store)
-    assert not finding.good and finding.text.startswith("empty: ") and finding.mend == "vs2 store remove empty"
+    assert not finding.good and finding.text.startswith("empty: ")
+    assert finding.mend == f"vs2 store --store {tmp_path} remove empty"
     assert list(doctor._checkpoints(Store(tmp_path / "nothing"))) == []
 
 

@@ -116,3 +116,16 @@ def test_what_vanishes_while_the_list_is_made_is_no_error(what, store, monkeypat
         )
     assert main(["store", "list"]) == 0
     assert capsys.readouterr().out.count("FVU 0.1621") == (2 if what == "checkpoint" else 3)
+
+
+def test_commands_that_are_printed_carry_the_store(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s" / "checkpoints" / "bad one").mkdir(parents=True)
+    main(["doctor", "--store", "s"])
+    assert "vs2 store --store s remove 'bad one'" in capsys.readouterr().out
+    main(["store", "--store", "s", "list"])
+    assert "vs2-train-sae --store s" in capsys.readouterr().out
+    main(["store", "--store", "s", "remove"])
+    assert "(see vs2 store --store s list)" in capsys.readouterr().err
+    main(["store", "--store", "s", "remove", "bad one"])
+    assert not (tmp_path / "s" / "checkpoints" / "bad one").exists()

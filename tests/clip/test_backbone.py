@@ -1,8 +1,10 @@
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import vs2_plugin
 from vs2_plugin.clip import backbone
@@ -158,6 +160,22 @@ def test_what_the_network_said_comes_before_what_others_made_of_it(monkeypatch):
     monkeypatch.setattr("clip_benchmark.models.open_clip.load_open_clip", load)
     with pytest.raises(TowerError, match=r"PATH\): TimeoutError: timed out; RuntimeError: please check"):
         load_backbone("RN50", "")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "no such device"])
+def test_a_device_that_is_not_there_is_named(device):
+    with pytest.raises(TowerError, match=rf"device '{device}' cannot be used: .*Error: .*; expected 'cpu', or a GPU's"):
+        load_backbone(TINY, "", device=device)
+
+
+def test_weights_that_are_no_numbers_are_told_before_an_image_is_read(tmp_path):
+    folder = tmp_path / "clip"
+    shutil.copytree(TINY.removeprefix("local-dir:"), folder)
+    weights = load_file(folder / "open_clip_model.safetensors")
+    weights["visual.conv1.weight"][0, 0, 0, 0] = float("nan")
+    save_file(weights, folder / "open_clip_model.safetensors")
+    with pytest.raises(TowerError, match=r"could not load local-dir:.*clip: visual.conv1.weight holds NaN or infinity"):
+        load_backbone(f"local-dir:{folder}", "")
 
 
 def test_weights_that_cannot_be_read_are_named(tmp_path):

@@ -217,6 +217,15 @@ def test_an_activation_that_float16_cannot_hold_is_a_data_error(bias, dtype, fit
     assert list(cache.root.iterdir()) == []
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_an_activation_that_is_no_number_is_not_blamed_on_the_cache(dtype, make_clip, cache):
+    model = make_clip()
+    with torch.no_grad():
+        model.visual.transformer.resblocks[-1].mlp.c_proj.bias[0] = float("nan")
+    with pytest.raises(DataError, match=rf"{COLUMN} is no finite number as the model computes it, which no"):
+        run(model, pictures(3), cache, dtype=dtype)
+
+
 # ---- the cache
 
 

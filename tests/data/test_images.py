@@ -272,7 +272,6 @@ def test_the_fingerprint_changes_with_the_images(tmp_path, picture):
 
 
 NOT_BUILT = [
-    ("no-such-data-set", "train", "Unsupported dataset: no-such-data-set"),
     ("pets", "train", "Only `trainval` and `test` split available for pets"),
     ("imagenetv2", "train", "Only `test` split available"),
     ("tfds/mnist", "train", "tensorflow"),

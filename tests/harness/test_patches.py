@@ -191,11 +191,14 @@ def test_a_data_set_that_cannot_be_built_ends_with_one_line(in_demo, clip_benchm
     model = f"vs2:{TINY}@local-dir-tiny-clip_wds-digits"
     for words, reason in (
         (("--dataset", "wds/digits", "--dataset_root", "nowhere"), "nowhere/test/nshards.txt"),
-        (("--dataset", "no-such-set"), "Unsupported dataset: no-such-set"),
+        (("--dataset", "mnistt"), "knows no data set 'mnistt'; did you mean 'mnist'"),
     ):
         code, error = clip_benchmark("eval", "--model", model, "--pretrained", "", *words, "--quiet", "--no_amp")
         assert code == 2 and reason in error.splitlines()[-1]
-        assert error.splitlines()[-1].startswith("vs2: error: clip_benchmark could not build the split 'test' of ")
+        assert error.splitlines()[-1].startswith("vs2: error: clip_benchmark ")
+    # Without a checkpoint, a command that trains one for it would be no help.
+    code, error = clip_benchmark("eval", "--model", f"vs2:{TINY}", "--pretrained", "", "--dataset", "mnistt")
+    assert code == 2 and "did you mean 'mnist'" in error and "vs2-train-sae" not in error
 
 
 def test_damaged_checkpoints_are_refused(in_demo, clip_benchmark):

@@ -1,9 +1,12 @@
 """Which checkpoints a request asks for, without training any."""
 
+import shlex
+
 import pytest
 
 from vs2_plugin.checkpoint.checkpoint import MANIFEST, SiteSAE, TrainingData, save_checkpoint
 from vs2_plugin.checkpoint.store import Store
+from vs2_plugin.cli import train_sae
 from vs2_plugin.clip.sites import Sites
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.errors import CheckpointError, DataError, SettingError
@@ -24,7 +27,7 @@ def put(store, make_sae):
 
     def write(name, *variants):
         saes = [(SiteSAE("visual", one, "none", 4, [0.0] * 4, 0.5, {}, {}, {}), make_sae(4, 8, 2)) for one in variants]
-        about = {"backbone": "B", "pretrained": "w", "tower": Tower("x", [], {}), "created": {}}
+        about = {"backbone": "ViT-B-32", "pretrained": "w", "tower": Tower("x", [], {}), "created": {}}
         return save_checkpoint(store.folder(name), data=DATA, saes=saes, **about).folder
 
     return write
@@ -95,6 +98,24 @@ def test_what_is_there_is_added_to_or_replaced_when_asked(store, put):
     put("n", "plain", "pass")
     with pytest.raises(DataError, match="already with a PASS SAE"):
         plans(store, name="n", pass_weight=0.8)
+
+
+@pytest.mark.parametrize(
+    ("given", "of"),
+    [
+        ({"model": "local-dir:d2/clip", "pretrained": "w"}, "local-dir:d2/clip"),
+        ({"pretrained": ""}, "ViT-B-32, random weights"),
+    ],
+)
+def test_one_of_another_model_is_told_with_the_command_that_keeps_both(given, of, store, put):
+    put("n", "plain")
+    with pytest.raises(DataError) as error:
+        plans(store, name="n", samples=9, **given)
+    told, _, rest = str(error.value).partition(f" already, of ViT-B-32, w and not of {of}; keep both by: ")
+    command, _, _ = rest.partition("; replace it with --overwrite")
+    assert told and shlex.split(command)[-2:] == ["--name", "n-2"] and "--samples 9" in command
+    request = TrainRequest(**vars(train_sae.parser().parse_args(shlex.split(command)[1:])))
+    assert [plan.folder.name for plan in make_plans(request, store)] == ["n-2"]
 
 
 def test_a_damaged_checkpoint_is_replaced_only_when_asked(store, put):

@@ -6,13 +6,17 @@ import shutil
 import sys
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import vs2_plugin
 from vs2_plugin.checkpoint.checkpoint import TrainingData
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli import train_sae
+from vs2_plugin.errors import CheckpointError
 from vs2_plugin.training import run
 from vs2_plugin.training.request import TrainRequest
+
+from .conftest import FEW, WORDS
 
 NAME = "local-dir-tiny-clip_wds-digits"
 
@@ -143,6 +147,38 @@ def test_an_existing_checkpoint_is_kept(folder, capsys, train):
     assert Store.default().find(NAME).digest == before
     assert train("--seed", "1", "--overwrite") == 0
     assert Store.default().find(NAME).digest != before
+
+
+def test_two_folders_of_one_name_keep_a_checkpoint_each(folder, capsys):
+    def train(place, *words):
+        again = ["--model", f"local-dir:{place}/clip", "--pretrained", "", *WORDS[2:], *FEW[:-2], "--no_amp", *words]
+        return train_sae.main(again), capsys.readouterr()
+
+    for place in ("d1", "d2"):
+        shutil.copytree("tiny-clip", f"{place}/clip")
+    file = folder / "d2" / "clip" / "open_clip_model.safetensors"
+    weights = load_file(file)
+    save_file({name: 1.01 * tensor for name, tensor in weights.items()}, file)
+    assert train("d1")[0] == 0
+    code, told = train("d2")
+    assert code == 2 and "already, of local-dir:d1/clip and not of local-dir:d2/clip; keep both by: " in told.err
+    for how in ({"dataset": "wds/digits"}, {}):
+        name = "" if how else "@local-dir-clip_wds-digits"
+        with pytest.raises(CheckpointError) as error:
+            vs2_plugin.load(f"vs2:local-dir:d2/clip{name}", **how)
+        assert "'local-dir-clip_wds-digits' (local-dir:d1/clip) is of another tower" in str(error.value)
+        assert "evaluate it as vs2:local-dir:d2/clip@local-dir-clip_wds-digits-2, or" in str(error.value)
+    # A variant that is added would stand beside one of the other tower.
+    code, told = train("d2", "--pass_weight", "0.8")
+    assert code == 2 and "(local-dir:d1/clip) is of another tower" in told.err and "add --name" in told.err
+    command = train("d2")[1].err.partition("keep both by: ")[2].partition("; replace it")[0]
+    assert train_sae.main(shlex.split(command)[1:]) == 0
+    assert vs2_plugin.load("vs2:local-dir:d2/clip@local-dir-clip_wds-digits-2")
+    code, told = train("d2", "--overwrite", "--store", "a store")
+    assert "\nevaluate with: VS2_STORE='a store' clip_benchmark eval" in told.out
+    code, told = train("d2", "--overwrite", "--store", "store")  # that of the environment, too
+    assert "\nevaluate with: clip_benchmark eval --model local-dir:d2/clip vs2:local-dir:d2/clip" in told.out
+    assert code == 0 and "which was of local-dir:d1/clip, is replaced by one of local-dir:d2/clip" in told.out
 
 
 def test_transductive_training_is_marked_everywhere(folder, capsys, monkeypatch, train):

@@ -14,6 +14,7 @@ No heavy imports: the harness looks a checkpoint up before it loads anything.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import reprlib
@@ -29,6 +30,7 @@ from vs2_plugin.errors import CheckpointError, CheckpointNotFound
 from vs2_plugin.files import atomic_folder
 from vs2_plugin.gallery.contents import GalleryContents
 from vs2_plugin.method import ENCODER_NAME
+from vs2_plugin.names import with_weights
 from vs2_plugin.settings import whole
 
 if TYPE_CHECKING:
@@ -170,6 +172,17 @@ class Checkpoint:
         return self.folder.name
 
     @property
+    def model(self) -> str:
+        """The model that it was trained for, in words."""
+        return with_weights(self.backbone, self.pretrained)
+
+    @property
+    def free_name(self) -> str:
+        """A name like its own that no checkpoint beside it has."""
+        names = (f"{self.name}-{number}" for number in itertools.count(2))
+        return next(name for name in names if not self.folder.with_name(name).exists())
+
+    @property
     def gallery_folder(self) -> Path:
         """Where the gallery's files lie."""
         return self.folder / "gallery"
@@ -207,8 +220,15 @@ class Checkpoint:
             )
         return [at_block[number] for number in wanted]
 
-    def require_tower(self, tower: Tower) -> None:
+    def require_tower(self, tower: Tower, backbone: str, method: str = "vs2") -> None:
         """Refuse a tower other than the one that the SAEs were trained on.
+
+        Two folders, or files of weights, of one name give their checkpoints one name, unless they are told others.
+
+        Args:
+            tower: the one at hand.
+            backbone: what open_clip calls it.
+            method: which evaluates it.
 
         Raises:
             CheckpointError: saying what differs.
@@ -216,8 +236,9 @@ class Checkpoint:
         difference = self.tower.difference(tower)
         if difference:
             raise CheckpointError(
-                f"checkpoint {self.name!r} ({self.backbone}, {self.pretrained or 'random weights'}) is of "
-                f"another tower: {difference}"
+                f"checkpoint {self.name!r} ({self.model}) is of another tower: {difference}; for {backbone} as it is "
+                f"loaded now, add --name {self.free_name} to its vs2-train-sae command and evaluate it as "
+                f"{method}:{backbone}@{self.free_name}, or replace the checkpoint with --overwrite"
             )
 
     def require_gallery(self, labels: bool = False, encoder: str = "clip", n: int = 1) -> GalleryContents:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -61,6 +62,17 @@ class Store:
         return cls(Path(user_cache_dir("vs2-plugin", appauthor=False)))
 
     @property
+    def words(self) -> list[str]:
+        """``--store`` and the folder, for commands of this package; empty where they find this store by themselves."""
+        found = os.path.abspath(self.root) == os.path.abspath(Store.default().root)
+        return [] if found else ["--store", str(self.root)]
+
+    @property
+    def assignment(self) -> str:
+        """What stands before a command that has no such flag, as ``clip_benchmark``: ``VS2_STORE=FOLDER``, or ''."""
+        return f"{ENVIRONMENT_VARIABLE}={shlex.quote(str(self.root))} " if self.words else ""
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of the checkpoints."""
         return self.root / "checkpoints"
@@ -108,7 +120,8 @@ class Store:
     def remove(self, name: str) -> int:
         """Delete a checkpoint. Returns the bytes freed. Raises CheckpointNotFound if there is none."""
         # A folder that somebody put here by hand may have any name.
-        folder = self.checkpoints / name if name in self.names() else self.folder(name)
+        there = [path.name for path in self.checkpoints.glob("[!.]*")]
+        folder = self.checkpoints / name if name in there else self.folder(name)
         if not folder.is_dir():
             raise CheckpointNotFound(
                 f"no SAE checkpoint {name!r} in the store {self.root} (there: {', '.join(self.names()) or 'none'})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -53,7 +54,7 @@ def doctor(store: Store) -> int:
             if not finding.good:
                 problems.append("; ".join(filter(None, (finding.text, finding.mend))))
     if not _folders(store):
-        say("      no checkpoints yet; train one with vs2-train-sae")
+        say(f"      no checkpoints yet; train one with {shlex.join(['vs2-train-sae', *store.words])}")
     if problems:
         for line in ("", f"{len(problems)} problem(s):", *(f"  - {problem}" for problem in problems)):
             say(line)
@@ -109,7 +110,8 @@ def _checkpoints(store: Store) -> Iterator[Finding]:
             checkpoint = Checkpoint.open(folder)
             checkpoint.verify()
         except Vs2Error as error:
-            yield Finding(f"{folder.name}: {error}", False, f"vs2 store remove {folder.name}")
+            mend = shlex.join(["vs2", "store", *store.words, "remove", folder.name])
+            yield Finding(f"{folder.name}: {error}", False, mend)
         else:
             sites = ", ".join(f"{site.folder} FVU {site.fvu:.4f}" for site in checkpoint.sites)
             yield Finding(f"{folder.name}: {checkpoint.data.images:,} images, {sites}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.checkpoint.store import Store, folder_size
@@ -53,7 +54,7 @@ def _list(args: argparse.Namespace) -> None:
             f"{len(sites)} site(s), FVU {sites[-1].fvu:.4f}, {gigabytes(folder_size(folder))}{marks}"
         )
     if not store.names():
-        say("  no checkpoints; train one with vs2-train-sae")
+        say(f"  no checkpoints; train one with {shlex.join(['vs2-train-sae', *store.words])}")
     cached = list(store.cached())
     say(f"  cached activations: {len(cached)} set(s), {gigabytes(sum(map(folder_size, cached)))}")
 
@@ -61,7 +62,8 @@ def _list(args: argparse.Namespace) -> None:
 def _remove(args: argparse.Namespace) -> None:
     store = Store.default(args.store)
     if not args.names and not args.cache:
-        raise SettingError("nothing to remove: name checkpoints (see vs2 store list), or give --cache")
+        listing = shlex.join(["vs2", "store", *store.words, "list"])
+        raise SettingError(f"nothing to remove: name checkpoints (see {listing}), or give --cache")
     for name in args.names:
         say(f"removed {name}: {gigabytes(store.remove(name))}")
     if args.cache:

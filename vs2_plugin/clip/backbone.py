@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+import torch
 
 from vs2_plugin.clip.sites import ClipModel, Sites
 from vs2_plugin.errors import TowerError
@@ -159,6 +160,10 @@ def load_backbone(backbone: str, pretrained: str, cache_dir: str | None = None, 
     from clip_benchmark.models.open_clip import load_open_clip  # patched once it is imported, which needs this module
 
     check_backbone(backbone, pretrained)
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # no such device, or a torch without support for it
+        raise TowerError(f"device {device!r} cannot be used: {reason_of(error)}; expected 'cpu', or a GPU's") from error
     warn_about_quickgelu(backbone, pretrained)
     require_weights(backbone, pretrained, cache_dir)
     try:
@@ -169,4 +174,15 @@ def load_backbone(backbone: str, pretrained: str, cache_dir: str | None = None, 
         first = [*chain(error)][-1]  # what a network or a disk said, which open_clip and the hub wrap in words
         told = f"{reason_of(first)}; " if first is not error and isinstance(first, OSError) else ""
         raise TowerError(f"{_not_loaded(backbone, pretrained)} ({_OFFLINE}): {told}{reason_of(error)}") from error
+    _require_numbers(model, _not_loaded(backbone, pretrained))
     return Loaded(model.eval(), transform, tokenizer)
+
+
+def _require_numbers(model: Any, what: str) -> None:
+    """Refuse a vision tower whose activations would be no numbers, whatever the image."""
+    for name, weights in model.visual.named_parameters():
+        if not weights.isfinite().all():
+            raise TowerError(
+                f"{what}: visual.{name} holds NaN or infinity; expected weights that are numbers: give another file or "
+                "tag as --pretrained, or another folder as local-dir:PATH"
+            )

@@ -207,15 +207,7 @@ def extract(
         for batch in images.batches(batch_size, num_workers):
             found = encode(batch.images.to(device, non_blocking=True))
             for column, into in writer.columns.items():
-                rows = found[column].float().cpu().numpy()
-                with np.errstate(over="ignore"):
-                    stored = rows.astype(dtype)
-                if not np.isfinite(stored).all():
-                    raise DataError(
-                        f"an activation at {column} is {np.abs(rows).max():.3g}, which {np.dtype(dtype).name} cannot "
-                        "hold; use --cache_dtype float32"
-                    )
-                into.append(stored)
+                into.append(_storable(found[column].float().cpu().numpy(), dtype, column))
             writer.digests.append(batch.digests)
             if batch.labels is not None:
                 writer.labels.append(batch.labels)
@@ -223,3 +215,20 @@ def extract(
         if writer.count == 0 and "part" not in key:
             raise DataError("there are no training images")
     return cache.written(key, widths, images.labels)
+
+
+def _storable(rows: np.ndarray, dtype: np.dtype, column: str) -> np.ndarray:
+    """Return ``rows``, float32 ``[batch, d]``, as ``dtype``. Raises DataError for what it cannot hold."""
+    if not np.isfinite(rows).all():
+        raise DataError(
+            f"an activation at {column} is no finite number as the model computes it, which no --cache_dtype mends; if "
+            "it is computed under autocast, --no_amp computes it in float32"
+        )
+    with np.errstate(over="ignore"):
+        stored = rows.astype(dtype)
+    if not np.isfinite(stored).all():
+        raise DataError(
+            f"an activation at {column} is {np.abs(rows).max():.3g}, which {np.dtype(dtype).name} cannot hold; use "
+            "--cache_dtype float32"
+        )
+    return stored

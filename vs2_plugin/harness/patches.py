@@ -27,11 +27,10 @@ from copy import copy
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from vs2_plugin.errors import DataError, HarnessError, Vs2Error
+from vs2_plugin.errors import HarnessError, Vs2Error
 from vs2_plugin.messages import complain
 from vs2_plugin.names import is_steered, with_method
 from vs2_plugin.plugins import registry
-from vs2_plugin.text import reason_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,9 +120,9 @@ def _patch_builder(module: Any) -> None:
         try:
             dataset = stock(*args, **kwargs)
         except Exception as error:  # a download, a missing file or package: anything
-            raise DataError(
-                f"clip_benchmark could not build the split {split!r} of {name!r} in {root!r}: {reason_of(error)}"
-            ) from error
+            from vs2_plugin.host import not_built
+
+            raise not_built(name, root, split, error) from error
         loader.bind_waiting(name, root, split, dataset)
         return dataset
 

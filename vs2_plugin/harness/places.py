@@ -314,7 +314,7 @@ def build_places(
     """
     if checkpoint is not None:
         assert parts.tower is not None
-        checkpoint.require_tower(parts.tower)
+        checkpoint.require_tower(parts.tower, spec.backbone, spec.method.name)
     retriever = None if checkpoint is None else parts.retriever(checkpoint, spec)
     sites = _sites(spec, checkpoint, parts.sites)
     _require_end(spec, [site for site, _ in sites], parts.sites)

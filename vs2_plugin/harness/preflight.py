@@ -16,7 +16,7 @@ from vs2_plugin.data.splits import without_training_split
 from vs2_plugin.devices import emulates_bfloat16
 from vs2_plugin.errors import CheckpointNotFound, HarnessError, ModelStringError
 from vs2_plugin.harness.automatic import read_prior
-from vs2_plugin.host import Evaluation
+from vs2_plugin.host import Evaluation, unknown_data_set
 from vs2_plugin.modelstring import ModelString, is_steered, parse
 
 __all__ = ["check", "check_pairs", "missing_checkpoint", "train_command"]
@@ -141,8 +141,8 @@ def _check_checkpoint(model: ModelString, run: Evaluation, store: Store) -> None
         checkpoint.require_gallery(oracle, str(options["encoder"]), int(options["n"] or 1))
 
 
-def train_command(model: ModelString, run: Evaluation) -> str:
-    """Return the ``vs2-train-sae`` command that makes the checkpoint that an evaluation needs."""
+def train_command(model: ModelString, run: Evaluation, store: Store) -> str:
+    """Return the ``vs2-train-sae`` command that makes, in a store, the checkpoint that an evaluation needs."""
     method, options, tagged = model.method, model.options, not ignores_pretrained(model.backbone)
     words = ["vs2-train-sae", "--model", model.backbone]
     if tagged:
@@ -163,7 +163,7 @@ def train_command(model: ModelString, run: Evaluation) -> str:
         words += [] if options["encoder"] == "clip" else ["--retrieval_encoder", str(options["encoder"])]
     if not run.amp:
         words.append("--no_amp")
-    return shlex.join(words)
+    return shlex.join([*words, *store.words])
 
 
 def missing_checkpoint(missing: Sequence[tuple[ModelString, Evaluation]], store: Store) -> CheckpointNotFound:
@@ -180,6 +180,10 @@ def missing_checkpoint(missing: Sequence[tuple[ModelString, Evaluation]], store:
             sentences.append(
                 f"no SAE checkpoint for {model.backbone}{weights} on {run.dataset} in the store {store.root}"
             )
-            commands.append(train_command(model, run))
+            unknown = unknown_data_set(run.dataset)
+            if unknown is None:
+                commands.append(train_command(model, run, store))
+            else:
+                sentences.append(unknown)
     hint = f"; train it with: {' && '.join(dict.fromkeys(commands))}" if commands else ""
     return CheckpointNotFound("; ".join(dict.fromkeys(sentences)) + hint)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from vs2_plugin.checkpoint.checkpoint import Checkpoint, SiteSAE, TrainingData
 from vs2_plugin.checkpoint.store import Store, checkpoint_name
 from vs2_plugin.clip.sites import Site, Sites
 from vs2_plugin.errors import CheckpointError, DataError, SettingError
+from vs2_plugin.names import with_weights
 from vs2_plugin.sae.config import RECIPES, TrainConfig
 from vs2_plugin.sae.topk import TopKSAE
 from vs2_plugin.settings import whole
@@ -81,7 +83,7 @@ def make_plans(request: TrainRequest, store: Store) -> list[Plan]:
         variants = {"plain": 0.0} if 0.0 in weights else {}
         variants |= {"pass": weight} if weight else {}
         settings = {**RECIPES[request.recipe], **single, **chosen}
-        plans.append(_plan(store.folder(base + suffix), settings, variants, request.overwrite))
+        plans.append(_plan(store.folder(base + suffix), settings, variants, request))
     return plans
 
 
@@ -93,14 +95,14 @@ def _settings(request: TrainRequest) -> tuple[dict[str, Sequence[Any]], dict[str
     return grid, {name: value for name, value in given.items() if value is not None}
 
 
-def _plan(folder: Path, settings: Mapping[str, Any], variants: Mapping[str, float], overwrite: bool) -> Plan:
-    plan = Plan(folder, settings, variants, _existing(folder, variants, overwrite))
+def _plan(folder: Path, settings: Mapping[str, Any], variants: Mapping[str, float], request: TrainRequest) -> Plan:
+    plan = Plan(folder, settings, variants, _existing(folder, variants, request))
     for variant in variants:
         plan.config(variant, 512)  # refused now, and not after the extraction
     return plan
 
 
-def _existing(folder: Path, variants: Collection[str], overwrite: bool) -> Checkpoint | None:
+def _existing(folder: Path, variants: Collection[str], request: TrainRequest) -> Checkpoint | None:
     """Return the checkpoint that a training adds to; None if there is none.
 
     Raises:
@@ -111,17 +113,26 @@ def _existing(folder: Path, variants: Collection[str], overwrite: bool) -> Check
     try:
         existing = Checkpoint.open(folder)
     except CheckpointError:
-        if overwrite:
+        if request.overwrite:
             return None
         raise
     again = [variant for variant in variants if any(site.variant == variant for site in existing.sites)]
-    if again and not overwrite:
+    if again and not request.overwrite:
         what = " with a PASS SAE" if again == ["pass"] else ""
         raise DataError(
-            f"there is a checkpoint {existing.name!r} in {existing.folder.parent} already{what}; replace it with "
-            "--overwrite, or give another --name"
+            f"there is a checkpoint {existing.name!r} in {existing.folder.parent} already{what}"
+            f"{_other(existing, request)}; replace it with --overwrite, or give another --name"
         )
     return existing
+
+
+def _other(existing: Checkpoint, request: TrainRequest) -> str:
+    """Say that a checkpoint is of another model, and how this one gets one beside it; nothing if it is of the same."""
+    model = with_weights(request.model, request.pretrained)
+    if existing.model == model:
+        return ""
+    command = shlex.join(replace(request, name=existing.free_name).words())
+    return f", of {existing.model} and not of {model}; keep both by: {command}"
 
 
 def _paper_shape(backbone: str) -> dict[str, int]:

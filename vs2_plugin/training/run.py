@@ -20,6 +20,7 @@ from vs2_plugin.clip.tower import Tower
 from vs2_plugin.data.splits import Split, training_split
 from vs2_plugin.devices import emulates_bfloat16, own_device
 from vs2_plugin.distributed import ALONE, Processes
+from vs2_plugin.names import with_weights
 from vs2_plugin.sae.config import TrainConfig
 from vs2_plugin.sae.topk import TopKSAE
 from vs2_plugin.sae.train import Job, Trained, train_saes
@@ -58,7 +59,7 @@ def train(request: TrainRequest, processes: Processes = ALONE, report: Report = 
     store = Store.default(request.store)
     splits = {name: training_split(name, request.train_split, request.transductive) for name in request.dataset}
     plans = make_plans(request, store)
-    _warn(plans, splits.values(), say)
+    _warn(request, plans, splits.values(), say)
     extraction, sites = _prepare(request, plans, store, processes, say)
     parts = [extraction.run(dataset, split) for dataset, split in splits.items()]
     data = _data(request, splits, parts, extraction.amp)
@@ -80,12 +81,16 @@ def train(request: TrainRequest, processes: Processes = ALONE, report: Report = 
         )
         report(f"wrote {checkpoint.folder}")
         checkpoints.append(checkpoint)
-    say(f"evaluate with: {_evaluate_command(request, plans, extraction.amp)}")
+    say(f"evaluate with: {store.assignment}{_evaluate_command(request, plans, extraction.amp)}")
     return checkpoints
 
 
-def _warn(plans: Sequence[Plan], splits: Iterable[Split], say: Report) -> None:
-    """Say what the checkpoint will be marked with."""
+def _warn(request: TrainRequest, plans: Sequence[Plan], splits: Iterable[Split], say: Report) -> None:
+    """Say what the checkpoint will be marked with, and what it replaces."""
+    model = with_weights(request.model, request.pretrained)
+    for there in (plan.existing for plan in plans if plan.existing and not plan.kept):
+        if there.model != model:
+            say(f"checkpoint {there.name!r}, which was of {there.model}, is replaced by one of {model}")
     if any("pass" in plan.variants for plan in plans):
         say("PASS: the training labels are read; the checkpoint and every result of pass: say so")
     if any(split.transductive for split in splits):
@@ -106,7 +111,7 @@ def _prepare(
     sites = chosen_sites(loaded.sites, request.blocks)
     existing = [plan.existing for plan in plans if plan.existing is not None and plan.kept]
     for checkpoint in existing:
-        checkpoint.require_tower(tower)
+        checkpoint.require_tower(tower, request.model)
     kept = [loaded.sites.find(site.hookpoint) for plan in plans for site in plan.kept]
     held = [checkpoint.gallery for checkpoint in existing if checkpoint.gallery] if request.gallery else []
     labels = request.gallery_labels or any(gallery.labels for gallery in held)
@@ -227,4 +232,12 @@ def _evaluate_command(request: TrainRequest, plans: Sequence[Plan], amp: bool) -
     models = [f"{method}:{request.model}{name}" for name in names for method in methods]
     words = ["clip_benchmark", "eval", "--model", request.model, *models, "--pretrained", request.pretrained]
     words += ["--dataset", *request.dataset, "--dataset_root", request.dataset_root]
-    return shlex.join([*words, *([] if amp else ["--no_amp"])])
+    return shlex.join([*words, *_as_trained(request), *([] if amp else ["--no_amp"])])
+
+
+def _as_trained(request: TrainRequest) -> list[str]:
+    """Return what else an evaluation is told as the training was, so that it finds the same tower and data."""
+    given = {"model_cache_dir": request.model_cache_dir, "wds_cache_dir": request.wds_cache_dir}
+    if not request.pretrained and not ignores_pretrained(request.model) and request.seed and request.seed[0]:
+        given["seed"] = str(request.seed[0])  # random weights: the same seed gives the same tower
+    return [word for flag, value in given.items() if value for word in (f"--{flag}", value)]
