@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import time
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 import vs2_plugin
+from vs2_plugin.data.images import image_digest
 from vs2_plugin.harness import recorder as per_image
 from vs2_plugin.report.summary import summarise
+from vs2_plugin.results.images import Images
 from vs2_plugin.results.runs import read
 
 from .conftest import TINY, few_digits, metrics
@@ -214,3 +217,101 @@ def test_a_model_that_is_not_recorded_keeps_no_images(in_demo):
         model.encode_image(images)
         model.encode_image(images[:2])
     assert {name: len(values) for name, values in model.per_image().items()} == {"fvu": 7, "steered": 7}
+
+
+# ---- its figures, from logits alone
+
+
+def softmax(row):
+    weights = [math.exp(value - max(row)) for value in row]
+    return [weight / sum(weights) for weight in weights]
+
+
+def first(row):
+    return max(range(len(row)), key=row.__getitem__)
+
+
+def bins_of(confidence, right):
+    """Of 15 bins those that hold images: [images, mean confidence, accuracy]; and the calibration error."""
+    found = []
+    for number in range(15):
+        mine = [i for i, value in enumerate(confidence) if number < 15 * value <= number + 1]
+        if mine:
+            found.append(
+                [len(mine), *(sum(map(float, map(of.__getitem__, mine))) / len(mine) for of in (confidence, right))]
+            )
+    return found, sum(count * abs(mean - accuracy) for count, mean, accuracy in found) / len(confidence)
+
+
+def recorded(logits, target, classes=7, batches=((0, 30), (30, 40))):
+    """A recorder that has seen 40 images, and the plain model's logits for them."""
+    rng = torch.Generator().manual_seed(4)
+    images, embedding = torch.rand(40, 3, 4, 4, generator=rng), torch.randn(40, 5, generator=rng)
+    classifier, recorder = torch.randn(5, classes, generator=rng) / 40, per_image.Recorder()
+    parts = [slice(*ends) for ends in batches]
+    seen = list(recorder.watch([(images[part], target[part]) for part in parts]))
+    assert [len(batch) for batch, _ in seen] == [end - start for start, end in batches]
+    for part in parts:
+        recorder.see_plain(classifier, lambda part=part: embedding[part])
+    recorder.finish(logits, target, {})
+    return recorder, images, (100 * embedding / embedding.norm(dim=1, keepdim=True) @ classifier).tolist()
+
+
+def test_the_figures_follow_from_the_logits(tmp_path):
+    rng = torch.Generator().manual_seed(3)
+    logits, target = 2 * torch.randn(40, 7, generator=rng), torch.arange(40) % 7
+    recorder, images, before = recorded(logits, target)
+    recorder.classes = list("abcdefg")
+    found = recorder.facts()
+    recorder.save(str(tmp_path / "x.json"))
+    kept, rows, labels = Images.read(tmp_path / "x.images.npz"), logits.tolist(), target.tolist()
+    assert kept.digest.tolist() == [image_digest(image) for image in images]
+    assert kept.target.tolist() == labels and kept.prediction.tolist() == list(map(first, rows))
+    assert kept.rank.tolist() == [sum(value > row[label] for value in row) for row, label in zip(rows, labels)]
+    assert {*kept.rank.tolist()} == {*range(7)}
+    assert kept.confidence.tolist() == pytest.approx([max(softmax(row)) for row in rows])
+    assert kept.target_probability.tolist() == pytest.approx([softmax(r)[label] for r, label in zip(rows, labels)])
+    assert kept.plain_prediction.tolist() == list(map(first, before))
+    assert kept.plain_confidence.tolist() == pytest.approx([max(softmax(row)) for row in before], rel=1e-4)
+    assert kept.classes == tuple("abcdefg")
+    right = [first(row) == label for row, label in zip(rows, labels)]
+    was = [first(row) == label for row, label in zip(before, labels)]
+    assert found["vs2_mended"] == sum(now and not then for now, then in zip(right, was)) > 0
+    assert found["vs2_broken"] == sum(then and not now for now, then in zip(right, was)) > 0
+    for name, confidence, correct in (("ece", kept.confidence, right), ("ece_before", kept.plain_confidence, was)):
+        bins, error = bins_of(confidence.tolist(), correct)
+        assert found[f"vs2_{name}"] == pytest.approx(error) and len(bins) > 3
+        assert [row[0] for row in found[f"vs2_{name}_bins"]] == [row[0] for row in bins]
+        assert found[f"vs2_{name}_bins"] == [pytest.approx(row, abs=1e-6) for row in bins]
+
+
+def test_equal_logits_stand_in_the_order_of_the_top_five():
+    logits = torch.zeros(40, 7)
+    logits[:, 5], logits[:, 6] = 1, -1
+    order = logits.topk(5, dim=1).indices.tolist()
+    target = torch.tensor([0, 1, 2, 3, 4, 5, 6, 0] * 5)
+    recorder, *_ = recorded(logits, target)
+    expected = [row.index(label) if label in row else max(5, sum(logits[0] > logits[0, label]).item())
+                for row, label in zip(order, target.tolist())]  # fmt: skip
+    assert recorder._images.rank.tolist() == expected and {5, 6} & {*expected}
+
+
+def test_two_classes_are_enough_and_several_labels_of_an_image_are_passed_over():
+    recorder, *_ = recorded(torch.eye(2).repeat(20, 1), torch.zeros(40, dtype=torch.long), classes=2)
+    assert recorder._images.rank.tolist() == [0, 1] * 20
+    recorder = per_image.Recorder()
+    recorder.finish(torch.zeros(4, 3), torch.zeros(4, 3), {})
+    assert recorder.facts().keys() == {"vs2_seconds", "vs2_peak_memory"}
+
+
+def test_what_is_left_out_of_the_time_is_only_that(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(per_image.time, "monotonic", lambda: now[0])
+    recorder = per_image.Recorder()
+    now[0] += 5
+    with recorder._unmeasured():
+        now[0] += 3
+    with recorder._unmeasured():
+        now[0] += 4
+    now[0] += 2
+    assert recorder.facts()["vs2_seconds"] == 7.0
