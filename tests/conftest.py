@@ -15,6 +15,7 @@ os.environ.pop("VS2_PER_IMAGE", None)
 import io
 import shutil
 import socket
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -105,6 +106,16 @@ def no_network(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", local_only)
+
+
+@pytest.fixture(scope="session")
+def elsewhere():
+    """A function that runs Python code in another process and gives what it prints."""
+
+    def run(code):
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,32 +1,179 @@
+import hashlib
+import os
+
 import numpy as np
 import pytest
 import torch
 
-from vs2_plugin.arrays import Column, Stack, digest_of, stack
+from vs2_plugin import arrays
+from vs2_plugin.arrays import (
+    ROWS,
+    Column,
+    Stack,
+    check,
+    check_all,
+    digest_of,
+    stack,
+    sums_of,
+    trust_all,
+    whole_rows,
+)
 
 # ---- a column
 
 
-@pytest.mark.parametrize("sizes", [[], [3], [2, 0, 5], [1] * 40])
+@pytest.mark.parametrize("sizes", [[], [3], [2, 0, 5], [1] * 40, [ROWS], [ROWS - 1, 2, 3 * ROWS]])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_a_column_grows_into_a_plain_npy_file(dtype, sizes, tmp_path):
-    rows = np.random.default_rng(0).random((sum(sizes), 5))
-    column = Column(tmp_path / "x.npy", 5, dtype)
+@pytest.mark.parametrize("width", [None, 5])
+def test_a_column_grows_into_a_plain_npy_file(width, dtype, sizes, tmp_path):
+    rows = np.random.default_rng(0).random((sum(sizes), width) if width else sum(sizes))
+    column = Column(tmp_path / "x.npy", width, dtype)
     for part in np.split(rows, np.cumsum(sizes)[:-1]) if sizes else []:
         column.append(part)
-    column.close()
+    content = column.complete()
     column.close()  # a second time does nothing
     found = np.load(tmp_path / "x.npy", allow_pickle=False)
-    assert (found.shape, found.dtype) == ((sum(sizes), 5), dtype)
+    assert (found.shape, found.dtype) == (rows.shape, dtype)
     assert np.array_equal(found, rows.astype(dtype))
+    check(tmp_path / "x.npy", content)
+    lines = sums_of(tmp_path / "x.npy").read_text().split()
+    assert len(lines) == -(-len(rows) // ROWS) + 1
+    assert lines[:1] == [hashlib.sha256(found[:ROWS].tobytes()).hexdigest()] or not len(rows)
 
 
-def test_a_column_that_was_not_closed_reads_as_empty(tmp_path):
+def test_a_column_that_was_not_completed_reads_as_empty(tmp_path):
     column = Column(tmp_path / "x.npy", 2, np.float32)
     column.append(np.ones((100_000, 2), np.float32))
     assert np.load(tmp_path / "x.npy").shape == (0, 2)
-    column.close()
+    column.complete()
     assert np.load(tmp_path / "x.npy").shape == (100_000, 2)
+
+
+def started(path, count, width=3):
+    column = Column(path, width, np.float16)
+    column.append(np.arange(count * width, dtype=np.float32).reshape(count, width) % 1000)
+    column.close()
+
+
+@pytest.mark.parametrize(
+    ("count", "whole"), [(0, 0), (ROWS - 1, 0), (ROWS, ROWS), (2 * ROWS + 5, 2 * ROWS)]
+)
+def test_a_column_goes_on_after_its_whole_chunks(count, whole, tmp_path):
+    path, rows = tmp_path / "x.npy", np.arange(3 * ROWS * 3, dtype=np.float32).reshape(-1, 3) % 1000
+    started(path, count)
+    assert whole_rows(path, 3, np.float16) == whole
+    column = Column(path, 3, np.float16, whole)
+    assert column.count == whole
+    column.append(rows[whole:])
+    content = column.complete()
+    other = Column(tmp_path / "y.npy", 3, np.float16)
+    other.append(rows)
+    assert other.complete() == content
+    assert path.read_bytes() == (tmp_path / "y.npy").read_bytes()
+
+
+def test_what_was_damaged_since_is_written_again(tmp_path):
+    path = tmp_path / "x.npy"
+    started(path, 3 * ROWS)
+    raw = bytearray(path.read_bytes())
+    raw[128 + ROWS * 6 + 7] ^= 1  # in the second chunk
+    path.write_bytes(raw)
+    assert whole_rows(path, 3, np.float16) == ROWS
+    path.write_bytes(raw[: 128 + ROWS * 6 - 1])
+    assert whole_rows(path, 3, np.float16) == 0
+    assert whole_rows(tmp_path / "none.npy", 3, np.float16) == 0
+
+
+# ---- whether it is whole
+
+
+@pytest.fixture
+def written(tmp_path):
+    column = Column(tmp_path / "x.npy", 2, np.float16)
+    column.append(np.arange(2 * (ROWS + 3)).reshape(-1, 2) % 999)
+    return tmp_path / "x.npy", column.complete()
+
+
+@pytest.mark.parametrize(
+    ("place", "named"),
+    [
+        (0, "its header"), (9, "its header"), (20, "its header"), (100, "its header"), (128, "its rows 0 to 1023"),
+        (128 + 4 * ROWS - 1, "its rows 0 to 1023"), (-1, "its rows 1024 to 1026"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("bit", [1, 128])
+def test_a_flipped_bit_is_refused_with_its_place(place, named, bit, written):
+    path, content = written
+    raw = bytearray(path.read_bytes())
+    raw[place] ^= bit
+    path.write_bytes(raw)
+    with pytest.raises(ValueError) as error:
+        check_all(path.parent, {"x": content})
+    assert named in str(error.value) and str(path) in str(error.value)
+
+
+def test_every_flipped_byte_is_noticed(written):
+    path, content = written
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
+        raw = bytearray(whole)
+        raw[place] ^= 0x10
+        path.write_bytes(raw)
+        with pytest.raises(ValueError):
+            check_all(path.parent, {"x": content})
+    path.write_bytes(whole)
+    check_all(path.parent, {"x": content})
+
+
+@pytest.mark.parametrize("change", [lambda raw: raw[:-1], lambda raw: raw + b"\0", lambda raw: b"", lambda raw: b"x"])
+def test_another_length_is_refused(change, written):
+    path, content = written
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError):
+        check_all(path.parent, {"x": content})
+
+
+def test_changed_digests_are_refused(written):
+    path, content = written
+    sums_of(path).write_text(sums_of(path).read_text().replace("a", "b"))
+    with pytest.raises(ValueError, match=r"x\.npy\.sha256 is not the file that was written"):
+        check_all(path.parent, {"x": content})
+
+
+def test_what_was_compared_is_not_read_again_until_it_is_touched(written, monkeypatch):
+    path, content = written
+    read = []
+    monkeypatch.setattr(arrays, "check", lambda *args: read.append(args))
+    check_all(path.parent, {"x": content})
+    check_all(path.parent, {"x": content})
+    assert len(read) == 1
+    check_all(path.parent, {"x": content}, thorough=True)
+    assert len(read) == 2
+    check_all(path.parent, {"x": "other"})
+    assert len(read) == 3
+    before = path.stat()
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as if it had not been
+    check_all(path.parent, {"x": content})
+    assert len(read) == 4
+    trust_all(path.parent, {"x": content})
+    check_all(path.parent, {"x": content})
+    assert len(read) == 4
+
+
+@pytest.mark.parametrize("memory", ["", "[]", "7", '{"x": 3}', "\0"])
+def test_a_damaged_memory_is_none(memory, written):
+    path, content = written
+    (path.parent / "verified.json").write_text(memory)
+    check_all(path.parent, {"x": content})
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    (path.parent / "verified.json").write_text(memory)
+    with pytest.raises(ValueError):
+        check_all(path.parent, {"x": content})
 
 
 # ---- a stack

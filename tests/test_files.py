@@ -1,13 +1,16 @@
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 
-from vs2_plugin.files import atomic_file, atomic_folder
+from vs2_plugin.errors import DataError
+from vs2_plugin.files import alone, atomic_file, atomic_folder, part_of, settle
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir() if path.name != "default-store")
+    return sorted(path.name for path in folder.iterdir() if path.name not in ("default-store", ".locks"))
 
 
 class Interrupted(BaseException):
@@ -120,3 +123,131 @@ def test_a_folder_that_cannot_be_moved_in_leaves_the_old_one(failing, tmp_path, 
     with pytest.raises(OSError, match="no space left"), atomic_folder(path) as scratch:
         (scratch / "new").write_text("new")
     assert names(tmp_path) == ["mine"] and names(path) == ["old"]
+
+
+def test_a_folder_goes_on_with_what_is_worth_keeping(tmp_path):
+    path = tmp_path / "mine"
+
+    def keep(scratch):
+        return (scratch / "half").exists()
+
+    for name in ("useless", "half"):
+        with pytest.raises(Interrupted), atomic_folder(path, keep) as scratch:
+            (scratch / name).write_text("half")
+            raise Interrupted
+        assert names(tmp_path) == ([scratch.name] if name == "half" else [])
+    with atomic_folder(path, keep) as scratch:
+        assert names(scratch) == ["half"]
+    assert names(tmp_path) == ["mine"]
+    part_of(path).mkdir()  # a process died
+    (part_of(path) / "useless").write_text("")
+    with atomic_folder(path, keep) as scratch:
+        assert names(scratch) == []
+
+
+# ---- a process that dies
+
+
+def die(tmp_path, call, number):
+    """Replace the folder ``mine`` in a process that dies before the n-th call of a function. Tells whether it died."""
+    code = f"""
+import os
+from pathlib import Path
+from vs2_plugin.files import atomic_folder
+calls = []
+stock = {call}
+def dies(*args, **settings):
+    calls.append(args)
+    if len(calls) == {number}:
+        os._exit(9)
+    return stock(*args, **settings)
+with atomic_folder(Path({str(tmp_path)!r}) / "mine") as scratch:
+    (scratch / "new").write_text("new")
+    {call} = dies
+"""
+    return subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+
+
+@pytest.mark.parametrize(("number", "left"), [(1, "old"), (2, "new"), (3, "new")])
+def test_a_swap_that_a_dead_writer_began_is_finished(number, left, tmp_path):
+    """Its renames: the scratch folder is called whole, the old one goes aside, the new one takes its place."""
+    path = tmp_path / "mine"
+    path.mkdir()
+    (path / "old").write_text("old")
+    assert die(tmp_path, "os.replace", number)
+    assert path.exists() is (number < 3)
+    settle(path)
+    assert names(path) == [left]
+    assert names(tmp_path) == ([".mine.part", "mine"] if number == 1 else ["mine"])
+    with atomic_folder(path) as scratch:
+        (scratch / "third").write_text("")
+    assert names(path) == ["third"] and names(tmp_path) == ["mine"]
+
+
+def test_an_old_folder_that_was_left_aside_goes(tmp_path):
+    path = tmp_path / "mine"
+    path.mkdir()
+    (path / "old").write_text("old")
+    (tmp_path / ".mine.old").mkdir()
+    settle(path)
+    assert ".mine.old" in names(tmp_path)  # nobody has to wait for it
+    with alone(path):
+        assert names(tmp_path) == ["mine"] and names(path) == ["old"]
+
+
+def test_nothing_is_settled_where_nothing_was_left(tmp_path):
+    settle(tmp_path / "not" / "there")
+    assert names(tmp_path) == []
+
+
+# ---- two writers
+
+
+def test_a_second_writer_is_refused_until_the_first_has_finished(tmp_path, elsewhere):
+    code = f"""
+from pathlib import Path
+from vs2_plugin.errors import DataError
+from vs2_plugin.files import alone
+try:
+    with alone(Path({str(tmp_path)!r}) / "mine", seconds=0) as waited:
+        print("alone", waited)
+except DataError as error:
+    print(error)
+"""
+    with alone(tmp_path / "mine"), alone(tmp_path / "mine") as waited:  # it may nest
+        assert not waited
+        assert elsewhere(code) == (
+            f"another process is writing {tmp_path / 'mine'}; wait until it has finished, or write under another name"
+        )
+    assert elsewhere(code) == "alone False"
+
+
+def test_a_writer_waits_for_another_and_is_told(tmp_path):
+    code = f"""
+import sys
+from pathlib import Path
+from vs2_plugin.files import alone
+with alone(Path({str(tmp_path)!r}) / "mine"):
+    print("in", flush=True)
+    sys.stdin.readline()
+"""
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "in\n"
+    with pytest.raises(DataError), alone(tmp_path / "mine", seconds=0.1):
+        pytest.fail("two writers")
+    with alone(tmp_path / "mine", -1, lambda: (other.stdin.write("go on\n"), other.stdin.flush())) as waited:
+        assert waited
+    assert other.wait() == 0
+
+
+def test_a_lock_goes_with_its_process(tmp_path):
+    code = f"""
+import os
+from pathlib import Path
+from vs2_plugin.files import alone
+with alone(Path({str(tmp_path)!r}) / "mine"):
+    os.kill(os.getpid(), 9)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    with alone(tmp_path / "mine", seconds=0) as waited:
+        assert not waited

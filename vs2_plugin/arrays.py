@@ -1,20 +1,33 @@
-"""Arrays on disk: columns that grow while they are written, and several read as one. And what tells tensors apart."""
+"""Arrays on disk: columns that grow while they are written and tell later whether they are whole, and several read as
+one. And what tells tensors apart."""
 
 from __future__ import annotations
 
 import hashlib
+import io
+import json
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import DTypeLike
 from torch import Tensor
 
-__all__ = ["Array", "Column", "Stack", "digest_of", "spread", "stack"]
+from vs2_plugin.files import atomic_file
+
+__all__ = [
+    "ROWS", "Array", "Column", "Stack", "check", "check_all", "digest_of", "spread", "stack", "sums_of",
+    "trust_all", "whole_rows",
+]  # fmt: skip
 
 Array = np.ndarray[Any, np.dtype[Any]]
+#: Rows of a column that one digest is of: what an interruption loses of an extraction, at most.
+ROWS = 1024
+_HEADER = 128  # bytes, with the room that numpy leaves for a greater count
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
@@ -36,31 +49,165 @@ def spread(count: int, limit: int) -> Tensor:
 
 
 class Column:
-    """An ``.npy`` file ``[count, width]`` that grows: numpy leaves room in the header for the final count."""
+    """An array ``[count, width]``, or ``[count]``, that grows in an ``.npy`` file: numpy leaves room in the header for
+    the final count.
 
-    def __init__(self, path: Path, width: int, dtype: DTypeLike) -> None:
-        self.width, self.dtype, self.count = width, np.dtype(dtype), 0
-        self._file = open(path, "wb+")  # noqa: SIM115  # until close
-        self._write_header()
+    Beside it, ``NAME.npy.sha256`` holds a line for every 1,024 rows that were written, and when it is complete one for
+    the rest and one for the header.
+    """
 
-    def _write_header(self) -> None:
-        shape = (self.count, self.width)
-        form: Any = np.lib.format  # has no types
-        header = {"descr": form.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
-        self._file.seek(0)
-        form.write_array_header_1_0(self._file, header)
+    def __init__(self, path: Path, width: int | None, dtype: DTypeLike, rows: int = 0) -> None:
+        """``rows``: go on after this many, which :func:`whole_rows` has counted; what comes after them is cut off."""
+        self.path, self.width, self.dtype, self.count = path, width, np.dtype(dtype), rows
+        self._digest, self._row = hashlib.sha256(), self.dtype.itemsize * (1 if width is None else width)
+        lines = sums_of(path).read_text().splitlines()[: rows // ROWS] if rows else []
+        self._file = open(path, "rb+" if rows else "wb")  # noqa: SIM115  # until close
+        self._sums = open(sums_of(path), "w")  # noqa: SIM115
+        self._sums.writelines(f"{line}\n" for line in lines)
+        self._sums.flush()
+        if not rows:
+            self._file.write(self._header())
+        self._file.seek(_HEADER + rows * self._row)
+        self._file.truncate()
+
+    def _header(self) -> bytes:
+        buffer, form = io.BytesIO(), cast("Any", np.lib.format)  # has no types
+        shape = (self.count,) if self.width is None else (self.count, self.width)
+        descr = form.dtype_to_descr(self.dtype)
+        form.write_array_header_1_0(buffer, {"descr": descr, "fortran_order": False, "shape": shape})
+        assert buffer.tell() == _HEADER
+        return buffer.getvalue()
 
     def append(self, rows: Array) -> None:
-        """Add rows ``[batch, width]``."""
-        rows.astype(self.dtype, copy=False).tofile(self._file)
-        self.count += len(rows)
+        """Add rows ``[batch, width]``, or ``[batch]``."""
+        rows = np.ascontiguousarray(rows, self.dtype)
+        while len(rows):
+            part, rows = np.split(rows, [ROWS - self.count % ROWS])
+            data = part.data.cast("B") if part.size else b""
+            self._file.write(data)
+            self._digest.update(data)
+            self.count += len(part)
+            if self.count % ROWS == 0:
+                self._file.flush()
+                self._note(self._digest)
+                self._digest = hashlib.sha256()
+
+    def _note(self, digest: Any) -> None:
+        self._sums.write(f"{digest.hexdigest()}\n")
+        self._sums.flush()
+
+    def complete(self) -> str:
+        """Write the final count. Return the SHA-256 of the file with the digests, which tells of all."""
+        if self.count % ROWS:
+            self._note(self._digest)
+        self._file.seek(0)
+        self._file.write(self._header())
+        self._note(hashlib.sha256(self._header()))
+        self.close()
+        return hashlib.sha256(sums_of(self.path).read_bytes()).hexdigest()
 
     def close(self) -> None:
-        """Write the final count."""
-        if not self._file.closed:
-            self._file.flush()
-            self._write_header()
-            self._file.close()
+        """Close the files."""
+        self._file.close()
+        self._sums.close()
+
+
+def sums_of(path: Path) -> Path:
+    """Return the file with the digests of an array's rows."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def whole_rows(path: Path, width: int | None, dtype: DTypeLike) -> int:
+    """Return how many rows of a :class:`Column` that was not completed are those that were written: whole 1,024s."""
+    size = ROWS * np.dtype(dtype).itemsize * (1 if width is None else width)
+    rows = 0
+    with suppress(OSError), open(path, "rb") as file, open(sums_of(path)) as sums:
+        file.seek(_HEADER)
+        for line in sums:
+            if hashlib.sha256(file.read(size)).hexdigest() != line.strip():
+                break
+            rows += ROWS
+    return rows
+
+
+def check(path: Path, expected: str) -> None:
+    """Compare an array's file with the digests beside it, in full.
+
+    Args:
+        path: of a :class:`Column` that was completed.
+        expected: what :meth:`Column.complete` returned.
+
+    Raises:
+        ValueError: they differ; the message says where.
+        OSError: one cannot be read.
+    """
+    raw = sums_of(path).read_bytes()
+    if hashlib.sha256(raw).hexdigest() != expected:
+        raise ValueError(f"{sums_of(path).name} is not the file that was written")
+    *sums, first = raw.decode().split()
+    with open(path, "rb") as file:
+        if hashlib.sha256(file.read(_HEADER)).hexdigest() != first:
+            raise ValueError("its header is not the one that was written")
+        array: Array = np.load(path, mmap_mode="r")  # not before: numpy raises anything for a damaged header
+        row = array.dtype.itemsize * math.prod(array.shape[1:])
+        for number, digest in enumerate(sums):
+            if hashlib.sha256(file.read(ROWS * row)).hexdigest() != digest:
+                last = min(len(array), (number + 1) * ROWS) - 1
+                raise ValueError(f"its rows {number * ROWS} to {last} are not those that were written")
+        if file.read(1):
+            raise ValueError("it goes on after its last row")
+
+
+_MEMORY = "verified.json"
+
+
+def check_all(folder: Path, expected: Mapping[str, str], thorough: bool = False) -> None:
+    """Compare the arrays in a folder with what was written, once: an array that was compared before is read again only
+    if its file was touched since, by size, times and number. ``verified.json`` in the folder remembers.
+
+    Args:
+        folder: where they lie.
+        expected: name, without ``.npy`` -> what :meth:`Column.complete` returned.
+        thorough: read them all, whatever is remembered.
+
+    Raises:
+        ValueError: one is not what was written; the message names the file and says where.
+        OSError: one cannot be read.
+    """
+    seen: dict[str, Any] = {}
+    with suppress(OSError, ValueError, TypeError):
+        seen = dict(json.loads((folder / _MEMORY).read_text()))
+    found = _marks(folder, expected)  # before they are read, so that a change meanwhile is noticed the next time
+    for name, digest in expected.items():
+        if thorough or seen.get(name) != found[name]:
+            path = folder / f"{name}.npy"
+            try:
+                check(path, digest)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+    if any(seen.get(name) != found[name] for name in found):
+        with suppress(OSError):  # in a folder that cannot be written, they are compared each time
+            _remember(folder, {**seen, **found})
+
+
+def trust_all(folder: Path, expected: Mapping[str, str]) -> None:
+    """Remember arrays as compared with what was written: those that are other names of files that were."""
+    _remember(folder, _marks(folder, expected))
+
+
+def _marks(folder: Path, expected: Mapping[str, str]) -> dict[str, list[str | int]]:
+    """Return what changes when an array's file is touched."""
+    marks: dict[str, list[str | int]] = {}
+    for name, digest in expected.items():
+        path, marks[name] = folder / f"{name}.npy", [digest]
+        for status in (path.stat(), sums_of(path).stat()):
+            marks[name] += [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    return marks
+
+
+def _remember(folder: Path, marks: Mapping[str, Any]) -> None:
+    with atomic_file(folder / _MEMORY) as scratch:
+        scratch.write_text(json.dumps(marks))
 
 
 def stack(parts: Sequence[Array]) -> Array | Stack:

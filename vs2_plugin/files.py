@@ -1,15 +1,29 @@
-"""Files and folders that appear whole or not at all, whatever interrupts their writing."""
+"""Files and folders that appear whole or not at all, whatever interrupts their writing.
+
+A folder ``NAME`` is written as ``.NAME.part``, is called ``.NAME.new`` once it is whole, and then takes its place; what
+lay there goes by way of ``.NAME.old``. Whoever looks for ``NAME`` first finishes what a writer that died began
+(:func:`settle`): there is always the old folder or the new one. No heavy imports.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["atomic_file", "atomic_folder"]
+from vs2_plugin.errors import DataError
+
+__all__ = ["LOCKS", "LONGEST", "alone", "atomic_file", "atomic_folder", "part_of", "settle", "sync"]
+
+#: The folder, beside what is written, in which processes keep each other from writing it.
+LOCKS = ".locks"
+#: Letters that a name may have, with room for what is put around it: file systems take 255.
+LONGEST = 200
+_SECONDS = 10  # loader processes may live, and hold their dead parent's lock, for so long
 
 
 @contextmanager
@@ -25,6 +39,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         yield scratch
         scratch.chmod(0o644)  # mkstemp's 0600 would hide it from colleagues who share the folder
+        sync(scratch)
         os.replace(scratch, path)
     except BaseException:
         scratch.unlink(missing_ok=True)
@@ -32,37 +47,150 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Give an empty scratch folder beside ``path``, which takes its place when the block ends well.
+def atomic_folder(path: Path, keep: Callable[[Path], bool] = lambda scratch: False) -> Iterator[Path]:
+    """Give a scratch folder beside ``path``, which takes its place when the block ends well.
 
     A folder that lies at ``path`` stays until then, and stays for good when the block fails.
 
+    Args:
+        path: the folder.
+        keep: tells of the scratch folder, when the block fails, whether the next call shall find it as it is. Without
+            it, and if the process dies, the next one finds it empty.
+
     Raises:
+        DataError: another process is writing it.
         OSError: the folder around ``path`` cannot be made or written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield scratch
-        scratch.chmod(0o755)  # mkdtemp's 0700 would hide it from colleagues who share the store
-        _replace(scratch, path)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _replace(scratch: Path, path: Path) -> None:
-    """Move a folder to where another one may lie, which comes back if that fails."""
-    if not path.exists():
-        os.replace(scratch, path)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-    try:
-        os.replace(path, aside / path.name)
+    with alone(path):
+        scratch = part_of(path)
+        if scratch.exists() and not keep(scratch):
+            shutil.rmtree(scratch)
+        scratch.mkdir(exist_ok=True)
         try:
-            os.replace(scratch, path)
-        except BaseException:
-            os.replace(aside / path.name, path)
+            yield scratch
+            scratch.chmod(0o755)  # whatever the umask: colleagues may share the store
+            sync(scratch)
+            _put(scratch, path)
+        finally:
+            if scratch.exists() and not keep(scratch):
+                shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def alone(path: Path, seconds: float = _SECONDS, waiting: Callable[[], None] | None = None) -> Iterator[bool]:
+    """Keep other processes from writing ``path``. The operating system ends this with the process, if it dies.
+
+    Within a process it may be nested. On a file system without locks, nobody is kept out.
+
+    Args:
+        path: a file or folder; the one around it is made.
+        seconds: how long to wait for another process; -1: until it has finished.
+        waiting: called before waiting.
+
+    Yields:
+        Whether another process wrote it until now.
+
+    Raises:
+        DataError: another process is writing it.
+        OSError: the folder around ``path`` cannot be made or written.
+    """
+    from filelock import FileLock, Timeout
+
+    folder = path.parent / LOCKS
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, waited = FileLock(folder / path.name, is_singleton=True), False
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            waited = True
+            if waiting is not None:
+                waiting()
+            lock.acquire(timeout=seconds)
+    except Timeout:
+        raise DataError(
+            f"another process is writing {path}; wait until it has finished, or write under another name"
+        ) from None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
+        yield False
+        return
+    try:
+        _finish(path)
+        yield waited
     finally:
-        if path.exists():  # else the old one lies aside, to be saved by hand
-            shutil.rmtree(aside, ignore_errors=True)
+        lock.release()
+
+
+def part_of(path: Path) -> Path:
+    """Return the scratch folder of ``path``."""
+    return path.with_name(f".{path.name}.part")
+
+
+def settle(path: Path) -> None:
+    """Finish what a writer that died began, or wait while a living one puts its folder in place.
+
+    Where the folder around ``path`` cannot be written, nothing is done.
+    """
+    if (path.exists() or not _old(path).exists()) and not _new(path).exists():
+        return
+    with suppress(DataError, OSError), alone(path):
+        pass
+
+
+def _new(path: Path) -> Path:
+    return path.with_name(f".{path.name}.new")
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _finish(path: Path) -> None:
+    """Bring a folder that is whole to its place, or one that was moved aside back, and remove what is left."""
+    new, old = _new(path), _old(path)
+    if new.exists():
+        _swap(new, path)
+    elif old.exists() and not path.exists():
+        os.replace(old, path)
+    if old.exists():
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _put(scratch: Path, path: Path) -> None:
+    """Move a folder to where another one may lie, which comes back if that fails."""
+    new = _new(path)
+    os.replace(scratch, new)  # from here on, whoever comes finishes it
+    try:
+        _swap(new, path)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)  # the caller hears of it, and it is not to appear later
+        raise
+    shutil.rmtree(_old(path), ignore_errors=True)
+
+
+def _swap(new: Path, path: Path) -> None:
+    old = _old(path)
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(path, old)
+    try:
+        os.replace(new, path)
+        sync(path.parent, inside=False)
+    except BaseException:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        raise
+
+
+def sync(path: Path, inside: bool = True) -> None:
+    """Have the disk write a file, or a folder and all files in it, which survives a power failure then."""
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    for one in [*(path.rglob("*") if inside and path.is_dir() else []), path]:
+        handle = os.open(one, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import textwrap
 import unicodedata
 
-__all__ = ["counted", "gigabytes", "one_line", "printable", "reason_of"]
+__all__ = ["counted", "gigabytes", "one_line", "printable", "reason_of", "sentence_of"]
 
 #: These join or part letters and emoji; they neither move a cursor nor turn the reading order.
 _JOINERS = (0x200C, 0x200D)
+#: What mends an error of the system.
+_MENDS = {
+    errno.ENOSPC: "; make room there, or name another place",
+    errno.EDQUOT: "; make room there, or name another place",
+    errno.EROFS: "; name a place that can be written",
+    errno.EACCES: "; name a place that can be written",
+    errno.ENAMETOOLONG: "; give a shorter name",
+}
 
 
 def printable(text: object) -> str:
@@ -43,6 +53,18 @@ def one_line(text: str, length: int = 300) -> str:
 def reason_of(error: BaseException) -> str:
     """Return the type and message of another package's exception as one line."""
     return f"{type(error).__name__}: {one_line(str(error))}"
+
+
+def sentence_of(error: BaseException) -> str:
+    """Return what a command says of an error of this package, or of the system, which knows its own reason.
+
+    >>> sentence_of(OSError(28, "No space left on device", "store/x"))
+    "No space left on device: 'store/x'; make room there, or name another place"
+    """
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        where = f": {os.fspath(error.filename)!r}" if error.filename is not None else ""
+        return f"{error.strerror}{where}{_MENDS.get(error.errno, '')}"
+    return " ".join(str(error).split())
 
 
 def counted(count: int, noun: str) -> str:

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from vs2_plugin.checkpoint.checkpoint import MANIFEST, SiteSAE, TrainingData, sa
 from vs2_plugin.checkpoint.store import Store, checkpoint_name, folder_size
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.errors import CheckpointError, CheckpointNotFound, DataError
+from vs2_plugin.files import atomic_folder
 
 
 @pytest.fixture
@@ -225,10 +227,52 @@ def test_a_damaged_checkpoint_can_be_removed(store, put):
 
 def test_cached_activations_and_leftovers_are_listed_and_removed(store, put):
     put(store.checkpoints / "mine")
-    for name in ("b" * 32, ".a.unfinished"):
-        (store.activations / name).mkdir(parents=True)
-        (store.activations / name / "x.npy").write_bytes(b"12345")
-    assert [path.name for path in store.cached()] == [".a.unfinished", "b" * 32]
-    assert store.remove_cache() == 10
-    assert list(store.cached()) == []
+    left = [store.activations / ".a.part", store.checkpoints / ".c.part", store.training / "d"]
+    for folder in (store.activations / ("b" * 32), *left):
+        folder.mkdir(parents=True)
+        (folder / "x.npy").write_bytes(b"12345")
+    assert [path.name for path in store.cached()] == ["b" * 32]
+    assert set(store.unfinished()) == set(left)
+    assert store.remove_unfinished(days=1) == 0
+    os.utime(left[0], (0, 0))
+    assert store.remove_unfinished(days=1) == 0  # what is in it is young
+    os.utime(left[0] / "x.npy", (0, 0))
+    assert store.remove_unfinished(days=1) == 5 and set(store.unfinished()) == set(left[1:])
+    assert store.remove_cache() == 15
+    assert list(store.cached()) == [] == list(store.unfinished())
     assert store.names() == ["mine"]
+
+
+def test_what_a_running_process_writes_is_not_removed(store, elsewhere):
+    with atomic_folder(store.activations / "a") as scratch:
+        assert list(store.unfinished()) == [scratch]
+        # Another process asks; this one may nest.
+        code = "from vs2_plugin.checkpoint.store import Store"
+        code += f"; print(Store.default({str(store.root)!r}).remove_cache())"
+        assert elsewhere(code) == "0" and scratch.exists()
+    assert list(store.unfinished()) == []
+
+
+@pytest.mark.parametrize("state", ["new", "old"])
+def test_a_checkpoint_whose_writer_died_between_renames_is_found(state, store, put):
+    folder = put(store.checkpoints / "mine").folder
+    folder.rename(folder.with_name(f".mine.{state}"))
+    assert store.find("mine").folder == folder
+    folder.rename(folder.with_name(f".mine.{state}"))
+    assert store.names() == ["mine"]
+    assert list(store.unfinished()) == []
+
+
+def test_a_store_that_cannot_be_written_is_told_in_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"the store .*file is a file; expected a folder: name another .* --store"):
+        Store(tmp_path / "file").require_writable()
+    with pytest.raises(DataError, match=r"the store .* cannot be written \(Not a directory\)"):
+        Store(tmp_path / "file" / "store").require_writable()
+    Store(tmp_path / "new").require_writable()
+
+
+def test_a_name_that_leaves_no_room_for_a_scratch_folder_is_refused(store):
+    assert store.folder("a" * 200).name == "a" * 200
+    with pytest.raises(DataError, match=r"checkpoint name a{40}\.\.\.: 201 letters, expected at most 200.*--name"):
+        store.folder("a" * 201)

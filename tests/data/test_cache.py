@@ -1,15 +1,21 @@
 import json
+from contextlib import contextmanager
+from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import IterableDataset
 
+from vs2_plugin.arrays import ROWS, whole_rows
 from vs2_plugin.clip.edits import reading
 from vs2_plugin.clip.sites import Sites
+from vs2_plugin.data import cache as cache_module
 from vs2_plugin.data.cache import ActivationCache, activations_at, extract, require_space
 from vs2_plugin.data.images import TrainingImages, image_digest
 from vs2_plugin.errors import DataError
+from vs2_plugin.files import LOCKS, part_of
 
 KEY = {
     "tower": {"parameters": "abc"},
@@ -155,30 +161,35 @@ def test_what_was_extracted_is_found_again(model, cache):
     again = cache.open(KEY, widths(sites))
     assert again.folder == found.folder and again.columns.keys() == found.columns.keys() == widths(sites).keys()
     assert all(np.array_equal(found.columns[name], again.columns[name]) for name in widths(sites))
-    assert json.loads((cache.folder(KEY) / "activations.json").read_text()) == {"count": 5, "key": KEY}
+    facts = json.loads((cache.folder(KEY) / "activations.json").read_text())
+    assert (facts["count"], facts["key"], facts["contents"].keys()) == (5, KEY, {*widths(sites), "digests"})
 
 
 def test_extracting_again_replaces(model, cache):
     run(model, pictures(5), cache)
     run(model, pictures(7), cache)
     assert len(cache.open(KEY, widths([Sites.of(model).default])).columns[COLUMN]) == 7
-    assert len(list(cache.root.iterdir())) == 1
+    assert names(cache) == [cache.folder(KEY).name]
+
+
+def names(cache):
+    return [path.name for path in cache.root.iterdir() if path.name != LOCKS]
 
 
 def test_no_images_at_all_are_a_data_error(model, cache):
     with pytest.raises(DataError, match="there are no training images"):
         run(model, pictures(0), cache)
     assert cache.open(KEY, widths([Sites.of(model).default])) is None
-    assert list(cache.root.iterdir()) == []
+    assert names(cache) == []
 
 
 class Interrupted(TrainingImages):
-    """Images that end in an exception after the first batch."""
+    """Images that end in an exception after some batches."""
 
-    error = None
+    error, after = None, 1
 
-    def batches(self, batch_size, num_workers):
-        yield next(super().batches(batch_size, num_workers))
+    def batches(self, batch_size, num_workers, first=0):
+        yield from islice(super().batches(batch_size, num_workers, first), self.after)
         raise self.error
 
 
@@ -193,8 +204,7 @@ def test_an_interrupted_extraction_leaves_what_was_there_and_a_later_one_works(e
     broken.error = error
     with pytest.raises(type(error)):
         run(model, broken, cache)
-    left = [path.name for path in cache.root.iterdir()]
-    assert left == ([cache.folder(KEY).name] if before else [])
+    assert names(cache) == ([cache.folder(KEY).name] if before else [])
     found = cache.open(KEY, widths([Sites.of(model).default]))
     assert len(found) == 5 if before else found is None
     assert len(run(model, pictures(8), cache)) == 8
@@ -214,7 +224,101 @@ def test_an_activation_that_float16_cannot_hold_is_a_data_error(bias, dtype, fit
         DataError, match=rf"an activation at {COLUMN} is 7e\+04, which float16 cannot hold; use --cache_dtype float32"
     ):
         run(model, pictures(3), cache, dtype=dtype)
-    assert list(cache.root.iterdir()) == []
+    assert names(cache) == []
+
+
+# ---- an interrupted extraction goes on
+
+
+def mean(batch):
+    return {"mean": batch.mean((2, 3))}
+
+
+class Stream(IterableDataset):
+    """Images that come one after the other."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __iter__(self):
+        return iter(self.items)
+
+
+def many(stream=False, limit=None):
+    made = torch.rand(2 * ROWS + 300, 3, 4, 4, generator=torch.Generator().manual_seed(2))
+    items = [(image, number % 7) for number, image in enumerate(made)]
+    return (Stream(items) if stream else items), limit, None, True
+
+
+SETTINGS = {"device": "cpu", "batch_size": 48, "num_workers": 0, "dtype": np.dtype("float32"), "quiet": True}
+
+
+@pytest.mark.parametrize(
+    ("stream", "limit"), [(False, None), (True, None), (True, ROWS + 500)], ids=["indexed", "stream", "part of it"]
+)
+def test_it_goes_on_after_the_last_whole_chunk_with_the_same_bytes(stream, limit, cache, tmp_path, caplog):
+    caplog.set_level("INFO", "vs2_plugin")
+    images = TrainingImages(*many(stream, limit))
+    whole = extract(mean, {"mean": 3}, images, ActivationCache(tmp_path / "other"), KEY, **SETTINGS)
+    encoded = []
+
+    def counting(batch):
+        encoded.append(len(batch))
+        return mean(batch)
+
+    for after, kept in ((10, 0), (24, ROWS), (5, ROWS), (22, 2 * ROWS)):
+        broken = Interrupted(*many(stream, limit))
+        broken.error, broken.after = KeyboardInterrupt(), after
+        encoded.clear()
+        with pytest.raises(KeyboardInterrupt):
+            extract(counting, {"mean": 3}, broken, cache, KEY, **SETTINGS)
+        assert cache.open(KEY, {"mean": 3}) is None
+        left = whole_rows(part_of(cache.folder(KEY)) / "mean.npy", 3, np.float32)
+        assert left == min(kept, (images.limit or 10**9) // ROWS * ROWS)
+    encoded.clear()
+    found = extract(counting, {"mean": 3}, TrainingImages(*many(stream, limit)), cache, KEY, **SETTINGS)
+    assert f"activations of {left:,} images are there from an interrupted run" in caplog.text
+    assert sum(encoded) <= len(whole) - left + 2 * 48
+    for name in ("mean", "digests", "labels"):
+        for suffix in ("npy", "npy.sha256"):
+            assert (found.folder / f"{name}.{suffix}").read_bytes() == (whole.folder / f"{name}.{suffix}").read_bytes()
+    assert found.contents == whole.contents
+
+
+def test_a_fresh_extraction_does_not_go_on(cache):
+    broken = Interrupted(*many())
+    broken.error, broken.after = KeyboardInterrupt(), 30
+    with pytest.raises(KeyboardInterrupt):
+        extract(mean, {"mean": 3}, broken, cache, KEY, **SETTINGS)
+    first = []
+
+    def counting(batch):
+        first.append(batch)
+        return mean(batch)
+
+    images = TrainingImages(*many())
+    extract(counting, {"mean": 3}, images, cache, KEY, fresh=True, **SETTINGS)
+    assert torch.equal(first[0][0], images.source[0][0])
+
+
+def test_a_second_process_waits_and_takes_what_the_first_extracted(cache, caplog, monkeypatch):
+    caplog.set_level("INFO", "vs2_plugin")
+
+    @contextmanager
+    def waited(path, seconds, waiting):
+        waiting()
+        with monkeypatch.context() as patch:
+            patch.setattr(cache_module, "alone", stock)
+            extract(mean, {"mean": 3}, TrainingImages(*many()), cache, KEY, **SETTINGS)
+        yield True
+
+    stock = cache_module.alone
+    monkeypatch.setattr(cache_module, "alone", waited)
+    found = extract(
+        lambda batch: pytest.fail("extracted twice"), {"mean": 3}, TrainingImages(*many()), cache, KEY, **SETTINGS
+    )
+    assert len(found) == 2 * ROWS + 300
+    assert "another process is extracting the same activations: waiting for it" in caplog.text
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -282,6 +386,22 @@ DAMAGE = [
     ),
     *((FACTS, damage) for damage in (drop, garbage, clear, braces)),
 ]
+
+
+def flip(folder, file):
+    raw = bytearray((folder / file).read_bytes())
+    raw[-3] ^= 1
+    (folder / file).write_bytes(raw)
+
+
+DAMAGE += [(file, flip) for file in (f"{COLUMN}.npy", "digests.npy", "labels.npy", f"{COLUMN}.npy.sha256")]
+
+
+def test_damage_is_named_before_it_is_extracted_again(model, cache, caplog):
+    run(model, pictures(5), cache)
+    flip(cache.folder(KEY), f"{COLUMN}.npy")
+    assert cache.open(KEY, widths([Sites.of(model).default])) is None
+    assert f"{COLUMN}.npy: its rows 0 to 4 are not those that were written" in caplog.text
 
 
 @pytest.mark.parametrize(("file", "damage"), DAMAGE)

@@ -4,16 +4,16 @@ from vs2_plugin.gallery.contents import GalleryContents, GalleryPart, RetrievalE
 
 
 def test_what_vs2_json_lists_has_the_keys_of_always():
-    parts = GalleryPart("a", 3, None, "x"), GalleryPart("b", 4, 2, "y")
+    parts = GalleryPart("a", 3, None, contents={"digests": "cd"}), GalleryPart("b", 4, 2, "y")
     encoders = {"clip": RetrievalEncoder(6), "vit": RetrievalEncoder(5, "vit", None, "ab")}
     contents = GalleryContents(parts, ("visual",), encoders, labels=False)
     assert contents.count == 7
     assert contents.to_json() == {
-        "parts": (
-            {"dataset": "a", "count": 3, "classes": None, "extraction": "x"},
-            {"dataset": "b", "count": 4, "classes": 2, "extraction": "y"},
-        ),
-        "sites": ("visual",),
+        "parts": [
+            {"dataset": "a", "count": 3, "classes": None, "contents": {"digests": "cd"}},
+            {"dataset": "b", "count": 4, "classes": 2, "extraction": "y"},  # before version 0.2
+        ],
+        "sites": ["visual"],
         "encoders": {
             "clip": {"width": 6},
             "vit": {"width": 5, "model": "vit", "weights": None, "parameters": "ab"},

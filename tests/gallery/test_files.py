@@ -7,7 +7,8 @@ import shutil
 import numpy as np
 import pytest
 
-from vs2_plugin.arrays import Stack
+from vs2_plugin import arrays
+from vs2_plugin.arrays import Column, Stack, trust_all
 from vs2_plugin.checkpoint.checkpoint import MANIFEST, Checkpoint, SiteSAE, TrainingData, save_checkpoint
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.errors import CheckpointError
@@ -34,27 +35,33 @@ def columns(seed, count):
 
 @pytest.fixture
 def extracted(tmp_path):
-    """What was extracted of two data sets: their files and their numbers, by data set."""
-    files, numbers = {}, {}
+    """What was extracted of two data sets: files and numbers by data set, and what tells of their contents."""
+    files, numbers, contents = {}, {}, {}
     for seed, (dataset, count) in enumerate(COUNTS.items()):
         folder = tmp_path / "activations" / dataset
         folder.mkdir(parents=True)
         numbers[dataset] = columns(seed, count)
         for name, array in numbers[dataset].items():
-            np.save(folder / f"{name}.npy", array)
+            column = Column(folder / f"{name}.npy", None if array.ndim == 1 else array.shape[1], array.dtype)
+            column.append(array)
+            contents[dataset, name] = column.complete()
         files[dataset] = {name: folder / f"{name}.npy" for name in numbers[dataset]}
-    return files, numbers
+    return files, numbers, contents
 
 
 @pytest.fixture
 def save(tmp_path, extracted, make_sae):
     """A function that saves a checkpoint with a gallery of some data sets."""
 
-    def write(*datasets, labels=True, name="mine", extraction="abc", gallery=True):
-        files, _ = extracted
+    def write(*datasets, labels=True, name="mine", gallery=True):
+        files, _, contents = extracted
         parts = tuple(
-            GalleryPart(dataset, COUNTS[dataset], 3 if labels else None, extraction) for dataset in datasets
-        )
+            GalleryPart(
+                dataset, COUNTS[dataset], 3 if labels else None,
+                contents={key: contents[dataset, key] for key in files[dataset] if labels or key != "labels"},
+            )
+            for dataset in datasets
+        )  # fmt: skip
         contents = GalleryContents(parts, (FIRST, LAST), ENCODERS, labels)
         linked = [
             {key: path for key, path in files[dataset].items() if labels or key != "labels"} for dataset in datasets
@@ -120,7 +127,7 @@ def test_the_digest_changes_with_the_gallery(save):
     digests = {
         save("cifar100", name="a").digest,
         save("cifar100", name="b", labels=False).digest,
-        save("cifar100", name="c", extraction="other").digest,
+        save("cub", name="c").digest,
         save("cifar100", name="d", gallery=False).digest,
     }
     assert len(digests) == 4 and save("cifar100", name="e").digest in digests
@@ -130,7 +137,7 @@ def test_the_digest_changes_with_the_gallery(save):
 
 
 def test_files_are_links_that_outlive_the_cache(save, extracted):
-    files, numbers = extracted
+    files, numbers, _ = extracted
     checkpoint = save("cifar100", "cub")
     for part, dataset in enumerate(COUNTS):
         for name, source in files[dataset].items():
@@ -155,7 +162,7 @@ def test_where_links_cannot_be_made_files_are_copied(save, extracted, monkeypatc
 
 def test_the_gallery_takes_no_room_of_its_own(save):
     checkpoint = save("cifar100")
-    assert all(path.stat().st_nlink == 2 for path in (checkpoint.folder / "gallery/0").iterdir())
+    assert all(path.stat().st_nlink == 2 for path in (checkpoint.folder / "gallery/0").glob("*.npy*"))
 
 
 def test_an_index_lies_in_the_gallery(save):
@@ -195,10 +202,20 @@ def flat(path):
     np.save(path, np.load(path).reshape(-1)[:7][None, None])
 
 
+def flip(path):
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+
+
+def swap(path):
+    np.save(path, np.load(path)[::-1])
+
+
 FILES = [FIRST, "embedding.clip", "embedding.test_vit", "digests", "labels"]
 
 
-@pytest.mark.parametrize("damage", [remove, cut, clear, garbage, pickled, fewer, flat])
+@pytest.mark.parametrize("damage", [remove, cut, clear, garbage, pickled, fewer, flat, flip, swap])
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_is_named_in_one_sentence(name, damage, save):
     checkpoint = save("cifar100", "cub")
@@ -259,3 +276,45 @@ def test_a_checkpoint_of_before_galleries_is_still_read(save):
     checkpoint.verify()
     with pytest.raises(CheckpointError, match="has no gallery"):
         checkpoint.open_gallery()
+
+
+def test_a_whole_gallery_is_read_once_and_not_at_every_load(save, monkeypatch):
+    """What is linked was compared when the cache was opened; a copy is compared when it is first opened."""
+    read = []
+    stock = arrays.check
+    monkeypatch.setattr(arrays, "check", lambda path, *args: read.append(path.stem) or stock(path, *args))
+    checkpoint = save("cifar100")
+    checkpoint.open_gallery()
+    assert read == []
+    shutil.copytree(checkpoint.folder, checkpoint.folder.with_name("copy"))
+    copied = Checkpoint.open(checkpoint.folder.with_name("copy"))
+    copied.open_gallery()
+    assert sorted(read) == sorted([FIRST, LAST, "embedding.clip", "embedding.test_vit", "digests", "labels"])
+    copied.open_gallery()
+    assert len(read) == 6
+    copied.verify()
+    assert len(read) == 12
+
+
+def test_the_doctor_reads_everything_whatever_is_remembered(save):
+    checkpoint = save("cifar100")
+    path = file_in(checkpoint, "embedding.clip")
+    checkpoint.open_gallery()
+    flip(path)
+    trust_all(path.parent, checkpoint.gallery.parts[0].contents)  # as a disk that fails, and says nothing
+    checkpoint.open_gallery()
+    with pytest.raises(CheckpointError, match=r"embedding\.clip\.npy: its rows 0 to 6 are not those that were written"):
+        checkpoint.verify()
+
+
+def test_a_gallery_of_before_contents_were_told_is_still_read(save):
+    checkpoint = save("cifar100")
+    facts = json.loads((checkpoint.folder / MANIFEST).read_text())
+    for part in facts["gallery"]["parts"]:
+        part["extraction"] = part.pop("contents")["digests"]
+    (checkpoint.folder / MANIFEST).write_text(json.dumps(facts))
+    for file in (checkpoint.folder / "gallery/0").glob("*.sha256"):
+        file.unlink()
+    old = Checkpoint.open(checkpoint.folder)
+    assert old.gallery.parts[0].contents is None and len(old.open_gallery()) == 7
+    old.verify()

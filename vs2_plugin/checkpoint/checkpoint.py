@@ -270,16 +270,19 @@ class Checkpoint:
             )
         return self.gallery
 
-    def open_gallery(self) -> Gallery:
+    def open_gallery(self, thorough: bool = False) -> Gallery:
         """Open the gallery, its large arrays memory-mapped.
 
+        Args:
+            thorough: compare every array with what was written; otherwise, those that were touched since the last time.
+
         Raises:
-            CheckpointError: there is none, or a file is missing or of another shape.
+            CheckpointError: there is none, or a file is missing, of another shape, or not what was written.
         """
         from vs2_plugin.gallery.files import open_gallery
 
         widths = {site.hookpoint: site.width for site in self.sites}
-        return open_gallery(self.gallery_folder, self.require_gallery(), widths)
+        return open_gallery(self.gallery_folder, self.require_gallery(), widths, thorough)
 
     def load(self, site: SiteSAE) -> tuple[TopKSAE, Tensor]:
         """Read the SAE of ``site`` and its mean ``[d]``, verified against ``vs2.json``.
@@ -313,11 +316,11 @@ class Checkpoint:
         return sae, torch.tensor(list(map(float, site.mean)), dtype=torch.float32)
 
     def verify(self) -> None:
-        """Read every file of the checkpoint. Raises CheckpointError at the first that is not whole."""
+        """Read every file in full. Raises CheckpointError at the first that is not what was written."""
         for site in self.sites:
             self.load(site)
         if self.gallery is not None:
-            self.open_gallery()
+            self.open_gallery(thorough=True)
 
 
 def _problems(checkpoint: Checkpoint) -> Iterator[str]:

@@ -2,6 +2,9 @@
 
     <store>/checkpoints/<name>/…     see checkpoint.checkpoint
     <store>/activations/<key>/…      see data.cache
+    <store>/training/<key>/…         states of trainings that have not ended; see sae.state
+
+What begins with a dot is being written, or was when a process died; see files.
 
 The store is ``--store``, else the environment variable ``VS2_STORE``, else the platform's cache folder. No heavy
 imports here: the harness looks a checkpoint up before it loads anything.
@@ -13,6 +16,8 @@ import os
 import re
 import shlex
 import shutil
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +25,7 @@ from pathlib import Path
 
 from vs2_plugin.checkpoint.checkpoint import MANIFEST, Checkpoint
 from vs2_plugin.errors import CheckpointNotFound, DataError
+from vs2_plugin.files import LOCKS, LONGEST, alone, settle
 from vs2_plugin.names import HUB, LOCAL
 
 __all__ = ["ENVIRONMENT_VARIABLE", "Store", "checkpoint_name"]
@@ -82,16 +88,56 @@ class Store:
         """The folder of the cached activations."""
         return self.root / "activations"
 
+    @property
+    def training(self) -> Path:
+        """The folder of the states of trainings."""
+        return self.root / "training"
+
+    def require_writable(self) -> None:
+        """Refuse a store in which nothing can be written.
+
+        Raises:
+            DataError: it is a file, or cannot be made or written.
+        """
+        another = f"name another one with --store or {ENVIRONMENT_VARIABLE}"
+        if self.root.exists() and not self.root.is_dir():
+            raise DataError(f"the store {self.root} is a file; expected a folder: {another}")
+        try:
+            for folder in (self.checkpoints, self.activations, self.training):
+                folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
+        except OSError as error:
+            raise DataError(f"the store {self.root} cannot be written ({error.strerror}); {another}") from error
+
+    def unfinished(self) -> Iterator[Path]:
+        """The folders of what interrupted runs left, or running ones write: they go on with it."""
+        for folder in (self.checkpoints, self.activations):
+            yield from sorted(path for path in _inside(folder, ".*") if path.name != LOCKS)
+        yield from sorted(_inside(self.training, "[!.]*"))
+
     def names(self) -> list[str]:
         """The names of all checkpoints here."""
+        self._settle()
         return sorted(
             path.parent.name for path in self.checkpoints.glob(f"*/{MANIFEST}") if not path.parent.name.startswith(".")
         )
+
+    def _settle(self) -> None:
+        """Finish what writers of checkpoints that died began."""
+        for left in _inside(self.checkpoints, ".*.*"):
+            name, _, state = left.name.removeprefix(".").rpartition(".")
+            if state in ("new", "old"):
+                settle(self.checkpoints / name)
 
     def folder(self, name: str) -> Path:
         """Where the checkpoint called ``name`` lies, or would. Raises DataError for a name that is no plain name."""
         if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name, re.ASCII):
             raise DataError(f"checkpoint name {name!r}: expected letters, digits and any of . _ - +")
+        if len(name) > LONGEST:
+            raise DataError(
+                f"checkpoint name {name[:40]}...: {len(name)} letters, expected at most {LONGEST}; give --name"
+            )
         return self.checkpoints / name
 
     def find(self, name: str) -> Checkpoint:
@@ -102,6 +148,8 @@ class Store:
             CheckpointError: it is damaged.
         """
         here = self.checkpoints / name
+        with suppress(OSError):  # a name too long for the file system
+            settle(here)
         if _is_checkpoint(here):
             return Checkpoint.open(here)
         elsewhere = _expand(name)
@@ -113,9 +161,8 @@ class Store:
         )
 
     def cached(self) -> Iterator[Path]:
-        """The folders of cached activations, and what interrupted runs left."""
-        if self.activations.is_dir():
-            yield from sorted(self.activations.iterdir())
+        """The folders of cached activations."""
+        yield from sorted(_inside(self.activations, "[!.]*"))
 
     def remove(self, name: str) -> int:
         """Delete a checkpoint. Returns the bytes freed. Raises CheckpointNotFound if there is none."""
@@ -129,8 +176,19 @@ class Store:
         return _delete(folder)
 
     def remove_cache(self) -> int:
-        """Delete all cached activations. Returns the bytes freed."""
-        return sum(_delete(folder) for folder in self.cached() if folder.is_dir())
+        """Delete all cached activations, and what interrupted runs left. Returns the bytes freed."""
+        return sum(map(_delete, list(self.cached()))) + self.remove_unfinished()
+
+    def remove_unfinished(self, days: float = 0) -> int:
+        """Delete what interrupted runs left that many days ago or earlier, but not what a running process writes.
+        Returns the bytes freed."""
+        freed = 0
+        for left in list(self.unfinished()):
+            name = left.name.removeprefix(".").rpartition(".")[0] if left.name.startswith(".") else left.name
+            with suppress(DataError, OSError), alone(left.with_name(name), seconds=0):
+                if time.time() - max(path.stat().st_mtime for path in (left, *left.iterdir())) >= days * 86_400:
+                    freed += _delete(left)
+        return freed
 
 
 def _expand(path: str | Path) -> Path:
@@ -155,6 +213,10 @@ def folder_size(folder: Path) -> int:
             with suppress(OSError):
                 size += path.stat().st_size if path.is_file() else 0
     return size
+
+
+def _inside(folder: Path, pattern: str) -> Iterator[Path]:
+    return (path for path in folder.glob(pattern) if path.is_dir())
 
 
 def _delete(folder: Path) -> int:

@@ -14,6 +14,7 @@ from vs2_plugin import messages
 from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE
 from vs2_plugin.errors import Vs2Error
 from vs2_plugin.settings import flags_of
+from vs2_plugin.text import sentence_of
 
 __all__ = ["AGAIN", "add_flags", "add_store_option", "end_well", "is_interruption", "load_torch"]
 
@@ -31,13 +32,16 @@ def add_store_option(parser: argparse.ArgumentParser) -> None:
 def end_well(program: str, action: Callable[[], int | None], interrupted: str = "") -> int:
     """Run ``action``, show its log messages, and return the exit code.
 
-    An error of this package becomes one line on stderr and exit code 2; Ctrl-C 130.
+    An error of this package, or of the system (a full disk), becomes one line on stderr and exit code 2; Ctrl-C 130.
     """
     messages.show()
     try:
         return action() or 0
-    except Vs2Error as error:
-        messages.complain(f"{program}: error: {error}")
+    except BrokenPipeError:  # `vs2 methods | head`
+        sys.stderr.close()
+        return 0
+    except (Vs2Error, OSError) as error:
+        messages.complain(f"{program}: error: {sentence_of(error)}")
         return 2
     except (KeyboardInterrupt, RuntimeError) as error:
         # Ctrl-C ends a data loader's workers too, and the loader raises RuntimeError while the interruption is handled.
@@ -45,9 +49,6 @@ def end_well(program: str, action: Callable[[], int | None], interrupted: str = 
             raise
         print(f"\n{program}: interrupted{interrupted}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `vs2 methods | head`
-        sys.stderr.close()
-        return 0
 
 
 def is_interruption(error: BaseException | None) -> bool:

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return end_well(
         "vs2-train-sae",
         lambda: _run(argv),
-        "; activations that were extracted completely are kept: run the same command to go on",
+        "; what was extracted and trained so far is kept: run the same command to go on",
     )
 
 

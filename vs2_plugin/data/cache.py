@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -16,19 +17,21 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vs2_plugin.arrays import Column
+from vs2_plugin.arrays import Column, check_all, whole_rows
 from vs2_plugin.clip.edits import reading
 from vs2_plugin.clip.sites import Site
-from vs2_plugin.data.images import TrainingImages
+from vs2_plugin.data.images import Batch, TrainingImages
 from vs2_plugin.distributed import ALONE, Processes, wait
 from vs2_plugin.errors import DataError
-from vs2_plugin.files import atomic_folder
+from vs2_plugin.files import alone, atomic_folder, part_of, settle
+from vs2_plugin.text import counted
 
-__all__ = ["ActivationCache", "Encode", "Extracted", "activations_at", "extract", "require_space"]
+__all__ = ["ActivationCache", "Encode", "Extracted", "Writer", "activations_at", "extract", "require_space"]
 
 _FACTS = "activations.json"
-_DIGESTS = "digests.npy"
-_LABELS = "labels.npy"
+_DIGESTS = "digests"
+_LABELS = "labels"
+_LOG = logging.getLogger(__name__)
 _CHUNK = 1 << 16
 
 #: Images ``[batch, 3, height, width]`` to rows ``[batch, width]`` of each column, by its name.
@@ -47,6 +50,8 @@ class Extracted:
     """uint64 ``[count]``: what tells an image from all others; see :func:`vs2_plugin.data.images.image_digest`."""
     labels: np.ndarray | None
     """int64 ``[count]``, if they were read."""
+    contents: dict[str, str]
+    """Array -> SHA-256 that tells of its whole content; see :meth:`vs2_plugin.arrays.Column.complete`."""
 
     def __len__(self) -> int:
         return len(self.digests)
@@ -64,17 +69,26 @@ class ActivationCache:
         return self.root / digest[:32]
 
     def open(self, key: dict[str, Any], widths: Mapping[str, int], labels: bool = False) -> Extracted | None:
-        """The columns named in ``widths``, memory-mapped; None if they are not there, or not whole."""
+        """The columns named in ``widths``, memory-mapped; None if they are not there, or not what was written."""
         folder = self.folder(key)
+        settle(folder)
+        names = [*widths, _DIGESTS, *([_LABELS] if labels else [])]
         try:
-            count = json.loads((folder / _FACTS).read_text())["count"]
-            columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in widths}
-            digests, classes = np.load(folder / _DIGESTS), np.load(folder / _LABELS) if labels else None
-            whole = all(columns[name].shape == (count, width) for name, width in widths.items())
-            whole = whole and len(digests) == count and (classes is None or len(classes) == count)
-        except (OSError, ValueError, EOFError, KeyError, TypeError):  # not there, cut short, or not ours
+            facts = json.loads((folder / _FACTS).read_text())
+            count, contents = facts["count"], {name: str(facts["contents"][name]) for name in names}
+        except (OSError, ValueError, KeyError, TypeError):  # not there, cut short, or not ours
             return None
-        return Extracted(folder, columns, digests, classes) if whole else None
+        try:
+            check_all(folder, contents)
+            columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in widths}
+            digests = np.load(folder / f"{_DIGESTS}.npy")
+            classes = np.load(folder / f"{_LABELS}.npy") if labels else None
+        except (OSError, ValueError, EOFError) as error:
+            _LOG.warning("cached activations are damaged, and extracted again: %s", error)
+            return None
+        whole = all(columns[name].shape == (count, width) for name, width in widths.items())
+        whole = whole and len(digests) == count and (classes is None or len(classes) == count)
+        return Extracted(folder, columns, digests, classes, contents) if whole else None
 
     def written(self, key: dict[str, Any], widths: Mapping[str, int], labels: bool = False) -> Extracted:
         """Return what :meth:`open` does of what was just written. Raises DataError if it is gone."""
@@ -84,17 +98,37 @@ class ActivationCache:
         return found
 
     @contextmanager
+    def alone(self, key: dict[str, Any], name: str = "activations") -> Iterator[bool]:
+        """Wait while another process extracts the same; tells whether one did. See :func:`vs2_plugin.files.alone`."""
+
+        def waiting() -> None:
+            _LOG.info("another process is extracting the same %s: waiting for it", name)
+
+        with alone(self.folder(key), -1, waiting) as waited:
+            yield waited
+
+    @contextmanager
     def writing(
-        self, key: dict[str, Any], widths: Mapping[str, int], dtype: np.dtype, labels: bool = False
-    ) -> Iterator[_Writer]:
-        """Open a writer for batches. All appears under the key, at once, when the block ends well."""
-        with atomic_folder(self.folder(key)) as scratch, closing(_Writer(scratch, widths, dtype)) as writer:
-            yield writer
-            writer.close()
-            np.save(scratch / _DIGESTS, np.concatenate([np.empty(0, np.uint64), *writer.digests]))
-            if labels:
-                np.save(scratch / _LABELS, np.concatenate([np.empty(0, np.int64), *writer.labels]))
-            (scratch / _FACTS).write_text(json.dumps({"count": writer.count, "key": key}, indent=2) + "\n")
+        self, key: dict[str, Any], widths: Mapping[str, int], dtype: np.dtype, labels: bool, fresh: bool = False
+    ) -> Iterator[Writer]:
+        """Open a writer, which goes on after the rows that an interrupted one left, unless it is to be ``fresh``. All
+        appears under the key, at once, when the block ends well. The caller is :meth:`alone`."""
+        if fresh:
+            shutil.rmtree(part_of(self.folder(key)), ignore_errors=True)
+        kinds: dict[str, tuple[int | None, np.dtype]] = {name: (width, dtype) for name, width in widths.items()}
+        kinds[_DIGESTS] = None, np.dtype(np.uint64)
+        if labels:
+            kinds[_LABELS] = None, np.dtype(np.int64)
+
+        def rows(scratch: Path) -> int:
+            return min(whole_rows(scratch / f"{name}.npy", *kind) for name, kind in kinds.items())
+
+        with atomic_folder(self.folder(key), keep=lambda scratch: rows(scratch) > 0) as scratch:
+            with closing(Writer(scratch, kinds, rows(scratch))) as writer:
+                yield writer
+                contents = {name: column.complete() for name, column in writer.columns.items()}
+            facts = {"count": writer.count, "contents": contents, "key": key}
+            (scratch / _FACTS).write_text(json.dumps(facts, indent=2) + "\n")
 
     def join(
         self,
@@ -105,34 +139,40 @@ class ActivationCache:
         labels: bool,
     ) -> None:
         """Put what lies under the keys ``parts`` under one key, in their order, and remove the parts."""
-        with self.writing(key, widths, dtype, labels) as writer:
+        with self.alone(key), self.writing(key, widths, dtype, labels, fresh=True) as writer:  # joining is quick
             for part in parts:
                 found = self.written(part, widths, labels)
-                for name, column in writer.columns.items():
-                    for start in range(0, len(found), _CHUNK):
-                        column.append(found.columns[name][start : start + _CHUNK])
-                writer.digests.append(found.digests)
-                if found.labels is not None:
-                    writer.labels.append(found.labels)
+                for start in range(0, len(found), _CHUNK):
+                    rows = slice(start, start + _CHUNK)
+                    columns = {name: column[rows] for name, column in found.columns.items()}
+                    writer.append(columns, found.digests[rows], None if found.labels is None else found.labels[rows])
             if writer.count == 0:
                 raise DataError("there are no training images")
         for part in parts:
             shutil.rmtree(self.folder(part), ignore_errors=True)
 
 
-class _Writer:
+class Writer:
     """Columns under construction."""
 
-    def __init__(self, folder: Path, widths: Mapping[str, int], dtype: np.dtype) -> None:
-        self.columns = {name: Column(folder / f"{name}.npy", width, dtype) for name, width in widths.items()}
-        self.digests: list[np.ndarray] = []
-        self.labels: list[np.ndarray] = []
+    def __init__(self, folder: Path, kinds: Mapping[str, tuple[int | None, np.dtype]], rows: int) -> None:
+        #: By name.
+        self.columns = {
+            name: Column(folder / f"{name}.npy", width, dtype, rows) for name, (width, dtype) in kinds.items()
+        }
 
     @property
     def count(self) -> int:
-        return sum(map(len, self.digests))
+        """How many images have been written."""
+        return self.columns[_DIGESTS].count
+
+    def append(self, rows: Mapping[str, np.ndarray], digests: np.ndarray, labels: np.ndarray | None) -> None:
+        """Add images: rows ``[batch, width]`` of each column, digests and, where they are read, labels ``[batch]``."""
+        for name, values in {**rows, _DIGESTS: digests, **({} if labels is None else {_LABELS: labels})}.items():
+            self.columns[name].append(values)
 
     def close(self) -> None:
+        """Close the files."""
         for column in self.columns.values():
             column.close()
 
@@ -150,7 +190,7 @@ def activations_at(model: nn.Module, sites: Sequence[Site], amp: bool) -> Encode
     return encode
 
 
-def require_space(folder: Path, needed: int) -> int:
+def require_space(folder: Path, needed: int, what: str = "the activations") -> int:
     """The free bytes where ``folder`` is, or will be. Raises DataError if they are fewer than ``needed``."""
     there = folder
     while not there.exists():
@@ -158,7 +198,7 @@ def require_space(folder: Path, needed: int) -> int:
     free = shutil.disk_usage(there).free
     if needed > free:
         raise DataError(
-            f"the activations need {needed / 1e9:.2f} GB and {there} has {free / 1e9:.2f} GB free; free "
+            f"{what} need {needed / 1e9:.2f} GB and {there} has {free / 1e9:.2f} GB free; free "
             "some, name another "
             "disk with --store, or take fewer images with --max_images"
         )
@@ -179,42 +219,61 @@ def extract(
     dtype: np.dtype,
     name: str = "activations",
     quiet: bool = False,
+    fresh: bool = False,
     processes: Processes = ALONE,
 ) -> Extracted:
     """Run every image through ``encode`` once and store its columns, of the widths given.
+
+    Unless it is to be ``fresh``, it goes on where an interrupted run of the same key ended: with the batch of the first
+    row that is lacking, so that every row is of the batch that it is of otherwise, and has the same bits.
 
     Joined ``processes`` extract a part each, on a file system that they share; the first puts the parts together.
 
     Raises:
         DataError: an image cannot be read, or a value does not fit ``dtype``.
     """
+    labels = images.labels
     if processes.world > 1:
         keys = [{**key, "part": [rank, processes.world]} for rank in range(processes.world)]
         mine, own = images.part(processes, batch_size), keys[processes.rank]
-        extract(
-            encode, widths, mine, cache, own, device=device, batch_size=batch_size, num_workers=num_workers,
-            dtype=dtype, name=name, quiet=quiet or not processes.first,
-        )  # fmt: skip
+        if fresh or cache.open(own, widths, labels) is None:  # else it is what an interrupted run left
+            extract(
+                encode, widths, mine, cache, own, device=device, batch_size=batch_size, num_workers=num_workers,
+                dtype=dtype, name=name, quiet=quiet or not processes.first, fresh=fresh,
+            )  # fmt: skip
         wait()
         if processes.first:
-            cache.join(keys, key, widths, dtype, images.labels)
+            cache.join(keys, key, widths, dtype, labels)
         wait()
-        return cache.written(key, widths, images.labels)
-    bar = tqdm(total=images.count, desc=name, unit="img", disable=True if quiet else None)
+        return cache.written(key, widths, labels)
     # What autocast has cast is kept until the outermost one ends: within this one, encode's casts the weights once.
     outermost = torch.autocast(torch.device(device).type, enabled=False)
-    with outermost, cache.writing(key, widths, dtype, images.labels) as writer, bar:
-        for batch in images.batches(batch_size, num_workers):
-            found = encode(batch.images.to(device, non_blocking=True))
-            for column, into in writer.columns.items():
-                into.append(_storable(found[column].float().cpu().numpy(), dtype, column))
-            writer.digests.append(batch.digests)
-            if batch.labels is not None:
-                writer.labels.append(batch.labels)
-            bar.update(len(batch.images))
-        if writer.count == 0 and "part" not in key:
-            raise DataError("there are no training images")
-    return cache.written(key, widths, images.labels)
+    with cache.alone(key, name) as waited, outermost:
+        there = cache.open(key, widths, labels) if waited and not fresh else None
+        if there is not None:
+            return there
+        with cache.writing(key, widths, dtype, labels, fresh) as writer:
+            first = writer.count // batch_size * batch_size
+            if writer.count:
+                _LOG.info("%s of %s are there from an interrupted run", name, counted(writer.count, "image"))
+            bar = tqdm(total=images.count, initial=first, desc=name, unit="img", disable=True if quiet else None)
+            with bar:
+                for batch in images.batches(batch_size, num_workers, first):
+                    found = encode(batch.images.to(device, non_blocking=True))
+                    columns = {one: _storable(found[one].float().cpu().numpy(), dtype, one) for one in widths}
+                    _append(writer, columns, batch, first)
+                    first += len(batch.images)
+                    bar.update(len(batch.images))
+            if writer.count == 0 and "part" not in key:
+                raise DataError("there are no training images")
+    return cache.written(key, widths, labels)
+
+
+def _append(writer: Writer, columns: Mapping[str, np.ndarray], batch: Batch, first: int) -> None:
+    """Add a batch, the number of whose first image is given, but for images that are there already."""
+    there = slice(writer.count - first, None)
+    labels = None if batch.labels is None else batch.labels[there]
+    writer.append({name: rows[there] for name, rows in columns.items()}, batch.digests[there], labels)
 
 
 def _storable(rows: np.ndarray, dtype: np.dtype, column: str) -> np.ndarray:

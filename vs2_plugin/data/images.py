@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,8 +92,8 @@ class TrainingImages:
             )
         return replace(self, source=self.source.part(processes))
 
-    def batches(self, batch_size: int, num_workers: int) -> Iterator[Batch]:
-        """All images, each once, in a fixed order.
+    def batches(self, batch_size: int, num_workers: int, first: int = 0) -> Iterator[Batch]:
+        """All images from the one numbered ``first`` on, each once, in a fixed order.
 
         Raises:
             DataError: an image cannot be read.
@@ -101,14 +102,14 @@ class TrainingImages:
         # Each worker would repeat a stream. What is no stream is counted, and with that indexed, before there are any.
         most = 1 if streamed else self.count or 0
         loader = DataLoader(
-            self.source,
+            _from(self.source, first) if first else self.source,
             batch_size=batch_size,
             num_workers=min(num_workers, most),
             collate_fn=partial(_batch_with_labels, self.classes) if self.labels else _batch,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=leave_interruptions,
         )
-        left = self.limit if streamed and self.limit is not None else None
+        left = self.limit - first if streamed and self.limit is not None else None
         try:
             for batch in loader:
                 wanted = batch if left is None else batch.first(left)
@@ -124,6 +125,23 @@ class TrainingImages:
             raise DataError(
                 f"cannot read the training images: {type(error).__name__}: {_from_worker(error)}"
             ) from error
+
+
+class _LateStream(IterableDataset[Any]):
+    """A stream without its first items."""
+
+    def __init__(self, source: IterableDataset[Any], first: int) -> None:
+        self._source, self._first = source, first
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self._source), self._first, None)
+
+
+def _from(source: Dataset[Any], first: int) -> Dataset[Any]:
+    """Return a data set without its first items."""
+    if isinstance(source, IterableDataset):
+        return _LateStream(source, first)
+    return Subset(source, range(first, _length(source) or 0))
 
 
 def _length(source: Dataset[Any]) -> int | None:

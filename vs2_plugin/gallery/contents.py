@@ -16,8 +16,16 @@ class GalleryPart:
     count: int
     classes: int | None
     """Labels are below this; None without labels."""
-    extraction: str
-    """What identifies the extraction that the files are of."""
+    extraction: str | None = None
+    """Of checkpoints before version 0.2: what identifies the extraction that the files are of."""
+    contents: dict[str, str] | None = None
+    """Array -> SHA-256 that tells of its whole content (:meth:`vs2_plugin.arrays.Column.complete`); None in checkpoints
+    before version 0.2, whose arrays cannot be verified."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        given = asdict(self)
+        return {name: given[name] for name in given if name == "classes" or given[name] is not None}
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,12 @@ class GalleryContents:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {**asdict(self), "encoders": {name: encoder.to_json() for name, encoder in self.encoders.items()}}
+        return {
+            "parts": [part.to_json() for part in self.parts],
+            "sites": list(self.sites),
+            "encoders": {name: encoder.to_json() for name, encoder in self.encoders.items()},
+            "labels": self.labels,
+        }
 
 
 def split_name(text: str) -> tuple[str, str | None]:

@@ -6,6 +6,8 @@
     embedding.clip.npy                       plain CLIP embeddings [count, e]; one file per retrieval encoder
     digests.npy                              uint64 [count]
     labels.npy                               int64 [count], only if asked for
+    *.npy.sha256                             what tells whether an array is whole; see arrays.Column
+    verified.json                            which have been compared with that, and not touched since
   clip.faiss                                 an index, made when it is first used
 """
 
@@ -19,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vs2_plugin.arrays import Array, stack
+from vs2_plugin.arrays import Array, check_all, stack, sums_of, trust_all
 from vs2_plugin.errors import CheckpointError
-from vs2_plugin.gallery.contents import GalleryContents
+from vs2_plugin.gallery.contents import GalleryContents, GalleryPart
 from vs2_plugin.gallery.gallery import Gallery
 
 __all__ = ["GalleryFiles", "index_file", "open_gallery"]
@@ -37,35 +39,58 @@ class GalleryFiles:
 
     def write(self, folder: Path) -> None:
         """Link or copy the files into ``folder``."""
-        for number, files in enumerate(self.files):
-            (folder / str(number)).mkdir(parents=True)
-            for name, source in files.items():
-                _link(source, folder / str(number) / f"{name}.npy")
+        for number, (part, files) in enumerate(zip(self.contents.parts, self.files, strict=True)):
+            own = folder / str(number)
+            own.mkdir(parents=True)
+            linked = [_link(source, own / f"{name}.npy") for name, source in files.items()]
+            if part.contents is not None:
+                for name, source in files.items():
+                    _link(sums_of(source), sums_of(own / f"{name}.npy"))
+                if all(linked):  # they were compared when the cache was opened
+                    trust_all(own, part.contents)
 
 
-def _link(source: Path, target: Path) -> None:
+def _link(source: Path, target: Path) -> bool:
+    """Link a file, or copy it; tells whether it is linked."""
     try:
         os.link(source, target)
     except OSError:  # another disk, or a file system without links
         shutil.copyfile(source, target)
+        return False
+    return True
 
 
-def open_gallery(folder: Path, contents: GalleryContents, widths: Mapping[str, int]) -> Gallery:
+def _verify(folder: Path, part: GalleryPart, thorough: bool = False) -> None:
+    """Refuse the arrays of one part that are not what was written; see :func:`vs2_plugin.arrays.check_all`."""
+    try:
+        check_all(folder, part.contents or {}, thorough)
+    except OSError as error:
+        raise _damaged(f"{error.filename}: {error.strerror}") from error
+    except ValueError as error:
+        raise _damaged(str(error)) from error
+
+
+def open_gallery(
+    folder: Path, contents: GalleryContents, widths: Mapping[str, int], thorough: bool = False
+) -> Gallery:
     """Open the gallery in ``folder``, its large arrays memory-mapped.
 
     Args:
         folder: where its files lie.
         contents: what is there.
         widths: hookpoint -> d, for each site whose activations are wanted.
+        thorough: compare every array with what was written; otherwise, those that were touched since the last time.
 
     Raises:
-        CheckpointError: a file is missing or of another shape.
+        CheckpointError: a file is missing, of another shape, or not what was written.
     """
 
     def read(name: str, width: int | None = None) -> list[Array]:
         return [_read(folder / str(number) / f"{name}.npy", part.count, width) for number, part in parts]
 
     parts = list(enumerate(contents.parts))
+    for number, part in parts:
+        _verify(folder / str(number), part, thorough)
     *starts, _ = np.cumsum([0, *(part.classes or 0 for part in contents.parts)]).tolist()
     labels = None
     if contents.labels:

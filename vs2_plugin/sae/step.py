@@ -30,7 +30,8 @@ class ClassMeans:
 
     def __init__(self, weight: float, num_classes: int, running: bool) -> None:
         self.weight, self.num_classes, self.running = weight, num_classes, running
-        self._kept: tuple[Tensor, Tensor] | None = None  # running means [classes, n], and which classes have one
+        #: Running means ``[classes, n]``, and which classes have one.
+        self.kept: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, latents: Latents, labels: Tensor, num_latents: int) -> tuple[Tensor, Tensor]:
         """The term times V, and its derivative by the active latents' values ``[batch, k]``."""
@@ -48,9 +49,9 @@ class ClassMeans:
         batch_means = sums.view(self.num_classes, num_latents) / counts.clamp_min(1)
         if not self.running:
             return batch_means
-        means, seen = self._kept or (batch_means.clone(), counts > 0)
+        means, seen = self.kept or (batch_means.clone(), counts > 0)
         means.lerp_(batch_means, torch.where(seen, 0.1, 1.0) * (counts > 0))
-        self._kept = means, seen | (counts > 0)
+        self.kept = means, seen | (counts > 0)
         return means
 
 

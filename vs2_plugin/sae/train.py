@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,11 +22,13 @@ from vs2_plugin.arrays import Stack
 from vs2_plugin.distributed import ALONE, Processes, total
 from vs2_plugin.errors import DataError, SettingError
 from vs2_plugin.sae.config import TrainConfig
+from vs2_plugin.sae.state import SavedState
 from vs2_plugin.sae.step import ClassMeans, finds_in_bfloat16, set_gradients
 from vs2_plugin.sae.topk import SaeConfig, TopKSAE, sample_fvu
 
 __all__ = ["QUANTILES", "Figures", "Job", "Trained", "train_sae", "train_saes"]
 
+_LOG = logging.getLogger(__name__)
 #: Quantiles of the held-out per-sample FVU that a checkpoint stores.
 QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.995)
 #: Activations ``[count, d]``, in memory or on disk.
@@ -103,6 +108,8 @@ def train_saes(
     device: Device = "cpu",
     quiet: bool = False,
     processes: Processes = ALONE,
+    states: Path | None = None,
+    save_every: float = 60.0,
 ) -> list[Trained]:
     """Train SAEs on activations of the same images: at several sites, of several sizes, by several seeds.
 
@@ -119,6 +126,9 @@ def train_saes(
     ``calibration`` (bool ``[count]``) says which activations the FVU quantiles are of; by default all.
 
     Joined ``processes`` call this with the same arguments and share each batch; the result is the same in all.
+
+    ``states`` is a folder, of this very training and shared by all processes, in which its state is kept every
+    ``save_every`` seconds. An interrupted training goes on from there and ends with the same bits.
 
     Raises:
         DataError: too few activations, all of them equal, or values that are not finite; or the training diverged.
@@ -140,32 +150,58 @@ def train_saes(
     for index, job in enumerate(jobs):
         passes.setdefault((job.config.seed, job.config.sae_batch_size, job.config.samples), []).append(index)
     trained: dict[int, Trained] = {}
-    for together in passes.values():
+    for number, together in enumerate(passes.values()):
         runs = [_Run(jobs[index], *moments[id(jobs[index].activations)], device) for index in together]
-        _train_together(runs, quiet, processes)
+        saved = None if states is None else SavedState(states / f"{number}.safetensors", save_every, processes.first)
+        _train_together(runs, quiet, processes, saved)
         trained.update({index: run.finish(calibration) for index, run in zip(together, runs, strict=True)})
     return [trained[index] for index in range(len(jobs))]
 
 
-def _train_together(runs: Sequence[_Run], quiet: bool, processes: Processes) -> None:
+def _train_together(runs: Sequence[_Run], quiet: bool, processes: Processes, saved: SavedState | None) -> None:
     """One pass for SAEs that see the same batches."""
     first = runs[0]
     name = first.job.name if len(runs) == 1 else f"{len(runs)} SAEs"
+    done = 0 if saved is None else _restore(runs, saved)
     shown = tqdm(
-        total=first.steps * first.batch_size, desc=name, unit="act", unit_scale=True, disable=True if quiet else None
+        total=first.steps * first.batch_size,
+        initial=done * first.batch_size,
+        desc=name,
+        unit="act",
+        unit_scale=True,
+        disable=True if quiet else None,
     )
-    batches = _batches(first.train, first.batch_size, first.job.config.seed)
+    batches = islice(_batches(first.train, first.batch_size, first.job.config.seed), done, None)
     arrays = {id(run.job.activations): run.job.activations for run in runs}
     with _threads_for(max(run.work for run in runs)), shown as bar:
-        for step in range(1, first.steps + 1):
+        for step in range(done + 1, first.steps + 1):
             chosen = next(batches)[processes.rank :: processes.world]
             read = {key: _rows(activations, chosen, first.device) for key, activations in arrays.items()}
             for run in runs:
                 run.step(read[id(run.job.activations)], chosen, step)
             bar.update(first.batch_size)
             if step % max(1, first.steps // _EVALUATIONS) == 0 or step == first.steps:
-                seen = [run.look() for run in runs]
-                bar.set_postfix(FVU=f"{np.mean([fvu for fvu, _ in seen]):.4f}", dead=f"{max(d for _, d in seen):.3f}")
+                fvus, dead = zip(*(run.look() for run in runs), strict=True)
+                bar.set_postfix(FVU=f"{np.mean(fvus):.4f}", dead=f"{max(dead):.3f}")
+            if saved is not None and saved.is_due(last=step == first.steps):
+                _save(runs, step, saved)
+
+
+def _save(runs: Sequence[_Run], step: int, saved: SavedState) -> None:
+    saved.write({f"{number}.{key}": value for number, run in enumerate(runs) for key, value in run.state(step)})
+
+
+def _restore(runs: Sequence[_Run], saved: SavedState) -> int:
+    """Bring runs to the state that was saved, if there is one. Return the steps that have been done."""
+    tensors = saved.read()
+    if not tensors:
+        return 0
+    for number, run in enumerate(runs):
+        prefix = f"{number}."
+        run.restore({key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)})
+    done = int(tensors["0.step"])
+    _LOG.info("the training goes on after %s of %s steps", f"{done:,}", f"{runs[0].steps:,}")
+    return done
 
 
 class _Run:
@@ -206,6 +242,7 @@ class _Run:
         self._bfloat16 = finds_in_bfloat16(self.sae)
         self._silent = torch.zeros(self.sae.config.num_latents, dtype=torch.long, device=device)
         self._best: tuple[float, dict[str, Tensor]] = (math.inf, {})
+        self._last = math.inf
 
     def step(self, x: Tensor, chosen: np.ndarray, step: int) -> None:
         """One step on activations ``[batch, d]``, whose row numbers are ``chosen``."""
@@ -230,6 +267,39 @@ class _Run:
         if self._last < self._best[0] or (self._classes is not None and math.isfinite(self._last)):
             self._best = (self._last, {key: value.clone() for key, value in self.sae.state_dict().items()})
         return self._last, (self._silent >= self.job.config.dead_after).float().mean().item()
+
+    def state(self, step: int) -> Iterator[tuple[str, Tensor]]:
+        """Give everything that the steps after this one depend on, by name."""
+        yield "step", torch.tensor(step)
+        yield "seconds", torch.tensor(time.monotonic() - self._started, dtype=torch.double)
+        yield "silent", self._silent
+        yield "last", torch.tensor(self._last, dtype=torch.double)
+        yield "best", torch.tensor(self._best[0], dtype=torch.double)
+        yield from ((f"sae.{name}", value) for name, value in self.sae.state_dict().items())
+        yield from ((f"best.{name}", value) for name, value in self._best[1].items())
+        for number, entries in self._optimizer.state_dict()["state"].items():
+            yield from ((f"adam.{number}.{name}", value) for name, value in entries.items())
+        if self._classes is not None and self._classes.kept is not None:
+            yield from zip(("means", "seen"), self._classes.kept, strict=True)
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take up the state that :meth:`state` gave."""
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {key.removeprefix(prefix): state[key].to(self.device) for key in state if key.startswith(prefix)}
+
+        self._started -= float(state["seconds"])
+        self._silent = state["silent"].to(self.device)
+        self._last = float(state["last"])
+        self._best = float(state["best"]), under("best.")
+        self.sae.load_state_dict(under("sae."))
+        adam: dict[int, dict[str, Tensor]] = {}
+        for key, value in under("adam.").items():
+            number, _, name = key.partition(".")
+            adam.setdefault(int(number), {})[name] = value
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": adam})
+        if self._classes is not None and "means" in state:
+            self._classes.kept = state["means"].to(self.device), state["seen"].to(self.device)
 
     def _scaled_rows(self, chosen: np.ndarray) -> Tensor:
         return _rows(self.job.activations, chosen, self.device) / self.scale

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from vs2_plugin.data.images import TrainingImages, open_images
 from vs2_plugin.data.splits import Split
 from vs2_plugin.distributed import ALONE, Processes
 from vs2_plugin.errors import DataError, SettingError
+from vs2_plugin.files import part_of
 from vs2_plugin.gallery.contents import GalleryContents, GalleryPart, RetrievalEncoder, split_name
 from vs2_plugin.gallery.encoders import TimmEncoder, load_encoder
 from vs2_plugin.gallery.files import GalleryFiles
@@ -104,6 +104,8 @@ class Extraction:
     device: str
     say: Report
     processes: Processes = ALONE
+    reserved: int = 0
+    """Bytes that are to stay free in the store, for what is written afterwards."""
 
     def run(self, dataset: str, split: Split) -> Part:
         """Return everything of one data set, from the cache or extracted into it.
@@ -190,7 +192,10 @@ class Extraction:
             self.say(f"{name} of an unknown number of images: into {cache.folder(key)}")
         else:
             needed = count * sum(widths.values()) * dtype.itemsize
-            free, where = require_space(self.store.activations, needed), cache.folder(key)
+            left = sum(path.stat().st_size for path in part_of(cache.folder(key)).glob("*.npy"))
+            what = "the activations, and the checkpoints after them,"
+            free = require_space(self.store.activations, needed - min(left, needed) + self.reserved, what)
+            where = cache.folder(key)
             self.say(f"{name} of {count:,} images: {gigabytes(needed)} on disk, in {where} ({gigabytes(free)} free)")
         return extract(
             encode,
@@ -204,6 +209,7 @@ class Extraction:
             dtype=dtype,
             name=name,
             quiet=request.quiet,
+            fresh=request.refresh_cache,
             processes=self.processes,
         )
 
@@ -215,19 +221,29 @@ class Extraction:
             CLIP: RetrievalEncoder(self.loaded.sites.output.width),
             **{name: identity for name, (_, identity) in self.encoders.items()},
         }
+        arrays = [self._arrays(part) for part in parts]
         kept = tuple(
-            GalleryPart(part.dataset, len(part), part.classes if self.labels else None, part.tower.folder.name)
-            for part in parts
+            GalleryPart(
+                part.dataset,
+                len(part),
+                part.classes if self.labels else None,
+                contents={name: extracted.contents[column] for name, (extracted, column) in of_part.items()},
+            )
+            for part, of_part in zip(parts, arrays, strict=True)
         )
+        files = [
+            {name: extracted.folder / f"{column}.npy" for name, (extracted, column) in of_part.items()}
+            for of_part in arrays
+        ]
         contents = GalleryContents(kept, tuple(site.hookpoint for site in self.sites), encoders, self.labels)
-        return GalleryFiles(contents, [self._gallery_files(part) for part in parts])
+        return GalleryFiles(contents, files)
 
-    def _gallery_files(self, part: Part) -> dict[str, Path]:
-        folder = part.tower.folder
-        files = {site.hookpoint: folder / f"{site.hookpoint}.npy" for site in self.sites}
-        files[f"embedding.{CLIP}"] = folder / f"{self.loaded.sites.output.hookpoint}.npy"
-        files |= {f"embedding.{name}": found.folder / f"{name}.npy" for name, found in part.encoded.items()}
-        files["digests"] = folder / "digests.npy"
+    def _arrays(self, part: Part) -> dict[str, tuple[Extracted, str]]:
+        """Name in the gallery -> what was extracted, and the column in it."""
+        arrays = {site.hookpoint: (part.tower, site.hookpoint) for site in self.sites}
+        arrays[f"embedding.{CLIP}"] = part.tower, self.loaded.sites.output.hookpoint
+        arrays |= {f"embedding.{name}": (found, name) for name, found in part.encoded.items()}
+        arrays["digests"] = part.tower, "digests"
         if self.labels:
-            files["labels"] = folder / "labels.npy"
-        return files
+            arrays["labels"] = part.tower, "labels"
+        return arrays

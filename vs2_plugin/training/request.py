@@ -109,6 +109,11 @@ class TrainRequest:
     overwrite: bool = setting(False, help="replace a checkpoint of that name")
     cache_dtype: str = setting("float16", choices=("float16", "float32"), help="precision of cached activations")
     refresh_cache: bool = setting(False, help="extract again, even if the activations are cached")
+    save_every: float = setting(
+        60.0, minimum=0, maximum=10**6,
+        help="seconds between states of the training that are kept, from which the same command goes on after an "
+        "interruption",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         validate(self)

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from vs2_plugin import __version__
 from vs2_plugin.arrays import stack
 from vs2_plugin.checkpoint.checkpoint import Checkpoint, SiteSAE, TrainingData, save_checkpoint
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.clip.backbone import ignores_pretrained, load_backbone
 from vs2_plugin.clip.sites import Site
 from vs2_plugin.clip.tower import Tower
+from vs2_plugin.data.cache import require_space
 from vs2_plugin.data.splits import Split, training_split
 from vs2_plugin.devices import emulates_bfloat16, own_device
 from vs2_plugin.distributed import ALONE, Processes
+from vs2_plugin.errors import DataError
+from vs2_plugin.files import alone
 from vs2_plugin.names import with_weights
 from vs2_plugin.sae.config import TrainConfig
 from vs2_plugin.sae.topk import TopKSAE
 from vs2_plugin.sae.train import Job, Trained, train_saes
+from vs2_plugin.text import reason_of
 from vs2_plugin.training.extract import Extraction, Part, Report, all_labels, load_encoders
 from vs2_plugin.training.plan import Plan, chosen_sites, make_plans
 from vs2_plugin.training.request import TrainRequest
@@ -31,6 +43,8 @@ from vs2_plugin.training.request import TrainRequest
 __all__ = ["train"]
 
 _LOG = logging.getLogger(__name__)
+#: Days after which what an interrupted training left is removed by the next one.
+_FORGOTTEN = 30
 #: The SAEs of a checkpoint, with what it tells of each.
 _Saes = list[tuple[SiteSAE, TopKSAE]]
 
@@ -59,30 +73,94 @@ def train(request: TrainRequest, processes: Processes = ALONE, report: Report = 
     store = Store.default(request.store)
     splits = {name: training_split(name, request.train_split, request.transductive) for name in request.dataset}
     plans = make_plans(request, store)
-    _warn(request, plans, splits.values(), say)
-    extraction, sites = _prepare(request, plans, store, processes, say)
-    parts = [extraction.run(dataset, split) for dataset, split in splits.items()]
-    data = _data(request, splits, parts, extraction.amp)
-    kept = [plan.load_kept(data) for plan in plans]
-    trained = _train_saes(request, plans, sites, parts, extraction, report)
-    if not processes.first:
-        return []
-    checkpoints = []
-    for plan, stay, new in zip(plans, kept, trained, strict=True):
-        checkpoint = save_checkpoint(
-            plan.folder,
-            backbone=request.model,
-            pretrained=request.pretrained,
-            tower=extraction.tower,
-            data=data,
-            saes=sorted([*stay, *new], key=lambda pair: pair[0].variant != "plain"),
-            gallery=extraction.gallery(parts),
-            created={"torch": version("torch"), "open_clip": version("open_clip_torch"), "command": command},
-        )
-        report(f"wrote {checkpoint.folder}")
-        checkpoints.append(checkpoint)
+    with _alone(store, plans, processes) as waited:
+        if waited:
+            plans = make_plans(request, store)
+        _warn(request, plans, splits.values(), say)
+        extraction, sites = _prepare(request, plans, store, processes, say)
+        parts = [extraction.run(dataset, split) for dataset, split in splits.items()]
+        data = _data(request, splits, parts, extraction.amp)
+        kept = [plan.load_kept(data) for plan in plans]
+        states = store.training / _identity(request, plans, sites, parts)
+        trained = _train_saes(request, plans, sites, parts, extraction, states, report)
+        if not processes.first:
+            return []
+        contents = {
+            "backbone": request.model,
+            "pretrained": request.pretrained,
+            "tower": extraction.tower,
+            "data": data,
+            "gallery": extraction.gallery(parts),
+            "created": {"torch": version("torch"), "open_clip": version("open_clip_torch"), "command": command},
+        }
+        checkpoints = _save(plans, [[*stay, *new] for stay, new in zip(kept, trained, strict=True)], contents, report)
+        shutil.rmtree(states, ignore_errors=True)
     say(f"evaluate with: {store.assignment}{_evaluate_command(request, plans, extraction.amp)}")
     return checkpoints
+
+
+@contextmanager
+def _alone(store: Store, plans: Sequence[Plan], processes: Processes) -> Iterator[bool]:
+    """Keep other trainings from writing the same checkpoints; tells whether one has just done so.
+
+    Raises:
+        DataError: one does, or the store cannot be written.
+    """
+    if not processes.first:
+        yield False
+        return
+    store.require_writable()
+    store.remove_unfinished(_FORGOTTEN)
+    with ExitStack() as stack:
+        waited = [stack.enter_context(alone(folder)) for folder in sorted({plan.folder for plan in plans})]
+        yield any(waited)
+
+
+def _identity(request: TrainRequest, plans: Sequence[Plan], sites: Sequence[Site], parts: Sequence[Part]) -> str:
+    """Return what tells this training from any other: everything that the state of its SAEs depends on."""
+    configs = [
+        [plan.folder.name, site.hookpoint, asdict(plan.config(variant, site.width))]
+        for plan in plans
+        for variant, site in _wanted(plan, sites)
+    ]
+    values = [__version__, configs, [part.tower.contents for part in parts], request.calibrate_on]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _save(
+    plans: Sequence[Plan], saes: Sequence[_Saes], contents: Mapping[str, Any], report: Report
+) -> list[Checkpoint]:
+    """Write the checkpoints.
+
+    Raises:
+        DataError: one could not be written. It is kept elsewhere then, if that can be, and the message says where.
+    """
+    checkpoints, failures = [], []
+    for plan, own in zip(plans, saes, strict=True):
+        sorted_saes = sorted(own, key=lambda pair: pair[0].variant != "plain")
+        try:
+            checkpoint = save_checkpoint(plan.folder, saes=sorted_saes, **contents)
+        except OSError as error:
+            failures.append(_keep_aside(plan.folder, error, {**contents, "saes": sorted_saes}))
+        else:
+            report(f"wrote {checkpoint.folder}")
+            checkpoints.append(checkpoint)
+    if failures:
+        raise DataError("; ".join(failures))
+    return checkpoints
+
+
+def _keep_aside(folder: Path, error: OSError, contents: Mapping[str, Any]) -> str:
+    """Write a checkpoint among the temporary files, without its gallery where that does not fit. Return what to say."""
+    problem = f"the checkpoint {folder.name!r} is trained and could not be written to {folder} ({reason_of(error)})"
+    for gallery in (contents["gallery"], None):
+        with suppress(OSError):
+            aside = Path(tempfile.mkdtemp(prefix="vs2-")) / folder.name
+            save_checkpoint(aside, **{**contents, "gallery": gallery})
+            without = " without its gallery" if gallery is None and contents["gallery"] is not None else ""
+            move = shlex.join(["mv", str(aside), str(folder)])
+            return f"{problem}; it is kept{without} in {aside}: when the store can be written again, {move}"
+    return f"{problem}, nor among the temporary files; make room and run the same command, which goes on from here"
 
 
 def _warn(request: TrainRequest, plans: Sequence[Plan], splits: Iterable[Split], say: Report) -> None:
@@ -113,6 +191,8 @@ def _prepare(
     for checkpoint in existing:
         checkpoint.require_tower(tower, request.model)
     kept = [loaded.sites.find(site.hookpoint) for plan in plans for site in plan.kept]
+    reserved = _room(plans, sites)
+    require_space(store.root, reserved, "the checkpoints")
     held = [checkpoint.gallery for checkpoint in existing if checkpoint.gallery] if request.gallery else []
     labels = request.gallery_labels or any(gallery.labels for gallery in held)
     extraction = Extraction(
@@ -127,8 +207,20 @@ def _prepare(
         device=device,
         say=say,
         processes=processes,
+        reserved=reserved,
     )
     return extraction, sites
+
+
+def _room(plans: Sequence[Plan], sites: Sequence[Site]) -> int:
+    """Return the bytes that the checkpoints take: weights, and in a state of the training the best ones and Adam's
+    moments too. Galleries are links."""
+    size = 0
+    for plan in plans:
+        for variant, site in _wanted(plan, sites):
+            latents = plan.config(variant, site.width).expansion_factor * site.width
+            size += 5 * 4 * (2 * latents * site.width + latents + site.width)
+    return size
 
 
 def _amp(request: TrainRequest) -> bool:
@@ -154,6 +246,7 @@ def _train_saes(
     sites: Sequence[Site],
     parts: Sequence[Part],
     extraction: Extraction,
+    states: Path,
     report: Report,
 ) -> list[_Saes]:
     """Train the SAEs of all plans and say how it went. What two plans have in common is trained once."""
@@ -171,6 +264,8 @@ def _train_saes(
         device=extraction.device,
         quiet=request.quiet,
         processes=extraction.processes,
+        states=states,
+        save_every=request.save_every,
     )
     results = dict(zip(jobs, trained, strict=True))
     if extraction.processes.first:
