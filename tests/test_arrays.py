@@ -55,6 +55,13 @@ def started(path, count, width=3):
     column.close()
 
 
+def test_a_rest_that_was_completed_is_no_whole_chunk(tmp_path):
+    column = Column(tmp_path / "x.npy", 3, np.float16)
+    column.append(np.ones((ROWS + 10, 3)))
+    column.complete()
+    assert whole_rows(tmp_path / "x.npy", 3, np.float16) == ROWS
+
+
 @pytest.mark.parametrize(
     ("count", "whole"), [(0, 0), (ROWS - 1, 0), (ROWS, ROWS), (2 * ROWS + 5, 2 * ROWS)]
 )
@@ -108,7 +115,7 @@ def test_a_flipped_bit_is_refused_with_its_place(place, named, bit, written):
     raw[place] ^= bit
     path.write_bytes(raw)
     with pytest.raises(ValueError) as error:
-        check_all(path.parent, {"x": content})
+        check_all(path.parent, {"x.npy": content})
     assert named in str(error.value) and str(path) in str(error.value)
 
 
@@ -120,9 +127,9 @@ def test_every_flipped_byte_is_noticed(written):
         raw[place] ^= 0x10
         path.write_bytes(raw)
         with pytest.raises(ValueError):
-            check_all(path.parent, {"x": content})
+            check_all(path.parent, {"x.npy": content})
     path.write_bytes(whole)
-    check_all(path.parent, {"x": content})
+    check_all(path.parent, {"x.npy": content})
 
 
 @pytest.mark.parametrize("change", [lambda raw: raw[:-1], lambda raw: raw + b"\0", lambda raw: b"", lambda raw: b"x"])
@@ -130,36 +137,36 @@ def test_another_length_is_refused(change, written):
     path, content = written
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(ValueError):
-        check_all(path.parent, {"x": content})
+        check_all(path.parent, {"x.npy": content})
 
 
 def test_changed_digests_are_refused(written):
     path, content = written
     sums_of(path).write_text(sums_of(path).read_text().replace("a", "b"))
     with pytest.raises(ValueError, match=r"x\.npy\.sha256 is not the file that was written"):
-        check_all(path.parent, {"x": content})
+        check_all(path.parent, {"x.npy": content})
 
 
 def test_what_was_compared_is_not_read_again_until_it_is_touched(written, monkeypatch):
     path, content = written
     read = []
     monkeypatch.setattr(arrays, "check", lambda *args: read.append(args))
-    check_all(path.parent, {"x": content})
-    check_all(path.parent, {"x": content})
+    check_all(path.parent, {"x.npy": content})
+    check_all(path.parent, {"x.npy": content})
     assert len(read) == 1
-    check_all(path.parent, {"x": content}, thorough=True)
+    check_all(path.parent, {"x.npy": content}, thorough=True)
     assert len(read) == 2
-    check_all(path.parent, {"x": "other"})
+    check_all(path.parent, {"x.npy": "other"})
     assert len(read) == 3
     before = path.stat()
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as if it had not been
-    check_all(path.parent, {"x": content})
+    check_all(path.parent, {"x.npy": content})
     assert len(read) == 4
-    trust_all(path.parent, {"x": content})
-    check_all(path.parent, {"x": content})
+    trust_all(path.parent, {"x.npy": content})
+    check_all(path.parent, {"x.npy": content})
     assert len(read) == 4
 
 
@@ -167,13 +174,13 @@ def test_what_was_compared_is_not_read_again_until_it_is_touched(written, monkey
 def test_a_damaged_memory_is_none(memory, written):
     path, content = written
     (path.parent / "verified.json").write_text(memory)
-    check_all(path.parent, {"x": content})
+    check_all(path.parent, {"x.npy": content})
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
     (path.parent / "verified.json").write_text(memory)
     with pytest.raises(ValueError):
-        check_all(path.parent, {"x": content})
+        check_all(path.parent, {"x.npy": content})
 
 
 # ---- a stack

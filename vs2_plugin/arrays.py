@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -17,10 +17,10 @@ import torch
 from numpy.typing import DTypeLike
 from torch import Tensor
 
-from vs2_plugin.files import atomic_file
+from vs2_plugin.files import atomic_file, file_digest
 
 __all__ = [
-    "ROWS", "Array", "Column", "Stack", "check", "check_all", "digest_of", "spread", "stack", "sums_of",
+    "ROWS", "Array", "Column", "Stack", "check", "check_all", "check_file", "digest_of", "spread", "stack", "sums_of",
     "trust_all", "whole_rows",
 ]  # fmt: skip
 
@@ -124,7 +124,8 @@ def whole_rows(path: Path, width: int | None, dtype: DTypeLike) -> int:
     with suppress(OSError), open(path, "rb") as file, open(sums_of(path)) as sums:
         file.seek(_HEADER)
         for line in sums:
-            if hashlib.sha256(file.read(size)).hexdigest() != line.strip():
+            chunk = file.read(size)
+            if len(chunk) < size or hashlib.sha256(chunk).hexdigest() != line.strip():
                 break
             rows += ROWS
     return rows
@@ -159,55 +160,69 @@ def check(path: Path, expected: str) -> None:
 
 
 _MEMORY = "verified.json"
+#: Raises ValueError if a file is not what its digest tells of.
+Compare = Callable[[Path, str], None]
 
 
-def check_all(folder: Path, expected: Mapping[str, str], thorough: bool = False) -> None:
-    """Compare the arrays in a folder with what was written, once: an array that was compared before is read again only
-    if its file was touched since, by size, times and number. ``verified.json`` in the folder remembers.
+def check_file(path: Path, expected: str) -> None:
+    """Compare a file with its SHA-256, hexadecimal. Raises ValueError."""
+    if file_digest(path) != expected:
+        raise ValueError("it is not the file that was written")
+
+
+def check_all(
+    folder: Path, expected: Mapping[str, str], thorough: bool = False, compare: Compare | None = None
+) -> None:
+    """Compare files with what was written, once: one that was compared before is read again only if it was touched
+    since, by size, times and number. ``verified.json`` in the folder remembers.
 
     Args:
         folder: where they lie.
-        expected: name, without ``.npy`` -> what :meth:`Column.complete` returned.
+        expected: file name -> what tells of its content: of an array, what :meth:`Column.complete` returned.
         thorough: read them all, whatever is remembered.
+        compare: compares one; None: arrays, by :func:`check`.
 
     Raises:
         ValueError: one is not what was written; the message names the file and says where.
         OSError: one cannot be read.
     """
-    seen: dict[str, Any] = {}
-    with suppress(OSError, ValueError, TypeError):
-        seen = dict(json.loads((folder / _MEMORY).read_text()))
+    seen = _remembered(folder)
     found = _marks(folder, expected)  # before they are read, so that a change meanwhile is noticed the next time
     for name, digest in expected.items():
         if thorough or seen.get(name) != found[name]:
-            path = folder / f"{name}.npy"
             try:
-                check(path, digest)
+                (compare or check)(folder / name, digest)
             except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
+                raise ValueError(f"{folder / name}: {error}") from error
     if any(seen.get(name) != found[name] for name in found):
         with suppress(OSError):  # in a folder that cannot be written, they are compared each time
-            _remember(folder, {**seen, **found})
+            _remember(folder, found)
 
 
 def trust_all(folder: Path, expected: Mapping[str, str]) -> None:
-    """Remember arrays as compared with what was written: those that are other names of files that were."""
+    """Remember files as compared with what was written: those that are other names of files that were."""
     _remember(folder, _marks(folder, expected))
 
 
 def _marks(folder: Path, expected: Mapping[str, str]) -> dict[str, list[str | int]]:
-    """Return what changes when an array's file is touched."""
+    """Return what changes when a file, or the one with its digests, is touched."""
     marks: dict[str, list[str | int]] = {}
     for name, digest in expected.items():
-        path, marks[name] = folder / f"{name}.npy", [digest]
+        path, marks[name] = folder / name, [digest]
         for status in (path.stat(), sums_of(path).stat()):
             marks[name] += [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
     return marks
 
 
+def _remembered(folder: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError, TypeError):
+        return dict(json.loads((folder / _MEMORY).read_text()))
+    return {}
+
+
 def _remember(folder: Path, marks: Mapping[str, Any]) -> None:
     with atomic_file(folder / _MEMORY) as scratch:
-        scratch.write_text(json.dumps(marks))
+        scratch.write_text(json.dumps({**_remembered(folder), **marks}))
 
 
 def stack(parts: Sequence[Array]) -> Array | Stack:

@@ -5,7 +5,8 @@
     ├── PluginError         a plugin that is broken, or two that claim one method name
     ├── TowerError          a CLIP that cannot be loaded, or a site that it does not have
     ├── CheckpointError     an SAE checkpoint that is damaged or belongs to another tower
-    │   └── CheckpointNotFound
+    │   ├── CheckpointNotFound
+    │   └── CheckpointReplaced
     ├── DataError           a data set, a split or a cache that cannot be used
     ├── SettingError        a setting outside its range
     └── HarnessError        a clip_benchmark that this package cannot work with, or an output it could not write
@@ -19,6 +20,7 @@ from __future__ import annotations
 __all__ = [
     "CheckpointError",
     "CheckpointNotFound",
+    "CheckpointReplaced",
     "DataError",
     "HarnessError",
     "ModelStringError",
@@ -51,6 +53,10 @@ class CheckpointError(Vs2Error):
 
 class CheckpointNotFound(CheckpointError):
     """No SAE checkpoint under that name."""
+
+
+class CheckpointReplaced(CheckpointError):
+    """An SAE checkpoint in whose place another process put another while it was read. Reading it again helps."""
 
 
 class DataError(Vs2Error):

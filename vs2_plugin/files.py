@@ -8,6 +8,7 @@ lay there goes by way of ``.NAME.old``. Whoever looks for ``NAME`` first finishe
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import tempfile
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from vs2_plugin.errors import DataError
 
-__all__ = ["LOCKS", "LONGEST", "alone", "atomic_file", "atomic_folder", "part_of", "settle", "sync"]
+__all__ = ["LOCKS", "LONGEST", "alone", "atomic_file", "atomic_folder", "file_digest", "part_of", "settle", "sync"]
 
 #: The folder, beside what is written, in which processes keep each other from writing it.
 LOCKS = ".locks"
@@ -121,6 +122,15 @@ def alone(path: Path, seconds: float = _SECONDS, waiting: Callable[[], None] | N
         yield waited
     finally:
         lock.release()
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def part_of(path: Path) -> Path:

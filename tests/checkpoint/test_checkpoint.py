@@ -8,7 +8,7 @@ import torch
 from vs2_plugin.checkpoint import checkpoint as manifest
 from vs2_plugin.checkpoint.checkpoint import MANIFEST, Checkpoint, SiteSAE, TrainingData, save_checkpoint
 from vs2_plugin.clip.tower import Tower
-from vs2_plugin.errors import CheckpointError, CheckpointNotFound
+from vs2_plugin.errors import CheckpointError, CheckpointNotFound, CheckpointReplaced
 from vs2_plugin.gallery.contents import RetrievalEncoder
 from vs2_plugin.gallery.files import GalleryFiles
 from vs2_plugin.harness.loader import load
@@ -57,9 +57,10 @@ def save(tmp_path, make_sae):
 
 
 def change(checkpoint, **facts):
-    """Write other facts into the manifest."""
+    """Write other facts into the manifest, and no digest of it."""
     path = checkpoint.folder / MANIFEST
-    path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
+    values = {**json.loads(path.read_text()), **facts}
+    path.write_text(json.dumps({key: value for key, value in values.items() if key != "digest"}))
 
 
 # ---- round trip
@@ -173,7 +174,9 @@ def test_saved_again_it_has_the_same_digest(tmp_path):
         gallery=GalleryFiles(old.gallery, [files]),
     )  # fmt: skip
     assert new == replace(old, folder=new.folder)
-    assert json.loads((new.folder / MANIFEST).read_text()) == json.loads((old.folder / MANIFEST).read_text())
+    written = json.loads((new.folder / MANIFEST).read_text())
+    assert written.pop("digest") == old.digest
+    assert written == json.loads((old.folder / MANIFEST).read_text())
 
 
 # ---- digest
@@ -457,7 +460,7 @@ def fails(*args, **kwargs):
 
 
 @pytest.mark.parametrize("existing", [False, True], ids=["nothing there", "old one there"])
-@pytest.mark.parametrize("step", ["_sha256", "json.dumps"])
+@pytest.mark.parametrize("step", ["file_digest", "json.dumps"])
 def test_a_failure_while_saving_leaves_the_old_one(step, existing, save, monkeypatch, tmp_path):
     old = save() if existing else None
     owner, _, name = step.rpartition(".")
@@ -469,3 +472,28 @@ def test_a_failure_while_saving_leaves_the_old_one(step, existing, save, monkeyp
         old.verify()
     names = [path.name for path in tmp_path.iterdir() if path.name not in ("default-store", ".locks")]
     assert names == (["mine"] if existing else [])
+
+
+@pytest.mark.parametrize("place", ["sites", "data", "tower"])
+def test_a_manifest_that_was_changed_after_it_was_written_is_refused(place, save):
+    folder = save().folder
+    values = json.loads((folder / MANIFEST).read_text())
+    if place == "sites":
+        values["sites"][1]["mean"][3] += 1e-6
+    elif place == "data":
+        values["data"]["images"] += 1
+    else:
+        values["tower"]["parameters"] = "cd" * 32
+    (folder / MANIFEST).write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"vs2\.json is damaged: it is not what was written: its digest"):
+        Checkpoint.open(folder)
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_not_called_damaged(save):
+    first = save()
+    second = save(seed=5)
+    with pytest.raises(CheckpointReplaced, match=r"'mine' was replaced while it was read; run the same command again"):
+        first.load(first.sites[0])
+    (second.folder / second.sites[0].folder / "cfg.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="damaged"):
+        second.load(second.sites[0])

@@ -19,6 +19,7 @@ import json
 import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 from vs2_plugin import __version__
 from vs2_plugin.checkpoint.typed import typed
 from vs2_plugin.clip.tower import Tower
-from vs2_plugin.errors import CheckpointError, CheckpointNotFound
-from vs2_plugin.files import atomic_folder
+from vs2_plugin.errors import CheckpointError, CheckpointNotFound, CheckpointReplaced
+from vs2_plugin.files import atomic_folder, file_digest, settle
 from vs2_plugin.gallery.contents import GalleryContents
 from vs2_plugin.method import ENCODER_NAME
 from vs2_plugin.names import with_weights
@@ -140,6 +141,7 @@ class Checkpoint:
             CheckpointError: it is damaged or of another format version.
         """
         folder = Path(folder)
+        settle(folder)
         path = folder / MANIFEST
         try:
             raw = path.read_bytes()
@@ -162,7 +164,10 @@ class Checkpoint:
             checkpoint: Checkpoint = typed(cls, {**values, "folder": folder, "digest": ""})
             for problem in _problems(checkpoint):
                 raise ValueError(problem)
-            return replace(checkpoint, digest=_digest(values))
+            checkpoint = replace(checkpoint, digest=_digest(values))
+            if values.get("digest", checkpoint.digest) != checkpoint.digest:  # none before version 0.2
+                raise ValueError("it is not what was written: its digest is that of other values")
+            return checkpoint
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is damaged: {error}; {_AGAIN}") from error
 
@@ -282,7 +287,8 @@ class Checkpoint:
         from vs2_plugin.gallery.files import open_gallery
 
         widths = {site.hookpoint: site.width for site in self.sites}
-        return open_gallery(self.gallery_folder, self.require_gallery(), widths, thorough)
+        with self._reading():
+            return open_gallery(self.gallery_folder, self.require_gallery(), widths, thorough)
 
     def load(self, site: SiteSAE) -> tuple[TopKSAE, Tensor]:
         """Read the SAE of ``site`` and its mean ``[d]``, verified against ``vs2.json``.
@@ -295,9 +301,21 @@ class Checkpoint:
         from vs2_plugin.sae.files import load_sae
 
         folder = self.folder / site.folder
+        with self._reading():
+            self._compare(folder, site)
+            sae = load_sae(folder)
+        if sae.config.d_in != site.width:
+            raise CheckpointError(
+                f"checkpoint {self.name!r}: the SAE at {site.hookpoint} has width {sae.config.d_in}, "
+                f"expected {site.width}"
+            )
+        return sae, torch.tensor(list(map(float, site.mean)), dtype=torch.float32)
+
+    def _compare(self, folder: Path, site: SiteSAE) -> None:
+        """Refuse an SAE whose files are not those that were written."""
         for name, expected in site.files.items():
             try:
-                found = _sha256(folder / name)
+                found = file_digest(folder / name)
             except OSError as error:
                 raise CheckpointError(
                     f"checkpoint {self.name!r} is damaged: {folder / name}: {error.strerror}"
@@ -307,13 +325,24 @@ class Checkpoint:
                     f"checkpoint {self.name!r} is damaged: {folder / name} is not the file that was written (SHA-256 "
                     f"{found[:12]}, expected {expected[:12]})"
                 )
-        sae = load_sae(folder)
-        if sae.config.d_in != site.width:
-            raise CheckpointError(
-                f"checkpoint {self.name!r}: the SAE at {site.hookpoint} has width {sae.config.d_in}, "
-                f"expected {site.width}"
-            )
-        return sae, torch.tensor(list(map(float, site.mean)), dtype=torch.float32)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Tell a checkpoint that another process has replaced meanwhile from one that is damaged."""
+        try:
+            yield
+        except CheckpointError as error:
+            if self._is_replaced():
+                raise CheckpointReplaced(
+                    f"checkpoint {self.name!r} was replaced while it was read; run the same command again"
+                ) from error
+            raise
+
+    def _is_replaced(self) -> bool:
+        try:
+            return Checkpoint.open(self.folder).digest != self.digest
+        except CheckpointError:
+            return False
 
     def verify(self) -> None:
         """Read every file in full. Raises CheckpointError at the first that is not what was written."""
@@ -402,7 +431,7 @@ def save_checkpoint(
         sites = []
         for site, sae in saes:
             save_sae(sae, scratch / site.folder)
-            digests = {name: _sha256(scratch / site.folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+            digests = {name: file_digest(scratch / site.folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
             sites.append({**asdict(site), "files": digests})
         values: dict[str, Any] = {
             "format": _FORMAT,
@@ -417,6 +446,7 @@ def save_checkpoint(
         if gallery is not None:
             gallery.write(scratch / "gallery")
             values["gallery"] = gallery.contents.to_json()
+        values["digest"] = _digest(values)
         (scratch / MANIFEST).write_text(json.dumps(values, indent=1) + "\n")
     return Checkpoint.open(folder)
 
@@ -426,11 +456,3 @@ def _digest(values: dict[str, Any]) -> str:
     sites = [{key: value for key, value in site.items() if key != "training"} for site in values["sites"]]
     whole = [values["tower"], values["data"], sites, values.get("gallery")]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

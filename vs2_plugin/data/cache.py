@@ -79,7 +79,7 @@ class ActivationCache:
         except (OSError, ValueError, KeyError, TypeError):  # not there, cut short, or not ours
             return None
         try:
-            check_all(folder, contents)
+            check_all(folder, {f"{name}.npy": digest for name, digest in contents.items()})
             columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in widths}
             digests = np.load(folder / f"{_DIGESTS}.npy")
             classes = np.load(folder / f"{_LABELS}.npy") if labels else None

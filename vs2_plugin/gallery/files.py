@@ -47,7 +47,7 @@ class GalleryFiles:
                 for name, source in files.items():
                     _link(sums_of(source), sums_of(own / f"{name}.npy"))
                 if all(linked):  # they were compared when the cache was opened
-                    trust_all(own, part.contents)
+                    trust_all(own, _digests(part))
 
 
 def _link(source: Path, target: Path) -> bool:
@@ -60,10 +60,15 @@ def _link(source: Path, target: Path) -> bool:
     return True
 
 
+def _digests(part: GalleryPart) -> dict[str, str]:
+    """Return what tells of the content of each file of a part."""
+    return {f"{name}.npy": digest for name, digest in (part.contents or {}).items()}
+
+
 def _verify(folder: Path, part: GalleryPart, thorough: bool = False) -> None:
     """Refuse the arrays of one part that are not what was written; see :func:`vs2_plugin.arrays.check_all`."""
     try:
-        check_all(folder, part.contents or {}, thorough)
+        check_all(folder, _digests(part), thorough)
     except OSError as error:
         raise _damaged(f"{error.filename}: {error.strerror}") from error
     except ValueError as error:

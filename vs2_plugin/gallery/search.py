@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vs2_plugin.arrays import Array, Stack
+from vs2_plugin.arrays import Array, Stack, check_all, check_file, sums_of, trust_all
 from vs2_plugin.errors import SettingError
-from vs2_plugin.files import atomic_file
+from vs2_plugin.files import atomic_file, file_digest
 from vs2_plugin.sae.topk import largest
 
 __all__ = ["ExactSearch", "FaissSearch", "Search", "blocks", "open_search"]
@@ -89,8 +89,9 @@ class FaissSearch:
     @staticmethod
     def _read(faiss: Any, file: Path) -> Any:
         try:
-            return faiss.read_index(os.fspath(file)) if file.is_file() else None
-        except RuntimeError:  # damaged, or cut short: it is built again
+            check_all(file.parent, {file.name: sums_of(file).read_text()}, compare=check_file)
+            return faiss.read_index(os.fspath(file))
+        except (OSError, ValueError, RuntimeError):  # none yet, or damaged: it is built again
             return None
 
     @staticmethod
@@ -111,6 +112,11 @@ class FaissSearch:
         with suppress(OSError, RuntimeError), atomic_file(file) as scratch, open(scratch, "wb") as out:
             # By a file of Python's: FAISS prints that its own could not be closed, as on a full disk, and goes on.
             faiss.write_index(index, faiss.PyCallbackIOWriter(out.write))
+        with suppress(OSError):
+            digest = file_digest(file)
+            with atomic_file(sums_of(file)) as scratch:
+                scratch.write_text(digest)
+            trust_all(file.parent, {file.name: digest})
 
     def __call__(self, queries: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """See :class:`Search`. Where FAISS finds fewer than n, the rest are rows -1."""

@@ -243,14 +243,22 @@ def _kept(folder: Path, identity: Mapping[str, Any], classifier: Tensor, make: C
     text = json.dumps({**identity, "classifier": digest_of({"": classifier})}, sort_keys=True)
     path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
     try:
-        return Choice.from_json(json.loads(path.read_text(encoding="utf-8")))
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["sha256"] != _digest_of_choice(kept["choice"]):
+            raise ValueError("it is not what was written")
+        return Choice.from_json(kept["choice"])
     except (OSError, ValueError, TypeError, AttributeError, LookupError):  # none yet, or no choice: it is made anew
         choice = make()
     with suppress(OSError):  # in a folder that cannot be written, the choice serves this run only
         folder.mkdir(exist_ok=True)
         with atomic_file(path) as scratch:
-            scratch.write_text(json.dumps(choice.to_json()))
+            written = choice.to_json()
+            scratch.write_text(json.dumps({"choice": written, "sha256": _digest_of_choice(written)}))
     return choice
+
+
+def _digest_of_choice(written: object) -> str:
+    return hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()
 
 
 def read_prior(path: str, classes: Sequence[str] | None = None, count: int | None = None) -> Tensor:

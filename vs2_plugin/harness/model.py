@@ -13,7 +13,7 @@ from vs2_plugin.clip.backbone import Loaded
 from vs2_plugin.clip.edits import Edit, edit, paused
 from vs2_plugin.clip.sites import ClipModel, Sites
 from vs2_plugin.clip.tower import Tower
-from vs2_plugin.errors import HarnessError, ModelStringError
+from vs2_plugin.errors import CheckpointReplaced, HarnessError, ModelStringError
 from vs2_plugin.harness.places import Current, Parts, Places, build_places
 from vs2_plugin.harness.plain import PlainEmbedding
 from vs2_plugin.method import Scalar
@@ -68,8 +68,14 @@ class SteeredCLIP(nn.Module):
             CheckpointError: there is none, or it is of another tower.
             PluginError: the method could not be built.
         """
-        parts = Parts(self.model, self.sites, self._tower)
-        places = build_places(self.spec, self._find_checkpoint(task), task, parts, self._current)
+        for again in (True, True, False):
+            parts = Parts(self.model, self.sites, self._tower)
+            try:
+                places = build_places(self.spec, self._find_checkpoint(task), task, parts, self._current)
+                break
+            except CheckpointReplaced:
+                if not again:
+                    raise
         # Only when all of it could be built is the tower touched.
         while self._edits:
             self._edits.pop().remove()

@@ -31,6 +31,7 @@ from vs2_plugin.errors import HarnessError, Vs2Error
 from vs2_plugin.messages import complain
 from vs2_plugin.names import is_steered, with_method
 from vs2_plugin.plugins import registry
+from vs2_plugin.text import sentence_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -238,12 +239,17 @@ def _patch_cli(module: Any) -> None:
         from vs2_plugin.host import Evaluation
 
         messages.show()
+        steered = False
         try:
             preflight.check_pairs(base.pretrained_model)
-            preflight.check([Evaluation.of(args) for args in planned_runs(base)])
+            planned = planned_runs(base)
+            steered = any(is_steered(args.model) for args in planned)
+            preflight.check([Evaluation.of(args) for args in planned])
             return stock_main_eval(base)
-        except Vs2Error as error:
-            complain(f"vs2: error: {error}")
+        except (Vs2Error, OSError) as error:
+            if isinstance(error, OSError) and not steered:
+                raise
+            complain(f"vs2: error: {sentence_of(error)}")
             raise SystemExit(2) from None
 
     def planned_runs(base: Namespace) -> list[Namespace]:
