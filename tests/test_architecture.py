@@ -113,6 +113,7 @@ WHOLE = {
     "steering": {"reference"},
     "strength": {"declarations"},
     "sweep": {"automatic_sweep", "said"},
+    "training": {"resume"},
 }
 
 

@@ -100,18 +100,6 @@ def read_extraction(folder):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """A fork has none of the threads that its parent's libraries wait for."""
-    faiss = pytest.importorskip("faiss")
-    before = torch.get_num_threads(), faiss.omp_get_max_threads()
-    torch.set_num_threads(1)
-    faiss.omp_set_num_threads(1)
-    yield
-    torch.set_num_threads(before[0])
-    faiss.omp_set_num_threads(before[1])
-
-
-@pytest.fixture(autouse=True, scope="module")
 def extracted(tmp_path_factory):
     """The files that the galleries of both versions link."""
     for version in (1, 2):

@@ -14,6 +14,7 @@ from vs2_plugin.clip.sites import Sites
 from vs2_plugin.data import cache as cache_module
 from vs2_plugin.data.cache import ActivationCache, activations_at, extract, require_space
 from vs2_plugin.data.images import TrainingImages, image_digest
+from vs2_plugin.distributed import Processes
 from vs2_plugin.errors import DataError
 from vs2_plugin.files import LOCKS, part_of
 
@@ -283,6 +284,30 @@ def test_it_goes_on_after_the_last_whole_chunk_with_the_same_bytes(stream, limit
         for suffix in ("npy", "npy.sha256"):
             assert (found.folder / f"{name}.{suffix}").read_bytes() == (whole.folder / f"{name}.{suffix}").read_bytes()
     assert found.contents == whole.contents
+
+
+def test_a_part_that_was_extracted_before_all_were_killed_is_not_extracted_again(cache, tmp_path):
+    """As under torchrun, but one process after the other."""
+    whole = extract(mean, {"mean": 3}, TrainingImages(*many()), ActivationCache(tmp_path / "other"), KEY, **SETTINGS)
+
+    def run(encode, rank):
+        return extract(
+            encode, {"mean": 3}, TrainingImages(*many()), cache, KEY, processes=Processes(rank, 2), **SETTINGS
+        )
+
+    for _ in range(2):
+        with pytest.raises(DataError, match="what was just extracted is not there"):  # the first has not joined them
+            run(mean, 1)
+    encoded = []
+
+    def counting(batch):
+        encoded.append(len(batch))
+        return mean(batch)
+
+    found = run(counting, 0)
+    assert sum(encoded) < 0.6 * len(whole)
+    assert found.contents == whole.contents
+    assert names(cache) == [cache.folder(KEY).name]  # the parts are gone
 
 
 def test_a_fresh_extraction_does_not_go_on(cache):

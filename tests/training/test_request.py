@@ -42,7 +42,7 @@ def test_settings_of_the_sae_are_declared_where_they_are_used():
         ({"blocks": "1" * 5000}, SettingError, "blocks is '1{79}; expected last, all, output, or block numbers"),
         ({"blocks": "\u00b2"}, SettingError, "blocks is '\u00b2'; expected last, all, output, or block numbers"),
         ({"blocks": "\u0663"}, SettingError, "blocks is '\u0663'; expected last, all, output, or block numbers"),
-        ({"seed": 2**63}, SettingError, "seed is 9223372036854775808; expected .*below 2..63"),
+        ({"seed": 2**63}, SettingError, "seed is 9223372036854775808; expected a whole number from 0 to"),
         ({"k": (8, 0)}, SettingError, "k is 0; expected a whole number from 1"),
         ({"calibrate_on": "b"}, SettingError, "--calibrate_on 'b': expected some of --dataset: a"),
         ({"gallery_labels": True, "gallery": False}, SettingError, "--gallery_labels is for the gallery"),

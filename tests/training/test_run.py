@@ -87,7 +87,7 @@ def test_pass_pulls_the_codes_of_a_class_together(folder, train):
         site = Store.default().find(name).sites[0]
         sae, _ = Store.default().find(name).load(site)
         cached = next(
-            path for path in Store.default().activations.iterdir() if (path / "labels.npy").exists() == bool(words)
+            path for path in Store.default().cached() if (path / "labels.npy").exists() == bool(words)
         )
         x = torch.from_numpy(np.load(next(cached.glob("visual*.npy")))).float()
         latents = sae.encode(x)

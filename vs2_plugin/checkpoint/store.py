@@ -28,7 +28,7 @@ from vs2_plugin.errors import CheckpointNotFound, DataError
 from vs2_plugin.files import LOCKS, LONGEST, alone, settle
 from vs2_plugin.names import HUB, LOCAL
 
-__all__ = ["ENVIRONMENT_VARIABLE", "Store", "checkpoint_name"]
+__all__ = ["ENVIRONMENT_VARIABLE", "Store", "checkpoint_name", "folder_size", "last_change"]
 
 ENVIRONMENT_VARIABLE = "VS2_STORE"
 
@@ -186,7 +186,7 @@ class Store:
         for left in list(self.unfinished()):
             name = left.name.removeprefix(".").rpartition(".")[0] if left.name.startswith(".") else left.name
             with suppress(DataError, OSError), alone(left.with_name(name), seconds=0):
-                if time.time() - max(path.stat().st_mtime for path in (left, *left.iterdir())) >= days * 86_400:
+                if time.time() - last_change(left) >= days * 86_400:
                     freed += _delete(left)
         return freed
 
@@ -213,6 +213,15 @@ def folder_size(folder: Path) -> int:
             with suppress(OSError):
                 size += path.stat().st_size if path.is_file() else 0
     return size
+
+
+def last_change(folder: Path) -> float:
+    """When something in ``folder`` was last written, in seconds of :func:`time.time`."""
+    latest = 0.0
+    for path in (folder, *folder.iterdir()):
+        with suppress(OSError):
+            latest = max(latest, path.stat().st_mtime)
+    return latest
 
 
 def _inside(folder: Path, pattern: str) -> Iterator[Path]:

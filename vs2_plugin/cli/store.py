@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import time
 
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
-from vs2_plugin.checkpoint.store import Store, folder_size
+from vs2_plugin.checkpoint.store import Store, folder_size, last_change
 from vs2_plugin.cli.common import add_store_option
 from vs2_plugin.errors import CheckpointError, SettingError
 from vs2_plugin.messages import say
-from vs2_plugin.text import gigabytes
+from vs2_plugin.text import counted, gigabytes
 
 __all__ = ["add_store"]
 
@@ -31,7 +32,9 @@ def add_store(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     remove.add_argument("names", nargs="*", metavar="NAME", help="checkpoints to delete")
     remove.add_argument(
-        "--cache", action="store_true", help="delete all cached activations (they are made again when needed)"
+        "--cache",
+        action="store_true",
+        help="delete all cached activations (they are made again when needed), and what interrupted runs left",
     )
     remove.set_defaults(run=_remove)
 
@@ -57,6 +60,13 @@ def _list(args: argparse.Namespace) -> None:
         say(f"  no checkpoints; train one with {shlex.join(['vs2-train-sae', *store.words])}")
     cached = list(store.cached())
     say(f"  cached activations: {len(cached)} set(s), {gigabytes(sum(map(folder_size, cached)))}")
+    for left in store.unfinished():
+        age = int((time.time() - last_change(left)) / 3600)
+        say(
+            f"  unfinished: {left.relative_to(store.root)}, {gigabytes(folder_size(left))}, written "
+            f"{counted(age, 'hour') + ' ago' if age else 'within the last hour'}; the command that began it goes on "
+            f"with it, and {shlex.join(['vs2', 'store', *store.words, 'remove', '--cache'])} deletes it"
+        )
 
 
 def _remove(args: argparse.Namespace) -> None:

@@ -1,0 +1,125 @@
+"""Commands that are killed, and go on: the end has the bytes of a run that nothing interrupted.
+
+``VS2_KILLS=50 pytest tests/training/test_resume.py`` kills that many, at random moments.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from vs2_plugin.checkpoint.checkpoint import MANIFEST, Checkpoint
+from vs2_plugin.checkpoint.store import Store
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
+KILLS = int(os.environ.get("VS2_KILLS", "2"))
+WORDS = ["--model", "local-dir:tiny-clip", "--dataset", "wds/digits", "--dataset_root", "digits", "--no_amp"]
+WORDS += ["--samples", "20000", "--pass_weight", "0", "0.8", "--batch_size", "48", "--num_workers", "2"]
+WORDS += ["--save_every", "0", "--name", "mine"]
+
+
+@pytest.fixture(scope="module")
+def place(workplace, tmp_path_factory):
+    """The working folder, with the digits' shards three times over: 2,700 images."""
+    folder = shutil.copytree(workplace, tmp_path_factory.mktemp("resume"), dirs_exist_ok=True)
+    train = folder / "digits/train"
+    count = int((train / "nshards.txt").read_text())
+    for number in range(count, 3 * count):
+        os.link(train / f"{number % count}.tar", train / f"{number}.tar")
+    (train / "nshards.txt").write_text(str(3 * count))
+    return folder
+
+
+def start(place, store, processes):
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launch, "-m", "vs2_plugin.cli.train_sae", *WORDS, "--store", str(store)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    return subprocess.Popen(
+        command, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def kill(process, store):
+    """Kill the command and all of its processes, those that load images and those of torchrun too."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if str(store.root).encode() in (folder / "cmdline").read_bytes().split(b"\0"):
+                os.kill(int(folder.name), signal.SIGKILL)
+    process.communicate()
+
+
+def until(condition, process):
+    """Wait until there is something. Tells whether the process still runs."""
+    while not condition() and process.poll() is None:
+        time.sleep(0.01)
+    return process.poll() is None
+
+
+def contents(store):
+    """The bytes of the checkpoint, but for times and the command."""
+    folder, found = store.folder("mine"), {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name not in (MANIFEST, "verified.json"):
+            found[str(path.relative_to(folder))] = path.read_bytes()
+    values = json.loads((folder / MANIFEST).read_text())
+    del values["created"]
+    for site in values["sites"]:
+        del site["training"]["seconds"]
+    return {**found, MANIFEST: values}
+
+
+@pytest.fixture(scope="module")
+def whole(place, tmp_path_factory):
+    """What comes out without an interruption, by the number of processes."""
+    made = {}
+
+    def of(processes):
+        if processes not in made:
+            store = Store(tmp_path_factory.mktemp("whole"))
+            process = start(place, store.root, processes)
+            output, _ = process.communicate()
+            assert process.returncode == 0, output
+            assert list(store.unfinished()) == []
+            made[processes] = contents(store)
+        return made[processes]
+
+    return of
+
+
+@pytest.mark.parametrize("processes", [1, *([2] if KILLS > 2 else [])])
+def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(processes, place, whole, tmp_path):
+    store = Store(tmp_path / "store")
+    moments = [  # in the middle of the extraction, and of the training
+        lambda: any(path.stat().st_size for path in store.activations.glob(".*.part/digests.npy.sha256")),
+        lambda: any(store.training.glob("*/*.safetensors")),
+    ]
+    for number in range(KILLS):
+        process = start(place, store.root, processes)
+        if KILLS > 2:
+            deadline = time.monotonic() + random.uniform(4, 20)
+            running = until(lambda deadline=deadline: time.monotonic() > deadline, process)
+        else:
+            running = until(moments[number], process)
+        if running:
+            kill(process, store)
+        else:  # it was faster
+            output, _ = process.communicate()
+            assert process.returncode == 0, output
+            assert contents(store) == whole(processes)
+            shutil.rmtree(store.root)
+    process = start(place, store.root, processes)
+    output, _ = process.communicate()
+    assert process.returncode == (2 if "there is a checkpoint 'mine'" in output else 0), output  # or killed at its end
+    if KILLS == 2:
+        assert "cached, in" in output and "the training goes on after" in output
+    Checkpoint.open(store.folder("mine")).verify()
+    assert list(store.unfinished()) == []
+    assert contents(store) == whole(processes)
