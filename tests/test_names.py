@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vs2_plugin.names import Parts, is_steered, split
+from vs2_plugin.names import Parts, is_steered, split, with_weights
 
 SPLIT = [
     # text, parts, checkpoint, options
@@ -58,3 +58,8 @@ NAMES = [
 @pytest.mark.parametrize(("name", "steered"), NAMES)
 def test_steered_names_are_told_from_open_clips(name, steered):
     assert is_steered(name) is steered
+
+
+def test_a_folder_is_the_same_however_it_is_written():
+    names = ("local-dir:a/clip", "local-dir:a/clip/", "local-dir:./a/../a/clip")
+    assert {with_weights(name, "ignored") for name in names} == {"local-dir:a/clip"}

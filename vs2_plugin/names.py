@@ -79,7 +79,9 @@ def with_weights(backbone: str, pretrained: str) -> str:
     >>> with_weights("ViT-B-32", "openai"), with_weights("ViT-B-32", ""), with_weights("local-dir:a/clip", "")
     ('ViT-B-32, openai', 'ViT-B-32, random weights', 'local-dir:a/clip')
     """
-    return backbone if backbone.startswith((HUB, LOCAL)) else f"{backbone}, {pretrained or 'random weights'}"
+    if backbone.startswith(LOCAL):
+        return LOCAL + os.path.normpath(backbone.removeprefix(LOCAL))
+    return backbone if backbone.startswith(HUB) else f"{backbone}, {pretrained or 'random weights'}"
 
 
 def file_stem(name: str) -> str:

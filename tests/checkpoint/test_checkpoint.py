@@ -102,6 +102,7 @@ def test_blocks_without_sae_are_refused_with_those_there_are(blocks, missing, sa
     with pytest.raises(CheckpointError) as error:
         save().select(blocks)
     assert f"checkpoint 'mine' has no SAE at block {missing} (its blocks: 0 11)" in str(error.value)
+    assert "--overwrite --blocks 0 " in str(error.value) and "11" in str(error.value)  # those it has, too
 
 
 def test_a_checkpoint_of_the_output_embedding_has_no_blocks(save):

@@ -22,7 +22,7 @@ def work(tmp_path, monkeypatch):
     """A folder with a table; a run does what ``act`` does, and every number is 50."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "table.yaml").write_text(TABLE)
-    known = SimpleNamespace(act=lambda self: self.out.mkdir(), out=tmp_path / "out")
+    known = SimpleNamespace(act=lambda self: self.out.mkdir(exist_ok=True), out=tmp_path / "out")
     monkeypatch.setattr(run.Reproduction, "run", lambda self: known.act(self))
     monkeypatch.setattr(run.Reproduction, "_value", lambda self, cell, seed: 50.0)
     return known
@@ -45,7 +45,7 @@ def test_quiet_prints_the_tables_alone(work, capsys):
 @pytest.mark.parametrize(("missing", "words"), [(1, "the others are kept"), (2, "no number was found")])
 def test_what_is_missing_is_counted(work, capsys, missing, words):
     def act(self):
-        self.out.mkdir()
+        self.out.mkdir(exist_ok=True)
         runs = [run for cell in self.cells for run in cell.evaluations(0)]
         self.problems |= dict.fromkeys(list(dict.fromkeys(runs))[-missing:], ("no luck",))
 
@@ -73,6 +73,13 @@ def test_a_dry_run_prints_commands_and_writes_nothing(work, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["export", "mkdir", "vs2-train-sae", "clip_benchmark"]
     assert not work.out.exists()
+
+
+@pytest.mark.parametrize("words", [[], ["--stand_in", "digits"]])
+def test_a_folder_that_cannot_be_made_is_named(words, work, capsys):
+    (work.out.parent / "file").touch()
+    assert main(["reproduce", "table.yaml", "--out", "file", *words]) == 2
+    assert "vs2: error: --out 'file' cannot be made: File exists; name another folder\n" in capsys.readouterr().err
 
 
 def test_a_root_that_cannot_be_filled_in_is_refused(work, capsys):

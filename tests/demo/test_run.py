@@ -72,7 +72,10 @@ def test_the_table_of_several_seeds_has_mean_and_deviation_of_the_sample(write, 
     assert steered == "| VS2 | 65.0 (7.1) |  | 32.5 (3.5) | +15.0 (7.1) |  |"
 
 
-@pytest.mark.parametrize(("script", "error"), [("exit 3", "exit code 3"), (None, "no-such is not installed beside")])
+@pytest.mark.parametrize(
+    ("script", "error"),
+    [("echo a >&2; echo no luck >&2; exit 3", "exit code 3: no luck"), (None, "no-such is not installed beside")],
+)
 def test_a_command_that_fails_ends_the_demo(script, error, tmp_path, monkeypatch, capsys):
     if script:
         (tmp_path / "bin").mkdir()
@@ -81,13 +84,26 @@ def test_a_command_that_fails_ends_the_demo(script, error, tmp_path, monkeypatch
         file.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(tmp_path / "bin/python"))
     with pytest.raises(Vs2Error, match=error):
-        run._command(tmp_path, {}, True, "no-such", "a word")
+        run._command(tmp_path, {}, True, "no-such", "a word")  # quiet: what it said last is told
     assert "$ no-such 'a word'" in capsys.readouterr().out
+
+
+def test_mistakes_are_told_before_anything_is_written(monkeypatch, tmp_path, capsys):
+    from vs2_plugin.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    mistakes = {("--seed", "-1"): "seed is -1; expected a whole number from 0", ("--out", "file"): "--out 'file'"}
+    for words, told in mistakes.items():
+        assert main(["demo", *words]) == 2
+        assert told in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_seeds_are_those_that_were_asked_for_each_once(monkeypatch, tmp_path):
     from vs2_plugin.cli.main import main
 
+    monkeypatch.chdir(tmp_path)
     asked = []
     monkeypatch.setattr(run, "demo", lambda *given: asked.append(given))
     assert main(["demo", "--out", str(tmp_path), "--seed", "3", "1", "3", "--quiet"]) == 0

@@ -132,6 +132,9 @@ MISTAKES = [
     (("--model", f"vs2:{TINY}", "--output", "no/such/folder.json"), ["no folder 'no/such'", "mkdir -p no/such"]),
     (("--pretrained_model", "vs2:ViT-B-32"), ["expected MODEL,WEIGHTS", "vs2:ViT-B-32,openai"]),
     (("--model_type", "vs2", "--model", "ViT-B-32@x=1"), ["unknown option 'x'"]),
+    (("--model", f"{TINY}@alpha=1"), ["no steering method", f"for example vs2:{TINY}@alpha=1"]),
+    (("--model", "hf-hub:org/name@sae"), ["no steering method", "for example vs2:hf-hub:org/name@sae"]),
+    (("--model", f"vs2:{TINY}@alpha"), ["no SAE checkpoint 'alpha'", "(as an option: @alpha=VALUE)"]),
 ]
 
 
@@ -196,6 +199,10 @@ def test_a_data_set_that_cannot_be_built_ends_with_one_line(in_demo, clip_benchm
         code, error = clip_benchmark("eval", "--model", model, "--pretrained", "", *words, "--quiet", "--no_amp")
         assert code == 2 and reason in error.splitlines()[-1]
         assert error.splitlines()[-1].startswith("vs2: error: clip_benchmark ")
+    # A name like one that is there, first.
+    digit = ("--dataset", "wds/digit", "--dataset_root", "digits")
+    code, error = clip_benchmark("eval", "--model", f"vs2:{TINY}", "--pretrained", "", *digit)
+    assert code == 2 and "on wds/digit in the store store (there is 'local-dir-tiny-clip_wds-digits'); tr" in error
     # Without a checkpoint, a command that trains one for it would be no help.
     code, error = clip_benchmark("eval", "--model", f"vs2:{TINY}", "--pretrained", "", "--dataset", "mnistt")
     assert code == 2 and "did you mean 'mnist'" in error and "vs2-train-sae" not in error

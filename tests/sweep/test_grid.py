@@ -41,6 +41,7 @@ REFUSED = [
     ("vs2:X@gamma=1:3:0", "a STOP of at least START and a STEP above 0"),
     ("vs2:X@gamma=1:3:-1", "a STOP of at least START and a STEP above 0"),
     ("vs2:X@gamma=1:2:1e-9", "1000000001 values; expected at most 10000; take a larger step"),
+    ("vs2:X@gamma=1:2:1e-400", "option gamma='1:2:1e-400': too many values; expected at most 10000"),
     ("vs2:X@gamma=0:1:0.001@lam=0:1:0.001", "1002001 points; expected at most 10000"),
     ("vs2:X@gamma=1,,2", "nothing beside a comma"),
     ("vs2:X@gamma=1,", "nothing beside a comma"),

@@ -219,9 +219,10 @@ class Checkpoint:
         missing = [str(number) for number in wanted if number not in at_block]
         if missing or not wanted:
             there = " ".join(map(str, sorted(at_block))) or f"none, only {sites[-1].hookpoint}"
+            all_blocks = " ".join(map(str, sorted({*wanted, *at_block}))) or "all"
             raise CheckpointError(
                 f"checkpoint {self.name!r} has no SAE at block {' '.join(missing) or blocks} (its blocks: {there}); "
-                f"train them with vs2-train-sae --blocks {' '.join(map(str, wanted)) or 'all'}"
+                f"{_AGAIN} by the same vs2-train-sae command with --overwrite --blocks {all_blocks}"
             )
         return [at_block[number] for number in wanted]
 

@@ -8,18 +8,27 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from vs2_plugin import messages
 from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE
-from vs2_plugin.errors import Vs2Error
+from vs2_plugin.errors import SettingError, Vs2Error
 from vs2_plugin.settings import flags_of
 from vs2_plugin.text import sentence_of
 
-__all__ = ["AGAIN", "add_flags", "add_store_option", "end_well", "is_interruption", "load_torch"]
+__all__ = ["AGAIN", "add_flags", "add_store_option", "end_well", "is_interruption", "load_torch", "make_folder"]
 
 #: How to go on after an interruption of a command that writes all of its files at its end.
 AGAIN = "; nothing is kept of it: run the same command again"
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder of ``--out``. Raises SettingError: it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingError(f"--out {str(path)!r} cannot be made: {error.strerror}; name another folder") from error
 
 
 def add_store_option(parser: argparse.ArgumentParser) -> None:

@@ -111,9 +111,9 @@ def _contributions(place: AtPlace) -> Iterator[str]:
 
 
 def positive(text: str) -> int:
-    """Return a whole number of at least 1, for argparse. Raises ValueError."""
+    """Return a whole number of at least 1, and of at most nine digits, for argparse. Raises ValueError."""
     number = int(text)
-    if number < 1:
+    if not 1 <= number < 10**9:
         raise ValueError(text)
     return number
 

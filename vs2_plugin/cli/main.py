@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vs2_plugin import __version__
 from vs2_plugin.checkpoint.store import Store
-from vs2_plugin.cli.common import add_store_option, end_well
+from vs2_plugin.cli.common import add_store_option, end_well, make_folder
 from vs2_plugin.cli.inspect import add_inspect
 from vs2_plugin.cli.latents import add_latents
 from vs2_plugin.cli.report import add_report
@@ -82,7 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _demo(args: argparse.Namespace) -> None:
     from vs2_plugin.demo.run import demo
+    from vs2_plugin.training.request import TrainRequest
 
+    TrainRequest(dataset=("wds/digits",), seed=tuple(args.seed))  # told before anything is written
+    make_folder(args.out)
     demo(args.out, args.quiet, list(dict.fromkeys(args.seed)))
 
 

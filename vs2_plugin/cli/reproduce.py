@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE
-from vs2_plugin.cli.common import load_torch
+from vs2_plugin.cli.common import load_torch, make_folder
 from vs2_plugin.messages import complain, say
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ def _reproduce(args: argparse.Namespace) -> int:
         for line in listing(tables):
             say(line)
         return 0
+    if not args.dry_run:
+        make_folder(args.out)
     load_torch()
     from vs2_plugin.harness.patches import PER_IMAGE
     from vs2_plugin.reproduce.command import surroundings

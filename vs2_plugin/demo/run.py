@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean, stdev
+from tempfile import TemporaryFile
 from typing import Any
 
 from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE
@@ -176,17 +177,20 @@ def _command(folder: Path, environment: dict[str, str], quiet: bool, *words: str
         raise Vs2Error(
             f"the command {words[0]} is not installed beside {sys.executable}; install with: pip install vs2-plugin"
         )
-    hidden = subprocess.DEVNULL if quiet else None
-    with _without_interruptions():
-        process = subprocess.Popen([script, *words[1:]], cwd=folder, env=environment, stdout=hidden, stderr=hidden)
-    with process:
-        try:
-            code = process.wait()
-        except BaseException:
-            process.terminate()
-            raise
+    with TemporaryFile("w+", errors="replace") as kept:
+        hidden, said = (subprocess.DEVNULL, kept) if quiet else (None, None)
+        with _without_interruptions():
+            process = subprocess.Popen([script, *words[1:]], cwd=folder, env=environment, stdout=hidden, stderr=said)
+        with process:
+            try:
+                code = process.wait()
+            except BaseException:
+                process.terminate()
+                raise
+        kept.seek(0)
+        lines = [line for line in kept.read().splitlines() if line.strip()]
     if code != 0:
-        raise Vs2Error(f"the command above ended with exit code {code}")
+        raise Vs2Error(f"the command above ended with exit code {code}" + "".join(f": {line}" for line in lines[-1:]))
 
 
 @contextmanager

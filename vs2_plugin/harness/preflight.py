@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -17,7 +18,8 @@ from vs2_plugin.devices import emulates_bfloat16
 from vs2_plugin.errors import CheckpointNotFound, HarnessError, ModelStringError
 from vs2_plugin.harness.automatic import read_prior
 from vs2_plugin.host import Evaluation, unknown_data_set
-from vs2_plugin.modelstring import ModelString, is_steered, parse
+from vs2_plugin.modelstring import GRAMMAR, ModelString, is_steered, parse
+from vs2_plugin.names import LOCAL
 
 __all__ = ["check", "check_pairs", "missing_checkpoint", "train_command"]
 
@@ -42,7 +44,7 @@ def check(evaluations: Sequence[Evaluation]) -> None:
     Raises:
         Vs2Error: the first thing that would go wrong.
     """
-    parsed = [(parse(run.model), run) for run in evaluations if _is_steered(run)]
+    parsed = [(parse(run.model), run) for run in _steered(evaluations)]
     alone = len({run.model for run in evaluations}) == 1
     for model, run in parsed:
         check_backbone(model.backbone, run.pretrained)
@@ -66,8 +68,16 @@ def check(evaluations: Sequence[Evaluation]) -> None:
         _LOG.info(_EMULATED)
 
 
-def _is_steered(run: Evaluation) -> bool:
-    return run.model_type == "open_clip" and is_steered(run.model)
+def _steered(evaluations: Sequence[Evaluation]) -> Iterator[Evaluation]:
+    """Yield the evaluations of steered models. Refuses one whose method was forgotten."""
+    for run in (run for run in evaluations if run.model_type == "open_clip"):
+        if is_steered(run.model):
+            yield run
+        elif ignores_pretrained(run.model) and "@" in run.model and not os.path.isdir(run.model.removeprefix(LOCAL)):
+            raise ModelStringError(
+                f"model {run.model!r}: no steering method before it, and an '@' in it; expected {GRAMMAR}, for example "
+                f"vs2:{run.model}"
+            )
 
 
 def _is_skipped(run: Evaluation) -> bool:
@@ -174,11 +184,15 @@ def missing_checkpoint(missing: Sequence[tuple[ModelString, Evaluation]], store:
             there = ", ".join(store.names()) or "none"
             sentences.append(
                 f"no SAE checkpoint {model.checkpoint!r} in the store {store.root} (there: {there}), and no such folder"
+                + (f" (as an option: @{model.checkpoint}=VALUE)" if model.method.option(model.checkpoint) else "")
             )
         else:
             weights = "" if ignores_pretrained(model.backbone) else f" ({run.pretrained or 'random weights'})"
+            name = checkpoint_name(model.backbone, run.pretrained, run.dataset)
+            close = difflib.get_close_matches(name, store.names(), n=1, cutoff=0.8)
             sentences.append(
                 f"no SAE checkpoint for {model.backbone}{weights} on {run.dataset} in the store {store.root}"
+                + "".join(f" (there is {one!r})" for one in close)
             )
             unknown = unknown_data_set(run.dataset)
             if unknown is None:

@@ -125,7 +125,8 @@ def _range(where: str, text: str) -> list[str]:
         raise ModelStringError(f"{where}: expected START:STOP:STEP with a STOP of at least START and a STEP above 0")
     count = (stop - start) / step + 1
     if count > _LIMIT:
-        raise ModelStringError(f"{where}: {count:.0f} values; expected at most {_LIMIT}; take a larger step")
+        many = f"{count:.0f}" if count < 1e12 else "too many"
+        raise ModelStringError(f"{where}: {many} values; expected at most {_LIMIT}; take a larger step")
     return [_written(start + index * step) for index in range(int(count))]
 
 

@@ -22,7 +22,7 @@ from vs2_plugin import __version__
 from vs2_plugin.arrays import stack
 from vs2_plugin.checkpoint.checkpoint import Checkpoint, SiteSAE, TrainingData, save_checkpoint
 from vs2_plugin.checkpoint.store import Store
-from vs2_plugin.clip.backbone import ignores_pretrained, load_backbone
+from vs2_plugin.clip.backbone import check_backbone, ignores_pretrained, load_backbone
 from vs2_plugin.clip.sites import Site
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.data.cache import require_space
@@ -63,6 +63,7 @@ def train(request: TrainRequest, processes: Processes = ALONE, report: Report = 
     Raises:
         Vs2Error: what is wrong, before any image is read where that can be told.
     """
+    check_backbone(request.model, request.pretrained)  # before the names of checkpoints, which hold its own
     command = shlex.join(request.words())
     request = replace(
         request,
