@@ -7,7 +7,7 @@ import torch
 from vs2_plugin.errors import SettingError
 from vs2_plugin.sae.topk import Latents, SaeConfig, TopKSAE, fvu, sample_fvu
 
-SHAPES = [(6, 24, 3), (16, 64, 4), (16, 128, 1), (7, 21, 21), (8, 200, 8)]  # some selected in two rounds, some in one
+SHAPES = [(6, 24, 3), (16, 64, 4), (16, 128, 1), (7, 21, 21), (8, 200, 8), (8, 64, 12)]  # in one round or two
 
 
 def make_sae(d_in, num_latents, k, activation, seed=0):
@@ -62,6 +62,15 @@ def test_abs_keeps_signs_and_relu_none():
         sae, x = make_sae(16, 64, 4, activation)
         signs[activation] = (sae.encode(x).values < 0).any().item()
     assert signs == {"relu": False, "abs": True}
+
+
+@pytest.mark.parametrize("activation", ["relu", "abs"])
+def test_encoder_and_decoder_start_equal_and_are_trained_apart(activation):
+    sae = TopKSAE(SaeConfig(16, 64, 4, activation))
+    assert torch.equal(sae.W_dec, sae.encoder.weight)
+    assert sae.W_dec.data_ptr() != sae.encoder.weight.data_ptr()
+    trained = {name for name, parameter in sae.named_parameters() if parameter.requires_grad}
+    assert trained == {"W_dec", "b_dec", "encoder.weight"} | ({"encoder.bias"} if activation == "relu" else set())
 
 
 @torch.no_grad()
