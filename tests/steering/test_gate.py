@@ -54,3 +54,19 @@ def test_statistics_add_up_over_batches_and_are_forgotten(parts):
 def test_a_quantile_that_is_not_told_is_refused(quantiles, told):
     with pytest.raises(CheckpointError, match=rf"no FVU quantile for gate=0.95 \(it tells {told}\)"):
         threshold(quantiles, 0.95)
+
+
+def test_what_is_recorded_of_each_image_is_what_opened_the_gate(parts):
+    sae, mean, x = parts
+    expected = (x - sae(x)).pow(2).sum(1) / (x - mean).pow(2).sum(1)
+    tau = expected.median().item()
+    for gate in (Gate(lambda x: x + 1, sae, mean, tau), Gate(lambda x: x + 1, sae, mean, None)):
+        gate.recording = True
+        steered = torch.cat([gate(part) for part in x.split(9)])
+        found = gate.per_image()
+        torch.testing.assert_close(found["fvu"], expected, rtol=1e-5, atol=1e-6)
+        assert found["steered"].tolist() == (steered != x).any(1).tolist()
+        assert gate.facts["coverage"] == found["steered"].float().mean().item()
+        assert gate.facts["mean_fvu"] == pytest.approx(expected.mean().item(), rel=1e-5)
+        gate.reset()
+        assert {name: len(values) for name, values in gate.per_image().items()} == {"fvu": 0, "steered": 0}

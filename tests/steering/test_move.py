@@ -140,3 +140,30 @@ def test_the_built_steering_holds_its_sae_and_tells_its_strength(sae, x):
     assert dict(steering.facts) == {"alpha": 0.5}
     assert {name.partition(".")[0] for name in steering.state_dict()} == {"sae"}
     assert torch.equal(applied(steering, x), vs2_steer(x, sae, 0.5))
+
+
+@pytest.mark.parametrize("base", ["x", "b_dec"])
+def test_a_move_goes_by_its_gain_along_each_active_latent(base, sae, x):
+    code = Code.of(sae, x)
+    move = Move(code, 1.7, base, keep_norm=False)
+    for row, changed in enumerate(move.apply(x) - x):
+        latents, activations, amounts = code.active(row)
+        assert torch.equal(activations, amounts) and activations.count_nonzero() == len(latents) > 0
+        along = move.gain * sum(amount * sae.W_dec[latent] for latent, amount in zip(latents, amounts))
+        unexplained = sae(x[row : row + 1])[0] - x[row] if base == "b_dec" else torch.zeros(32)
+        torch.testing.assert_close(changed, along + unexplained, rtol=1e-4, atol=1e-4)
+    assert move.rest == {"x": "rest", "b_dec": "what the SAE does not explain, left out"}[base]
+
+
+def test_amounts_stand_beside_the_activations_they_are_of(sae, x):
+    latents = sae.encode(x)
+    plain, doubled = Code(sae, *latents), Code(sae, 2 * latents.values, latents.indices, latents.values)
+    dense = Code(sae, lambda: torch.zeros(16, 64).scatter(1, latents.indices, latents.values))
+    for row in (0, 5):
+        where, activations, amounts = doubled.active(row)
+        assert torch.equal(amounts, 2 * activations) and torch.equal(activations, plain.active(row)[1])
+        assert sorted(dense.active(row)[0].tolist()) == sorted(where.tolist())
+        assert torch.equal(where, plain.active(row)[0])
+    part = dense[torch.tensor([5, 0])]
+    torch.testing.assert_close(part.direction, plain.direction[[5, 0]])
+    assert torch.equal(part.values[0], dense.values[5])
