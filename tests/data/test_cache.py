@@ -451,6 +451,6 @@ def test_space_is_measured_where_the_folder_will_be(tmp_path):
 
 def test_too_little_space_is_a_data_error_with_both_figures(tmp_path):
     with pytest.raises(
-        DataError, match=rf"need 1000000000\.00 GB and {tmp_path} has .* GB free; .*--store.*--max_images"
+        DataError, match=rf"need 1000000000\.0 GB and {tmp_path} has .* GB free; .*--store.*--max_images"
     ):
         require_space(tmp_path / "cache", 10**18)

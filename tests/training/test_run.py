@@ -1,9 +1,14 @@
 """From the request to the checkpoint, on the demo's digits and tiny CLIP."""
 
 import json
+import os
 import shlex
 import shutil
+import subprocess
 import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -12,7 +17,7 @@ import vs2_plugin
 from vs2_plugin.checkpoint.checkpoint import TrainingData
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli import train_sae
-from vs2_plugin.errors import CheckpointError
+from vs2_plugin.errors import CheckpointError, DataError
 from vs2_plugin.training import run
 from vs2_plugin.training.request import TrainRequest
 
@@ -256,3 +261,117 @@ def test_extraction_takes_the_precision_that_is_fast_here_and_says_which(fast, f
     words = "under autocast (bfloat16)" if fast else "in float32 (this processor would emulate autocast)"
     assert f"block 3, on cpu {words}" in lines[0]
     assert lines[-1].endswith(" --no_amp") is not fast  # evaluated as it was trained
+
+
+# ---- what goes wrong outside of the package
+
+
+SMALL = {**SETTINGS, "max_images": 100, "samples": 400, "quiet": True}
+
+
+def test_copied_shards_give_the_same_digest(folder):
+    """It tells of contents and settings, and not of paths and times."""
+    shutil.copytree(folder / "digits", folder / "elsewhere" / "copied")
+    for number, shard in enumerate((folder / "elsewhere/copied/train").iterdir()):
+        os.utime(shard, (number, number))
+    here = vs2_plugin.train("wds/digits", name="here", gallery_labels=True, **SMALL)
+    settings = {**SMALL, "dataset_root": "elsewhere/copied"}
+    there = vs2_plugin.train("wds/digits", name="there", gallery_labels=True, **settings)
+    assert len(list(Store.default().cached())) == 2
+    assert there.digest == here.digest and there.gallery == here.gallery
+    other = vs2_plugin.train("wds/digits", name="other", gallery_labels=True, **{**SMALL, "max_images": 99})
+    assert other.digest != here.digest
+
+
+@pytest.mark.parametrize("copies", [True, False], ids=["whole", "without the gallery"])
+def test_a_trained_checkpoint_that_cannot_be_written_is_kept_elsewhere(copies, folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    whole = vs2_plugin.train("wds/digits", name="whole", **SMALL)
+    stock = run.save_checkpoint
+
+    def full(place, **contents):
+        if place.parent == Store.default().checkpoints or (contents["gallery"] is not None and not copies):
+            raise OSError(28, "No space left on device", str(place))
+        return stock(place, **contents)
+
+    monkeypatch.setattr(run, "save_checkpoint", full)
+    with pytest.raises(DataError) as error:
+        vs2_plugin.train("wds/digits", name="mine", **SMALL)
+    message = str(error.value)
+    assert message.startswith("the checkpoint 'mine' is trained and could not be written to")
+    assert "No space left on device" in message and ("without its gallery" in message) is not copies
+    source, target = map(Path, shlex.split(message.partition(", mv ")[2]))
+    assert tmp_path in source.parents and target == Store.default().folder("mine")
+    shutil.move(source, target)
+    found = Store.default().find("mine")
+    found.verify()
+    assert found.sites[0].files == whole.sites[0].files
+    assert (found.digest == whole.digest) is copies
+
+
+def test_where_nothing_can_be_written_the_same_command_goes_on(folder, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="nor among the temporary files; make room and"):
+        patch.setattr(run, "save_checkpoint", lambda place, **contents: fails(place))
+        vs2_plugin.train("wds/digits", name="mine", save_every=0, **SMALL)
+    assert [path.name for path in Store.default().unfinished()] != []
+    lines = []
+    request = TrainRequest(dataset="wds/digits", name="mine", save_every=0, **{**SMALL, "quiet": False})
+    monkeypatch.setattr("vs2_plugin.sae.train._Run.step", lambda *args: pytest.fail("trained again"))
+    run.train(request, report=lines.append)
+    assert any("cached, in" in line for line in lines)
+    assert list(Store.default().unfinished()) == []
+
+
+def fails(place):
+    raise OSError(28, "No space left on device", str(place))
+
+
+def test_too_little_room_for_the_checkpoints_is_told_before_anything_is_read(folder, monkeypatch):
+    monkeypatch.setattr(run, "_room", lambda *args: 10**18)
+    monkeypatch.setattr("vs2_plugin.training.extract.open_images", lambda *args, **more: pytest.fail("read"))
+    with pytest.raises(DataError, match=r"the checkpoints need 1000000000\.0 GB and .* free"):
+        vs2_plugin.train("wds/digits", **SMALL)
+
+
+def test_a_store_that_is_a_file_ends_the_command_at_once(folder, capsys, train, monkeypatch):
+    monkeypatch.setattr(run, "load_backbone", lambda *args: pytest.fail("loaded"))
+    (folder / "file").write_text("")
+    assert train("--store", "file") == 2
+    assert "the store file is a file; expected a folder: name another one with --store" in capsys.readouterr().err
+
+
+def test_a_second_training_of_one_name_is_refused_at_once(folder, capsys, train, monkeypatch):
+    code = f"""
+import sys
+from pathlib import Path
+from vs2_plugin.files import alone
+with alone(Path({str(Store.default().folder("mine"))!r})):
+    print("in", flush=True)
+    sys.stdin.readline()
+"""
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "in\n"
+    stock = run.alone
+    monkeypatch.setattr(run, "alone", lambda path: stock(path, seconds=0))
+    monkeypatch.setattr(run, "load_backbone", lambda *args: pytest.fail("loaded"))
+    try:
+        assert train("--name", "mine") == 2
+    finally:
+        other.communicate("end\n")
+    assert "another process is writing" in capsys.readouterr().err
+
+
+def test_what_another_training_wrote_meanwhile_is_not_replaced(folder, monkeypatch):
+    vs2_plugin.train("wds/digits", name="first", **SMALL)
+    stock = run.alone
+
+    @contextmanager
+    def waited(path):
+        shutil.copytree(Store.default().folder("first"), path)
+        with stock(path):
+            yield True
+
+    monkeypatch.setattr(run, "alone", waited)
+    with pytest.raises(DataError, match="there is a checkpoint 'mine' in .* already"):
+        vs2_plugin.train("wds/digits", name="mine", **SMALL)

@@ -24,7 +24,7 @@ from vs2_plugin.data.images import Batch, TrainingImages
 from vs2_plugin.distributed import ALONE, Processes, wait
 from vs2_plugin.errors import DataError
 from vs2_plugin.files import alone, atomic_folder, part_of, settle
-from vs2_plugin.text import counted
+from vs2_plugin.text import counted, gigabytes
 
 __all__ = ["ActivationCache", "Encode", "Extracted", "Writer", "activations_at", "extract", "require_space"]
 
@@ -198,9 +198,8 @@ def require_space(folder: Path, needed: int, what: str = "the activations") -> i
     free = shutil.disk_usage(there).free
     if needed > free:
         raise DataError(
-            f"{what} need {needed / 1e9:.2f} GB and {there} has {free / 1e9:.2f} GB free; free "
-            "some, name another "
-            "disk with --store, or take fewer images with --max_images"
+            f"{what} need {gigabytes(needed)} and {there} has {gigabytes(free)} free; free some, name another disk "
+            "with --store, or take fewer images with --max_images"
         )
     return free
 
