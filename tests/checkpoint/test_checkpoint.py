@@ -498,3 +498,11 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read_is_not_called_damaged(sa
     (second.folder / second.sites[0].folder / "cfg.json").write_text("{}")
     with pytest.raises(CheckpointError, match="damaged"):
         second.load(second.sites[0])
+
+
+def test_damage_is_told_with_the_command_that_made_the_checkpoint(save):
+    for command in ("vs2-train-sae --k 8", "vs2-train-sae --k 8 --overwrite"):
+        checkpoint = save(created={"command": command})
+        (checkpoint.folder / LAST / "cfg.json").write_text("{}")
+        with pytest.raises(CheckpointError, match=rf"cfg\.json is not the file .*; make it again with: vs2-train-sae --k 8 --overwrite$"):
+            checkpoint.load(checkpoint.sites[1])

@@ -329,7 +329,7 @@ class Checkpoint:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Tell a checkpoint that another process has replaced meanwhile from one that is damaged."""
+        """Tell a checkpoint that was replaced meanwhile from one that is damaged, and what mends that."""
         try:
             yield
         except CheckpointError as error:
@@ -337,7 +337,11 @@ class Checkpoint:
                 raise CheckpointReplaced(
                     f"checkpoint {self.name!r} was replaced while it was read; run the same command again"
                 ) from error
-            raise
+            command = self.created.get("command")
+            if command is None:
+                raise
+            again = command if "--overwrite" in command else f"{command} --overwrite"
+            raise CheckpointError(f"{str(error).removesuffix(f'; {_AGAIN}')}; make it again with: {again}") from error
 
     def _is_replaced(self) -> bool:
         try:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vs2_plugin.arrays import Column, check_all, whole_rows
+from vs2_plugin.arrays import Column, check_all, trust_all, whole_rows
 from vs2_plugin.clip.edits import reading
 from vs2_plugin.clip.sites import Site
 from vs2_plugin.data.images import Batch, TrainingImages
@@ -79,7 +79,7 @@ class ActivationCache:
         except (OSError, ValueError, KeyError, TypeError):  # not there, cut short, or not ours
             return None
         try:
-            check_all(folder, {f"{name}.npy": digest for name, digest in contents.items()})
+            check_all(folder, _files(contents))
             columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in widths}
             digests = np.load(folder / f"{_DIGESTS}.npy")
             classes = np.load(folder / f"{_LABELS}.npy") if labels else None
@@ -129,6 +129,7 @@ class ActivationCache:
                 contents = {name: column.complete() for name, column in writer.columns.items()}
             facts = {"count": writer.count, "contents": contents, "key": key}
             (scratch / _FACTS).write_text(json.dumps(facts, indent=2) + "\n")
+            trust_all(scratch, _files(contents))  # their digests were taken of what was written
 
     def join(
         self,
@@ -150,6 +151,11 @@ class ActivationCache:
                 raise DataError("there are no training images")
         for part in parts:
             shutil.rmtree(self.folder(part), ignore_errors=True)
+
+
+def _files(contents: Mapping[str, str]) -> dict[str, str]:
+    """Return what tells of the content of each file, from that of each array."""
+    return {f"{name}.npy": digest for name, digest in contents.items()}
 
 
 class Writer:
