@@ -504,5 +504,6 @@ def test_damage_is_told_with_the_command_that_made_the_checkpoint(save):
     for command in ("vs2-train-sae --k 8", "vs2-train-sae --k 8 --overwrite"):
         checkpoint = save(created={"command": command})
         (checkpoint.folder / LAST / "cfg.json").write_text("{}")
-        with pytest.raises(CheckpointError, match=rf"cfg\.json is not the file .*; make it again with: vs2-train-sae --k 8 --overwrite$"):
+        mended = r"cfg\.json is not the file .*; make it again with: vs2-train-sae --k 8 --overwrite$"
+        with pytest.raises(CheckpointError, match=mended):
             checkpoint.load(checkpoint.sites[1])
