@@ -31,6 +31,7 @@ CHECKED = [
     ("ViT-B-32", "laion2b-s34b-b79k", None),
     ("ViT-B-32", __file__, None),
     ("hf-hub:org/model", "whatever", None),
+    ("hf-hub:", "", r"'hf-hub:' names no repository of the hub; expected hf-hub:ORGANISATION/NAME"),
     (TINY, "whatever", None),
     ("ViT-B-3", "", "open_clip has no model 'ViT-B-3'; did you mean ViT-B-32"),
     ("vit-b-32", "", "open_clip has no model 'vit-b-32'; did you mean "),

@@ -132,6 +132,14 @@ MISTAKES = [
     (("--model", f"vs2:{TINY}", "--output", "no/such/folder.json"), ["no folder 'no/such'", "mkdir -p no/such"]),
     (("--pretrained_model", "vs2:ViT-B-32"), ["expected MODEL,WEIGHTS", "vs2:ViT-B-32,openai"]),
     (("--model_type", "vs2", "--model", "ViT-B-32@x=1"), ["unknown option 'x'"]),
+    (
+        ("--model", TINY, f"vs2:{TINY}", "--output", "x.json"),
+        [f"the results of {TINY} and of vs2:{TINY} one file, 'x.json'", "{model}, {pretrained_full_path}, {dataset}"],
+    ),
+    (
+        ("--pretrained_model", "vs2:RN50,digits/train/0.tar", "vs2:RN50,digits/test/0.tar"),  # two files of one name
+        ["the results of vs2:RN50 and of vs2:RN50 one file, 'digits_0.tar_vs2:RN50", "{pretrained_full_path}"],
+    ),
     (("--model", f"{TINY}@alpha=1"), ["no steering method", f"for example vs2:{TINY}@alpha=1"]),
     (("--model", "hf-hub:org/name@sae"), ["no steering method", "for example vs2:hf-hub:org/name@sae"]),
     (("--model", f"vs2:{TINY}@alpha"), ["no SAE checkpoint 'alpha'", "(as an option: @alpha=VALUE)"]),

@@ -60,16 +60,8 @@ def check_backbone(backbone: str, pretrained: str) -> None:
     Raises:
         TowerError: saying what was wrong and what comes close.
     """
-    if backbone.startswith(LOCAL):
-        if not hasattr(open_clip.factory, "LOCAL_DIR_PREFIX"):
-            raise TowerError(f"{backbone!r}: {LOCAL} names need open_clip 3; pip install 'open_clip_torch>=3'")
-        folder = Path(backbone[len(LOCAL) :])
-        if not (folder / "open_clip_config.json").is_file():
-            raise TowerError(
-                f"{backbone!r}: no file {folder / 'open_clip_config.json'}; expected a folder that open_clip wrote"
-            )
-        return
-    if backbone.startswith(HUB):
+    if ignores_pretrained(backbone):
+        _check_own_weights(backbone)
         return
     known = open_clip.list_models()
     name = backbone.replace("/", "-")
@@ -88,6 +80,19 @@ def check_backbone(backbone: str, pretrained: str) -> None:
     if pretrained.lower().replace("-", "_") not in tags and pretrained not in tags:
         offered = ", ".join(tags) or "none: use --pretrained '' for random weights, or a file"
         raise TowerError(f"{backbone} has no weights {pretrained!r}; known tags: {offered}")
+
+
+def _check_own_weights(backbone: str) -> None:
+    """Check a name that the weights come with. Raises TowerError."""
+    if backbone.startswith(HUB):
+        if "/" not in backbone:
+            raise TowerError(f"{backbone!r} names no repository of the hub; expected {HUB}ORGANISATION/NAME")
+        return
+    if not hasattr(open_clip.factory, "LOCAL_DIR_PREFIX"):
+        raise TowerError(f"{backbone!r}: {LOCAL} names need open_clip 3; pip install 'open_clip_torch>=3'")
+    config = Path(backbone.removeprefix(LOCAL)) / "open_clip_config.json"
+    if not config.is_file():
+        raise TowerError(f"{backbone!r}: no file {config}; expected a folder that open_clip wrote")
 
 
 _warned: set[str] = set()

@@ -265,8 +265,7 @@ def extract(
             with bar:
                 for batch in images.batches(batch_size, num_workers, first):
                     found = encode(batch.images.to(device, non_blocking=True))
-                    columns = {one: _storable(found[one].float().cpu().numpy(), dtype, one) for one in widths}
-                    _append(writer, columns, batch, first)
+                    _append(writer, _columns(found, widths, dtype), batch, first)
                     first += len(batch.images)
                     bar.update(len(batch.images))
             if writer.count == 0 and "part" not in key:
@@ -279,6 +278,11 @@ def _append(writer: Writer, columns: Mapping[str, np.ndarray], batch: Batch, fir
     there = slice(writer.count - first, None)
     labels = None if batch.labels is None else batch.labels[there]
     writer.append({name: rows[there] for name, rows in columns.items()}, batch.digests[there], labels)
+
+
+def _columns(found: Mapping[str, Tensor], widths: Mapping[str, int], dtype: np.dtype) -> dict[str, np.ndarray]:
+    """Return the columns of a batch, as they are stored."""
+    return {name: _storable(found[name].float().cpu().numpy(), dtype, name) for name in widths}
 
 
 def _storable(rows: np.ndarray, dtype: np.dtype, column: str) -> np.ndarray:

@@ -205,7 +205,7 @@ def _check_first(automatic: Automatic, batches: Sequence[tuple[Tensor, Batch]]) 
             raise PluginError(
                 f"method {automatic.name!r} moves activations by up to {float(moved.max()):.3g} with {told}; expected "
                 "that its automatic options, all at their first value, leave activations as they are, since auto "
-                "compares the others with that"
+                "compares the others with that; leave out numbers for other options that accept auto"
             )
 
 

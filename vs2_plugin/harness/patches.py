@@ -244,7 +244,9 @@ def _patch_cli(module: Any) -> None:
             preflight.check_pairs(base.pretrained_model)
             planned = planned_runs(base)
             steered = any(is_steered(args.model) for args in planned)
-            preflight.check([Evaluation.of(args) for args in planned])
+            evaluations = [Evaluation.of(args) for args in planned]
+            preflight.check_distinct(evaluations)
+            preflight.check(evaluations)
             return stock_main_eval(base)
         except (Vs2Error, OSError) as error:
             if isinstance(error, OSError) and not steered:

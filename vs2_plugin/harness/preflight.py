@@ -21,7 +21,7 @@ from vs2_plugin.host import Evaluation, unknown_data_set
 from vs2_plugin.modelstring import GRAMMAR, ModelString, is_steered, parse
 from vs2_plugin.names import LOCAL
 
-__all__ = ["check", "check_pairs", "missing_checkpoint", "train_command"]
+__all__ = ["check", "check_distinct", "check_pairs", "missing_checkpoint", "train_command"]
 
 _LOG = logging.getLogger(__name__)
 _EMULATED = (
@@ -77,6 +77,20 @@ def _steered(evaluations: Sequence[Evaluation]) -> Iterator[Evaluation]:
             raise ModelStringError(
                 f"model {run.model!r}: no steering method before it, and an '@' in it; expected {GRAMMAR}, for example "
                 f"vs2:{run.model}"
+            )
+
+
+def check_distinct(evaluations: Sequence[Evaluation]) -> None:
+    """Refuse results of a steered model in a file of other results. Raises HarnessError."""
+    files: dict[str, Evaluation] = {}
+    for run in evaluations if any(is_steered(run.model) for run in evaluations) else ():
+        other = files.setdefault(run.output_file, run)
+        if other != run and (is_steered(run.model) or is_steered(other.model)):
+            fields = ("model", "pretrained_full_path", "dataset", "language", "task")
+            raise HarnessError(
+                f"--output {run.output!r} gives the results of {other.model} and of {run.model} one file, "
+                f"{run.output_file!r}, and only the last would be kept; expected a name that holds what differs, of "
+                f"{', '.join(f'{{{name}}}' for name in fields)}"
             )
 
 
