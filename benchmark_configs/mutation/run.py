@@ -14,6 +14,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from itertools import count
@@ -107,18 +108,19 @@ def passes(path, tree, tests, seconds, tell=None):
     code = pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *tests])
     if tell is not None:
         foreign = (name for name in sys.modules if name.split(".")[0] not in ("vs2_plugin", "tests", "__main__"))
-        os.write(tell, "\n".join(foreign).encode())
+        tell.write_text("\n".join(foreign))
     os._exit(code)
 
 
 def warm(path, tests):
     """Import what the tests import of other packages. Returns the seconds that the tests take then."""
-    (source, tell), tree = os.pipe(), ast.parse(path.read_text())
-    assert passes(path, tree, tests, 600, tell), f"the tests of {path} fail as it is"
-    os.close(tell)
-    for name in open(source).read().split():
-        with suppress(Exception):
-            importlib.import_module(name)
+    tree = ast.parse(path.read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        tell = Path(folder, "imported")
+        assert passes(path, tree, tests, 600, tell), f"the tests of {path} fail as it is"
+        for name in tell.read_text().split():
+            with suppress(Exception):
+                importlib.import_module(name)
     started = time.monotonic()
     assert passes(path, tree, tests, 600), f"the tests of {path} fail in a warm process"
     return time.monotonic() - started
