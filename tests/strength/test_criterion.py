@@ -150,6 +150,14 @@ def test_scores_are_the_same_every_time():
     assert first == scores([labels, labels % 3], graph, 5)
 
 
+def test_shares_are_counted_in_double_precision():
+    labels = torch.tensor([0, 0, 1, 2, 2, 2, 2])
+    expected = sum(n / 7 * math.log(3 * n / 7) for n in (2, 1, 4))
+    assert divergence(labels, torch.ones(3) / 3).mean().item() == pytest.approx(expected, abs=1e-6)
+    told = scores([labels], torch.tensor([[1]] * 7), 3).entropy[0]
+    assert told == pytest.approx(-sum(n / 7 * math.log(n / 7) for n in (2, 1, 4)), abs=1e-12)
+
+
 def test_divergence_is_that_of_scipy_and_finite_for_a_class_that_should_not_be_there():
     labels = torch.tensor([0] * 5 + [1] * 3 + [3] * 2)
     prior = torch.tensor([0.6, 0.1, 0.2, 0.1])
