@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from vs2_plugin.results.statistics import by_fvu, calibration, class_changes, interval, pair
+from vs2_plugin.results.statistics import by_fvu, calibration, calibration_of_bins, class_changes, interval, pair
 
 
 @pytest.fixture
@@ -122,3 +122,28 @@ def test_equal_fvu_share_a_bin_and_few_images_make_few_bins():
     assert sum(found.images.sum() for found in halves) == 200
     assert len(by_fvu(np.arange(45.0))) == 2
     assert len(by_fvu(np.arange(5.0))) == 1
+
+
+def test_calibration_of_bins_is_that_of_the_images_in_them():
+    rng = np.random.default_rng(5)
+    confidence, correct = rng.uniform(0.3, 1, 400), rng.random(400) < 0.6
+    whole = calibration(confidence, correct)
+    full = np.flatnonzero(whole.share)
+    rows = [[round(400 * whole.share[i]), whole.confidence[i], whole.accuracy[i]] for i in full]
+    found = calibration_of_bins(rows, whole.ece)
+    assert found.ece == whole.ece
+    for name in ("share", "confidence", "accuracy"):
+        np.testing.assert_allclose(getattr(found, name), getattr(whole, name))
+
+
+@pytest.mark.parametrize("rows", [[], [[0, 0.5, 0.5]], [[np.inf, 0.5, 0.5]], [[3, np.nan, 0.5]], [[3, 0.5, np.inf]]])
+def test_bins_without_images_or_numbers_are_refused(rows):
+    with pytest.raises(ValueError, match="expected bins that hold images"):
+        calibration_of_bins(rows, 0.1)
+
+
+def test_of_equal_changes_the_one_that_mended_more_comes_first():
+    target = np.array([0] * 4 + [1] * 4)
+    before, after = np.array([0, 0, 0, 1, 0, 0, 1, 1]), np.array([0, 0, 0, 0, 1, 1, 1, 0])
+    found = class_changes(target, before, after)
+    assert [(change.label, change.mended, change.broken) for change in found] == [(1, 2, 1), (0, 1, 0)]
