@@ -13,6 +13,8 @@ from PIL import Image
 import vs2_plugin
 from vs2_plugin.cli import train_sae
 from vs2_plugin.cli.main import parser
+from vs2_plugin.data.evaluated import look
+from vs2_plugin.data.images import open_images
 from vs2_plugin.demo.run import EVALUATED, SYSTEMS
 from vs2_plugin.errors import CheckpointNotFound
 from vs2_plugin.modelstring import is_steered, parse
@@ -161,6 +163,22 @@ def test_the_python_of_the_readme_runs(workplace, tmp_path, monkeypatch):
     assert names["features"].shape == (1, 64) and names["model"].vs2_facts()["vs2_method"] == "vs2"
     with pytest.raises(CheckpointNotFound):
         vs2_plugin.load("vs2:local-dir:tiny-clip", dataset="wds/other")[0]
+
+
+def test_the_python_of_the_chapter_on_images_writes_shards(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "test"):
+        for name, grey in (("cat", 10), ("dog", 200)):
+            (tmp_path / "pictures" / split / name).mkdir(parents=True)
+            for number in range(3):
+                Image.new("L", (8, 8), grey).save(tmp_path / "pictures" / split / name / f"{number}.PNG")
+            (tmp_path / "pictures" / split / name / "notes.txt").touch()
+    (code,) = blocks(REPOSITORY / "vs2_plugin/docs/images.md", "python")
+    exec(compile(code, "images.md", "exec"), {})
+    assert look("mine", "test") == look("mine", "train") == [2, 2, 1, 1]
+    grey = lambda image: torch.tensor(image.getpixel((0, 0))[0])  # noqa: E731
+    (batch,) = open_images("wds/mine", "mine", "train", grey, labels=True).batches(6, 0)
+    assert dict(zip(batch.images.tolist(), batch.labels.tolist())) == {10: 0, 200: 1}
 
 
 def test_the_plugin_of_its_chapter_runs(monkeypatch, make_sae):

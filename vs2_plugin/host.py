@@ -36,6 +36,14 @@ class Evaluation:
     """A data set of clip_benchmark; ``wds/NAME`` for webdataset shards."""
     dataset_root: str = "root"
     """Its folder; ``{dataset}`` is filled in."""
+    split: str = "test"
+    """The split under evaluation."""
+    num_workers: int = 4
+    """Processes that load images."""
+    custom_classname_file: str | None = None
+    """Class names in place of the data set's own."""
+    custom_template_file: str | None = None
+    """Prompts in place of the data set's own."""
     task: str = "auto"
     """The task; ``auto`` for the data set's own."""
     language: str = "en"

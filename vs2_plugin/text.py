@@ -7,7 +7,7 @@ import os
 import textwrap
 import unicodedata
 
-__all__ = ["counted", "gigabytes", "one_line", "printable", "reason_of", "sentence_of"]
+__all__ = ["counted", "gigabytes", "one_line", "printable", "reason_of", "said_by", "sentence_of"]
 
 #: These join or part letters and emoji; they neither move a cursor nor turn the reading order.
 _JOINERS = (0x200C, 0x200D)
@@ -22,11 +22,11 @@ _MENDS = {
 
 
 def printable(text: object) -> str:
-    """Return ``text`` in one line that says what it holds: control characters, which could rewrite what a terminal
+    r"""Return ``text`` in one line that says what it holds: control characters, which could rewrite what a terminal
     shows, and marks that turn the reading order are escaped.
 
     >>> print(printable("a\x1b[2K\u202eb\nc"))
-    a\\x1b[2K\\u202eb\\nc
+    a\x1b[2K\u202eb\nc
     """
     text = str(text)
     return text if text.isprintable() else "".join(map(_escaped, text))
@@ -64,7 +64,13 @@ def sentence_of(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         where = f": {os.fspath(error.filename)!r}" if error.filename is not None else ""
         return f"{error.strerror}{where}{_MENDS.get(error.errno, '')}"
-    return " ".join(str(error).split())
+    return " ".join(said_by(error).split())
+
+
+def said_by(error: BaseException) -> str:
+    """Return the message of an exception. A data loader's worker wraps it in its traceback, of which it is the end."""
+    text = str(error).strip()
+    return text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text
 
 
 def counted(count: int, noun: str) -> str:

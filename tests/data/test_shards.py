@@ -1,9 +1,5 @@
-import http.server
 import io
 import pickle
-import shutil
-import threading
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -345,26 +341,6 @@ def test_class_names_that_name_none_are_refused(names, shards, picture, tmp_path
 
 
 # ---- behind a URL
-
-
-class Handler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def serve(tmp_path, monkeypatch):
-    """The URL of a server on this machine that hands out ``tmp_path``."""
-    if shutil.which("curl") is None:
-        pytest.skip("webdataset fetches shards with curl, which is not installed")
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.setenv(name, "127.0.0.1")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path)) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
 
 
 def read_all(images, num_workers=0):

@@ -92,6 +92,19 @@ def few_digits(folder: Path, name: str, shard: int, count: int = 225) -> None:
         shutil.copy(folder / "digits" / file, folder / name)
 
 
+def rewrite(shard: Path, change: Callable[[str, bytes], bytes | None]) -> None:
+    """Write a shard anew, with what ``change`` makes of each file's name and bytes; None leaves it out."""
+    with tarfile.open(shard) as tar:
+        files = [(member.name, tar.extractfile(member).read()) for member in tar]
+    with tarfile.open(shard, "w") as tar:
+        for name, data in files:
+            changed = change(name, data)
+            if changed is not None:
+                member = tarfile.TarInfo(name)
+                member.size = len(changed)
+                tar.addfile(member, io.BytesIO(changed))
+
+
 @pytest.fixture
 def captions(in_demo) -> tuple[str, ...]:
     """Digits with captions, a data set without classes; the words that name it."""

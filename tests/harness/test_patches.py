@@ -1,13 +1,17 @@
 """The unmodified clip_benchmark command with steered models: spellings, parity with the stock models, mistakes."""
 
 import json
+import os
 import shutil
+import tarfile
 
 import pytest
 
 from vs2_plugin.cli import train_sae
 
-from .conftest import DIGITS, TINY, few_digits, metrics, run_python, run_script
+from .conftest import DIGITS, TINY, few_digits, metrics, rewrite, run_python, run_script
+
+PROMPTS = "zeroshot_classification_templates.txt"
 
 
 @pytest.mark.parametrize(
@@ -200,13 +204,10 @@ def test_a_checkpoint_of_another_tower_is_refused(in_demo, clip_benchmark, tmp_p
 
 def test_a_data_set_that_cannot_be_built_ends_with_one_line(in_demo, clip_benchmark):
     model = f"vs2:{TINY}@local-dir-tiny-clip_wds-digits"
-    for words, reason in (
-        (("--dataset", "wds/digits", "--dataset_root", "nowhere"), "nowhere/test/nshards.txt"),
-        (("--dataset", "mnistt"), "knows no data set 'mnistt'; did you mean 'mnist'"),
-    ):
-        code, error = clip_benchmark("eval", "--model", model, "--pretrained", "", *words, "--quiet", "--no_amp")
-        assert code == 2 and reason in error.splitlines()[-1]
-        assert error.splitlines()[-1].startswith("vs2: error: clip_benchmark ")
+    words = ("--dataset", "mnistt", "--quiet", "--no_amp")
+    code, error = clip_benchmark("eval", "--model", model, "--pretrained", "", *words)
+    assert code == 2 and "knows no data set 'mnistt'; did you mean 'mnist'" in error.splitlines()[-1]
+    assert error.splitlines()[-1].startswith("vs2: error: clip_benchmark ")
     # A name like one that is there, first.
     digit = ("--dataset", "wds/digit", "--dataset_root", "digits")
     code, error = clip_benchmark("eval", "--model", f"vs2:{TINY}", "--pretrained", "", *digit)
@@ -214,6 +215,88 @@ def test_a_data_set_that_cannot_be_built_ends_with_one_line(in_demo, clip_benchm
     # Without a checkpoint, a command that trains one for it would be no help.
     code, error = clip_benchmark("eval", "--model", f"vs2:{TINY}", "--pretrained", "", "--dataset", "mnistt")
     assert code == 2 and "did you mean 'mnist'" in error and "vs2-train-sae" not in error
+
+
+# ---- the data under evaluation
+
+
+def few(*words: str, models=(TINY, f"vs2:{TINY}@local-dir-tiny-clip_wds-digits"), output="few-{model}.json"):
+    """The words of an evaluation of few digits, by the stock model and a steered one."""
+    data = ("--dataset", "wds/few", "--dataset_root", "few", "--quiet", "--no_amp", "--output", output)
+    return "eval", "--model", *models, "--pretrained", "", *data, *words
+
+
+BAD_DATA = {
+    "no prompts": (lambda few: (few / PROMPTS).unlink(), [PROMPTS, "echo 'a photo of a {c}.' > few/" + PROMPTS]),
+    "no names": (lambda few: (few / "classnames.txt").unlink(), ["few/classnames.txt", "one per line"]),
+    "no list": (lambda few: (few / "test/nshards.txt").unlink(), ["echo 1 > few/test/nshards.txt"]),
+    "no split": (lambda few: shutil.rmtree(few / "test"), ["few/test/nshards.txt", "the splits in few: train"]),
+    "no folder": (lambda few: shutil.rmtree(few), ["few/test/nshards.txt (No such file or directory)"]),
+    "a label": (lambda few: rewrite(few / "test/0.tar", lambda n, d: b"99" if n.endswith("cls") else d),
+                ["few/test/0.tar: ", ".cls: the label is 99; expected a class number from 0 to 9"]),
+    "no label": (lambda few: rewrite(few / "test/0.tar", lambda n, d: None if n.endswith("cls") else d),
+                 ["few/test/0.tar: the image ", "has no label"]),
+    "a cut shard": (lambda few: os.truncate(few / "test/0.tar", 700), ["cannot read shard few/test/0.tar"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_end_before_anything_is_loaded(case, in_demo, clip_benchmark, monkeypatch):
+    import open_clip
+
+    few_digits(in_demo, "few", 0, count=5)
+    damage, fragments = BAD_DATA[case]
+    damage(in_demo / "few")
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", lambda *a, **k: pytest.fail("loaded too early"))
+    code, error = clip_benchmark(*few())
+    assert code == 2 and error.startswith("vs2: error: ") and error.count("\n") == 1
+    for fragment in fragments:
+        assert fragment in error
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("models", [1, 2], ids=["steered", "plain first"])
+def test_an_image_that_cannot_be_read_ends_with_its_name(models, workers, in_demo, clip_benchmark):
+    few_digits(in_demo, "few", 0, count=5)
+    names = sorted(name for name in tarfile.open(in_demo / "few/test/0.tar").getnames() if name.endswith("png"))
+    rewrite(in_demo / "few/test/0.tar", lambda name, data: data[:60] if name == names[3] else data)
+    some = (TINY, f"vs2:{TINY}@local-dir-tiny-clip_wds-digits")[2 - models :]
+    code, error = clip_benchmark(*few("--num_workers", workers, models=some, output="broken-{model}.json"))
+    assert code == 2
+    assert error.splitlines()[-1] == f"vs2: error: few/test/0.tar: {names[3]} is not a readable image"
+    assert "Traceback" not in error and not list(in_demo.glob("broken-*.json"))
+
+
+def test_fewer_shards_than_workers_are_read_by_fewer(in_demo, clip_benchmark):
+    few_digits(in_demo, "few", 0, count=20)
+    code, error = clip_benchmark(*few("--num_workers", "1", output="one-{model}.json"))
+    assert code == 0 and "loader worker" not in error
+    code, error = clip_benchmark(*few(output="four-{model}.json"))
+    assert code == 0, error
+    assert error.count("vs2: wds/few is read by 1 loader worker, and not 4") == 1
+    files = sorted(file.name for file in in_demo.glob("one-*.json"))
+    assert len(files) == 2
+    for file in files:
+        assert metrics(in_demo / file) == metrics(in_demo / file.replace("one", "four"))
+
+
+def test_plain_models_alone_are_not_looked_after(in_demo, clip_benchmark):
+    few_digits(in_demo, "few", 0, count=5)
+    with pytest.raises(Exception, match="No samples found"):
+        clip_benchmark(*few(models=[TINY]))
+
+
+@pytest.mark.parametrize("output", ["store", "store/", "new/"])
+def test_an_output_that_is_a_folder_is_refused(output, in_demo, clip_benchmark):
+    code, error = clip_benchmark(*few(output=output))
+    assert code == 2 and error.count("\n") == 1
+    assert f"--output {output!r} is a folder; expected a file: --output '{output.rstrip('/')}/{{dataset}}" in error
+
+
+def test_an_output_that_the_system_refuses_is_refused_at_once(in_demo, clip_benchmark):
+    code, error = clip_benchmark(*few(output="x" * 300 + ".json"))
+    assert code == 2 and error.count("\n") == 1
+    assert "could not be written to 'xxx" in error and "File name too long; give another --output" in error
 
 
 def test_damaged_checkpoints_are_refused(in_demo, clip_benchmark):

@@ -7,7 +7,8 @@ import torch
 
 from vs2_plugin.sweep import evaluate
 
-from .conftest import TINY, interrupt_write, sweep
+from ..harness.conftest import few_digits, rewrite
+from .conftest import DATA, TINY, interrupt_write, sweep
 
 
 @pytest.mark.parametrize(
@@ -58,3 +59,43 @@ def test_quiet_hides_what_torch_thinks_of_the_workers(here, monkeypatch, tmp_pat
     words = ("--quiet",)
     assert sweep(f"vs2:{TINY}", output=f"{tmp_path}/{{model}}.json", words=words) == 0
     assert not [one for one in recwarn if "This DataLoader will create" in str(one.message)]
+
+
+# ---- the data under evaluation
+
+
+def test_shards_that_serve_fewer_workers_are_read_by_fewer(here, capsys, tmp_path):
+    words = ("--num_workers", "4")
+    assert sweep(f"vs2:{TINY}@lam=1", output=f"{tmp_path}/{{model}}.json", words=words) == 0
+    assert capsys.readouterr().err.count("vs2: wds/few is read by 1 loader worker, and not 4") == 1
+
+
+def no_prompts(folder):
+    (folder / "zeroshot_classification_templates.txt").unlink()
+
+
+def wrong_label(folder):
+    rewrite(folder / "test/0.tar", lambda name, data: b"10" if name.endswith("cls") else data)
+
+
+def cut_image(folder):
+    rewrite(folder / "test/0.tar", lambda name, data: data[:60] if name.endswith("png") else data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (no_prompts, "no readable file bad/zeroshot_classification_templates.txt"),
+        (wrong_label, ".cls: the label is 10; expected a class number from 0 to 9"),
+        (cut_image, ".png is not a readable image"),
+    ],
+)
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_bad_data_end_a_sweep_in_one_sentence(damage, said, workers, here, capsys, tmp_path):
+    few_digits(here, "bad", 0, count=5)
+    damage(here / "bad")
+    data = (*DATA[:-2], "bad", "--no_amp", "--num_workers", workers)
+    assert sweep(f"vs2:{TINY}@lam=1", output=f"{tmp_path}/{{model}}.json", data=data, words=("--quiet",)) == 2
+    error = capsys.readouterr().err
+    assert said in error.splitlines()[-1] and "Traceback" not in error
+    assert error.splitlines()[-1].startswith("vs2: error: ") and not list(tmp_path.glob("*.json"))

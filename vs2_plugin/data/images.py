@@ -20,7 +20,7 @@ from vs2_plugin.data.shards import LocalShards, open_shards
 from vs2_plugin.distributed import Processes
 from vs2_plugin.errors import DataError, Vs2Error
 from vs2_plugin.host import build, data_root, default_task
-from vs2_plugin.text import one_line, reason_of
+from vs2_plugin.text import one_line, reason_of, said_by
 
 __all__ = ["Batch", "TrainingImages", "image_digest", "leave_interruptions", "open_images"]
 
@@ -120,10 +120,10 @@ class TrainingImages:
                     if left <= 0:
                         return
         except Vs2Error as error:
-            raise DataError(_from_worker(error)) from error
+            raise DataError(said_by(error)) from error
         except Exception as error:  # whatever a data set's own code, PIL or a download raises
             raise DataError(
-                f"cannot read the training images: {type(error).__name__}: {_from_worker(error)}"
+                f"cannot read the training images: {type(error).__name__}: {one_line(said_by(error), 500)}"
             ) from error
 
 
@@ -244,11 +244,3 @@ def _probe(source: Dataset[Any]) -> list[str]:
     except Exception as error:
         raise DataError(f"cannot read the training images: {reason_of(error)}") from error
     return [type(source).__name__, digest.hexdigest()]
-
-
-def _from_worker(error: Exception) -> str:
-    """The message of an exception. A loader's worker wraps it in its traceback, of which it is the last line."""
-    text = str(error).strip()
-    if "Original Traceback" in text:
-        text = text.splitlines()[-1].partition(": ")[2]
-    return one_line(text, 500)

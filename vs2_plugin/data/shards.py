@@ -38,7 +38,7 @@ Transform = Callable[[Any], Any]
 Place = tuple[int, int]
 #: More shards than any data set has.
 _MOST_SHARDS = 1_000_000
-_LISTING = "nshards.txt"
+LISTING = "nshards.txt"
 
 
 def open_shards(
@@ -56,9 +56,9 @@ def open_shards(
 
 def local_shards(root: str, split: str) -> list[Path]:
     """Return the shards of a split, all of which are there. Raises DataError, which says what mends it, otherwise."""
-    listing = Path(root) / split / _LISTING
+    listing = Path(root) / split / LISTING
     try:
-        count = _number_of_shards(listing.read_text(errors="replace"), str(listing))
+        count = number_of_shards(listing.read_text(errors="replace"), str(listing))
     except OSError as error:
         raise DataError(f"no readable file {listing} ({error.strerror}); {_what_is_there(Path(root), split)}") from None
     files = list(islice(_shards_in(listing.parent), count))
@@ -82,19 +82,19 @@ def _what_is_there(root: Path, split: str) -> str:
     """Say what is expected of a folder without a split's list of shards, and what it holds instead."""
     count = sum(1 for _ in _shards_in(root / split))
     if count:
-        return f"expected the number of shards: {_listing_command(root / split / _LISTING, count)}"
-    expected = f"expected webdataset shards there: {_LISTING} holding their number, and 0.tar, 1.tar, ..."
-    splits = sorted(file.parent.name for file in root.glob(f"*/{_LISTING}"))
+        return f"expected the number of shards: {_listing_command(root / split / LISTING, count)}"
+    expected = f"expected webdataset shards there: {LISTING} holding their number, and 0.tar, 1.tar, ..."
+    splits = sorted(file.parent.name for file in root.glob(f"*/{LISTING}"))
     if splits:
         return f"{expected} (the splits in {root}: {', '.join(splits)})"
     suffixes = tuple(f".{extension}" for extension in EXTENSIONS)
     names = (name for _, _, names in islice(os.walk(root), 100) for name in names)
     if any(name.lower().endswith(suffixes) for name in names):
-        return f"{expected} ({root} holds pictures as they are: the README says how to write shards of them)"
+        return f"{expected} ({root} holds pictures as they are; the chapter 'Your own images' writes shards of them)"
     return expected
 
 
-def _number_of_shards(text: str, listing: str) -> int:
+def number_of_shards(text: str, listing: str) -> int:
     """Return what a ``nshards.txt`` says. Raises DataError if that is no number, or none that can be."""
     try:
         count = int(text)
@@ -261,9 +261,9 @@ class RemoteShards(IterableDataset[Any]):
         self, root: str, split: str, transform: Transform, cache_dir: str | None = None, labels: bool = False
     ) -> None:
         metadata, data = addresses(root)
-        listing = f"{metadata}/{split}/{_LISTING}"
+        listing = f"{metadata}/{split}/{LISTING}"
         try:
-            count = _number_of_shards(fetch(listing), listing)
+            count = number_of_shards(fetch(listing), listing)
         except OSError as error:
             raise DataError(f"cannot read {listing} (the number of shards): {error}") from error
         self.urls = [f"{data}/{split}/{index}.tar" for index in range(count)]

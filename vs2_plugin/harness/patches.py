@@ -4,14 +4,16 @@ What is changed, and nothing else:
 
 - ``models.TYPE2FUNC`` and ``models.MODEL_TYPES``, in place: the open_clip loader sees steered names, and each method
   is a model type of its own;
-- ``datasets.builder.build_dataset``: tells a model loaded before it which data set it is evaluated on;
+- ``datasets.builder.build_dataset``: tells a model loaded before it which data set it is evaluated on; shards name
+  the sample that cannot be read;
 - ``metrics.*.evaluate``: a steered model's facts join the metrics;
 - ``metrics.zeroshot_classification.run_classification``: a steered model is told the classifier, and an oracle the
   targets; where ``VS2_PER_IMAGE`` asks for it, the images of any model are recorded;
 - ``cli.main_eval`` and ``cli.run``: everything is checked before the first model is loaded, and this package's
   errors end the command with one line on stderr and exit code 2.
 
-A model that is not steered passes through all of them unchanged.
+A model that is not steered passes through all of them unchanged. In one command with a steered one it reads the same
+data in the same way: as many loader workers as the shards can serve, and the same words for what cannot be read.
 """
 
 from __future__ import annotations
@@ -47,6 +49,8 @@ PER_IMAGE = "VS2_PER_IMAGE"
 
 #: Records the present run for per-image results; None where nobody asked for them.
 _recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
+#: In a command with a steered model: data set -> loader workers, where its shards cannot serve as many as asked for.
+_fewer_workers: ContextVar[dict[str, int] | None] = ContextVar("fewer_workers", default=None)
 
 
 def patch(module: ModuleType) -> None:
@@ -113,7 +117,8 @@ def _patch_builder(module: Any) -> None:
     @functools.wraps(stock)
     def build_dataset(*args: Any, **kwargs: Any) -> Any:
         loader = sys.modules.get("vs2_plugin.harness.loader")
-        if loader is None or not loader.is_waiting():  # no steered model was loaded before
+        waiting = loader is not None and loader.is_waiting()  # a steered model was loaded before
+        if not waiting and _fewer_workers.get() is None:
             return stock(*args, **kwargs)
         arguments = signature.bind(*args, **kwargs)
         arguments.apply_defaults()
@@ -124,8 +129,13 @@ def _patch_builder(module: Any) -> None:
             from vs2_plugin.host import not_built
 
             raise not_built(name, root, split, error) from error
-        loader.bind_waiting(name, root, split, dataset)
-        return dataset
+        if loader is not None and waiting:
+            loader.bind_waiting(name, root, split, dataset)
+        if not name.startswith("wds/"):
+            return dataset
+        from vs2_plugin.data.evaluated import name_samples
+
+        return name_samples(dataset)
 
     module.build_dataset = build_dataset
 
@@ -217,20 +227,8 @@ def _patch_cli(module: Any) -> None:
 
     @functools.wraps(stock_run)
     def run(args: Namespace) -> Any:
-        args = _as_model_string(args)
-        if os.environ.get(PER_IMAGE, "") in ("", "0"):
-            return stock_run(args)
-        from vs2_plugin.harness.recorder import Recorder
-        from vs2_plugin.host import Evaluation
-
-        recorder = Recorder()
-        token = _recorder.set(recorder)
-        try:
-            result = stock_run(args)
-        finally:
-            _recorder.reset(token)
-        recorder.save(Evaluation.of(args).output_file)
-        return result
+        args = _with_workers(_as_model_string(args))
+        return stock_run(args) if os.environ.get(PER_IMAGE, "") in ("", "0") else _recorded(stock_run, args)
 
     @functools.wraps(stock_main_eval)
     def main_eval(base: Namespace) -> Any:
@@ -239,20 +237,23 @@ def _patch_cli(module: Any) -> None:
         from vs2_plugin.host import Evaluation
 
         messages.show()
-        steered = False
+        steered, token = False, _fewer_workers.set(None)
         try:
             preflight.check_pairs(base.pretrained_model)
             planned = planned_runs(base)
             steered = any(is_steered(args.model) for args in planned)
             evaluations = [Evaluation.of(args) for args in planned]
             preflight.check_distinct(evaluations)
-            preflight.check(evaluations)
+            fewer = preflight.check(evaluations)
+            _fewer_workers.set(fewer if steered else None)
             return stock_main_eval(base)
         except (Vs2Error, OSError) as error:
             if isinstance(error, OSError) and not steered:
                 raise
             complain(f"vs2: error: {sentence_of(error)}")
             raise SystemExit(2) from None
+        finally:
+            _fewer_workers.reset(token)
 
     def planned_runs(base: Namespace) -> list[Namespace]:
         """Return what ``main_eval`` would run, by its own expansion of models, files and data sets."""
@@ -269,6 +270,30 @@ def _patch_cli(module: Any) -> None:
         return planned
 
     module.run, module.main_eval = run, main_eval
+
+
+def _recorded(stock_run: Callable[[Namespace], Any], args: Namespace) -> Any:
+    """Run with a recorder, and write its file."""
+    from vs2_plugin.harness.recorder import Recorder
+    from vs2_plugin.host import Evaluation
+
+    recorder = Recorder()
+    token = _recorder.set(recorder)
+    try:
+        result = stock_run(args)
+    finally:
+        _recorder.reset(token)
+    recorder.save(Evaluation.of(args).output_file)
+    return result
+
+
+def _with_workers(args: Namespace) -> Namespace:
+    """Return the settings with as many loader workers as the data set's shards can serve."""
+    fewer = _fewer_workers.get() or {}
+    if args.dataset in fewer:
+        args = copy(args)
+        args.num_workers = fewer[args.dataset]
+    return args
 
 
 def _as_model_string(args: Namespace) -> Namespace:

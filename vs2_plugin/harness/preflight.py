@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import logging
 import os
 import re
 import shlex
+import tempfile
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from vs2_plugin.checkpoint.store import Store, checkpoint_name
 from vs2_plugin.clip.backbone import check_backbone, ignores_pretrained, require_weights, warn_about_quickgelu
+from vs2_plugin.data.evaluated import fewer_workers, look
 from vs2_plugin.data.splits import without_training_split
 from vs2_plugin.devices import emulates_bfloat16
 from vs2_plugin.errors import CheckpointNotFound, HarnessError, ModelStringError
 from vs2_plugin.harness.automatic import read_prior
-from vs2_plugin.host import Evaluation, unknown_data_set
+from vs2_plugin.host import Evaluation, data_root, unknown_data_set
 from vs2_plugin.modelstring import GRAMMAR, ModelString, is_steered, parse
 from vs2_plugin.names import LOCAL
+from vs2_plugin.text import counted
 
 __all__ = ["check", "check_distinct", "check_pairs", "missing_checkpoint", "train_command"]
 
@@ -38,8 +42,11 @@ def check_pairs(names: Sequence[str] | str | None) -> None:
             raise ModelStringError(f"--pretrained_model {name!r}: expected MODEL,WEIGHTS, for example {example},openai")
 
 
-def check(evaluations: Sequence[Evaluation]) -> None:
+def check(evaluations: Sequence[Evaluation]) -> dict[str, int]:
     """Check the steered ones of all evaluations that one command makes.
+
+    Returns:
+        Data set -> the number of loader workers that its shards can serve, where that is below what was asked for.
 
     Raises:
         Vs2Error: the first thing that would go wrong.
@@ -64,8 +71,10 @@ def check(evaluations: Sequence[Evaluation]) -> None:
             require_weights(model.backbone, run.pretrained, run.model_cache_dir)
     if missing:
         raise missing_checkpoint(missing, store)
+    fewer = _look_at_data([run for _, run in pending])
     if emulates_bfloat16() and any(run.amp for _, run in pending):
         _LOG.info(_EMULATED)
+    return fewer
 
 
 def _steered(evaluations: Sequence[Evaluation]) -> Iterator[Evaluation]:
@@ -133,7 +142,10 @@ def _check_probe(model: ModelString, run: Evaluation) -> None:
 
 def _check_output(run: Evaluation, output: str, alone: bool) -> None:
     """Refuse an output file that could not be written once the evaluation is over."""
-    folder = os.path.dirname(output)
+    folder, name = os.path.split(output)
+    if os.path.isdir(output) or not name:
+        example = os.path.join(run.output, os.path.basename(Evaluation.output))
+        raise HarnessError(f"--output {output!r} is a folder; expected a file: --output {shlex.quote(example)}")
     bad = "/" if "/" in run.model else ":" if os.name == "nt" else ""
     if "{model}" in run.output and bad and (bad == ":" or not os.path.isdir(folder)):
         mended = run.output.replace("{model}", re.sub(r"[^A-Za-z0-9.@=+-]+", "-", run.model))
@@ -147,6 +159,48 @@ def _check_output(run: Evaluation, output: str, alone: bool) -> None:
             f"the results could not be written to {output!r}: no folder {folder!r}; make it with: mkdir -p "
             f"{shlex.quote(folder)}"
         )
+    _try_output(output, folder or ".")
+
+
+def _try_output(output: str, folder: str) -> None:
+    """Refuse a file that the system would refuse, without touching it."""
+    try:
+        os.stat(output)  # fails if the name is too long
+        if not os.access(output, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise _unwritable(output, error) from None
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise _unwritable(output, error) from None
+
+
+def _unwritable(output: str, error: OSError) -> HarnessError:
+    return HarnessError(f"the results could not be written to {output!r}: {error.strerror}; give another --output")
+
+
+def _look_at_data(runs: Sequence[Evaluation]) -> dict[str, int]:
+    """Look at shards that are to be evaluated, each split once, and return what :func:`check` does."""
+    fewer: dict[str, int] = {}
+    for run in {(run.dataset, run.own_task): run for run in runs if run.dataset.startswith("wds/")}.values():
+        counts = look(
+            data_root(run.dataset_root, run.dataset),
+            run.split,
+            run.own_task,
+            names=run.custom_classname_file is None,
+            templates=run.custom_template_file is None,
+        )
+        number = run.num_workers if counts is None else fewer_workers(counts, run.num_workers)
+        if number < run.num_workers:
+            fewer[run.dataset] = number
+            _LOG.info(
+                "%s is read by %s, and not %d: every worker needs shards with images of its own, and there are %d",
+                run.dataset, counted(number, "loader worker"), run.num_workers, sum(map(bool, counts or ())),
+            )  # fmt: skip
+    return fewer
 
 
 def _check_checkpoint(model: ModelString, run: Evaluation, store: Store) -> None:

@@ -24,6 +24,7 @@ from vs2_plugin.clip.backbone import Loaded, load_backbone
 from vs2_plugin.clip.edits import edit, in_float32, outputs
 from vs2_plugin.clip.sites import ClipModel, Output, Site, embedding_from, finish
 from vs2_plugin.clip.tower import Tower
+from vs2_plugin.data.evaluated import name_samples
 from vs2_plugin.data.images import leave_interruptions
 from vs2_plugin.errors import DataError, HarnessError
 from vs2_plugin.harness.autoload import DISABLE
@@ -118,12 +119,13 @@ class _Data:
             task=args.task, custom_template_file=args.custom_template_file,
             custom_classname_file=args.custom_classname_file, wds_cache_dir=args.wds_cache_dir,
         )  # fmt: skip
+        shards = args.dataset.startswith("wds/")  # these come in batches
         classes, templates = (getattr(dataset, name, None) for name in ("classes", "templates"))
         if classes is None or templates is None:
             raise DataError(f"{args.dataset} has no classes and templates; a sweep needs a data set for classification")
+        dataset = name_samples(dataset) if shards else dataset
         #: What the methods are told of it.
         self.task = Task(args.dataset, root, args.split, classes, templates)
-        shards = args.dataset.startswith("wds/")  # these come in batches
         self.loader: DataLoader[Any] = DataLoader(
             dataset.batched(args.batch_size) if shards else dataset,
             batch_size=None if shards else args.batch_size,

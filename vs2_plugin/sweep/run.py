@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vs2_plugin.clip.backbone import check_backbone
@@ -85,7 +85,7 @@ def plan(request: SweepRequest) -> Plan:
         raise SettingError(f"--output {output!r}: expected {{model}} in the file's name, not in its folder's")
     pending = [model for model, file in files.items() if not (request.skip_existing and file.exists())]
     planned = Plan(request, grids, backbones, files, pending)
-    _check(planned)
+    planned = replace(planned, request=replace(request, num_workers=_check(planned)))
     try:
         planned.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -99,8 +99,9 @@ def _file(request: SweepRequest, model: str) -> Path:
     return Path(Evaluation.of(request, model=file_stem(model)).output_file)
 
 
-def _check(planned: Plan) -> None:
-    """Make the harness's own checks, of one point of each kind: they do not look at strengths."""
+def _check(planned: Plan) -> int:
+    """Make the harness's own checks, of one point of each kind: they do not look at strengths. Return the number of
+    loader workers."""
     request = planned.request
     for backbone in planned.backbones:
         check_backbone(backbone, request.pretrained)
@@ -110,9 +111,10 @@ def _check(planned: Plan) -> None:
         words = [pair for pair in point.spec.options.items() if not isinstance(pair[1], float)]
         if model in planned.pending:
             kinds.setdefault((point.spec.method.name, point.spec.backbone, point.spec.checkpoint, *words), model)
-    preflight.check(
+    fewer = preflight.check(
         [Evaluation.of(request, model=model, output="unused", skip_existing=False) for model in kinds.values()]
     )
+    return fewer.get(request.dataset, request.num_workers)
 
 
 def _check_task(dataset: str) -> None:

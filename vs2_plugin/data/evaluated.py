@@ -1,0 +1,234 @@
+"""The webdataset shards that clip_benchmark is about to evaluate, looked at as it and webdataset will read them.
+
+Lists, headers and labels are read, some ten seconds per 100,000 images, and no picture: one that cannot be read is
+named when its turn comes, by :func:`name_samples`. Behind a URL only the small files are looked at.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from vs2_plugin.data.labels import CLASS_NAMES, UNKNOWN, Classes
+from vs2_plugin.data.shards import (
+    EXTENSIONS,
+    LISTING,
+    addresses,
+    contents,
+    fetch,
+    label_at,
+    local_shards,
+    number_of_shards,
+    sample_of,
+)  # fmt: skip
+from vs2_plugin.errors import DataError, Vs2Error
+from vs2_plugin.text import one_line, reason_of
+
+__all__ = ["fewer_workers", "look", "name_samples"]
+
+CLASSIFICATION = "zeroshot_classification"
+TEMPLATES = "zeroshot_classification_templates.txt"
+#: The file that says what the samples hold beside an image, and the extension of that; labels where it is not there.
+_TYPE, _HOLDS = "dataset_type.txt", {"retrieval": "txt", "multilabel": "npy"}
+_IMAGES = ", ".join(EXTENSIONS)
+#: How compressed files begin, which webdataset reads as well.
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")
+#: Files that webdataset passes over.
+_META = re.compile(r"__[^/]*__($|/)")
+
+
+def look(
+    root: str, split: str, task: str = CLASSIFICATION, names: bool = True, templates: bool = True
+) -> Sequence[int] | None:
+    """Look at a split before it is evaluated.
+
+    Args:
+        root: the data set's folder, or a URL.
+        split: its name.
+        task: clip_benchmark's name of what is evaluated.
+        names: whether a classification takes the names of the classes from the folder.
+        templates: the same for the prompts.
+
+    Returns:
+        The number of samples in each shard, 1 standing for any number; None where that could not be told.
+
+    Raises:
+        DataError: what would end the evaluation, or make it wrong, and what mends it.
+    """
+    classification = task in (CLASSIFICATION, "linear_probe")
+    if "://" in root:
+        return _look_behind(root, split, classification and names, classification and templates)
+    files, folder = local_shards(root, split), Path(root)
+    kind = _kind(folder, task, classification)
+    if classification and templates:
+        _check_templates(folder / TEMPLATES)
+    classes = Classes.in_folder(folder) if classification and names else UNKNOWN
+    if classification and names and classes is UNKNOWN:
+        raise DataError(
+            f"no file {folder / CLASS_NAMES}; expected the names of the classes, one per line, in the order of the "
+            "numbers in the labels (.cls)"
+        )
+    counts = [_count(file, _HOLDS.get(kind, "cls"), classes) for file in files]
+    if not any(counts):
+        raise DataError(f"no images ({_IMAGES}) in the {len(files)} shards beside {files[0]}")
+    return counts
+
+
+def _kind(folder: Path, task: str, classification: bool) -> str:
+    """What ``dataset_type.txt`` says. Raises DataError if there is nothing to classify, or no captions."""
+    file = folder / _TYPE
+    try:
+        kind = file.read_text(errors="replace").strip().lower()
+    except OSError:
+        kind = ""
+    if classification and kind == "retrieval":
+        raise DataError(f"{file} says 'retrieval', so that there is nothing to classify; add --task zeroshot_retrieval")
+    if task == "zeroshot_retrieval" and kind != "retrieval":
+        raise DataError(f"{file} does not say that these are captions: echo retrieval > {shlex.quote(str(file))}")
+    return kind
+
+
+def _check_templates(file: Path) -> None:
+    """Refuse prompts that are not there, or that the name of a class cannot be put into."""
+    mend = f"echo 'a photo of a {{c}}.' > {shlex.quote(str(file))}"
+    try:
+        lines = [line.strip() for line in file.read_text(errors="replace").splitlines()]
+    except OSError as error:
+        raise DataError(f"no readable file {file} ({error.strerror}), the prompts; write it: {mend}") from None
+    for line in lines:
+        try:
+            line.format(c="")
+        except (KeyError, IndexError, ValueError, AttributeError):
+            raise DataError(f"{file}: the prompt {line!r} cannot be filled in; expected {{c}} for the class") from None
+    if not any("{c" in line for line in lines):
+        raise DataError(f"{file} holds no prompt with {{c}}, where the name of the class goes; write one: {mend}")
+
+
+def _count(file: Path, beside: str, classes: Classes) -> int:
+    """Return the number of samples in a shard, each an image and a file with the extension ``beside``."""
+    with open(file, "rb") as raw:
+        if raw.read(6).startswith(_COMPRESSED):  # looking into these would take reading all of them
+            return 1
+        parts = ((*sample_of(name), place) for name, place in contents(file) if not _META.match(name))
+        count = 0
+        # As webdataset does: a sample is what follows each other under one name.
+        for key, group in groupby((part for part in parts if part[0] and part[1]), lambda part: part[0]):
+            held = {}
+            for _, extension, place in group:
+                if extension in held:
+                    raise DataError(f"{file} holds {key}.{extension} twice; expected one file of that name")
+                held[extension] = place
+            if not any(extension in held for extension in EXTENSIONS):
+                raise DataError(
+                    f"{file}: beside {key}.{next(iter(held))} there is no image ({_IMAGES}), and clip_benchmark reads "
+                    "every file as part of a sample; expected an image right beside it, or write the shard without it"
+                )
+            if beside not in held:
+                raise DataError(
+                    f"{file}: the image {key!r} has no label; expected {key}.{beside} right beside it in the shard"
+                )
+            if beside == "cls":
+                label_at(raw, held["cls"], classes, f"{file}: {key}.cls")
+            count += 1
+    return count
+
+
+def _look_behind(root: str, split: str, names: bool, templates: bool) -> Sequence[int] | None:
+    """Look at the small files of a remote data set. What cannot be asked for is left to clip_benchmark, which has other
+    means; it counts as missing where a server says so."""
+    if not root.startswith(("http://", "https://")):
+        return None
+    folder, _ = addresses(root)
+    listing = f"{folder}/{split}/{LISTING}"
+    needed = [f"{folder}/{CLASS_NAMES}"] if names else []
+    needed += [f"{folder}/{TEMPLATES}"] if templates else []
+    try:
+        count = number_of_shards(fetch(listing), listing)
+        for url in needed:
+            fetch(url)
+    except FileNotFoundError as error:
+        raise DataError(f"{error}; expected {LISTING} with the number of shards of the split {split!r}, and for "
+                        f"classification {CLASS_NAMES} and {TEMPLATES}") from None  # fmt: skip
+    except OSError:
+        return None
+    return [1] * count
+
+
+def fewer_workers(counts: Sequence[int], asked: int) -> int:
+    """Return how many loader workers, of those asked for, webdataset can serve. Of ``n`` workers each reads every n-th
+    shard, and one without a sample ends the evaluation.
+
+    >>> fewer_workers([9, 9, 9], 4), fewer_workers([9, 0, 9, 0], 4), fewer_workers([9, 9, 9, 9, 9], 4)
+    (3, 1, 4)
+    """
+    for number in range(min(asked, len(counts)), 1, -1):
+        if all(any(counts[worker::number]) for worker in range(number)):
+            return number
+    return min(asked, 1)
+
+
+# -- while it is evaluated
+
+
+@dataclass
+class _Place:
+    """Where the sample at hand lies."""
+
+    url: str = "?"
+    key: str = "?"
+
+
+@dataclass
+class _Noting:
+    """A stage of webdataset's pipeline that notes which sample passes."""
+
+    place: _Place
+
+    def __call__(self, source: Iterable[Any]) -> Iterator[Any]:
+        """Hand the samples on."""
+        for sample in source:
+            if isinstance(sample, dict):
+                self.place.url = str(sample.get("__url__") or sample.get("url") or self.place.url)
+                self.place.key = str(sample.get("__key__", self.place.key))
+            yield sample
+
+
+@dataclass
+class _Naming:
+    """The last stage: what goes wrong in those before it becomes an error that names the sample."""
+
+    place: _Place
+    classes: Classes
+
+    def __call__(self, source: Iterable[Any]) -> Iterator[Any]:
+        """Hand the samples on, tuples of an image and what is known of it."""
+        try:
+            for sample in source:
+                if isinstance(sample[1], int):
+                    self.classes.check(sample[1], f"{self.place.url}: {self.place.key}.cls")
+                yield sample
+        except Vs2Error:
+            raise
+        except Exception as error:  # whatever webdataset, PIL or a download raises
+            extension = getattr(error, "k", None)  # webdataset's error of what it cannot decode
+            if extension in EXTENSIONS:
+                said = f"{self.place.key}.{extension} is not a readable image"
+            else:
+                said = f"cannot read on at the sample {self.place.key!r}: {reason_of(error.__cause__ or error)}"
+            raise DataError(one_line(f"{self.place.url}: {said}", 1000)) from None
+
+
+def name_samples(dataset: Any) -> Any:
+    """Let a webdataset of clip_benchmark's name the shard and the sample when one cannot be read, and return it. The
+    samples are those of before."""
+    stages: list[Callable[..., Any]] | None = getattr(dataset, "pipeline", None)
+    if isinstance(stages, list):
+        place, names = _Place(), getattr(dataset, "classes", None)
+        classes = Classes(len(names), "the data set") if names else UNKNOWN
+        dataset.pipeline = [step for stage in stages for step in (stage, _Noting(place))] + [_Naming(place, classes)]
+    return dataset
