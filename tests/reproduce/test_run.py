@@ -18,6 +18,7 @@ from vs2_plugin.errors import DataError
 from vs2_plugin.reproduce import run as module
 from vs2_plugin.reproduce.reading import read
 from vs2_plugin.reproduce.run import Reproduction
+from vs2_plugin.results.images import Images, images_file
 
 from ..harness.conftest import few_digits
 from .conftest import SMALL, run_here, words
@@ -307,6 +308,19 @@ def test_a_class_that_is_not_there_is_told(copied):
     with pytest.raises(DataError, match="there is no class 'tractor'; the classes: zero, one"):
         _gain(plain, plain, "tractor")
     assert _gain(plain, plain, "one") == _gain(plain, plain, None) == 0
+
+
+def test_classes_without_names_are_not_counted_by_their_numbers(tmp_path):
+    from vs2_plugin.reproduce.run import _gain
+
+    number, share = np.array([2**31 - 1], np.int32), np.ones(1, np.float32)
+    images = Images(
+        digest=np.ones(1, np.uint64), target=number, prediction=number, rank=np.zeros(1, np.int32), confidence=share,
+        target_probability=share,
+    )  # fmt: skip
+    images.write(images_file(tmp_path / "a.json"))
+    with pytest.raises(DataError, match="name 0 and 0 classes; expected those of one data set"):
+        _gain(tmp_path / "a.json", tmp_path / "a.json", None)
 
 
 def test_training_on_the_images_that_are_evaluated_is_marked(tmp_path, monkeypatch):

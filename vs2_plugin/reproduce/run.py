@@ -376,6 +376,9 @@ def _written(file: Path) -> int | None:
 def _gain(plain: Path, steered: Path, name: str | None) -> float:
     """Return how many points more of a class's images are classified correctly; without a name, the most of any."""
     before, after = (Images.read(images_file(file)) for file in (plain, steered))
+    if not before.classes == after.classes != ():  # without names, nothing bounds the classes that the files number
+        raise DataError(f"{plain} and {steered} name {len(before.classes)} and {len(after.classes)} classes; expected "
+                        "those of one data set, evaluated with VS2_PER_IMAGE=1")  # fmt: skip
     gains = _recalls(after) - _recalls(before)
     if name is None:
         return float(gains.max())
