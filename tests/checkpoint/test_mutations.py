@@ -30,53 +30,43 @@ SITE = "visual.transformer.resblocks.1"
 CASES = 300
 
 
-def nested(depth, kind=list):
-    value = kind()
-    for _ in range(depth):
-        value = [value] if kind is list else {"a": value}
-    return value
-
-
 NUMBERS = [0, 1, -1, 2, 64.0, 0.5, 2**31, 2**63, 10**12, 10**30, 10**400, -(10**400), 1e39, 1e308, -0.0]
 NUMBERS += [float("nan"), float("inf"), float("-inf")]
 WORDS = ["", "text", "0", "1e5", "nan", "\ud800", "../x", "/", "a/b", "a\0b", "\x1b[2J\n", "x" * 5000, "\xb2", "\u0661"]
 VALUES = [None, True, False, *NUMBERS, *WORDS, [], {}, [[]], [None], {"": {}}, [0.5] * 16]
-VALUES += [nested(depth, kind) for depth in (25, 200, 400) for kind in (list, dict)]
+VALUES += ["@nested"] * 5  # stands for lists or objects within each other
 TEXTS = ["NaN", "-Infinity", "1e999", "9" * 5000, "[" * 3000, '{"a":' * 3000, '"\\ud800"', "true", "null", "-", "\xff"]
 
 
-def places(value, way=()):
-    """All places of a value, each as the keys that lead there."""
-    if isinstance(value, (dict, list)):
-        for key in value if isinstance(value, dict) else range(min(len(value), 4)):
-            yield (*way, key)
-            yield from places(value[key], (*way, key))
+def some_place(value, rng):
+    """A place in a value: what holds it, and under which key."""
+    while True:
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        key = rng.choice(keys)
+        inner = value[key]
+        if not isinstance(inner, (dict, list)) or not inner or rng.random() < 0.2:
+            return value, key
+        value = inner
 
 
 def change_value(facts, rng):
     """Change one to three values of ``facts``, or their names, or how many there are."""
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
-        everywhere = list(places(facts))
-        if not everywhere:
+        if not facts:
             return facts
-        *way, last = rng.choice(everywhere)
-        inner = facts
-        for key in way:
-            inner = inner[key]
+        inner, key = some_place(facts, rng)
         action = rng.choice(["value", "value", "value", "leave out", "twice", "name", "elsewhere"])
         if action == "value":
-            inner[last] = copy.deepcopy(rng.choice(VALUES))
+            inner[key] = copy.deepcopy(rng.choice(VALUES))
         elif action == "leave out":
-            del inner[last]
+            del inner[key]
         elif action == "twice" and isinstance(inner, list):
-            inner.insert(last, copy.deepcopy(inner[last]))
+            inner.insert(key, copy.deepcopy(inner[key]))
         elif action == "name" and isinstance(inner, dict):
-            inner[rng.choice(WORDS)] = inner.pop(last)
+            inner[rng.choice(WORDS)] = inner.pop(key)
         else:
-            other = facts
-            for key in rng.choice(everywhere):
-                other = other[key]
-            inner[last] = copy.deepcopy(other)
+            other, elsewhere = some_place(facts, rng)
+            inner[key] = copy.deepcopy(other[elsewhere])
     return facts
 
 
@@ -98,7 +88,10 @@ def change_text(text, rng):
 def changed(text, rng):
     if rng.random() < 0.3:
         return change_text(text, rng)
-    return json.dumps(change_value(json.loads(text), rng)).encode()
+    depth = rng.choice([20, 100, 500, 800, 900, 950, 5000])
+    nested = rng.choice(["[", '{"a":'])
+    text = json.dumps(change_value(json.loads(text), rng))
+    return text.replace('"@nested"', nested * depth + "0" + ("]" if nested == "[" else "}") * depth).encode()
 
 
 def change_header(data, rng):
@@ -123,7 +116,6 @@ def use(folder, done):
         try:
             return action(*args)
         except Vs2Error as error:
-            assert "\n" not in str(error).replace(str(folder), "") or isinstance(error.__cause__, OSError)
             done.append(error)
 
     checkpoint = attempt(Checkpoint.open, folder)

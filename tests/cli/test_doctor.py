@@ -1,5 +1,7 @@
 """``vs2 doctor``, and its checks by themselves."""
 
+import json
+
 import pytest
 
 from vs2_plugin.checkpoint.store import Store
@@ -43,6 +45,11 @@ def test_folders_without_a_checkpoint_are_problems_and_hidden_ones_are_not_looke
 
 def test_doctor_finds_a_damaged_checkpoint(folder, capsys):  # noqa: F811
     assert train() == 0
+    path = next(Store.default().checkpoints.glob("*/vs2.json"))
+    facts = json.loads(path.read_text())
+    facts.pop("digest")
+    facts["sites"][0]["fvu"] = 0.5  # an SAE of so few steps is of no use
+    path.write_text(json.dumps(facts))
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert "the hook is active" in text and f"{NAME}: 900 images" in text and "torch" in text

@@ -129,3 +129,17 @@ def test_commands_that_are_printed_carry_the_store(tmp_path, monkeypatch, capsys
     assert "(see vs2 store --store s list)" in capsys.readouterr().err
     main(["store", "--store", "s", "remove", "bad one"])
     assert not (tmp_path / "s" / "checkpoints" / "bad one").exists()
+
+
+def test_an_sae_of_no_use_is_told_with_what_helps(store, capsys):
+    with_(sites=[{**site, "fvu": 1.5} for site in json.loads((GOOD / "vs2.json").read_text())["sites"][1:2]])(
+        store.checkpoints / "bad"
+    )
+    assert main(["store", "list"]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "of no use" in line]
+    assert line.startswith("  bad  ")
+    assert line.endswith("of no use at visual.transformer.resblocks.1: its FVU is 1.5, and that of the mean activation "
+                         "alone is 1")  # fmt: skip
+    [found] = [finding for finding in doctor._checkpoints(store) if not finding.good]
+    assert found.text.startswith("bad: the SAE at visual.transformer.resblocks.1 is of no use: its FVU is 1.5")
+    assert found.mend.startswith("train it again by vs2-train-sae --overwrite with more images or --samples, a larger")

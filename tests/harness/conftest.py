@@ -124,8 +124,8 @@ def captions(in_demo) -> tuple[str, ...]:
     return ("--pretrained", "", *data)
 
 
-#: What VS2_PER_IMAGE, which the demo sets, adds to the metrics.
-ASIDE = ("vs2_seconds", "vs2_peak_memory", "vs2_mended", "vs2_broken")
+#: What VS2_PER_IMAGE, which the demo sets, adds to the metrics, and the digest of it all.
+ASIDE = ("vs2_results_digest", "vs2_seconds", "vs2_peak_memory", "vs2_mended", "vs2_broken")
 ASIDE += tuple(f"vs2_{ece}{bins}" for ece in ("ece", "ece_before") for bins in ("", "_bins"))
 
 

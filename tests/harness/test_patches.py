@@ -8,6 +8,7 @@ import tarfile
 import pytest
 
 from vs2_plugin.cli import train_sae
+from vs2_plugin.results.runs import digest_of, read_run
 
 from .conftest import DIGITS, TINY, few_digits, metrics, rewrite, run_python, run_script
 
@@ -32,6 +33,28 @@ def test_every_spelling_gives_the_same_accuracy(words, in_demo, clip_benchmark):
     found = json.loads((in_demo / "spelling.json").read_text())
     assert found["model"].startswith(f"vs2:{TINY}")  # the name says the method, whatever the spelling
     assert found["metrics"]["acc1"] == metrics(in_demo / f"results/vs2:{TINY}.json")["acc1"]
+
+
+def test_results_of_steered_models_tell_their_digest(in_demo, clip_benchmark, monkeypatch):
+    few_digits(in_demo, "few", 0, count=20)
+    data = ("--pretrained", "", "--dataset", "wds/few", "--dataset_root", "few", *DIGITS[4:])
+    data += ("--output", "d-{model}.json")
+    model = f"vs2:{TINY}@local-dir-tiny-clip_wds-digits"
+    files = [in_demo / f"d-{name}.json" for name in (TINY, model)]
+    assert clip_benchmark("eval", "--model", TINY, model, *data)[0] == 0
+    plain, steered = (json.loads(file.read_text()) for file in files)
+    assert "vs2_results_digest" not in plain["metrics"]
+    assert steered["metrics"]["vs2_results_digest"] == digest_of(steered) and not read_run(files[1]).changed
+    # What is there already is not evaluated again, and not signed again.
+    steered["metrics"]["acc1"] = 1.0
+    files[1].write_text(json.dumps(steered))
+    assert clip_benchmark("eval", "--model", TINY, model, *data, "--skip_existing")[0] == 0
+    assert read_run(files[1]).changed
+    monkeypatch.setenv("VS2_PER_IMAGE", "1")
+    assert clip_benchmark("eval", "--model", TINY, model, *data)[0] == 0
+    for file in files:
+        found = json.loads(file.read_text())
+        assert found["metrics"]["vs2_results_digest"] == digest_of(found)
 
 
 def test_python_m_is_the_same_program(in_demo):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from vs2_plugin.errors import DataError
 from vs2_plugin.report.page import write
-from vs2_plugin.results.runs import read
+from vs2_plugin.results.runs import read, sign
 
 VOID = {"meta", "br", "img", "link", "use", "path", "line", "input", "hr"}
 
@@ -270,3 +270,41 @@ def test_large_results_stay_small_on_the_page(write_run, make_images, steered, t
     page, _, _ = report(path.parent, tmp_path / "out")
     assert len((tmp_path / "out" / "index.html").read_bytes()) < 2_000_000
     assert page.text.count("mostly confused with") == 3 and "No class changed its accuracy." in page.text
+
+
+def test_results_that_were_changed_are_named(results, tmp_path):
+    for path in results.glob("vs2:B@gamma=*.json"):
+        sign(path)
+    page, markdown, _ = report(results, tmp_path / "as-written")
+    assert "Changed" not in page.text and "Changed" not in markdown
+    path = results / "vs2:B@gamma=2@lam=2.json"
+    path.write_text(path.read_text().replace('"acc1": 0.58', '"acc1": 0.88'))
+    page, markdown, _ = report(results, tmp_path / "changed")
+    told = f"Changed after they were written, as the digest in them tells: {path}."
+    assert told in page.text and markdown.count("Changed after they were written") == 1
+    found = json.loads((tmp_path / "changed/report.json").read_text())
+    assert found["notes"] == [told]
+    assert [row["model"] for row in found["rows"] if row.get("changed")] == ["vs2:B@gamma=2@lam=2"]
+
+
+def test_an_sae_of_no_use_is_told(write_run, steered, tmp_path):
+    write_run("vs2:B", metrics=steered(sae_warning="block 3: its FVU is 1.2"))
+    page, markdown, _ = report(tmp_path / "results", tmp_path / "out")
+    assert "The SAE of vs2:B is of no use: block 3: its FVU is 1.2." in page.text
+    assert "of no use: block 3" in markdown
+
+
+ABSURD = [10**400, -(10**400), 1e308, -1e308, 1e-308, float("nan"), float("inf"), True, None, "text", [], {"a": 1}]
+
+
+@pytest.mark.parametrize("value", ABSURD, ids=lambda value: str(value)[:10])
+def test_absurd_values_of_metrics_do_not_end_the_report(value, write_run, steered, make_images, tmp_path):
+    names = ["acc5", "mean_per_class_recall", "vs2_coverage", "vs2_gamma", "vs2_lam", "vs2_alpha", "vs2_gate"]
+    names += ["vs2_ece", "vs2_seconds", "vs2_peak_memory", "vs2_mended", "vs2_broken", "vs2_ece_bins", "vs2_labels"]
+    names += ["vs2_n", "vs2_results_digest", "vs2_sae_warning", "vs2_site", "vs2_latents", "vs2_checkpoint"]
+    write_run("B", metrics={"acc5": value}, images=make_images(0.5))
+    for number, name in enumerate(names):
+        metrics = {**steered(gamma=number, lam=1, alpha=number), name: value}
+        write_run(f"vs2:B@gamma={number}", metrics=metrics, images=make_images(0.6) if number % 2 else None)
+    report(tmp_path / "results", tmp_path / "out")
+    json.loads((tmp_path / "out/report.json").read_text())

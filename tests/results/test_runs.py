@@ -1,13 +1,14 @@
 """Reading result files: what is accepted, and what damaged or foreign files say."""
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from vs2_plugin.errors import DataError
-from vs2_plugin.results.runs import Run, read, read_run, write_run, write_table
+from vs2_plugin.results.runs import DIGEST, Run, digest_of, read, read_run, sign, write_run, write_table
 
 
 def test_a_result_and_what_lies_beside_it(write_run, make_images, steered):
@@ -110,9 +111,9 @@ def test_what_is_written_is_read_again_and_stands_in_the_table(tmp_path):
     steered = Run(tmp_path / "a.json", "wds/x", "vs2:B@gamma=1.5", "w", "zeroshot_classification", "en", metrics)
     plain = Run(tmp_path / "b.json", "wds/x", "B", "w", "zeroshot_classification", "en", {"acc1": 0.4})
     for run in (plain, steered):
-        write_run(run)
-        again = read_run(run.path)
-        assert (again.model, again.metrics, again.language) == (run.model, run.metrics, "en")
+        written, again = write_run(run), read_run(run.path)
+        assert (again.model, again.metrics, again.language) == (run.model, written.metrics, "en")
+        assert run.metrics.items() <= written.metrics.items()
     assert {path.name for path in tmp_path.iterdir()} == {"a.json", "b.json"}
     write_table(tmp_path / "table.csv", [plain, steered])
     with (tmp_path / "table.csv").open() as file:
@@ -126,3 +127,59 @@ def test_what_is_written_is_read_again_and_stands_in_the_table(tmp_path):
 )
 def test_the_headline_of_a_result(metrics, headline):
     assert Run(Path("x"), "d", "B", "", "t", "en", metrics).headline == headline
+
+
+# ---- changed after they were written
+
+
+def edited(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content, indent=3))
+    return read_run(path).changed
+
+
+CHANGES = {
+    "accuracy": lambda content: content["metrics"].update(acc1=0.51),
+    "an option": lambda content: content["metrics"].update(vs2_alpha=2),
+    "a metric less": lambda content: content["metrics"].pop("acc5"),
+    "a metric more": lambda content: content["metrics"].update(acc10=1.0),
+    "data set": lambda content: content.update(dataset="wds/other"),
+    "model": lambda content: content.update(model="vs2:C"),
+    "weights": lambda content: content.update(pretrained=""),
+    "task": lambda content: content.update(task="linear_probe"),
+    "language": lambda content: content.update(language="fr"),
+    "digest": lambda content: content["metrics"].update({DIGEST: "0" * 16}),
+    "digest of another kind": lambda content: content["metrics"].update({DIGEST: [1]}),
+    "absurd number": lambda content: content["metrics"].update(acc5=10**400),
+    "nested": lambda content: content["metrics"].update(extra=json.loads("[" * 500 + "]" * 500)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_result_that_was_changed_is_told_from_one_as_it_was_written(change, write_run, steered):
+    path = write_run("vs2:B", metrics=steered(alpha=1.05))
+    assert not read_run(path).changed  # without a digest, there is no telling
+    sign(path)
+    assert not edited(path, lambda content: None) and read_run(path).fact("alpha") == 1.05
+    assert edited(path, CHANGES[change])
+    [run], _ = read([path])
+    assert run.changed
+
+
+def test_sweeps_write_the_digest_of_steered_results_and_none_of_plain_ones(tmp_path):
+    about = ("wds/x", "vs2:B", "laion", "zeroshot_classification", "en")
+    steered = write_run(Run(tmp_path / "a.json", *about, {"acc1": 1 / 3, "vs2_method": "vs2"}))
+    assert read_run(steered.path) == steered or read_run(steered.path).metrics == steered.metrics
+    assert steered.metrics[DIGEST] == digest_of(json.loads(steered.path.read_text()))
+    assert not read_run(steered.path).changed
+    before = steered.path.read_bytes()
+    sign(steered.path)
+    assert steered.path.read_bytes() == before
+    plain = write_run(Run(tmp_path / "b.json", *about, {"acc1": 0.5}))
+    assert DIGEST not in plain.metrics and DIGEST not in read_run(plain.path).metrics
+
+
+def test_where_nothing_can_be_written_the_results_stay_as_they_are(tmp_path):
+    sign(tmp_path / "missing.json")
+    assert list(tmp_path.iterdir()) == []

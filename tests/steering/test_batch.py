@@ -5,7 +5,7 @@ import torch
 
 from vs2_plugin.errors import PluginError
 from vs2_plugin.sae.topk import TopKSAE
-from vs2_plugin.steering.batch import Batch, call, steer
+from vs2_plugin.steering.batch import Batch, steer, unchanged
 from vs2_plugin.steering.gate import Gate
 from vs2_plugin.steering.move import Code, Move
 
@@ -78,6 +78,49 @@ def test_a_plain_function_may_edit_in_place_what_it_is_given():
     assert torch.equal(x, torch.ones(2, 3))
 
 
-def test_one_that_shares_the_batch_may_not():
-    with pytest.raises(PluginError, match="edited its activations in place"):
-        call(lambda x, batch: x.mul_(5), torch.ones(2, 3), Batch())
+WRONG = {
+    "one row": (lambda x: x[:1], r"activations of shape \(1, 32\); expected \(4, 32\)"),
+    "five columns": (lambda x: x[..., :5], r"activations of shape \(4, 5\); expected \(4, 32\)"),
+    "a number": (lambda x: x.sum(), r"activations of shape \(\); expected \(4, 32\)"),
+    "nothing": (lambda x: None, r"returned NoneType; expected activations \(4, 32\)"),
+    "numpy's": (lambda x: x.numpy(), "returned ndarray"),
+    "another device": (lambda x: x.to("meta"), "activations of device meta; expected cpu"),
+    "sparse": (lambda x: x.to_sparse(), "activations of layout torch.sparse_coo; expected torch.strided"),
+}
+DTYPES = [torch.long, torch.int8, torch.bool, torch.half, torch.bfloat16, torch.double, torch.complex64]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("gated", [False, True])
+def test_what_is_no_activation_is_refused(wrong, gated, make_sae):
+    steering, message = WRONG[wrong]
+    gate = Gate(steering, make_sae(), torch.zeros(32), 0.5)
+    with pytest.raises(PluginError, match=message):
+        gate(torch.ones(4, 32)) if gated else steer(steering, torch.ones(4, 32), Batch())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activations_of_another_dtype_are_refused(dtype):
+    with pytest.raises(PluginError, match=f"activations of dtype {dtype}; expected torch.float32"):
+        steer(lambda x: x.to(dtype), torch.ones(4, 32), Batch())
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_edits_in_place_of_what_others_read_are_refused(inference, make_sae):
+    sae = make_sae()
+    with torch.inference_mode(inference):
+        batch = Batch(torch.rand(2, 3, 4, 4), torch.tensor([0, 1]), embed=lambda: torch.ones(2, 8))
+        x = torch.randn(2, 32)
+        code = batch.code(sae, x)
+        batch.embedding(), code.direction
+    held = {name: tensor for name, tensor in batch.shared().items() if tensor is not None}
+    parts = {f"batch.code() 0, its {part}" for part in ("values", "indices", "direction")}
+    assert held.keys() == {"batch.images", "batch.targets", "batch.embedding()", *parts}
+    for tensor in () if inference else held.values():  # of the inference mode, torch itself refuses such edits
+        with pytest.raises(PluginError, match="edited .* in place; expected new tensors"), unchanged(batch.shared):
+            tensor += 1
+    with pytest.raises(PluginError, match="edited batch.images"), unchanged(batch.shared):
+        batch.images = torch.zeros(1)
+    with unchanged(batch.shared):  # new things are no edits
+        batch.once("mine", lambda: torch.zeros(2)).add_(1)
+        batch.code(sae, x.clone())

@@ -41,12 +41,19 @@ if TYPE_CHECKING:
     from vs2_plugin.gallery.gallery import Gallery
     from vs2_plugin.sae.topk import TopKSAE
 
-__all__ = ["MANIFEST", "Checkpoint", "SiteSAE", "TrainingData", "save_checkpoint"]
+__all__ = ["MANIFEST", "RETRAIN", "Checkpoint", "SiteSAE", "TrainingData", "save_checkpoint"]
 
 MANIFEST = "vs2.json"
 _FORMAT = "vs2-checkpoint"
 _VERSION = 1
 _AGAIN = "train the checkpoint again"
+#: What mends an SAE that is of no use.
+RETRAIN = (
+    "train it again by vs2-train-sae --overwrite with more images or --samples, a larger --k, a smaller "
+    "--expansion_factor or a lower --lr"
+)
+#: The share of dead latents that is too much.
+_MOSTLY = 0.5
 #: Of an SAE; see sae.files, which is not read before torch is needed.
 _FILES = ("cfg.json", "sae.safetensors")
 #: The largest number in float32, and more than there are of anything that is counted.
@@ -104,6 +111,20 @@ class SiteSAE:
     def folder(self) -> str:
         """The name of the SAE's folder in the checkpoint."""
         return self.hookpoint if self.variant == "plain" else f"{self.hookpoint}.{self.variant}"
+
+    @property
+    def warning(self) -> str | None:
+        """What makes the SAE of no use, in words, if anything does.
+
+        At an FVU of 1, the mean activation explains as much. With most latents dead, few directions are left to steer
+        along, of those asked for; an SAE that was trained well enough has at most a third of them.
+        """
+        dead = self.training.get("dead")
+        if self.fvu >= 1:
+            return f"its FVU is {self.fvu:.4g}, and that of the mean activation alone is 1"
+        if isinstance(dead, float) and dead > _MOSTLY:
+            return f"{dead:.1%} of its latents are dead"
+        return None
 
     @property
     def block(self) -> int | None:

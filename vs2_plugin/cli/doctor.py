@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vs2_plugin import __version__
-from vs2_plugin.checkpoint.checkpoint import Checkpoint
+from vs2_plugin.checkpoint.checkpoint import RETRAIN, Checkpoint
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.errors import Vs2Error
 from vs2_plugin.harness import autoload
@@ -115,3 +115,5 @@ def _checkpoints(store: Store) -> Iterator[Finding]:
         else:
             sites = ", ".join(f"{site.folder} FVU {site.fvu:.4f}" for site in checkpoint.sites)
             yield Finding(f"{folder.name}: {checkpoint.data.images:,} images, {sites}")
+            for site in (site for site in checkpoint.sites if site.warning):
+                yield Finding(f"{folder.name}: the SAE at {site.folder} is of no use: {site.warning}", False, RETRAIN)

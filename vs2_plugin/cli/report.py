@@ -44,7 +44,7 @@ def add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _report(args: argparse.Namespace) -> None:
-    from vs2_plugin.report.page import write
+    from vs2_plugin.report.page import notes, write
     from vs2_plugin.results.runs import read
 
     runs, passed_over = read(args.results)
@@ -53,6 +53,8 @@ def _report(args: argparse.Namespace) -> None:
         return
     for reason in passed_over:
         complain(f"vs2: passed over {reason}")
+    for note in notes(runs):
+        complain(f"vs2: warning: {note}")
     say(f"{len(runs)} result(s), {sum(run.images is not None for run in runs)} with per-image results")
     figures = [path for path in written if path.suffix == ".png"]
     others = [str(path) for path in written if path not in figures]

@@ -51,6 +51,7 @@ def _list(args: argparse.Namespace) -> None:
             continue
         data, sites = checkpoint.data, checkpoint.sites
         marks = "  transductive" if checkpoint.transductive else ""
+        marks += "".join(f"  of no use at {site.folder}: {site.warning}" for site in sites if site.warning)
         say(
             f"  {name}  {checkpoint.backbone} {checkpoint.pretrained or ''} on "
             f"{' '.join(data.datasets)} ({data.images:,} images), "

@@ -9,8 +9,8 @@ What is changed, and nothing else:
 - ``metrics.*.evaluate``: a steered model's facts join the metrics;
 - ``metrics.zeroshot_classification.run_classification``: a steered model is told the classifier, and an oracle the
   targets; where ``VS2_PER_IMAGE`` asks for it, the images of any model are recorded;
-- ``cli.main_eval`` and ``cli.run``: everything is checked before the first model is loaded, and this package's
-  errors end the command with one line on stderr and exit code 2.
+- ``cli.main_eval`` and ``cli.run``: everything is checked before the first model is loaded, this package's errors end
+  the command with one line on stderr and exit code 2, and results of steered models get a digest of their own.
 
 A model that is not steered passes through all of them unchanged. In one command with a steered one it reads the same
 data in the same way: as many loader workers as the shards can serve, and the same words for what cannot be read.
@@ -26,6 +26,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from copy import copy
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -227,8 +228,7 @@ def _patch_cli(module: Any) -> None:
 
     @functools.wraps(stock_run)
     def run(args: Namespace) -> Any:
-        args = _with_workers(_as_model_string(args))
-        return stock_run(args) if os.environ.get(PER_IMAGE, "") in ("", "0") else _recorded(stock_run, args)
+        return _run(stock_run, _with_workers(_as_model_string(args)))
 
     @functools.wraps(stock_main_eval)
     def main_eval(base: Namespace) -> Any:
@@ -272,18 +272,27 @@ def _patch_cli(module: Any) -> None:
     module.run, module.main_eval = run, main_eval
 
 
-def _recorded(stock_run: Callable[[Namespace], Any], args: Namespace) -> Any:
-    """Run with a recorder, and write its file."""
+def _run(stock: Callable[[Namespace], Any], args: Namespace) -> Any:
+    """Evaluate one model. Results of a steered one, or of one whose images are recorded, get their digest."""
+    recording = os.environ.get(PER_IMAGE, "") not in ("", "0")
+    if not recording and not is_steered(args.model):
+        return stock(args)
     from vs2_plugin.harness.recorder import Recorder
     from vs2_plugin.host import Evaluation
+    from vs2_plugin.results.runs import sign
 
-    recorder = Recorder()
+    output = Path(Evaluation.of(args).output_file)
+    skipped = args.skip_existing and output.exists()
+    recorder = Recorder() if recording else None
     token = _recorder.set(recorder)
     try:
-        result = stock_run(args)
+        result = stock(args)
     finally:
         _recorder.reset(token)
-    recorder.save(Evaluation.of(args).output_file)
+    if not skipped:
+        sign(output)
+    if recorder is not None:
+        recorder.save(str(output))
     return result
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from vs2_plugin import __version__
-from vs2_plugin.checkpoint.checkpoint import Checkpoint, SiteSAE
+from vs2_plugin.checkpoint.checkpoint import RETRAIN, Checkpoint, SiteSAE
 from vs2_plugin.clip.sites import ClipModel, Site, Sites, embedding_from
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.data.images import image_digest
@@ -19,19 +22,22 @@ from vs2_plugin.gallery.files import index_file
 from vs2_plugin.gallery.gallery import CLIP, Gallery
 from vs2_plugin.gallery.search import open_search
 from vs2_plugin.harness.automatic import Automatic, choose
+from vs2_plugin.harness.facts import facts_of
 from vs2_plugin.method import NEIGHBOURS, Method, Scalar
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.plugins import registry
 from vs2_plugin.sae.topk import TopKSAE
-from vs2_plugin.steering.batch import Batch, Steering, call, steer
+from vs2_plugin.steering.batch import Batch, Steering, call, steer, unchanged
 from vs2_plugin.steering.context import Context, Task
 from vs2_plugin.steering.gate import Gate, threshold
 from vs2_plugin.steering.move import Move
 from vs2_plugin.steering.retriever import Retriever
+from vs2_plugin.text import reason_of
 
 __all__ = ["Parts", "Place", "Places", "build_places"]
 
 T = TypeVar("T")
+_LOG = logging.getLogger(__name__)
 _LABELS = ("none", "train", "oracle")
 
 
@@ -61,7 +67,15 @@ class Parts:
 
     def gallery(self, checkpoint: Checkpoint) -> Gallery:
         """The gallery of a checkpoint."""
-        return self.once(("gallery", checkpoint.folder), checkpoint.open_gallery)
+
+        def opened() -> Gallery:
+            gallery = checkpoint.open_gallery()
+            for array in (gallery.digests, gallery.labels):  # the others are memory maps for reading
+                if array is not None:
+                    array.setflags(write=False)
+            return gallery
+
+        return self.once(("gallery", checkpoint.folder), opened)
 
     def retriever(self, checkpoint: Checkpoint, spec: ModelString) -> Retriever | None:
         """The retriever of a method with a gallery.
@@ -113,16 +127,22 @@ class Builder:
         Raises:
             PluginError: the builder failed, or built something else.
         """
-        method = self.method
+        method, context = self.method, self.context
+        model, retriever, sae = context.model, context.retriever, context.sae
+
+        def held() -> dict[str, Tensor | None]:
+            weights = {f"context.model.{name}": weight for name, weight in model.named_parameters()}
+            return weights | _read_by_all(sae, retriever, Batch())
+
         try:
-            steering = method.build(self.context, **options)
+            with unchanged(held):
+                steering = method.build(context, **options)
+        except PluginError as error:
+            raise PluginError(f"{_whose(method.name)} could not be built: {error}") from error
         except Vs2Error:
             raise
         except Exception as error:
-            owner = registry().owners.get(method.name, "?")
-            raise PluginError(
-                f"method {method.name!r} of {owner} could not be built: {type(error).__name__}: {error}"
-            ) from error
+            raise PluginError(f"{_whose(method.name)} could not be built: {reason_of(error)}") from error
         if not callable(steering):
             raise PluginError(
                 f"method {method.name!r} built {steering!r}; expected a function from activations to activations"
@@ -130,6 +150,16 @@ class Builder:
         return steering.to(next(self.context.model.parameters()).device).eval() if isinstance(
             steering, nn.Module
         ) else steering
+
+
+def _whose(method: str) -> str:
+    return f"method {method!r} of {registry().owners.get(method, '?')}"
+
+
+def _read_by_all(sae: TopKSAE | None, retriever: Retriever | None, batch: Batch) -> dict[str, Tensor | None]:
+    """The tensors that a method is shown and the framework reads too, by their names in words."""
+    weights = {} if sae is None else {f"context.sae.{name}": weight for name, weight in sae.named_parameters()}
+    return {**weights, **batch.shared(), **({} if retriever is None else retriever.shared(batch))}
 
 
 class Current:
@@ -142,12 +172,20 @@ class Place(nn.Module):
     """One site at which a model is steered."""
 
     def __init__(
-        self, name: str, site: Site, facts: SiteSAE | None, steering: Steering, gate: Gate | None, current: Current
+        self,
+        name: str,
+        site: Site,
+        facts: SiteSAE | None,
+        steering: Steering,
+        gate: Gate | None,
+        retriever: Retriever | None,
+        current: Current,
     ) -> None:
         super().__init__()
         #: Of the method.
         self.name = name
         self.site = site
+        self.retriever = retriever
         #: What the checkpoint tells of the SAE there, if the method steers along one.
         self.facts = facts
         #: The method's own steering, without the gate.
@@ -163,22 +201,33 @@ class Place(nn.Module):
         """The steered activations ``[batch, d]``, float32, of the images at hand.
 
         Raises:
-            PluginError: they are not finite, though x is: accuracy would be computed of them all the same.
+            PluginError: they are no such activations; or not finite though x is, and accuracy would be computed of
+                them all the same; or the method edited what is not its own.
         """
-        return self._finite(self.gate(x, batch), x) if self.gate is not None else self.steer_all(x, batch)
+        return self.steer_all(x, batch) if self.gate is None else self._checked(self.gate, x, batch)
 
     def steer_all(self, x: Tensor, batch: Batch) -> Tensor:
         """The same without the gate."""
-        return self._finite(steer(self.steering, x, batch), x)
+        return self._checked(partial(steer, self.steering), x, batch)
 
-    def _finite(self, steered: Tensor, x: Tensor) -> Tensor:
-        # What is no tensor is refused where it is used.
-        if isinstance(steered, Tensor) and not steered.isfinite().all() and x.isfinite().all():
+    def _checked(self, steer: Callable[[Tensor, Batch], Tensor], x: Tensor, batch: Batch) -> Tensor:
+        sae = None if self.gate is None else self.gate.sae
+        try:
+            with unchanged(lambda: {"its activations": x, **_read_by_all(sae, self.retriever, batch)}):
+                steered = steer(x, batch)
+        except PluginError as error:
+            raise PluginError(f"{self.whose} failed at {self.site}: {error}") from error
+        if not steered.isfinite().all() and x.isfinite().all():
             raise PluginError(
-                f"method {self.name!r} of {registry().owners.get(self.name, '?')} steered to NaN or infinity at "
-                f"{self.site}; expected finite activations (a division by 0, or a strength beyond float32?)"
+                f"{self.whose} steered to NaN or infinity at {self.site}; expected finite activations (a division by "
+                "0, or a strength beyond float32?)"
             )
         return steered
+
+    @property
+    def whose(self) -> str:
+        """The method with its plugin, in words."""
+        return _whose(self.name)
 
     def move(self, x: Tensor, batch: Batch) -> Move | None:
         """How the method moves ``[batch, d]`` along latents, without the gate; None for a method that tells no move."""
@@ -215,6 +264,7 @@ class Places(Sequence[Place]):
         if not self.inside:
             places[0].shows = self._model
         self._declared = self._describe()
+        self._require_facts()
 
     def __len__(self) -> int:
         return len(self._places)
@@ -247,6 +297,8 @@ class Places(Sequence[Place]):
                 "checkpoint_digest": checkpoint.digest[:16],
                 "transductive": checkpoint.transductive,
             }
+            warnings = [f"{place.site}: {place.facts.warning}" for place in self if place.facts and place.facts.warning]
+            facts |= {"sae_warning": "; ".join(warnings)} if warnings else {}
         if self.gates:
             config = self.gates[-1].sae.config
             facts = {**facts, "k": config.k, "latents": config.num_latents, **facts}  # an option of that name stays
@@ -259,8 +311,17 @@ class Places(Sequence[Place]):
         ``vs2_coverage`` and ``vs2_mean_fvu`` are of the images seen since :meth:`reset`, at the last of several sites.
         """
         last = self[-1]
-        seen = {**getattr(last.steering, "facts", {}), **({} if last.gate is None else last.gate.facts)}
+        told, problems = facts_of(last.steering)
+        for problem in problems:  # an evaluation is not lost for it
+            _LOG.warning("%s has %s; it is left out of the results", last.whose, problem)
+        seen = {**told, **({} if last.gate is None else last.gate.facts)}
         return {f"vs2_{name}": value for name, value in {**self._declared, **seen}.items()}
+
+    def _require_facts(self) -> None:
+        """Raise PluginError where a method says of itself what cannot stand in results."""
+        for place in self:
+            for problem in facts_of(place.steering)[1]:
+                raise PluginError(f"{place.whose} has {problem}")
 
     def reset(self) -> None:
         """Forget the images seen so far."""
@@ -277,6 +338,7 @@ class Places(Sequence[Place]):
             # A sweep tells them twice; the steering keeps what it has seen in between.
             if isinstance(place.steering, Automatic) and not place.steering.is_settled(classifier):
                 self._choose(place, place.steering, classifier, quiet)
+        self._require_facts()
 
     def _choose(self, place: Place, automatic: Automatic, classifier: Tensor, quiet: bool) -> None:
         assert self.checkpoint is not None  # its gallery tells: a method without a checkpoint has no automatic option
@@ -362,15 +424,19 @@ def _place(
     current: Current,
 ) -> Place:
     given = (site.hookpoint, site.width)
+    task = deepcopy(task)  # a plugin's own, as the mean and the quantiles: it may do with them as it likes
     if facts is None or checkpoint is None:
         context = Context(parts.model, *given, task=task, retriever=retriever)
-        return Place(spec.method.name, site, None, _steering(spec, context), None, current)
+        return Place(spec.method.name, site, None, _steering(spec, context), None, retriever, current)
     sae, mean = parts.sae(checkpoint, facts)
+    if facts.warning:
+        told = f"checkpoint {checkpoint.name!r}: the SAE at {site} is of no use: {facts.warning}; {RETRAIN}"
+        parts.once(("warning", checkpoint.folder, facts.folder), lambda: _LOG.warning("%s", told))
     shared: dict[str, Any] = parts.once(("shared", checkpoint.folder, facts.folder), dict)
-    context = Context(parts.model, *given, sae, mean, facts.fvu_quantiles, task, retriever, shared)
+    context = Context(parts.model, *given, sae, mean.clone(), dict(facts.fvu_quantiles), task, retriever, shared)
     steering, q = _steering(spec, context), spec.options["gate"]
     gate = Gate(steering, sae, mean, None if q is None else threshold(facts.fvu_quantiles, float(q)))
-    return Place(spec.method.name, site, facts, steering, gate, current).to(parts.device).eval()
+    return Place(spec.method.name, site, facts, steering, gate, retriever, current).to(parts.device).eval()
 
 
 def _steering(spec: ModelString, context: Context) -> Steering:

@@ -18,7 +18,7 @@ from vs2_plugin.report.summary import Group, Row, Section, summarise
 from vs2_plugin.results.runs import Run
 from vs2_plugin.results.statistics import ClassChange, Interval
 
-__all__ = ["Column", "columns", "hints", "write"]
+__all__ = ["Column", "columns", "hints", "notes", "write"]
 
 #: Stands in every file that a report writes, near the beginning.
 MARK = "vs2 report"
@@ -41,6 +41,7 @@ def write(runs: Iterable[Run], folder: Path) -> list[Path]:
     Raises:
         DataError: a file of that name is there that no report wrote, or the folder cannot be written to.
     """
+    runs = list(runs)
     sections = summarise(runs)
     files: dict[str, bytes] = {}
     named: dict[Group, list[tuple[Picture, str]]] = {}
@@ -52,6 +53,7 @@ def write(runs: Iterable[Run], folder: Path) -> list[Path]:
                 named.setdefault(group, []).append((picture, name))
                 files[name] = picture.png
     context = {
+        "notes": notes(runs),
         "sections": sections,
         "columns": columns,
         "hints": hints,
@@ -60,8 +62,20 @@ def write(runs: Iterable[Run], folder: Path) -> list[Path]:
         "pictures": named.__getitem__,
     }
     page = {name: render(name, MARK, context) for name in ("index.html", "report.md")}
-    page["report.json"] = json.dumps({"by": MARK, "rows": list(figures_of(sections))}, indent=1).encode() + b"\n"
+    page["report.json"] = json.dumps(
+        {"by": MARK, "notes": notes(runs), "rows": list(figures_of(sections))}, indent=1
+    ).encode() + b"\n"
     return save(folder, page | files, MARK)
+
+
+def notes(runs: Sequence[Run]) -> list[str]:
+    """Return in sentences what makes results doubtful."""
+    found = []
+    changed = ", ".join(sorted(str(run.path) for run in runs if run.changed))
+    if changed:
+        found.append(f"Changed after they were written, as the digest in them tells: {changed}.")
+    useless = {run.model: run.fact("sae_warning") for run in runs if run.fact("sae_warning")}
+    return found + [f"The SAE of {model} is of no use: {warning}." for model, warning in sorted(useless.items())]
 
 
 def figures_of(sections: Iterable[Section]) -> Iterator[dict[str, Any]]:
@@ -81,6 +95,7 @@ def figures_of(sections: Iterable[Section]) -> Iterator[dict[str, Any]]:
                 "peak_memory": row.run.peak_memory,
             }
             about = {name: getattr(row.run, name) for name in ("dataset", "model", "pretrained", "language")}
+            about |= {"changed": True} if row.run.changed else {}
             yield {**about, **{name: value for name, value in found.items() if value is not None}}
 
 

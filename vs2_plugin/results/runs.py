@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +20,11 @@ from vs2_plugin.results.images import Images, images_file
 from vs2_plugin.results.statistics import Calibration, calibration_of_bins
 from vs2_plugin.text import printable
 
-__all__ = ["Run", "read", "read_run", "write_run", "write_table"]
+__all__ = ["DIGEST", "Run", "digest_of", "read", "read_run", "sign", "write_run", "write_table"]
+
+#: The metric that tells whether the results were changed after they were written.
+DIGEST = "vs2_results_digest"
+_CONTENT = ("dataset", "model", "pretrained", "task", "metrics", "language")
 
 EXPECTED = 'a results file of clip_benchmark: a JSON object with "dataset", "model", "task" and "metrics"'
 #: The harness breaks ties between classes in its own way, so its accuracy may differ a little from the predictions'.
@@ -38,6 +44,8 @@ class Run:
     metrics: dict[str, Any] = field(repr=False)
     images: Images | None = field(default=None, repr=False)
     """The per-image results beside it, where :func:`read` found some."""
+    changed: bool = field(default=False, repr=False)
+    """Whether it was changed after it was written: it tells a digest, and that of something else."""
 
     def number(self, name: str) -> float | None:
         """Return the metric of that name, if it is a finite number."""
@@ -166,7 +174,15 @@ def read_run(path: Path) -> Run:
         printable(content["task"]),
         "+".join(map(printable, languages)) if isinstance(languages, list) else "en",
         content["metrics"],
+        changed=_is_changed(content),
     )
+
+
+def _is_changed(content: Mapping[str, Any]) -> bool:
+    try:
+        return DIGEST in content["metrics"] and content["metrics"][DIGEST] != digest_of(content)
+    except RecursionError:  # lists within lists, which nobody wrote
+        return True
 
 
 def _whole(digits: str) -> float:
@@ -190,11 +206,33 @@ def _with_images(run: Run) -> Run:
     return replace(run, images=images)
 
 
-def write_run(run: Run) -> None:
-    """Write the results file of a run as clip_benchmark does, whole or not at all."""
-    names = ("dataset", "model", "pretrained", "task", "metrics", "language")
+def digest_of(content: Mapping[str, Any]) -> str:
+    """Return the digest of a results file's content, which a steered or recorded run tells among its metrics: the first
+    16 hexadecimal digits of a SHA-256 over the rest. It tells changes from what was written; it is no signature."""
+    metrics = {name: value for name, value in content["metrics"].items() if name != DIGEST}
+    whole = {**{name: content.get(name) for name in _CONTENT}, "metrics": metrics}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def sign(path: Path) -> None:
+    """Put the digest into a results file that was just written. Where that cannot be, it is left as it is."""
+    if not path.is_file():  # a terminal, say
+        return
+    with suppress(OSError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["metrics"][DIGEST] = digest_of(content)
+        with atomic_file(path.resolve()) as scratch:
+            scratch.write_text(json.dumps(content), encoding="utf-8")
+
+
+def write_run(run: Run) -> Run:
+    """Write the results file of a run as clip_benchmark does, whole or not at all. Return what is in it."""
+    content = {name: getattr(run, name) for name in _CONTENT}
+    if run.method is not None:
+        run = replace(run, metrics={**run.metrics, DIGEST: digest_of(content)})
     with atomic_file(run.path) as scratch:
-        scratch.write_text(json.dumps({name: getattr(run, name) for name in names}), encoding="utf-8")
+        scratch.write_text(json.dumps({**content, "metrics": run.metrics}), encoding="utf-8")
+    return run
 
 
 def write_table(path: Path, runs: Sequence[Run]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from vs2_plugin.errors import HarnessError, PluginError
 from vs2_plugin.sae.topk import TopKSAE
 from vs2_plugin.steering.move import Code, Move
 
-__all__ = ["Batch", "Steering", "call", "steer"]
+__all__ = ["Batch", "Steering", "call", "steer", "unchanged"]
 
 T = TypeVar("T")
 
@@ -42,6 +43,7 @@ class Batch:
         """
         self.images, self.targets, self.rows, self.embed = images, targets, rows, embed
         self._known: dict[Hashable, Any] = {}
+        self._codes: dict[Hashable, tuple[Tensor, Code]] = {}
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """The result of ``make()``, which is called for the first ask under ``key``; objects in a key count by
@@ -50,6 +52,10 @@ class Batch:
             self._known[key] = make()
         value: T = self._known[key]
         return value
+
+    def known(self, key: Hashable) -> Any:
+        """What :meth:`once` keeps under ``key``; None if that was not asked for yet."""
+        return self._known.get(key)
 
     def embedding(self) -> Tensor:
         """The plain CLIP embedding: float32 ``[batch, embed_dim]``, of unit norm.
@@ -64,8 +70,18 @@ class Batch:
 
     def code(self, sae: TopKSAE, x: Tensor) -> Code:
         """The sparse code of activations ``[batch, d]``, computed once for the same tensor."""
-        # The tensor is kept beside its code: as long as it lives, no other has its id.
-        return self.once((sae, id(x)), lambda: (x, Code.of(sae, x)))[1]
+        key = sae, id(x)
+        if key not in self._codes:  # the tensor is kept beside its code: as long as it lives, no other has its id
+            self._codes[key] = x, Code.of(sae, x)
+        return self._codes[key][1]
+
+    def shared(self) -> dict[str, Tensor | None]:
+        """The tensors that all steerings of these images read, by their names in words."""
+        named = {"batch.images": self.images, "batch.targets": self.targets, "batch.rows": self.rows}
+        named["batch.embedding()"] = self.known("embedding")
+        for number, (_, code) in enumerate(self._codes.values()):
+            named |= {f"batch.code() {number}, its {part}": tensor for part, tensor in code.tensors().items()}
+        return named
 
     def to(self, device: str | torch.device) -> Batch:
         """Itself: clip_benchmark moves what it takes for images to the device."""
@@ -84,26 +100,48 @@ def call(steering: Steering, x: Tensor, batch: Batch) -> Any:
 
     Returns:
         What it gives: activations ``[batch, d]``, or a :class:`Move`.
-
-    Raises:
-        PluginError: it edited x itself in place.
     """
     function = steering.forward if isinstance(steering, nn.Module) else steering
     try:
         wants_batch = "batch" in inspect.signature(function).parameters
     except (TypeError, ValueError):  # some functions written in C tell nothing of themselves
         wants_batch = False
-    if not wants_batch:
-        return steering(x.clone())
-    version = None if x.is_inference() else x._version
-    steered = steering(x, batch=batch)
-    if version is not None and x._version != version:
-        raise PluginError(f"the steering {type(steering).__name__} edited its activations in place; expected new ones")
-    return steered
+    return steering(x, batch=batch) if wants_batch else steering(x.clone())
 
 
 def steer(steering: Steering, x: Tensor, batch: Batch) -> Tensor:
-    """The steered activations ``[batch, d]``: what :func:`call` gives, moves applied."""
+    """The steered activations ``[batch, d]``: what :func:`call` gives, moves applied.
+
+    Raises:
+        PluginError: it gives anything but a tensor of the shape, dtype and device of x.
+    """
     steered = call(steering, x, batch)
-    result: Tensor = steered.apply(x) if isinstance(steered, Move) else steered
+    result = steered.apply(x) if isinstance(steered, Move) else steered
+    if not isinstance(result, Tensor):
+        raise PluginError(f"the steering returned {type(result).__name__}; expected activations {tuple(x.shape)}")
+    for what in ("shape", "dtype", "device", "layout"):
+        found, expected = getattr(result, what), getattr(x, what)
+        if found != expected:
+            words = (tuple(found), tuple(expected)) if what == "shape" else (found, expected)
+            raise PluginError(f"the steering returned activations of {what} {words[0]}; expected {words[1]}")
     return result
+
+
+@contextmanager
+def unchanged(held: Callable[[], Mapping[str, Tensor | None]]) -> Iterator[None]:
+    """Refuse edits in place, within a ``with`` block, of the tensors that ``held()`` names. It costs microseconds.
+
+    Raises:
+        PluginError: one of them was edited, or another put in its place.
+    """
+    before = {name: (tensor, _version(tensor)) for name, tensor in held().items() if tensor is not None}
+    yield
+    after = held()
+    for name, (tensor, version) in before.items():
+        if after.get(name) is not tensor or _version(tensor) != version:
+            raise PluginError(f"the steering edited {name} in place; expected new tensors, or a copy that it edits")
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was edited in place; tensors of the inference mode do not tell."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -59,6 +59,11 @@ class Code:
             return self.values @ self.sae.W_dec
         return self.sae.combine(Latents(self.values, self.indices))
 
+    def tensors(self) -> dict[str, Tensor | None]:
+        """What is known of it so far."""
+        values = self._values if isinstance(self._values, Tensor) else None
+        return {"values": values, "indices": self.indices, "direction": self.__dict__.get("direction")}
+
     @property
     def reconstruction(self) -> Tensor:
         """``x̃ = W_decᵀ c + b_dec``: ``[batch, d]``."""

@@ -83,7 +83,14 @@ class Retriever:
         self._repeated = int(np.unique(gallery.digests, return_counts=True)[1].max()) if search else 0
         self._classifier: Tensor | None = None
         self._pseudo: tuple[Tensor, Tensor] | None = None
-        self._labels = None if gallery.labels is None else torch.from_numpy(np.asarray(gallery.labels))
+        self._labels = None if gallery.labels is None else torch.from_numpy(np.array(gallery.labels))
+
+    def shared(self, batch: Batch) -> dict[str, Tensor | None]:
+        """The tensors that all steerings read, by their names in words."""
+        named = {"the class embeddings": self._classifier, "the gallery's labels": self._labels}
+        named |= zip(("the gallery's classes", "their log-odds"), self._pseudo or (), strict=False)
+        neighbours: Neighbours | None = batch.known((self, "neighbours"))
+        return named if neighbours is None else named | {f"neighbours.{k}": v for k, v in neighbours._asdict().items()}
 
     # -- the classes
 

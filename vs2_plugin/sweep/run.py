@@ -159,8 +159,7 @@ def _evaluate(planned: Plan, backbone: str, points: Sequence[Point], quiet: bool
         if model in planned.pending:
             about = request.dataset, model, request.pretrained, request.task, request.language
             run = Run(planned.files[model], *about, dict(metrics))
-            write_run(run)
-            planned.results[model] = run
+            planned.results[model] = write_run(run)
 
 
 def _finish(planned: Plan) -> Summary:

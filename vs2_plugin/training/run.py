@@ -20,7 +20,7 @@ import torch
 
 from vs2_plugin import __version__
 from vs2_plugin.arrays import stack
-from vs2_plugin.checkpoint.checkpoint import Checkpoint, SiteSAE, TrainingData, save_checkpoint
+from vs2_plugin.checkpoint.checkpoint import RETRAIN, Checkpoint, SiteSAE, TrainingData, save_checkpoint
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.clip.backbone import check_backbone, ignores_pretrained, load_backbone
 from vs2_plugin.clip.sites import Site
@@ -145,6 +145,8 @@ def _save(
             failures.append(_keep_aside(plan.folder, error, {**contents, "saes": sorted_saes}))
         else:
             report(f"wrote {checkpoint.folder}")
+            for site in (site for site in checkpoint.sites if site.warning):
+                report(f"warning: the SAE at {site.folder} is of no use: {site.warning}; {RETRAIN}")
             checkpoints.append(checkpoint)
     if failures:
         raise DataError("; ".join(failures))

@@ -1,0 +1,42 @@
+"""What a method says of itself in the results, under names with ``vs2_`` before them: only what fits there."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+
+from vs2_plugin.method import Scalar
+from vs2_plugin.text import reason_of
+
+__all__ = ["facts_of"]
+
+#: What the framework says itself, and no method.
+_OWN = {"method", "version", "site", "checkpoint", "checkpoint_digest", "transductive", "labels", "neighbour_labels"}
+_OWN |= {"sae_warning", "coverage", "mean_fvu", "gate_threshold", "seconds", "peak_memory", "mended", "broken"}
+_OWN |= {f"ece{before}{bins}" for before in ("", "_before") for bins in ("", "_bins")} | {"results_digest"}
+_LONGEST = 10_000
+
+
+def facts_of(steering: object) -> tuple[dict[str, Scalar], list[str]]:
+    """Return what a steering says of itself as far as it fits into results, and what is wrong with the rest.
+
+    Its ``facts`` may be computed whenever they are asked for, so that they may be wrong at the end only.
+    """
+    try:
+        told = dict(getattr(steering, "facts", {}))
+    except Exception as error:
+        return {}, [f"facts that cannot be read ({reason_of(error)}); expected a mapping of names to values"]
+    problems = {name: problem for name, value in told.items() if (problem := _problem(name, value))}
+    return {name: value for name, value in told.items() if name not in problems}, list(problems.values())
+
+
+def _problem(name: object, value: object) -> str | None:
+    """Return in words why that cannot stand in results."""
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,99}", name):
+        return f"a fact named {reprlib.repr(name)}; expected lower-case letters, digits and '_'"
+    if name in _OWN:
+        return f"a fact named {name!r}, which is said of every method; expected another name"
+    number = isinstance(value, (int, float)) and abs(value) < 2**63  # not NaN
+    if not number and not (isinstance(value, str) and len(value) <= _LONGEST and value.isprintable()):
+        return f"the fact {name!r} = {reprlib.repr(value)}; expected a finite number, a line of text, True or False"
+    return None
