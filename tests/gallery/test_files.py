@@ -320,3 +320,22 @@ def test_a_gallery_of_before_contents_were_told_is_still_read(save):
     old = Checkpoint.open(checkpoint.folder)
     assert old.gallery.parts[0].contents is None and len(old.open_gallery()) == 7
     old.verify()
+
+
+HEADERS = [(b"<u8", b",u8"), (b"<u8", b"|O8"), (b"(7,)", b"(9" + b"0" * 14 + b",)"), (b"(7,)", b"(-7,)"), (b"}", b"{")]
+
+
+@pytest.mark.parametrize("change", HEADERS)
+def test_a_damaged_header_of_before_contents_were_told_is_damage(change, save):
+    """Whatever numpy makes of it: a syntax error, or petabytes."""
+    checkpoint = save("cifar100")
+    facts = json.loads((checkpoint.folder / MANIFEST).read_text())
+    del facts["digest"], facts["gallery"]["parts"][0]["contents"]
+    (checkpoint.folder / MANIFEST).write_text(json.dumps(facts))
+    path = file_in(checkpoint, "digests")
+    raw = path.read_bytes()
+    head = raw[10:128].replace(*change).strip().ljust(117) + b"\n"
+    path.unlink()
+    path.write_bytes(raw[:10] + head + raw[128:])
+    with pytest.raises(CheckpointError, match=r"gallery is damaged: .*digests\.npy"):
+        Checkpoint.open(checkpoint.folder).open_gallery()

@@ -230,5 +230,8 @@ def _inside(folder: Path, pattern: str) -> Iterator[Path]:
 
 def _delete(folder: Path) -> int:
     size = folder_size(folder)
-    shutil.rmtree(folder)
+    aside = folder.with_name(f".{folder.name.removeprefix('.')}.gone") if len(folder.name) <= LONGEST else folder
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(folder, aside)  # at once: nothing of half a folder is found under its name
+    shutil.rmtree(aside)
     return size

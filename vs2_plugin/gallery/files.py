@@ -121,12 +121,12 @@ def _read(path: Path, count: int, width: int | None) -> Array:
     """Read an array ``[count, width]`` as a memory map, or one ``[count]`` into memory."""
     shape = (count,) if width is None else (count, width)
     try:
-        array: Array = np.load(path, mmap_mode=None if width is None else "r")
-    except (OSError, ValueError, EOFError) as error:
+        array: Array = np.load(path, mmap_mode="r")  # nothing is made of the size that a header tells
+    except Exception as error:  # numpy raises anything for a damaged header
         raise _damaged(f"{path}: {error}") from error
     if array.shape != shape:
         raise _damaged(f"{path} has shape {array.shape}, expected {shape}")
-    return array
+    return np.array(array) if width is None else array
 
 
 def _damaged(problem: str) -> CheckpointError:
