@@ -126,6 +126,13 @@ def test_every_chapter_is_linked_from_the_readme():
     assert {path.name for path in CHAPTERS} == set(re.findall(r"vs2_plugin/docs/(\w+\.md)\): ", README))
 
 
+def test_what_holds_a_fault_is_there():
+    rows = re.findall(r"^\| .*\|$", (REPOSITORY / "vs2_plugin/docs/trust.md").read_text(encoding="utf-8"), re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`([a-z_/]+)`", row.rpartition(" | ")[2])}
+    assert len(named) > 20
+    assert {name for name in named if not (Path(__file__).parent / f"{name}.py").is_file()} == set()
+
+
 def test_the_two_commands_are_there():
     """.ci/run finds them so."""
     assert len(re.findall(r"^python3 -m venv \.venv && ", README, re.MULTILINE)) == 2
