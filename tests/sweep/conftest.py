@@ -41,7 +41,7 @@ def interrupt_write(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         calls.append(found)
         if len(calls) == number:
             raise KeyboardInterrupt
-        inner(found)
+        return inner(found)
 
     monkeypatch.setattr(run, "write_run", interrupted)
 

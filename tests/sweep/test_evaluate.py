@@ -326,9 +326,9 @@ def test_mistakes_are_found_before_anything_is_loaded(here, monkeypatch, capsys,
     [
         (
             ("--dataset", "wds/nowhere", "--dataset_root", "nowhere"),
-            "could not build the split 'test' of 'wds/nowhere'",
+            "no readable file nowhere/test/nshards.txt",
         ),
-        (("--split", "tests"), "could not build the split 'tests'"),
+        (("--split", "tests"), "no readable file few/tests/nshards.txt"),
         (("--dataset_root", "{nope}"), "can be filled in"),
     ],
 )
