@@ -1,6 +1,7 @@
 """The word ``auto`` through the stock command, on the demo's digits."""
 
 import copy
+import hashlib
 import json
 import re
 import shutil
@@ -220,7 +221,7 @@ def test_the_whole_choice_follows_from_the_files(run, sae, in_demo):
     """A gain counts if it is sure, large and of a graph that knows the classes, and if the shares do not surely move
     away from even ones; of those, most evidence."""
     run(f"vs2:{TINY}@{sae}@alpha=auto", "--save_clf", "clf.pt")
-    kept = json.loads(files()[0].read_text())
+    kept = json.loads(files()[0].read_text())["choice"]
     classifier = torch.load("clf.pt").double().numpy()
     ways = steered_classes(in_demo, classifier, ALPHAS)
     embeddings = np.load(f"store/checkpoints/{sae}/gallery/0/embedding.clip.npy").astype(float)
@@ -285,14 +286,15 @@ def test_the_kept_choice_is_used(run, sae):
     model = f"vs2:{TINY}@{sae}@alpha=auto"
     first, _ = run(model)
     [file] = files()
-    kept = json.loads(file.read_text())
+    kept = json.loads(file.read_text())["choice"]
     assert kept["index"] != 3
-    file.write_text(json.dumps({**kept, "index": 3}))
+    text = json.dumps({**kept, "index": 3}, sort_keys=True)
+    file.write_text(json.dumps({"choice": json.loads(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}))
     altered, lines = run(model)
     assert altered["vs2_alpha"] == 0.75 and "alpha = 0.75" in lines[0]
     file.write_text("{")
     again, _ = run(model)
-    assert again == first and json.loads(file.read_text()) == kept
+    assert again == first and json.loads(file.read_text())["choice"] == kept
     file.unlink()
     again, _ = run(model)
     assert again == first and [other.name for other in files()] == [file.name]
@@ -334,6 +336,7 @@ def test_other_options_and_checkpoints_are_other_choices(run, sae, in_demo):
     manifest = Path("store/checkpoints", sae, "vs2.json")
     facts = json.loads(manifest.read_text())
     facts["sites"][3]["fvu_quantiles"]["0.5"] += 1e-3  # another training, as far as anybody can tell
+    del facts["digest"]
     manifest.write_text(json.dumps(facts))
     run(f"vs2:{TINY}@{sae}@alpha=auto")
     assert len(files()) == 6
@@ -448,7 +451,7 @@ def bare(demo):
     shutil.copytree(folder / NAME, folder / "old", ignore=shutil.ignore_patterns("auto", "gallery"))
     manifest = folder / "old/vs2.json"
     facts = json.loads(manifest.read_text())
-    del facts["gallery"]
+    del facts["gallery"], facts["digest"]
     manifest.write_text(json.dumps(facts))
     yield "old"
     shutil.rmtree(folder / "old")

@@ -70,7 +70,7 @@ def test_the_place_is_written_once_and_only_where_something_shall_be(tmp_path, m
     monkeypatch.chdir(tmp_path)
     assert workplace(tmp_path / "out", write=False) == tmp_path and not (tmp_path / "out").exists()
     assert workplace(tmp_path / "out", write=True) == tmp_path / "out"
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"digits", "tiny-clip"}
+    assert {path.name for path in (tmp_path / "out").glob("[!.]*")} == {"digits", "tiny-clip"}
     (tmp_path / "out/digits/test/nshards.txt").write_text("1\n")
     assert workplace(tmp_path / "out", write=True) == workplace(tmp_path / "out", write=False) == tmp_path / "out"
     assert (tmp_path / "out/digits/test/nshards.txt").read_text() == "1\n"

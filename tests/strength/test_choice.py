@@ -1,8 +1,10 @@
 """The rule that turns evidence into a choice, on predictions made up so that it is known what is right."""
 
+import hashlib
 import json
 import math
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -309,6 +311,20 @@ DAMAGES = [
 ]  # fmt: skip
 
 
+def written(choice):
+    """A kept choice as it is written, with its digest, whatever it holds."""
+    digest = hashlib.sha256(json.dumps(choice, sort_keys=True).encode()).hexdigest()
+    return json.dumps({"choice": choice, "sha256": digest})
+
+
+def test_a_kept_choice_that_was_changed_is_made_anew(made, tmp_path):
+    assert kept(tmp_path, {}, torch.eye(3), lambda: made) == made
+    [file] = tmp_path.glob("*.json")
+    file.write_text(file.read_text().replace('"images": 1500', '"images": 1501'))
+    other = replace(made, images=7)
+    assert kept(tmp_path, {}, torch.eye(3), lambda: other) == other
+
+
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: repr(damage) if isinstance(damage, str) else None)
 def test_a_damaged_file_is_made_anew(damage, made, tmp_path):
     calls = []
@@ -323,7 +339,7 @@ def test_a_damaged_file_is_made_anew(damage, made, tmp_path):
     assert ask() == made and ask() == made and len(calls) == 1
     [file] = (tmp_path / "auto").iterdir()
     whole = file.read_text()
-    file.write_text(damage if isinstance(damage, str) else json.dumps(damage(json.loads(whole))))
+    file.write_text(damage if isinstance(damage, str) else written(damage(json.loads(whole)["choice"])))
     assert ask() == made and len(calls) == 2
     assert file.read_text() == whole and ask() == made and len(calls) == 2
 

@@ -25,7 +25,7 @@ from vs2_plugin.modelstring import GRAMMAR, ModelString, is_steered, parse
 from vs2_plugin.names import LOCAL
 from vs2_plugin.text import counted
 
-__all__ = ["check", "check_distinct", "check_pairs", "missing_checkpoint", "train_command"]
+__all__ = ["check", "check_pairs", "missing_checkpoint", "train_command"]
 
 _LOG = logging.getLogger(__name__)
 _EMULATED = (
@@ -56,6 +56,7 @@ def check(evaluations: Sequence[Evaluation]) -> dict[str, int]:
     for model, run in parsed:
         check_backbone(model.backbone, run.pretrained)
         _check_output(run, run.output_file, alone)
+    _check_distinct(evaluations)
     pending = [(model, run) for model, run in parsed if not _is_skipped(run)]
     store, missing = Store.default(), []
     for model, run in pending:
@@ -89,7 +90,7 @@ def _steered(evaluations: Sequence[Evaluation]) -> Iterator[Evaluation]:
             )
 
 
-def check_distinct(evaluations: Sequence[Evaluation]) -> None:
+def _check_distinct(evaluations: Sequence[Evaluation]) -> None:
     """Refuse results of a steered model in a file of other results. Raises HarnessError."""
     files: dict[str, Evaluation] = {}
     for run in evaluations if any(is_steered(run.model) for run in evaluations) else ():
