@@ -243,6 +243,7 @@ def _patch_cli(module: Any) -> None:
             planned = planned_runs(base)
             steered = any(is_steered(args.model) for args in planned)
             evaluations = [Evaluation.of(args) for args in planned]
+            preflight.check_outputs(evaluations)
             fewer = preflight.check(evaluations)
             _fewer_workers.set(fewer if steered else None)
             return stock_main_eval(base)

@@ -25,7 +25,7 @@ from vs2_plugin.modelstring import GRAMMAR, ModelString, is_steered, parse
 from vs2_plugin.names import LOCAL
 from vs2_plugin.text import counted
 
-__all__ = ["check", "check_pairs", "missing_checkpoint", "train_command"]
+__all__ = ["check", "check_outputs", "check_pairs", "missing_checkpoint", "train_command"]
 
 _LOG = logging.getLogger(__name__)
 _EMULATED = (
@@ -56,7 +56,6 @@ def check(evaluations: Sequence[Evaluation]) -> dict[str, int]:
     for model, run in parsed:
         check_backbone(model.backbone, run.pretrained)
         _check_output(run, run.output_file, alone)
-    _check_distinct(evaluations)
     pending = [(model, run) for model, run in parsed if not _is_skipped(run)]
     store, missing = Store.default(), []
     for model, run in pending:
@@ -90,8 +89,17 @@ def _steered(evaluations: Sequence[Evaluation]) -> Iterator[Evaluation]:
             )
 
 
-def _check_distinct(evaluations: Sequence[Evaluation]) -> None:
-    """Refuse results of a steered model in a file of other results. Raises HarnessError."""
+def check_outputs(evaluations: Sequence[Evaluation]) -> None:
+    """Refuse files that could not be written, and results of a steered model in a file of other results.
+
+    Raises:
+        ModelStringError: a model string that cannot be read.
+        HarnessError: a file that will not do.
+    """
+    alone = len({run.model for run in evaluations}) == 1
+    for run in _steered(evaluations):
+        parse(run.model)
+        _check_output(run, run.output_file, alone)
     files: dict[str, Evaluation] = {}
     for run in evaluations if any(is_steered(run.model) for run in evaluations) else ():
         other = files.setdefault(run.output_file, run)
