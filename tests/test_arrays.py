@@ -79,6 +79,17 @@ def test_a_column_goes_on_after_its_whole_chunks(count, whole, tmp_path):
     assert path.read_bytes() == (tmp_path / "y.npy").read_bytes()
 
 
+def test_going_on_writes_nothing_anew_of_what_is_kept(tmp_path):
+    """So that it is there whenever that is interrupted: a process that dies in the middle leaves what it found."""
+    path = tmp_path / "x.npy"
+    started(path, 2 * ROWS + 5)
+    before = path.read_bytes(), sums_of(path).read_bytes()
+    column = Column(path, 3, np.float16, 2 * ROWS)  # and no more: it is not closed
+    assert path.read_bytes() == before[0][: 128 + 2 * ROWS * 6] and sums_of(path).read_bytes() == before[1][: 2 * 65]
+    assert whole_rows(path, 3, np.float16) == 2 * ROWS
+    column.close()
+
+
 def test_what_was_damaged_since_is_written_again(tmp_path):
     path = tmp_path / "x.npy"
     started(path, 3 * ROWS)

@@ -1,9 +1,11 @@
+import errno
 import os
 import stat
 import subprocess
 import sys
 
 import pytest
+from filelock import FileLock
 
 from vs2_plugin.errors import DataError
 from vs2_plugin.files import alone, atomic_file, atomic_folder, part_of, settle
@@ -251,3 +253,28 @@ with alone(Path({str(tmp_path)!r}) / "mine"):
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
     with alone(tmp_path / "mine", seconds=0) as waited:
         assert not waited
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("flock"), OSError(errno.ENOLCK, "No locks available")])
+def test_a_file_system_without_locks_keeps_nobody_out_and_leftovers_are_finished_all_the_same(
+    error, tmp_path, monkeypatch
+):
+    def refuses(self, *args, **settings):
+        raise error
+
+    monkeypatch.setattr(FileLock, "acquire", refuses)
+    (tmp_path / ".mine.new").mkdir()
+    settle(tmp_path / "mine")
+    assert names(tmp_path) == ["mine"]
+    with atomic_folder(tmp_path / "mine") as scratch:
+        (scratch / "x").write_text("")
+    assert names(tmp_path) == ["mine"] and names(tmp_path / "mine") == ["x"]
+
+
+def test_a_lock_that_fails_otherwise_is_an_error(tmp_path, monkeypatch):
+    def refuses(self, *args, **settings):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(FileLock, "acquire", refuses)
+    with pytest.raises(OSError, match="No space left"), alone(tmp_path / "mine"):
+        pytest.fail("alone")

@@ -27,6 +27,7 @@ __all__ = [
 Array = np.ndarray[Any, np.dtype[Any]]
 #: Rows of a column that one digest is of: what an interruption loses of an extraction, at most.
 ROWS = 1024
+_LINE = 65  # bytes of a digest in its file
 _HEADER = 128  # bytes, with the room that numpy leaves for a greater count
 
 
@@ -60,15 +61,14 @@ class Column:
         """``rows``: go on after this many, which :func:`whole_rows` has counted; what comes after them is cut off."""
         self.path, self.width, self.dtype, self.count = path, width, np.dtype(dtype), rows
         self._digest, self._row = hashlib.sha256(), self.dtype.itemsize * (1 if width is None else width)
-        lines = sums_of(path).read_text().splitlines()[: rows // ROWS] if rows else []
-        self._file = open(path, "rb+" if rows else "wb")  # noqa: SIM115  # until close
-        self._sums = open(sums_of(path), "w")  # noqa: SIM115
-        self._sums.writelines(f"{line}\n" for line in lines)
-        self._sums.flush()
+        mode = "rb+" if rows else "wb"
+        self._file, self._sums = open(path, mode), open(sums_of(path), mode)  # noqa: SIM115  # until close
         if not rows:
             self._file.write(self._header())
-        self._file.seek(_HEADER + rows * self._row)
-        self._file.truncate()
+        # Nothing of what is kept is written anew: it is there whenever this is interrupted.
+        for file, size in ((self._file, _HEADER + rows * self._row), (self._sums, rows // ROWS * _LINE)):
+            file.seek(size)
+            file.truncate()
 
     def _header(self) -> bytes:
         buffer, form = io.BytesIO(), cast("Any", np.lib.format)  # has no types
@@ -93,7 +93,7 @@ class Column:
                 self._digest = hashlib.sha256()
 
     def _note(self, digest: Any) -> None:
-        self._sums.write(f"{digest.hexdigest()}\n")
+        self._sums.write(f"{digest.hexdigest()}\n".encode())
         self._sums.flush()
 
     def complete(self) -> str:

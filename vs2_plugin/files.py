@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from vs2_plugin.errors import DataError
 
-__all__ = ["LOCKS", "LONGEST", "alone", "atomic_file", "atomic_folder", "file_digest", "part_of", "settle", "sync"]
+__all__ = [
+    "LOCKS", "LONGEST", "alone", "atomic_file", "atomic_folder", "file_digest", "json_digest", "part_of", "settle",
+    "sync",
+]  # fmt: skip
 
 #: The folder, beside what is written, in which processes keep each other from writing it.
 LOCKS = ".locks"
@@ -113,15 +118,23 @@ def alone(path: Path, seconds: float = _SECONDS, waiting: Callable[[], None] | N
             f"another process is writing {path}; wait until it has finished, or write under another name"
         ) from None
     except (NotImplementedError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        if not _has_no_locks(error):
             raise
-        yield False
-        return
     try:
         _finish(path)
         yield waited
     finally:
         lock.release()
+
+
+def _has_no_locks(error: NotImplementedError | OSError) -> bool:
+    """Tell what a file system without locks says from what a full or broken one does."""
+    return not isinstance(error, OSError) or error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def json_digest(value: Any) -> str:
+    """Return the SHA-256 of plain JSON values, whatever the order of their keys, as hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:

@@ -100,6 +100,16 @@ def test_files_that_are_no_archives(write_run, make_images):
             read([path])
 
 
+def test_a_damaged_header_of_an_array(write_run, make_images):
+    """numpy reads it as Python's syntax, and raises what that raises."""
+    path = write_run("B", images=make_images(0.5))
+    beside = path.with_suffix(".images.npz")
+    np.savez(beside, **make_images(0.5))
+    beside.write_bytes(beside.read_bytes().replace(b"<u8", b",u8"))
+    with pytest.raises(DataError, match="damaged per-image results: SyntaxError"):
+        read([path])
+
+
 def test_no_pickle_is_ever_opened(write_run, make_images, tmp_path):
     class Harm:
         def __reduce__(self):

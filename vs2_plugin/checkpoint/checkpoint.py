@@ -13,7 +13,6 @@ No heavy imports: the harness looks a checkpoint up before it loads anything.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import re
@@ -28,7 +27,7 @@ from vs2_plugin import __version__
 from vs2_plugin.checkpoint.typed import typed
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.errors import CheckpointError, CheckpointNotFound, CheckpointReplaced
-from vs2_plugin.files import atomic_folder, file_digest, settle
+from vs2_plugin.files import atomic_folder, file_digest, json_digest, settle
 from vs2_plugin.gallery.contents import GalleryContents
 from vs2_plugin.method import ENCODER_NAME
 from vs2_plugin.names import with_weights
@@ -481,4 +480,4 @@ def _digest(values: dict[str, Any]) -> str:
     # Without times, versions and commands: the same training gives the same digest.
     sites = [{key: value for key, value in site.items() if key != "training"} for site in values["sites"]]
     whole = [values["tower"], values["data"], sites, values.get("gallery")]
-    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+    return json_digest(whole)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -23,7 +22,7 @@ from vs2_plugin.clip.sites import Site
 from vs2_plugin.data.images import Batch, TrainingImages
 from vs2_plugin.distributed import ALONE, Processes, wait
 from vs2_plugin.errors import DataError
-from vs2_plugin.files import alone, atomic_folder, part_of, settle
+from vs2_plugin.files import alone, atomic_folder, json_digest, part_of, settle
 from vs2_plugin.text import counted, gigabytes
 
 __all__ = ["ActivationCache", "Encode", "Extracted", "Writer", "activations_at", "extract", "require_space"]
@@ -65,8 +64,7 @@ class ActivationCache:
 
     def folder(self, key: dict[str, Any]) -> Path:
         """Where the activations of ``key`` (plain JSON values) lie, or would."""
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        return self.root / digest[:32]
+        return self.root / json_digest(key)[:32]
 
     def open(self, key: dict[str, Any], widths: Mapping[str, int], labels: bool = False) -> Extracted | None:
         """The columns named in ``widths``, memory-mapped; None if they are not there, or not what was written."""

@@ -8,7 +8,6 @@ and no image of the data set under evaluation. A choice is kept in the checkpoin
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,7 @@ from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.clip.edits import in_float32
 from vs2_plugin.clip.sites import ClipModel, Site, embedding_from
 from vs2_plugin.errors import HarnessError, ModelStringError, PluginError
-from vs2_plugin.files import atomic_file
+from vs2_plugin.files import atomic_file, json_digest
 from vs2_plugin.gallery.gallery import CLIP, Gallery
 from vs2_plugin.method import Option, Scalar
 from vs2_plugin.modelstring import ModelString
@@ -240,11 +239,11 @@ def _kept(folder: Path, identity: Mapping[str, Any], classifier: Tensor, make: C
         classifier: the class embeddings, which hold classes and prompts.
         make: makes the choice.
     """
-    text = json.dumps({**identity, "classifier": digest_of({"": classifier})}, sort_keys=True)
-    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+    key = json_digest({**identity, "classifier": digest_of({"": classifier})})
+    path = folder / f"{key[:32]}.json"
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["sha256"] != _digest_of_choice(kept["choice"]):
+        if kept["sha256"] != json_digest(kept["choice"]):
             raise ValueError("it is not what was written")
         return Choice.from_json(kept["choice"])
     except (OSError, ValueError, TypeError, AttributeError, LookupError):  # none yet, or no choice: it is made anew
@@ -253,12 +252,8 @@ def _kept(folder: Path, identity: Mapping[str, Any], classifier: Tensor, make: C
         folder.mkdir(exist_ok=True)
         with atomic_file(path) as scratch:
             written = choice.to_json()
-            scratch.write_text(json.dumps({"choice": written, "sha256": _digest_of_choice(written)}))
+            scratch.write_text(json.dumps({"choice": written, "sha256": json_digest(written)}))
     return choice
-
-
-def _digest_of_choice(written: object) -> str:
-    return hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()
 
 
 def read_prior(path: str, classes: Sequence[str] | None = None, count: int | None = None) -> Tensor:

@@ -5,8 +5,6 @@ Its columns are the fields of :class:`Images` that :func:`_column` describes.
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
@@ -18,7 +16,7 @@ from numpy.typing import NDArray
 
 from vs2_plugin.errors import DataError
 from vs2_plugin.files import atomic_file
-from vs2_plugin.text import printable
+from vs2_plugin.text import printable, reason_of
 
 __all__ = ["Array", "Images", "images_file"]
 
@@ -117,13 +115,11 @@ class Images:
         Raises:
             DataError: it is damaged; the message says what is wrong.
         """
-        try:  # beside what is expected, all that numpy and zipfile are known to raise for bytes that were damaged
+        try:
             with np.load(path, allow_pickle=False) as file:
                 held = {name: file[name] for name in file.files}
-        except (OSError, ValueError, EOFError, KeyError, AttributeError, NotImplementedError, MemoryError) as error:
-            raise _damaged(path, f"{type(error).__name__}: {error}") from error
-        except (zipfile.BadZipFile, zlib.error, TypeError) as error:  # TypeError: a bare array under that name
-            raise _damaged(path, str(error)) from error
+        except Exception as error:  # numpy and zipfile raise about everything for bytes that were damaged
+            raise _damaged(path, reason_of(error)) from error
         for problem in _problems(held):
             raise _damaged(path, problem)
         arrays = {name: held[name] for name in _COLUMNS if name in held}

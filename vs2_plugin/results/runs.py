@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vs2_plugin.errors import DataError
-from vs2_plugin.files import atomic_file
+from vs2_plugin.files import atomic_file, json_digest
 from vs2_plugin.names import Parts, split
 from vs2_plugin.results.images import Images, images_file
 from vs2_plugin.results.statistics import Calibration, calibration_of_bins
@@ -211,7 +210,7 @@ def digest_of(content: Mapping[str, Any]) -> str:
     16 hexadecimal digits of a SHA-256 over the rest. It tells changes from what was written; it is no signature."""
     metrics = {name: value for name, value in content["metrics"].items() if name != DIGEST}
     whole = {**{name: content.get(name) for name in _CONTENT}, "metrics": metrics}
-    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
+    return json_digest(whole)[:16]
 
 
 def sign(path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import shlex
 import shutil
@@ -30,7 +28,7 @@ from vs2_plugin.data.splits import Split, training_split
 from vs2_plugin.devices import emulates_bfloat16, own_device
 from vs2_plugin.distributed import ALONE, Processes
 from vs2_plugin.errors import DataError
-from vs2_plugin.files import alone
+from vs2_plugin.files import alone, json_digest
 from vs2_plugin.names import with_weights
 from vs2_plugin.sae.config import TrainConfig
 from vs2_plugin.sae.topk import TopKSAE
@@ -125,7 +123,7 @@ def _identity(request: TrainRequest, plans: Sequence[Plan], sites: Sequence[Site
         for variant, site in _wanted(plan, sites)
     ]
     values = [__version__, configs, [part.tower.contents for part in parts], request.calibrate_on]
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+    return json_digest(values)[:32]
 
 
 def _save(
