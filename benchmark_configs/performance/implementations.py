@@ -2,8 +2,8 @@
 
 Each is a function of a shape, of batches and of ``keep``. It runs its own training loop over the batches, so that
 whoever makes the batches can take the time of a step between two of them, and tells ``keep`` how to run the SAE.
-Logging is off everywhere. Settings are each library's defaults; where a default warm-up (1,000 steps) is longer than
-a tenth of the run, it is a tenth of the run.
+It trains on the device that the batches are on. Logging is off everywhere. Settings are each library's defaults; where
+a default warm-up (1,000 steps) is longer than a tenth of the run, it is a tenth of the run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Shape:
 
 
 class Batches(Protocol):
-    """The batches ``[batch, d]`` of a training; its length is the number of steps planned."""
+    """The batches ``[batch, d]`` of a training, all on one device; its length is the number of steps planned."""
 
     first: Tensor
 
@@ -64,27 +64,33 @@ def warmup(batches: Batches, usual: int = 1000) -> int:
 
 def used(indices: Tensor, values: Tensor, n: int) -> Tensor:
     """Which latents are active, of a sparse code: bool ``[n]``."""
-    return torch.zeros(n, dtype=torch.bool).index_fill_(0, indices[values != 0], True)
+    return torch.zeros(n, dtype=torch.bool, device=indices.device).index_fill_(0, indices[values != 0], True)
 
 
 @torch.no_grad()
-def floor(shape: Shape, batches: Batches, keep: Keep, dtype: torch.dtype = torch.float32) -> None:
+def floor(
+    shape: Shape, batches: Batches, keep: Keep, dtype: torch.dtype = torch.float32, tf32: bool = False
+) -> None:
     """No training: one product with the encoder and torch's top-k, which every step needs."""
-    weight = nn.Linear(shape.d, shape.n).weight
+    on_cpu = batches.first.device.type == "cpu"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    weight = nn.Linear(shape.d, shape.n, device=batches.first.device).weight
     for x in batches:
-        F.linear(x.to(dtype), weight.to(dtype)).topk(shape.k, dim=-1)
+        # Elsewhere than on a CPU, sorting is work of its own, and no step needs it.
+        F.linear(x.to(dtype), weight.to(dtype)).topk(shape.k, dim=-1, sorted=on_cpu)
 
 
-def dense(shape: Shape, batches: Batches, keep: Keep, bfloat16: bool = False) -> None:
-    """Plain PyTorch: dense codes, autograd, Adam."""
-    encoder = nn.Linear(shape.d, shape.n)
+def dense(shape: Shape, batches: Batches, keep: Keep, bfloat16: bool = False, compiled: bool = False) -> None:
+    """Plain PyTorch: dense codes, autograd, Adam (the fused one, but on a CPU)."""
+    device = batches.first.device
+    encoder = nn.Linear(shape.d, shape.n, device=device)
     nn.init.zeros_(encoder.bias)
     decoder = nn.Parameter(F.normalize(encoder.weight.detach()))
     bias = nn.Parameter(batches.first.mean(0))
-    optimizer = torch.optim.Adam([*encoder.parameters(), decoder, bias], lr=1e-3)
+    optimizer = torch.optim.Adam([*encoder.parameters(), decoder, bias], lr=1e-3, fused=device.type != "cpu")
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             pre = encoder(x - bias).relu()
             values, indices = pre.topk(shape.k, dim=-1, sorted=False)
             codes = torch.zeros_like(pre).scatter(-1, indices, values)
@@ -94,9 +100,15 @@ def dense(shape: Shape, batches: Batches, keep: Keep, bfloat16: bool = False) ->
         guess, codes = run(x)
         return guess, (codes != 0).any(0)
 
+    def fvu(x: Tensor) -> Tensor:
+        return (x - run(x)[0]).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
+
+    if compiled:
+        torch.compiler.reset()  # what was compiled for another shape would be generalised to both
+        fvu = torch.compile(fvu, dynamic=False)
     keep(reconstruct)
     for x in batches:
-        loss = (x - run(x)[0]).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
+        loss = fvu(x)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -111,9 +123,11 @@ def vs2(shape: Shape, batches: Batches, keep: Keep, float32: bool = False) -> No
 
     samples = len(batches) * shape.batch
     config = TrainConfig(expansion_factor=shape.n // shape.d, k=shape.k, sae_batch_size=shape.batch, samples=samples)
-    known = batches.first.numpy()  # what the trainer looks at before it starts
-    run = train._Run(train.Job("SAE", known, config), *train._moments(known), "cpu")
-    run._bfloat16 = run._bfloat16 and not float32
+    # What the trainer looks at before it starts, with enough beside those that it holds out.
+    known = batches.first.cpu().repeat(2, 1).numpy()
+    run = train._Run(train.Job("SAE", known, config), *train._moments(known), batches.first.device)
+    if float32:
+        run._bfloat16 = False
 
     def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
         latents = run.sae.encode(x / run.scale)
@@ -131,8 +145,8 @@ class _Source(nn.Module):
         super().__init__()
         self.tap = nn.Identity()
         self.rows = batches.first
-        self.device = torch.device("cpu")
-        self.dummy_inputs = {"input_ids": torch.zeros(1, len(self.rows), dtype=torch.long)}
+        self.device = self.rows.device
+        self.dummy_inputs = {"input_ids": torch.zeros(1, len(self.rows), dtype=torch.long, device=self.device)}
 
     @property
     def base_model(self) -> nn.Module:
@@ -181,14 +195,17 @@ def sparsify(shape: Shape, batches: Batches, keep: Keep, optimizer: str = "signu
         trainer.fit()
 
 
-def saelens(shape: Shape, batches: Batches, keep: Keep) -> None:
-    """SAELens: its ``SAETrainer`` and ``TopKTrainingSAE``."""
+def saelens(shape: Shape, batches: Batches, keep: Keep, autocast: bool = False) -> None:
+    """SAELens: its ``SAETrainer`` and ``TopKTrainingSAE``; ``autocast`` is an option of its."""
     from sae_lens.config import SAETrainerConfig
     from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=shape.d, d_sae=shape.n, k=shape.k))
+    device = str(batches.first.device)
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=shape.d, d_sae=shape.n, k=shape.k, device=device))
     config = SAETrainerConfig(
+        device=device,
+        autocast=autocast,
         total_training_samples=len(batches) * shape.batch,
         train_batch_size_samples=shape.batch,
         lr_end=3e-4,  # it asks for one, though its default rate is constant
@@ -205,11 +222,13 @@ def saelens(shape: Shape, batches: Batches, keep: Keep) -> None:
         pass
 
 
-def overcomplete(shape: Shape, batches: Batches, keep: Keep) -> None:
-    """overcomplete: its ``TopKSAE`` and ``train_sae``, with the optimizer and the loss of its README."""
-    from overcomplete.sae import TopKSAE, train_sae
+def overcomplete(shape: Shape, batches: Batches, keep: Keep, amp: bool = False) -> None:
+    """overcomplete: its ``TopKSAE`` and ``train_sae`` (or ``train_sae_amp``), with its README's optimizer and loss."""
+    from overcomplete.sae import TopKSAE
+    from overcomplete.sae.train import train_sae, train_sae_amp
 
-    sae = TopKSAE(shape.d, nb_concepts=shape.n, top_k=shape.k)
+    device = batches.first.device.type
+    sae = TopKSAE(shape.d, nb_concepts=shape.n, top_k=shape.k, device=device)
     optimizer = torch.optim.Adam(sae.parameters(), lr=5e-4)
 
     def criterion(x: Tensor, x_hat: Tensor, pre_codes: Tensor, codes: Tensor, dictionary: Tensor) -> Tensor:
@@ -222,11 +241,12 @@ def overcomplete(shape: Shape, batches: Batches, keep: Keep) -> None:
         return guess, (codes != 0).any(0)
 
     keep(reconstruct)
-    train_sae(sae, batches, criterion, optimizer, nb_epochs=1, monitoring=0)
+    train = train_sae_amp if amp else train_sae
+    train(sae, batches, criterion, optimizer, nb_epochs=1, monitoring=0, device=device)
 
 
-def dictionary_learning(shape: Shape, batches: Batches, keep: Keep) -> None:
-    """dictionary-learning: its ``trainSAE`` and ``TopKTrainer``."""
+def dictionary_learning(shape: Shape, batches: Batches, keep: Keep, dtype: torch.dtype = torch.float32) -> None:
+    """dictionary-learning: its ``trainSAE`` and ``TopKTrainer``; ``dtype`` is that of its autocast, on a GPU."""
     from dictionary_learning.trainers.top_k import TopKTrainer
     from dictionary_learning.training import trainSAE
 
@@ -240,6 +260,7 @@ def dictionary_learning(shape: Shape, batches: Batches, keep: Keep) -> None:
         keep(reconstruct)
         return trainer
 
+    device = str(batches.first.device)
     settings = {
         "trainer": make,
         "steps": len(batches),
@@ -249,9 +270,9 @@ def dictionary_learning(shape: Shape, batches: Batches, keep: Keep) -> None:
         "warmup_steps": warmup(batches),
         "layer": 0,
         "lm_name": "synthetic",
-        "device": "cpu",
+        "device": device,
     }
-    trainSAE(batches, [settings], steps=len(batches), device="cpu")
+    trainSAE(batches, [settings], steps=len(batches), device=device, autocast_dtype=dtype)
 
 
 def latentsae(shape: Shape, batches: Batches, keep: Keep) -> None:
@@ -269,7 +290,7 @@ def latentsae(shape: Shape, batches: Batches, keep: Keep) -> None:
             checkpoints_directory=folder,
             save_every=10**9,
         )
-        trainer = library.SaeTrainer(config, range(len(batches) * shape.batch), torch.device("cpu"))
+        trainer = library.SaeTrainer(config, range(len(batches) * shape.batch), batches.first.device)
 
         def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
             out = trainer.sae(x)
@@ -280,18 +301,59 @@ def latentsae(shape: Shape, batches: Batches, keep: Keep) -> None:
         trainer.fit()
 
 
+class _Loader:
+    """What saev's trainer takes for the loader of its own files."""
+
+    drop_last = True
+
+    def __init__(self, shape: Shape, batches: Batches) -> None:
+        self.batch_size, self._batches = shape.batch, batches
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return ({"act": x} for x in self._batches)
+
+
+def saev(shape: Shape, batches: Batches, keep: Keep) -> None:
+    """saev 0.1, the release on PyPI: its ``train``. Its SAE has no top-k, but ReLU and an L1 loss; nothing is kept."""
+    import saev.training as library
+    from saev import config
+
+    settings = config.Train(
+        data=config.DataLoad(),
+        n_patches=len(batches) * shape.batch,
+        sae=config.SparseAutoencoder(d_vit=shape.d, exp_factor=shape.n // shape.d),
+        n_lr_warmup=warmup(batches, 500),
+        sae_batch_size=shape.batch,
+        track=False,
+        log_every=10**9,
+        device=str(batches.first.device),
+    )
+    library.ParallelWandbRun = lambda *args: None
+    library.activations.Dataset = lambda *args: batches
+    torch.utils.data.DataLoader = lambda *args, **kwargs: _Loader(shape, batches)
+    library.train([settings])
+
+
 #: Name -> implementation.
 IMPLEMENTATIONS = {
     "floor": Implementation("torch", floor),
+    "floor_tf32": Implementation("torch", partial(floor, tf32=True)),
     "floor_bfloat16": Implementation("torch", partial(floor, dtype=torch.bfloat16)),
     "vs2": Implementation("vs2_plugin.sae.train", vs2),
     "vs2_float32": Implementation("vs2_plugin.sae.train", partial(vs2, float32=True)),
     "dense": Implementation("torch", dense),
     "dense_bfloat16": Implementation("torch", partial(dense, bfloat16=True)),
+    "dense_compiled": Implementation("torch", partial(dense, bfloat16=True, compiled=True)),
     "sparsify": Implementation("sparsify.trainer", sparsify, "eai-sparsify"),
     "sparsify_adam": Implementation("sparsify.trainer", partial(sparsify, optimizer="adam"), "eai-sparsify"),
     "saelens": Implementation("sae_lens", saelens, "sae-lens"),
+    "saelens_autocast": Implementation("sae_lens", partial(saelens, autocast=True), "sae-lens"),
     "overcomplete": Implementation("overcomplete.sae", overcomplete, "overcomplete"),
+    "overcomplete_amp": Implementation("overcomplete.sae", partial(overcomplete, amp=True), "overcomplete"),
     "dictionary_learning": Implementation("dictionary_learning.training", dictionary_learning, "dictionary-learning"),
+    "dictionary_learning_autocast": Implementation(
+        "dictionary_learning.training", partial(dictionary_learning, dtype=torch.bfloat16), "dictionary-learning"
+    ),
     "latentsae": Implementation("latentsae.trainer", latentsae, "latentsae"),
+    "saev": Implementation("saev.training", saev, "saev"),
 }

@@ -1,10 +1,10 @@
 """Measure this package on your machine, beside other SAE libraries and the floor of the hardware.
 
-    python benchmark_configs/performance/run.py [--only training shapes quality steering extraction]
+    python benchmark_configs/performance/run.py [--device cpu | cuda] [--only training quality steering extraction ...]
         [--rounds 5] [--quick] [--out performance.json] [--python NAME=PATH ...]
 
 What is measured, and how, is in the README.md beside this file. Every figure is written to the JSON file as soon as it
-is there; a Markdown file of the same name holds the tables.
+is there; a Markdown file of the same name holds the tables. The device is the GPU where there is one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import datetime
 import json
+import math
 import os
 import platform
 import shlex
@@ -20,19 +21,31 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PARTS = ("training", "shapes", "quality", "steering", "extraction")
-#: What is measured: of this machine and this package, of other libraries, at other shapes, and of FVU.
-OWN = ("floor", "floor_bfloat16", "vs2", "vs2_float32", "dense", "dense_bfloat16")
+#: What is measured on a device, in this order.
+PARTS = {
+    "cpu": ("training", "shapes", "quality", "steering", "extraction", "gallery"),
+    "cuda": ("training", "steering", "extraction", "gallery"),
+}
+#: What competes: of this machine and this package, of other libraries, at other shapes, and in FVU.
+OWN = {
+    "cpu": ("floor", "floor_bfloat16", "vs2", "vs2_float32", "dense", "dense_bfloat16"),
+    "cuda": ("floor", "floor_tf32", "floor_bfloat16", "vs2", "dense", "dense_bfloat16", "dense_compiled"),
+}
 PEERS = ("sparsify", "sparsify_adam", "saelens", "overcomplete", "dictionary_learning", "latentsae")
+#: Options of theirs that are for a GPU, and a library that is made for one.
+GPU_PEERS = ("saelens_autocast", "overcomplete_amp", "dictionary_learning_autocast", "saev")
 AT_OTHER_SHAPES = ("floor", "floor_bfloat16", "vs2", "dense", "sparsify")
 AT_DEFAULTS = ("sparsify", "saelens", "overcomplete", "dictionary_learning", "latentsae")
+KNOWN = tuple(dict.fromkeys([*OWN["cpu"], *OWN["cuda"], *PEERS, *GPU_PEERS]))
 PACKAGES = (
-    "torch open_clip_torch numpy vs2-plugin eai-sparsify sae-lens overcomplete dictionary-learning latentsae"
+    "torch triton open_clip_torch numpy vs2-plugin eai-sparsify sae-lens overcomplete dictionary-learning latentsae "
+    "saev faiss-cpu"
 ).split()
 
 #: Name -> the value of a full run, and of a quick one, which only shows that all works.
@@ -42,17 +55,37 @@ SETTINGS = {
     "batch": (4096, 256),
     "steps": (20, 3),
     "seconds": (1.2, 0.5),
+    "patience": (None, None),
+    "limits": ({}, {}),
     "stored": (100_000, 5_000),
     "samples": (500_000, 10_000),
     "seeds": ([0, 1, 2], [0]),
     "sizes": ([900, 6_000, 50_000, 1_000_000], [900]),
     "images": (1024, 64),
+    "workers": (2, 2),
     "starts": (7, 1),
     "cached": ([20_000, 1_000_000], [2_000, 20_000]),
     "cached_samples": (100_000, 2_000),
     "steered": (["vs2", "vs2pp"], ["vs2"]),
-    "gallery": (50_000, 1_000),
-    "steering_batch": (64, 2),
+    "galleries": ([50_000], [1_000]),
+    "steering_batches": ([64], [2]),
+    "looked_up": (1_000_000, 2_000),
+}
+#: The same where they differ on a GPU.
+GPU_SETTINGS = {
+    "other_shapes": ([(768, 49152, 64), (1024, 10240, 128)], [(64, 512, 16)]),
+    "steps": (20, 3),
+    "seconds": (0.2, 0.05),
+    "patience": (120.0, 120.0),  # seconds for an answer, and a process that gives none is ended
+    "limits": ({"training": 150.0, "steering": 60.0, "extraction": 60.0, "gallery": 45.0}, {}),
+    "stored": (8 * 4096, 2_048),  # 100 MB and more of batches, larger than a GPU's L2 cache
+    "images": (2048, 64),
+    "workers": (16, 2),
+    "starts": (0, 0),
+    "cached": ([], []),
+    "steered": (["vs2", "vs2s@alpha=1@p=2", "vs2pp"], ["vs2"]),
+    "galleries": ([50_000, 1_000_000], [1_000]),
+    "steering_batches": ([64, 256], [2]),
 }
 
 _FACTS = """
@@ -64,7 +97,11 @@ for name in sys.argv[1:]:
         found[name] = version(name)
     except PackageNotFoundError:
         pass
-print(json.dumps({"threads": torch.get_num_threads(), "versions": found, "build": torch.__config__.show()}))
+facts = {"threads": torch.get_num_threads(), "versions": found, "build": torch.__config__.show()}
+if torch.cuda.is_available():
+    gpu = torch.cuda.get_device_properties(0)
+    facts["gpu"] = {"name": gpu.name, "memory_gb": round(gpu.total_memory / 1e9, 1), "cuda": torch.version.cuda}
+print(json.dumps(facts))
 """
 
 
@@ -73,24 +110,40 @@ class Suite:
 
     def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
         self.args, self.scratch = args, scratch
-        self.settings = {name: values[args.quick] for name, values in SETTINGS.items()}
-        self.settings["sizes"] = args.sizes or self.settings["sizes"]
         self.pythons = dict(text.split("=", 1) for text in args.python)
-        self.environment = {
-            # For all alike: threads sleep while they wait, so that those whose turn it is not take no time. No GPU.
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "CUDA_VISIBLE_DEVICES": "",
-            "SPARSIFY_DISABLE_TRITON": "1",
-            "WANDB_MODE": "disabled",
-            **os.environ,
-            "TMPDIR": str(scratch),  # what a process leaves behind goes with all else
-        }
+        # For all alike: threads sleep while they wait, so that those whose turn it is not take no time.
+        self.environment = {"OMP_WAIT_POLICY": "PASSIVE", "WANDB_MODE": "disabled", **os.environ}
+        self.environment["TMPDIR"] = str(scratch)  # what a process leaves behind goes with all else
         self.started = time.monotonic()
-        self.results: dict = {"machine": self._machine(), "quick": args.quick, "settings": self.settings}
+        machine = self._machine()
+        self.gpu: dict | None = machine["libraries"].get("gpu")
+        self.device = args.device or ("cuda" if self.gpu else "cpu")
+        if self.device == "cpu":
+            self.environment |= {"CUDA_VISIBLE_DEVICES": "", "SPARSIFY_DISABLE_TRITON": "1"}
+        values = {**SETTINGS, **(GPU_SETTINGS if self.device == "cuda" else {})}
+        self.settings = {name: pair[args.quick] for name, pair in values.items()}
+        self.settings["sizes"] = args.sizes or self.settings["sizes"]
+        self.settings["seconds"] = args.seconds or self.settings["seconds"]
+        self.settings["limits"] = self.settings["limits"] | {
+            part: float(seconds) for part, _, seconds in (text.partition("=") for text in args.limit)
+        }
+        self.ends = math.inf
+        self.results: dict = {
+            "machine": machine, "device": self.device, "quick": args.quick, "settings": self.settings
+        }  # fmt: skip
 
     def say(self, *words: object) -> None:
         """Tell how far it is."""
         print(f"[{time.monotonic() - self.started:5.0f} s]", *words, flush=True)
+
+    def measure(self, part: str) -> None:
+        """Measure one part, within its limit: what is not measured by then is left out."""
+        self.ends = time.monotonic() + self.settings["limits"].get(part, math.inf)
+        getattr(self, part)()
+
+    def left(self) -> float | None:
+        """Seconds left of the part's limit, if it has one."""
+        return None if self.ends == math.inf else max(1.0, self.ends - time.monotonic())
 
     def save(self) -> None:
         """Write what there is."""
@@ -132,9 +185,20 @@ class Suite:
     def run(self, script: str, *words: object, implementation: str = "") -> dict:
         """Run a script to its end; its last line of JSON, or why there is none."""
         command = self.command(script, *words, implementation=implementation)
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        return json.loads(lines[-1]) if lines else {"failed": last_line(done.stderr, done.returncode)}
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+            try:
+                code: int | str = subprocess.run(
+                    command, env=self.environment, stdout=out, stderr=errors, check=False, timeout=self.left()
+                ).returncode
+            except subprocess.TimeoutExpired:
+                code = "time limit"
+            out.seek(0)
+            errors.seek(0)
+            lines = [line for line in out.read().splitlines() if line.startswith("{")]
+            found = json.loads(lines[-1]) if lines else {}
+            if code == "time limit":
+                found["cut_short"] = True
+            return found if lines else {"failed": last_line(errors.read(), code)}
 
     def activations(self, d: int, count: int = 0, dtype: str = "float32") -> Path:
         """Synthetic activations of a width, written when first asked for."""
@@ -148,38 +212,69 @@ class Suite:
     # -- the parts ---------------------------------------------------------------------------------------------------
 
     def training(self) -> None:
-        """Training speed of all."""
-        self._turns("training", self.settings["shape"], [*OWN, *PEERS], self.args.rounds)
+        """Training speed of all. On a GPU, at all shapes: there it takes longer to start a process than to measure."""
+        shapes = [self.settings["shape"]]
+        if self.device == "cuda":
+            shapes += self.settings["other_shapes"]
+        peers = PEERS if self.device == "cpu" else [*PEERS, *GPU_PEERS]
+        self._turns("training", shapes, [*OWN[self.device], *peers], self.args.rounds)
 
     def shapes(self) -> None:
         """Training speed at other shapes."""
-        for shape in self.settings["other_shapes"]:
-            self._turns("shapes", shape, AT_OTHER_SHAPES, max(1, min(3, self.args.rounds)))
+        for shape in self.settings["other_shapes"]:  # in new processes: the peak memory of one never falls
+            self._turns("shapes", [shape], AT_OTHER_SHAPES, min(3, self.args.rounds))
 
-    def _turns(self, part: str, shape: Sequence[int], names: Sequence[str], rounds: int) -> None:
+    def _turns(self, part: str, shapes: Sequence[Sequence[int]], names: Sequence[str], rounds: int) -> None:
+        """At the first shape there are so many rounds, at the others three."""
         names = [name for name in names if self.args.implementations is None or name in self.args.implementations]
         rows = self.results.setdefault(part, [])
-        facts = dict(zip("dnk", shape, strict=True)) | {"batch": self.settings["batch"]}
-        words = [word for name, value in facts.items() for word in (f"--{name}", value)]
-        words += ["--steps", self.settings["steps"], "--seconds", self.settings["seconds"]]
-        words += ["--activations", self.activations(shape[0]), "--turns"]
+        words = ["--device", self.device, "--steps", self.settings["steps"], "--seconds", self.settings["seconds"]]
         with contextlib.ExitStack() as stack:
             workers = []
-            for name in names:
-                row = {"implementation": name, **facts, "turns": []}
-                rows.append(row)
-                worker = Worker(self.command("training.py", *words, implementation=name), self.environment, row)
-                stack.callback(worker.end)
-                if worker.start():
-                    workers.append(worker)
-                self.say(f"{name} at {shape}:", "ready" if worker in workers else f"not measured, {row['failed']}")
+            for number, shape in enumerate(shapes):
+                facts = dict(zip("dnk", shape, strict=True)) | {"batch": self.settings["batch"]}
+                order = {**facts, "activations": str(self.activations(shape[0]))}
+                if not workers:
+                    words += [word for name, value in order.items() for word in (f"--{name}", value)]
+                    workers = [
+                        Worker(
+                            name,
+                            self.command("training.py", *words, "--turns", implementation=name),
+                            self.environment,
+                            self.settings["patience"],
+                        )
+                        for name in names
+                    ]
+                    for worker in workers:
+                        stack.callback(worker.end)
+                own = [{"implementation": name, **facts, "turns": []} for name in names]
+                rows += own
+                self._start(workers, own, order)
+                for turn in range(rounds if number == 0 else min(3, rounds)):
+                    for worker in workers if turn % 2 == 0 else reversed(workers):
+                        if time.monotonic() > self.ends:
+                            return
+                        worker.turn()
+                        summarize(own)
+                        self.save()
+                    self.say(f"round {turn + 1} at {shape}: " + ", ".join(map(brief, own)))
+                if len(shapes) > 1:
+                    print("\n" + "\n".join(training_table(shape_of(own[0]), own)) + "\n", flush=True)
+
+    def _start(self, workers: Sequence[Worker], rows: Sequence[dict], order: Mapping[str, object]) -> None:
+        """Let workers train until they are warm: on a GPU as many at once as its memory surely holds."""
+        together = 1
+        if self.gpu is not None and self.device == "cuda":
+            needed = 32 * order["batch"] * order["n"]  # some eight dense float32 codes
+            together = max(1, int(0.4e9 * self.gpu["memory_gb"] / needed))
+        for start in range(0, len(workers), together):
+            some = list(zip(workers, rows, strict=True))[start : start + together]
+            for worker, row in some:
+                worker.begin(row, order)
+            for worker, row in some:
+                ready = worker.ready()
+                self.say(f"{worker.name}:", "ready" if ready else f"not measured, {row['failed']}")
                 self.save()
-            for number in range(rounds):
-                for worker in workers if number % 2 == 0 else reversed(workers):
-                    worker.turn()
-                    summarize(rows)
-                    self.save()
-                self.say(f"round {number + 1} of {rounds}: " + ", ".join(map(brief, rows[-len(names) :])))
 
     def quality(self) -> None:
         """FVU and dead latents at each one's defaults."""
@@ -214,13 +309,32 @@ class Suite:
 
     def steering(self) -> None:
         """Time of steered calls over plain ones."""
-        file = self.scratch / "steering.json"
-        words = ["--rounds", self.args.rounds, "--methods", *self.settings["steered"], "--out", file]
-        words += ["--gallery", self.settings["gallery"], "--batch_size", self.settings["steering_batch"]]
+        file = self.args.out.with_name(f"{self.args.out.stem}-steering.json")
+        words = ["--device", self.device, "--rounds", max(self.args.rounds, 15 if self.device == "cuda" else 0)]
+        words += ["--methods", *self.settings["steered"], "--gallery", *self.settings["galleries"]]
+        words += ["--batch_size", *self.settings["steering_batches"], "--out", file]
+        words += ["--profile"] if self.args.profile else []
         self.say("steering")
-        done = subprocess.run(self.command("steering.py", *words), env=self.environment, check=False)
-        found = json.loads(file.read_text()) if done.returncode == 0 else {"failed": f"exit code {done.returncode}"}
-        self.results["steering"] = found
+        try:
+            done = subprocess.run(
+                self.command("steering.py", *words), env=self.environment, check=False, timeout=self.left()
+            )
+            failed = f"exit code {done.returncode}" if done.returncode else ""
+        except subprocess.TimeoutExpired:
+            failed = "time limit"
+        # It writes after each measurement.
+        self.results["steering"] = json.loads(file.read_text()) if file.exists() else {}
+        if failed:
+            self.results["steering"]["failed"] = failed
+        file.unlink(missing_ok=True)
+        self.save()
+
+    def gallery(self) -> None:
+        """Queries of a large gallery."""
+        self.say("gallery")
+        words = ["--device", self.device, "--count", self.settings["looked_up"], "--rounds", self.args.rounds]
+        self.results["gallery"] = self.run("gallery.py", *words)
+        self.say(f"gallery: {self.results['gallery']}")
         self.save()
 
     def extraction(self) -> None:
@@ -228,10 +342,13 @@ class Suite:
         found = self.results.setdefault("extraction", {"memory": []})
         folder = self.scratch / "images"
         words = ["throughput", folder, "--images", self.settings["images"], "--rounds", self.args.rounds]
+        words += ["--device", self.device, "--workers", self.settings["workers"]]
         self.say("extraction")
         found["throughput"] = self.run("extraction.py", *words)
         self.say(f"extraction beside the plain forward: {found['throughput']}")
         self.save()
+        if not self.settings["starts"]:
+            return
         starts = [
             self.run("first_step.py", folder, "--started", time.time()) for _ in range(2 + self.settings["starts"])
         ]
@@ -258,46 +375,77 @@ class Suite:
 class Worker:
     """One implementation in a process of its own, which waits for its turn."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], row: dict) -> None:
-        self.row = row
+    def __init__(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], patience: float | None
+    ) -> None:
+        self.name, self.patience, self.row = name, patience, {}
+        self.command, self.environment = command, environment
         self.errors = tempfile.TemporaryFile("w+")
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            command, env=environment, stdin=pipe, stdout=pipe, stderr=self.errors, text=True
-        )
+        self.process: subprocess.Popen[str] | None = None
+        self.ended = ""
 
-    def start(self) -> bool:
-        """Wait until it is ready; whether it is."""
+    def begin(self, row: dict, order: Mapping[str, object]) -> None:
+        """Start it with its first training, or order the next one, whose figures go into ``row``."""
+        self.row = row
+        if self.process is None:
+            pipe = subprocess.PIPE
+            self.process = subprocess.Popen(
+                self.command, env=self.environment, stdin=pipe, stdout=pipe, stderr=self.errors, text=True
+            )
+        else:
+            self._order(json.dumps(order))
+
+    def ready(self) -> bool:
+        """Wait until it is warm; whether it is."""
         return self._listen("ready")
 
     def turn(self) -> None:
         """Let it train for a while."""
         if "failed" in self.row:
             return
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        self._order("")
         if self._listen("seconds"):
             self.row["turns"].append(self.row.pop("seconds"))
 
+    def _order(self, line: str) -> None:
+        with contextlib.suppress(OSError):  # it has ended: listening tells why
+            self.process.stdin.write(f"{line}\n")
+            self.process.stdin.flush()
+
     def _listen(self, wanted: str) -> bool:
-        for line in self.process.stdout:
-            facts = json.loads(line)
-            self.row |= {name: value for name, value in facts.items() if name != "ready"}
-            if wanted in facts or "failed" in facts:
-                return wanted in facts
+        """Wait for a fact. Without an answer in time, the process is ended."""
+        timer = threading.Timer(self.patience or threading.TIMEOUT_MAX, self._give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            for line in self.process.stdout:
+                facts = json.loads(line)
+                self.row |= {name: value for name, value in facts.items() if name != "ready"}
+                if wanted in facts or "failed" in facts:
+                    return wanted in facts
+        finally:
+            timer.cancel()
         self.errors.seek(0)
-        self.row["failed"] = last_line(self.errors.read(), self.process.wait())
+        self.ended = self.ended or last_line(self.errors.read(), self.process.wait())
+        self.row["failed"] = self.row.get("failed") or self.ended
         return False
+
+    def _give_up(self) -> None:
+        self.ended = f"no answer in {self.patience:.0f} s"
+        self.process.kill()
 
     def end(self) -> None:
         """End it in the middle of its training."""
-        self.process.kill()
-        self.process.communicate()
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
         self.errors.close()
 
 
-def last_line(errors: str, code: int) -> str:
+def last_line(errors: str, code: int | str) -> str:
     """Why a process gave nothing."""
+    if isinstance(code, str):
+        return code
     return ([f"exit code {code}", *errors.strip().splitlines()])[-1]
 
 
@@ -310,10 +458,11 @@ def summarize(rows: Sequence[dict]) -> None:
         row["samples_per_second"] = statistics.median(rates)
         row["spread"] = [min(rates), max(rates)]
         row["step_seconds"] = statistics.median(step for turn in row["turns"] for step in turn)
-    floors = {shape_of(row): row.get("samples_per_second") for row in rows if row["implementation"] == "floor"}
+    floors = [row for row in rows if row["implementation"].startswith("floor") and "samples_per_second" in row]
     for row in rows:
-        if floors.get(shape_of(row)) and "samples_per_second" in row:
-            row["times_floor"] = floors[shape_of(row)] / row["samples_per_second"]
+        if "samples_per_second" in row:
+            for floor in floors:
+                row[f"times_{floor['implementation']}"] = floor["samples_per_second"] / row["samples_per_second"]
 
 
 def shape_of(row: dict) -> tuple:
@@ -335,8 +484,8 @@ def tables(results: dict) -> str:
     libraries = machine["libraries"]
     versions = ", ".join(f"{name} {version}" for name, version in libraries["versions"].items())
     lines = [
-        f"{machine['cpu']}, {machine['cores']} cores, {libraries['threads']} threads, {machine['memory_gb']} GB; "
-        f"Python {machine['python']}, {versions}; {machine['date'][:10]}."
+        f"{gpu_words(results)}{machine['cpu']}, {machine['cores']} cores, {libraries['threads']} threads, "
+        f"{machine['memory_gb']} GB; Python {machine['python']}, {versions}; {machine['date'][:10]}."
     ]
     if results["quick"]:
         lines += ["", "A quick run: these figures only show that all works."]
@@ -349,22 +498,35 @@ def tables(results: dict) -> str:
         lines += ["", *steering_table(results["steering"])]
     if "extraction" in results:
         lines += ["", *extraction_lines(results["extraction"])]
+    if "gallery" in results:
+        lines += ["", *gallery_lines(results["gallery"])]
     return "\n".join(lines) + "\n"
 
 
+def gpu_words(results: dict) -> str:
+    """The GPU, where it was measured."""
+    gpu = results["machine"]["libraries"].get("gpu")
+    if results["device"] == "cpu" or gpu is None:
+        return ""
+    return f"{gpu['name']}, {gpu['memory_gb']} GB, CUDA {gpu['cuda']}; "
+
+
 def training_table(shape: tuple, rows: Sequence[dict]) -> Iterator[str]:
-    """Speed and memory at one shape."""
+    """Speed and memory at one shape. Memory is that of what was measured: the process, or the GPU."""
     d, n, k, batch = shape
+    floors = [row["implementation"] for row in rows if row["implementation"].startswith("floor") and row["turns"]]
     yield f"Training, d = {d}, n = {n}, k = {k}, batch {batch}:"
     yield ""
-    yield "| implementation | samples/s, median [min, max] | x floor time | peak MB | of it before training |"
-    yield "|---|---:|---:|---:|---:|"
+    times = " | ".join(f"x {name} time" for name in floors) + " | " if floors else ""
+    yield f"| implementation | samples/s, median [min, max] | {times}peak MB | of it before training |"
+    yield "|---|---:|" + "---:|" * (len(floors) + 2)
     for row in rows:
         if row["turns"]:
             low, high = row["spread"]
+            times = "".join(f"{row.get(f'times_{name}', float('nan')):.2f} | " for name in floors)
             yield (
                 f"| {row['implementation']} | {row['samples_per_second']:,.0f} [{low:,.0f}, {high:,.0f}] | "
-                f"{row.get('times_floor', float('nan')):.2f} | {row['peak_mb']:,.0f} | {row['imported_mb']:,.0f} |"
+                f"{times}{row['peak_mb']:,.0f} | {row['imported_mb']:,.0f} |"
             )
     yield from failures(rows)
 
@@ -388,15 +550,37 @@ def quality_table(rows: Sequence[dict]) -> Iterator[str]:
 
 def steering_table(found: dict) -> Iterator[str]:
     """Overhead of steering."""
-    yield f"Time of `encode_image` steered over plain, batch {found['batch_size']}, gallery of {found['gallery']:,}:"
+    yield "Time of `encode_image` steered over plain:"
     yield ""
-    yield "| method | autocast | ratio, median [quartiles] | plain s |"
-    yield "|---|---|---:|---:|"
+    yield "| method | gallery | batch | precision | ratio, median [quartiles] | plain ms | steering ms |"
+    yield "|---|---:|---:|---|---:|---:|---:|"
     for row in found["results"]:
         low, high = row["quartiles"]
+        gallery = f"{row['gallery']:,}" if row["gallery"] else ""
         yield (
-            f"| {row['method']} | {'yes' if row['amp'] else 'no'} | {row['ratio']:.3f} [{low:.3f}, {high:.3f}] | "
-            f"{row['plain_s']:.3f} |"
+            f"| {row['method']} | {gallery} | {row['batch_size']} | {row['precision']} | "
+            f"{row['ratio']:.3f} [{low:.3f}, {high:.3f}] | {1e3 * row['plain_s']:.2f} | {1e3 * row['more_s']:.2f} |"
+        )
+
+
+def gallery_lines(found: dict) -> Iterator[str]:
+    """Queries of a large gallery."""
+    if "failed" in found:
+        yield f"Gallery: not measured ({found['failed']})."
+        return
+    yield f"Queries of {found['batch']} in a gallery of {found['count']:,} x {found['width']}:"
+    yield ""
+    yield "| search | ms, median [min, max] | ready after s | memory MB | recall |"
+    yield "|---|---:|---:|---:|---:|"
+    for row in found["searches"]:
+        if "failed" in row:
+            yield f"| {row['search']} | not measured: {row['failed']} | | | |"
+            continue
+        low, high = row["spread_ms"]
+        recall = "" if row.get("recall") is None else f"{row['recall']:.3f}"
+        yield (
+            f"| {row['search']} | {row['ms']:.2f} [{low:.2f}, {high:.2f}] | {row['ready_s']:.1f} | "
+            f"{row['memory_mb']:,.0f} | {recall} |"
         )
 
 
@@ -451,9 +635,15 @@ def failures(rows: Sequence[dict]) -> Iterator[str]:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
     parser.add_argument(
-        "--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help="of: " + " ".join(PARTS)
+        "--only", nargs="+", choices=PARTS["cpu"], metavar="PART", help="of: " + " ".join(PARTS["cpu"])
     )
+    parser.add_argument(
+        "--limit", action="append", default=[], metavar="PART=SECONDS", help="leave out what is not measured by then"
+    )
+    parser.add_argument("--profile", action="store_true", help="print what steering adds, by operator and kernel")
+    parser.add_argument("--seconds", type=float, help="of a turn (default: 1.2, on a GPU 0.2)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each implementation (default: 5)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: shows that all works, measures nothing")
     parser.add_argument(
@@ -467,12 +657,15 @@ def main() -> None:
         help="the interpreter of an environment that has this implementation, and this package",
     )
     parser.add_argument(
-        "--implementations", nargs="+", choices=[*OWN, *PEERS], metavar="NAME", help="of: " + " ".join([*OWN, *PEERS])
+        "--implementations", nargs="+", choices=KNOWN, metavar="NAME", help="of: " + " ".join(KNOWN)
     )
     parser.add_argument("--sizes", type=int, nargs="+", help="stored activations to train on")
     args = parser.parse_args()
+    for text in args.limit:
+        if text.partition("=")[0] not in PARTS["cpu"] or not text.partition("=")[2].isdigit():
+            parser.error(f"--limit {text!r}: expected PART=SECONDS, PART one of {' '.join(PARTS['cpu'])}")
     for text in args.python:
-        if text.partition("=")[0] not in PEERS or not text.partition("=")[2]:
+        if text.partition("=")[0] not in KNOWN or not text.partition("=")[2]:
             parser.error(f"--python {text!r}: expected NAME=PATH, NAME one of {' '.join(PEERS)}")
     if args.out.is_dir():
         args.out /= "performance.json"
@@ -480,10 +673,12 @@ def main() -> None:
         parser.error(f"--out {args.out}: there is no folder {args.out.parent}; expected one that exists")
     with tempfile.TemporaryDirectory() as scratch:
         suite = Suite(args, Path(scratch))
+        if suite.device == "cuda" and suite.gpu is None:
+            parser.error("--device cuda: torch finds no GPU; expected one, or --device cpu")
         suite.say(f"load before: {suite.results['machine']['load_before'][0]:.2f}; others on this machine disturb")
-        for part in PARTS:
-            if part in args.only:
-                getattr(suite, part)()
+        for part in PARTS[suite.device]:
+            if part in (args.only or PARTS[suite.device]):
+                suite.measure(part)
         suite.results["seconds"] = round(time.monotonic() - suite.started, 1)
         suite.save()
     print("\n" + tables(suite.results))
