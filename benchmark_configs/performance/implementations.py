@@ -164,9 +164,12 @@ class _Source(nn.Module):
 def sparsify(shape: Shape, batches: Batches, keep: Keep, optimizer: str = "signum") -> None:
     """EleutherAI sparsify: its ``Trainer`` and ``SparseCoder``."""
     import sparsify.trainer as library
+    from sparsify import utils
     from sparsify.config import SparseCoderConfig, TrainConfig
 
     source = _Source(batches)
+    if source.device.type == "cuda" and utils.decoder_impl is utils.eager_decode:
+        raise RuntimeError("sparsify would decode without its Triton kernels; expected triton")
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
             SparseCoderConfig(num_latents=shape.n, k=shape.k),

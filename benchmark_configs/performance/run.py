@@ -63,6 +63,7 @@ SETTINGS = {
     "sizes": ([900, 6_000, 50_000, 1_000_000], [900]),
     "images": (1024, 64),
     "workers": (2, 2),
+    "extraction_rounds": (0, 0),
     "starts": (7, 1),
     "cached": ([20_000, 1_000_000], [2_000, 20_000]),
     "cached_samples": (100_000, 2_000),
@@ -75,16 +76,17 @@ SETTINGS = {
 GPU_SETTINGS = {
     "other_shapes": ([(768, 49152, 64), (1024, 10240, 128)], [(64, 512, 16)]),
     "steps": (20, 3),
-    "seconds": (0.2, 0.05),
+    "seconds": (0.15, 0.05),
     "patience": (120.0, 120.0),  # seconds for an answer, and a process that gives none is ended
-    "limits": ({"training": 150.0, "steering": 60.0, "extraction": 60.0, "gallery": 45.0}, {}),
+    "limits": ({"training": 150.0, "steering": 75.0, "extraction": 60.0, "gallery": 45.0}, {}),
     "stored": (8 * 4096, 2_048),  # 100 MB and more of batches, larger than a GPU's L2 cache
-    "images": (2048, 64),
+    "images": (4096, 64),
     "workers": (16, 2),
+    "extraction_rounds": (3, 1),
     "starts": (0, 0),
     "cached": ([], []),
-    "steered": (["vs2", "vs2s@alpha=1@p=2", "vs2pp"], ["vs2"]),
-    "galleries": ([50_000, 1_000_000], [1_000]),
+    "steered": (["vs2", "vs2pp", "vs2s@alpha=1@p=2"], ["vs2"]),
+    "galleries": ([1_000_000, 50_000], [1_000]),
     "steering_batches": ([64, 256], [2]),
 }
 
@@ -120,6 +122,8 @@ class Suite:
         self.device = args.device or ("cuda" if self.gpu else "cpu")
         if self.device == "cpu":
             self.environment |= {"CUDA_VISIBLE_DEVICES": "", "SPARSIFY_DISABLE_TRITON": "1"}
+        else:
+            self.environment.pop("SPARSIFY_DISABLE_TRITON", None)
         values = {**SETTINGS, **(GPU_SETTINGS if self.device == "cuda" else {})}
         self.settings = {name: pair[args.quick] for name, pair in values.items()}
         self.settings["sizes"] = args.sizes or self.settings["sizes"]
@@ -266,7 +270,7 @@ class Suite:
         together = 1
         if self.gpu is not None and self.device == "cuda":
             needed = 32 * order["batch"] * order["n"]  # some eight dense float32 codes
-            together = max(1, int(0.4e9 * self.gpu["memory_gb"] / needed))
+            together = max(1, int(0.3e9 * self.gpu["memory_gb"] / needed))
         for start in range(0, len(workers), together):
             some = list(zip(workers, rows, strict=True))[start : start + together]
             for worker, row in some:
@@ -310,7 +314,7 @@ class Suite:
     def steering(self) -> None:
         """Time of steered calls over plain ones."""
         file = self.args.out.with_name(f"{self.args.out.stem}-steering.json")
-        words = ["--device", self.device, "--rounds", max(self.args.rounds, 15 if self.device == "cuda" else 0)]
+        words = ["--device", self.device, "--rounds", max(self.args.rounds, 11 if self.device == "cuda" else 0)]
         words += ["--methods", *self.settings["steered"], "--gallery", *self.settings["galleries"]]
         words += ["--batch_size", *self.settings["steering_batches"], "--out", file]
         words += ["--profile"] if self.args.profile else []
@@ -341,7 +345,8 @@ class Suite:
         """Extraction, the start of a training, and memory."""
         found = self.results.setdefault("extraction", {"memory": []})
         folder = self.scratch / "images"
-        words = ["throughput", folder, "--images", self.settings["images"], "--rounds", self.args.rounds]
+        rounds = self.settings["extraction_rounds"] or self.args.rounds
+        words = ["throughput", folder, "--images", self.settings["images"], "--rounds", rounds]
         words += ["--device", self.device, "--workers", self.settings["workers"]]
         self.say("extraction")
         found["throughput"] = self.run("extraction.py", *words)

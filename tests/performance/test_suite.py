@@ -1,5 +1,6 @@
 """The benchmark suite runs, and the work that it times is counted here. No time is asserted."""
 
+import importlib
 import json
 import math
 import os
@@ -138,3 +139,90 @@ def test_extraction_takes_one_forward_per_batch_and_two_bytes_per_value(make_cli
         assert found.columns[name].nbytes == count * width * 2
         header = (found.folder / f"{name}.npy").stat().st_size - count * width * 2
         assert 0 < header < 256
+
+
+@pytest.fixture
+def suite(monkeypatch):
+    """Imports a script of the suite, which import each other by their names."""
+    monkeypatch.syspath_prepend(SUITE)
+    own = [path.stem for path in SUITE.glob("*.py")]
+    for name in own:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module
+    for name in own:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_turns_take_the_time_of_steps_or_of_many_between_two_waits(suite, tmp_path, on_gpu):
+    """A GPU's way, tried on a CPU: batches stay in memory, a time is of a lap, and a training follows another."""
+    training, write = suite("training"), suite("synthetic").write
+    write(tmp_path / "wide", 16, 96)
+    write(tmp_path / "narrow", 8, 96)
+    order = {"d": 8, "n": 64, "k": 4, "batch": 32, "activations": str(tmp_path / "narrow")}
+    said, lines = [], iter(["\n", "\n", json.dumps(order)])
+    orders = training.Orders(lines)
+
+    def made(path, shape):
+        return training.Turns(path, shape, 3, 0.02, torch.device("cpu"), orders, said.append, on_gpu)
+
+    dense = training.IMPLEMENTATIONS["dense"]
+    assert training.train(dense, training.Shape(16, 64, 4, 32), tmp_path / "wide", made) == {}
+    turns = [facts for facts in said if "seconds" in facts]
+    assert len(turns) == 2 and all(0 < len(turn["seconds"]) <= 3 for turn in turns)
+    assert all((turn["lap"] >= 1) if on_gpu else (turn["lap"] == 1) for turn in turns)
+    path = orders.following.pop("activations")
+    assert training.train(dense, training.Shape(**orders.following), Path(path), made) == {}
+    assert [facts for facts in said if "ready" in facts] == [{"ready": True}] * 2
+    failed = training.train(dense, training.Shape(8, 64, 65, 32), Path(path), made)
+    assert "out of range" in failed["failed"]  # k above n, and the process is there for the next one
+
+
+def test_extraction_of_images_in_memory_is_that_of_the_same_files(suite, make_clip, tmp_path):
+    decoded = suite("extraction").Decoded
+    model = make_clip()
+    images = TrainingImages(list(torch.rand(5, 3, 32, 32)), None, None)
+    sites = [Sites.of(model).default]
+    found = [
+        extract(
+            activations_at(model, sites, amp=False),
+            {site.hookpoint: site.width for site in sites},
+            source,
+            ActivationCache(tmp_path / type(source).__name__),
+            {},
+            device="cpu",
+            batch_size=2,
+            num_workers=0,
+            dtype=np.dtype("float16"),
+            quiet=True,
+        )
+        for source in (images, decoded(5, list(images.batches(2, 0))))
+    ]
+    assert found[0].contents == found[1].contents
+
+
+def test_a_gallery_is_searched_and_recall_told(suite, monkeypatch, capfd):
+    gallery = suite("gallery")
+    said = []
+    monkeypatch.setattr(gallery, "json_lines", lambda: said.append)
+    words = ["--device", "cpu", "--count", "300", "--width", "16", "--rounds", "1", "--searches", "exact"]
+    monkeypatch.setattr(sys, "argv", ["gallery.py", *words])
+    gallery.main()
+    exact = said[0]["searches"][0]
+    assert exact["recall"] == 1 and exact["ms"] > 0 and exact["search"] == "exact on cpu"
+
+
+def test_tables_of_a_gpu_name_it_and_hold_a_column_per_floor(suite):
+    run = suite("run")
+    rows = [
+        {"implementation": name, "d": 8, "n": 64, "k": 4, "batch": 32, "turns": [[0.5]], "peak_mb": 1, "imported_mb": 1}
+        for name in ("floor", "floor_bfloat16", "vs2")
+    ]
+    run.summarize(rows)
+    failed = {"implementation": "saev", "d": 8, "n": 64, "k": 4, "batch": 32, "turns": [], "failed": "no"}
+    gpu = {"name": "A GPU", "memory_gb": 1, "cuda": "13.0"}
+    machine = {"cpu": "one", "cores": 2, "memory_gb": 3, "python": "3", "date": "2026-11-26"}
+    machine["libraries"] = {"versions": {"torch": "2"}, "threads": 2, "gpu": gpu}
+    text = run.tables({"machine": machine, "device": "cuda", "quick": False, "training": [*rows, failed]})
+    assert "A GPU, 1 GB, CUDA 13.0" in text and "x floor time | x floor_bfloat16 time" in text
+    assert "| vs2 | 64 [64, 64] | 1.00 | 1.00 | 1 | 1 |" in text and "saev (no)" in text
