@@ -531,7 +531,7 @@ def training_table(shape: tuple, rows: Sequence[dict]) -> Iterator[str]:
             times = "".join(f"{row.get(f'times_{name}', float('nan')):.2f} | " for name in floors)
             yield (
                 f"| {row['implementation']} | {row['samples_per_second']:,.0f} [{low:,.0f}, {high:,.0f}] | "
-                f"{times}{row['peak_mb']:,.0f} | {row['imported_mb']:,.0f} |"
+                f"{times}{row['peak_mb']:,.0f} | {row.get('imported_mb', float('nan')):,.0f} |"
             )
     yield from failures(rows)
 
