@@ -82,11 +82,34 @@ def once(tmp_path_factory):
     return copy
 
 
-@pytest.fixture(scope="session")
-def workplace(once):
-    """A folder with the demo's digits and its tiny CLIP, to be copied."""
-    from vs2_plugin.demo.run import prepare
+#: How many of the demo's digits most tests train on, and as many they evaluate: a third.
+IMAGES = 300
 
+
+@pytest.fixture(scope="session")
+def prepare():
+    """A function that writes the demo's digits, the first ``IMAGES`` of either split, and its tiny CLIP into a
+    folder."""
+    from vs2_plugin.demo import run
+
+    def fill(folder):
+        run.prepare(folder)
+        for split in ("train", "test"):
+            shards = sorted((folder / "digits" / split).glob("*.tar"))
+            for shard in shards:
+                with tarfile.open(shard) as tar:
+                    files = [(member, tar.extractfile(member)) for member in tar]
+                    with tarfile.open(shard.with_suffix(".few"), "w") as few:
+                        for member, file in files[: 2 * IMAGES // len(shards)]:  # an image and its label each
+                            few.addfile(member, file)
+                shard.with_suffix(".few").replace(shard)
+
+    return fill
+
+
+@pytest.fixture(scope="session")
+def workplace(once, prepare):
+    """A folder with some of the demo's digits and its tiny CLIP, to be copied."""
     return once("workplace", prepare)
 
 

@@ -8,6 +8,7 @@ from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli import doctor
 from vs2_plugin.cli.main import main
 
+from ..conftest import IMAGES
 from .test_train_sae import folder, train  # noqa: F401
 
 NAME = "local-dir-tiny-clip_wds-digits"
@@ -52,7 +53,7 @@ def test_doctor_finds_a_damaged_checkpoint(folder, capsys):  # noqa: F811
     path.write_text(json.dumps(facts))
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
-    assert "the hook is active" in text and f"{NAME}: 900 images" in text and "torch" in text
+    assert "the hook is active" in text and f"{NAME}: {IMAGES} images" in text and "torch" in text
     file = next(Store.default().checkpoints.glob("*/*/sae.safetensors"))
     file.write_bytes(file.read_bytes()[:-8])
     assert main(["doctor"]) == 1

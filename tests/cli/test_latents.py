@@ -4,6 +4,8 @@ import pytest
 
 from vs2_plugin.cli.main import main
 
+from ..conftest import IMAGES
+
 DATA = ["--pretrained", "", "--dataset", "wds/digits", "--dataset_root", "digits"]
 
 
@@ -19,7 +21,7 @@ def test_what_is_printed(folder, tmp_path, capsys):
         "model", "checkpoint", "labels used", "classes", "site", "training images", "latents", "dead", "rare"
     ]  # fmt: skip
     assert names[9:] == ["dense", "purity", f"wrote {tmp_path / 'index.html'}", f"wrote {tmp_path / 'latents.csv'}"]
-    assert "site: block 2\ntraining images: 900\nlatents: 512, of which 16 are active in an image" in text
+    assert f"site: block 2\ntraining images: {IMAGES}\nlatents: 512, of which 16 are active in an image" in text
     assert problems.startswith("vs2: Nearest words are shown at the tower's end only")
 
 

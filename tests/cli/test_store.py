@@ -12,6 +12,7 @@ from vs2_plugin.cli import doctor
 from vs2_plugin.cli import store as cli_store
 from vs2_plugin.cli.main import main
 
+from ..conftest import IMAGES
 from .test_train_sae import folder, train  # noqa: F401
 
 NAME = "local-dir-tiny-clip_wds-digits"
@@ -24,7 +25,7 @@ def test_store_list_and_remove(folder, capsys):  # noqa: F811
     assert train() == 0
     assert main(["store", "list"]) == 0
     text = capsys.readouterr().out
-    assert NAME in text and "900 images" in text and "1 set(s)" in text
+    assert NAME in text and f"{IMAGES} images" in text and "1 set(s)" in text
     assert main(["store", "remove", "nope"]) == 2
     assert "no SAE checkpoint 'nope'" in capsys.readouterr().err
     assert main(["store", "remove"]) == 2

@@ -3,7 +3,6 @@
 import pytest
 
 from vs2_plugin.cli import train_sae
-from vs2_plugin.demo.run import prepare
 from vs2_plugin.inspection.findings import inspect_images
 from vs2_plugin.inspection.pictures import read_image
 from vs2_plugin.inspection.subject import open_subject
@@ -14,7 +13,7 @@ BLOCK = "visual.transformer.resblocks.3"
 
 
 @pytest.fixture(scope="session")
-def trained(once):
+def trained(once, prepare):
     """The folder: digits, tower, and a store with an SAE for blocks 2 and 3 and one by PASS."""
 
     def fill(folder):
@@ -22,7 +21,7 @@ def trained(once):
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
             patch.setenv("VS2_STORE", "store")
-            common = ["--model", "local-dir:tiny-clip", *DATA, "--samples", "20000", *QUIET]
+            common = ["--model", "local-dir:tiny-clip", *DATA, "--samples", "10000", *QUIET]
             assert train_sae.main([*common, "--blocks", "2", "last"]) == 0
             assert train_sae.main([*common, "--pass_weight", "0.8"]) == 0
             assert train_sae.main([*common, "--name", "bare", "--no_gallery"]) == 0

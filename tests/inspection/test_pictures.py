@@ -16,6 +16,7 @@ from vs2_plugin.inspection.findings import inspect_images
 from vs2_plugin.inspection.pictures import read_image, thumbnail
 from vs2_plugin.inspection.survey import survey_latents
 
+from ..conftest import IMAGES
 from .conftest import BLOCK
 
 
@@ -53,7 +54,7 @@ def test_top_images_are_the_training_images_of_those_rows(subject):
     sae, _ = checkpoint.load(checkpoint.select()[0])
     code = sae.encode(torch.from_numpy(np.array(checkpoint.open_gallery().activations[BLOCK])).float())
     # The order of write_digits: every fourth image to a shard.
-    order = [number for shard in range(4) for number in range(900)[shard::4]]
+    order = [number for shard in range(4) for number in range(IMAGES)[shard::4]]
     pixels = (load_digits().images * 255 / 16).round().astype("uint8")
     for card in (card for group in survey.groups for card in group.cards):
         strength = ((code.indices == card.latent) * code.values).amax(1)

@@ -5,6 +5,8 @@ import pytest
 from vs2_plugin.demo.digits import CLASSES
 from vs2_plugin.errors import CheckpointNotFound, DataError
 
+from ..conftest import IMAGES
+
 
 def test_a_subject_knows_its_classes_words_and_images(subject):
     opened = subject("vs2", concepts=["cat", "dog"])
@@ -16,7 +18,7 @@ def test_a_subject_knows_its_classes_words_and_images(subject):
     assert title["checkpoint"] == "local-dir-tiny-clip_wds-digits, trained on wds/digits"
     [place] = opened.model.places
     statistics = opened.statistics(place)
-    assert statistics.images == 900 and opened.statistics(place) is statistics  # read once
+    assert statistics.images == IMAGES and opened.statistics(place) is statistics  # read once
     assert "concepts" not in dict(subject("vs2", "@bare").title) and subject("vs2", "@bare").statistics(place) is None
 
 

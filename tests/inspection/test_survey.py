@@ -13,6 +13,7 @@ from vs2_plugin.errors import CheckpointError, HarnessError
 from vs2_plugin.inspection.notes import NO_WORDS
 from vs2_plugin.inspection.survey import survey_latents
 
+from ..conftest import IMAGES
 from .conftest import BLOCK
 
 
@@ -29,7 +30,7 @@ def test_the_table_of_latents(subject):
     assert dict(survey.title)["dead"].startswith(f"{len(dead)} ") and all(row["purity"] == "" for row in dead)
     for row in rows:
         if row["kind"] != "dead":
-            assert float(row["frequency"]) == pytest.approx(int(row["images"]) / 900, rel=1e-4)
+            assert float(row["frequency"]) == pytest.approx(int(row["images"]) / IMAGES, rel=1e-4)
             assert int(row["top_images"]) == min(10, int(row["images"]))
             assert 0 < float(row["p_purity"]) <= 1 and row["class"] in CLASSES
             assert len(row["words"].split("; ")) == 3

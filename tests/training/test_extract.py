@@ -7,6 +7,8 @@ import pytest
 
 from vs2_plugin.checkpoint.store import Store
 
+from ..conftest import IMAGES
+
 NAME = "local-dir-tiny-clip_wds-digits"
 
 
@@ -71,7 +73,7 @@ def test_data_sets_that_clip_benchmark_builds_are_read_through_it(folder, train)
             Image.open(io.BytesIO(tar.extractfile(member).read())).save(target)
     words = ["--dataset", "imagenet1k-unverified", "--dataset_root", "images", "--num_workers", "2"]
     assert train(*words) == 0
-    assert Store.default().find("local-dir-tiny-clip_imagenet1k-unverified").data.images == 225
+    assert Store.default().find("local-dir-tiny-clip_imagenet1k-unverified").data.images == IMAGES // 4
     (folder / "images/train/n1" / "broken.png").write_bytes(b"no image")
     assert train(*words, "--overwrite", "--refresh_cache") == 2
 

@@ -21,6 +21,7 @@ from vs2_plugin.errors import CheckpointError, DataError
 from vs2_plugin.training import run
 from vs2_plugin.training.request import TrainRequest
 
+from ..conftest import IMAGES
 from .conftest import FEW, WORDS
 
 NAME = "local-dir-tiny-clip_wds-digits"
@@ -34,7 +35,7 @@ def test_writes_a_checkpoint_that_is_found_by_its_data_set(folder, capsys, train
     assert checkpoint.data == TrainingData(
         datasets=("wds/digits",),
         splits=("train",),
-        images=900,
+        images=IMAGES,
         calibrated_on=("wds/digits",),
         transductive=False,
         amp=False,
@@ -125,7 +126,7 @@ def test_one_sae_over_several_data_sets(folder, capsys, train):
     assert train(*both, "--name", "odd-only", "--calibrate_on", "wds/odd") == 0
     assert len(list(Store.default().cached())) == 2
     everything, some = Store.default().find("both"), Store.default().find("odd-only")
-    assert everything.data.datasets == ("wds/odd", "wds/even") and everything.data.images == 900
+    assert everything.data.datasets == ("wds/odd", "wds/even") and everything.data.images == IMAGES
     assert some.data.calibrated_on == ("wds/odd",)
     assert some.sites[0].files == everything.sites[0].files  # the same SAE
     assert some.sites[0].fvu_quantiles != everything.sites[0].fvu_quantiles
