@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -157,9 +158,13 @@ class _Place:
     problem: str | None = None
 
     def prepare(self) -> None:
-        self.folder.mkdir()
-        for version in range(1, (self.before or 0) + 1):
-            self.writer.write(self.folder, version)
+        """Write what lies there before, or copy it from where it was written once."""
+        start = self.folder.with_name(f"{self.before}-start")
+        if not start.exists():
+            start.mkdir()
+            for version in range(1, (self.before or 0) + 1):
+                self.writer.write(start, version)
+        shutil.copytree(start, self.folder)
 
     def attempt(self) -> bool:
         """Write version 2. Returns whether it says that it has."""

@@ -5,7 +5,6 @@ import importlib
 import io
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -53,11 +52,7 @@ def read(file):
 def study(tmp_path_factory):
     """The folder of a quick study of the development half, and what the command printed."""
     out = tmp_path_factory.mktemp("study")
-    command = [sys.executable, STUDY / "run.py", "--out", out, "--half", "development", "--quick", "--jobs", "1"]
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+    return out, here("run.py", *QUICK, "--out", out, "--half", "development")
 
 
 def test_a_second_call_runs_nothing_anew(study):

@@ -1,11 +1,11 @@
 """The shipped tables: what they say is what was published, and all of them run."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 
+from vs2_plugin.demo.digits import write_digits
 from vs2_plugin.modelstring import parse
 from vs2_plugin.reproduce.reading import read, read_all
 from vs2_plugin.reproduce.run import Reproduction
@@ -130,11 +130,11 @@ def test_no_model_is_evaluated_twice(tmp_path):
     assert len(meanings) == sum(":" in run.model for run in runs)
 
 
-def test_all_of_them_run_on_the_stand_in(tmp_path, workplace, monkeypatch):
+def test_all_of_them_run_on_the_stand_in(tmp_path, monkeypatch):
     """All of them, and again: then nothing is left to do. On few of the images, since what is there already is taken,
     with two seeds at most and SAEs that are little trained."""
     monkeypatch.setattr("vs2_plugin.reproduce.stand_in._SAMPLES", 4000)
-    shutil.copytree(workplace / "digits", tmp_path / "digits")
+    write_digits(tmp_path / "digits")
     few_digits(tmp_path, "out/digits", 0, count=110)  # no fewer than neighbours that a table asks for
     (tmp_path / "paper").mkdir()
     for file in FOLDER.glob("*.yaml"):

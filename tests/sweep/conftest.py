@@ -17,8 +17,8 @@ _DATA = ("--pretrained", "", "--dataset", "wds/few", "--num_workers", "0", "--da
 AUTOCAST = (*_DATA, "fewer")
 #: In float32.
 DATA = (*_DATA, "few", "--no_amp")
-#: Batches of 64 in a quarter of the test digits.
-BATCHES = 4
+#: Batches of 64 images that are evaluated.
+BATCHES = 2
 
 
 def harness(*models: str, output: str, data: tuple[str, ...] = DATA) -> None:
@@ -89,7 +89,7 @@ def _fill(folder: Path) -> None:
     from vs2_plugin.demo.run import prepare
 
     prepare(folder)
-    few_digits(folder, "few", 0)
+    few_digits(folder, "few", 0, count=64 * BATCHES)
     few_digits(folder, "fewer", 0, count=40)
     train = ["--model", TINY, *DATA, "--samples", "3000", "--quiet"]
     with pytest.MonkeyPatch.context() as patch:
