@@ -34,6 +34,8 @@ def test_a_gpu_is_another_matter(monkeypatch):
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert own_device(Processes(5, 8, 1)) == "cuda:1"
+    assert own_device(Processes(7, 8, 3)) == "cuda:1"  # of two GPUs
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert own_device() == "cpu"

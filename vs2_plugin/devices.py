@@ -6,14 +6,15 @@ import platform
 
 import torch
 
-from vs2_plugin.distributed import ALONE, Processes
+from vs2_plugin.distributed import ALONE, Processes, gpu_of
 
 __all__ = ["emulates_bfloat16", "has_bfloat16_units", "own_device"]
 
 
 def own_device(processes: Processes = ALONE) -> str:
     """Return the device of this process: its GPU, or the CPU where there is none."""
-    return f"cuda:{processes.local_rank}" if torch.cuda.is_available() else "cpu"
+    gpu = gpu_of(processes)
+    return "cpu" if gpu is None else f"cuda:{gpu}"
 
 
 def has_bfloat16_units() -> bool | None:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["ALONE", "Processes", "joined", "mean_row", "total", "wait"]
+__all__ = ["ALONE", "Processes", "gpu_of", "joined", "mean_row", "total", "wait"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Processes:
     world: int = 1
     """The number of processes on all machines."""
     local_rank: int = 0
-    """The number of this process on its machine, which is the index of its GPU."""
+    """The number of this process on its machine."""
 
     @property
     def first(self) -> bool:
@@ -42,19 +42,28 @@ ALONE = Processes()
 
 @contextmanager
 def joined() -> Iterator[Processes]:
-    """Join the processes that ``torchrun`` started within the block: by NCCL where there are GPUs, else by gloo."""
+    """Join the processes that ``torchrun`` started within the block: by NCCL where each has a GPU, else by gloo."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield ALONE
         return
     processes = Processes(int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", "0")))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(processes.local_rank)
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    device = gpu_of(processes)
+    if device is not None:
+        torch.cuda.set_device(device)
+    # NCCL refuses two processes on one GPU.
+    enough = int(os.environ.get("LOCAL_WORLD_SIZE", world)) <= torch.cuda.device_count()
+    dist.init_process_group("nccl" if device is not None and enough else "gloo")
     try:
         yield processes
     finally:
         dist.destroy_process_group()
+
+
+def gpu_of(processes: Processes) -> int | None:
+    """Return the number of this process's GPU; None where there is none. Where there are fewer than processes, they
+    share them."""
+    return processes.local_rank % torch.cuda.device_count() if torch.cuda.is_available() else None
 
 
 def _alone() -> bool:

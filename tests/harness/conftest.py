@@ -108,20 +108,25 @@ def rewrite(shard: Path, change: Callable[[str, bytes], bytes | None]) -> None:
 @pytest.fixture
 def captions(in_demo) -> tuple[str, ...]:
     """Digits with captions, a data set without classes; the words that name it."""
-    folder = in_demo / "captions"
+    digits_with_captions(in_demo)
+    data = ("--dataset", "wds/captions", "--dataset_root", "captions", "--num_workers", "1", "--no_amp")
+    return ("--pretrained", "", *data)
+
+
+def digits_with_captions(place: Path) -> None:
+    """Write them as ``place/captions``."""
+    folder = place / "captions"
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "test").mkdir(parents=True)
     (folder / "dataset_type.txt").write_text("retrieval")
     (folder / "test/nshards.txt").write_text("1")
-    with tarfile.open(in_demo / "digits/test/0.tar") as source, tarfile.open(folder / "test/0.tar", "w") as target:
+    with tarfile.open(place / "digits/test/0.tar") as source, tarfile.open(folder / "test/0.tar", "w") as target:
         for member in source:
             data = source.extractfile(member)
             if member.name.endswith(".cls"):
                 caption = f"a photo of the digit {CLASSES[int(data.read())]}".encode()
                 member.name, member.size, data = member.name.replace(".cls", ".txt"), len(caption), io.BytesIO(caption)
             target.addfile(member, data)
-    data = ("--dataset", "wds/captions", "--dataset_root", "captions", "--num_workers", "1", "--no_amp")
-    return ("--pretrained", "", *data)
 
 
 #: What VS2_PER_IMAGE, which the demo sets, adds to the metrics, and the digest of it all.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from vs2_plugin.steering.context import Context, Task
 from vs2_plugin.steering.gate import Gate, threshold
 from vs2_plugin.steering.move import Move
 from vs2_plugin.steering.retriever import Retriever
+from vs2_plugin.steering.tally import Tally
 from vs2_plugin.text import reason_of
 
 __all__ = ["Parts", "Place", "Places", "build_places"]
@@ -196,33 +198,54 @@ class Place(nn.Module):
         #: Of the first place, at the tower's end: the model, whose plain embedding is what the rest of the tower makes
         #: of the activation here. In a tuple: the model is no part of its own steering.
         self.shows: tuple[ClipModel, ...] = ()
+        self._tally = Tally()
 
-    def steer(self, x: Tensor, batch: Batch) -> Tensor:
+    def steer(self, x: Tensor, batch: Batch, wait: bool = True) -> Tensor:
         """The steered activations ``[batch, d]``, float32, of the images at hand.
 
         Raises:
             PluginError: they are no such activations; or not finite though x is, and accuracy would be computed of
-                them all the same; or the method edited what is not its own.
+                them all the same; or the method edited what is not its own. Without ``wait``, a GPU is not waited for,
+                and :meth:`require_finite` tells of activations that are not finite.
         """
-        return self.steer_all(x, batch) if self.gate is None else self._checked(self.gate, x, batch)
+        return self._checked(self.gate or partial(steer, self.steering), x, batch, wait)
 
     def steer_all(self, x: Tensor, batch: Batch) -> Tensor:
         """The same without the gate."""
-        return self._checked(partial(steer, self.steering), x, batch)
+        return self._checked(partial(steer, self.steering), x, batch, True)
 
-    def _checked(self, steer: Callable[[Tensor, Batch], Tensor], x: Tensor, batch: Batch) -> Tensor:
+    def _checked(self, steer: Callable[[Tensor, Batch], Tensor], x: Tensor, batch: Batch, wait: bool) -> Tensor:
         sae = None if self.gate is None else self.gate.sae
         try:
             with unchanged(lambda: {"its activations": x, **_read_by_all(sae, self.retriever, batch)}):
                 steered = steer(x, batch)
         except PluginError as error:
             raise PluginError(f"{self.whose} failed at {self.site}: {error}") from error
-        if not steered.isfinite().all() and x.isfinite().all():
-            raise PluginError(
-                f"{self.whose} steered to NaN or infinity at {self.site}; expected finite activations (a division by "
-                "0, or a strength beyond float32?)"
-            )
+        if not wait and x.device.type != "cpu":
+            self._tally.add(steered=steered.detach(), given=x.detach())
+        elif not steered.isfinite().all() and x.isfinite().all():
+            raise self._not_finite()
         return steered
+
+    def require_finite(self) -> None:
+        """Raise PluginError if activations that were finite have been steered to others since :meth:`reset`.
+
+        It is for those that :meth:`steer` did not wait for.
+        """
+        means = self._tally.means()
+        if means and not math.isfinite(means["steered"]) and math.isfinite(means["given"]):
+            raise self._not_finite()
+
+    def _not_finite(self) -> PluginError:
+        return PluginError(
+            f"{self.whose} steered to NaN or infinity at {self.site}; expected finite activations (a division by "
+            "0, or a strength beyond float32?)"
+        )
+
+    def reset(self) -> None:
+        """Forget the images seen so far."""
+        for part in (self._tally, self.gate, self.steering):
+            getattr(part, "reset", lambda: None)()
 
     @property
     def whose(self) -> str:
@@ -238,10 +261,10 @@ class Place(nn.Module):
         """Steer ``[batch, d]`` in the tower that is running."""
         batch = self.current.batch
         if batch is None:  # the tower runs by itself
-            return self.steer(x, Batch())
+            return self.steer(x, Batch(), wait=False)
         if self.shows and batch.embed is None:
             batch.embed = lambda: embedding_from(self.shows[0], self.site, x)
-        return self.steer(x, batch)
+        return self.steer(x, batch, wait=False)
 
 
 class Places(Sequence[Place]):
@@ -309,7 +332,12 @@ class Places(Sequence[Place]):
         """The metrics that describe the steering: flat scalars.
 
         ``vs2_coverage`` and ``vs2_mean_fvu`` are of the images seen since :meth:`reset`, at the last of several sites.
+
+        Raises:
+            PluginError: a GPU, which is not waited for sooner, steered to what is not finite.
         """
+        for place in self:
+            place.require_finite()
         last = self[-1]
         told, problems = facts_of(last.steering)
         for problem in problems:  # an evaluation is not lost for it
@@ -326,8 +354,7 @@ class Places(Sequence[Place]):
     def reset(self) -> None:
         """Forget the images seen so far."""
         for place in self:
-            for part in (place.gate, place.steering):
-                getattr(part, "reset", lambda: None)()
+            place.reset()
 
     def set_classifier(self, classifier: Tensor, quiet: bool = False) -> None:
         """Tell the zero-shot classifier ``[embed_dim, classes]``. Options that are ``auto`` are chosen by it."""

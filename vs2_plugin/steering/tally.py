@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 __all__ = ["Tally"]
@@ -23,7 +22,8 @@ class Tally:
         """Count a batch: each value is bool or a number for every image, ``[batch]``."""
         for name, value in values.items():
             total = value.detach().double().sum()
-            self._sums[name] = total + self._sums.get(name, torch.zeros(())).to(total)
+            known = self._sums.get(name)
+            self._sums[name] = total if known is None else known.to(total) + total
         self._seen += len(value)
 
     def means(self) -> dict[str, float]:

@@ -1,0 +1,65 @@
+"""A checkpoint that was trained on the GPU, and what the tests there share. Without a GPU all of them are skipped."""
+
+from __future__ import annotations
+
+import pytest
+
+from ..harness.conftest import TINY, clip_benchmark, few_digits  # noqa: F401
+
+#: Of a quarter of the test digits.
+DATA = ("--dataset", "wds/few", "--dataset_root", "few", "--num_workers", "1", "--quiet")
+NAME = "local-dir-tiny-clip_wds-few"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def gpu():
+    """Skip without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("torch finds no GPU that it can use by CUDA")
+
+
+@pytest.fixture(autouse=True)
+def exact(gpu):
+    """Products and convolutions in float32 throughout: torch makes convolutions in TF32 unless told."""
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = True
+
+
+@pytest.fixture(scope="session")
+def laboratory(gpu, once):
+    """The folder: digits, tower, and a store with SAEs at two blocks, those of PASS too, trained on the GPU."""
+
+    def fill(folder):
+        from vs2_plugin.cli import train_sae
+        from vs2_plugin.demo.run import prepare
+
+        prepare(folder)
+        few_digits(folder, "few", 0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            patch.setenv("VS2_STORE", "store")
+            recipe = ("--blocks", "2", "last", "--pass_weight", "0", "0.8", "--samples", "5000", "--gallery_labels")
+            assert train_sae.main(["--model", TINY, *DATA, *recipe, "--no_amp"]) == 0
+
+    return once("gpu", fill)
+
+
+@pytest.fixture
+def here(laboratory, monkeypatch):
+    """Work inside the folder, with its store."""
+    monkeypatch.chdir(laboratory)
+    monkeypatch.setenv("VS2_STORE", "store")
+    return laboratory
+
+
+@pytest.fixture
+def without_gpu(monkeypatch):
+    """A function after which this process finds no GPU."""
+    import torch
+
+    return lambda: monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -1,0 +1,96 @@
+"""The stock command, and this package's, with a GPU: its figures are those of the CPU."""
+
+import json
+import shutil
+
+import pytest
+
+from vs2_plugin.cli import main
+
+from ..harness.conftest import digits_with_captions
+from .conftest import DATA, NAME, TINY
+
+pytestmark = pytest.mark.gpu
+
+MODELS = (TINY, f"vs2:{TINY}", f"vs2s:{TINY}", f"vs2pp:{TINY}@n=10", f"pass:{TINY}@gate=0.9", f"proto:{TINY}")
+#: Of 225 images, those that rounding may decide.
+FEW, SOME = 2 / 225, 7 / 225
+
+
+def results(folder):
+    """Model -> metrics."""
+    return {file.stem: json.loads(file.read_text())["metrics"] for file in folder.rglob("*.json")}
+
+
+@pytest.fixture
+def evaluate(here, clip_benchmark):
+    """A function that runs ``clip_benchmark eval`` and gives model -> metrics."""
+
+    def run(folder, *words):
+        shutil.rmtree(here / folder, ignore_errors=True)
+        (here / folder).mkdir()
+        code, errors = clip_benchmark("eval", "--pretrained", "", *DATA, "--output", f"{folder}/{{model}}.json", *words)
+        assert code == 0, errors
+        return results(here / folder)
+
+    return run
+
+
+def test_accuracies_are_those_of_the_cpu(evaluate, without_gpu):
+    found = evaluate("gpu", "--model", *MODELS, "--no_amp")
+    mixed = evaluate("mixed", "--model", *MODELS)
+    without_gpu()
+    expected = evaluate("cpu", "--model", *MODELS, "--no_amp")
+    assert len(found) == len(mixed) == len(expected) == len(MODELS)
+    for model, metrics in expected.items():
+        assert found[model]["acc1"] == pytest.approx(metrics["acc1"], abs=FEW), model
+        assert mixed[model]["acc1"] == pytest.approx(metrics["acc1"], abs=SOME), model
+        assert found[model].keys() - {"vs2_results_digest"} == metrics.keys() - {"vs2_results_digest"}
+
+
+def test_per_image_results(evaluate, monkeypatch, here):
+    monkeypatch.setenv("VS2_PER_IMAGE", "1")
+    found = evaluate("recorded", "--model", TINY, f"vs2:{TINY}")
+    assert found[f"vs2:{TINY}"]["vs2_peak_memory"] > 0 and found[f"vs2:{TINY}"]["vs2_seconds"] > 0
+    gained = found[f"vs2:{TINY}"]["vs2_mended"] - found[f"vs2:{TINY}"]["vs2_broken"]
+    assert gained == pytest.approx(225 * (found[f"vs2:{TINY}"]["acc1"] - found[TINY]["acc1"]))
+    assert len(list((here / "recorded").glob("*.images.npz"))) == 2
+
+
+def test_a_sweep_gives_what_single_evaluations_do(evaluate, here):
+    models = (TINY, f"vs2:{TINY}@alpha=0.5", f"vs2pp:{TINY}@alpha=0.5", f"knn:{TINY}", f"vs2:{TINY}@blocks=2@alpha=0.5")
+    expected = evaluate("single", "--model", *models)
+    words = ["sweep", "--model", *models, "--pretrained", "", *DATA, "--output", "swept/{model}.json"]
+    assert main.main(words) == 0
+    found = results(here / "swept")
+    for model in models:
+        assert found[model]["acc1"] == pytest.approx(expected[model]["acc1"], abs=1 / 225), model
+
+
+@pytest.mark.parametrize("model", [TINY, f"vs2:{TINY}", f"vs2:{TINY}@gate=0.5"])
+def test_linear_probe(evaluate, model, tmp_path):
+    words = ("--task", "linear_probe", "--fewshot_epochs", "20", "--feature_root", str(tmp_path / "features"))
+    (metrics,) = evaluate("probe", "--model", model, *words).values()
+    assert metrics["lp_acc1"] > 0.3
+    assert model == TINY or 0 < metrics["vs2_coverage"] <= 1
+
+
+def test_retrieval(here, clip_benchmark):
+    digits_with_captions(here)
+    data = ("--dataset", "wds/captions", "--dataset_root", "captions", "--num_workers", "1", "--quiet")
+    words = ("eval", "--model", TINY, f"rag:{TINY}@{NAME}", f"vs2:{TINY}@{NAME}", "--pretrained", "", *data)
+    code, errors = clip_benchmark(*words, "--output", "retrieval {model}.json")
+    assert code == 0, errors
+    assert len(list(here.glob("retrieval *.json"))) == 3
+
+
+def test_pages_of_images_and_latents(here):
+    from PIL import Image
+
+    Image.new("RGB", (8, 8), (200, 200, 200)).save(here / "grey.png")
+    data = ["--pretrained", "", "--dataset", "wds/few", "--dataset_root", "few"]
+    for model in (f"vs2:{TINY}@blocks=2+3", f"vs2pp:{TINY}"):
+        assert main.main(["inspect", "grey.png", "--model", model, *data, "--out", "inspect"]) == 0
+        assert "grey.png" in (here / "inspect/index.html").read_text()
+    assert main.main(["latents", "--model", f"vs2:{TINY}", *data, "--out", "latents"]) == 0
+    assert len((here / "latents/latents.csv").read_text().splitlines()) == 513

@@ -1,0 +1,36 @@
+"""Search in a gallery on a GPU."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vs2_plugin.gallery import search
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def gallery():
+    return np.random.default_rng(0).standard_normal((5000, 64)).astype(np.float16)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_exact_search_finds_what_it_finds_on_the_cpu(gallery, resident, monkeypatch):
+    monkeypatch.setattr(search, "_BLOCK", 1024)
+    if not resident:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    torch.manual_seed(0)
+    queries = F.normalize(torch.randn(40, 64), dim=-1)
+    expected = search.ExactSearch(gallery, "cpu")(queries, 10)
+    found = search.ExactSearch(gallery, "cuda")(queries.cuda(), 10)
+    torch.testing.assert_close(found[0].cpu(), expected[0], rtol=0, atol=1e-6)
+    assert (found[1].cpu() == expected[1]).float().mean() > 0.99  # two may be equally near but for rounding
+
+
+def test_faiss_answers_on_the_gpu(gallery, tmp_path):
+    pytest.importorskip("faiss")
+    torch.manual_seed(0)
+    queries = F.normalize(torch.randn(4, 64), dim=-1).cuda()
+    cosines, rows = search.FaissSearch(gallery, tmp_path / "clip.faiss", "cuda")(queries, 5)
+    assert cosines.is_cuda and rows.is_cuda and cosines.shape == rows.shape == (4, 5)

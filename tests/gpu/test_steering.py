@@ -1,0 +1,175 @@
+"""Steered embeddings on a GPU are those of the CPU."""
+
+import copy
+import pickle
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import vs2_plugin
+from vs2_plugin.demo.digits import CLASSES
+from vs2_plugin.errors import PluginError
+from vs2_plugin.method import Method
+from vs2_plugin.plugins import registry
+
+from .conftest import NAME, TINY
+
+pytestmark = pytest.mark.gpu
+
+METHODS = ("vs2", "vs2@gate=0.5", "vs2@blocks=2+3", "vs2@alpha=auto", "pass", "vs2s", "vs2s@alpha=1@p=2", "rec", "amp")
+METHODS += ("vs2pp", "vs2pp@rule=query", "vs2pp@brake=0.8", "vs2pp@labels=oracle", "vs2pp@search=faiss", "clipsteer")
+METHODS += ("vs2pp@blocks=2", "rag", "rag@labels=pseudo", "knn", "proto")
+IMAGES = 64
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Images of digits, ``[8, 8]`` each, and what they are."""
+    found = load_digits()
+    pixels = (found.images[-IMAGES:] * 255 / 16).round().astype("uint8")
+    return [Image.fromarray(image) for image in pixels], torch.from_numpy(found.target[-IMAGES:])
+
+
+class Steered:
+    """A steered model on a device that knows the classes, and images for it."""
+
+    def __init__(self, digits, method, device):
+        name, at, options = method.partition("@")
+        string = f"{name}:{TINY}{at}{options}"
+        self.model, transform, tokenizer = vs2_plugin.load(string, dataset="wds/few", device=device)
+        plain, *_ = vs2_plugin.load(f"vs2:{TINY}", dataset="wds/few")
+        pictures, self.targets = digits
+        self.images = torch.stack([transform(picture) for picture in pictures]).to(device)
+        with torch.no_grad():  # the classes are the same numbers on every device
+            texts = plain.encode_text(tokenizer([f"a photo of the digit {name}" for name in CLASSES]))
+        self.model.set_classifier(F.normalize(texts, dim=-1).T.to(device), quiet=True)
+
+    @torch.no_grad()
+    def embed(self):
+        """Embeddings of unit norm, float32 on the CPU."""
+        self.model.set_targets(self.targets)
+        return F.normalize(self.model.encode_image(self.images).float(), dim=-1).cpu()
+
+
+@pytest.fixture
+def steered(here, digits):
+    """A function from a method with options and a device to a :class:`Steered`."""
+    return lambda method, device="cuda": Steered(digits, method, device)
+
+
+def forget_choices():
+    shutil.rmtree(f"store/checkpoints/{NAME}/auto", ignore_errors=True)
+
+
+def apart(one, other):
+    """How far each embedding is from the other: ``1 - cos``, ``[images]``."""
+    return 1 - (one.double() * other.double()).sum(1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_embeddings_are_those_of_the_cpu(steered, method):
+    forget_choices()
+    expected = steered(method, "cpu")
+    embeddings = expected.embed()
+    forget_choices()
+    found = steered(method)
+    wrong = (found.embed() - embeddings).abs().amax(1) > 1e-5
+    # Where two latents, or two neighbours, are equally large but for rounding, either may be taken.
+    assert wrong.sum() <= 1, wrong.nonzero()
+    told, facts = found.model.vs2_facts(), expected.model.vs2_facts()
+    assert told.keys() == facts.keys()
+    for name, value in facts.items():
+        if name not in ("vs2_auto_evidence", "vs2_auto_reason", "vs2_auto_standard_errors"):
+            assert told[name] == (pytest.approx(value, abs=0.02) if isinstance(value, float) else value), name
+
+
+@pytest.mark.parametrize(
+    ("precision", "usual", "worst"), [("tf32", 1e-5, 0.05), (torch.float16, 1e-5, 0.05), (torch.bfloat16, 2e-4, 0.1)]
+)
+@pytest.mark.parametrize("method", ["vs2", "vs2pp"])
+def test_other_precisions_stay_within_their_tolerance(steered, method, precision, usual, worst):
+    """Most embeddings by rounding only; a few take another latent or neighbour."""
+    expected, found = steered(method, "cpu").embed(), steered(method)
+    if precision == "tf32":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        try:
+            embeddings = found.embed()
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = False
+    else:
+        with torch.autocast("cuda", precision):
+            embeddings = found.embed()
+    assert apart(embeddings, expected).median() < usual and apart(embeddings, expected).max() < worst
+
+
+def test_a_model_in_half_precision_is_steered_in_float32(steered):
+    expected, found = steered("vs2", "cpu").embed(), steered("vs2")
+    found.model.half()
+    found.images = found.images.half()
+    assert apart(found.embed(), expected).median() < 1e-5
+    assert {weight.dtype for weight in found.model.places[0].gate.sae.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("method", ["vs2", "vs2@gate=0.5", "vs2@blocks=2+3", "pass", "rec", "amp"])
+def test_no_batch_waits_for_the_gpu(steered, method):
+    found = steered(method)
+    found.embed()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.no_grad():
+            for _ in range(2):
+                found.model.encode_image(found.images)
+            with torch.autocast("cuda"):
+                found.model.encode_image(found.images)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert found.model.vs2_facts()["vs2_mean_fvu"] > 0
+
+
+def test_what_is_not_finite_is_told_before_results_are(here, digits, monkeypatch):
+    known = registry()
+    method = Method("wild", lambda context: lambda x: x / 0, needs_checkpoint=False)
+    monkeypatch.setitem(known.methods, method.name, method)
+    monkeypatch.setitem(known.owners, method.name, "a test")
+    model = Steered(digits, "wild", "cuda")
+    model.embed()
+    with pytest.raises(PluginError, match="method 'wild' of a test steered to NaN or infinity at block 3"):
+        model.model.vs2_facts()
+    model.model.reset_statistics()
+    assert model.model.vs2_facts()["vs2_method"] == "wild"
+
+
+def test_a_model_moves_between_devices(steered):
+    model = steered("vs2@gate=0.5", "cpu")
+    expected = model.embed()
+    model.model.cuda()
+    model.images = model.images.cuda()
+    assert (model.embed() - expected).abs().max() < 1e-5
+    model.model.cpu()
+    model.images = model.images.cpu()
+    assert torch.equal(model.embed(), expected)
+
+
+@pytest.mark.parametrize("method", ["vs2@gate=0.5", "vs2pp"])
+def test_copies_and_pickles_steer_alike(steered, method):
+    model = steered(method)
+    expected, original = model.embed(), model.model
+    for other in (copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
+        model.model = other
+        assert torch.equal(model.embed(), expected)
+        assert next(other.parameters()).is_cuda
+
+
+def test_per_image_facts_come_to_the_cpu(steered):
+    model = steered("vs2@gate=0.5")
+    model.model.record_images(True)
+    model.embed()
+    told = model.model.per_image()
+    assert {name: (values.device.type, len(values)) for name, values in told.items()} == {
+        "fvu": ("cpu", IMAGES),
+        "steered": ("cpu", IMAGES),
+    }
