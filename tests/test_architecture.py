@@ -105,6 +105,7 @@ WHOLE = {
     "checkpoint": {"mutations"},
     "cli": {"gallery", "interruptions"},
     "gallery": {"own_images"},
+    "gpu": {"commands", "demo", "processes", "search", "steering", "training"},
     "harness": {"demo", "gallery", "towers"},
     "inspection": {"browser", "init"},
     "performance": {"suite"},

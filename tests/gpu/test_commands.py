@@ -78,6 +78,7 @@ def test_linear_probe(evaluate, model, tmp_path):
 def test_retrieval(here, clip_benchmark):
     digits_with_captions(here)
     data = ("--dataset", "wds/captions", "--dataset_root", "captions", "--num_workers", "1", "--quiet")
+    data += ("--task", "zeroshot_retrieval")
     words = ("eval", "--model", TINY, f"rag:{TINY}@{NAME}", f"vs2:{TINY}@{NAME}", "--pretrained", "", *data)
     code, errors = clip_benchmark(*words, "--output", "retrieval {model}.json")
     assert code == 0, errors
