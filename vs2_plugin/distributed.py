@@ -48,12 +48,14 @@ def joined() -> Iterator[Processes]:
         yield ALONE
         return
     processes = Processes(int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", "0")))
-    device = gpu_of(processes)
-    if device is not None:
-        torch.cuda.set_device(device)
+    gpu = gpu_of(processes)
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
     # NCCL refuses two processes on one GPU.
-    enough = int(os.environ.get("LOCAL_WORLD_SIZE", world)) <= torch.cuda.device_count()
-    dist.init_process_group("nccl" if device is not None and enough else "gloo")
+    if gpu is not None and int(os.environ.get("LOCAL_WORLD_SIZE", world)) <= torch.cuda.device_count():
+        dist.init_process_group("nccl", device_id=torch.device("cuda", gpu))
+    else:
+        dist.init_process_group("gloo")
     try:
         yield processes
     finally:
