@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from vs2_plugin.names import HUB, LOCAL
 from vs2_plugin.text import reason_of
 
 __all__ = [
+    "Load",
     "Loaded",
     "check_backbone",
     "ignores_pretrained",
@@ -32,6 +33,10 @@ __all__ = [
 
 _LOG = logging.getLogger(__name__)
 _OFFLINE = "without a network, give the path of a weights file as --pretrained, or a folder as local-dir:PATH"
+
+
+#: Gives what its first argument, the stock loader with the others (name, weights, cache, device), would load.
+Load = Callable[..., tuple[Any, Any, Any]]
 
 
 @dataclass
@@ -156,8 +161,12 @@ def _repositories(backbone: str, pretrained: str, cache_dir: str | None) -> Iter
             yield text["hf_tokenizer_name"], None
 
 
-def load_backbone(backbone: str, pretrained: str, cache_dir: str | None = None, device: str = "cpu") -> Loaded:
+def load_backbone(
+    backbone: str, pretrained: str, cache_dir: str | None = None, device: str = "cpu", load: Load | None = None
+) -> Loaded:
     """Load a model by clip_benchmark's own function, so that training and evaluation see the same one.
+
+    ``load``, if given, decides whether that function is called, or a model of the same weights is at hand.
 
     Raises:
         TowerError: open_clip does not know it, or could not fetch or read it.
@@ -172,9 +181,9 @@ def load_backbone(backbone: str, pretrained: str, cache_dir: str | None = None, 
     warn_about_quickgelu(backbone, pretrained)
     require_weights(backbone, pretrained, cache_dir)
     try:
-        model, transform, tokenizer = load_open_clip(
-            model_name=backbone, pretrained=pretrained, cache_dir=cache_dir, device=device
-        )
+        given = {"model_name": backbone, "pretrained": pretrained, "cache_dir": cache_dir, "device": device}
+        stock = partial(load_open_clip, **given)
+        model, transform, tokenizer = stock() if load is None else load(stock, *given.values())
     except Exception as error:  # whatever open_clip, the hub client or the network raised
         first = [*chain(error)][-1]  # what a network or a disk said, which open_clip and the hub wrap in words
         told = f"{reason_of(first)}; " if first is not error and isinstance(first, OSError) else ""

@@ -12,6 +12,7 @@ from vs2_plugin.clip.backbone import load_backbone
 from vs2_plugin.errors import CheckpointNotFound
 from vs2_plugin.harness.model import SteeredCLIP
 from vs2_plugin.harness.preflight import missing_checkpoint
+from vs2_plugin.harness.shared import Shared
 from vs2_plugin.host import Evaluation
 from vs2_plugin.modelstring import ModelString, parse
 from vs2_plugin.steering.context import Task
@@ -54,6 +55,7 @@ def load(
     *,
     dataset: str | None = None,
     store: Store | None = None,
+    shared: Shared | None = None,
 ) -> tuple[SteeredCLIP, Any, Any]:
     """Load a steered model.
 
@@ -65,6 +67,7 @@ def load(
         dataset: the data set whose checkpoint is meant, unless the string names one. In the harness, the next data
             set that is built.
         store: where checkpoints are; by default as the command line finds it.
+        shared: what the models of one command share; by default, a model shares nothing with others.
 
     Returns:
         The model, its image preprocessing and its tokenizer, as ``open_clip`` and ``clip_benchmark`` give them.
@@ -80,7 +83,7 @@ def load(
     spec = parse(model)
     store = store or Store.default()
 
-    loaded = load_backbone(spec.backbone, pretrained, cache_dir, device)
+    loaded = load_backbone(spec.backbone, pretrained, cache_dir, device, None if shared is None else shared.twin)
     steered = SteeredCLIP(spec, loaded, _Finder(spec, pretrained, store))
     if dataset is not None:
         steered.bind(Task(dataset))

@@ -6,14 +6,15 @@ What is changed, and nothing else:
   is a model type of its own;
 - ``datasets.builder.build_dataset``: tells a model loaded before it which data set it is evaluated on; shards name
   the sample that cannot be read;
-- ``metrics.*.evaluate``: a steered model's facts join the metrics;
+- ``metrics.*.evaluate``: a steered model's facts join the metrics, and texts are kept;
 - ``metrics.zeroshot_classification.run_classification``: a steered model is told the classifier, and an oracle the
   targets; where ``VS2_PER_IMAGE`` asks for it, the images of any model are recorded;
 - ``cli.main_eval`` and ``cli.run``: everything is checked before the first model is loaded, this package's errors end
   the command with one line on stderr and exit code 2, and results of steered models get a digest of their own.
 
 A model that is not steered passes through all of them unchanged. In one command with a steered one it reads the same
-data in the same way: as many loader workers as the shards can serve, and the same words for what cannot be read.
+data in the same way: as many loader workers as the shards can serve, and the same words for what cannot be read. It is
+loaded and encodes its texts as ever, and lends both to the steered models of its backbone that come after it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
     from vs2_plugin.harness.model import SteeredCLIP
     from vs2_plugin.harness.recorder import Recorder
+    from vs2_plugin.harness.shared import Shared
 
 __all__ = ["PER_IMAGE", "SUPPORTED", "patch"]
 
@@ -50,8 +53,19 @@ PER_IMAGE = "VS2_PER_IMAGE"
 
 #: Records the present run for per-image results; None where nobody asked for them.
 _recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
-#: In a command with a steered model: data set -> loader workers, where its shards cannot serve as many as asked for.
-_fewer_workers: ContextVar[dict[str, int] | None] = ContextVar("fewer_workers", default=None)
+
+
+@dataclass(frozen=True)
+class _Command:
+    """A command with a steered model."""
+
+    fewer_workers: dict[str, int]
+    """Data set -> loader workers, where its shards cannot serve as many as asked for."""
+    shared: Shared
+
+
+#: The one that is running.
+_command: ContextVar[_Command | None] = ContextVar("command", default=None)
 
 
 def patch(module: ModuleType) -> None:
@@ -96,11 +110,14 @@ def _patch_models(module: Any) -> None:
             arguments.apply_defaults()
             given = arguments.arguments
             name = given["model_name"] if method is None else with_method(method, given["model_name"])
-            if not is_steered(name):
-                return stock(*args, **kwargs)
-            from vs2_plugin.harness import loader
+            command, others = _command.get(), (given["pretrained"], given["cache_dir"], given["device"])
+            if is_steered(name):
+                from vs2_plugin.harness import loader
 
-            return loader.load(name, given["pretrained"], given["cache_dir"], given["device"])
+                return loader.load(name, *others, shared=None if command is None else command.shared)
+            if command is None:
+                return stock(*args, **kwargs)
+            return command.shared.load(functools.partial(stock, *args, **kwargs), name, *others)
 
         return load
 
@@ -119,7 +136,7 @@ def _patch_builder(module: Any) -> None:
     def build_dataset(*args: Any, **kwargs: Any) -> Any:
         loader = sys.modules.get("vs2_plugin.harness.loader")
         waiting = loader is not None and loader.is_waiting()  # a steered model was loaded before
-        if not waiting and _fewer_workers.get() is None:
+        if not waiting and _command.get() is None:
             return stock(*args, **kwargs)
         arguments = signature.bind(*args, **kwargs)
         arguments.apply_defaults()
@@ -149,9 +166,11 @@ def _patch_metrics(module: Any) -> None:
     def evaluate(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         given = bound.arguments
-        model, recorder = _steered(given["model"]), _recorder.get()
+        model, recorder, command = _steered(given["model"]), _recorder.get(), _command.get()
         if recorder is not None:
             recorder.classes = given.get("classnames")
+        if command is not None and "tokenizer" in given:  # there are texts
+            given["model"] = command.shared.with_texts(given["model"], steered=model is not None)
         if model is not None:
             model.reset_statistics()
             if "model_id" in given:
@@ -237,7 +256,7 @@ def _patch_cli(module: Any) -> None:
         from vs2_plugin.host import Evaluation
 
         messages.show()
-        steered, token = False, _fewer_workers.set(None)
+        steered, token = False, _command.set(None)
         try:
             preflight.check_pairs(base.pretrained_model)
             planned = planned_runs(base)
@@ -245,7 +264,10 @@ def _patch_cli(module: Any) -> None:
             evaluations = [Evaluation.of(args) for args in planned]
             preflight.check_outputs(evaluations)
             fewer = preflight.check(evaluations)
-            _fewer_workers.set(fewer if steered else None)
+            if steered:
+                from vs2_plugin.harness.shared import Shared
+
+                _command.set(_Command(fewer, Shared()))
             return stock_main_eval(base)
         except (Vs2Error, OSError) as error:
             if isinstance(error, OSError) and not steered:
@@ -253,7 +275,7 @@ def _patch_cli(module: Any) -> None:
             complain(f"vs2: error: {sentence_of(error)}")
             raise SystemExit(2) from None
         finally:
-            _fewer_workers.reset(token)
+            _command.reset(token)
 
     def planned_runs(base: Namespace) -> list[Namespace]:
         """Return what ``main_eval`` would run, by its own expansion of models, files and data sets."""
@@ -298,10 +320,10 @@ def _run(stock: Callable[[Namespace], Any], args: Namespace) -> Any:
 
 def _with_workers(args: Namespace) -> Namespace:
     """Return the settings with as many loader workers as the data set's shards can serve."""
-    fewer = _fewer_workers.get() or {}
-    if args.dataset in fewer:
+    command = _command.get()
+    if command is not None and args.dataset in command.fewer_workers:
         args = copy(args)
-        args.num_workers = fewer[args.dataset]
+        args.num_workers = command.fewer_workers[args.dataset]
     return args
 
 
