@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["ALONE", "Processes", "gpu_of", "joined", "mean_row", "total", "wait"]
+__all__ = ["ALONE", "Processes", "alone", "gpu_of", "joined", "mean_row", "total", "wait"]
 
 
 @dataclass(frozen=True)
@@ -68,20 +68,21 @@ def gpu_of(processes: Processes) -> int | None:
     return processes.local_rank % torch.cuda.device_count() if torch.cuda.is_available() else None
 
 
-def _alone() -> bool:
+def alone() -> bool:
+    """Return whether this process works with no others."""
     return not (dist.is_available() and dist.is_initialized())
 
 
 def total(tensor: Tensor) -> Tensor:
     """Sum ``tensor`` over all processes, in place, and return it."""
-    if not _alone():
+    if not alone():
         dist.all_reduce(tensor)
     return tensor
 
 
 def mean_row(rows: Tensor) -> Tensor:
     """Return the mean ``[d]`` of the rows ``[count, d]`` of all processes."""
-    if _alone():
+    if alone():
         return rows.mean(0)
     summed = total(torch.cat([rows.sum(0), rows.new_tensor([len(rows)])]))
     return summed[:-1] / summed[-1]
@@ -89,5 +90,5 @@ def mean_row(rows: Tensor) -> Tensor:
 
 def wait() -> None:
     """Wait for all other processes to call this."""
-    if not _alone():
+    if not alone():
         dist.barrier()

@@ -17,7 +17,7 @@ from vs2_plugin.devices import has_bfloat16_units
 from vs2_plugin.distributed import mean_row, total
 from vs2_plugin.sae.topk import Latents, TopKSAE
 
-__all__ = ["ClassMeans", "finds_in_bfloat16", "set_gradients"]
+__all__ = ["ClassMeans", "add_auxk", "finds_in_bfloat16", "set_gradients"]
 
 
 class ClassMeans:
@@ -114,7 +114,7 @@ def set_gradients(
     sae.b_dec.grad = to_output.sum(0) - sae.encoder.bias.grad @ sae.encoder.weight
 
     if auxk and dead is not None and dead.any():
-        loss = loss + _add_auxk(sae, x, residual, variance, dead.nonzero().squeeze(1), auxk)
+        loss = loss + add_auxk(sae, x, residual, variance, dead.nonzero().squeeze(1), auxk)
     for parameter in sae.parameters():
         total(_gradient(parameter))
     to_decoder = _gradient(sae.W_dec)
@@ -157,8 +157,11 @@ def _sum_by_latent(order: Tensor, starts: Tensor, weights: Tensor, rows: Tensor)
     return F.embedding_bag(order // k, rows, starts, per_sample_weights=weights.flatten()[order], mode="sum")
 
 
-def _add_auxk(sae: TopKSAE, x: Tensor, residual: Tensor, variance: Tensor, dead: Tensor, auxk: float) -> Tensor:
-    """Add the gradients of AuxK; returns its share of the loss. The dead latents are few, so this is dense."""
+def add_auxk(sae: TopKSAE, x: Tensor, residual: Tensor, variance: Tensor, dead: Tensor, auxk: float) -> Tensor:
+    """Add the gradients of AuxK; returns its share of the loss. The dead latents are few, so this is dense.
+
+    ``residual`` is ``x - x̃``, ``dead`` int64 ``[count]``.
+    """
     wanted = x.shape[1] // 2
     parameters = (sae.encoder.weight, sae.encoder.bias, sae.W_dec)
     with torch.enable_grad():
@@ -168,7 +171,7 @@ def _add_auxk(sae: TopKSAE, x: Tensor, residual: Tensor, variance: Tensor, dead:
         values, chosen = F.linear(x - b_dec, weight, bias).topk(min(wanted, len(dead)), dim=-1, sorted=False)
         if sae.config.activation == "relu":
             values = values.relu()
-        guess = x.new_zeros(len(x), len(dead)).scatter(-1, chosen, values) @ decoder
+        guess = values.new_zeros(len(x), len(dead)).scatter(-1, chosen, values) @ decoder
         loss = auxk * min(1.0, len(dead) / wanted) * (guess - residual).pow(2).sum() / variance
     gradients = torch.autograd.grad(loss, [*parts, b_dec])
     for parameter, gradient in zip(parameters, gradients, strict=False):

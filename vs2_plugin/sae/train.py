@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -25,14 +25,18 @@ from vs2_plugin.sae.config import TrainConfig
 from vs2_plugin.sae.state import SavedState
 from vs2_plugin.sae.step import ClassMeans, finds_in_bfloat16, set_gradients
 from vs2_plugin.sae.topk import SaeConfig, TopKSAE, sample_fvu
+from vs2_plugin.text import sentence_of
+
+if TYPE_CHECKING:
+    from vs2_plugin.sae.gpu import GpuStep
 
 __all__ = ["QUANTILES", "Figures", "Job", "Trained", "train_sae", "train_saes"]
 
 _LOG = logging.getLogger(__name__)
 #: Quantiles of the held-out per-sample FVU that a checkpoint stores.
 QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.995)
-#: Activations ``[count, d]``, in memory or on disk.
-Rows = np.ndarray | Stack
+#: Activations ``[count, d]``, in memory, on disk or on a GPU.
+Rows = np.ndarray | Stack | Tensor
 Device = str | torch.device
 _EVALUATIONS = 20  # held-out evaluations per training
 _HELD_OUT_MAX = 10_000
@@ -40,6 +44,7 @@ _WATCHED_MAX = 2_000  # held-out activations looked at to choose the weights to 
 _DEAD_MAX = 100_000  # activations looked at to count dead latents
 _CHUNK = 4096  # activations per evaluation step
 _CACHED = 256  # activations that stay in the processor's cache, in float64
+_ASKED = 16  # steps between two questions to a GPU whether any latent is dead: the answer waits for all before it
 
 
 @dataclass(frozen=True)
@@ -146,12 +151,17 @@ def train_saes(
             raise SettingError(f"sae_batch_size is {size}; expected at least one activation per process")
     arrays = {id(job.activations): job.activations for job in jobs}
     moments = {key: _moments(activations) for key, activations in arrays.items()}
+    arrays = {key: _resident(activations, device) for key, activations in arrays.items()}
     passes: dict[tuple[int, int, int], list[int]] = {}
     for index, job in enumerate(jobs):
         passes.setdefault((job.config.seed, job.config.sae_batch_size, job.config.samples), []).append(index)
     trained: dict[int, Trained] = {}
     for number, together in enumerate(passes.values()):
-        runs = [_Run(jobs[index], *moments[id(jobs[index].activations)], device) for index in together]
+        keys = [id(jobs[index].activations) for index in together]
+        runs = [
+            _Run(replace(jobs[index], activations=arrays[key]), *moments[key], device)
+            for index, key in zip(together, keys, strict=True)
+        ]
         saved = None if states is None else SavedState(states / f"{number}.safetensors", save_every, processes.first)
         _train_together(runs, quiet, processes, saved)
         trained.update({index: run.finish(calibration) for index, run in zip(together, runs, strict=True)})
@@ -243,22 +253,30 @@ class _Run:
         self._silent = torch.zeros(self.sae.config.num_latents, dtype=torch.long, device=device)
         self._best: tuple[float, dict[str, Tensor]] = (math.inf, {})
         self._last = math.inf
+        self._gpu = _gpu_step(self.sae, self._optimizer)
+        self._any_dead = False
 
     def step(self, x: Tensor, chosen: np.ndarray, step: int) -> None:
         """One step on activations ``[batch, d]``, whose row numbers are ``chosen``."""
         config, sae = self.job.config, self.sae
         own = None if self._labels is None else self._labels[chosen]
         dead = self._silent >= config.dead_after
-        _, latents = set_gradients(sae, x / self.scale, dead, config.auxk, self._bfloat16, self._classes, own)
         warmup = max(1, round(config.warmup * self.steps))
-        rate = min(step / warmup, (self.steps - step + 1) / max(1, self.steps - warmup))
-        self._optimizer.param_groups[0]["lr"] = config.lr * rate
-        self._optimizer.step()
-        sae.normalize_decoder()
+        rate = config.lr * min(step / warmup, (self.steps - step + 1) / max(1, self.steps - warmup))
+        if self._gpu is None:
+            _, latents = set_gradients(sae, x / self.scale, dead, config.auxk, self._bfloat16, self._classes, own)
+            self._optimizer.param_groups[0]["lr"] = rate
+            self._optimizer.step()
+            sae.normalize_decoder()
+        else:
+            if step % _ASKED == 0:
+                self._any_dead = bool(dead.any())
+            auxk = config.auxk if self._any_dead else 0.0
+            latents = self._gpu.step(x / self.scale, rate, step, dead, auxk, self._classes, own)
         active = torch.zeros_like(self._silent)
-        active[latents.indices[latents.values != 0]] = 1
+        active.index_add_(0, latents.indices.flatten(), (latents.values != 0).long().flatten())
         self._silent += 1
-        self._silent[total(active) > 0] = 0
+        self._silent.masked_fill_(total(active) > 0, 0)
 
     def look(self) -> tuple[float, float]:
         """FVU on the watched activations, and the share of dead latents. Keeps the weights if they are the best so
@@ -273,11 +291,13 @@ class _Run:
         yield "step", torch.tensor(step)
         yield "seconds", torch.tensor(time.monotonic() - self._started, dtype=torch.double)
         yield "silent", self._silent
+        yield "any_dead", torch.tensor(self._any_dead)
         yield "last", torch.tensor(self._last, dtype=torch.double)
         yield "best", torch.tensor(self._best[0], dtype=torch.double)
         yield from ((f"sae.{name}", value) for name, value in self.sae.state_dict().items())
         yield from ((f"best.{name}", value) for name, value in self._best[1].items())
         for number, entries in self._optimizer.state_dict()["state"].items():
+            entries = {**entries, "step": torch.tensor(float(step))}  # noqa
             yield from ((f"adam.{number}.{name}", value) for name, value in entries.items())
         if self._classes is not None and self._classes.kept is not None:
             yield from zip(("means", "seen"), self._classes.kept, strict=True)
@@ -290,9 +310,12 @@ class _Run:
 
         self._started -= float(state["seconds"])
         self._silent = state["silent"].to(self.device)
+        self._any_dead = bool(state["any_dead"])
         self._last = float(state["last"])
         self._best = float(state["best"]), under("best.")
         self.sae.load_state_dict(under("sae."))
+        if self._gpu is not None:
+            self._gpu.read_weights()
         adam: dict[int, dict[str, Tensor]] = {}
         for key, value in under("adam.").items():
             number, _, name = key.partition(".")
@@ -333,6 +356,24 @@ class _Run:
         return Trained(sae.cpu(), self.mean, figures)
 
 
+@torch.no_grad()
+def _gpu_step(sae: TopKSAE, optimizer: torch.optim.Adam) -> GpuStep | None:
+    """What trains ``sae`` fast on its GPU; None where it is on none, or torch's own operators have to do."""
+    device = sae.W_dec.device
+    if device.type != "cuda":
+        return None
+    try:
+        from vs2_plugin.sae.gpu import GpuStep
+
+        return GpuStep(sae, optimizer)
+    except Exception as error:  # whatever it is that a missing compiler, an older torch or GPU raises
+        _LOG.warning(
+            "on %s the SAE trains by torch's own operators, several times slower than by this package's kernels: %s",
+            torch.cuda.get_device_name(device), sentence_of(error),
+        )  # fmt: skip
+        return None
+
+
 @contextmanager
 def _threads_for(work: int) -> Iterator[None]:
     """One thread for a small training (multiplications per step): it gains nothing from more, and on a busy machine
@@ -346,7 +387,25 @@ def _threads_for(work: int) -> Iterator[None]:
         torch.set_num_threads(usual)
 
 
+def _resident(activations: Rows, device: Device) -> Rows:
+    """The activations on the GPU, if they take less than a third of its free memory: from there a batch comes 25 times
+    as fast as from the processor's memory (H100: 0.05 and 1.3 ms for 4,096 of 768 in float16)."""
+    if torch.device(device).type != "cuda" or isinstance(activations, Tensor):
+        return activations
+    count, width = activations.shape
+    first = torch.from_numpy(np.ascontiguousarray(activations[:1]))
+    if 3 * count * width * first.element_size() > torch.cuda.mem_get_info(device)[0]:
+        return activations
+    held = torch.empty(count, width, dtype=first.dtype, device=device)
+    for start in range(0, count, 16 * _CHUNK):
+        part = np.ascontiguousarray(activations[start : start + 16 * _CHUNK])
+        held[start : start + len(part)] = torch.from_numpy(part)
+    return held
+
+
 def _rows(activations: Rows, chosen: np.ndarray, device: Device) -> Tensor:
+    if isinstance(activations, Tensor):
+        return activations[torch.from_numpy(chosen).long().to(activations.device)].to(device).float()
     return torch.from_numpy(activations[chosen]).to(device).float()  # torch casts float16 faster than NumPy
 
 
