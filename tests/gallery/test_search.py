@@ -80,6 +80,27 @@ def test_what_does_not_fit_is_read_again_for_every_batch(rows, queries, monkeypa
     assert len(read) == 4
 
 
+@pytest.mark.parametrize("store", [as_array, as_memory_map, as_stack])
+@pytest.mark.parametrize(("dtype", "n"), [(np.float16, 3), (np.float16, 100), (np.float32, 7)])
+def test_screened_search_finds_the_same(dtype, n, store, rows, queries, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "_SCREENED", 300)  # two queries at a time
+    cosines, found = search.ScreenedSearch(store(rows.astype(dtype), tmp_path), "cpu")(queries, n)
+    expected, where = brute_force(rows, queries, n)
+    assert np.array_equal(found.numpy(), where)
+    assert np.abs(cosines.numpy() - expected).max() < 1e-6
+
+
+def test_what_half_precision_cannot_tell_apart_is_ranked_in_float32():
+    """Forty rows around a query, at distances that half precision does not resolve."""
+    torch.manual_seed(0)
+    query = torch.nn.functional.normalize(torch.randn(1, 16), dim=-1)
+    rows = (query + 1e-4 * torch.randn(40, 16)).numpy()
+    far = np.random.default_rng(0).normal(size=(500, 16)).astype(np.float32)
+    everything = np.concatenate([far, rows])
+    _, found = search.ScreenedSearch(everything, "cpu")(query, 8)
+    assert found.tolist() == brute_force(everything, query, 8)[1].tolist()
+
+
 @pytest.mark.parametrize("block", [4, 1000])
 def test_equal_embeddings_are_all_found_each_once(block, rows, queries, monkeypatch):
     monkeypatch.setattr(search, "_BLOCK", block)

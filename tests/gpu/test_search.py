@@ -23,9 +23,22 @@ def test_exact_search_finds_what_it_finds_on_the_cpu(gallery, resident, monkeypa
     torch.manual_seed(0)
     queries = F.normalize(torch.randn(40, 64), dim=-1)
     expected = search.ExactSearch(gallery, "cpu")(queries, 10)
-    found = search.ExactSearch(gallery, "cuda")(queries.cuda(), 10)
+    found = search.open_search("exact", gallery, None, "cuda")(queries.cuda(), 10)
     torch.testing.assert_close(found[0].cpu(), expected[0], rtol=0, atol=1e-6)
     assert (found[1].cpu() == expected[1]).float().mean() > 0.99  # two may be equally near but for rounding
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_a_large_gallery_is_searched_as_on_the_cpu(dtype):
+    rows = np.random.default_rng(0).standard_normal((70_001, 64)).astype(dtype)
+    torch.manual_seed(0)
+    queries = F.normalize(torch.randn(40, 64), dim=-1)
+    expected = search.ExactSearch(rows, "cpu")(queries, 50)
+    found = search.open_search("exact", rows, None, "cuda")
+    assert isinstance(found, search.ScreenedSearch)
+    cosines, where = found(queries.cuda(), 50)
+    torch.testing.assert_close(cosines.cpu(), expected[0], rtol=0, atol=1e-6)
+    assert (where.cpu() == expected[1]).float().mean() > 0.99
 
 
 def test_faiss_answers_on_the_gpu(gallery, tmp_path):

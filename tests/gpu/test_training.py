@@ -1,11 +1,13 @@
 """SAEs that are trained on a GPU."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from vs2_plugin.sae import train
 from vs2_plugin.sae.config import TrainConfig
 from vs2_plugin.sae.step import ClassMeans, set_gradients
 from vs2_plugin.sae.topk import SaeConfig, TopKSAE
@@ -69,3 +71,61 @@ def test_the_command_writes_a_checkpoint(here):
     manifest = json.loads((here / "store/checkpoints" / NAME / "vs2.json").read_text())
     assert [site["variant"] for site in manifest["sites"]] == ["plain", "plain", "pass", "pass"]
     assert all(0 < site["fvu"] < 1 for site in manifest["sites"])
+
+
+#: 1,536 latents: enough for the kernel that selects.
+WIDE = TrainConfig(expansion_factor=48, k=32, sae_batch_size=512, samples=40_000)
+
+
+@pytest.mark.parametrize("settings", [{}, {"activation": "abs"}, {"pass_weight": 0.8}, {"dead_after": 2}], ids=str)
+def test_kernels_train_as_well_as_torchs_operators(activations, settings, monkeypatch):
+    config = replace(WIDE, **settings)
+    kernels = train_sae(activations[0], config, labels=activations[1], device="cuda", quiet=True)
+    again = train_sae(activations[0], config, labels=activations[1], device="cuda", quiet=True)
+    monkeypatch.setattr(train, "_gpu_step", lambda *given: None)
+    plain = train_sae(activations[0], config, labels=activations[1], device="cuda", quiet=True)
+    assert kernels.figures.fvu == pytest.approx(plain.figures.fvu, abs=0.01)
+    if not config.pass_weight:  # whose sums by class torch adds in any order
+        for name, weight in kernels.sae.state_dict().items():
+            assert torch.equal(again.sae.state_dict()[name], weight), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("n", "k"), [(1024, 1), (3072, 64), (10_240, 128), (49_152, 64), (5000, 300)])
+def test_the_largest_are_those_of_topk(n, k, dtype):
+    from vs2_plugin.sae.gpu import largest
+
+    torch.manual_seed(0)
+    noise = torch.randn(200, n, device="cuda")
+    crowded = noise + 10 * (torch.arange(n, device="cuda") % 512 < k // 8 + 1)
+    for rows in (noise, noise.mul(2).round(), noise.relu(), crowded):
+        x = rows.to(dtype)
+        found = largest(x, k)
+        assert (found.sort(1).values.diff(dim=1) > 0).all()
+        assert torch.equal(x.gather(1, found).sort(1, descending=True).values, x.topk(k).values)
+
+
+def test_a_training_that_was_interrupted_ends_with_the_same_bits(activations, tmp_path, monkeypatch):
+    jobs = [Job("SAE", activations[0], replace(WIDE, dead_after=5))]
+    whole = train_saes(jobs, device="cuda", quiet=True)[0]
+    take = train._Run.step
+
+    def stop(run, x, chosen, step):
+        if step == 50:
+            raise KeyboardInterrupt
+        take(run, x, chosen, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Run, "step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_saes(jobs, device="cuda", quiet=True, states=tmp_path, save_every=0)
+    rest = train_saes(jobs, device="cuda", quiet=True, states=tmp_path, save_every=0)[0]
+    for name, weight in whole.sae.state_dict().items():
+        assert torch.equal(rest.sae.state_dict()[name], weight), name
+
+
+def test_activations_that_do_not_fit_are_read_batch_by_batch(activations, monkeypatch):
+    held = train_sae(activations[0], WIDE, device="cuda", quiet=True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    read = train_sae(activations[0], WIDE, device="cuda", quiet=True)
+    assert torch.equal(held.sae.W_dec, read.sae.W_dec)

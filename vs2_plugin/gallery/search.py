@@ -18,11 +18,13 @@ from vs2_plugin.errors import SettingError
 from vs2_plugin.files import atomic_file, file_digest
 from vs2_plugin.sae.topk import largest
 
-__all__ = ["ExactSearch", "FaissSearch", "Search", "blocks", "open_search"]
+__all__ = ["ExactSearch", "FaissSearch", "ScreenedSearch", "Search", "blocks", "open_search"]
 
 _BLOCK = 1 << 16
 #: Embeddings up to this many bytes (as float32) are kept in the processor's memory, larger ones read block by block.
 _RESIDENT = 2 << 30
+_GROUP = 64
+_SCREENED = 1 << 28  # products that a GPU holds at a time: 1 GB
 
 
 class Search(Protocol):
@@ -61,6 +63,56 @@ class ExactSearch:
             cosines, order = cosines.topk(min(n, cosines.shape[1]), dim=1)
             best = [cosines, rows.gather(1, order)]
         return best[0], best[1]
+
+
+class ScreenedSearch:
+    """Every query against every embedding, on a GPU that has room for them: products of half-precision numbers, with
+    sums in float32, choose more than twice as many embeddings as are asked for, whose cosines in float32 then decide.
+
+    Rounded so, a cosine is off by less than 1e-4; an embedding is missed if n + 32 others are that close to it.
+    """
+
+    def __init__(self, embeddings: Array | Stack, device: str | torch.device) -> None:
+        self._count, width = embeddings.shape
+        padded = -(-self._count // _GROUP) * _GROUP  # the top-k works on groups
+        self._half = torch.zeros(padded, width, dtype=torch.float16, device=device)
+        stored = torch.from_numpy(np.asarray(embeddings[:1]).copy()).dtype
+        self._rows = torch.empty(embeddings.shape, dtype=stored, device=device)
+        for start in range(0, self._count, _BLOCK):
+            rows = torch.from_numpy(np.asarray(embeddings[start : start + _BLOCK]).copy()).to(device)
+            self._rows[start : start + len(rows)] = rows
+            self._half[start : start + len(rows)] = F.normalize(rows.float(), dim=-1)
+
+    @staticmethod
+    def fits(embeddings: Array | Stack, device: torch.device) -> bool:
+        """Return whether ``device`` is a GPU whose free memory is more than four times what this needs."""
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (7, 0):
+            return False
+        count, width = embeddings.shape
+        size = count * width * (2 + np.dtype(embeddings.dtype).itemsize)
+        return 4 * size < torch.cuda.mem_get_info(device)[0]
+
+    def __call__(self, queries: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """See :class:`Search`."""
+        most = max(1, _SCREENED // len(self._half))
+        parts = [self._find(some, n) for some in queries.split(most)]
+        return torch.cat([cosines for cosines, _ in parts]), torch.cat([rows for _, rows in parts])
+
+    def _find(self, queries: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        products = _products(queries.half(), self._half.T)
+        products[:, self._count :] = -torch.inf
+        chosen = largest(products, min(2 * n + 32, self._count))[1]
+        embeddings = F.normalize(self._rows[chosen].float(), dim=-1)
+        cosines, order = torch.bmm(embeddings, queries[:, :, None])[..., 0].topk(min(n, self._count), dim=1)
+        return cosines, chosen.gather(1, order)
+
+
+def _products(one: Tensor, other: Tensor) -> Tensor:
+    """The product of two half-precision matrices, in float32; on a processor, and by an older torch, it is rounded."""
+    try:
+        return torch.mm(one, other, out_dtype=torch.float32)
+    except (TypeError, RuntimeError):
+        return (one @ other).float()
 
 
 class FaissSearch:
@@ -126,4 +178,8 @@ class FaissSearch:
 
 def open_search(kind: str, embeddings: Array | Stack, file: Path, device: str | torch.device) -> Search:
     """Return the search of that kind: ``exact`` or ``faiss`` (whose index lies, or will lie, in ``file``)."""
-    return FaissSearch(embeddings, file, device) if kind == "faiss" else ExactSearch(embeddings, device)
+    if kind == "faiss":
+        return FaissSearch(embeddings, file, device)
+    if ScreenedSearch.fits(embeddings, torch.device(device)):
+        return ScreenedSearch(embeddings, device)
+    return ExactSearch(embeddings, device)

@@ -109,14 +109,16 @@ def largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row of ``[batch, n]``, in no order, and where they are: ``torch.topk``, in two rounds.
 
     The k largest lie in the k groups of largest maximum, so a top-k of n/g maxima and one of k·g candidates find
-    them. With groups of g ≈ √(n/k) both are far smaller than n.
+    them. With groups of g ≈ √(n/k) both are far smaller than n. On a GPU it takes a large n for that to pay.
     """
     n = rows.shape[-1]
-    size = next((g for g in (8, 4) if n % g == 0 and n >= 3 * g * k), 1)
-    if size == 1 or rows.device.type != "cpu":
+    sizes = (8, 4) if rows.device.type == "cpu" else (64,) if n >= 1 << 16 else ()
+    size = next((g for g in sizes if n % g == 0 and n >= 3 * g * k), 1)
+    if size == 1:
         return rows.topk(k, dim=-1, sorted=False)
     groups = rows.unflatten(-1, (size, n // size)).amax(-2).topk(k, dim=-1, sorted=False).indices
-    candidates = (groups.unsqueeze(-2) + torch.arange(0, n, n // size).unsqueeze(-1)).flatten(-2)
+    starts = torch.arange(0, n, n // size, device=rows.device)
+    candidates = (groups.unsqueeze(-2) + starts.unsqueeze(-1)).flatten(-2)
     values, chosen = rows.gather(-1, candidates).topk(k, dim=-1, sorted=False)
     return values, candidates.gather(-1, chosen)
 
