@@ -44,7 +44,7 @@ class GpuStep:
                 moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                 optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
         self.read_weights()
-        self._batch = torch.zeros_like(sae.b_dec)[None].expand(2, -1)
+        self._batch = torch.eye(2, sae.config.d_in, device=sae.b_dec.device)
         self._set_gradients(self._batch)  # whatever cannot be compiled is found here
         self._replayed = Replayed(lambda: self._set_gradients(self._batch)), Replayed(self._update)
 
