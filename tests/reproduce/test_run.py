@@ -7,13 +7,16 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from vs2_plugin.cli import train_sae
 from vs2_plugin.cli.main import main
+from vs2_plugin.demo.digits import write_digits
 from vs2_plugin.errors import DataError
 from vs2_plugin.reproduce import run as module
 from vs2_plugin.reproduce.reading import read
@@ -84,8 +87,30 @@ def test_what_is_printed_is_the_table_and_the_commands(finished):
     assert "Traceback" not in finished.errors
 
 
+def typed_here(lines, folder, programs):
+    """Run in this process what a shell makes of the lines: programs of these names write down how they are called."""
+    from clip_benchmark import cli
+
+    mains = {"vs2-train-sae": train_sae.main, "clip_benchmark": lambda _: cli.main(), "vs2": main}
+    programs.mkdir()
+    for name in mains:
+        (programs / name).write_text(f"#!/bin/sh\n{{ printf '%s\\0' {name} \"$@\"; echo; env -0; echo; }} >> calls\n")
+        (programs / name).chmod(0o755)
+    env = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run(["bash", "-e"], input="\n".join(lines), cwd=folder, env=env, text=True, check=True)
+    called = (folder / "calls").read_text().split("\0\n")[:-1]
+    for call, exported in zip(called[::2], called[1::2], strict=True):
+        name, *rest = call.split("\0")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            patch.setattr(sys, "argv", [name, *rest])
+            for variable, value in (one.split("=", 1) for one in exported.split("\0")):
+                patch.setenv(variable, value)
+            assert not mains[name](rest)
+
+
 def test_the_printed_commands_can_be_typed(finished, tmp_path):
-    """In a folder of their own, by a shell, they give the same results."""
+    """In a folder of their own, as a shell reads them, they give the same results."""
     (tmp_path / "small.yaml").write_text(SMALL.replace("seeds: [0, 1]", "seeds: [1]"))
     dry = run_here(*AGAIN[1:-1], str(tmp_path / "out"), "--dry_run", cwd=tmp_path)
     assert dry.returncode == 0 and not (tmp_path / "out").exists()
@@ -94,10 +119,7 @@ def test_the_printed_commands_can_be_typed(finished, tmp_path):
     out.mkdir()
     for name in ("digits", "tiny-clip"):
         (out / name).symlink_to(finished.out / name)
-    path = os.path.dirname(words("vs2")[0]) + os.pathsep + os.environ["PATH"]
-    done = subprocess.run(["bash", "-e"], input="\n".join(lines), cwd=out, env={**os.environ, "PATH": path}, text=True,
-                          capture_output=True, timeout=300)  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    typed_here(lines, out, tmp_path / "bin")
     typed, run = results(tmp_path), results(finished.folder)
     assert len(typed) == 2
     for name, file in typed.items():
@@ -160,6 +182,8 @@ def test_after_an_interruption_nothing_is_evaluated_twice(tmp_path):
     text = SMALL.partition("columns:")[0].replace("seeds: [0, 1]", "seeds: [0]")
     text += f"columns:\n  accuracy: {{}}\nmodel: 'vs2:{{backbone}}@gate=0.9'\nrows:\n{strengths}"
     (tmp_path / "small.yaml").write_text(text)
+    write_digits(tmp_path / "digits")
+    few_digits(tmp_path, "out/digits", 0)
     env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
     command = words("vs2", *AGAIN)
     first = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
