@@ -273,8 +273,8 @@ def test_large_results_stay_small_on_the_page(write_run, make_images, steered, t
 
 
 def test_results_that_were_changed_are_named(results, tmp_path):
-    for path in results.glob("vs2:B@gamma=*.json"):
-        sign(path)
+    for path in results.iterdir():
+        sign(path) if "@gamma=" in path.name else path.unlink()
     page, markdown, _ = report(results, tmp_path / "as-written")
     assert "Changed" not in page.text and "Changed" not in markdown
     path = results / "vs2:B@gamma=2@lam=2.json"
