@@ -35,8 +35,8 @@ BLOCK = "visual.transformer.resblocks.3"
 
 @pytest.fixture
 def few(in_demo):
-    """A quarter of the test digits, as ``wds/few``."""
-    few_digits(in_demo, "few", 0)
+    """Some of the test digits, as ``wds/few``."""
+    few_digits(in_demo, "few", 0, count=100)
     return in_demo
 
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vs2_plugin.cli import main, train_sae
+from vs2_plugin.cli import main
 from vs2_plugin.demo import run
 from vs2_plugin.demo.run import SYSTEMS
 
-from .conftest import DIGITS, TINY, metrics, run_script
+from .conftest import DIGITS, TINY, commands_here, metrics
 
 CHECKPOINT = "store/checkpoints/local-dir-tiny-clip_wds-digits"
 BLOCK = "visual.transformer.resblocks.3"
@@ -33,22 +33,13 @@ def test_demo_prints_the_accuracies_of_its_results(demo):
     assert [" ".join(words) for words in ran] == expected
 
 
-def test_with_several_seeds_the_table_gives_mean_and_spread(tmp_path, monkeypatch, capsys):
-    """With few samples and rows, and its commands in this process: the SAEs do not have to be good."""
-
-    def command(folder, environment, quiet, *words):
-        with monkeypatch.context() as patch:
-            patch.chdir(folder)
-            for name, value in environment.items():
-                patch.setenv(name, value)
-            module = {"vs2-train-sae": train_sae, "vs2": main}[words[0]]
-            assert module.main(words[1:]) == 0
-
+def test_with_several_seeds_the_table_gives_mean_and_spread(tmp_path, capsys):
+    """With few samples and rows: the SAEs do not have to be good."""
     rows = ("zero-shot CLIP", "VS2", "VS2, last two blocks", "VS2++, oracle (training labels)")
-    monkeypatch.setattr(run, "_command", command)
-    monkeypatch.setattr(run, "SYSTEMS", {name: SYSTEMS[name] for name in rows})
-    monkeypatch.setattr(run, "SAMPLES", 1000)
-    run.demo(tmp_path / "seeds", quiet=True, seeds=[0, 3])
+    with commands_here() as patch:
+        patch.setattr(run, "SYSTEMS", {name: SYSTEMS[name] for name in rows})
+        patch.setattr(run, "SAMPLES", 1000)
+        run.demo(tmp_path / "seeds", quiet=True, seeds=[0, 3])
     lines = capsys.readouterr().out.splitlines()
     plain = metrics(tmp_path / f"seeds/results/{TINY}.json")["acc1"]
     (row,) = [line for line in lines if line.startswith("| zero-shot CLIP |")]
@@ -283,7 +274,7 @@ def test_accuracy_equals_plain_torch(demo, known, name):
 
 
 def test_the_same_seed_gives_the_same_numbers(in_demo, clip_benchmark):
-    """Twice in this process as in the demo's."""
+    """Twice, as in the demo."""
     for output in ("again-1.json", "again-2.json"):
         words = ("--model", f"vs2:{TINY}", "--pretrained", "", *DIGITS, "--output", output)
         assert clip_benchmark("eval", *words)[0] == 0
@@ -292,8 +283,9 @@ def test_the_same_seed_gives_the_same_numbers(in_demo, clip_benchmark):
     assert metrics(in_demo / "again-1.json") == metrics(in_demo / "results" / f"vs2:{TINY}.json")
 
 
-def test_demo_leaves_strangers_alone(tmp_path):
+def test_demo_leaves_strangers_alone(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("precious")
-    done = run_script("vs2", "demo", "--out", str(tmp_path), cwd=tmp_path)
-    assert done.returncode == 2 and "thesis.tex" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert main.main(["demo", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "thesis.tex" in error and len(error.splitlines()) == 1
     assert (tmp_path / "thesis.tex").read_text() == "precious"
