@@ -73,7 +73,8 @@ class ScreenedSearch:
     """
 
     def __init__(self, embeddings: Array | Stack, device: str | torch.device) -> None:
-        self._count, width = embeddings.shape
+        count, width = embeddings.shape
+        self._count: int = count
         padded = -(-self._count // _GROUP) * _GROUP  # the top-k works on groups
         self._half = torch.zeros(padded, width, dtype=torch.float16, device=device)
         stored = torch.from_numpy(np.asarray(embeddings[:1]).copy()).dtype

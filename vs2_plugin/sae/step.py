@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vs2_plugin.devices import has_bfloat16_units
+from vs2_plugin.devices import add_at, has_bfloat16_units
 from vs2_plugin.distributed import mean_row, total
 from vs2_plugin.sae.topk import Latents, TopKSAE
 
@@ -44,7 +44,7 @@ class ClassMeans:
 
     def _update(self, values: Tensor, indices: Tensor, labels: Tensor, num_latents: int) -> Tensor:
         sums = values.new_zeros(self.num_classes * num_latents)
-        sums.index_add_(0, (labels[:, None] * num_latents + indices).flatten(), values.flatten())
+        add_at(sums, (labels[:, None] * num_latents + indices).flatten(), values.flatten())
         sums, counts = total(sums), total(torch.bincount(labels, minlength=self.num_classes))[:, None]
         batch_means = sums.view(self.num_classes, num_latents) / counts.clamp_min(1)
         if not self.running:

@@ -393,12 +393,12 @@ def _resident(activations: Rows, device: Device) -> Rows:
     if torch.device(device).type != "cuda" or isinstance(activations, Tensor):
         return activations
     count, width = activations.shape
-    first = torch.from_numpy(np.ascontiguousarray(activations[:1]))
+    first = torch.from_numpy(np.array(activations[:1]))
     if 3 * count * width * first.element_size() > torch.cuda.mem_get_info(device)[0]:
         return activations
     held = torch.empty(count, width, dtype=first.dtype, device=device)
     for start in range(0, count, 16 * _CHUNK):
-        part = np.ascontiguousarray(activations[start : start + 16 * _CHUNK])
+        part = np.array(activations[start : start + 16 * _CHUNK])
         held[start : start + len(part)] = torch.from_numpy(part)
     return held
 

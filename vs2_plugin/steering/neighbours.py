@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vs2_plugin.arrays import Stack
+from vs2_plugin.devices import add_at
 from vs2_plugin.errors import DataError
 from vs2_plugin.gallery.gallery import CLIP
 from vs2_plugin.sae.topk import Latents, TopKSAE
@@ -91,7 +92,11 @@ class Codes:
         """``Σ_j w_j c_j``, dense: ``[batch, latents]`` from row numbers and weights ``[batch, n]``."""
         latents = self[rows]
         code = weights.new_zeros(len(rows), self._sae.config.num_latents)
-        return code.scatter_add_(1, latents.indices.flatten(1), (latents.values * weights[..., None]).flatten(1))
+        places, values = latents.indices.flatten(1), (latents.values * weights[..., None]).flatten(1)
+        if not code.is_cuda:
+            return code.scatter_add_(1, places, values)
+        starts = torch.arange(len(code), device=code.device)[:, None] * code.shape[1]
+        return add_at(code.view(-1), (starts + places).flatten(), values.flatten()).view_as(code)
 
     def combine(self, rows: Tensor, weights: Tensor) -> Code:
         """``Σ_j w_j c_j``, from row numbers and weights ``[batch, n]``."""
