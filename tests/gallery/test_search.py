@@ -83,7 +83,7 @@ def test_what_does_not_fit_is_read_again_for_every_batch(rows, queries, monkeypa
 @pytest.mark.parametrize("store", [as_array, as_memory_map, as_stack])
 @pytest.mark.parametrize(("dtype", "n"), [(np.float16, 3), (np.float16, 100), (np.float32, 7)])
 def test_screened_search_finds_the_same(dtype, n, store, rows, queries, tmp_path, monkeypatch):
-    monkeypatch.setattr(search, "_SCREENED", 300)  # two queries at a time
+    monkeypatch.setattr(search, "_QUERIES", 2)
     cosines, found = search.ScreenedSearch(store(rows.astype(dtype), tmp_path), "cpu")(queries, n)
     expected, where = brute_force(rows, queries, n)
     assert np.array_equal(found.numpy(), where)
@@ -91,12 +91,13 @@ def test_screened_search_finds_the_same(dtype, n, store, rows, queries, tmp_path
 
 
 def test_what_half_precision_cannot_tell_apart_is_ranked_in_float32():
-    """Forty rows around a query, at distances that half precision does not resolve."""
+    """Forty rows so near a query that half precision has few numbers for their cosines."""
     torch.manual_seed(0)
     query = torch.nn.functional.normalize(torch.randn(1, 16), dim=-1)
-    rows = (query + 1e-4 * torch.randn(40, 16)).numpy()
+    rows = torch.nn.functional.normalize(query + 2e-3 * torch.randn(40, 16), dim=-1).numpy()
     far = np.random.default_rng(0).normal(size=(500, 16)).astype(np.float32)
     everything = np.concatenate([far, rows])
+    assert len(torch.from_numpy(rows).half().mv(query[0].half()).unique()) < 8
     _, found = search.ScreenedSearch(everything, "cpu")(query, 8)
     assert found.tolist() == brute_force(everything, query, 8)[1].tolist()
 

@@ -24,7 +24,7 @@ _BLOCK = 1 << 16
 #: Embeddings up to this many bytes (as float32) are kept in the processor's memory, larger ones read block by block.
 _RESIDENT = 2 << 30
 _GROUP = 64
-_SCREENED = 1 << 28  # products that a GPU holds at a time: 1 GB
+_QUERIES = 256  # at a time: their products take no more memory than the embeddings, of 512 numbers each
 
 
 class Search(Protocol):
@@ -95,8 +95,7 @@ class ScreenedSearch:
 
     def __call__(self, queries: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """See :class:`Search`."""
-        most = max(1, _SCREENED // len(self._half))
-        parts = [self._find(some, n) for some in queries.split(most)]
+        parts = [self._find(some, n) for some in queries.split(_QUERIES)]
         return torch.cat([cosines for cosines, _ in parts]), torch.cat([rows for _, rows in parts])
 
     def _find(self, queries: Tensor, n: int) -> tuple[Tensor, Tensor]:

@@ -139,16 +139,7 @@ def train_saes(
         DataError: too few activations, all of them equal, or values that are not finite; or the training diverged.
         SettingError: k above the number of latents.
     """
-    count = len(jobs[0].activations)
-    if count < 20:
-        raise DataError(f"{count} activations are too few to train an SAE; expected at least 20")
-    jobs = [replace(job, config=job.config.for_size(count)) for job in jobs]
-    for job in jobs:
-        if job.config.pass_weight and job.labels is None:
-            raise DataError("pass_weight is set and there are no labels; PASS needs one per activation")
-        if job.config.sae_batch_size < processes.world:
-            size = job.config.sae_batch_size
-            raise SettingError(f"sae_batch_size is {size}; expected at least one activation per process")
+    jobs = _filled(jobs, processes)
     arrays = {id(job.activations): job.activations for job in jobs}
     moments = {key: _moments(activations) for key, activations in arrays.items()}
     arrays = {key: _resident(activations, device) for key, activations in arrays.items()}
@@ -166,6 +157,21 @@ def train_saes(
         _train_together(runs, quiet, processes, saved)
         trained.update({index: run.finish(calibration) for index, run in zip(together, runs, strict=True)})
     return [trained[index] for index in range(len(jobs))]
+
+
+def _filled(jobs: Sequence[Job], processes: Processes) -> list[Job]:
+    """The jobs with all their settings. Raises an error where they cannot be done."""
+    count = len(jobs[0].activations)
+    if count < 20:
+        raise DataError(f"{count} activations are too few to train an SAE; expected at least 20")
+    jobs = [replace(job, config=job.config.for_size(count)) for job in jobs]
+    for job in jobs:
+        if job.config.pass_weight and job.labels is None:
+            raise DataError("pass_weight is set and there are no labels; PASS needs one per activation")
+        if job.config.sae_batch_size < processes.world:
+            size = job.config.sae_batch_size
+            raise SettingError(f"sae_batch_size is {size}; expected at least one activation per process")
+    return jobs
 
 
 def _train_together(runs: Sequence[_Run], quiet: bool, processes: Processes, saved: SavedState | None) -> None:
@@ -297,8 +303,8 @@ class _Run:
         yield from ((f"sae.{name}", value) for name, value in self.sae.state_dict().items())
         yield from ((f"best.{name}", value) for name, value in self._best[1].items())
         for number, entries in self._optimizer.state_dict()["state"].items():
-            entries = {**entries, "step": torch.tensor(float(step))}  # noqa
-            yield from ((f"adam.{number}.{name}", value) for name, value in entries.items())
+            moments = {**entries, "step": torch.tensor(float(step))}  # on a GPU nobody else counts them
+            yield from ((f"adam.{number}.{name}", value) for name, value in moments.items())
         if self._classes is not None and self._classes.kept is not None:
             yield from zip(("means", "seen"), self._classes.kept, strict=True)
 
@@ -310,7 +316,7 @@ class _Run:
 
         self._started -= float(state["seconds"])
         self._silent = state["silent"].to(self.device)
-        self._any_dead = bool(state["any_dead"])
+        self._any_dead = bool(state.get("any_dead", False))
         self._last = float(state["last"])
         self._best = float(state["best"]), under("best.")
         self.sae.load_state_dict(under("sae."))
