@@ -6,6 +6,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from itertools import count
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,6 +41,7 @@ class Processes:
 
 
 ALONE = Processes()
+_JOINS = count()
 
 
 @contextmanager
@@ -52,14 +56,34 @@ def joined() -> Iterator[Processes]:
     if gpu is not None:
         torch.cuda.set_device(gpu)
     # NCCL refuses two processes on one GPU.
-    if gpu is not None and int(os.environ.get("LOCAL_WORLD_SIZE", world)) <= torch.cuda.device_count():
-        dist.init_process_group("nccl", device_id=torch.device("cuda", gpu))
-    else:
-        dist.init_process_group("gloo")
+    shared = int(os.environ.get("LOCAL_WORLD_SIZE", world)) > torch.cuda.device_count()
+    device = None if gpu is None or shared else torch.device("cuda", gpu)
+    dist.init_process_group(
+        "gloo" if device is None else "nccl",
+        device_id=device,
+        store=_store(),
+        rank=processes.rank,
+        world_size=world,
+    )
     try:
         yield processes
     finally:
         dist.destroy_process_group()
+
+
+@cache
+def _meeting_place() -> Any:
+    from torch.distributed.rendezvous import rendezvous
+
+    return next(rendezvous("env://"))[0]
+
+
+def _store() -> Any:
+    """Where processes leave each other word of where they are: each time under another prefix, since who reads where
+    another was the time before finds nobody there."""
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    return PrefixStore(f"vs2_plugin/{next(_JOINS)}", _meeting_place())
 
 
 def gpu_of(processes: Processes) -> int | None:

@@ -123,6 +123,13 @@ def test_a_training_that_was_interrupted_ends_with_the_same_bits(activations, tm
         assert torch.equal(rest.sae.state_dict()[name], weight), name
 
 
+def test_where_the_kernels_fail_torchs_operators_train(activations, monkeypatch, caplog):
+    monkeypatch.setattr("vs2_plugin.sae.gpu.GpuStep._set_gradients", lambda *given: 1 / 0)
+    trained = train_sae(activations[0], WIDE, device="cuda", quiet=True)
+    assert "torch's own operators" in caplog.text
+    assert np.isfinite(trained.figures.fvu)
+
+
 def test_activations_that_do_not_fit_are_read_batch_by_batch(activations, monkeypatch):
     held = train_sae(activations[0], WIDE, device="cuda", quiet=True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))

@@ -24,6 +24,7 @@ from vs2_plugin.sae.topk import Latents, TopKSAE
 
 __all__ = ["GpuStep", "Replayed", "largest"]
 
+
 class GpuStep:
     """The training steps of an SAE on a GPU.
 
@@ -39,13 +40,14 @@ class GpuStep:
         self._rates = sae.b_dec.detach().new_zeros(2)
         if torch.cuda.get_device_capability(sae.b_dec.device) < (8, 0):
             raise RuntimeError("it has no units for bfloat16")
+        self.read_weights()
+        self._batch = torch.eye(2, sae.config.d_in, device=sae.b_dec.device)
+        with torch.cuda.device_of(self._batch):
+            self._set_gradients(self._batch)  # whatever cannot be compiled is found here
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                 optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
-        self.read_weights()
-        self._batch = torch.eye(2, sae.config.d_in, device=sae.b_dec.device)
-        self._set_gradients(self._batch)  # whatever cannot be compiled is found here
         self._replayed = Replayed(lambda: self._set_gradients(self._batch)), Replayed(self._update)
 
     def step(
