@@ -307,3 +307,12 @@ def test_half_precision_serves():
     assert torch.equal(half, neighbour_graph(embeddings.half().float()))
     assert (half.sort(1).values == neighbour_graph(embeddings).sort(1).values).float().mean() > 0.9
     assert neighbour_graph(torch.zeros(4, 3, dtype=torch.float16), 2).shape == (4, 2)
+
+
+@pytest.mark.parametrize("count", [1, 3, 50])
+def test_pairs_counted_in_a_table_and_by_sorting_are_the_same(count, monkeypatch):
+    made = torch.Generator().manual_seed(0)
+    classes, graph = torch.randint(count, (200,), generator=made), neighbour_graph(torch.randn(200, 8, generator=made))
+    found = information(classes, graph, count)
+    monkeypatch.setattr(module, "_TABLE", 0)
+    assert torch.equal(information(classes, graph, count), found)

@@ -77,14 +77,24 @@ class Selectivity:
         """``activations`` are the gallery's, at the SAE's site."""
         self._sae, self._activations, self._retriever = sae, activations, retriever
         self._known_for: Tensor | None = None
+        self._rows = spread(len(retriever.gallery), _IMAGES).split(_BATCH)
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def _codes(self) -> Iterator[Latents]:
+        """Those of the images, computed once and kept: with 64 latents each, 26 MB at most."""
+        for number, rows in enumerate(self._rows):
+            if number == len(self._kept):
+                latents = self._sae.encode(self._activations[rows])
+                self._kept.append((latents.values, latents.indices.int()))
+            values, indices = self._kept[number]
+            yield Latents(values, indices.long())
 
     def _batches(self) -> Iterator[tuple[Latents, Tensor]]:
         """Codes, and the zero-shot probabilities at CLIP's logit scale of 100."""
-        retriever = self._retriever
-        embeddings = Activations(retriever.gallery.embeddings[CLIP], retriever.device)
-        for rows in spread(len(retriever.gallery), _IMAGES).split(_BATCH):
-            logits = 100 * F.normalize(embeddings[rows], dim=-1) @ retriever.classifier
-            yield self._sae.encode(self._activations[rows]), logits.softmax(1)
+        embeddings = Activations(self._retriever.gallery.embeddings[CLIP], self._retriever.device)
+        for rows, latents in zip(self._rows, self._codes(), strict=True):
+            logits = 100 * F.normalize(embeddings[rows], dim=-1) @ self._retriever.classifier
+            yield latents, logits.softmax(1)
 
     def weights(self, p: float) -> tuple[Tensor, float]:
         """:func:`latent_weights`, and the factor that gives the weighted steering vectors the mean length over the
@@ -95,12 +105,15 @@ class Selectivity:
             self._scales: dict[float, float] = {}
         weights = latent_weights(self._r, p)
         if p not in self._scales:
-            lengths = torch.zeros(2, dtype=torch.float64)
-            for latents, _ in self._batches():
-                for row, code in enumerate((latents, weighted(latents, weights))):
-                    lengths[row] += self._sae.combine(code).norm(dim=1).double().sum().cpu()
-            self._scales[p] = float(lengths[0] / lengths[1]) if lengths[1] > 0 else 1.0
+            self._scales[p] = 1.0 if (weights == 1).all() else self._scale(weights)
         return weights, self._scales[p]
+
+    def _scale(self, weights: Tensor) -> float:
+        lengths = torch.zeros(2, dtype=torch.float64)
+        for latents in self._codes():
+            for row, code in enumerate((latents, weighted(latents, weights))):
+                lengths[row] += self._sae.combine(code).norm(dim=1).double().sum().cpu()
+        return float(lengths[0] / lengths[1]) if lengths[1] > 0 else 1.0
 
 
 def weighted(latents: Latents, weights: Tensor) -> Latents:

@@ -20,6 +20,8 @@ __all__ = ["NEIGHBOURS", "Scores", "divergence", "information", "neighbour_graph
 NEIGHBOURS = 10
 _BLOCK = 2048
 _SHUFFLES = 4
+#: Classes up to which pairs are counted in a table of all, of 8 MB at most: of more, only those that occur, by sorting.
+_TABLE = 1024
 #: How much of a prior is spread evenly, so that an image of a class that should not be there costs a finite amount.
 _EVEN = 0.01
 
@@ -54,12 +56,19 @@ def information(classes: Tensor, graph: Tensor, count: int) -> Tensor:
         count: classes are below this.
     """
     ours, theirs = classes[:, None].expand_as(graph), classes[graph]
-    pairs = torch.stack([ours * count + theirs, theirs * count + ours])
-    # Only the pairs that occur are counted: a table of all would be of classes squared.
-    _, place, times = pairs.unique(return_inverse=True, return_counts=True)
-    joint = times.double()[place[0]] / pairs.numel()
-    margin = torch.bincount(torch.stack([ours, theirs]).flatten(), minlength=count).double() / pairs.numel()
+    margin = torch.bincount(torch.stack([ours, theirs]).flatten(), minlength=count).double() / (2 * graph.numel())
+    # Each edge is counted both ways, which for a pair of equal classes is the same one.
+    pairs = torch.minimum(ours, theirs) * count + torch.maximum(ours, theirs)
+    joint = _times(pairs, count) * torch.where(ours == theirs, 2, 1) / (2 * graph.numel())
     return _influence((joint / (margin[ours] * margin[theirs])).log(), graph)
+
+
+def _times(pairs: Tensor, count: int) -> Tensor:
+    """How often each number, of those below count squared, occurs: float64, of their shape."""
+    if count <= _TABLE:
+        return torch.bincount(pairs.flatten(), minlength=count * count)[pairs].double()
+    _, place, times = pairs.unique(return_inverse=True, return_counts=True)
+    return times.double()[place]
 
 
 def divergence(classes: Tensor, prior: Tensor) -> Tensor:
