@@ -139,7 +139,7 @@ def curve(bench: Bench, spec: ModelString, automatic: Automatic, known: dict[Has
         else:  # selective steering with p = 0 is vs2
             key = spec.method.sae, told.get("p", 0), told["alpha"]
         if key not in known:
-            automatic.use(values)
+            automatic.use(automatic.build(values))
             known[key] = bench.right(automatic)
         found.append(known[key])
     automatic.settle(automatic.choice)

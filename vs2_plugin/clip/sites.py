@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vs2_plugin.errors import TowerError
 
-__all__ = ["OUTPUT", "ClipModel", "Output", "Site", "Sites", "embedding_from", "finish"]
+__all__ = ["OUTPUT", "ClipModel", "Output", "Site", "Sites", "embedding_from", "finish", "pooled_from"]
 
 OUTPUT = "visual"
 _BLOCKS = "visual.transformer.resblocks"
@@ -137,13 +137,20 @@ def _block_sites(model: ClipModel) -> tuple[Site, ...]:
 def embedding_from(model: ClipModel, site: Site, x: Tensor) -> Tensor:
     """The tower's output embedding ``[batch, embed_dim]`` (float32) from the activation ``[batch, d]`` at its default
     site: what is left of the tower after it."""
+    pooled = pooled_from(model, site, x)
+    projection = None if site.token_dim is None else model.visual.proj
+    with torch.autocast(x.device.type, enabled=False):
+        return pooled if projection is None else pooled @ projection.float()
+
+
+def pooled_from(model: ClipModel, site: Site, x: Tensor) -> Tensor:
+    """The same before the tower's projection, after its final LayerNorm: ``[batch, d]`` (float32)."""
     if site.token_dim is None:
         return x.float()
-    visual = model.visual
-    dtype = next(visual.parameters()).dtype
+    dtype = next(model.visual.parameters()).dtype
     with torch.autocast(x.device.type, enabled=False):
-        pooled: Tensor = visual.ln_post(x.to(dtype)).float()
-        return pooled if visual.proj is None else pooled @ visual.proj.float()
+        pooled: Tensor = model.visual.ln_post(x.to(dtype)).float()
+        return pooled
 
 
 def finish(model: ClipModel, site: Site, x: Tensor) -> Tensor:

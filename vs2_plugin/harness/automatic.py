@@ -25,10 +25,11 @@ from vs2_plugin import __version__
 from vs2_plugin.arrays import digest_of, spread
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.clip.edits import in_float32
-from vs2_plugin.clip.sites import ClipModel, Site, embedding_from
+from vs2_plugin.clip.sites import ClipModel, Site
 from vs2_plugin.errors import HarnessError, ModelStringError, PluginError
 from vs2_plugin.files import atomic_file, json_digest
 from vs2_plugin.gallery.gallery import CLIP, Gallery
+from vs2_plugin.harness.candidates import ZeroShot
 from vs2_plugin.method import Option, Scalar
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.steering.batch import Batch, Steering, call, steer
@@ -70,15 +71,18 @@ class Automatic(nn.Module):
         self.choice: Choice | None = None
         self.steering: Steering | None = None
 
-    def use(self, values: Mapping[str, Scalar]) -> None:
-        """Steer with these values."""
-        steering = self._build({**self._given, **values})
+    def build(self, values: Mapping[str, Scalar]) -> Steering:
+        """The steering with these values."""
+        return self._build({**self._given, **values})
+
+    def use(self, steering: Steering) -> None:
+        """Steer so."""
         self._modules.pop("steering", None)  # torch would refuse a function where a module was
         self.steering = steering
 
     def settle(self, choice: Choice, classifier: Tensor | None = None) -> None:
         """Steer with the values that were chosen (for these classes) from now on."""
-        self.use(choice.values)
+        self.use(self.build(choice.values))
         self.choice, self._classes = choice, None if classifier is None else digest_of({"": classifier})
 
     def is_settled(self, classifier: Tensor) -> bool:
@@ -185,13 +189,20 @@ def settle(
         (activations[part], Batch(rows=part) if retriever is None else retriever.own(part))
         for part in rows.split(_BATCH)
     ]
+    # All of them take each batch in turn: many classes come of a few products then.
+    steerings = [automatic.build(values) for values in automatic.candidates]
+    automatic.use(steerings[0])
+    _check_first(automatic, batches)
     ways: list[Tensor] = []
-    for values in tqdm(automatic.candidates, name, unit="candidate", disable=None if name else True, leave=False):
-        automatic.use(values)
-        if not ways:
-            _check_first(automatic, batches)
-        ways.append(_classes(steer, model, site, batches, classifier.float()))
-    return choose_by_evidence(automatic.candidates, ways, graph, classifier.shape[1], prior)
+    with torch.no_grad(), torch.autocast(classifier.device.type, enabled=False):
+        zero_shot = ZeroShot(model, site, classifier.float())
+        for x, batch in tqdm(batches, name, unit="batch", disable=None if name else True, leave=False):
+            steered = []
+            for steering in steerings:
+                automatic.use(steering)
+                steered.append(in_float32(partial(_at_hand, steer, batch), x))
+            ways.append(zero_shot(steered))
+    return choose_by_evidence(automatic.candidates, torch.cat(ways).unbind(1), graph, classifier.shape[1], prior)
 
 
 @torch.no_grad()
@@ -210,24 +221,6 @@ def _check_first(automatic: Automatic, batches: Sequence[tuple[Tensor, Batch]]) 
 
 def _at_hand(steer: Callable[[Tensor, Batch], Tensor], batch: Batch, x: Tensor) -> Tensor:
     return steer(x, batch)
-
-
-@torch.no_grad()
-def _classes(
-    steer: Callable[[Tensor, Batch], Tensor],
-    model: ClipModel,
-    site: Site,
-    batches: Sequence[tuple[Tensor, Batch]],
-    classifier: Tensor,
-) -> Tensor:
-    """The zero-shot classes of steered images: int64 ``[images]``."""
-    classes = []
-    with torch.autocast(classifier.device.type, enabled=False):
-        for x, batch in batches:
-            steered = in_float32(partial(_at_hand, steer, batch), x)
-            embedding = nn.functional.normalize(embedding_from(model, site, steered), dim=-1)
-            classes.append((embedding @ classifier).argmax(1))
-    return torch.cat(classes)
 
 
 def _kept(folder: Path, identity: Mapping[str, Any], classifier: Tensor, make: Callable[[], Choice]) -> Choice:

@@ -68,7 +68,8 @@ def _times(pairs: Tensor, count: int) -> Tensor:
     if count <= _TABLE:
         return torch.bincount(pairs.flatten(), minlength=count * count)[pairs].double()
     _, place, times = pairs.unique(return_inverse=True, return_counts=True)
-    return times.double()[place]
+    counted: Tensor = times.double()[place]
+    return counted
 
 
 def divergence(classes: Tensor, prior: Tensor) -> Tensor:

@@ -1,0 +1,111 @@
+"""Classes of images under many steerings: those that the tower's end gives for each steering by itself."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vs2_plugin.clip.sites import OUTPUT, Site, embedding_from
+from vs2_plugin.harness import candidates as module
+from vs2_plugin.harness.candidates import ZeroShot
+
+D, E, CLASSES, IMAGES = 24, 16, 30, 150
+BLOCK = Site("visual.transformer.resblocks.3", D, 1)
+STRENGTHS = (0.0, 0.25, 1.0, 3.0, 8.0)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.visual = nn.Module()
+    model.visual.ln_post = nn.LayerNorm(D)
+    nn.init.normal_(model.visual.ln_post.weight)
+    nn.init.normal_(model.visual.ln_post.bias)
+    model.visual.proj = nn.Parameter(torch.randn(D, E))
+    return model.requires_grad_(False)
+
+
+def drawn(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def lines():
+    """Activations along a line for each image, brought to the length that they had."""
+    x, v = drawn(IMAGES, D), drawn(IMAGES, D, seed=2)
+    return [F.normalize(x + strength * v) * x.norm(dim=1, keepdim=True) for strength in STRENGTHS]
+
+
+def gated():
+    """The same, every other image left alone."""
+    return [torch.where(torch.arange(IMAGES)[:, None] % 2 == 0, way, lines()[0]) for way in lines()]
+
+
+def two_lines():
+    """The same along another line, too: of a second option."""
+    x, v = lines()[0], drawn(IMAGES, D, seed=3)
+    return [*lines(), *(x + strength * v for strength in STRENGTHS)]
+
+
+def anywhere():
+    """Activations that have nothing to do with each other."""
+    return list(drawn(9, IMAGES, D))
+
+
+def unlike():
+    """Along lines, but for one image that each steering sends elsewhere, and one that is not a number."""
+    ways = lines()
+    for number, way in enumerate(ways):
+        way[-1], way[3] = drawn(D, seed=20 + number), torch.nan
+    return ways
+
+
+def none():
+    return [torch.zeros(IMAGES, D)] * 3
+
+
+def expected(model, site, ways, classifier):
+    return torch.stack(
+        [(F.normalize(embedding_from(model, site, way), dim=-1) @ classifier).argmax(1) for way in ways], dim=1
+    )
+
+
+@pytest.mark.parametrize("make", [lines, gated, two_lines, anywhere, unlike, none])
+@pytest.mark.parametrize("site", [BLOCK, Site(OUTPUT, D)], ids=["block", "output"])
+def test_the_classes_are_those_of_the_tower(make, site, model):
+    classifier, ways = F.normalize(drawn(E if site is BLOCK else D, CLASSES, seed=4), dim=0), make()
+    before = [way.clone() for way in ways]
+    found = ZeroShot(model, site, classifier)(ways)
+    assert torch.equal(found, expected(model, site, ways, classifier))
+    for way, copy in zip(ways, before, strict=True):
+        torch.testing.assert_close(way, copy, rtol=0, atol=0, equal_nan=True)
+
+
+def test_without_a_projection(model):
+    model.visual.proj = None
+    classifier = F.normalize(drawn(D, CLASSES, seed=4), dim=0)
+    assert torch.equal(ZeroShot(model, BLOCK, classifier)(lines()), expected(model, BLOCK, lines(), classifier))
+
+
+def test_of_classes_with_the_same_embedding_the_tower_decides(model):
+    classifier = F.normalize(drawn(E, CLASSES, seed=4), dim=0)
+    twice = torch.cat([classifier, classifier], dim=1)
+    assert torch.equal(ZeroShot(model, BLOCK, twice)(lines()), expected(model, BLOCK, lines(), twice))
+
+
+@pytest.mark.parametrize(("make", "directions"), [(none, 0), (lines, 2), (gated, 2), (two_lines, 3), (anywhere, 4)])
+def test_along_lines_few_directions_and_few_doubts_are_left(make, directions, model, monkeypatch):
+    asked = []
+
+    def embed(model, site, x):
+        asked.append(len(x))
+        return embedding_from(model, site, x)
+
+    monkeypatch.setattr(module, "embedding_from", embed)
+    seen = []
+    spanning = module._spanning
+    monkeypatch.setattr(module, "_spanning", lambda z: seen.append(spanning(z)) or seen[-1])
+    ZeroShot(model, BLOCK, F.normalize(drawn(E, CLASSES, seed=4), dim=0))(make())
+    assert [len(found) for found in seen] == [directions]
+    if make in (lines, gated, two_lines):
+        assert sum(asked) < 0.02 * IMAGES * len(make())
