@@ -92,7 +92,9 @@ def test_a_transform_in_place_of_open_clips_preprocessing_is_told_without_addres
     import open_clip
 
     transform = open_clip.image_transform(32, is_train=False)
-    assert " at 0x" not in str(make_tower(transform=transform).preprocessing)
+    transform.transforms.append(nudge)
+    told = str(make_tower(transform=transform).preprocessing)
+    assert " at 0x" not in told and "<function nudge>" in told
 
 
 def test_a_tower_survives_json(make_tower):

@@ -31,7 +31,11 @@ def folder(tmp_path):
 @pytest.fixture
 def sparsify(monkeypatch):
     monkeypatch.setenv("SPARSIFY_DISABLE_TRITON", "1")  # it would ask for a GPU
-    return pytest.importorskip("sparsify")
+    try:
+        import sparsify
+    except ImportError as error:  # it is not there, or its own packages do not fit each other
+        pytest.skip(f"sparsify cannot be imported: {error}")
+    return sparsify
 
 
 @pytest.mark.parametrize("activation", ["relu", "abs"])

@@ -93,8 +93,6 @@ def _check_own_weights(backbone: str) -> None:
         if "/" not in backbone:
             raise TowerError(f"{backbone!r} names no repository of the hub; expected {HUB}ORGANISATION/NAME")
         return
-    if not hasattr(open_clip.factory, "LOCAL_DIR_PREFIX"):
-        raise TowerError(f"{backbone!r}: {LOCAL} names need open_clip 3; pip install 'open_clip_torch>=3'")
     config = Path(backbone.removeprefix(LOCAL)) / "open_clip_config.json"
     if not config.is_file():
         raise TowerError(f"{backbone!r}: no file {config}; expected a folder that open_clip wrote")

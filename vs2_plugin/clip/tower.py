@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = ["Tower"]
+
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # of a function in a transform: another one in each process
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Tower:
             for module in visual.modules()
             if type(module).__name__ == "QuickGELU" or type(module).__module__ == "torch.nn.modules.activation"
         }
-        preprocessing = getattr(visual, "preprocess_cfg", None) or {"transform": str(transform)}
+        preprocessing = getattr(visual, "preprocess_cfg", None) or {"transform": _ADDRESS.sub("", str(transform))}
         return cls(
             parameters=digest_of(visual.state_dict()),
             activations=sorted(kinds - {"MultiheadAttention"}),
