@@ -85,6 +85,15 @@ def make_sae(activation):
     return sae, torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr=1e-2)
 
 
+def test_where_it_cannot_be_the_optimizer_is_as_it_was(here, monkeypatch):
+    """Torch's own step goes on with it, and takes no moments and no count of steps from here."""
+    monkeypatch.setattr(torch, "mm", lambda one, other: one @ other)  # without the out_dtype of torch 2.8
+    sae, optimizer = make_sae("abs")
+    with pytest.raises(TypeError, match="out_dtype"):
+        here.GpuStep(sae, optimizer)
+    assert not optimizer.state
+
+
 @pytest.mark.parametrize("activation", ["relu", "abs"])
 @pytest.mark.parametrize("extra", ["plain", "auxk", "pass"])
 def test_steps_are_those_of_the_plain_path_and_of_torchs_adam(here, activation, extra):
