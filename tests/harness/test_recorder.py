@@ -318,3 +318,18 @@ def test_what_is_left_out_of_the_time_is_only_that(monkeypatch):
         now[0] += 4
     now[0] += 2
     assert recorder.facts()["vs2_seconds"] == 7.0
+
+
+def test_without_a_file_of_the_system_the_peak_is_that_of_the_whole_process(monkeypatch):
+    resource = pytest.importorskip("resource")
+    if torch.cuda.is_available():
+        pytest.skip("it is the GPU's")
+
+    def missing(*given):
+        raise OSError
+
+    monkeypatch.setattr(per_image.Path, "read_text", missing)
+    for platform, unit in (("linux", 1024), ("darwin", 1)):
+        monkeypatch.setattr(per_image.sys, "platform", platform)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        assert per_image._peak() == pytest.approx(unit * peak, rel=0.01)

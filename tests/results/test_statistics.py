@@ -99,6 +99,7 @@ def test_class_changes_are_those_of_plain_loops(rng):
         assert change.change == pytest.approx((len(mended) - len(broken)) / len(mine))
     ordered = [change.change for change in class_changes(target, before, after)]
     assert ordered == sorted(ordered, reverse=True)
+    assert all(type(label) is int for label in found)  # which JSON knows
 
 
 def test_a_class_that_nothing_happened_to_and_a_class_without_images():

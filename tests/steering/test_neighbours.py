@@ -1,18 +1,21 @@
 """The brake of VS2++ and CLIP steering: an image whose neighbours disagree is left alone, bit for bit."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from vs2_plugin.data.images import image_digest
+from vs2_plugin.errors import DataError
 from vs2_plugin.gallery.gallery import Gallery
 from vs2_plugin.gallery.search import ExactSearch
 from vs2_plugin.sae.topk import sample_fvu
 from vs2_plugin.steering.batch import Batch
 from vs2_plugin.steering.batch import steer as applied
 from vs2_plugin.steering.gate import Gate
-from vs2_plugin.steering.neighbours import Activations, Codes, NeighbourSteering
-from vs2_plugin.steering.retriever import Retriever
+from vs2_plugin.steering.neighbours import Activations, Codes, MixedSteering, NeighbourSteering, VoteSteering, contrast
+from vs2_plugin.steering.retriever import Neighbours, Retriever
 
 N = 10
 
@@ -120,3 +123,82 @@ def test_with_a_gate_an_image_is_steered_where_both_let_it(make):
     assert torch.equal(found[both], free[both]) and torch.equal(found[~both], x[~both])
     assert 0 < int(both.sum()) < int(opened.sum())
     assert gate.facts["coverage"] == 0.5 and steering.facts["braked"] == pytest.approx(float((~opened).float().mean()))
+
+
+# ---- of what the brake and the gate let through
+
+
+def test_a_contrast_is_the_mean_of_the_ones_less_that_of_the_others():
+    made = torch.Generator().manual_seed(0)
+    labels, chosen = torch.randint(3, (60, 5), generator=made), torch.randint(4, (60,), generator=made)
+    valid, values = torch.rand(60, 5, generator=made) < 0.6, torch.randn(60, 5, generator=made)
+    valid[0] = False
+    weights, shares = contrast(labels, chosen, valid)
+    for row in range(60):
+        places = valid[row].nonzero()[:, 0].tolist()
+        there = [(float(values[row, place]), labels[row, place] == chosen[row]) for place in places]
+        ones, others = ([value for value, same in there if same == which] for which in (True, False))
+        expected = sum(ones) / max(1, len(ones)) - sum(others) / max(1, len(others))
+        assert float(weights[row] @ values[row]) == pytest.approx(expected, abs=1e-6)
+        assert shares[row] == pytest.approx(len(ones) / max(1, len(there)))
+
+
+class Found(SimpleNamespace):
+    """A retriever that has found four neighbours of three queries; of the second, one, and of the third, none."""
+
+    device = torch.device("cpu")
+    similarity = torch.tensor([[0.9, 0.6, 0.3, -0.2], [0.5, 0.4, 0.3, 0.2], [0.5, 0.4, 0.3, 0.2]])
+    valid = torch.tensor([[True] * 4, [False, True, False, False], [False] * 4])
+    classifier = torch.nn.functional.normalize(torch.randn(6, 3, generator=torch.Generator().manual_seed(2)), dim=0)
+
+    def neighbours(self, batch):
+        return Neighbours(torch.arange(4).expand(3, 4), self.similarity, self.valid)
+
+    def labels(self, kind):
+        return torch.tensor([2, 1, 1, 2])
+
+    @property
+    def gallery(self):
+        return SimpleNamespace(embeddings={"clip": self.embeddings})
+
+    embeddings = 3 * np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)
+
+
+@pytest.mark.parametrize("labels", ["none", "pseudo"])
+def test_embeddings_are_mixed_with_the_mean_of_neighbours_by_similarity(labels):
+    steering, x = MixedSteering(Found(), 0.7, labels), torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+    found = steering(x, None)
+    unit = Found.embeddings / np.linalg.norm(Found.embeddings, axis=1, keepdims=True)
+    # Of the first, two neighbours each have the labels 1 and 2; those of 1 are more similar together.
+    taken = ({0: 0.9, 1: 0.6, 2: 0.3}, {1: 0.4}) if labels == "none" else ({1: 0.6, 2: 0.3}, {1: 0.4})
+    for row, of in enumerate(taken):
+        mean = sum(weight * unit[place] for place, weight in of.items()) / sum(of.values())
+        query, norm = x[row].numpy(), float(x[row].norm())
+        torch.testing.assert_close(found[row], torch.from_numpy(norm * (0.7 * query / norm + 0.3 * mean)).float())
+    assert torch.equal(found[2], x[2])
+    assert steering.facts == ({} if labels == "none" else {"agreement": pytest.approx((0.5 + 1 + 0) / 3)})
+
+
+def test_a_vote_gives_the_embedding_of_the_winning_class_and_leaves_who_has_no_neighbours():
+    steering, x = VoteSteering(Found()), torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+    found = steering(x, None)
+    assert torch.equal(found[1], Found.classifier.T[1]) and torch.equal(found[2], x[2])
+    assert steering.facts == {"agreement": pytest.approx((0.5 + 1 + 0) / 3)}
+
+
+def test_the_query_rule_numbers_classes_as_the_training_labels_do():
+    class Two(Found):
+        gallery = SimpleNamespace(first_labels={"a": 0, "b": 5})
+
+        def classes(self, batch):
+            return torch.tensor([1, 2])
+
+    def own(dataset, labels="oracle", retriever=Two):
+        return NeighbourSteering(retriever(), None, 1.0, "query", labels, dataset)._own_classes(None).tolist()
+
+    assert (own("a"), own("b"), own("c", "pseudo")) == ([1, 2], [6, 7], [1, 2])
+    for unknown in ("c", None):
+        with pytest.raises(DataError, match="training labels of a and b"):
+            own(unknown)
+    one = type("One", (Two,), {"gallery": SimpleNamespace(first_labels={"a": 0})})
+    assert own(None, retriever=one) == [1, 2]

@@ -77,7 +77,8 @@ def make(images, copies=(), n=3, labels=None, **options):
     embeddings = embed(kept).numpy().astype(np.float16)
     digests = np.array([image_digest(image) for image in kept], np.uint64)
     gallery = Gallery({}, {"clip": embeddings}, digests, labels)
-    return Retriever(gallery, "cpu", n=n, search=ExactSearch(embeddings, "cpu"), digest=image_digest, **options)
+    options = {"digest": image_digest, **options}
+    return Retriever(gallery, "cpu", n=n, search=ExactSearch(embeddings, "cpu"), **options)
 
 
 def look(retriever, images):
@@ -111,6 +112,25 @@ def test_a_query_that_is_nearly_an_image_of_the_gallery_has_it_as_its_neighbour(
     query = images[:1] + 1e-4
     found = look(make(images), query)
     assert found.rows[0, 0] == 0 and found.valid.all()
+
+
+def test_an_image_far_from_all_of_the_gallery_is_not_looked_for_by_its_bytes(images):
+    def digest(image):
+        raise AssertionError("which takes time")
+
+    assert look(make(images, digest=digest), -images[:2]).valid.all()
+
+
+def test_the_tensors_that_all_steerings_read_are_told_by_name(images):
+    retriever, batch = make(images), Batch(images, embed=lambda: embed(images))
+    assert retriever.shared(batch) == {"the class embeddings": None, "the gallery's labels": None}
+    retriever.set_classifier(torch.eye(48)[:, :2])
+    found, (classes, odds) = retriever.neighbours(batch), retriever.pseudo
+    named = {"the class embeddings": retriever.classifier, "the gallery's labels": None}
+    named |= {"the gallery's classes": classes, "their log-odds": odds}
+    named |= {f"neighbours.{name}": tensor for name, tensor in found._asdict().items()}
+    shared = retriever.shared(batch)
+    assert shared.keys() == named.keys() and all(shared[name] is tensor for name, tensor in named.items())
 
 
 def test_where_the_gallery_is_too_small_the_places_left_are_marked(images):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vs2_plugin.harness.automatic import _kept as kept
-from vs2_plugin.strength import RULE, Choice, Scores, choose, neighbour_graph, scores
+from vs2_plugin.strength import RULE, Choice, Rule, Scores, choose, neighbour_graph, scores
 
 ALPHAS = [{"alpha": value} for value in (0.0, 0.5, 1.0, 2.0)]
 TWO = [{"p": p, "alpha": alpha} for p in (0.0, 2.0) for alpha in (0.0, 1.0)]
@@ -137,6 +137,27 @@ def test_of_those_that_pass_the_one_with_most_evidence_is_taken():
     assert RULE.pick(ALPHAS, Scores(**{**table, "information_errors": [0, 5, 2.4, 2.4]})) == 1
     assert RULE.pick(ALPHAS, Scores(**{**table, "entropy": [1.5, 3.3, 3.7, 3.9]})) == 3  # a quarter of it is told
     assert RULE.pick(ALPHAS, Scores(**{**table, "entropy": [1.5, 3.3, 3.7, 4.1]})) == 0
+
+
+def test_what_is_just_at_a_bound():
+    """A gain has to be above its bounds; what is told, and the shares' move, may be at theirs."""
+    table = {
+        "information": [1.0, 1.5], "information_errors": [0, 3], "entropy": [2, 6],
+        "divergence": [0.5, 0.5], "divergence_errors": [0, 2.5],
+    }  # fmt: skip
+
+    def objection(**changed):
+        return Rule(errors=2.5, gain=0.25, known=0.25).objection(ALPHAS[:2], Scores(**{**table, **changed}), 1)
+
+    assert objection() is None
+    assert "not surely more" in objection(information_errors=[0, 2.5])
+    assert "not by much" in objection(information=[1.25, 1.5])
+    assert "only 25% of what there is to tell" in objection(entropy=[2, 6.01])
+    assert "move away" in objection(divergence_errors=[0, 2.51])
+
+
+def test_the_constants_are_those_that_the_study_chose():
+    assert Rule(errors=2.5, gain=0.075, known=0.25) == RULE
 
 
 def test_a_second_option_must_have_more_to_show(even):
@@ -282,9 +303,11 @@ def test_the_facts_are_flat_and_hold_the_evidence(made):
     words = dict(word.split(":") for word in facts["auto_evidence"].split())
     assert list(words) == ["0/0", "0/1", "2/0", "2/1"]
     assert [float(value) for value in words.values()] == pytest.approx(made.scores.information, abs=6e-4)
-    assert facts["auto_information"] == pytest.approx(made.scores.information[3], abs=1e-4)
-    assert facts["auto_information_plain"] == pytest.approx(made.scores.information[0], abs=1e-4)
-    assert facts["auto_standard_errors"] == pytest.approx(made.scores.information_errors[3], abs=0.01)
+    assert facts["auto_information"] == round(made.scores.information[3], 4)
+    assert facts["auto_information_plain"] == round(made.scores.information[0], 4)
+    assert facts["auto_standard_errors"] == round(made.scores.information_errors[3], 2)
+    assert facts["auto_entropy"] == round(made.scores.entropy[3], 4)
+    assert facts["auto_entropy_plain"] == round(made.scores.entropy[0], 4)
 
 
 def test_one_sentence_says_what_was_chosen_and_why(made, even):
