@@ -10,9 +10,11 @@ from vs2_plugin.arrays import (
     ROWS,
     Column,
     Stack,
+    ask_for,
     check,
     check_all,
     digest_of,
+    on_disk,
     stack,
     sums_of,
     trust_all,
@@ -62,9 +64,7 @@ def test_a_rest_that_was_completed_is_no_whole_chunk(tmp_path):
     assert whole_rows(tmp_path / "x.npy", 3, np.float16) == ROWS
 
 
-@pytest.mark.parametrize(
-    ("count", "whole"), [(0, 0), (ROWS - 1, 0), (ROWS, ROWS), (2 * ROWS + 5, 2 * ROWS)]
-)
+@pytest.mark.parametrize(("count", "whole"), [(0, 0), (ROWS - 1, 0), (ROWS, ROWS), (2 * ROWS + 5, 2 * ROWS)])
 def test_a_column_goes_on_after_its_whole_chunks(count, whole, tmp_path):
     path, rows = tmp_path / "x.npy", np.arange(3 * ROWS * 3, dtype=np.float32).reshape(-1, 3) % 1000
     started(path, count)
@@ -209,6 +209,36 @@ def test_stacked_arrays_read_as_one(rows):
     stacked, whole = stack(parts), np.concatenate(parts)
     assert stacked.shape == whole.shape and len(stacked) == 7
     assert np.array_equal(stacked[rows], whole[rows]) and stacked[rows].dtype == np.float16
+
+
+def test_rows_are_asked_for_where_they_lie_in_their_files(tmp_path, monkeypatch):
+    whole = np.random.default_rng(0).random((30, 7)).astype(np.float16)
+    for name, part in (("a", whole[:10]), ("b", whole[10:])):
+        np.save(tmp_path / f"{name}.npy", part)
+    mapped = [np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in "ab"]
+    found = []
+
+    def advise(file, start, size, advice):
+        assert advice == os.POSIX_FADV_WILLNEED
+        found.append(np.frombuffer(os.pread(file, size, start), np.float16))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    rows = np.array([0, 9, 10, 11, 29], np.int32)
+    ask_for(stack(mapped), rows)
+    assert np.array_equal(found, whole[rows])
+    found.clear()
+    for other in (whole, mapped[0][2:]):  # not in a file, and a view that does not tell where it lies
+        ask_for(other, rows)
+    assert not found
+
+
+def test_only_large_files_count_as_on_disk(tmp_path, monkeypatch):
+    np.save(tmp_path / "x.npy", np.zeros((6, 4), np.float16))
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    assert not on_disk(mapped)
+    monkeypatch.setattr(arrays, "_LARGE", mapped.nbytes)
+    assert on_disk(mapped) and on_disk(stack([mapped, mapped]))
+    assert not on_disk(np.array(mapped)) and not on_disk(mapped[:5])
 
 
 def test_one_array_is_not_wrapped():

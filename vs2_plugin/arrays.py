@@ -7,7 +7,9 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import mmap
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -20,13 +22,15 @@ from torch import Tensor
 from vs2_plugin.files import atomic_file, file_digest
 
 __all__ = [
-    "ROWS", "Array", "Column", "Stack", "check", "check_all", "check_file", "digest_of", "spread", "stack", "sums_of",
-    "trust_all", "whole_rows",
+    "ROWS", "Array", "Column", "Stack", "ask_for", "check", "check_all", "check_file", "digest_of", "on_disk", "spread",
+    "stack", "sums_of", "trust_all", "whole_rows",
 ]  # fmt: skip
 
 Array = np.ndarray[Any, np.dtype[Any]]
 #: Rows of a column that one digest is of: what an interruption loses of an extraction, at most.
 ROWS = 1024
+#: Memory-mapped arrays of at least this many bytes may be on disk only; smaller ones were read whole not long ago.
+_LARGE = 1 << 30
 _LINE = 65  # bytes of a digest in its file
 _HEADER = 128  # bytes, with the room that numpy leaves for a greater count
 
@@ -245,9 +249,38 @@ class Stack:
     def __getitem__(self, rows: int | slice | Array) -> Array:
         numbers = rows if isinstance(rows, np.ndarray) else np.arange(len(self))[rows]
         found: Array = np.empty((numbers.size, self.shape[1]), self.dtype)
-        flat = np.atleast_1d(numbers)
-        owner = np.searchsorted(self._starts, flat, side="right") - 1
+        for part, mine, own in self.owners(np.atleast_1d(numbers)):
+            found[mine] = part[own]
+        return found if numbers.ndim else found[0]
+
+    def owners(self, numbers: Array) -> Iterator[tuple[Array, Array, Array]]:
+        """Give each array, which of the row ``numbers`` ``[count]`` are its rows (bool ``[count]``), and their numbers
+        in it."""
+        owner = np.searchsorted(self._starts, numbers, side="right") - 1
         for index, part in enumerate(self._parts):
             mine = owner == index
-            found[mine] = part[flat[mine] - self._starts[index]]
-        return found if numbers.ndim else found[0]
+            yield part, mine, numbers[mine] - self._starts[index]
+
+
+def on_disk(array: Array | Stack) -> bool:
+    """Return whether ``array`` is mapped from files and so large that memory may not hold it."""
+    count, width = array.shape
+    mapped = isinstance(array, Stack) or isinstance(array.base, mmap.mmap)
+    return mapped and count * width * array.dtype.itemsize >= _LARGE
+
+
+def ask_for(array: Array | Stack, rows: Array) -> None:
+    """Ask the system to read ``rows`` (numbers ``[count]``) of an array that is mapped from files.
+
+    It reads many at a time and does not wait for the last. Else each is read when it is touched, after the one before,
+    with megabytes around it; from now on, no longer with these.
+    """
+    if isinstance(array, Stack):
+        for part, _, own in array.owners(rows):
+            ask_for(part, own)
+    elif isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap) and hasattr(os, "posix_fadvise"):
+        array.base.madvise(mmap.MADV_RANDOM)
+        size, start, will_need = array.strides[0], array.offset, os.POSIX_FADV_WILLNEED
+        with suppress(OSError), open(str(array.filename), "rb") as file:
+            for row in rows.tolist():
+                os.posix_fadvise(file.fileno(), start + row * size, size, will_need)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache
 from itertools import count
 from typing import Any
@@ -42,6 +43,9 @@ class Processes:
 
 ALONE = Processes()
 _JOINS = count()
+#: How long one waits for another, as where one machine extracts its images sooner; torchrun ends those left by one that
+#: fails. torch itself gives up after ten minutes (NCCL).
+_PATIENCE = timedelta(days=2)
 
 
 @contextmanager
@@ -61,6 +65,7 @@ def joined() -> Iterator[Processes]:
     dist.init_process_group(
         "gloo" if device is None else "nccl",
         device_id=device,
+        timeout=_PATIENCE,
         store=_store(),
         rank=processes.rank,
         world_size=world,

@@ -310,6 +310,12 @@ def test_a_part_that_was_extracted_before_all_were_killed_is_not_extracted_again
     assert names(cache) == [cache.folder(KEY).name]  # the parts are gone
 
 
+def test_a_part_that_lies_in_another_folder_is_missed(cache):
+    """As where the machines share none."""
+    with pytest.raises(DataError, match=r"what another process extracted is not there; start all .* same --store"):
+        extract(mean, {"mean": 3}, TrainingImages(*many()), cache, KEY, processes=Processes(0, 2), **SETTINGS)
+
+
 def test_a_fresh_extraction_does_not_go_on(cache):
     broken = Interrupted(*many())
     broken.error, broken.after = KeyboardInterrupt(), 30

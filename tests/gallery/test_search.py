@@ -158,6 +158,7 @@ def test_faiss_finds_nearly_what_exact_search_finds(clustered, tmp_path):
 
 def test_the_index_is_kept_and_used_again(clustered, tmp_path, monkeypatch):
     pytest.importorskip("faiss")
+    monkeypatch.setattr(search, "_SMALL", 4999)
     rows, queries = clustered
     file = tmp_path / "x.faiss"
     first = open_search("faiss", rows, file, "cpu")
@@ -236,7 +237,19 @@ def test_places_that_faiss_leaves_empty_are_marked(tmp_path):
     assert 0 < len(valid) < 400 and (found[0][len(valid) :] == -1).all()
 
 
-def test_a_small_gallery_is_searched_whole(rows, queries, tmp_path):
+def test_a_small_gallery_is_searched_exactly_without_faiss(rows, queries, tmp_path, monkeypatch, caplog):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    monkeypatch.setattr(search, "_SMALL", len(rows))
+    caplog.set_level("INFO")
+    find = open_search("faiss", rows, tmp_path / "x.faiss", "cpu")
+    assert rows_of(find, queries) == rows_of(ExactSearch(rows, "cpu"), queries)
+    assert caplog.messages == ["the gallery's 100 images are searched exactly; FAISS is for more than 100"]
+    assert not (tmp_path / "x.faiss").exists()
+
+
+def test_faiss_looks_through_all_of_very_few(rows, queries, tmp_path):
     pytest.importorskip("faiss")
     found = rows_of(FaissSearch(rows[:20], tmp_path / "x.faiss", "cpu"), queries, 20)
     assert all(sorted(row) == list(range(20)) for row in found)
@@ -246,6 +259,7 @@ def test_without_faiss_it_is_said_how_to_install_it(rows, tmp_path, monkeypatch)
     import sys
 
     monkeypatch.setitem(sys.modules, "faiss", None)
+    monkeypatch.setattr(search, "_SMALL", len(rows) - 1)
     with pytest.raises(SettingError, match=r"@search=faiss needs FAISS.*pip install 'vs2-plugin\[faiss\]'"):
         open_search("faiss", rows, tmp_path / "x.faiss", "cpu")
     open_search("exact", rows, tmp_path / "x.faiss", "cpu")

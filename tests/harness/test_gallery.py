@@ -13,6 +13,7 @@ from vs2_plugin.cli import train_sae
 from vs2_plugin.data.images import open_images
 from vs2_plugin.demo.digits import CLASSES, TEMPLATES
 from vs2_plugin.errors import DataError, HarnessError
+from vs2_plugin.gallery import search
 
 from .conftest import DIGITS, TINY, few_digits, metrics
 
@@ -110,8 +111,9 @@ def test_images_can_be_compared_by_another_encoder(few, clip_benchmark, train):
     assert code == 2 and error.splitlines()[-1].startswith("vs2: error: ")
 
 
-def test_faiss_finds_what_exact_search_finds_in_a_small_gallery(few, clip_benchmark, train):
+def test_faiss_finds_what_exact_search_finds_in_a_small_gallery(few, clip_benchmark, train, monkeypatch):
     pytest.importorskip("faiss")
+    monkeypatch.setattr(search, "_SMALL", 59)
     name = train("faiss", "--max_images", "60")
     models = [f"vs2pp:{TINY}@{name}@n=5@search={search}" for search in ("exact", "faiss", "faiss")]
     code, error = clip_benchmark("eval", "--model", *models, *DATA, "--output", "f-{model}.json")
@@ -126,6 +128,7 @@ def test_without_faiss_the_run_ends_with_one_line(few, clip_benchmark, monkeypat
     import sys
 
     monkeypatch.setitem(sys.modules, "faiss", None)
+    monkeypatch.setattr(search, "_SMALL", 0)
     code, error = clip_benchmark("eval", "--model", f"vs2pp:{TINY}@{NAME}@search=faiss", *DATA, "--output", "x.json")
     assert code == 2 and error.splitlines()[-1].startswith("vs2: error: @search=faiss needs FAISS; install it with: ")
 

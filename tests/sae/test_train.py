@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from vs2_plugin import arrays
 from vs2_plugin.errors import DataError, SettingError
 from vs2_plugin.sae import train as train_module
 from vs2_plugin.sae.config import RECIPES, TrainConfig
@@ -60,6 +61,42 @@ def test_a_float16_file_on_disk_trains_as_its_values_in_memory_do(tmp_path):
     assert same_weights(on_disk, in_memory)
     assert torch.equal(mean, same_mean)
     assert figures.fvu_quantiles == same_figures.fvu_quantiles
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_what_memory_may_not_hold_is_asked_for_and_trains_to_the_same_bits(files, tmp_path, monkeypatch):
+    half = make_activations().astype(np.float16)
+    mapped = []
+    for number, part in enumerate(np.array_split(half, files)):
+        np.save(tmp_path / f"{number}.npy", part)
+        mapped.append(np.load(tmp_path / f"{number}.npy", mmap_mode="r"))
+    expected, _, figures = train(half)
+    asked, read = [], []
+    rows = train_module._rows
+    monkeypatch.setattr(arrays, "_LARGE", half.nbytes)
+    monkeypatch.setattr(train_module, "ask_for", lambda given, rows: asked.append(rows) or arrays.ask_for(given, rows))
+    monkeypatch.setattr(train_module, "_rows", lambda given, chosen, to: read.append(chosen) or rows(given, chosen, to))
+    found, _, same_figures = train(arrays.stack(mapped))
+    assert same_weights(found, expected)
+    assert asdict(same_figures) | {"seconds": 0} == asdict(figures) | {"seconds": 0}
+    wanted = {number for part in asked for number in part.tolist()}
+    assert len(asked) > figures.steps == 160 and {number for part in read for number in part.tolist()} <= wanted
+    monkeypatch.setattr(arrays, "_LARGE", half.nbytes + 1)
+    asked.clear()
+    train(arrays.stack(mapped))
+    assert not asked
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+def test_parts_are_given_in_order_each_after_the_next_was_asked_for(count, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train_module, "on_disk", lambda array: True)
+    monkeypatch.setattr(train_module, "ask_for", lambda array, rows: asked.append(int(rows[0])))
+    given = []
+    for part in train_module._ahead((np.array([number]) for number in range(count)), [np.zeros(1)]):
+        given.append(int(part[0]))
+        assert asked[: len(given)] == given  # its own, and perhaps the next one's already
+    assert given == asked == list(range(count))
 
 
 def test_it_learns(trained):
@@ -135,10 +172,10 @@ def test_scaling_back_gives_the_reconstruction_of_the_training(monkeypatch):
     activations = make_activations()
     inside = []
 
-    def spy(sae, rows, held):
-        x = rows(held)
+    def spy(sae, activations, held, device, scale=1.0):
+        x = torch.from_numpy(activations[held]) / scale
         inside.append((x, sae(x)))
-        return held_out_fvu(sae, rows, held)
+        return held_out_fvu(sae, activations, held, device, scale)
 
     held_out_fvu = train_module._held_out_fvu
     monkeypatch.setattr(train_module, "_held_out_fvu", spy)

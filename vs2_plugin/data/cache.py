@@ -140,7 +140,12 @@ class ActivationCache:
         """Put what lies under the keys ``parts`` under one key, in their order, and remove the parts."""
         with self.alone(key), self.writing(key, widths, dtype, labels, fresh=True) as writer:  # joining is quick
             for part in parts:
-                found = self.written(part, widths, labels)
+                found = self.open(part, widths, labels)
+                if found is None:
+                    raise DataError(
+                        f"{self.folder(part)}: what another process extracted is not there; start all of them with the "
+                        "same --store, a folder that their machines share"
+                    )
                 for start in range(0, len(found), _CHUNK):
                     rows = slice(start, start + _CHUNK)
                     columns = {name: column[rows] for name, column in found.columns.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,6 +21,10 @@ from vs2_plugin.sae.topk import largest
 
 __all__ = ["ExactSearch", "FaissSearch", "ScreenedSearch", "Search", "blocks", "open_search"]
 
+_LOG = logging.getLogger(__name__)
+#: Galleries of up to this many images are searched exactly, whatever is asked for: that takes about 2 % of the time of
+#: a ViT-B-32, and FAISS, which builds its index for 20 s, finds 78 % (3,000 images) to 98 % (50,000) of the 50 nearest.
+_SMALL = 50_000
 _BLOCK = 1 << 16
 #: Embeddings up to this many bytes (as float32) are kept in the processor's memory, larger ones read block by block.
 _RESIDENT = 2 << 30
@@ -177,9 +182,13 @@ class FaissSearch:
 
 
 def open_search(kind: str, embeddings: Array | Stack, file: Path, device: str | torch.device) -> Search:
-    """Return the search of that kind: ``exact`` or ``faiss`` (whose index lies, or will lie, in ``file``)."""
+    """Return the search of that kind: ``exact`` or ``faiss`` (whose index lies, or will lie, in ``file``); of a small
+    gallery, the exact one."""
     if kind == "faiss":
-        return FaissSearch(embeddings, file, device)
+        if len(embeddings) > _SMALL:
+            return FaissSearch(embeddings, file, device)
+        count = f"{len(embeddings):,}"
+        _LOG.info("the gallery's %s images are searched exactly; FAISS is for more than %s", count, f"{_SMALL:,}")
     if ScreenedSearch.fits(embeddings, torch.device(device)):
         return ScreenedSearch(embeddings, device)
     return ExactSearch(embeddings, device)

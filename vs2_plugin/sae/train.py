@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from vs2_plugin.arrays import Stack
+from vs2_plugin.arrays import Stack, ask_for, on_disk
 from vs2_plugin.distributed import ALONE, Processes, total
 from vs2_plugin.errors import DataError, SettingError
 from vs2_plugin.sae.config import TrainConfig
@@ -187,11 +188,11 @@ def _train_together(runs: Sequence[_Run], quiet: bool, processes: Processes, sav
         unit_scale=True,
         disable=True if quiet else None,
     )
-    batches = islice(_batches(first.train, first.batch_size, first.job.config.seed), done, None)
     arrays = {id(run.job.activations): run.job.activations for run in runs}
+    whole = islice(_batches(first.train, first.batch_size, first.job.config.seed), done, first.steps)
+    batches = _ahead((batch[processes.rank :: processes.world] for batch in whole), arrays.values())
     with _threads_for(max(run.work for run in runs)), shown as bar:
-        for step in range(done + 1, first.steps + 1):
-            chosen = next(batches)[processes.rank :: processes.world]
+        for step, chosen in enumerate(batches, done + 1):
             read = {key: _rows(activations, chosen, first.device) for key, activations in arrays.items()}
             for run in runs:
                 run.step(read[id(run.job.activations)], chosen, step)
@@ -287,7 +288,7 @@ class _Run:
     def look(self) -> tuple[float, float]:
         """FVU on the watched activations, and the share of dead latents. Keeps the weights if they are the best so
         far; with PASS, whose aim is another, in any case."""
-        self._last = _held_out_fvu(self.sae, self._scaled_rows, self.watched)
+        self._last = _held_out_fvu(self.sae, self.job.activations, self.watched, self.device, self.scale)
         if self._last < self._best[0] or (self._classes is not None and math.isfinite(self._last)):
             self._best = (self._last, {key: value.clone() for key, value in self.sae.state_dict().items()})
         return self._last, (self._silent >= self.job.config.dead_after).float().mean().item()
@@ -330,9 +331,6 @@ class _Run:
         if self._classes is not None and "means" in state:
             self._classes.kept = state["means"].to(self.device), state["seen"].to(self.device)
 
-    def _scaled_rows(self, chosen: np.ndarray) -> Tensor:
-        return _rows(self.job.activations, chosen, self.device) / self.scale
-
     def finish(self, calibration: np.ndarray | None) -> Trained:
         """The SAE of the weights that were kept, for activations as they are stored."""
         sae, activations, device = self.sae, self.job.activations, self.device
@@ -351,7 +349,7 @@ class _Run:
         samples_fvu = _samples_fvu(sae, activations, calibrated, self.mean, device)
         quantiles = torch.quantile(samples_fvu, torch.tensor(QUANTILES, dtype=torch.double)).tolist()
         figures = Figures(
-            fvu=round(_held_out_fvu(sae, lambda chosen: _rows(activations, chosen, device), self.held), 6),
+            fvu=round(_held_out_fvu(sae, activations, self.held, device), 6),
             fvu_quantiles={f"{q:g}": round(value, 6) for q, value in zip(QUANTILES, quantiles, strict=True)},
             dead=_dead_share(sae, activations, np.sort(self.train[:_DEAD_MAX]), device),
             train_count=len(self.train),
@@ -431,6 +429,36 @@ def _chunks(chosen: np.ndarray) -> Iterator[np.ndarray]:
         yield chosen[start : start + _CHUNK]
 
 
+def _ahead(parts: Iterable[np.ndarray], arrays: Collection[Rows]) -> Iterator[np.ndarray]:
+    """Give ``parts``, row numbers, as they are. Before each is given, the disk is asked for the next one's rows of the
+    ``arrays`` that memory may not hold: they are read meanwhile."""
+    asked = [array for array in arrays if not isinstance(array, Tensor) and on_disk(array)]
+    if not asked:
+        yield from parts
+        return
+
+    def ask(part: np.ndarray) -> None:
+        for array in asked:
+            ask_for(array, part)
+
+    waiting: list[tuple[np.ndarray, Future[None]]] = []
+    with ThreadPoolExecutor(1) as other:
+        for part in parts:
+            waiting.append((part, other.submit(ask, part)))
+            if len(waiting) > 1:
+                given, done = waiting.pop(0)
+                done.result()
+                yield given
+        for part, done in waiting:
+            done.result()
+            yield part
+
+
+def _every(activations: Rows, chosen: np.ndarray, device: Device) -> Iterator[Tensor]:
+    """The activations of the numbers ``chosen``, in chunks ``[count, d]``."""
+    return (_rows(activations, part, device) for part in _ahead(_chunks(chosen), [activations]))
+
+
 def _moments(activations: Rows) -> tuple[Tensor, float]:
     """Mean ``[d]`` and total variance, in float64 and one pass."""
     origin = torch.from_numpy(np.array(activations[0])).double()  # sums around it keep their digits
@@ -449,6 +477,8 @@ def _start_from_data(sae: TopKSAE, activations: Rows, train: np.ndarray, seed: i
     for latents in _chunks(np.arange(sae.config.num_latents)):
         one = rng.integers(len(train), size=len(latents))
         other = (one + rng.integers(1, len(train), size=len(latents))) % len(train)  # never the same one
+        if not isinstance(activations, Tensor) and on_disk(activations):
+            ask_for(activations, train[np.concatenate([one, other])])
         differences = F.normalize(_rows(activations, train[one], "cpu") - _rows(activations, train[other], "cpu"))
         # Two equal activations have no direction between them: those latents keep their random one.
         sae.W_dec[latents] = torch.where(differences.any(1, keepdim=True), differences, sae.W_dec[latents])
@@ -456,12 +486,13 @@ def _start_from_data(sae: TopKSAE, activations: Rows, train: np.ndarray, seed: i
 
 
 @torch.no_grad()
-def _held_out_fvu(sae: TopKSAE, rows: Callable[[np.ndarray], Tensor], held: np.ndarray) -> float:
-    origin = rows(held[:1]).double()  # sums around it keep their digits where the mean is large
+def _held_out_fvu(sae: TopKSAE, activations: Rows, held: np.ndarray, device: Device, scale: float = 1.0) -> float:
+    """FVU on the activations of the numbers ``held``, divided by ``scale``."""
+    origin = (_rows(activations, held[:1], device) / scale).double()  # sums around it keep their digits
     total = torch.zeros_like(origin[0])
     unexplained, squares = 0.0, 0.0
-    for chosen in _chunks(held):
-        x = rows(chosen)
+    for rows in _every(activations, held, device):
+        x = rows / scale
         unexplained += (x - sae(x)).double().pow(2).sum().item()
         shifted = x.double() - origin
         total, squares = total + shifted.sum(0), squares + shifted.pow(2).sum().item()
@@ -474,14 +505,14 @@ def _held_out_fvu(sae: TopKSAE, rows: Callable[[np.ndarray], Tensor], held: np.n
 @torch.no_grad()
 def _samples_fvu(sae: TopKSAE, activations: Rows, chosen: np.ndarray, mean: Tensor, device: Device) -> Tensor:
     """Per-sample FVU, float64 on the CPU: ``[len(chosen)]``."""
-    parts = [_rows(activations, part, device) for part in _chunks(chosen)]
+    parts = _every(activations, chosen, device)
     return torch.cat([sample_fvu(x, sae(x), mean.to(device)) for x in parts]).double().cpu()
 
 
 @torch.no_grad()
 def _dead_share(sae: TopKSAE, activations: Rows, chosen: np.ndarray, device: Device) -> float:
     active = torch.zeros(sae.config.num_latents, dtype=torch.bool, device=device)
-    for part in _chunks(chosen):
-        latents = sae.encode(_rows(activations, part, device))
+    for x in _every(activations, chosen, device):
+        latents = sae.encode(x)
         active[latents.indices[latents.values != 0]] = True
     return round(1 - active.float().mean().item(), 6)
