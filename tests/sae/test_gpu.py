@@ -26,6 +26,7 @@ def gpu():
             patch.delitem(sys.modules, name)
         for name in own:
             patch.delitem(sys.modules, name, raising=False)
+            patch.delattr(vs2_plugin.sae, name.rpartition(".")[2], raising=False)
         yield importlib.import_module("vs2_plugin.sae.gpu")
         for name in own:
             sys.modules.pop(name, None)
