@@ -120,12 +120,13 @@ def vs2(shape: Shape, batches: Batches, keep: Keep, float32: bool = False) -> No
     """This package: the steps of :func:`vs2_plugin.sae.train.train_saes`."""
     from vs2_plugin.sae import train
     from vs2_plugin.sae.config import TrainConfig
+    from vs2_plugin.sae.source import Source
 
     samples = len(batches) * shape.batch
     config = TrainConfig(expansion_factor=shape.n // shape.d, k=shape.k, sae_batch_size=shape.batch, samples=samples)
     # What the trainer looks at before it starts, with enough beside those that it holds out.
     known = batches.first.cpu().repeat(2, 1).numpy()
-    run = train._Run(train.Job("SAE", known, config), *train._moments(known), batches.first.device)
+    run = train._Run(train.Job("SAE", known, config), Source(known, batches.first.device))
     if float32:
         run._bfloat16 = False
 

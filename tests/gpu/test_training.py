@@ -92,14 +92,14 @@ def test_kernels_train_as_well_as_torchs_operators(activations, settings, monkey
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("n", "k"), [(1024, 1), (3072, 64), (10_240, 128), (49_152, 64), (5000, 300)])
 def test_the_largest_are_those_of_topk(n, k, dtype):
-    from vs2_plugin.sae.gpu import largest
+    from vs2_plugin.sae.gpu import places_of_largest
 
     torch.manual_seed(0)
     noise = torch.randn(200, n, device="cuda")
     crowded = noise + 10 * (torch.arange(n, device="cuda") % 512 < k // 8 + 1)
     for rows in (noise, noise.mul(2).round(), noise.relu(), crowded):
         x = rows.to(dtype)
-        found = largest(x, k)
+        found = places_of_largest(x, k)
         assert (found.sort(1).values.diff(dim=1) > 0).all()
         assert torch.equal(x.gather(1, found).sort(1, descending=True).values, x.topk(k).values)
 

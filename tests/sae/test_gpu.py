@@ -67,13 +67,13 @@ def rows(kind, n):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_largest_are_those_of_topk(gpu, n, k, kind, dtype):
     x = rows(kind, n).to(dtype)
-    found = gpu.largest(x, k)
+    found = gpu.places_of_largest(x, k)
     assert all(len(set(row.tolist())) == k for row in found)
     assert torch.equal(x.gather(1, found).sort(descending=True).values, x.topk(k).values)
 
 
 def test_a_row_that_is_no_number_has_places_all_the_same(gpu):
-    assert sorted(gpu.largest(torch.full((1, 1024), torch.nan), 5)[0].tolist()) == [0, 1, 2, 3, 4]
+    assert sorted(gpu.places_of_largest(torch.full((1, 1024), torch.nan), 5)[0].tolist()) == [0, 1, 2, 3, 4]
 
 
 def make_sae(activation):

@@ -9,8 +9,10 @@ import torch
 
 from vs2_plugin import arrays
 from vs2_plugin.errors import DataError, SettingError
+from vs2_plugin.sae import source
 from vs2_plugin.sae import train as train_module
 from vs2_plugin.sae.config import RECIPES, TrainConfig
+from vs2_plugin.sae.source import Source
 from vs2_plugin.sae.topk import fvu, sample_fvu
 from vs2_plugin.sae.train import QUANTILES, train_sae
 
@@ -72,10 +74,10 @@ def test_what_memory_may_not_hold_is_asked_for_and_trains_to_the_same_bits(files
         mapped.append(np.load(tmp_path / f"{number}.npy", mmap_mode="r"))
     expected, _, figures = train(half)
     asked, read = [], []
-    rows = train_module._rows
+    rows = Source.read
     monkeypatch.setattr(arrays, "_LARGE", half.nbytes)
-    monkeypatch.setattr(train_module, "ask_for", lambda given, rows: asked.append(rows) or arrays.ask_for(given, rows))
-    monkeypatch.setattr(train_module, "_rows", lambda given, chosen, to: read.append(chosen) or rows(given, chosen, to))
+    monkeypatch.setattr(source, "ask_for", lambda given, rows: asked.append(rows) or arrays.ask_for(given, rows))
+    monkeypatch.setattr(Source, "read", lambda given, chosen: read.append(chosen) or rows(given, chosen))
     found, _, same_figures = train(arrays.stack(mapped))
     assert same_weights(found, expected)
     assert asdict(same_figures) | {"seconds": 0} == asdict(figures) | {"seconds": 0}
@@ -85,18 +87,6 @@ def test_what_memory_may_not_hold_is_asked_for_and_trains_to_the_same_bits(files
     asked.clear()
     train(arrays.stack(mapped))
     assert not asked
-
-
-@pytest.mark.parametrize("count", [0, 1, 2, 5])
-def test_parts_are_given_in_order_each_after_the_next_was_asked_for(count, monkeypatch):
-    asked = []
-    monkeypatch.setattr(train_module, "on_disk", lambda array: True)
-    monkeypatch.setattr(train_module, "ask_for", lambda array, rows: asked.append(int(rows[0])))
-    given = []
-    for part in train_module._ahead((np.array([number]) for number in range(count)), [np.zeros(1)]):
-        given.append(int(part[0]))
-        assert asked[: len(given)] == given  # its own, and perhaps the next one's already
-    assert given == asked == list(range(count))
 
 
 def test_it_learns(trained):
@@ -172,13 +162,13 @@ def test_scaling_back_gives_the_reconstruction_of_the_training(monkeypatch):
     activations = make_activations()
     inside = []
 
-    def spy(sae, activations, held, device, scale=1.0):
+    def spy(sae, source, held, scale=1.0):
         x = torch.from_numpy(activations[held]) / scale
         inside.append((x, sae(x)))
-        return held_out_fvu(sae, activations, held, device, scale)
+        return held_out_fvu(sae, source, held, scale)
 
-    held_out_fvu = train_module._held_out_fvu
-    monkeypatch.setattr(train_module, "_held_out_fvu", spy)
+    held_out_fvu = train_module.held_out_fvu
+    monkeypatch.setattr(train_module, "held_out_fvu", spy)
     monkeypatch.setattr(train_module, "_EVALUATIONS", 1)
     sae, _, _ = train(activations)
     (scaled, reconstruction), (raw, final) = inside  # once in training, once for the figures
@@ -222,7 +212,7 @@ def test_the_number_of_threads_is_as_before():
 
 
 def test_a_training_that_diverges_says_so(monkeypatch):
-    monkeypatch.setattr(train_module, "_held_out_fvu", lambda *_: math.nan)
+    monkeypatch.setattr(train_module, "held_out_fvu", lambda *_: math.nan)
     with pytest.raises(DataError, match="diverged"):
         train(make_activations(), samples=100)
 

@@ -22,7 +22,7 @@ from vs2_plugin.sae import kernels
 from vs2_plugin.sae.step import ClassMeans, add_auxk
 from vs2_plugin.sae.topk import Latents, TopKSAE
 
-__all__ = ["GpuStep", "Replayed", "largest"]
+__all__ = ["GpuStep", "Replayed", "places_of_largest"]
 
 
 class GpuStep:
@@ -97,7 +97,7 @@ class GpuStep:
         centered = x - sae.b_dec
         rounded = centered.bfloat16()
         codes = F.linear(rounded, self._encoder, sae.encoder.bias.bfloat16())
-        indices = largest(codes.abs() if config.activation == "abs" else codes, config.k)
+        indices = places_of_largest(codes.abs() if config.activation == "abs" else codes, config.k)
         values = codes.gather(-1, indices).float()
         latents = Latents(values.relu_() if config.activation == "relu" else values, indices)
         variance = total((x - mean_row(x)).pow(2).sum())
@@ -173,7 +173,7 @@ class Replayed:
         return self._graph.replay()
 
 
-def largest(rows: Tensor, k: int) -> Tensor:
+def places_of_largest(rows: Tensor, k: int) -> Tensor:
     """Where the k largest of each row of ``[batch, n]`` are, in no order: ``torch.topk(...).indices``.
 
     One program per row. The k-th largest of the maxima of G groups is found by bisection of its bits; what is larger,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -19,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from vs2_plugin.arrays import Stack, ask_for, on_disk
 from vs2_plugin.distributed import ALONE, Processes, total
 from vs2_plugin.errors import DataError, SettingError
 from vs2_plugin.sae.config import TrainConfig
+from vs2_plugin.sae.fit import dead_share, held_out_fvu, samples_fvu
+from vs2_plugin.sae.source import Device, Rows, Source, ahead, batches_of, chunks
 from vs2_plugin.sae.state import SavedState
 from vs2_plugin.sae.step import ClassMeans, finds_in_bfloat16, set_gradients
-from vs2_plugin.sae.topk import SaeConfig, TopKSAE, sample_fvu
+from vs2_plugin.sae.topk import SaeConfig, TopKSAE
 from vs2_plugin.text import sentence_of
 
 if TYPE_CHECKING:
@@ -36,15 +36,10 @@ __all__ = ["QUANTILES", "Figures", "Job", "Trained", "train_sae", "train_saes"]
 _LOG = logging.getLogger(__name__)
 #: Quantiles of the held-out per-sample FVU that a checkpoint stores.
 QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.995)
-#: Activations ``[count, d]``, in memory, on disk or on a GPU.
-Rows = np.ndarray | Stack | Tensor
-Device = str | torch.device
 _EVALUATIONS = 20  # held-out evaluations per training
 _HELD_OUT_MAX = 10_000
 _WATCHED_MAX = 2_000  # held-out activations looked at to choose the weights to keep
 _DEAD_MAX = 100_000  # activations looked at to count dead latents
-_CHUNK = 4096  # activations per evaluation step
-_CACHED = 256  # activations that stay in the processor's cache, in float64
 _ASKED = 16  # steps between two questions to a GPU whether any latent is dead: the answer waits for all before it
 
 
@@ -142,18 +137,13 @@ def train_saes(
     """
     jobs = _filled(jobs, processes)
     arrays = {id(job.activations): job.activations for job in jobs}
-    moments = {key: _moments(activations) for key, activations in arrays.items()}
-    arrays = {key: _resident(activations, device) for key, activations in arrays.items()}
+    sources = {key: Source(rows, device) for key, rows in arrays.items()}
     passes: dict[tuple[int, int, int], list[int]] = {}
     for index, job in enumerate(jobs):
         passes.setdefault((job.config.seed, job.config.sae_batch_size, job.config.samples), []).append(index)
     trained: dict[int, Trained] = {}
     for number, together in enumerate(passes.values()):
-        keys = [id(jobs[index].activations) for index in together]
-        runs = [
-            _Run(replace(jobs[index], activations=arrays[key]), *moments[key], device)
-            for index, key in zip(together, keys, strict=True)
-        ]
+        runs = [_Run(jobs[index], sources[id(jobs[index].activations)]) for index in together]
         saved = None if states is None else SavedState(states / f"{number}.safetensors", save_every, processes.first)
         _train_together(runs, quiet, processes, saved)
         trained.update({index: run.finish(calibration) for index, run in zip(together, runs, strict=True)})
@@ -188,14 +178,14 @@ def _train_together(runs: Sequence[_Run], quiet: bool, processes: Processes, sav
         unit_scale=True,
         disable=True if quiet else None,
     )
-    arrays = {id(run.job.activations): run.job.activations for run in runs}
-    whole = islice(_batches(first.train, first.batch_size, first.job.config.seed), done, first.steps)
-    batches = _ahead((batch[processes.rank :: processes.world] for batch in whole), arrays.values())
+    sources = {id(run.source): run.source for run in runs}
+    whole = islice(batches_of(first.train, first.batch_size, first.job.config.seed), done, first.steps)
+    batches = ahead((batch[processes.rank :: processes.world] for batch in whole), sources.values())
     with _threads_for(max(run.work for run in runs)), shown as bar:
         for step, chosen in enumerate(batches, done + 1):
-            read = {key: _rows(activations, chosen, first.device) for key, activations in arrays.items()}
+            read = {key: source.read(chosen) for key, source in sources.items()}
             for run in runs:
-                run.step(read[id(run.job.activations)], chosen, step)
+                run.step(read[id(run.source)], chosen, step)
             bar.update(first.batch_size)
             if step % max(1, first.steps // _EVALUATIONS) == 0 or step == first.steps:
                 fvus, dead = zip(*(run.look() for run in runs), strict=True)
@@ -224,10 +214,10 @@ def _restore(runs: Sequence[_Run], saved: SavedState) -> int:
 class _Run:
     """The training of one SAE."""
 
-    def __init__(self, job: Job, mean: Tensor, variance: float, device: Device) -> None:
-        config, activations = job.config, job.activations
-        self.job, self.device, self.mean, self._started = job, device, mean, time.monotonic()
-        count, width = activations.shape
+    def __init__(self, job: Job, source: Source) -> None:
+        config, mean, variance, device = job.config, source.mean, source.variance, source.device
+        self.job, self.source, self.device, self._started = job, source, device, time.monotonic()
+        count, width = source.shape
         numbers = np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)  # all that grows with the images
         order = np.random.default_rng(config.seed).permutation(numbers)
         self.held = np.sort(order[: min(_HELD_OUT_MAX, count // 10)])
@@ -247,7 +237,7 @@ class _Run:
         with torch.no_grad():
             self.sae.b_dec.copy_(mean / self.scale)
         if config.init == "data":
-            _start_from_data(self.sae, activations, self.train, config.seed)
+            _start_from_data(self.sae, source, self.train, config.seed)
         self.sae.to(device)
         self._classes: ClassMeans | None = None
         self._labels: Tensor | None = None
@@ -288,7 +278,7 @@ class _Run:
     def look(self) -> tuple[float, float]:
         """FVU on the watched activations, and the share of dead latents. Keeps the weights if they are the best so
         far; with PASS, whose aim is another, in any case."""
-        self._last = _held_out_fvu(self.sae, self.job.activations, self.watched, self.device, self.scale)
+        self._last = held_out_fvu(self.sae, self.source, self.watched, self.scale)
         if self._last < self._best[0] or (self._classes is not None and math.isfinite(self._last)):
             self._best = (self._last, {key: value.clone() for key, value in self.sae.state_dict().items()})
         return self._last, (self._silent >= self.job.config.dead_after).float().mean().item()
@@ -333,7 +323,7 @@ class _Run:
 
     def finish(self, calibration: np.ndarray | None) -> Trained:
         """The SAE of the weights that were kept, for activations as they are stored."""
-        sae, activations, device = self.sae, self.job.activations, self.device
+        sae, source = self.sae, self.source
         if not self._best[1]:
             rate = self.job.config.lr
             raise DataError(f"the training diverged (held-out FVU {self._last}); lower --lr, now {rate:g}")
@@ -346,18 +336,18 @@ class _Run:
         calibrated = self.held if calibration is None else self.held[calibration[self.held]]
         if not len(calibrated):
             raise DataError("none of the activations to calibrate on is held out; take more images of those data sets")
-        samples_fvu = _samples_fvu(sae, activations, calibrated, self.mean, device)
-        quantiles = torch.quantile(samples_fvu, torch.tensor(QUANTILES, dtype=torch.double)).tolist()
+        of_samples = samples_fvu(sae, source, calibrated)
+        quantiles = torch.quantile(of_samples, torch.tensor(QUANTILES, dtype=torch.double)).tolist()
         figures = Figures(
-            fvu=round(_held_out_fvu(sae, activations, self.held, device), 6),
+            fvu=round(held_out_fvu(sae, source, self.held), 6),
             fvu_quantiles={f"{q:g}": round(value, 6) for q, value in zip(QUANTILES, quantiles, strict=True)},
-            dead=_dead_share(sae, activations, np.sort(self.train[:_DEAD_MAX]), device),
+            dead=dead_share(sae, source, np.sort(self.train[:_DEAD_MAX])),
             train_count=len(self.train),
             held_out_count=len(self.held),
             steps=self.steps,
             seconds=round(time.monotonic() - self._started, 2),
         )
-        return Trained(sae.cpu(), self.mean, figures)
+        return Trained(sae.cpu(), source.mean, figures)
 
 
 @torch.no_grad()
@@ -391,128 +381,14 @@ def _threads_for(work: int) -> Iterator[None]:
         torch.set_num_threads(usual)
 
 
-def _resident(activations: Rows, device: Device) -> Rows:
-    """The activations on the GPU, if they take less than a third of its free memory: from there a batch comes 25 times
-    as fast as from the processor's memory (H100: 0.05 and 1.3 ms for 4,096 of 768 in float16)."""
-    if torch.device(device).type != "cuda" or isinstance(activations, Tensor):
-        return activations
-    count, width = activations.shape
-    first = torch.from_numpy(np.array(activations[:1]))
-    if 3 * count * width * first.element_size() > torch.cuda.mem_get_info(device)[0]:
-        return activations
-    held = torch.empty(count, width, dtype=first.dtype, device=device)
-    for start in range(0, count, 16 * _CHUNK):
-        part = np.array(activations[start : start + 16 * _CHUNK])
-        held[start : start + len(part)] = torch.from_numpy(part)
-    return held
-
-
-def _rows(activations: Rows, chosen: np.ndarray, device: Device) -> Tensor:
-    if isinstance(activations, Tensor):
-        return activations[torch.from_numpy(chosen).long().to(activations.device)].to(device).float()
-    return torch.from_numpy(activations[chosen]).to(device).float()  # torch casts float16 faster than NumPy
-
-
-def _batches(train: np.ndarray, batch_size: int, seed: int) -> Iterator[np.ndarray]:
-    """Batches of row numbers without end: every activation once per pass, in a new order each time."""
-    rng = np.random.default_rng([seed, 1])
-    waiting = np.empty(0, dtype=train.dtype)
-    while True:
-        while len(waiting) < batch_size:
-            waiting = np.concatenate([waiting, rng.permutation(train)])
-        yield np.sort(waiting[:batch_size])  # sorted: the file is read in one direction
-        waiting = waiting[batch_size:]
-
-
-def _chunks(chosen: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(chosen), _CHUNK):
-        yield chosen[start : start + _CHUNK]
-
-
-def _ahead(parts: Iterable[np.ndarray], arrays: Collection[Rows]) -> Iterator[np.ndarray]:
-    """Give ``parts``, row numbers, as they are. Before each is given, the disk is asked for the next one's rows of the
-    ``arrays`` that memory may not hold: they are read meanwhile."""
-    asked = [array for array in arrays if not isinstance(array, Tensor) and on_disk(array)]
-    if not asked:
-        yield from parts
-        return
-
-    def ask(part: np.ndarray) -> None:
-        for array in asked:
-            ask_for(array, part)
-
-    waiting: list[tuple[np.ndarray, Future[None]]] = []
-    with ThreadPoolExecutor(1) as other:
-        for part in parts:
-            waiting.append((part, other.submit(ask, part)))
-            if len(waiting) > 1:
-                given, done = waiting.pop(0)
-                done.result()
-                yield given
-        for part, done in waiting:
-            done.result()
-            yield part
-
-
-def _every(activations: Rows, chosen: np.ndarray, device: Device) -> Iterator[Tensor]:
-    """The activations of the numbers ``chosen``, in chunks ``[count, d]``."""
-    return (_rows(activations, part, device) for part in _ahead(_chunks(chosen), [activations]))
-
-
-def _moments(activations: Rows) -> tuple[Tensor, float]:
-    """Mean ``[d]`` and total variance, in float64 and one pass."""
-    origin = torch.from_numpy(np.array(activations[0])).double()  # sums around it keep their digits
-    total, squares = torch.zeros_like(origin), 0.0
-    for start in range(0, len(activations), _CACHED):
-        block = torch.from_numpy(np.array(activations[start : start + _CACHED])).double() - origin
-        total, squares = total + block.sum(0), squares + block.square_().sum().item()
-    shift = total / len(activations)
-    variance = squares / len(activations) - shift.square().sum().item()
-    return (origin + shift).float(), max(0.0, variance)
-
-
 @torch.no_grad()
-def _start_from_data(sae: TopKSAE, activations: Rows, train: np.ndarray, seed: int) -> None:
+def _start_from_data(sae: TopKSAE, source: Source, train: np.ndarray, seed: int) -> None:
     rng = np.random.default_rng([seed, 2])
-    for latents in _chunks(np.arange(sae.config.num_latents)):
+    for latents in chunks(np.arange(sae.config.num_latents)):
         one = rng.integers(len(train), size=len(latents))
         other = (one + rng.integers(1, len(train), size=len(latents))) % len(train)  # never the same one
-        if not isinstance(activations, Tensor) and on_disk(activations):
-            ask_for(activations, train[np.concatenate([one, other])])
-        differences = F.normalize(_rows(activations, train[one], "cpu") - _rows(activations, train[other], "cpu"))
+        source.ask(train[np.concatenate([one, other])])
+        differences = F.normalize(source.read(train[one]).cpu() - source.read(train[other]).cpu())
         # Two equal activations have no direction between them: those latents keep their random one.
         sae.W_dec[latents] = torch.where(differences.any(1, keepdim=True), differences, sae.W_dec[latents])
     sae.encoder.weight.copy_(sae.W_dec / 2)
-
-
-@torch.no_grad()
-def _held_out_fvu(sae: TopKSAE, activations: Rows, held: np.ndarray, device: Device, scale: float = 1.0) -> float:
-    """FVU on the activations of the numbers ``held``, divided by ``scale``."""
-    origin = (_rows(activations, held[:1], device) / scale).double()  # sums around it keep their digits
-    total = torch.zeros_like(origin[0])
-    unexplained, squares = 0.0, 0.0
-    for rows in _every(activations, held, device):
-        x = rows / scale
-        unexplained += (x - sae(x)).double().pow(2).sum().item()
-        shifted = x.double() - origin
-        total, squares = total + shifted.sum(0), squares + shifted.pow(2).sum().item()
-    variance = float(squares - (total.pow(2).sum() / len(held)).item())
-    if variance <= 0:
-        raise DataError(f"all {len(held)} held-out activations are equal; expected more, and more varied, images")
-    return unexplained / variance
-
-
-@torch.no_grad()
-def _samples_fvu(sae: TopKSAE, activations: Rows, chosen: np.ndarray, mean: Tensor, device: Device) -> Tensor:
-    """Per-sample FVU, float64 on the CPU: ``[len(chosen)]``."""
-    parts = _every(activations, chosen, device)
-    return torch.cat([sample_fvu(x, sae(x), mean.to(device)) for x in parts]).double().cpu()
-
-
-@torch.no_grad()
-def _dead_share(sae: TopKSAE, activations: Rows, chosen: np.ndarray, device: Device) -> float:
-    active = torch.zeros(sae.config.num_latents, dtype=torch.bool, device=device)
-    for x in _every(activations, chosen, device):
-        latents = sae.encode(x)
-        active[latents.indices[latents.values != 0]] = True
-    return round(1 - active.float().mean().item(), 6)

@@ -1,0 +1,116 @@
+"""Activations as a training reads them: from memory, from files that memory may not hold, or from the GPU's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vs2_plugin.arrays import Stack, ask_for, on_disk
+
+__all__ = ["CHUNK", "Device", "Rows", "Source", "ahead", "batches_of", "chunks"]
+
+#: Activations ``[count, d]``, in memory or on disk.
+Rows = np.ndarray | Stack
+Device = str | torch.device
+CHUNK = 4096  # activations that are looked at together, where no batch says how many
+_CACHED = 256  # activations that stay in the processor's cache, in float64
+
+
+class Source:
+    """Activations ``[count, d]``, which are read to a device."""
+
+    def __init__(self, rows: Rows, device: Device) -> None:
+        self.shape, self.device = rows.shape, torch.device(device)
+        #: μ ``[d]``, the mean activation, on the CPU; and the total variance.
+        self.mean, self.variance = _moments(rows)
+        self._rows, self._held = rows, _on_gpu(rows, self.device)
+        #: Whether they are read from files that memory may not hold.
+        self.on_disk = self._held is None and on_disk(rows)
+
+    def read(self, numbers: np.ndarray) -> Tensor:
+        """The activations of these numbers, float32."""
+        if self._held is not None:
+            return self._held[torch.from_numpy(numbers).long().to(self.device)].float()
+        return torch.from_numpy(self._rows[numbers]).to(self.device).float()  # torch casts float16 faster than NumPy
+
+    def ask(self, numbers: np.ndarray) -> None:
+        """Ask the disk for activations that memory may not hold."""
+        if self.on_disk:
+            ask_for(self._rows, numbers)
+
+    def every(self, numbers: np.ndarray) -> Iterator[Tensor]:
+        """The activations of these numbers, in chunks."""
+        return (self.read(part) for part in ahead(chunks(numbers), [self]))
+
+
+def chunks(numbers: np.ndarray) -> Iterator[np.ndarray]:
+    """Give ``numbers`` ``[count]``, at most :data:`CHUNK` at a time."""
+    for start in range(0, len(numbers), CHUNK):
+        yield numbers[start : start + CHUNK]
+
+
+def batches_of(numbers: np.ndarray, batch_size: int, seed: int) -> Iterator[np.ndarray]:
+    """Give batches of the ``numbers`` without end: each once per pass, in a new order each time."""
+    rng = np.random.default_rng([seed, 1])
+    waiting = np.empty(0, dtype=numbers.dtype)
+    while True:
+        while len(waiting) < batch_size:
+            waiting = np.concatenate([waiting, rng.permutation(numbers)])
+        yield np.sort(waiting[:batch_size])  # sorted: the file is read in one direction
+        waiting = waiting[batch_size:]
+
+
+def ahead(parts: Iterable[np.ndarray], sources: Collection[Source]) -> Iterator[np.ndarray]:
+    """Give ``parts``, numbers of activations, as they are. Before each is given, the disk is asked for the next one's:
+    they are read meanwhile."""
+    if not any(source.on_disk for source in sources):
+        yield from parts
+        return
+
+    def ask(part: np.ndarray) -> None:
+        for source in sources:
+            source.ask(part)
+
+    waiting: list[tuple[np.ndarray, Future[None]]] = []
+    with ThreadPoolExecutor(1) as other:
+        for part in parts:
+            waiting.append((part, other.submit(ask, part)))
+            if len(waiting) > 1:
+                given, done = waiting.pop(0)
+                done.result()
+                yield given
+        for part, done in waiting:
+            done.result()
+            yield part
+
+
+def _on_gpu(rows: Rows, device: torch.device) -> Tensor | None:
+    """The activations in the GPU's memory, if they take less than a third of what is free: from there a batch comes 25
+    times as fast as from the processor's (H100: 0.05 and 1.3 ms for 4,096 of 768 in float16)."""
+    if device.type != "cuda":
+        return None
+    count, width = rows.shape
+    first = torch.from_numpy(np.array(rows[:1]))
+    if 3 * count * width * first.element_size() > torch.cuda.mem_get_info(device)[0]:
+        return None
+    held = torch.empty(count, width, dtype=first.dtype, device=device)
+    for start in range(0, count, 16 * CHUNK):
+        part = np.array(rows[start : start + 16 * CHUNK])
+        held[start : start + len(part)] = torch.from_numpy(part)
+    return held
+
+
+def _moments(rows: Rows) -> tuple[Tensor, float]:
+    """Mean ``[d]`` and total variance, in float64 and one pass."""
+    origin = torch.from_numpy(np.array(rows[0])).double()  # sums around it keep their digits
+    total, squares = torch.zeros_like(origin), 0.0
+    for start in range(0, len(rows), _CACHED):
+        block = torch.from_numpy(np.array(rows[start : start + _CACHED])).double() - origin
+        total, squares = total + block.sum(0), squares + block.square_().sum().item()
+    shift = total / len(rows)
+    variance = squares / len(rows) - shift.square().sum().item()
+    return (origin + shift).float(), max(0.0, variance)
