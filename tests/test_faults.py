@@ -14,7 +14,8 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vs2_plugin.checkpoint.checkpoint import Checkpoint, SiteSAE, TrainingData, save_checkpoint
+from vs2_plugin.checkpoint.checkpoint import Checkpoint, save_checkpoint
+from vs2_plugin.checkpoint.records import SiteSAE, TrainingData
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.data.cache import ActivationCache, extract
 from vs2_plugin.data.images import TrainingImages

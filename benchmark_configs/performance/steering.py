@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from vs2_plugin.checkpoint.checkpoint import SiteSAE, TrainingData, save_checkpoint
+from vs2_plugin.checkpoint.checkpoint import save_checkpoint
+from vs2_plugin.checkpoint.records import SiteSAE, TrainingData
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.clip.backbone import Loaded, load_backbone
 from vs2_plugin.clip.sites import Sites

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from vs2_plugin.checkpoint.checkpoint import SiteSAE, TrainingData, save_checkpoint
+from vs2_plugin.checkpoint.checkpoint import save_checkpoint
+from vs2_plugin.checkpoint.records import SiteSAE, TrainingData
 from vs2_plugin.clip.backbone import load_backbone
 from vs2_plugin.clip.edits import editing, reading
 from vs2_plugin.clip.sites import Sites

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import vs2_plugin
-from vs2_plugin.checkpoint.checkpoint import TrainingData
+from vs2_plugin.checkpoint.records import TrainingData
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli import train_sae
 from vs2_plugin.errors import CheckpointError, DataError

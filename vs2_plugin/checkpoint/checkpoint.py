@@ -15,23 +15,21 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vs2_plugin import __version__
+from vs2_plugin.checkpoint.records import SiteSAE, TrainingData, problems
 from vs2_plugin.checkpoint.typed import typed
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.errors import CheckpointError, CheckpointNotFound, CheckpointReplaced
 from vs2_plugin.files import atomic_folder, file_digest, json_digest, settle
 from vs2_plugin.gallery.contents import GalleryContents
-from vs2_plugin.method import ENCODER_NAME
 from vs2_plugin.names import with_weights
-from vs2_plugin.settings import whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,95 +38,12 @@ if TYPE_CHECKING:
     from vs2_plugin.gallery.gallery import Gallery
     from vs2_plugin.sae.topk import TopKSAE
 
-__all__ = ["MANIFEST", "RETRAIN", "Checkpoint", "SiteSAE", "TrainingData", "save_checkpoint"]
+__all__ = ["MANIFEST", "Checkpoint", "save_checkpoint"]
 
 MANIFEST = "vs2.json"
 _FORMAT = "vs2-checkpoint"
 _VERSION = 1
 _AGAIN = "train the checkpoint again"
-#: What mends an SAE that is of no use.
-RETRAIN = (
-    "train it again by vs2-train-sae --overwrite with more images or --samples, a larger --k, a smaller "
-    "--expansion_factor or a lower --lr"
-)
-#: The share of dead latents that is too much.
-_MOSTLY = 0.5
-#: Of an SAE; see sae.files, which is not read before torch is needed.
-_FILES = ("cfg.json", "sae.safetensors")
-#: The largest number in float32, and more than there are of anything that is counted.
-_FLOAT32, _MOST = 3.4028234e38, 2**40
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """The images that the SAEs of a checkpoint were trained on."""
-
-    datasets: tuple[str, ...]
-    """clip_benchmark's names."""
-    images: int
-    """How many there are, of all data sets."""
-    splits: tuple[str, ...] = ()
-    """The split of each data set."""
-    calibrated_on: tuple[str, ...] = ()
-    """The data sets whose held-out images the FVU and its quantiles are of."""
-    transductive: bool = False
-    """Whether images that are evaluated are among them."""
-    amp: bool = True
-    """Whether activations were extracted under autocast."""
-    max_images: int | None = None
-    """At most this many of each data set were taken."""
-
-    def differences(self, other: TrainingData) -> list[str]:
-        """Return in words what ``other`` has otherwise."""
-        ours, theirs = asdict(self), asdict(other)
-        return [f"{name} {ours[name]}, now {theirs[name]}" for name in ours if ours[name] != theirs[name]]
-
-
-@dataclass(frozen=True)
-class SiteSAE:
-    """One SAE of a checkpoint, as ``vs2.json`` describes it."""
-
-    hookpoint: str
-    variant: str
-    """``plain``, or ``pass`` for an SAE that was trained by PASS."""
-    labels: str
-    """The labels used in its training: ``none`` or ``train``."""
-    width: int
-    """d."""
-    mean: list[float]
-    """Mean activation ``[d]`` over the unlabeled training split."""
-    fvu: float
-    """FVU over held-out training activations."""
-    fvu_quantiles: dict[str, float]
-    """Quantile, as text, -> per-sample FVU over held-out training activations."""
-    training: dict[str, float | int | str | bool | None]
-    """The settings of the training, and its figures."""
-    files: dict[str, str]
-    """File name -> SHA-256, for each file of the SAE."""
-
-    @property
-    def folder(self) -> str:
-        """The name of the SAE's folder in the checkpoint."""
-        return self.hookpoint if self.variant == "plain" else f"{self.hookpoint}.{self.variant}"
-
-    @property
-    def warning(self) -> str | None:
-        """What makes the SAE of no use, in words, if anything does.
-
-        At an FVU of 1, the mean activation explains as much. With most latents dead, few directions are left to steer
-        along, of those asked for; an SAE that was trained well enough has at most a third of them.
-        """
-        dead = self.training.get("dead")
-        if self.fvu >= 1:
-            return f"its FVU is {self.fvu:.4g}, and that of the mean activation alone is 1"
-        if isinstance(dead, float) and dead > _MOSTLY:
-            return f"{dead:.1%} of its latents are dead"
-        return None
-
-    @property
-    def block(self) -> int | None:
-        """The number of the block, counted from 0; None at the output embedding."""
-        return whole(self.hookpoint.rpartition(".")[2])
 
 
 @dataclass(frozen=True)
@@ -182,7 +97,7 @@ class Checkpoint:
             )
         try:
             checkpoint: Checkpoint = typed(cls, {**values, "folder": folder, "digest": ""})
-            for problem in _problems(checkpoint):
+            for problem in problems(checkpoint.data, checkpoint.sites, checkpoint.gallery):
                 raise ValueError(problem)
             checkpoint = replace(checkpoint, digest=_digest(values))
             if values.get("digest", checkpoint.digest) != checkpoint.digest:  # none before version 0.2
@@ -375,64 +290,6 @@ class Checkpoint:
             self.load(site)
         if self.gallery is not None:
             self.open_gallery(thorough=True)
-
-
-def _problems(checkpoint: Checkpoint) -> Iterator[str]:
-    """Give what no training writes. Each check relies on those before it."""
-    folders = [site.folder for site in checkpoint.sites]
-    if not folders:
-        yield "it has no sites"
-    if len(set(folders)) < len(folders):
-        yield "two of its SAEs are of one site"
-    if not 0 <= checkpoint.data.images < _MOST:
-        yield f"it is of {reprlib.repr(checkpoint.data.images)} images"
-    for number, site in enumerate(checkpoint.sites):
-        for problem in _site_problems(site):
-            yield f"sites[{number}] {problem}"
-    if checkpoint.gallery is not None:
-        yield from _gallery_problems(checkpoint.gallery)
-
-
-def _site_problems(site: SiteSAE) -> Iterator[str]:
-    if not re.fullmatch(r"\w{1,50}(\.\w{1,50}){0,10}", site.hookpoint, re.ASCII):  # it names a folder
-        yield f"has the hookpoint {reprlib.repr(site.hookpoint)}; expected names joined by dots"
-    for name, expected in {"variant": ("plain", "pass"), "labels": ("none", "train")}.items():
-        if getattr(site, name) not in expected:
-            yield f"has the {name} {reprlib.repr(getattr(site, name))}; expected {' or '.join(expected)}"
-    if set(site.files) != set(_FILES):
-        yield f"has files {reprlib.repr(sorted(site.files))}; expected {' and '.join(_FILES)}"
-    if not 0 < site.width == len(site.mean):
-        yield f"has a mean of {len(site.mean)} numbers; expected {site.width}"
-    if not all(-_FLOAT32 < value < _FLOAT32 for value in site.mean):
-        yield "has a mean that is not finite in float32"
-    if not 0 <= site.fvu < _FLOAT32:
-        yield f"has FVU {reprlib.repr(site.fvu)}; expected a number from 0 on"
-    yield from _quantile_problems(site.fvu_quantiles)
-
-
-def _quantile_problems(quantiles: Mapping[str, float]) -> Iterator[str]:
-    """Give what is wrong with FVU quantiles, which a gate reads."""
-    strange = [level for level in quantiles if not re.fullmatch(r"0\.\d{1,9}", level, re.ASCII)]
-    if strange:
-        yield f"has FVU quantiles {reprlib.repr(strange)}; expected levels such as 0.95"
-    values = [quantiles[level] for level in sorted(quantiles, key=float)]
-    if not all(0 <= value < _FLOAT32 for value in values) or values != sorted(values):
-        yield f"has FVU quantiles {reprlib.repr(values)}; expected finite numbers that rise with their levels"
-
-
-def _gallery_problems(gallery: GalleryContents) -> Iterator[str]:
-    if not gallery.parts:
-        yield "its gallery has no parts"
-    for part in gallery.parts:
-        if not 0 < part.count < _MOST or not 0 <= (part.classes or 0) < _MOST:
-            shown = reprlib.repr([part.count, part.classes])
-            yield f"its gallery has images and classes {shown}; expected numbers from 1 on"
-    if "clip" not in gallery.encoders:
-        yield "its gallery has no embeddings by clip"
-    for name, encoder in gallery.encoders.items():
-        if not re.fullmatch(ENCODER_NAME[0], name) or not 0 < encoder.width < _MOST:  # it names files
-            shown = reprlib.repr((name, encoder.width))
-            yield f"its gallery has embeddings {shown}; expected {ENCODER_NAME[1]}, and a width"
 
 
 def save_checkpoint(

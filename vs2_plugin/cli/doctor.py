@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vs2_plugin import __version__
-from vs2_plugin.checkpoint.checkpoint import RETRAIN, Checkpoint
+from vs2_plugin.checkpoint.checkpoint import Checkpoint
+from vs2_plugin.checkpoint.records import RETRAIN
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.errors import Vs2Error
 from vs2_plugin.harness import autoload

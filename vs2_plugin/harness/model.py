@@ -14,7 +14,8 @@ from vs2_plugin.clip.edits import Edit, edit, paused
 from vs2_plugin.clip.sites import ClipModel, Sites
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.errors import CheckpointReplaced, HarnessError, ModelStringError
-from vs2_plugin.harness.places import Current, Parts, Places, build_places
+from vs2_plugin.harness.parts import Parts
+from vs2_plugin.harness.places import Current, Places, build_places
 from vs2_plugin.harness.plain import PlainEmbedding
 from vs2_plugin.method import Scalar
 from vs2_plugin.modelstring import ModelString

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
 from vs2_plugin import __version__
-from vs2_plugin.checkpoint.checkpoint import RETRAIN, Checkpoint, SiteSAE
+from vs2_plugin.checkpoint.checkpoint import Checkpoint
+from vs2_plugin.checkpoint.records import RETRAIN, SiteSAE
 from vs2_plugin.clip.sites import ClipModel, Site, Sites, embedding_from
-from vs2_plugin.clip.tower import Tower
-from vs2_plugin.data.images import image_digest
 from vs2_plugin.errors import CheckpointError, ModelStringError, PluginError, Vs2Error
-from vs2_plugin.gallery.encoders import load_encoder
-from vs2_plugin.gallery.files import index_file
-from vs2_plugin.gallery.gallery import CLIP, Gallery
-from vs2_plugin.gallery.search import open_search
 from vs2_plugin.harness.automatic import Automatic, choose
 from vs2_plugin.harness.facts import facts_of
-from vs2_plugin.method import NEIGHBOURS, Method, Scalar
+from vs2_plugin.harness.parts import Parts
+from vs2_plugin.method import Method, Scalar
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.plugins import registry
 from vs2_plugin.sae.topk import TopKSAE
@@ -36,84 +32,10 @@ from vs2_plugin.steering.retriever import Retriever
 from vs2_plugin.steering.tally import Tally
 from vs2_plugin.text import reason_of
 
-__all__ = ["Parts", "Place", "Places", "build_places"]
+__all__ = ["Place", "Places", "build_places"]
 
-T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 _LABELS = ("none", "train", "oracle")
-
-
-class Parts:
-    """The parts of steered models of one tower. Each is opened once, however many models ask for it."""
-
-    def __init__(self, model: ClipModel, sites: Sites, tower: Tower | None = None) -> None:
-        self.model, self.sites, self.tower = model, sites, tower
-        self.device = next(model.parameters()).device
-        self._opened: dict[Hashable, Any] = {}
-
-    def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The result of ``make()``, which is called once for each key."""
-        if key not in self._opened:
-            self._opened[key] = make()
-        part: T = self._opened[key]
-        return part
-
-    def sae(self, checkpoint: Checkpoint, facts: SiteSAE) -> tuple[TopKSAE, Tensor]:
-        """An SAE of a checkpoint with its mean ``[d]``, on the model's device."""
-
-        def load() -> tuple[TopKSAE, Tensor]:
-            sae, mean = checkpoint.load(facts)
-            return sae.to(self.device), mean.to(self.device)
-
-        return self.once(("sae", checkpoint.folder, facts.folder), load)
-
-    def gallery(self, checkpoint: Checkpoint) -> Gallery:
-        """The gallery of a checkpoint."""
-
-        def opened() -> Gallery:
-            gallery = checkpoint.open_gallery()
-            for array in (gallery.digests, gallery.labels):  # the others are memory maps for reading
-                if array is not None:
-                    array.setflags(write=False)
-            return gallery
-
-        return self.once(("gallery", checkpoint.folder), opened)
-
-    def retriever(self, checkpoint: Checkpoint, spec: ModelString) -> Retriever | None:
-        """The retriever of a method with a gallery.
-
-        Raises:
-            CheckpointError: the checkpoint has no gallery, or lacks something in it.
-        """
-        method, options = spec.method, spec.options
-        if method.gallery == "none":
-            return None
-        if method.gallery == "images":
-            return self.once(("images", checkpoint.folder), lambda: Retriever(self.gallery(checkpoint), self.device))
-        asked = tuple(options[option.name] for option in NEIGHBOURS)
-        oracle, n = method.labels_used(options) == "oracle", options["n"]
-        assert isinstance(n, int)
-        checkpoint.require_gallery(oracle, str(options["encoder"]), n)
-        return self.once(("neighbours", checkpoint.folder, asked), lambda: self._retriever(checkpoint, options))
-
-    def _retriever(self, checkpoint: Checkpoint, options: Mapping[str, Any]) -> Retriever:
-        gallery, name, folder = self.gallery(checkpoint), options["encoder"], checkpoint.folder
-        encode = None
-        if name != CLIP:
-            known = gallery.encoders[name]
-            assert self.tower is not None
-            preprocessing = self.tower.preprocessing
-            encode = self.once(
-                ("encoder", folder, name),
-                lambda: load_encoder(name, known.weights, preprocessing, self.device, known),
-            )
-        file, kind = index_file(checkpoint.gallery_folder, name), options["search"]
-        search = self.once(
-            ("search", folder, name, kind), lambda: open_search(kind, gallery.embeddings[name], file, self.device)
-        )
-        return Retriever(
-            gallery, self.device, n=options["n"], search=search, encode=encode, encoder=name, digest=image_digest
-        )
 
 
 @dataclass(frozen=True)

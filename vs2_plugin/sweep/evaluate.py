@@ -28,7 +28,8 @@ from vs2_plugin.data.evaluated import name_samples
 from vs2_plugin.data.images import leave_interruptions
 from vs2_plugin.errors import DataError, HarnessError
 from vs2_plugin.harness.autoload import DISABLE
-from vs2_plugin.harness.places import Current, Parts, Place, build_places
+from vs2_plugin.harness.parts import Parts
+from vs2_plugin.harness.places import Current, Place, build_places
 from vs2_plugin.host import build, data_root, zero_shot_classification
 from vs2_plugin.method import Scalar
 from vs2_plugin.modelstring import ModelString

@@ -9,7 +9,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from vs2_plugin.checkpoint.checkpoint import Checkpoint, SiteSAE, TrainingData
+from vs2_plugin.checkpoint.checkpoint import Checkpoint
+from vs2_plugin.checkpoint.records import SiteSAE, TrainingData
 from vs2_plugin.checkpoint.store import Store, checkpoint_name
 from vs2_plugin.clip.sites import Site, Sites
 from vs2_plugin.errors import CheckpointError, DataError, SettingError

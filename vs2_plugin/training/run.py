@@ -18,7 +18,8 @@ import torch
 
 from vs2_plugin import __version__
 from vs2_plugin.arrays import stack
-from vs2_plugin.checkpoint.checkpoint import RETRAIN, Checkpoint, SiteSAE, TrainingData, save_checkpoint
+from vs2_plugin.checkpoint.checkpoint import Checkpoint, save_checkpoint
+from vs2_plugin.checkpoint.records import RETRAIN, SiteSAE, TrainingData
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.clip.backbone import check_backbone, ignores_pretrained, load_backbone
 from vs2_plugin.clip.sites import Site
