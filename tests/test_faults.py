@@ -134,7 +134,7 @@ def write_checkpoint(folder, version):
 
 def read_checkpoint(folder):
     try:
-        found = Checkpoint.open(folder / "store" / "mine")
+        found = Checkpoint.load(folder / "store" / "mine")
     except CheckpointNotFound:
         assert not (folder / "store" / "mine").exists()
         return None

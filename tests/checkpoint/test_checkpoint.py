@@ -69,14 +69,14 @@ def change(checkpoint, **facts):
 
 def test_a_checkpoint_comes_back_as_it_was_saved(save, make_sae):
     saved = save()
-    found = Checkpoint.open(str(saved.folder))
+    found = Checkpoint.load(str(saved.folder))
     assert found == saved
     assert (found.name, found.backbone, found.pretrained, found.data) == ("mine", "ViT-B-32", "openai", DATA)
     assert found.transductive is False
     assert found.tower == TOWER
     assert [site.hookpoint for site in found.sites] == [FIRST, LAST]
     assert found.sites[0].fvu_quantiles == {"0.5": 0.25, "0.99": 0.75}
-    sae, mean = found.load(found.sites[0])
+    sae, mean = found.sae(found.sites[0])
     assert sae.config == make_sae(8, 32, 4).config
     for name, value in make_sae(8, 32, 4).state_dict().items():
         assert torch.equal(sae.state_dict()[name], value)
@@ -88,7 +88,7 @@ def test_a_checkpoint_comes_back_as_it_was_saved(save, make_sae):
 def test_the_mean_survives_bit_for_bit(save):
     value = torch.rand(1).item() / 3
     found = save(mean=value)
-    assert torch.equal(found.load(found.sites[0])[1], torch.full((8,), value, dtype=torch.float32))
+    assert torch.equal(found.sae(found.sites[0])[1], torch.full((8,), value, dtype=torch.float32))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_checkpoint_of_the_output_embedding_has_no_blocks(save):
     saved = save()
     sites = json.loads((saved.folder / MANIFEST).read_text())["sites"]
     change(saved, sites=[{**sites[0], "hookpoint": "visual"}])
-    found = Checkpoint.open(saved.folder)
+    found = Checkpoint.load(saved.folder)
     assert [site.block for site in found.select()] == [None]
     for blocks in ("0", "all"):
         with pytest.raises(CheckpointError, match=rf"no SAE at block {blocks} \(its blocks: none, only visual\)"):
@@ -141,7 +141,7 @@ OLD = json.loads((FIXTURES / "version1.json").read_text())
 
 def test_a_checkpoint_of_the_version_before_is_read():
     """The fixture was written by the code of before checkpoints had types, and so were the numbers beside it."""
-    found = Checkpoint.open(FIXTURES / "version1")
+    found = Checkpoint.load(FIXTURES / "version1")
     assert found.digest == OLD["digest"]
     assert (found.backbone, found.pretrained, found.tower.activations) == ("local-dir:model", "", ["GELU"])
     assert found.data == TrainingData(("wds/digits",), 100, ("train",), ("wds/digits",), amp=False, max_images=100)
@@ -168,11 +168,11 @@ def test_a_checkpoint_of_the_version_before_steers_as_then(model, monkeypatch):
 
 def test_saved_again_it_has_the_same_digest(tmp_path):
     """So the facts on disk have the same keys and values as before."""
-    old = Checkpoint.open(FIXTURES / "version1")
+    old = Checkpoint.load(FIXTURES / "version1")
     files = {path.stem: path for path in (old.gallery_folder / "0").iterdir()}
     new = save_checkpoint(
         tmp_path / "again", backbone=old.backbone, pretrained=old.pretrained, tower=old.tower, data=old.data,
-        saes=[(site, old.load(site)[0]) for site in old.sites], created=old.created,
+        saes=[(site, old.sae(site)[0]) for site in old.sites], created=old.created,
         gallery=GalleryFiles(old.gallery, [files]),
     )  # fmt: skip
     assert new == replace(old, folder=new.folder)
@@ -214,7 +214,7 @@ def one_sentence(error):
 
 def test_a_folder_without_manifest_is_not_found(tmp_path):
     with pytest.raises(CheckpointNotFound, match=rf"no SAE checkpoint in {tmp_path}: no readable vs2\.json"):
-        Checkpoint.open(tmp_path)
+        Checkpoint.load(tmp_path)
 
 
 BAD_MANIFESTS = {
@@ -246,7 +246,7 @@ def test_a_bad_manifest_is_refused_in_one_sentence(bad, save):
     path = save().folder / MANIFEST
     path.write_bytes(make(path.read_text()).encode("utf-8", "surrogateescape"))
     with pytest.raises(CheckpointError) as error:
-        Checkpoint.open(path.parent)
+        Checkpoint.load(path.parent)
     assert str(path) in str(error.value)
     assert message in str(error.value)
     assert one_sentence(error)
@@ -306,10 +306,10 @@ def test_values_of_another_kind_are_refused_in_one_sentence(place, tmp_path):
         inner[last] = value
         (tmp_path / MANIFEST).write_text(json.dumps(facts))
         if any(value is known or (value == known and type(value) is type(known)) for known in ACCEPTED[place]):
-            Checkpoint.open(tmp_path)
+            Checkpoint.load(tmp_path)
         else:
             with pytest.raises(CheckpointError) as error:
-                Checkpoint.open(tmp_path)
+                Checkpoint.load(tmp_path)
             assert "is damaged: " in str(error.value) and one_sentence(error), value
 
 
@@ -349,10 +349,10 @@ def test_values_that_no_training_writes_are_refused(place, value, message, tmp_p
     inner[place[-1]] = value
     (tmp_path / MANIFEST).write_text(json.dumps(facts))
     if message is None:
-        Checkpoint.open(tmp_path)
+        Checkpoint.load(tmp_path)
         return
     with pytest.raises(CheckpointError) as error:
-        Checkpoint.open(tmp_path)
+        Checkpoint.load(tmp_path)
     assert message in str(error.value) and one_sentence(error) and len(str(error.value)) < 400
 
 
@@ -360,8 +360,8 @@ def test_a_mean_of_large_whole_numbers_is_read(save):
     saved = save()
     sites = json.loads((saved.folder / MANIFEST).read_text())["sites"]
     change(saved, sites=[{**sites[0], "mean": [10**30] * 8}])
-    found = Checkpoint.open(saved.folder)
-    assert found.load(found.sites[0])[1].tolist() == pytest.approx([1e30] * 8)
+    found = Checkpoint.load(saved.folder)
+    assert found.sae(found.sites[0])[1].tolist() == pytest.approx([1e30] * 8)
 
 
 def flip_a_byte(path):
@@ -391,8 +391,8 @@ def remove(path):
 def test_a_changed_or_missing_file_is_named(damage, message, name, save):
     saved = save()
     damage(saved.folder / LAST / name)
-    saved.load(saved.sites[0])
-    for read in (lambda: saved.load(saved.sites[1]), saved.verify):
+    saved.sae(saved.sites[0])
+    for read in (lambda: saved.sae(saved.sites[1]), saved.verify):
         with pytest.raises(CheckpointError) as error:
             read()
         assert f"checkpoint 'mine' is damaged: {saved.folder / LAST / name}" in str(error.value)
@@ -403,7 +403,7 @@ def test_a_changed_or_missing_file_is_named(damage, message, name, save):
 def test_an_sae_of_another_width_is_refused(save):
     saved = save(d_in=8, width=6)
     with pytest.raises(CheckpointError, match=f"the SAE at {LAST} has width 8, expected 6"):
-        saved.load(saved.sites[1])
+        saved.sae(saved.sites[1])
 
 
 # ---- of no use
@@ -467,7 +467,7 @@ def test_saving_again_replaces_and_leaves_nothing_else(save):
     first = save()
     (first.folder / "leftover.txt").write_text("of the old one")
     second = save(mean=0.75)
-    assert Checkpoint.open(second.folder).digest == second.digest != first.digest
+    assert Checkpoint.load(second.folder).digest == second.digest != first.digest
     assert not (second.folder / "leftover.txt").exists()
     assert {path.name for path in second.folder.parent.iterdir()} == {"mine", ".locks"}
     second.verify()
@@ -486,7 +486,7 @@ def test_a_failure_while_saving_leaves_the_old_one(step, existing, save, monkeyp
         patch.setattr(getattr(manifest, owner) if owner else manifest, name, fails)
         save(mean=0.75)
     if existing:
-        assert Checkpoint.open(old.folder) == old
+        assert Checkpoint.load(old.folder) == old
         old.verify()
     names = [path.name for path in tmp_path.iterdir() if path.name not in ("default-store", ".locks")]
     assert names == (["mine"] if existing else [])
@@ -504,17 +504,17 @@ def test_a_manifest_that_was_changed_after_it_was_written_is_refused(place, save
         values["tower"]["parameters"] = "cd" * 32
     (folder / MANIFEST).write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match=r"vs2\.json is damaged: it is not what was written: its digest"):
-        Checkpoint.open(folder)
+        Checkpoint.load(folder)
 
 
 def test_a_checkpoint_that_is_replaced_while_it_is_read_is_not_called_damaged(save):
     first = save()
     second = save(seed=5)
     with pytest.raises(CheckpointReplaced, match=r"'mine' was replaced while it was read; run the same command again"):
-        first.load(first.sites[0])
+        first.sae(first.sites[0])
     (second.folder / second.sites[0].folder / "cfg.json").write_text("{}")
     with pytest.raises(CheckpointError, match="damaged"):
-        second.load(second.sites[0])
+        second.sae(second.sites[0])
 
 
 def test_damage_is_told_with_the_command_that_made_the_checkpoint(save):
@@ -523,4 +523,4 @@ def test_damage_is_told_with_the_command_that_made_the_checkpoint(save):
         (checkpoint.folder / LAST / "cfg.json").write_text("{}")
         mended = r"cfg\.json is not the file .*; make it again with: vs2-train-sae --k 8 --overwrite$"
         with pytest.raises(CheckpointError, match=mended):
-            checkpoint.load(checkpoint.sites[1])
+            checkpoint.sae(checkpoint.sites[1])

@@ -118,14 +118,14 @@ def use(folder, done):
         except Vs2Error as error:
             done.append(error)
 
-    checkpoint = attempt(Checkpoint.open, folder)
+    checkpoint = attempt(Checkpoint.load, folder)
     if checkpoint is not None:
         for blocks, variant in ((None, "plain"), ("all", "plain"), ("0+1", "pass")):
             for site in attempt(checkpoint.select, blocks, variant) or ():
-                attempt(checkpoint.load, site)
+                attempt(checkpoint.sae, site)
                 attempt(threshold, site.fvu_quantiles, 0.99)
         attempt(checkpoint.verify)
-        attempt(checkpoint.require_tower, Checkpoint.open(GOOD).tower, "ViT-B-32")
+        attempt(checkpoint.require_tower, Checkpoint.load(GOOD).tower, "ViT-B-32")
         attempt(checkpoint.require_gallery, True, "clip", 50)
     attempt(load_sae, folder / SITE)
 
@@ -168,10 +168,10 @@ def test_only_errors_of_this_package_come_out_of_a_damaged_checkpoint(start, sto
 def test_any_facts_are_read_or_refused(folder, rng):
     (folder / MANIFEST).write_bytes(changed((GOOD / MANIFEST).read_bytes(), rng))
     try:
-        found = Checkpoint.open(folder)
+        found = Checkpoint.load(folder)
     except CheckpointError:
         return
-    assert Checkpoint.open(folder) == found and found.select("all" if found.sites[-1].block is not None else None)
+    assert Checkpoint.load(folder) == found and found.select("all" if found.sites[-1].block is not None else None)
     for site in found.sites:
         with suppress(Vs2Error):
             threshold(site.fvu_quantiles, 0.99)

@@ -91,7 +91,7 @@ def file_in(checkpoint, name, part=0):
 
 def test_a_gallery_comes_back_as_it_was_extracted(save, extracted):
     numbers = extracted[1]["cifar100"]
-    found = Checkpoint.open(save("cifar100").folder).open_gallery()
+    found = Checkpoint.load(save("cifar100").folder).open_gallery()
     assert len(found) == 7 and found.datasets == ("cifar100",) and found.encoders == ENCODERS
     assert found.activations.keys() == {FIRST, LAST} and found.embeddings.keys() == {"clip", "test_vit"}
     for site in (FIRST, LAST):
@@ -288,7 +288,7 @@ def test_a_whole_gallery_is_read_once_and_not_at_every_load(save, monkeypatch):
     checkpoint.open_gallery()
     assert read == []
     shutil.copytree(checkpoint.folder, checkpoint.folder.with_name("copy"))
-    copied = Checkpoint.open(checkpoint.folder.with_name("copy"))
+    copied = Checkpoint.load(checkpoint.folder.with_name("copy"))
     copied.open_gallery()
     assert sorted(read) == sorted([FIRST, LAST, "embedding.clip", "embedding.test_vit", "digests", "labels"])
     copied.open_gallery()
@@ -318,7 +318,7 @@ def test_a_gallery_of_before_contents_were_told_is_still_read(save):
     (checkpoint.folder / MANIFEST).write_text(json.dumps(facts))
     for file in (checkpoint.folder / "gallery/0").glob("*.sha256"):
         file.unlink()
-    old = Checkpoint.open(checkpoint.folder)
+    old = Checkpoint.load(checkpoint.folder)
     assert old.gallery.parts[0].contents is None and len(old.open_gallery()) == 7
     old.verify()
 
@@ -339,4 +339,4 @@ def test_a_damaged_header_of_before_contents_were_told_is_damage(change, save):
     path.unlink()
     path.write_bytes(raw[:10] + head + raw[128:])
     with pytest.raises(CheckpointError, match=r"gallery is damaged: .*digests\.npy"):
-        Checkpoint.open(checkpoint.folder).open_gallery()
+        Checkpoint.load(checkpoint.folder).open_gallery()

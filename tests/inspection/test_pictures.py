@@ -51,7 +51,7 @@ def test_top_images_are_the_training_images_of_those_rows(subject):
     """The pictures are the very pixels of the rows with the largest activations."""
     survey = survey_latents(subject("vs2"), limit=4)
     checkpoint = Store.default().find("local-dir-tiny-clip_wds-digits")
-    sae, _ = checkpoint.load(checkpoint.select()[0])
+    sae, _ = checkpoint.sae(checkpoint.select()[0])
     code = sae.encode(torch.from_numpy(np.array(checkpoint.open_gallery().activations[BLOCK])).float())
     # The order of write_digits: every fourth image to a shard.
     order = [number for shard in range(4) for number in range(IMAGES)[shard::4]]

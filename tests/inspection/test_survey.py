@@ -21,7 +21,7 @@ def test_the_table_of_latents(subject):
     survey = survey_latents(subject("vs2"), limit=12)
     rows = list(csv.DictReader(io.StringIO(survey.csv())))
     checkpoint = Store.default().find("local-dir-tiny-clip_wds-digits")
-    sae, _ = checkpoint.load(checkpoint.select()[0])
+    sae, _ = checkpoint.sae(checkpoint.select()[0])
     code = sae.encode(torch.from_numpy(np.array(checkpoint.open_gallery().activations[BLOCK])).float())
     counts = np.bincount(code.indices[code.values > 0].numpy(), minlength=len(rows))
     assert [int(row["latent"]) for row in rows] == list(range(sae.config.num_latents))

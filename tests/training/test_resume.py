@@ -137,6 +137,6 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(processes, place
     assert code == (2 if "there is a checkpoint 'mine'" in output else 0), output  # or killed at its end
     if KILLS == 2:
         assert "cached, in" in output and "the training goes on after" in output
-    Checkpoint.open(store.folder("mine")).verify()
+    Checkpoint.load(store.folder("mine")).verify()
     assert list(store.unfinished()) == []
     assert contents(store) == whole(processes)

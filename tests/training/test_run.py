@@ -91,7 +91,7 @@ def test_pass_pulls_the_codes_of_a_class_together(folder, train):
     }.items():
         assert train("--name", name, "--samples", "20000", *words) == 0
         site = Store.default().find(name).sites[0]
-        sae, _ = Store.default().find(name).load(site)
+        sae, _ = Store.default().find(name).sae(site)
         cached = next(
             path for path in Store.default().cached() if (path / "labels.npy").exists() == bool(words)
         )

@@ -48,7 +48,7 @@ _AGAIN = "train the checkpoint again"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint, as ``vs2.json`` tells it. The SAEs themselves are read by :meth:`load`."""
+    """A checkpoint, as ``vs2.json`` tells it. The SAEs themselves are read by :meth:`sae`."""
 
     folder: Path
     """Where it lies."""
@@ -68,7 +68,7 @@ class Checkpoint:
     """Versions of the software, and the command."""
 
     @classmethod
-    def open(cls, folder: Path | str) -> Checkpoint:
+    def load(cls, folder: Path | str) -> Checkpoint:
         """Read ``vs2.json``.
 
         Raises:
@@ -226,7 +226,7 @@ class Checkpoint:
         with self._reading():
             return open_gallery(self.gallery_folder, self.require_gallery(), widths, thorough)
 
-    def load(self, site: SiteSAE) -> tuple[TopKSAE, Tensor]:
+    def sae(self, site: SiteSAE) -> tuple[TopKSAE, Tensor]:
         """Read the SAE of ``site`` and its mean ``[d]``, verified against ``vs2.json``.
 
         Raises:
@@ -280,14 +280,14 @@ class Checkpoint:
 
     def _is_replaced(self) -> bool:
         try:
-            return Checkpoint.open(self.folder).digest != self.digest
+            return Checkpoint.load(self.folder).digest != self.digest
         except CheckpointError:
             return False
 
     def verify(self) -> None:
         """Read every file in full. Raises CheckpointError at the first that is not what was written."""
         for site in self.sites:
-            self.load(site)
+            self.sae(site)
         if self.gallery is not None:
             self.open_gallery(thorough=True)
 
@@ -330,7 +330,7 @@ def save_checkpoint(
             values["gallery"] = gallery.contents.to_json()
         values["digest"] = _digest(values)
         (scratch / MANIFEST).write_text(json.dumps(values, indent=1) + "\n")
-    return Checkpoint.open(folder)
+    return Checkpoint.load(folder)
 
 
 def _digest(values: dict[str, Any]) -> str:

@@ -151,10 +151,10 @@ class Store:
         with suppress(OSError):  # a name too long for the file system
             settle(here)
         if _is_checkpoint(here):
-            return Checkpoint.open(here)
+            return Checkpoint.load(here)
         elsewhere = _expand(name)
         if _is_checkpoint(elsewhere):
-            return Checkpoint.open(elsewhere)
+            return Checkpoint.load(elsewhere)
         names = ", ".join(self.names()) or "none"
         raise CheckpointNotFound(
             f"no SAE checkpoint {name!r} in the store {self.root} (there: {names}), and no such folder"

@@ -108,7 +108,7 @@ def _folders(store: Store) -> list[Path]:
 def _checkpoints(store: Store) -> Iterator[Finding]:
     for folder in _folders(store):
         try:
-            checkpoint = Checkpoint.open(folder)
+            checkpoint = Checkpoint.load(folder)
             checkpoint.verify()
         except Vs2Error as error:
             mend = shlex.join(["vs2", "store", *store.words, "remove", folder.name])

@@ -45,7 +45,7 @@ def _list(args: argparse.Namespace) -> None:
     for name in store.names():
         folder = store.checkpoints / name
         try:
-            checkpoint = Checkpoint.open(folder)
+            checkpoint = Checkpoint.load(folder)
         except CheckpointError as error:
             say(f"  {name}  damaged: {error}")
             continue

@@ -45,7 +45,7 @@ class Parts:
         """An SAE of a checkpoint with its mean ``[d]``, on the model's device."""
 
         def load() -> tuple[TopKSAE, Tensor]:
-            sae, mean = checkpoint.load(facts)
+            sae, mean = checkpoint.sae(facts)
             return sae.to(self.device), mean.to(self.device)
 
         return self.once(("sae", checkpoint.folder, facts.folder), load)

@@ -57,7 +57,7 @@ class Plan:
             raise DataError(
                 f"the other SAE of checkpoint {existing.name!r} is of other data ({differences}); give --name"
             )
-        return [(site, existing.load(site)[0]) for site in kept]
+        return [(site, existing.sae(site)[0]) for site in kept]
 
     def config(self, variant: str, width: int) -> TrainConfig:
         """Return the settings for activations of a width. Raises SettingError."""
@@ -112,7 +112,7 @@ def _existing(folder: Path, variants: Collection[str], request: TrainRequest) ->
     if not folder.exists():
         return None
     try:
-        existing = Checkpoint.open(folder)
+        existing = Checkpoint.load(folder)
     except CheckpointError:
         if request.overwrite:
             return None
