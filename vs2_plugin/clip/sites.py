@@ -123,12 +123,10 @@ class Sites:
 def _block_sites(model: ClipModel) -> tuple[Site, ...]:
     visual = model.visual
     blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
-    # open_clip before 2.21 has a flag in place of pool_type
-    pool = getattr(visual, "pool_type", "avg" if getattr(visual, "global_average_pool", False) else "tok")
     has_cls = getattr(visual, "class_embedding", None) is not None and getattr(visual, "attn_pool", None) is None
-    if blocks is None or not has_cls or pool != "tok":
+    if blocks is None or not has_cls or visual.pool_type != "tok":
         return ()
-    # Blocks got [tokens, batch, d] in every open_clip 2.x before the attribute appeared, and do so when it is False.
+    # Blocks get [tokens, batch, d] where the attribute is False.
     token_dim = 1 if getattr(visual.transformer, "batch_first", False) else 0
     width = visual.class_embedding.shape[-1]
     return tuple(Site(f"{_BLOCKS}.{index}", width, token_dim) for index in range(len(blocks)))

@@ -20,8 +20,13 @@ __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "load_sae", "save_sae"]
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae.safetensors"
-# sparsify calls the ReLU variant "topk". It has no name for the other one, so it refuses such an SAE, as it should.
-_ACTIVATION_NAMES = {"relu": "topk", "abs": "abs"}
+# Activation and normalisation -> their name. sparsify calls top-k with a ReLU "topk". It has no name for what else
+# there is, so it refuses such an SAE, as it should.
+_NAMES = {
+    (activation, normalized): name + ("" if normalized == "none" else f"+{normalized}")
+    for activation, name in (("relu", "topk"), ("abs", "abs"))
+    for normalized in ("none", "layer_norm", "constant_norm_rescale")
+}
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LARGEST = 2**31 - 1  # of a width, and of a number of latents
 
@@ -33,7 +38,7 @@ def save_sae(sae: TopKSAE, folder: Path) -> None:
     weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in sae.state_dict().items()}
     (folder / WEIGHTS_FILE).write_bytes(save(weights))  # save_file's error on a full disk is no OSError
     facts = {
-        "activation": _ACTIVATION_NAMES[config.activation],
+        "activation": _NAMES[config.activation, config.normalize_activations],
         "expansion_factor": max(1, config.num_latents // config.d_in),
         "normalize_decoder": True,
         "num_latents": config.num_latents,
@@ -75,7 +80,7 @@ def load_sae(folder: Path | str) -> TopKSAE:
 def _config(folder: Path, facts: dict[str, Any]) -> SaeConfig:
     activation = facts.get("activation", "topk")
     unsupported = [key for key in ("skip_connection", "transcode") if facts.get(key)]
-    known = {name: ours for ours, name in _ACTIVATION_NAMES.items()}
+    known = {name: ours for ours, name in _NAMES.items()}
     if unsupported or not isinstance(activation, str) or activation not in known:
         what = unsupported[0] if unsupported else f"activation {reprlib.repr(activation)}"
         raise CheckpointError(f"the SAE in {folder} has {what}; expected a plain top-k SAE (activation topk or abs)")
@@ -84,7 +89,7 @@ def _config(folder: Path, facts: dict[str, Any]) -> SaeConfig:
     several = "num_latents" if facts.get("num_latents") else "expansion_factor"
     num_latents = _whole(folder, facts, several) * (1 if several == "num_latents" else d_in)
     try:
-        return SaeConfig(d_in, num_latents, _whole(folder, facts, "k"), known[activation])
+        return SaeConfig(d_in, num_latents, _whole(folder, facts, "k"), *known[activation])
     except SettingError as error:
         raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from error
 

@@ -15,6 +15,10 @@ from vs2_plugin.settings import setting, validate
 __all__ = ["Latents", "SaeConfig", "TopKSAE", "fvu", "largest", "sample_fvu"]
 
 
+#: What SAELens and Prisma add to the standard deviation that they divide by.
+_EPSILON = 1e-5
+
+
 @dataclass(frozen=True)
 class SaeConfig:
     """The shape of an SAE.
@@ -32,6 +36,9 @@ class SaeConfig:
     activation: str = setting("relu", choices=("relu", "abs"))
     """``relu``: the k largest positive pre-activations. ``abs``: the k pre-activations of largest magnitude, signs
     kept, without encoder bias (version 3 of arXiv 2506.01247)."""
+    normalize_activations: str = setting("none", choices=("none", "layer_norm", "constant_norm_rescale"))
+    """What is done to an activation before it is encoded, and undone afterwards, by SAELens's names: nothing, as by all
+    SAEs that this package trains; mean 0 and standard deviation 1 over its d values; or the norm √d."""
 
     def __post_init__(self) -> None:
         validate(self)
@@ -45,7 +52,7 @@ class Latents(NamedTuple):
     """A sparse code: k active latents per activation."""
 
     values: Tensor
-    """``[batch, k]``, the latents' activations (0 where fewer than k pre-activations are positive)."""
+    """``[batch, k]``, the latents' activations, in units of x (0 where fewer than k pre-activations are positive)."""
     indices: Tensor
     """``[batch, k]``, which latents; int64."""
 
@@ -56,6 +63,9 @@ class TopKSAE(nn.Module):
     ``c = TopK_k(act(W_enc (x - b_dec) + b_enc))`` and ``x̃ = W_decᵀ c + b_dec``, with decoder directions (rows of
     ``W_dec``) of unit norm. Parameters have the names and shapes of EleutherAI sparsify: ``encoder.weight``
     ``[n, d]``, ``encoder.bias`` ``[n]``, ``W_dec`` ``[n, d]``, ``b_dec`` ``[d]``.
+
+    An SAE of another library may normalise activations first. It encodes ``z = (x - m) / s`` of each, and reconstructs
+    ``x̃ = s (W_decᵀ TopK_k(…) + b_dec) + m``, so that its code in the units of x is ``c = s · TopK_k(…)``.
     """
 
     def __init__(self, config: SaeConfig) -> None:
@@ -85,19 +95,42 @@ class TopKSAE(nn.Module):
 
     def encode(self, x: Tensor) -> Latents:
         """The sparse code of activations ``[batch, d]``."""
-        return self.select(self.pre_activations(x))
+        if self.config.normalize_activations == "none":
+            return self.select(self.pre_activations(x))
+        mean, scale, divisor = self._frame(x)
+        values, indices = self.select(self.pre_activations((x - mean) / divisor))
+        return Latents(values * scale, indices)
 
     def combine(self, latents: Latents) -> Tensor:
         """``W_decᵀ c``, without the bias: ``[batch, d]``. Reads only the k active rows of the decoder."""
         return F.embedding_bag(latents.indices, self.W_dec, per_sample_weights=latents.values, mode="sum")
 
     def decode(self, latents: Latents) -> Tensor:
-        """The reconstruction ``x̃ = W_decᵀ c + b_dec``: ``[batch, d]``."""
+        """The reconstruction ``x̃ = W_decᵀ c + b_dec``: ``[batch, d]``. Raises SettingError where activations are
+        normalised, since it is not of the code alone then: call the SAE itself."""
+        if self.config.normalize_activations != "none":
+            raise SettingError("the SAE normalises activations, so that it reconstructs from them: expected sae(x)")
         return self.combine(latents) + self.b_dec
 
+    def origin(self, x: Tensor) -> Tensor:
+        """What the reconstruction of ``[batch, d]`` adds to ``W_decᵀ c``: ``b_dec`` ``[d]``, or ``s b_dec + m``
+        ``[batch, d]`` where activations are normalised."""
+        if self.config.normalize_activations == "none":
+            return self.b_dec
+        mean, scale, _ = self._frame(x)
+        return scale * self.b_dec + mean
+
+    def _frame(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean m and scale s of each activation ``[batch, 1]``, and what it is divided by, as SAELens and Prisma do."""
+        if self.config.normalize_activations == "constant_norm_rescale":
+            scale = x.norm(dim=-1, keepdim=True) / self.config.d_in**0.5
+            return torch.zeros_like(scale), scale, scale
+        scale = x.std(dim=-1, keepdim=True)
+        return x.mean(dim=-1, keepdim=True), scale, scale + _EPSILON
+
     def forward(self, x: Tensor) -> Tensor:
-        """The reconstruction of ``[batch, d]``."""
-        return self.decode(self.encode(x))
+        """The reconstruction ``x̃ = W_decᵀ c + b_dec`` of ``[batch, d]``."""
+        return self.combine(self.encode(x)) + self.origin(x)
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:

@@ -31,6 +31,7 @@ class Code:
         values: Tensor | Callable[[], Tensor],
         indices: Tensor | None = None,
         activations: Tensor | None = None,
+        origin: Tensor | None = None,
     ) -> None:
         """
         Args:
@@ -39,13 +40,15 @@ class Code:
                 gives them, since many of these are too large to keep.
             indices: int64 ``[batch, k]``: which latents.
             activations: ``[batch, k]``, the latents' activations, if the amounts are something else.
+            origin: ``[d]`` or ``[batch, d]``: what a reconstruction adds to them, if not ``b_dec``.
         """
         self.sae, self._values, self.indices, self._activations = sae, values, indices, activations
+        self.origin = sae.b_dec if origin is None else origin
 
     @classmethod
     def of(cls, sae: TopKSAE, x: Tensor) -> Code:
         """The sparse code of activations ``[batch, d]``."""
-        return cls(sae, *sae.encode(x))
+        return cls(sae, *sae.encode(x), origin=sae.origin(x))
 
     @property
     def values(self) -> Tensor:
@@ -67,12 +70,13 @@ class Code:
     @property
     def reconstruction(self) -> Tensor:
         """``x̃ = W_decᵀ c + b_dec``: ``[batch, d]``."""
-        return self.direction + self.sae.b_dec
+        return self.direction + self.origin
 
     def __getitem__(self, rows: Tensor) -> Code:
         """The code of some rows, int64 ``[m]``."""
         indices = None if self.indices is None else self.indices[rows]
-        part = Code(self.sae, lambda: self.values[rows], indices)
+        origin = self.origin if self.origin.ndim == 1 else self.origin[rows]
+        part = Code(self.sae, lambda: self.values[rows], indices, origin=origin)
         part.direction = self.direction[rows]
         return part
 
@@ -106,7 +110,7 @@ class Move:
         """The steered activations ``[batch, d]``."""
         if self.base == "x" and self.strength == 0:
             return x
-        base = x if self.base == "x" else self.code.sae.b_dec
+        base = x if self.base == "x" else self.code.origin
         moved = base + self.strength * self.code.direction
         return keep_norm(moved, x) if self.keep_norm else moved
 

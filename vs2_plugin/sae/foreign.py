@@ -1,0 +1,242 @@
+"""SAEs of other libraries: read as this package's own, or refused with the reason, and written for them.
+
+- EleutherAI sparsify: ``cfg.json`` and ``sae.safetensors``, which is how this package stores its own;
+- SAELens (top-k and abs-top-k): ``cfg.json`` and ``sae_weights.safetensors``, the encoder transposed;
+- Prisma (top-k): ``config.json`` and ``weights.pt``, which is unpickled without executing code.
+
+What is read reconstructs as the library does, but for the order of sums (tests/sae/test_foreign.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import reprlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from vs2_plugin.errors import CheckpointError, SettingError
+from vs2_plugin.sae.files import CONFIG_FILE, WEIGHTS_FILE, load_sae
+from vs2_plugin.sae.topk import SaeConfig, TopKSAE
+
+__all__ = ["ForeignSAE", "read_foreign", "write_saelens"]
+
+_SAELENS_WEIGHTS = "sae_weights.safetensors"
+_PRISMA_CONFIG, _PRISMA_WEIGHTS = "config.json", "weights.pt"
+_EXPECTED = (
+    f"{CONFIG_FILE} with {WEIGHTS_FILE} (sparsify) or {_SAELENS_WEIGHTS} (SAELens), or {_PRISMA_CONFIG} with "
+    f"{_PRISMA_WEIGHTS} (Prisma)"
+)
+#: A layer's residual stream, by the names of TransformerLens: before it or after it.
+_RESIDUAL = re.compile(r"blocks\.(\d{1,4})\.hook_resid_(pre|post)")
+#: The last number in the name of a module: of a block.
+_BLOCK = re.compile(r"(?:^|\.)(?:h|layers?|blocks?|resblocks)\.(\d{1,4})$")
+
+
+@dataclass(frozen=True)
+class ForeignSAE:
+    """An SAE that another library trained."""
+
+    sae: TopKSAE
+    library: str
+    """Whose it is."""
+    block: int | None
+    """After which block of the tower its activations are read, counted from 0, if its files tell."""
+    model: str | None
+    """What its files call the model, if they do."""
+
+
+def read_foreign(path: Path) -> ForeignSAE:
+    """Read an SAE from its folder.
+
+    Args:
+        path: the folder of one SAE; of a folder with several, such as sparsify's, the one wanted is named itself.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it cannot be represented here, and why.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"no folder {str(path)!r}; expected one with {_EXPECTED}")
+    readers: dict[tuple[str, str], Callable[[Path], ForeignSAE]] = {
+        (CONFIG_FILE, WEIGHTS_FILE): _read_sparsify,
+        (CONFIG_FILE, _SAELENS_WEIGHTS): _read_saelens,
+        (_PRISMA_CONFIG, _PRISMA_WEIGHTS): _read_prisma,
+    }
+    for names, read in readers.items():
+        if all((path / name).is_file() for name in names):
+            return read(path)
+    inside = sorted(folder.name for folder in path.iterdir() if any((folder / n[1]).is_file() for n in readers))
+    if inside:
+        raise CheckpointError(f"{path} holds several SAEs; name the folder of one: {', '.join(inside)}")
+    raise CheckpointError(f"no SAE in {path}: expected {_EXPECTED}")
+
+
+def _read_sparsify(path: Path) -> ForeignSAE:
+    found = _BLOCK.search(path.name)
+    return ForeignSAE(load_sae(path), "sparsify", int(found[1]) if found else None, None)
+
+
+def _read_saelens(path: Path) -> ForeignSAE:
+    facts = _facts(path / CONFIG_FILE)
+    facts = {**facts, **facts["metadata"]} if isinstance(facts.get("metadata"), dict) else facts
+    try:
+        weights = load_file(path / _SAELENS_WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{path / _SAELENS_WEIGHTS} is no readable file of weights: {error}") from error
+    return _convert(path / CONFIG_FILE, "SAELens", facts, weights)
+
+
+def _read_prisma(path: Path) -> ForeignSAE:
+    facts = _facts(path / _PRISMA_CONFIG)
+    try:
+        weights = torch.load(path / _PRISMA_WEIGHTS, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever unpickling a file of anything raises
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path / _PRISMA_WEIGHTS} is no readable file of weights: {reason}") from error
+    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else {}
+    return _convert(path / _PRISMA_CONFIG, "Prisma", facts, weights)
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is no readable configuration of an SAE: {error}") from error
+    if not isinstance(facts, dict):
+        raise CheckpointError(f"{file} holds {type(facts).__name__}; expected an object")
+    return facts
+
+
+def _convert(file: Path, library: str, facts: Mapping[str, Any], weights: Mapping[str, Any]) -> ForeignSAE:
+    """Return an SAE whose weights are ``W_enc`` ``[d, n]``, ``W_dec`` ``[n, d]``, ``b_enc`` and ``b_dec``."""
+    activation, k = _activation(file, facts)
+    block = _block(file, facts)
+    _refuse_other_kinds(file, facts)
+    config = _shape(file, weights, k, activation, str(facts.get("normalize_activations") or "none"))
+    encoder, decoder, bias, b_dec = (weights[name].float() for name in ("W_enc", "W_dec", "b_enc", "b_dec"))
+    encoder = encoder.T
+    if not facts.get("apply_b_dec_to_input", True):  # W x + b is W (x - b_dec) + (b + W b_dec)
+        bias = bias + encoder @ b_dec
+    if facts.get("rescale_acts_by_decoder_norm"):  # as if the decoder had directions of unit norm
+        norm = decoder.norm(dim=1, keepdim=True)
+        encoder, bias, decoder = encoder * norm, bias * norm[:, 0], decoder / norm
+    with torch.device("meta"):
+        sae = TopKSAE(config)
+    values = {"encoder.weight": encoder, "encoder.bias": bias, "W_dec": decoder, "b_dec": b_dec}
+    if not all(torch.isfinite(tensor).all() for tensor in values.values()):
+        raise CheckpointError(f"the SAE in {file.parent} holds values that are not finite")
+    sae.load_state_dict({name: tensor.contiguous() for name, tensor in values.items()}, assign=True)
+    model = facts.get("model_name")
+    return ForeignSAE(sae.eval().requires_grad_(False), library, block, model if isinstance(model, str) else None)
+
+
+def _activation(file: Path, facts: Mapping[str, Any]) -> tuple[str, Any]:
+    """Return the activation of an SAE, by the name that it has here, and its k."""
+    said = facts.get("activation_fn") or facts.get("activation_fn_str")
+    more = facts.get("activation_fn_kwargs")
+    more = more if isinstance(more, dict) else {}
+    architecture = facts.get("architecture", "standard")
+    if architecture == "standard" and said == "topk":  # SAELens before version 6, and Prisma
+        architecture = "topk"
+    known = {"topk": "relu", "abstopk": "abs"}
+    if not isinstance(architecture, str) or architecture not in known:
+        what = reprlib.repr(architecture) + (f" with {said}" if architecture == "standard" and said else "")
+        raise CheckpointError(
+            f"the SAE in {file.parent} has the architecture {what}, which does not keep a fixed number of latents; "
+            "expected topk or abstopk"
+        )
+    return known[architecture], facts.get("k", more.get("k"))
+
+
+def _block(file: Path, facts: Mapping[str, Any]) -> int | None:
+    """Return the block that the activations follow; None where nothing tells it."""
+    hook = facts.get("hook_name") or facts.get("hook_point")
+    if not isinstance(hook, str) or not hook:
+        return None
+    found = _RESIDUAL.fullmatch(hook)
+    if found and (found[2] == "post" or int(found[1])):
+        return int(found[1]) - (found[2] == "pre")
+    if "hook_" in hook:
+        raise CheckpointError(
+            f"the SAE in {file.parent} is of {hook}; expected one of the residual stream after a block, such as "
+            "blocks.11.hook_resid_post"
+        )
+    found = _BLOCK.search(hook)
+    return int(found[1]) if found else None
+
+
+def _refuse_other_kinds(file: Path, facts: Mapping[str, Any]) -> None:
+    reasons = {
+        "is_transcoder": "it is a transcoder",
+        "transcoder_with_skip_connection": "it has a skip connection",
+        "use_patches_only": "it is of patches, and the CLS token is steered here",
+    }
+    reason = next((why for name, why in reasons.items() if facts.get(name)), None)
+    if facts.get("reshape_activations", "none") != "none":
+        reason = f"it reshapes activations ({reprlib.repr(facts['reshape_activations'])})"
+    if facts.get("normalize_activations") in ("expected_average_only_in", True):
+        reason = (
+            "its activations are scaled by a factor that is not in its files; fold it in, by "
+            "fold_activation_norm_scaling_factor of SAELens, and save it again"
+        )
+    if reason:
+        raise CheckpointError(f"the SAE in {file.parent} cannot be represented: {reason}")
+
+
+def _shape(file: Path, weights: Mapping[str, Any], k: Any, activation: str, normalized: str) -> SaeConfig:
+    """Return the shape that the weights have. Raises CheckpointError where they do not fit each other."""
+    names = ("W_enc", "W_dec", "b_enc", "b_dec")
+    lacking = [name for name in names if not isinstance(weights.get(name), Tensor)]
+    if lacking:
+        raise CheckpointError(f"the weights beside {file} lack {', '.join(lacking)}; expected {', '.join(names)}")
+    shapes = {name: tuple(weights[name].shape) for name in names}
+    latents, width = shapes["W_dec"] if len(shapes["W_dec"]) == 2 else (0, 0)
+    if shapes != {"W_enc": (width, latents), "W_dec": (latents, width), "b_enc": (latents,), "b_dec": (width,)}:
+        raise CheckpointError(f"the weights beside {file} do not fit each other: {shapes}")
+    if type(k) is not int:
+        raise CheckpointError(f"{file}: k is {reprlib.repr(k)}; expected the number of active latents")
+    try:
+        return SaeConfig(width, latents, k, activation, normalized)
+    except SettingError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def write_saelens(sae: TopKSAE, folder: Path, *, model: str, block: int | None) -> None:
+    """Write an SAE for SAELens, whose ``SAE.load_from_disk`` reads the folder.
+
+    Args:
+        sae: the SAE.
+        folder: is made if need be.
+        model: what the model is called there.
+        block: after which block its activations are read; None for the output embedding.
+    """
+    config = sae.config
+    weights = {"W_enc": sae.encoder.weight.T, "b_enc": sae.encoder.bias, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+    facts = {
+        "architecture": "topk" if config.activation == "relu" else "abstopk",
+        "d_in": config.d_in,
+        "d_sae": config.num_latents,
+        "k": config.k,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": config.normalize_activations,
+        "reshape_activations": "none",
+        "rescale_acts_by_decoder_norm": False,
+        "metadata": {
+            "model_name": model,
+            "hook_name": None if block is None else f"blocks.{block}.hook_resid_post",
+            "sae_lens_version": "6.0.0",
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
+    (folder / _SAELENS_WEIGHTS).write_bytes(save(tensors))
+    (folder / CONFIG_FILE).write_text(json.dumps(facts, indent=2) + "\n")
