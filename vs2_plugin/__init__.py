@@ -14,6 +14,7 @@ _HOME = {
     "Method": "vs2_plugin.method",
     "Move": "vs2_plugin.steering.move",
     "Option": "vs2_plugin.method",
+    "Predictions": "vs2_plugin.harness.predictions",
     "SaeConfig": "vs2_plugin.sae.topk",
     "SteeredCLIP": "vs2_plugin.harness.model",
     "Store": "vs2_plugin.checkpoint.store",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
@@ -11,6 +13,7 @@ from vs2_plugin.checkpoint.store import Store, checkpoint_name
 from vs2_plugin.clip.backbone import load_backbone
 from vs2_plugin.errors import CheckpointNotFound
 from vs2_plugin.harness.model import SteeredCLIP
+from vs2_plugin.harness.predictions import Classifier, class_names, prompts_of
 from vs2_plugin.harness.preflight import missing_checkpoint
 from vs2_plugin.harness.shared import Shared
 from vs2_plugin.host import Evaluation
@@ -18,6 +21,7 @@ from vs2_plugin.modelstring import ModelString, parse
 from vs2_plugin.steering.context import Task
 
 __all__ = ["bind_waiting", "is_waiting", "load"]
+
 
 class _Waiting:
     """The model that was loaded last and does not know its data set yet. clip_benchmark builds that next."""
@@ -49,15 +53,18 @@ class _Finder:
 
 def load(
     model: str,
-    pretrained: str = "",
-    cache_dir: str | None = None,
+    pretrained: str | Path = "",
+    cache_dir: str | Path | None = None,
     device: str = "cpu",
     *,
-    dataset: str | None = None,
-    store: Store | None = None,
+    dataset: str | Path | None = None,
+    classes: Sequence[str] | None = None,
+    prompts: Sequence[str] | str | None = None,
+    amp: bool = True,
+    store: Store | str | Path | None = None,
     shared: Shared | None = None,
 ) -> tuple[SteeredCLIP, Any, Any]:
-    """Load a steered model.
+    """Load a steered model. Its ``repr`` says how it steers.
 
     Args:
         model: a model string, ``method:backbone[@checkpoint][@key=value]…``.
@@ -66,30 +73,42 @@ def load(
         device: where the model shall be.
         dataset: the data set whose checkpoint is meant, unless the string names one. In the harness, the next data
             set that is built.
-        store: where checkpoints are; by default as the command line finds it.
+        classes: names of classes, for :meth:`SteeredCLIP.classify`, and for methods that need classes.
+        prompts: with ``{c}`` or ``{}`` for the class name; by default CLIP's usual one.
+        amp: whether classes are embedded, and images classified, under autocast, as ``clip_benchmark eval`` does; False
+            for its ``--no_amp``.
+        store: where checkpoints are, or its folder; by default as the command line finds it.
         shared: what the models of one command share; by default, a model shares nothing with others.
 
     Returns:
         The model, its image preprocessing and its tokenizer, as ``open_clip`` and ``clip_benchmark`` give them.
 
     Raises:
-        ModelStringError, TowerError, CheckpointError, PluginError: what is wrong, and what mends it.
+        ModelStringError, TowerError, CheckpointError, PluginError, SettingError: what is wrong, and what mends it.
 
     Example::
 
         model, transform, tokenizer = vs2_plugin.load("vs2:ViT-B-32", "openai", dataset="cifar100")
         features = model.encode_image(transform(image)[None])
+
+        model, *_ = vs2_plugin.load("vs2:ViT-B-32", "openai", dataset="cifar100", classes=["cat", "dog"])
+        print(model.classify(["photo.jpg"]))
     """
     spec = parse(model)
-    store = store or Store.default()
+    found = store if isinstance(store, Store) else Store.default(store)
+    names, templates = class_names(classes) if classes is not None else None, prompts_of(prompts)
+    pretrained, cache_dir = str(pretrained), None if cache_dir is None else str(cache_dir)
 
     loaded = load_backbone(spec.backbone, pretrained, cache_dir, device, None if shared is None else shared.twin)
-    steered = SteeredCLIP(spec, loaded, _Finder(spec, pretrained, store))
+    steered = SteeredCLIP(spec, loaded, _Finder(spec, pretrained, found))
     if dataset is not None:
-        steered.bind(Task(dataset))
-    else:
-        if spec.checkpoint or not spec.method.needs_checkpoint:
-            steered.bind(None)
+        known = None if names is None else list(names)
+        steered.bind(Task(str(dataset), classes=known, templates=None if names is None else list(templates)))
+    elif spec.checkpoint or not spec.method.needs_checkpoint:
+        steered.bind(None)
+    if names is not None:
+        steered.set_classifier(Classifier.of(steered, loaded.tokenizer, names, templates, amp))
+    elif dataset is None:
         _Waiting.model = weakref.ref(steered)
     return steered, loaded.transform, loaded.tokenizer
 

@@ -14,9 +14,11 @@ from vs2_plugin.clip.edits import Edit, edit, paused
 from vs2_plugin.clip.sites import ClipModel, Sites
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.errors import CheckpointReplaced, HarnessError, ModelStringError
+from vs2_plugin.harness.description import describe
 from vs2_plugin.harness.parts import Parts
 from vs2_plugin.harness.places import Current, Places, build_places
 from vs2_plugin.harness.plain import PlainEmbedding
+from vs2_plugin.harness.predictions import Classifier, Images, Predictions, predict
 from vs2_plugin.method import Scalar
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.steering.batch import Batch
@@ -46,6 +48,10 @@ class SteeredCLIP(nn.Module):
         self.model: ClipModel = loaded.model
         self.spec = spec
         self.sites: Sites = loaded.sites
+        #: The preprocessing of an image.
+        self.transform: Callable[[Any], Tensor] = loaded.transform
+        #: The classes that it was told last.
+        self.classifier: Classifier | None = None
         self._tower = tower or (Tower.of(loaded.model, loaded.transform) if spec.method.needs_checkpoint else None)
         self._find_checkpoint = find_checkpoint
         self._current = Current()
@@ -61,6 +67,9 @@ class SteeredCLIP(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("model"), name)
+
+    def __repr__(self) -> str:
+        return describe(self.spec, self._places, self.classifier)
 
     def bind(self, task: Task | None) -> None:
         """Find the checkpoint for ``task`` (None: the one that the model string names) and start steering.
@@ -80,7 +89,7 @@ class SteeredCLIP(nn.Module):
         # Only when all of it could be built is the tower touched.
         while self._edits:
             self._edits.pop().remove()
-        self._places = places
+        self._places, self.classifier = places, None
         self._edits = [edit(self.model, place.site, place) for place in places]
 
     @property
@@ -102,11 +111,30 @@ class SteeredCLIP(nn.Module):
         """The checkpoint that it steers along, if its method needs one."""
         return None if self._places is None else self._places.checkpoint
 
-    def set_classifier(self, classifier: Tensor, quiet: bool = False) -> None:
+    def set_classifier(self, classifier: Tensor | Classifier, quiet: bool = False) -> None:
         """Tell a method that needs the classes the zero-shot classifier ``[embed_dim, classes]``. The harness glue does
-        so; in Python it is up to the caller, before the first image is encoded. Options that are ``auto`` are chosen
-        now, and the choice is logged unless ``quiet``."""
-        self.places.set_classifier(classifier, quiet)
+        so, and :func:`vs2_plugin.load` with ``classes``; elsewhere it is up to the caller, before the first image is
+        encoded. Options that are ``auto`` are chosen now, and the choice is logged unless ``quiet``."""
+        told = classifier if isinstance(classifier, Classifier) else Classifier.unnamed(classifier)
+        self.places.set_classifier(told.weights, quiet)
+        self.classifier = told
+
+    def classify(self, images: Images, batch_size: int = 64) -> Predictions:
+        """Return what the steered model, and the plain one beside it, make of images: the numbers of ``clip_benchmark
+        eval`` with batches of that size, bit for bit.
+
+        Args:
+            images: a PIL image, a path, a list of these, or preprocessed images ``[images, 3, height, width]``, as a
+                tensor or an array.
+            batch_size: how many go through the tower at a time.
+
+        Raises:
+            HarnessError: no classes are known.
+            DataError: something is no image.
+        """
+        if self.classifier is None:
+            raise HarnessError(f"model {str(self.spec)!r} knows no classes; load it with classes=['cat', 'dog']")
+        return predict(self, self.classifier, images, self.transform, batch_size)
 
     def set_targets(self, targets: Tensor | None) -> None:
         """Tell an oracle the true classes ``[batch]`` of the images that are encoded next."""

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vs2_plugin.data.images import image_digest
+from vs2_plugin.harness.predictions import best_first
 from vs2_plugin.results.images import Images, images_file
 from vs2_plugin.results.statistics import calibration
 
@@ -57,7 +58,7 @@ class Recorder:
         ``[e, classes]`` as in clip_benchmark's ``run_classification``, under whose autocast this is called."""
         with self._unmeasured():
             logits = (100.0 * F.normalize(embedding(), dim=-1) @ classifier).float().cpu()
-            self._plain.append((_first(logits)[:, 0], logits.softmax(1).amax(1)))
+            self._plain.append((best_first(logits)[:, 0], logits.softmax(1).amax(1)))
 
     @contextmanager
     def _unmeasured(self) -> Iterator[None]:
@@ -79,7 +80,7 @@ class Recorder:
         index = target.long()[:, None]
         preferred = (logits > logits.gather(1, index)).sum(1)
         # Autocast makes equal logits. Among the first five, the order is that of clip_benchmark's own top-5.
-        first = _first(logits)
+        first = best_first(logits)
         hit = first == index
         columns = {
             "target": target,
@@ -116,11 +117,6 @@ class Recorder:
             classes = tuple(str(name) for name in self.classes or ())
             images = replace(self._images, classes=classes, seconds=self._seconds(), peak_memory=_peak())
             images.write(images_file(Path(output)))
-
-
-def _first(logits: Tensor) -> Tensor:
-    """Return the classes preferred most, best first: int64 ``[count, 5]``, or as many as there are."""
-    return logits.topk(min(5, logits.shape[1]), dim=1).indices
 
 
 def _calibration(name: str, images: Images) -> dict[str, Any]:

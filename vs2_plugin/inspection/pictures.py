@@ -17,6 +17,7 @@ from torch.utils.data import IterableDataset
 
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.data.images import image_digest, open_images
+from vs2_plugin.data.pictures import open_picture
 from vs2_plugin.errors import DataError, Vs2Error
 
 __all__ = ["ImageFile", "Thumbnail", "TrainingPictures", "read_image", "thumbnail"]
@@ -57,14 +58,7 @@ def read_image(path: Path) -> ImageFile:
     Raises:
         DataError: there is none that can be read.
     """
-    try:
-        with Image.open(path) as image:
-            return ImageFile(str(path), image.convert("RGB"))
-    except FileNotFoundError:
-        raise DataError(f"there is no file {str(path)!r}; expected an image (png, jpg, webp)") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all of them come from PIL
-        reason = getattr(error, "strerror", None) or "it is damaged or of another format"
-        raise DataError(f"{str(path)!r} is no readable image (png, jpg, webp): {reason}") from error
+    return ImageFile(str(path), open_picture(path))
 
 
 class TrainingPictures:

@@ -1,0 +1,160 @@
+"""What a model makes of images, beside what the real clip_benchmark makes of them."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vs2_plugin
+from vs2_plugin.data.images import open_images
+from vs2_plugin.demo.digits import CLASSES
+from vs2_plugin.errors import DataError, HarnessError, ModelStringError, SettingError
+from vs2_plugin.harness.predictions import Classifier, class_names, prompts_of
+from vs2_plugin.harness.recorder import Recorder
+
+from .conftest import TINY, few_digits
+
+NAME = "local-dir-tiny-clip_wds-digits"
+PROMPTS = ["a photo of the number {}", "{c}."]
+
+
+@pytest.fixture
+def load(in_demo):
+    def load(model, **changes):
+        settings = {"dataset": "wds/digits", "classes": CLASSES, "prompts": PROMPTS, "amp": False, **changes}
+        return vs2_plugin.load(model, **settings)[:2]
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("model", "amp"),
+    [
+        (f"vs2s:{TINY}@{NAME}@gate=0.5", False),
+        (f"vs2:{TINY}@{NAME}@blocks=1+2", False),
+        (f"rag:{TINY}@{NAME}", False),
+        (f"vs2pp:{TINY}@{NAME}", True),
+    ],
+)
+def test_they_are_those_of_clip_benchmark_bit_for_bit(model, amp, load, in_demo, clip_benchmark, monkeypatch):
+    few_digits(in_demo, "few", 1, count=40)
+    (in_demo / "few/zeroshot_classification_templates.txt").write_text("\n".join(prompts_of(PROMPTS)))
+    seen = []
+    finish = Recorder.finish
+    monkeypatch.setenv("VS2_PER_IMAGE", "1")
+    monkeypatch.setattr(
+        Recorder, "finish", lambda self, *given: (seen.append((given, list(self._plain))), finish(self, *given))[1]
+    )
+    data = ("--pretrained", "", "--dataset", "wds/few", "--dataset_root", "few", "--output", "one.json")
+    data += ("--num_workers", "1", "--quiet", "--batch_size", "16", *([] if amp else ["--no_amp"]))
+    code, error = clip_benchmark("eval", "--model", model, *data)
+    assert code == 0, error
+    (((logits, _, facts), plain),) = seen
+
+    mine, transform = load(model, amp=amp)
+    images = torch.cat([batch.images for batch in open_images("wds/few", "few", "test", transform).batches(64, 0)])
+    found = mine.classify(images, batch_size=16)
+    assert len(found) == 40 and torch.equal(found.logits, logits)
+    assert torch.equal(found.plain_labels, torch.cat([best for best, _ in plain]))
+    assert torch.equal(found.plain.amax(1), torch.cat([chance for _, chance in plain]))
+    for name in facts:
+        assert torch.equal(getattr(found, name), facts[name])
+    assert ("fvu" in facts) == (not found.fvu.isnan().any()) == (not model.startswith("rag"))
+    assert found.changed.any() and (model.find("gate") < 0) == bool(found.steered.all())
+
+
+def test_pictures_files_tensors_and_arrays_give_the_same(load, tmp_path):
+    model, transform = load(f"vs2:{TINY}")
+    pictures = [Image.new("RGB", (40, 30), (shade, 20, 250 - shade)) for shade in (10, 120, 250)]
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for picture, path in zip(pictures, paths):
+        picture.save(path)
+    tensor = torch.stack([transform(picture) for picture in pictures])
+    expected = model.classify(pictures)
+    for images in (paths, [str(path) for path in paths], tensor, tensor.numpy(), tensor.double().numpy()):
+        assert torch.equal(model.classify(images).logits, expected.logits)
+    for image in (pictures[1], paths[1], tensor[1], tensor[1].numpy()):
+        torch.testing.assert_close(model.classify(image).logits, expected.logits[1:2])
+    assert model.classify(paths).images == tuple(map(str, paths)) and expected.images == ("0", "1", "2")
+
+
+def test_they_are_told_as_a_table_and_in_words(load):
+    model, _ = load(f"vs2:{TINY}", prompts="{}")
+    found = model.classify(torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    assert found.probabilities.shape == found.plain.shape == (12, 10) and found.classes == tuple(CLASSES)
+    torch.testing.assert_close(found.probabilities.sum(1), torch.ones(12))
+    rows, top = found.rows(), found.top(3)
+    assert [row["class"] for row in rows] == found.names == [best[0][0] for best in top]
+    assert [row["probability"] for row in rows] == found.probabilities.amax(1).tolist()
+    assert [row["changed"] for row in rows] == found.changed.tolist()
+    assert len(top[0]) == 3 and len(found.top(100)[0]) == 10
+    lines = repr(found).splitlines()
+    assert lines[0].startswith("12 images, 10 classes; steering changed ") and lines[-1] == "  and 2 more: see rows()"
+    assert f"0: {rows[0]['class']} {100 * rows[0]['probability']:.1f} %" in lines[1] and "FVU" in lines[1]
+
+
+def test_a_classifier_of_ones_own(load):
+    """Without names, classes have numbers. What a model was told last counts."""
+    model, _ = load(f"vs2:{TINY}")
+    images = torch.randn(4, 3, 32, 32)
+    named = model.classify(images)
+    model.set_classifier(replace(Classifier.unnamed(model.classifier.weights.flip(1)), amp=False))
+    torch.testing.assert_close(model.classify(images).logits.flip(1), named.logits)
+    assert model.classify(images).names == [str(9 - label) for label in named.labels.tolist()]
+    model.bind(model.places.task)
+    with pytest.raises(HarnessError, match="knows no classes"):
+        model.classify(images)
+
+
+@pytest.mark.parametrize(
+    ("images", "problem"),
+    [
+        ([], "no images"),
+        (3, "int is no image"),
+        ([3], "int in a list of images"),
+        (["none.jpg"], "there is no file 'none.jpg'"),
+        (np.zeros((2, 30, 30, 3)), r"shape \(2, 30, 30, 3\) and type float64; expected floats \[images, 3, 32, 32\]"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "type torch.uint8"),
+    ],
+)
+def test_what_is_no_image_is_said(images, problem, load):
+    model, _ = load(f"vs2:{TINY}")
+    with pytest.raises(DataError, match=problem):
+        model.classify(images)
+    with pytest.raises(SettingError, match="batch_size is 0"):
+        model.classify(torch.zeros(1, 3, 32, 32), batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        ("cat", "expected a list of names"),
+        ([1, 2], "expected a list of names"),
+        ([], "none; expected at least two"),
+        (["cat"], "'cat' alone"),
+        (["cat", "dog", " cat"], "'cat' stands there twice"),
+        (["cat", " "], "name number 2 is empty"),
+    ],
+)
+def test_wrong_classes_are_told(names, problem):
+    with pytest.raises(SettingError, match=problem):
+        class_names(names)
+    with pytest.raises(SettingError, match=problem):  # before anything is loaded
+        vs2_plugin.load("vs2:no-such-model", classes=names)
+
+
+def test_prompts_have_a_place_for_the_name():
+    assert prompts_of(None) == ("a photo of a {c}.",) and prompts_of("{} and {c}") == ("{c} and {c}",)
+    for wrong in ("a photo", "a {d}", "a {", "{c.x}", "{0}"):
+        with pytest.raises(SettingError, match="expected one {c} where the class name goes"):
+            prompts_of([wrong])
+    with pytest.raises(SettingError, match="prompts: none"):
+        prompts_of([])
+
+
+def test_classes_do_not_say_which_checkpoint(load):
+    with pytest.raises(ModelStringError, match="does not know its data set yet"):
+        load(f"vs2:{TINY}", dataset=None)
+    assert load(f"vs2:{TINY}@{NAME}", dataset=None)[0].classifier.names == tuple(CLASSES)

@@ -1,0 +1,304 @@
+"""What a steered model makes of images: the probabilities of named classes, with steering and without it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from vs2_plugin.data.pictures import open_picture
+from vs2_plugin.errors import DataError, SettingError
+from vs2_plugin.host import zero_shot_classification
+from vs2_plugin.text import counted
+
+__all__ = ["PROMPT", "Classifier", "Images", "Predictions", "best_first", "class_names", "predict", "prompts_of"]
+
+#: CLIP's usual prompt.
+PROMPT = "a photo of a {c}."
+#: What can be classified: a picture, a file, a list of either, or preprocessed images ``[batch, 3, h, w]``.
+Images = Image.Image | str | Path | Sequence[Image.Image | str | Path] | Tensor | np.ndarray
+_EXPECTED = "expected a PIL image, a path, a list of these, or preprocessed images [batch, 3, height, width]"
+#: Lines that a repr shows.
+_SHOWN = 10
+
+
+def class_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of classes, checked.
+
+    Raises:
+        SettingError: they are no list of at least two names, or one stands there twice.
+    """
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise SettingError(f"classes is {names!r:.80}; expected a list of names, such as ['cat', 'dog']")
+    found = tuple(name.strip() for name in names)
+    if "" in found:
+        raise SettingError(f"classes: name number {found.index('') + 1} is empty; expected one name per class")
+    twice = next((name for number, name in enumerate(found) if name in found[:number]), None)
+    if twice is not None:
+        raise SettingError(f"classes: {twice!r} stands there twice; expected each class once")
+    if len(found) < 2:
+        told = f"{found[0]!r} alone" if found else "none"
+        raise SettingError(f"classes: {told}; expected at least two, since probabilities compare classes")
+    return found
+
+
+def prompts_of(prompts: Sequence[str] | str | None) -> tuple[str, ...]:
+    """Return prompts with ``{c}`` for the class name, as clip_benchmark fills them in.
+
+    Args:
+        prompts: with ``{}`` or ``{c}`` each; by default CLIP's usual one.
+
+    Raises:
+        SettingError: there are none, or one has no place for the class name.
+
+    >>> prompts_of(["a sketch of a {}"])
+    ('a sketch of a {c}',)
+    """
+    given = [PROMPT] if prompts is None else [prompts] if isinstance(prompts, str) else list(prompts)
+    if not given:
+        raise SettingError("prompts: none; expected at least one, such as 'a photo of a {c}'")
+    return tuple(map(_prompt, given))
+
+
+def _prompt(text: object) -> str:
+    try:
+        prompt = str(text).strip().replace("{}", "{c}")
+        if prompt.format(c="cat") != prompt.format(c="dog"):
+            return prompt
+    except (LookupError, ValueError, AttributeError):
+        pass
+    raise SettingError(f"prompt {text!r}: expected one {{c}} where the class name goes, such as 'a photo of a {{c}}'")
+
+
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """A zero-shot classifier."""
+
+    names: tuple[str, ...]
+    """Of the classes."""
+    weights: Tensor
+    """``[embed_dim, classes]``, on the model's device."""
+    prompts: tuple[str, ...] = ()
+    """With ``{c}`` for the class name; none where they are not known."""
+    amp: bool = True
+    """Whether images are classified under autocast, as the classes were embedded."""
+
+    @classmethod
+    def of(
+        cls, model: Any, tokenizer: Any, names: Sequence[str], prompts: Sequence[str] | str | None, amp: bool
+    ) -> Classifier:
+        """Make one of class names and prompts, by clip_benchmark's own function.
+
+        Raises:
+            SettingError: names or prompts that cannot be used.
+        """
+        classes, templates = class_names(names), prompts_of(prompts)
+        device = next(model.parameters()).device.type
+        with zero_shot_classification() as harness:
+            weights = harness.zero_shot_classifier(model, tokenizer, list(classes), list(templates), device, amp)
+        return cls(classes, weights, templates, amp)
+
+    @classmethod
+    def unnamed(cls, weights: Tensor) -> Classifier:
+        """One whose classes have numbers for names."""
+        return cls(tuple(map(str, range(weights.shape[1]))), weights)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Predictions:
+    """What a model makes of some images. All tensors are on the CPU.
+
+    >>> found = Predictions(("cat", "dog"), torch.tensor([[3.0, 1]]), torch.tensor([[1.0, 2]]),
+    ...                     torch.tensor([0.25]), torch.tensor([True]), ("a.jpg",))
+    >>> found.names, found.changed.tolist(), found.top(1)
+    (['cat'], [True], [[('cat', 0.8807970285415649)]])
+    >>> found
+    1 image, 2 classes; steering changed 1
+      a.jpg: cat 88.1 %, without steering dog 73.1 %; FVU 0.250
+    """
+
+    classes: tuple[str, ...]
+    """Their names, in the order of the columns."""
+    logits: Tensor
+    """100 times the cosines, as clip_benchmark has them: float32 ``[images, classes]``."""
+    plain_logits: Tensor
+    """Those of the model without steering, bit for bit."""
+    fvu: Tensor
+    """The share of variance that the SAE leaves unexplained: float32 ``[images]``; NaN without an SAE."""
+    steered: Tensor
+    """Whether the gate let the image be steered: bool ``[images]``."""
+    images: tuple[str, ...] = ()
+    """What the images are called: their paths, or numbers."""
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    @property
+    def probabilities(self) -> Tensor:
+        """float32 ``[images, classes]``."""
+        return self.logits.softmax(1)
+
+    @property
+    def plain(self) -> Tensor:
+        """The probabilities without steering: float32 ``[images, classes]``."""
+        return self.plain_logits.softmax(1)
+
+    @property
+    def labels(self) -> Tensor:
+        """The number of the best class: int64 ``[images]``."""
+        return best_first(self.logits)[:, 0]
+
+    @property
+    def plain_labels(self) -> Tensor:
+        """The same without steering."""
+        return best_first(self.plain_logits)[:, 0]
+
+    @property
+    def names(self) -> list[str]:
+        """The name of each image's best class."""
+        return [self.classes[label] for label in self.labels.tolist()]
+
+    @property
+    def changed(self) -> Tensor:
+        """Whether steering changed the best class: bool ``[images]``."""
+        return self.labels != self.plain_labels
+
+    def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
+        """The ``k`` best classes of each image with their probabilities, best first."""
+        order = best_first(self.logits, max(k, 5))[:, :k]
+        chances = self.probabilities.gather(1, order)
+        return [
+            [(self.classes[label], chance) for label, chance in zip(*pair, strict=True)]
+            for pair in zip(order.tolist(), chances.tolist(), strict=True)
+        ]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One mapping per image, for a table: ``pandas.DataFrame(predictions.rows())``."""
+        plain_chances = self.plain.gather(1, self.plain_labels[:, None])[:, 0]
+        columns = {
+            "image": self.images or tuple(map(str, range(len(self)))),
+            "class": self.names,
+            "probability": [best[0][1] for best in self.top(1)],
+            "plain_class": [self.classes[label] for label in self.plain_labels.tolist()],
+            "plain_probability": plain_chances.tolist(),
+            "changed": self.changed.tolist(),
+            "fvu": self.fvu.tolist(),
+            "steered": self.steered.tolist(),
+        }
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def __repr__(self) -> str:
+        changed = int(self.changed.sum())
+        head = f"{counted(len(self), 'image')}, {len(self.classes)} classes; steering changed {changed:,}"
+        lines = [f"  {_line(row)}" for row in self.rows()[:_SHOWN]]
+        more = [f"  and {len(self) - _SHOWN:,} more: see rows()"] if len(self) > _SHOWN else []
+        return "\n".join([head, *lines, *more])
+
+
+def _line(row: dict[str, Any]) -> str:
+    chance, plain = (f"{100 * row[name]:.1f} %" for name in ("probability", "plain_probability"))
+    before = f"without steering {row['plain_class']} {plain}" if row["changed"] else f"without {plain}"
+    fvu = "" if row["fvu"] != row["fvu"] else f"; FVU {row['fvu']:.3f}"  # NaN
+    return f"{row['image']}: {row['class']} {chance}, {before}{fvu}{'' if row['steered'] else ', not steered'}"
+
+
+def best_first(logits: Tensor, count: int = 5) -> Tensor:
+    """Return the classes best_first most, best first: int64 ``[images, count]``, or as many as there are.
+
+    Autocast makes equal logits. Among the first five, the order is that of clip_benchmark's own top-5."""
+    return logits.topk(min(count, logits.shape[1]), dim=1).indices
+
+
+class _Steered(Protocol):
+    """A model that tells of each batch what it is without steering; as ``SteeredCLIP``."""
+
+    def reset_statistics(self) -> None: ...
+    def record_images(self, recording: bool, show: Callable[[Callable[[], Tensor]], None] | None = None) -> None: ...
+    def per_image(self) -> dict[str, Tensor]: ...
+
+
+def predict(
+    model: _Steered, classifier: Classifier, images: Images, transform: Callable[[Any], Tensor], batch_size: int
+) -> Predictions:
+    """Classify images by clip_benchmark's own function, so that logits are those of its evaluation, bit for bit.
+
+    Raises:
+        DataError: something that is no image.
+    """
+    weights, plain = classifier.weights, []
+    pictures = _pictures(images, transform)
+    if batch_size < 1:
+        raise SettingError(f"batch_size is {batch_size}; expected a whole number, at least 1")
+
+    def see(embedding: Callable[[], Tensor]) -> None:  # under the autocast of run_classification, and as it does
+        plain.append((100.0 * F.normalize(embedding(), dim=-1) @ weights).float().cpu())
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(pictures), batch_size):
+            batch = _batch(pictures[start : start + batch_size], transform)
+            yield batch.to(weights.device), torch.zeros(len(batch))
+
+    model.reset_statistics()
+    model.record_images(True, see)
+    try:
+        with zero_shot_classification() as harness:
+            classify = inspect.unwrap(harness.run_classification)
+            logits, _ = classify(model, weights, batches(), weights.device.type, amp=classifier.amp)
+        facts = model.per_image()
+    finally:
+        model.record_images(False)
+    count = len(logits)
+    return Predictions(
+        classes=classifier.names,
+        logits=logits,
+        plain_logits=torch.cat(plain),
+        fvu=facts.get("fvu", torch.full((count,), float("nan"))),
+        steered=facts.get("steered", torch.ones(count, dtype=torch.bool)),
+        images=tuple(str(one) if isinstance(one, (str, Path)) else str(n) for n, one in enumerate(pictures)),
+    )
+
+
+def _pictures(images: Any, transform: Callable[[Any], Tensor]) -> Sequence[Any]:
+    """Return images one by one: pictures or paths in a list, or a tensor ``[batch, 3, height, width]``."""
+    if isinstance(images, (Image.Image, str, Path)):
+        return [images]
+    if isinstance(images, (Tensor, np.ndarray)):
+        tensor = torch.as_tensor(images)
+        tensor = tensor[None] if tensor.ndim == 3 else tensor
+        height, width = transform(Image.new("RGB", (8, 8))).shape[1:]
+        if tensor.shape[1:] != (3, height, width) or not tensor.is_floating_point():
+            raise DataError(
+                f"images of shape {tuple(images.shape)} and type {images.dtype}; expected floats "
+                f"[images, 3, {height}, {width}], as the model's transform makes them, or PIL images or paths in a list"
+            )
+        found: Sequence[Any] = tensor  # type: ignore[assignment]  # it is one of tensors
+    elif isinstance(images, Iterable):
+        found = list(images)
+    else:
+        raise DataError(f"{type(images).__name__} is no image; {_EXPECTED}")
+    if len(found) == 0:
+        raise DataError(f"no images; {_EXPECTED}")
+    return found
+
+
+def _batch(pictures: Sequence[Any], transform: Callable[[Any], Tensor]) -> Tensor:
+    """Return preprocessed images ``[batch, 3, height, width]``."""
+    if isinstance(pictures, Tensor):
+        return pictures.float()
+    return torch.stack([_prepared(picture, transform) for picture in pictures])
+
+
+def _prepared(picture: Any, transform: Callable[[Any], Tensor]) -> Tensor:
+    if isinstance(picture, (str, Path)):
+        picture = open_picture(Path(picture))
+    if not isinstance(picture, Image.Image):
+        raise DataError(f"{type(picture).__name__} in a list of images; {_EXPECTED}")
+    return transform(picture)
