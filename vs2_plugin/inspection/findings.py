@@ -94,6 +94,18 @@ class Finding:
     places: list[AtPlace]
     neighbours: Neighbours | None
 
+    @property
+    def told(self) -> str:
+        """Which class the image had before and has after, in a sentence."""
+        before = max(self.classes, key=lambda one: one.before)
+        after = max(self.classes, key=lambda one: one.after)
+        if before is after:
+            return f"The class stays {after.name}: {after.before:.1%} before, {after.after:.1%} after steering."
+        return (
+            f"Steering changed the class from {before.name} ({before.before:.1%} before, {before.after:.1%} after) to "
+            f"{after.name} ({after.before:.1%} before, {after.after:.1%} after)."
+        )
+
 
 @dataclass(frozen=True)
 class Inspection:
