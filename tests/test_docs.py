@@ -15,6 +15,7 @@ from vs2_plugin.cli import train_sae
 from vs2_plugin.cli.main import parser
 from vs2_plugin.data.evaluated import look
 from vs2_plugin.data.images import open_images
+from vs2_plugin.data.naming import DataSet
 from vs2_plugin.demo.run import EVALUATED, SYSTEMS
 from vs2_plugin.errors import CheckpointNotFound
 from vs2_plugin.modelstring import is_steered, parse
@@ -184,7 +185,7 @@ def test_the_python_of_the_chapter_on_images_writes_shards(tmp_path, monkeypatch
     exec(compile(code, "images.md", "exec"), {})
     assert look("mine", "test") == look("mine", "train") == [2, 2, 1, 1]
     grey = lambda image: torch.tensor(image.getpixel((0, 0))[0])  # noqa: E731
-    (batch,) = open_images("wds/mine", "mine", "train", grey, labels=True).batches(6, 0)
+    (batch,) = open_images(DataSet.of("wds/mine", "mine"), "train", grey, labels=True).batches(6, 0)
     assert dict(zip(batch.images.tolist(), batch.labels.tolist())) == {10: 0, 200: 1}
 
 

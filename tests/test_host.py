@@ -1,9 +1,12 @@
+import json
 from argparse import Namespace
 
 import pytest
+from PIL import Image
 
-from vs2_plugin.errors import DataError, HarnessError, SettingError
-from vs2_plugin.host import Evaluation, build, data_root, default_task, unknown_data_set
+from vs2_plugin.data.naming import DataSet
+from vs2_plugin.errors import DataError, HarnessError
+from vs2_plugin.host import Evaluation, build, default_task, unknown_data_set
 
 # ---- an evaluation
 
@@ -57,18 +60,12 @@ def test_tasks_are_those_of_clip_benchmark():
     assert default_task("cifar10") == "zeroshot_classification"
 
 
-@pytest.mark.parametrize("root", ["{nope}", "{", "{0}", "{dataset.x}"])
-def test_a_root_that_cannot_be_filled_in_is_refused(root):
-    with pytest.raises(SettingError, match=r"only \{dataset\} and \{dataset_cleaned\} can be filled in"):
-        data_root(root, "cifar10")
-
-
 def test_what_cannot_be_built_is_told_with_its_remedy(tmp_path):
     with pytest.raises(DataError, match=r"'nope' of 'pets' in '.*': .*Error: .*; put it there") as error:
-        build("pets", str(tmp_path), "nope", remedy="put it there")
+        build(DataSet("pets", str(tmp_path)), "nope", remedy="put it there")
     assert error.value.__cause__ is not None
     with pytest.raises(DataError) as error:
-        build("wds/nope", str(tmp_path), "train")
+        build(DataSet("wds/nope", str(tmp_path)), "train")
     assert not str(error.value).endswith("; ")
 
 
@@ -78,10 +75,53 @@ def test_what_cannot_be_built_is_told_with_its_remedy(tmp_path):
 )
 def test_a_data_set_that_is_not_known_is_named_with_those_like_it(name, close, tmp_path):
     with pytest.raises(DataError) as error:
-        build(name, str(tmp_path), "train", remedy="without a network, put it there")
+        build(DataSet(name, str(tmp_path)), "train", remedy="without a network, put it there")
     hint = f"did you mean {close}" if close else ""
     assert str(error.value).startswith(f"clip_benchmark knows no data set '{name}'; {hint}")
-    assert "network" not in str(error.value) and str(error.value).endswith("webdataset shards are called wds/NAME")
+    assert "without a network" not in str(error.value)
+    assert str(error.value).endswith("webdataset shards are called wds/NAME")
+
+
+def test_a_folder_of_the_name_is_pointed_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    assert "the folder of that name is --dataset photos/; " in unknown_data_set("photos")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of images of three classes."""
+    for name in ("a_b", "c", "d"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name / "0.png")
+    return DataSet.of(tmp_path / "photos")
+
+
+def test_a_folder_is_built_as_its_own_files_say_or_those_of_the_command_line(folder, tmp_path):
+    found = build(folder, "test", transform=lambda image: image.size, wds_cache_dir=None)
+    assert found.classes == ["a b", "c", "d"] and found.templates == ["a photo of a {c}."] and found[2] == ((8, 8), 2)
+    names, prompts = tmp_path / "names.json", tmp_path / "prompts.json"
+    for key in ("folder/photos", "photos"):
+        names.write_text(json.dumps({key: ["x", "y", "z"]}))
+        prompts.write_text(json.dumps({"imagenet1k": ["no {c}"], key: ["the {c}"]}))
+        found = build(folder, "test", custom_classname_file=str(names), custom_template_file=str(prompts))
+        assert found.classes == ["x", "y", "z"] and found.templates == ["the {c}"]
+    prompts.write_text(json.dumps({"imagenet1k": ["no {c}"]}))  # which clip_benchmark takes for any data set
+    assert build(folder, "test", custom_template_file=str(prompts)).templates == ["no {c}"]
+    with pytest.raises(DataError, match="no prompts for the class 'a b'"):
+        build(folder, "test", custom_template_file="cupl_prompts.json")  # which comes with clip_benchmark
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [('{"photos": ["x"]}', "expected a list of 3 names for 'folder/photos'"), ('{"other": []}', "expected a list"),
+     ("[", "cannot read '.*names.json' .*; expected JSON"), (None, "cannot read")],
+)  # fmt: skip
+def test_names_that_do_not_fit_a_folder_are_refused(names, said, folder, tmp_path):
+    if names is not None:
+        (tmp_path / "names.json").write_text(names)
+    with pytest.raises(DataError, match=said):
+        build(folder, "test", custom_classname_file=str(tmp_path / "names.json"))
 
 
 def test_names_that_clip_benchmark_may_know_are_left_to_it():
@@ -93,5 +133,5 @@ def test_a_split_is_built_by_clip_benchmark(tmp_path, write_shards, picture):
     write_shards(tmp_path / "test", [{"a.png": picture(5), "a.cls": b"1"}])
     (tmp_path / "classnames.txt").write_text("one\ntwo\n")
     (tmp_path / "zeroshot_classification_templates.txt").write_text("a {c}\n")
-    found = build("wds/mine", str(tmp_path), "test", transform=lambda image: image.size)
+    found = build(DataSet("wds/mine", str(tmp_path)), "test", transform=lambda image: image.size)
     assert found.classes == ["one", "two"] and [tuple(row) for row in found] == [((8, 8), 1)]

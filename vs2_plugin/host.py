@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vs2_plugin.errors import DataError, HarnessError, SettingError
+from vs2_plugin.data.folders import FolderImages, open_folder
+from vs2_plugin.data.naming import DataSet
+from vs2_plugin.errors import DataError, HarnessError
 from vs2_plugin.text import reason_of
 
 __all__ = [
     "Evaluation",
     "build",
-    "data_root",
+    "build_folder",
     "default_task",
     "not_built",
     "unknown_data_set",
@@ -114,32 +117,14 @@ def default_task(dataset: str) -> str:
     return task
 
 
-def data_root(dataset_root: str, dataset: str) -> str:
-    """Return the folder of a data set, as clip_benchmark fills it in.
-
-    Raises:
-        SettingError: a field that cannot be filled in.
-
-    >>> data_root("root/{dataset}", "wds/cub200"), data_root("{dataset_cleaned}", "vtab/pets")
-    ('root/cub200', 'vtab-pets')
-    """
-    name = dataset.removeprefix("wds/")
-    try:
-        return dataset_root.format(dataset=name, dataset_cleaned=name.replace("/", "-"))
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
-        raise SettingError(
-            f"--dataset_root {dataset_root!r}: only {{dataset}} and {{dataset_cleaned}} can be filled in ({error})"
-        ) from None
-
-
-def build(dataset: str, root: str, split: str, *, remedy: str = "", **settings: Any) -> Any:
-    """Build a split of a data set by clip_benchmark's own function, fetching it where that can be.
+def build(dataset: DataSet, split: str, *, remedy: str = "", **settings: Any) -> Any:
+    """Build a split of a data set for evaluation: a folder by this package, and any other by clip_benchmark's own
+    function, fetching it where that can be.
 
     No steered model that waits for its data set takes it for that one.
 
     Args:
-        dataset: its name.
-        root: its folder, as :func:`data_root` gives it.
+        dataset: which.
         split: the split's name.
         remedy: what else the user can do, for the error.
         settings: other arguments of ``build_dataset``.
@@ -147,12 +132,65 @@ def build(dataset: str, root: str, split: str, *, remedy: str = "", **settings: 
     Raises:
         DataError: the data set, its split or its files are not there.
     """
+    if dataset.is_folder:
+        return build_folder(dataset, split, **settings)
     from clip_benchmark.datasets.builder import build_dataset
 
+    stock = inspect.unwrap(build_dataset)
     try:
-        return inspect.unwrap(build_dataset)(dataset_name=dataset, root=root, split=split, download=True, **settings)
+        return stock(dataset_name=dataset.name, root=dataset.root, split=split, download=True, **settings)
     except (Exception, SystemExit) as error:  # a download, a missing file, package or tool: anything
-        raise not_built(dataset, root, split, error, remedy) from error
+        raise not_built(dataset.name, dataset.root, split, error, remedy) from error
+
+
+def build_folder(
+    dataset: DataSet,
+    split: str,
+    transform: Callable[[Any], Any] | None = None,
+    custom_classname_file: str | None = None,
+    custom_template_file: str | None = None,
+    **others: Any,
+) -> FolderImages:
+    """Open a split of a folder for evaluation, with the arguments of ``build_dataset``; ``others`` mean nothing here.
+
+    Raises:
+        DataError: there are no images or labels, or names and prompts that do not fit.
+    """
+    images = open_folder(dataset.root, split, transform)
+    images.require_labels()
+    if custom_classname_file is not None:
+        names = _custom(custom_classname_file, dataset)
+        if not isinstance(names, list) or len(names) != len(images.classes):
+            raise DataError(
+                f"--custom_classname_file {custom_classname_file!r}: expected a list of {len(images.classes)} names "
+                f"for {dataset.name!r}, one for each folder of images in their order"
+            )
+        images.classes = list(map(str, names))
+    if custom_template_file is not None:
+        templates = _custom(custom_template_file, dataset, "imagenet1k")  # as clip_benchmark looks them up
+        if not isinstance(templates, (list, dict)) or not templates:
+            raise DataError(
+                f"--custom_template_file {custom_template_file!r}: expected a list of prompts for {dataset.name!r}"
+            )
+        lacking = [name for name in images.classes if name not in templates] if isinstance(templates, dict) else []
+        if lacking:
+            raise DataError(f"--custom_template_file {custom_template_file!r}: no prompts for the class {lacking[0]!r}")
+        images.templates = templates
+    return images
+
+
+def _custom(file: str, dataset: DataSet, *others: str) -> Any:
+    """Return what a JSON file holds for a data set. Raises DataError if it cannot be read."""
+    from clip_benchmark.datasets import builder
+
+    here = file if os.path.exists(file) else os.path.join(os.path.dirname(builder.__file__), file)
+    try:
+        with open(here, encoding="utf-8") as opened:
+            held = json.load(opened)
+        keys = (dataset.name, dataset.name.partition("/")[2], *others)
+        return next((held[key] for key in keys if key in held), None)
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"cannot read {file!r} ({reason_of(error)}); expected JSON, {{data set: list}}") from None
 
 
 def not_built(dataset: str, root: str, split: str, error: BaseException, remedy: str = "") -> DataError:
@@ -175,7 +213,12 @@ def unknown_data_set(dataset: str) -> str | None:
         return None
     close = difflib.get_close_matches(dataset.lower(), sorted(names), n=3)
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-    return f"clip_benchmark knows no data set {dataset!r}; {hint}webdataset shards are called wds/NAME"
+    if os.path.isdir(dataset):
+        hint = f"the folder of that name is --dataset {dataset}/; "
+    return (
+        f"clip_benchmark knows no data set {dataset!r}; {hint}a folder of images is named by its path, as photos/, and "
+        "webdataset shards are called wds/NAME"
+    )
 
 
 @contextmanager

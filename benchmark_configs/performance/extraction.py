@@ -106,6 +106,7 @@ def throughput(args: argparse.Namespace, say: Say) -> None:
     from vs2_plugin.clip.sites import Sites
     from vs2_plugin.data.cache import ActivationCache, activations_at, extract
     from vs2_plugin.data.images import TrainingImages, open_images
+    from vs2_plugin.data.naming import DataSet
 
     folder, count, device = args.path, args.images, torch.device(args.device)
     on_gpu = device.type != "cpu"
@@ -113,7 +114,7 @@ def throughput(args: argparse.Namespace, say: Say) -> None:
     torch.manual_seed(0)
     loaded = load_backbone(MODEL, "", device=args.device)
     save_file(loaded.model.state_dict(), folder / WEIGHTS)
-    images = open_images("wds/synthetic", str(folder), "train", loaded.transform)
+    images = open_images(DataSet.of("wds/synthetic", str(folder)), "train", loaded.transform)
     sites = [Sites.of(loaded.model).default, Sites.of(loaded.model).output]  # as vs2-train-sae
     widths = {site.hookpoint: site.width for site in sites}
     started, before = time.perf_counter(), processor_seconds()
@@ -224,6 +225,7 @@ def memory(folder: Path, count: int, samples: int) -> dict:
 
     from vs2_plugin.data.cache import ActivationCache, extract
     from vs2_plugin.data.images import open_images
+    from vs2_plugin.data.naming import DataSet
     from vs2_plugin.sae.config import TrainConfig
     from vs2_plugin.sae.train import train_sae
 
@@ -235,7 +237,7 @@ def memory(folder: Path, count: int, samples: int) -> dict:
     extracted = extract(
         lambda images: {"mixed": images.flatten(1) @ mixed},
         {"mixed": WIDTH},
-        open_images("wds/small", str(folder), "train", to_tensor),
+        open_images(DataSet.of("wds/small", str(folder)), "train", to_tensor),
         ActivationCache(folder),
         {},
         device="cpu",

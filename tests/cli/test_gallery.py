@@ -14,6 +14,7 @@ from vs2_plugin.clip.backbone import load_backbone
 from vs2_plugin.clip.edits import reading
 from vs2_plugin.clip.sites import Sites
 from vs2_plugin.data.images import image_digest, open_images
+from vs2_plugin.data.naming import DataSet
 
 FEW = ["--samples", "500", "--max_images", "48", "--num_workers", "0", "--quiet", "--no_amp"]
 BLOCK = "visual.transformer.resblocks.3"
@@ -53,7 +54,7 @@ def test_the_gallery_holds_what_the_plain_tower_gives(folder):
     assert train("--gallery_labels") == 0
     found = gallery()
     loaded = load_backbone("local-dir:tiny-clip", "")
-    images = open_images("wds/digits", "digits", "train", loaded.transform, max_images=48, labels=True)
+    images = open_images(DataSet.of("wds/digits", "digits"), "train", loaded.transform, max_images=48, labels=True)
     (batch,) = images.batches(64, 0)
     site = Sites.of(loaded.model).default
     with torch.no_grad(), reading(loaded.model, [site]) as read:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vs2_plugin.data.evaluated import fewer_workers, look, name_samples
+from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import DataError
 from vs2_plugin.host import build
 
@@ -38,7 +39,7 @@ def evaluate(root, named=True, task="zeroshot_classification"):
     """Read the split as clip_benchmark does: labels in their order."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dataset = build("wds/x", str(root), "test", transform=transform, task=task)
+        dataset = build(DataSet("wds/x", str(root)), "test", transform=transform, task=task)
         return [label for _, label in (name_samples(dataset) if named else dataset)]
 
 
@@ -194,7 +195,7 @@ def read_with(root, workers):
     """How many labels a loader with so many workers reads, or what it says. (pytest.raises would keep them waiting.)"""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dataset = name_samples(build("wds/x", str(root), "test", transform=transform))
+        dataset = name_samples(build(DataSet("wds/x", str(root)), "test", transform=transform))
         loader = torch.utils.data.DataLoader(dataset.batched(2), batch_size=None, num_workers=workers)
         try:
             return sum(len(labels) for _, labels in loader)

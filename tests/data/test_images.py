@@ -7,6 +7,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from vs2_plugin.data import images as images_module
 from vs2_plugin.data.images import TrainingImages, image_digest, open_images
+from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import DataError, SettingError
 
 
@@ -62,7 +63,7 @@ def numbers(images, batch_size=4, num_workers=0):
 
 
 def open_any(**options):
-    return open_images("any", "root", "train", None, **options)
+    return open_images(DataSet.of("any", "root"), "train", None, **options)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -241,34 +242,34 @@ def grey(image):
 @pytest.mark.parametrize(("split", "expected"), [("train", [10, 10]), ("test", [200, 200])])
 def test_clip_benchmark_builds_the_split_asked_for(split, expected, tmp_path, picture):
     write_faces(tmp_path / "fer2013", picture)
-    images = open_images("fer2013", str(tmp_path / "{dataset}"), split, grey)
+    images = open_images(DataSet.of("fer2013", str(tmp_path / "{dataset}")), split, grey)
     assert numbers(images) == expected
 
 
 def test_the_dummy_data_set_is_read_whatever_its_transform():
-    (found,) = open_images("dummy", "root", "test", None).batches(8, 0)
+    (found,) = open_images(DataSet.of("dummy", "root"), "test", None).batches(8, 0)
     assert found.images.shape == (1, 3, 224, 224)
 
 
 def test_placeholders_of_the_root_are_filled_in_as_clip_benchmark_does(tmp_path, write_shards, picture):
     write_shards(tmp_path / "vtab/x" / "train", [{"a.png": picture(5)}])
     write_shards(tmp_path / "vtab-x" / "train", [{"a.png": picture(6)}])
-    assert numbers(open_images("wds/vtab/x", f"{tmp_path}/{{dataset}}", "train", grey)) == [5]
-    assert numbers(open_images("wds/vtab/x", f"{tmp_path}/{{dataset_cleaned}}", "train", grey)) == [6]
+    assert numbers(open_images(DataSet.of("wds/vtab/x", f"{tmp_path}/{{dataset}}"), "train", grey)) == [5]
+    assert numbers(open_images(DataSet.of("wds/vtab/x", f"{tmp_path}/{{dataset_cleaned}}"), "train", grey)) == [6]
 
 
 @pytest.mark.parametrize("root", ["data{set}", "data{"])
 def test_other_braces_in_the_root_are_refused(root):
     with pytest.raises(SettingError):
-        open_images("wds/x", root, "train", grey)
+        open_images(DataSet.of("wds/x", root), "train", grey)
 
 
 def test_the_fingerprint_changes_with_the_images(tmp_path, picture):
     write_faces(tmp_path, picture)
-    before = open_images("fer2013", str(tmp_path), "train", grey).fingerprint
-    assert open_images("fer2013", str(tmp_path), "train", grey).fingerprint == before
+    before = open_images(DataSet.of("fer2013", str(tmp_path)), "train", grey).fingerprint
+    assert open_images(DataSet.of("fer2013", str(tmp_path)), "train", grey).fingerprint == before
     (tmp_path / "train" / "happy" / "1.png").write_bytes(picture(11))
-    assert open_images("fer2013", str(tmp_path), "train", grey).fingerprint != before
+    assert open_images(DataSet.of("fer2013", str(tmp_path)), "train", grey).fingerprint != before
 
 
 NOT_BUILT = [
@@ -281,7 +282,7 @@ NOT_BUILT = [
 @pytest.mark.parametrize(("dataset", "split", "reason"), NOT_BUILT)
 def test_what_clip_benchmark_cannot_build_is_said_in_one_line(dataset, split, reason, tmp_path):
     with pytest.raises(DataError) as error:
-        open_images(dataset, str(tmp_path), split, None)
+        open_images(DataSet.of(dataset, str(tmp_path)), split, None)
     assert f"could not build the split {split!r} of {dataset!r}" in str(error.value)
     assert reason in str(error.value)
     assert "\n" not in str(error.value)

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from vs2_plugin.data.images import open_images
+from vs2_plugin.data.naming import DataSet
 from vs2_plugin.data.shards import LocalShards, RemoteShards, open_shards
 from vs2_plugin.errors import DataError
 
@@ -97,7 +98,7 @@ def test_images_of_any_mode_reach_the_transform_as_rgb(shards):
 
 def test_more_workers_than_shards_read_every_image_once(shards, picture):
     root = shards({f"{i}.png": picture(i) for i in range(7)})
-    images = open_images("wds/x", root, "train", grey)
+    images = open_images(DataSet.of("wds/x", root), "train", grey)
     assert greys(row for batch in images.batches(3, num_workers=2) for row in batch.images) == list(range(7))
 
 
@@ -118,7 +119,7 @@ def test_shards_are_indexed_when_an_image_is_wanted_and_once(shards, picture, mo
     original = LocalShards._index
     monkeypatch.setattr(LocalShards, "_index", staticmethod(index))
     root = shards({"a.png": picture(1)}, {"b.png": picture(2)})
-    images = open_images("wds/x", root, "train", grey)
+    images = open_images(DataSet.of("wds/x", root), "train", grey)
     assert images.fingerprint == open_shards(root, "train", grey).fingerprint()
     assert not (tmp_path / "indexed").exists()
     assert greys(row for batch in images.batches(1, num_workers=2) for row in batch.images) == [1, 2]
@@ -200,7 +201,7 @@ def test_damaged_shards_are_named(damage, message, shards, picture):
     folder = Path(root) / "train"
     damage(folder)
     with pytest.raises(DataError) as error:
-        next(open_images("wds/x", root, "train", grey).batches(2, 0))
+        next(open_images(DataSet.of("wds/x", root), "train", grey).batches(2, 0))
     assert message.format(folder=folder) in str(error.value)
 
 
@@ -287,7 +288,7 @@ def labelled(picture, *labels):
 
 
 def labels_of(root, num_workers=0):
-    images = open_images("wds/x", root, "train", grey, labels=True)
+    images = open_images(DataSet.of("wds/x", root), "train", grey, labels=True)
     return [label for batch in images.batches(2, num_workers) for label in batch.labels.tolist()]
 
 
@@ -352,7 +353,7 @@ def test_remote_shards_are_streamed_once_and_in_order(num_workers, serve, shards
     shards(
         {"a.png": picture(1), "b.jpg": picture(2, "jpeg")}, {"c.png": picture(3)}, {"d.png": picture(4), "d.cls": b"7"}
     )
-    images = open_images("wds/x", serve, "train", grey)
+    images = open_images(DataSet.of("wds/x", serve), "train", grey)
     assert isinstance(images.source, RemoteShards)
     assert images.count is None
     assert images.fingerprint == [[f"{serve}/train/{index}.tar" for index in range(3)], None]
@@ -361,38 +362,39 @@ def test_remote_shards_are_streamed_once_and_in_order(num_workers, serve, shards
 
 def test_a_stream_is_cut_at_max_images(serve, shards, picture):
     shards({f"{i}.png": picture(i) for i in range(5)})
-    assert read_all(open_images("wds/x", serve, "train", grey, max_images=3)) == [0, 1, 2]
+    assert read_all(open_images(DataSet.of("wds/x", serve), "train", grey, max_images=3)) == [0, 1, 2]
 
 
 def test_the_first_of_several_images_is_streamed_as_clip_benchmark_does(serve, shards, picture):
     shards({"a.jpg": picture(1, "jpeg"), "a.png": picture(2)})
-    assert read_all(open_images("wds/x", serve, "train", grey)) == [2]
+    assert read_all(open_images(DataSet.of("wds/x", serve), "train", grey)) == [2]
 
 
 @pytest.mark.parametrize("members", [{"a.cls": b"garbage"}, {"a.json": b"{"}, {"a.txt": b"\xff"}], ids=str)
 def test_labels_of_remote_shards_are_never_read(members, serve, shards, picture):
     shards({"a.png": picture(1), **members})
-    assert read_all(open_images("wds/x", serve, "train", grey)) == [1]
+    assert read_all(open_images(DataSet.of("wds/x", serve), "train", grey)) == [1]
 
 
 def test_remote_shards_are_kept_in_the_cache_folder_asked_for(serve, shards, picture, tmp_path):
     shards({"a.png": picture(1)})
     (tmp_path / "cache").mkdir()
-    assert read_all(open_images("wds/x", serve, "train", grey, wds_cache_dir=str(tmp_path / "cache"))) == [1]
+    images = open_images(DataSet.of("wds/x", serve), "train", grey, wds_cache_dir=str(tmp_path / "cache"))
+    assert read_all(images) == [1]
     assert list((tmp_path / "cache").rglob("*.tar"))
 
 
 def test_a_missing_listing_behind_a_url_is_named(serve, shards, picture):
     shards({"a.png": picture(1)})
     with pytest.raises(DataError, match="cannot read http://127.0.0.1:.*/valid/nshards.txt .*404"):
-        open_images("wds/x", serve, "valid", grey)
+        open_images(DataSet.of("wds/x", serve), "valid", grey)
 
 
 def test_a_listing_that_is_no_number_behind_a_url_is_named(serve, shards, picture, tmp_path):
     shards({"a.png": picture(1)})
     (tmp_path / "train" / "nshards.txt").write_text("<html>")
     with pytest.raises(DataError, match="http://127.0.0.1:.*/train/nshards.txt holds '<html>'"):
-        open_images("wds/x", serve, "train", grey)
+        open_images(DataSet.of("wds/x", serve), "train", grey)
 
 
 # Which of the two notices the missing shard first, curl's exit code or tarfile, differs from run to run.
@@ -400,7 +402,7 @@ def test_a_missing_shard_behind_a_url_is_a_data_error(serve, shards, picture, tm
     shards({"a.png": picture(1)}, {"b.png": picture(2)})
     (tmp_path / "train" / "1.tar").unlink()
     with pytest.raises(DataError, match="cannot read the training images"):
-        read_all(open_images("wds/x", serve, "train", grey))
+        read_all(open_images(DataSet.of("wds/x", serve), "train", grey))
 
 
 def test_hugging_face_addresses_are_split_into_raw_and_resolve(monkeypatch):

@@ -11,6 +11,7 @@ import vs2_plugin
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli import train_sae
 from vs2_plugin.data.images import open_images
+from vs2_plugin.data.naming import DataSet
 from vs2_plugin.demo.digits import CLASSES, TEMPLATES
 from vs2_plugin.errors import DataError, HarnessError
 from vs2_plugin.gallery import search
@@ -410,7 +411,7 @@ def test_an_oracle_by_the_query_rule_knows_the_data_set_under_evaluation(in_demo
         classifier = zero_shot_classifier(model, tokenizer, CLASSES, TEMPLATES, "cpu", amp=False)
         model.set_classifier(classifier)
         plain, *_ = vs2_plugin.load(f"vs2:{TINY}@union@alpha=0", dataset=dataset)
-        (batch,) = open_images(dataset, dataset.removeprefix("wds/"), "test", transform).batches(999, 0)
+        (batch,) = open_images(DataSet.of(dataset, dataset.removeprefix("wds/")), "test", transform).batches(999, 0)
         with torch.no_grad():
             model.encode_image(batch.images)
             own = (F.normalize(plain.encode_image(batch.images), dim=-1) @ classifier).argmax(1)

@@ -99,7 +99,7 @@ def _work(
     dataset_root: str,
     variables: Mapping[str, str],
 ) -> int:
-    from vs2_plugin.host import data_root
+    from vs2_plugin.data.naming import DataSet
     from vs2_plugin.reproduce.run import Reproduction
 
     def report(line: str) -> None:
@@ -107,7 +107,7 @@ def _work(
             for one in line.split("\n"):
                 say(one)
 
-    data_root(dataset_root, "cifar100")
+    DataSet.of("cifar100", dataset_root)  # refused now, and not after the first training
     work = Reproduction(tables, out, dataset_root, args.quiet, report)
     if args.stand_in:
         report(f"cd {args.out}   # the tiny CLIP and the digits are written there")

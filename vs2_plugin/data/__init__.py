@@ -1,1 +1,1 @@
-"""Training images and their activations. Labels and test images are never read here."""
+"""Data sets: what they are called and where they lie, their images, and activations of those trained on."""

@@ -1,4 +1,4 @@
-"""Batches of training images of any data set that clip_benchmark knows, without their labels."""
+"""Batches of training images of any data set, without their labels."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
+from vs2_plugin.data.folders import open_folder
 from vs2_plugin.data.labels import UNKNOWN, Classes
+from vs2_plugin.data.naming import DataSet
 from vs2_plugin.data.shards import LocalShards, open_shards
 from vs2_plugin.distributed import Processes
 from vs2_plugin.errors import DataError, Vs2Error
-from vs2_plugin.host import build, data_root, default_task
+from vs2_plugin.host import build, default_task
 from vs2_plugin.text import one_line, reason_of, said_by
 
 __all__ = ["Batch", "TrainingImages", "image_digest", "leave_interruptions", "open_images"]
@@ -180,8 +182,7 @@ def _batch_with_labels(classes: Classes, samples: list[Any]) -> Batch:
 
 
 def open_images(
-    dataset: str,
-    root: str,
+    dataset: DataSet,
     split: str,
     transform: Callable[[Any], Any],
     *,
@@ -190,11 +191,10 @@ def open_images(
     wds_cache_dir: str | None = None,
     labels: bool = False,
 ) -> TrainingImages:
-    """Open a split of a clip_benchmark data set, downloading it where clip_benchmark can.
+    """Open a split of a data set, downloading it where clip_benchmark can.
 
     Args:
-        dataset: its name; ``wds/NAME`` for webdataset shards.
-        root: its folder (for shards also a URL); ``{dataset}`` and ``{dataset_cleaned}`` are filled in.
+        dataset: which.
         split: the split's name.
         transform: the tower's preprocessing.
         max_images: read no more than this: a random subset, or the first of a stream.
@@ -203,24 +203,28 @@ def open_images(
 
     Raises:
         DataError: the data set, its split or its files are not there. Labels are checked when they are read.
-        SettingError: a field of ``root`` that cannot be filled in.
     """
-    root = data_root(root, dataset)
+    name, root = dataset.name, dataset.root
     source: Dataset[Any]
-    fingerprint: list[Any]
+    fingerprint: Any
     classes = UNKNOWN
-    if dataset.startswith("wds/"):
+    if dataset.is_folder:
+        source = open_folder(root, split, transform)
+        if labels:
+            source.require_labels()
+            classes = Classes(len(source.classes), name)
+    elif dataset.is_shards:
         source = open_shards(root, split, transform, wds_cache_dir, labels)
     else:
         remedy = "without a network, put the data there by hand"
-        source = build(dataset, root, split, remedy=remedy, transform=transform, task=default_task(dataset))
+        source = build(dataset, split, remedy=remedy, transform=transform, task=default_task(name))
         names = getattr(source, "classes", None)
-        classes = Classes(len(names), dataset) if names else classes
+        classes = Classes(len(names), name) if names else classes
     if isinstance(source, LocalShards) and max_images is None:  # not indexed before an image is wanted
         return TrainingImages(source, None, source.fingerprint(), labels, classes)
     total = _length(source)
     if total == 0:
-        raise DataError(f"the split {split!r} of {dataset} in {root} is empty")
+        raise DataError(f"the split {split!r} of {name} in {root} is empty")
     fingerprint = source.fingerprint() if hasattr(source, "fingerprint") else _probe(source)
     # Some streams know their length, and none can be indexed.
     if not isinstance(source, IterableDataset) and max_images is not None and total is not None and max_images < total:

@@ -16,11 +16,12 @@ import torch
 from vs2_plugin.checkpoint.store import Store, checkpoint_name
 from vs2_plugin.clip.backbone import check_backbone, ignores_pretrained, require_weights, warn_about_quickgelu
 from vs2_plugin.data.evaluated import fewer_workers, look
+from vs2_plugin.data.naming import DataSet
 from vs2_plugin.data.splits import without_training_split
 from vs2_plugin.devices import emulates_bfloat16
 from vs2_plugin.errors import CheckpointNotFound, HarnessError, ModelStringError
 from vs2_plugin.harness.automatic import read_prior
-from vs2_plugin.host import Evaluation, data_root, unknown_data_set
+from vs2_plugin.host import Evaluation, unknown_data_set
 from vs2_plugin.modelstring import GRAMMAR, ModelString, is_steered, parse
 from vs2_plugin.names import LOCAL
 from vs2_plugin.text import counted
@@ -196,7 +197,7 @@ def _look_at_data(runs: Sequence[Evaluation]) -> dict[str, int]:
     fewer: dict[str, int] = {}
     for run in {(run.dataset, run.own_task): run for run in runs if run.dataset.startswith("wds/")}.values():
         counts = look(
-            data_root(run.dataset_root, run.dataset),
+            DataSet.of(run.dataset, run.dataset_root).root,
             run.split,
             run.own_task,
             names=run.custom_classname_file is None,

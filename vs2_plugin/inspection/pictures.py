@@ -17,6 +17,7 @@ from torch.utils.data import IterableDataset
 
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.data.images import image_digest, open_images
+from vs2_plugin.data.naming import DataSet
 from vs2_plugin.data.pictures import open_picture
 from vs2_plugin.errors import DataError, Vs2Error
 
@@ -105,7 +106,7 @@ class TrainingPictures:
         dataset, count, checkpoint = self._parts[part].dataset, self._parts[part].count, self._checkpoint
         try:
             source: Any = open_images(
-                dataset, self._root, checkpoint.data.splits[part], self._prepare,
+                DataSet.of(dataset, self._root), checkpoint.data.splits[part], self._prepare,
                 max_images=checkpoint.data.max_images, seed=int(checkpoint.sites[0].training.get("seed") or 0),
                 wds_cache_dir=self._wds_cache_dir,
             ).source  # fmt: skip

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import DataError
 from vs2_plugin.gallery.gallery import CLIP
 from vs2_plugin.harness.loader import load
 from vs2_plugin.harness.model import SteeredCLIP
 from vs2_plugin.harness.places import Place
-from vs2_plugin.host import build, data_root, zero_shot_classification
+from vs2_plugin.host import build, zero_shot_classification
 from vs2_plugin.inspection.latents import LatentStatistics, scan
 from vs2_plugin.inspection.notes import NO_GALLERY, NO_WORDS, TOP_IMAGES
 from vs2_plugin.inspection.pictures import Thumbnail, TrainingPictures
@@ -199,7 +200,7 @@ def _classes_of(dataset: str, root: str, wds_cache_dir: str | None) -> tuple[lis
     remedy = f"its class names are needed: put the data there, {hint}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of an order of shards, which are not read here
-        built = build(dataset, data_root(root, dataset), "test", remedy=remedy, wds_cache_dir=wds_cache_dir)
+        built = build(DataSet.of(dataset, root), "test", remedy=remedy, wds_cache_dir=wds_cache_dir)
     classes, prompts = getattr(built, "classes", None), getattr(built, "templates", None)
     if not classes or len(classes) < 2 or not prompts:
         raise DataError(f"{dataset} has no class names and prompts; expected a classification data set, {hint}")

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
+from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import DataError, Vs2Error
-from vs2_plugin.host import build, data_root
+from vs2_plugin.host import build
 from vs2_plugin.text import one_line, reason_of
 
 __all__ = ["Missing", "missing_data", "missing_encoder", "missing_weights"]
@@ -80,8 +81,9 @@ def missing_data(dataset: str, dataset_root: str, split: str) -> Missing | None:
         dataset_root: its folder, in which ``{dataset}`` is filled in.
         split: the split that is needed.
     """
-    root = data_root(dataset_root, dataset)
-    if dataset.startswith("wds/"):
+    named = DataSet.of(dataset, dataset_root)
+    root = named.root
+    if named.is_shards:
         file = Path(root, split, "nshards.txt")
         if "://" in root or file.is_file():
             return None
@@ -94,7 +96,7 @@ def missing_data(dataset: str, dataset_root: str, split: str) -> Missing | None:
     said = StringIO()
     try:
         with redirect_stdout(said):
-            build(dataset, root, "test")
+            build(named, "test")
     except DataError as error:
         reason = one_line(f"{reason_of(error.__cause__ or error)} {said.getvalue()}")
         return Missing(

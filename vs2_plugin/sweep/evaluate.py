@@ -26,11 +26,12 @@ from vs2_plugin.clip.sites import ClipModel, Output, Site, embedding_from, finis
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.data.evaluated import name_samples
 from vs2_plugin.data.images import leave_interruptions
+from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import DataError, HarnessError
 from vs2_plugin.harness.autoload import DISABLE
 from vs2_plugin.harness.parts import Parts
 from vs2_plugin.harness.places import Current, Place, build_places
-from vs2_plugin.host import build, data_root, zero_shot_classification
+from vs2_plugin.host import build, zero_shot_classification
 from vs2_plugin.method import Scalar
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.steering.batch import Batch
@@ -114,19 +115,19 @@ class _Data:
             from clip_benchmark.models.nllb_clip import set_language
 
             set_language(loaded.tokenizer, args.language)
-        root = data_root(args.dataset_root, args.dataset)
+        named = DataSet.of(args.dataset, args.dataset_root)
         dataset = build(
-            args.dataset, root, args.split, transform=loaded.transform, annotation_file="", language=args.language,
+            named, args.split, transform=loaded.transform, annotation_file="", language=args.language,
             task=args.task, custom_template_file=args.custom_template_file,
             custom_classname_file=args.custom_classname_file, wds_cache_dir=args.wds_cache_dir,
         )  # fmt: skip
-        shards = args.dataset.startswith("wds/")  # these come in batches
+        shards = named.is_shards  # these come in batches
         classes, templates = (getattr(dataset, name, None) for name in ("classes", "templates"))
         if classes is None or templates is None:
             raise DataError(f"{args.dataset} has no classes and templates; a sweep needs a data set for classification")
         dataset = name_samples(dataset) if shards else dataset
         #: What the methods are told of it.
-        self.task = Task(args.dataset, root, args.split, classes, templates)
+        self.task = Task(named.name, named.root, args.split, classes, templates)
         self.loader: DataLoader[Any] = DataLoader(
             dataset.batched(args.batch_size) if shards else dataset,
             batch_size=None if shards else args.batch_size,

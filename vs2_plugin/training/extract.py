@@ -17,6 +17,7 @@ from vs2_plugin.clip.sites import Site
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.data.cache import ActivationCache, Encode, Extracted, activations_at, extract, require_space
 from vs2_plugin.data.images import TrainingImages, open_images
+from vs2_plugin.data.naming import DataSet
 from vs2_plugin.data.splits import Split
 from vs2_plugin.distributed import ALONE, Processes
 from vs2_plugin.errors import DataError, SettingError
@@ -115,8 +116,7 @@ class Extraction:
         """
         request = self.request
         images = open_images(
-            dataset,
-            request.dataset_root,
+            DataSet.of(dataset, request.dataset_root),
             split.name,
             self.loaded.transform,
             max_images=request.max_images,

@@ -1,0 +1,39 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from vs2_plugin.data.pictures import open_picture
+from vs2_plugin.errors import DataError
+
+
+def test_of_a_moving_picture_the_first_frame_counts(tmp_path):
+    frames = [Image.new("L", (4, 4), grey) for grey in (10, 200)]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+    assert open_picture(tmp_path / "x.gif").getpixel((0, 0)) == (10, 10, 10)
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bits_of_grey_are_scaled(tmp_path, kind, suffix):
+    if kind is np.int32 and suffix == "png":
+        pytest.skip("no such file")
+    Image.fromarray(np.array([[0, 32768, 65535]], dtype=kind)).save(tmp_path / f"x.{suffix}")
+    assert np.asarray(open_picture(tmp_path / f"x.{suffix}"))[0].tolist() == [[0] * 3, [128] * 3, [255] * 3]
+
+
+@pytest.mark.parametrize("held", [b"", b"no picture", "cut"])
+def test_a_picture_that_cannot_be_read_is_named(tmp_path, held):
+    file = tmp_path / "x\ny.jpg"
+    Image.new("RGB", (8, 8)).save(file)
+    file.write_bytes(file.read_bytes()[:-40] if held == "cut" else held)
+    with pytest.raises(DataError, match=r"x\\ny.jpg' is no readable image .*: it is damaged or of another format"):
+        open_picture(file)
+
+
+def test_what_the_system_refuses_is_told_apart(tmp_path):
+    with pytest.raises(DataError, match="there is no file '.*gone.jpg'") as error:
+        open_picture(tmp_path / "gone.jpg")
+    assert error.value.__cause__.errno is not None
+    with pytest.raises(DataError, match="is no readable image .*: Is a directory") as error:
+        open_picture(tmp_path)
+    assert error.value.__cause__.errno is not None
