@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import vs2_plugin
@@ -18,6 +19,7 @@ from vs2_plugin.checkpoint.records import TrainingData
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli import train_sae
 from vs2_plugin.errors import CheckpointError, DataError
+from vs2_plugin.sae.foreign import write_saelens
 from vs2_plugin.training import run
 from vs2_plugin.training.request import TrainRequest
 
@@ -376,3 +378,27 @@ def test_what_another_training_wrote_meanwhile_is_not_replaced(folder, monkeypat
     monkeypatch.setattr(run, "alone", waited)
     with pytest.raises(DataError, match="there is a checkpoint 'mine' in .* already"):
         vs2_plugin.train("wds/digits", name="mine", **SMALL)
+
+
+def test_an_sae_of_another_library_becomes_a_checkpoint(folder, capsys, train):
+    assert train("--blocks", "1") == 0
+    own = Store.default().find(NAME)
+    sae, mean = own.sae(own.sites[0])
+    write_saelens(sae, folder / "theirs", model="tiny-clip", block=1)
+    capsys.readouterr()
+    assert train_sae.main([*WORDS, "--no_amp", "--num_workers", "0", "--sae", "theirs", "--name", "taken"]) == 0
+    said = capsys.readouterr().out
+    assert "the SAE by SAELens, of tiny-clip, of the activations after block 1 in theirs is taken for" in said
+    assert "taken as it is" in said
+    checkpoint = Store.default().find("taken")
+    (site,) = checkpoint.sites
+    assert site.hookpoint == "visual.transformer.resblocks.1" and site.training["library"] == "SAELens"
+    taken, same = checkpoint.sae(site)
+    assert torch.equal(same, mean) and torch.equal(taken.W_dec, sae.W_dec)
+    assert 0 < site.fvu < own.sites[0].fvu  # most of these images trained it
+    assert checkpoint.gallery is not None
+    other = ["--sae", "theirs", "--name", "at-the-end", "--blocks", "output"]
+    assert train_sae.main([*WORDS, "--no_amp", "--num_workers", "0", *other]) == 2
+    assert "of width 128, and those at this site have 64" in capsys.readouterr().err
+    assert train_sae.main([*WORDS, "--sae", "theirs", "--k", "3"]) == 2
+    assert "leave out --k" in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,7 +12,48 @@ from vs2_plugin.errors import DataError
 from vs2_plugin.sae.source import Source
 from vs2_plugin.sae.topk import TopKSAE, sample_fvu
 
-__all__ = ["dead_share", "held_out_fvu", "samples_fvu"]
+__all__ = ["HELD_OUT", "QUANTILES", "Fit", "fit_of", "held_out_fvu"]
+
+#: Quantiles of the held-out per-sample FVU that a checkpoint stores.
+QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.995)
+#: Activations that are held out, at most.
+HELD_OUT = 10_000
+_DEAD_MAX = 100_000  # activations looked at to count dead latents
+
+
+class Fit(NamedTuple):
+    """How well an SAE fits."""
+
+    fvu: float
+    """``Σ‖x - x̃‖² / Σ‖x - mean‖²`` over held-out activations."""
+    fvu_quantiles: dict[str, float]
+    """Quantile, as text, -> per-sample FVU over held-out activations."""
+    dead: float
+    """Share of latents that no other activation (of at most 100,000) activates."""
+
+
+def fit_of(sae: TopKSAE, source: Source, held: np.ndarray, calibrated: np.ndarray, others: np.ndarray) -> Fit:
+    """Measure how well an SAE fits activations of these numbers, int64 ``[m]`` each.
+
+    Args:
+        sae: on the device of the source.
+        source: the activations.
+        held: those that the FVU is of.
+        calibrated: those that its quantiles are of.
+        others: those, in any order, by which dead latents are counted.
+
+    Raises:
+        DataError: there are none to calibrate on, or all are equal.
+    """
+    if not len(calibrated):
+        raise DataError("none of the activations to calibrate on is held out; take more images of those data sets")
+    of_samples = _samples_fvu(sae, source, calibrated)
+    quantiles = torch.quantile(of_samples, torch.tensor(QUANTILES, dtype=torch.double)).tolist()
+    return Fit(
+        fvu=round(held_out_fvu(sae, source, held), 6),
+        fvu_quantiles={f"{q:g}": round(value, 6) for q, value in zip(QUANTILES, quantiles, strict=True)},
+        dead=_dead_share(sae, source, np.sort(others[:_DEAD_MAX])),
+    )
 
 
 @torch.no_grad()
@@ -35,14 +78,14 @@ def held_out_fvu(sae: TopKSAE, source: Source, held: np.ndarray, scale: float = 
 
 
 @torch.no_grad()
-def samples_fvu(sae: TopKSAE, source: Source, chosen: np.ndarray) -> Tensor:
+def _samples_fvu(sae: TopKSAE, source: Source, chosen: np.ndarray) -> Tensor:
     """Per-sample FVU of the activations of the numbers ``chosen``: float64 on the CPU, ``[len(chosen)]``."""
     mean = source.mean.to(source.device)
     return torch.cat([sample_fvu(x, sae(x), mean) for x in source.every(chosen)]).double().cpu()
 
 
 @torch.no_grad()
-def dead_share(sae: TopKSAE, source: Source, chosen: np.ndarray) -> float:
+def _dead_share(sae: TopKSAE, source: Source, chosen: np.ndarray) -> float:
     """Share of the latents that none of the activations of the numbers ``chosen`` activates."""
     active = torch.zeros(sae.config.num_latents, dtype=torch.bool, device=source.device)
     for x in source.every(chosen):

@@ -52,6 +52,11 @@ class ForeignSAE:
     model: str | None
     """What its files call the model, if they do."""
 
+    def __str__(self) -> str:
+        of = f", of {self.model}" if self.model else ""
+        after = "" if self.block is None else f", of the activations after block {self.block}"
+        return f"the SAE by {self.library}{of}{after}"
+
 
 def read_foreign(path: Path) -> ForeignSAE:
     """Read an SAE from its folder.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vs2_plugin.arrays import Stack, ask_for, on_disk
+from vs2_plugin.errors import DataError
 
 __all__ = ["CHUNK", "Device", "Rows", "Source", "ahead", "batches_of", "chunks"]
 
@@ -30,6 +31,13 @@ class Source:
         self._rows, self._held = rows, _on_gpu(rows, self.device)
         #: Whether they are read from files that memory may not hold.
         self.on_disk = self._held is None and on_disk(rows)
+
+    def check(self) -> None:
+        """Refuse activations of which nothing can be learnt. Raises DataError."""
+        if not torch.isfinite(self.mean).all() or not np.isfinite(self.variance):
+            raise DataError("some activations are not finite; extract them again with --cache_dtype float32")
+        if self.variance == 0:
+            raise DataError("all activations are equal; are all images the same?")
 
     def read(self, numbers: np.ndarray) -> Tensor:
         """The activations of these numbers, float32."""

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from vs2_plugin.distributed import ALONE, Processes, total
 from vs2_plugin.errors import DataError, SettingError
 from vs2_plugin.sae.config import TrainConfig
-from vs2_plugin.sae.fit import dead_share, held_out_fvu, samples_fvu
+from vs2_plugin.sae.fit import HELD_OUT, fit_of, held_out_fvu
 from vs2_plugin.sae.source import Device, Rows, Source, ahead, batches_of, chunks
 from vs2_plugin.sae.state import SavedState
 from vs2_plugin.sae.step import ClassMeans, finds_in_bfloat16, set_gradients
@@ -31,15 +31,11 @@ from vs2_plugin.text import sentence_of
 if TYPE_CHECKING:
     from vs2_plugin.sae.gpu import GpuStep
 
-__all__ = ["QUANTILES", "Figures", "Job", "Trained", "train_sae", "train_saes"]
+__all__ = ["Figures", "Job", "Trained", "train_sae", "train_saes"]
 
 _LOG = logging.getLogger(__name__)
-#: Quantiles of the held-out per-sample FVU that a checkpoint stores.
-QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.995)
 _EVALUATIONS = 20  # held-out evaluations per training
-_HELD_OUT_MAX = 10_000
 _WATCHED_MAX = 2_000  # held-out activations looked at to choose the weights to keep
-_DEAD_MAX = 100_000  # activations looked at to count dead latents
 _ASKED = 16  # steps between two questions to a GPU whether any latent is dead: the answer waits for all before it
 
 
@@ -220,15 +216,12 @@ class _Run:
         count, width = source.shape
         numbers = np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)  # all that grows with the images
         order = np.random.default_rng(config.seed).permutation(numbers)
-        self.held = np.sort(order[: min(_HELD_OUT_MAX, count // 10)])
+        self.held = np.sort(order[: min(HELD_OUT, count // 10)])
         self.watched = np.sort(order[: min(_WATCHED_MAX, len(self.held))])
         self.train = order[len(self.held) :]
         self.batch_size = min(config.sae_batch_size, len(self.train))
         self.steps = max(1, config.samples // self.batch_size)
-        if not torch.isfinite(mean).all() or not np.isfinite(variance):
-            raise DataError("some activations are not finite; extract them again with --cache_dtype float32")
-        if variance == 0:
-            raise DataError("all activations are equal; are all images the same?")
+        source.check()
         self.scale = (variance / width) ** 0.5 if config.rescale else 1.0
 
         torch.manual_seed(config.seed)
@@ -334,14 +327,9 @@ class _Run:
             sae.encoder.bias.mul_(self.scale)
         sae.eval().requires_grad_(False)
         calibrated = self.held if calibration is None else self.held[calibration[self.held]]
-        if not len(calibrated):
-            raise DataError("none of the activations to calibrate on is held out; take more images of those data sets")
-        of_samples = samples_fvu(sae, source, calibrated)
-        quantiles = torch.quantile(of_samples, torch.tensor(QUANTILES, dtype=torch.double)).tolist()
+        fit = fit_of(sae, source, self.held, calibrated, self.train)
         figures = Figures(
-            fvu=round(held_out_fvu(sae, source, self.held), 6),
-            fvu_quantiles={f"{q:g}": round(value, 6) for q, value in zip(QUANTILES, quantiles, strict=True)},
-            dead=dead_share(sae, source, np.sort(self.train[:_DEAD_MAX])),
+            **fit._asdict(),
             train_count=len(self.train),
             held_out_count=len(self.held),
             steps=self.steps,

@@ -16,11 +16,12 @@ from vs2_plugin.clip.sites import Site, Sites
 from vs2_plugin.errors import CheckpointError, DataError, SettingError
 from vs2_plugin.names import with_weights
 from vs2_plugin.sae.config import RECIPES, TrainConfig
+from vs2_plugin.sae.foreign import ForeignSAE
 from vs2_plugin.sae.topk import TopKSAE
 from vs2_plugin.settings import whole
 from vs2_plugin.training.request import TrainRequest
 
-__all__ = ["Plan", "chosen_sites", "make_plans"]
+__all__ = ["Plan", "chosen_sites", "fitted", "make_plans"]
 
 #: Settings of which each value makes a checkpoint -> what stands before the value in its name.
 _GRID = {"k": "k", "expansion_factor": "x", "seed": "seed"}
@@ -86,6 +87,28 @@ def make_plans(request: TrainRequest, store: Store) -> list[Plan]:
         settings = {**RECIPES[request.recipe], **single, **chosen}
         plans.append(_plan(store.folder(base + suffix), settings, variants, request))
     return plans
+
+
+def fitted(request: TrainRequest, given: ForeignSAE) -> TrainRequest:
+    """Return the request with what an SAE that is given tells of itself.
+
+    Raises:
+        SettingError: settings of a training, where there is none, or several places.
+    """
+    of_training = [one.name for one in fields(TrainConfig) if one.name not in ("rescale", "seed")]
+    asked = [name for name in of_training if getattr(request, name) is not None]
+    asked += ["recipe"] if request.recipe != "default" else []
+    if asked:
+        raise SettingError(f"--sae takes an SAE as it is; leave out --{' --'.join(asked)}")
+    if len(request.blocks) > 1 or request.blocks == ("all",) or len(request.seed or ()) > 1:
+        raise SettingError("--sae is one SAE, of one place; expected one value of --blocks and of --seed")
+    config, told = given.sae.config, request.blocks == ("last",) and given.block is not None
+    return replace(
+        request,
+        blocks=(str(given.block),) if told else request.blocks,
+        k=(config.k,),
+        expansion_factor=(max(1, config.num_latents // config.d_in),),
+    )
 
 
 def _settings(request: TrainRequest) -> tuple[dict[str, Sequence[Any]], dict[str, Any]]:

@@ -66,6 +66,11 @@ class TrainRequest:
         ("last",), pattern=("last|all|output|[0-9]{1,9}", "last, all, output, or block numbers counted from 0"),
         help="where: last, all, output (the embedding), or block numbers counted from 0; one SAE each",
     )  # fmt: skip
+    sae: str | None = setting(
+        None,
+        help="the folder of an SAE by sparsify, SAELens or Prisma, which becomes the checkpoint instead of one that is "
+        "trained; how well it fits is measured on the data set",
+    )
     expansion_factor: tuple[int, ...] | None = like(TrainConfig, "expansion_factor")
     k: tuple[int, ...] | None = like(
         TrainConfig, "k", default=None,

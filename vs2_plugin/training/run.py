@@ -31,12 +31,14 @@ from vs2_plugin.distributed import ALONE, Processes
 from vs2_plugin.errors import DataError
 from vs2_plugin.files import alone, json_digest
 from vs2_plugin.names import with_weights
+from vs2_plugin.sae.adopt import adopt
 from vs2_plugin.sae.config import TrainConfig
+from vs2_plugin.sae.foreign import ForeignSAE, read_foreign
 from vs2_plugin.sae.topk import TopKSAE
 from vs2_plugin.sae.train import Job, Trained, train_saes
 from vs2_plugin.text import reason_of
 from vs2_plugin.training.extract import Extraction, Part, Report, all_labels, load_encoders
-from vs2_plugin.training.plan import Plan, chosen_sites, make_plans
+from vs2_plugin.training.plan import Plan, chosen_sites, fitted, make_plans
 from vs2_plugin.training.request import TrainRequest
 
 __all__ = ["train"]
@@ -70,6 +72,10 @@ def train(request: TrainRequest, processes: Processes = ALONE, report: Report = 
         quiet=request.quiet or not processes.first,
     )
     say: Report = (lambda line: None) if request.quiet else report
+    given = None if request.sae is None else read_foreign(Path(request.sae))
+    if given is not None:
+        request = fitted(request, given)
+        say(f"{given} in {request.sae} is taken for {request.model}")
     store = Store.default(request.store)
     splits = {name: training_split(name, request.train_split, request.transductive) for name in request.dataset}
     plans = make_plans(request, store)
@@ -82,7 +88,7 @@ def train(request: TrainRequest, processes: Processes = ALONE, report: Report = 
         data = _data(request, splits, parts, extraction.amp)
         kept = [plan.load_kept(data) for plan in plans]
         states = store.training / _identity(request, plans, sites, parts)
-        trained = _train_saes(request, plans, sites, parts, extraction, states, report)
+        trained = _make_saes(request, plans, sites, parts, extraction, states, report, given)
         if not processes.first:
             return []
         contents = {
@@ -242,7 +248,7 @@ def _data(request: TrainRequest, splits: Mapping[str, Split], parts: Sequence[Pa
     )
 
 
-def _train_saes(
+def _make_saes(
     request: TrainRequest,
     plans: Sequence[Plan],
     sites: Sequence[Site],
@@ -250,25 +256,25 @@ def _train_saes(
     extraction: Extraction,
     states: Path,
     report: Report,
+    given: ForeignSAE | None,
 ) -> list[_Saes]:
-    """Train the SAEs of all plans and say how it went. What two plans have in common is trained once."""
-    activations = {site: stack([part.tower.columns[site.hookpoint] for part in parts]) for site in sites}
-    labels = all_labels(parts) if extraction.labels else None
-    jobs: dict[tuple[Site, TrainConfig], Job] = {}
-    for plan, variant, site in [(one, *wanted) for one in plans for wanted in _wanted(one, sites)]:
-        config = plan.config(variant, site.width)
-        job = Job(_name(plan, variant, site, len(plans)), activations[site], config, labels)
-        jobs.setdefault((site, config), job if variant == "pass" else replace(job, labels=None))
+    """Train the SAEs of all plans, or take the one that is given, and say how it went. What two plans have in common is
+    trained once."""
+    jobs = _jobs(plans, sites, parts, extraction)
     calibrate_on = request.calibrate_on or request.dataset
-    trained = train_saes(
-        list(jobs.values()),
-        calibration=np.concatenate([np.full(len(part), part.dataset in calibrate_on) for part in parts]),
-        device=extraction.device,
-        quiet=request.quiet,
-        processes=extraction.processes,
-        states=states,
-        save_every=request.save_every,
-    )
+    calibration = np.concatenate([np.full(len(part), part.dataset in calibrate_on) for part in parts])
+    if given is not None:
+        trained = [adopt(given, job.activations, calibration, device=extraction.device) for job in jobs.values()]
+    else:
+        trained = train_saes(
+            list(jobs.values()),
+            calibration=calibration,
+            device=extraction.device,
+            quiet=request.quiet,
+            processes=extraction.processes,
+            states=states,
+            save_every=request.save_every,
+        )
     results = dict(zip(jobs, trained, strict=True))
     if extraction.processes.first:
         for job, result in zip(jobs.values(), trained, strict=True):
@@ -277,11 +283,28 @@ def _train_saes(
     def saes(plan: Plan) -> _Saes:
         wanted = ((variant, site, plan.config(variant, site.width)) for variant, site in _wanted(plan, sites))
         return [
-            (_facts(request.recipe, site, variant, config, results[site, config]), results[site, config].sae)
+            (
+                _facts(_settings(request, config, results[site, config], given), site, variant, results[site, config]),
+                results[site, config].sae,
+            )
             for variant, site, config in wanted
         ]
 
     return [saes(plan) for plan in plans]
+
+
+def _jobs(
+    plans: Sequence[Plan], sites: Sequence[Site], parts: Sequence[Part], extraction: Extraction
+) -> dict[tuple[Site, TrainConfig], Job]:
+    """Return what is to be trained, once."""
+    activations = {site: stack([part.tower.columns[site.hookpoint] for part in parts]) for site in sites}
+    labels = all_labels(parts) if extraction.labels else None
+    jobs: dict[tuple[Site, TrainConfig], Job] = {}
+    for plan, variant, site in [(one, *wanted) for one in plans for wanted in _wanted(one, sites)]:
+        config = plan.config(variant, site.width)
+        job = Job(_name(plan, variant, site, len(plans)), activations[site], config, labels)
+        jobs.setdefault((site, config), job if variant == "pass" else replace(job, labels=None))
+    return jobs
 
 
 def _wanted(plan: Plan, sites: Sequence[Site]) -> list[tuple[str, Site]]:
@@ -296,18 +319,25 @@ def _name(plan: Plan, variant: str, site: Site, plans: int) -> str:
 
 def _outcome(name: str, trained: Trained) -> str:
     sae, _, figures = trained
+    how = f"{figures.train_count:,} activations in {figures.seconds:.1f} s" if figures.steps else "taken as it is"
     return (
         f"{name}: {sae.config.num_latents} latents, {sae.config.k} active; FVU {figures.fvu:.4f} on "
-        f"{figures.held_out_count:,} held-out activations, {figures.dead:.1%} of latents dead, "
-        f"{figures.train_count:,} activations in {figures.seconds:.1f} s"
+        f"{figures.held_out_count:,} held-out activations, {figures.dead:.1%} of latents dead, {how}"
     )
 
 
-def _facts(recipe: str, site: Site, variant: str, config: TrainConfig, trained: Trained) -> SiteSAE:
+def _settings(request: TrainRequest, config: TrainConfig, trained: Trained, given: ForeignSAE | None) -> dict[str, Any]:
+    """Return the settings that made an SAE."""
+    if given is not None:
+        return {"library": given.library, "library_model": given.model, **asdict(given.sae.config)}
+    count = trained.figures.train_count + trained.figures.held_out_count
+    return {"recipe": request.recipe, **asdict(config.for_size(count))}
+
+
+def _facts(settings: Mapping[str, Any], site: Site, variant: str, trained: Trained) -> SiteSAE:
     """Return what the checkpoint tells of an SAE."""
     figures = trained.figures
     progress = {key: value for key, value in asdict(figures).items() if not key.startswith("fvu")}
-    settings = asdict(config.for_size(figures.train_count + figures.held_out_count))
     return SiteSAE(
         hookpoint=site.hookpoint,
         variant=variant,
@@ -316,7 +346,7 @@ def _facts(recipe: str, site: Site, variant: str, config: TrainConfig, trained: 
         mean=trained.mean.tolist(),
         fvu=figures.fvu,
         fvu_quantiles=figures.fvu_quantiles,
-        training={"recipe": recipe, **settings, **progress},
+        training={**settings, **progress},
         files={},
     )
 

@@ -1,0 +1,46 @@
+"""An SAE that is there, measured on activations."""
+
+import numpy as np
+import pytest
+import torch
+
+from vs2_plugin.errors import CheckpointError, DataError
+from vs2_plugin.sae.adopt import adopt
+from vs2_plugin.sae.foreign import ForeignSAE
+from vs2_plugin.sae.topk import SaeConfig, TopKSAE, fvu, sample_fvu
+
+
+@pytest.fixture
+def found():
+    torch.manual_seed(0)
+    sae = TopKSAE(SaeConfig(16, 32, 4, "relu", "layer_norm")).eval().requires_grad_(False)
+    return ForeignSAE(sae, "Prisma", 11, None)
+
+
+def test_it_is_measured_and_not_changed(found):
+    x = torch.randn(300, 16, generator=torch.Generator().manual_seed(1))
+    before = {name: tensor.clone() for name, tensor in found.sae.state_dict().items()}
+    calibration = np.arange(300) < 200
+    sae, mean, figures = adopt(found, x.numpy(), calibration)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in sae.state_dict().items())
+    torch.testing.assert_close(mean, x.mean(0))
+    assert figures.fvu == pytest.approx(fvu(x, sae(x)).item(), abs=1e-5)
+    median = sample_fvu(x[:200], sae(x[:200]), mean).median().item()
+    assert figures.fvu_quantiles["0.5"] == pytest.approx(median, abs=0.02)
+    active = torch.zeros(32, dtype=torch.bool)
+    active[sae.encode(x).indices[sae.encode(x).values > 0]] = True
+    assert figures.dead == pytest.approx(1 - active.float().mean().item(), abs=1e-6)
+    assert (figures.held_out_count, figures.train_count, figures.steps) == (300, 0, 0)
+
+
+def test_activations_of_another_width_are_refused(found):
+    x = torch.randn(30, 8).numpy()
+    with pytest.raises(CheckpointError, match="of width 16, and those at this site have 8"):
+        adopt(found, x, np.ones(30, dtype=bool))
+
+
+def test_activations_that_are_not_finite_are_refused(found):
+    x = torch.randn(30, 16)
+    x[3] = torch.inf
+    with pytest.raises(DataError, match="not finite"):
+        adopt(found, x.numpy(), np.ones(30, dtype=bool))

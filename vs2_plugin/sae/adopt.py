@@ -1,0 +1,44 @@
+"""Takes an SAE that is there in place of one to train, and measures how well it fits the activations at hand."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from vs2_plugin.errors import CheckpointError
+from vs2_plugin.sae.fit import HELD_OUT, fit_of
+from vs2_plugin.sae.foreign import ForeignSAE
+from vs2_plugin.sae.source import Device, Rows, Source
+from vs2_plugin.sae.train import Figures, Trained
+
+__all__ = ["adopt"]
+
+
+def adopt(found: ForeignSAE, activations: Rows, calibration: np.ndarray, *, device: Device = "cpu") -> Trained:
+    """Measure an SAE on activations ``[count, d]``, of which it has seen none: at most 10,000, drawn evenly.
+
+    Args:
+        found: the SAE.
+        activations: those that it is to steer.
+        calibration: bool ``[count]``: those that the FVU quantiles are of.
+        device: where to measure.
+
+    Raises:
+        CheckpointError: the activations are of another width.
+        DataError: there are none to calibrate on, or all are equal.
+    """
+    started, width = time.monotonic(), found.sae.config.d_in
+    source = Source(activations, device)
+    if source.shape[1] != width:
+        raise CheckpointError(
+            f"the SAE by {found.library} is of activations of width {width}, and those at this site have "
+            f"{source.shape[1]}; expected the SAE of this site, or another --blocks or --model"
+        )
+    source.check()
+    order = np.random.default_rng(0).permutation(len(activations))
+    held = np.sort(order[:HELD_OUT])
+    fit = fit_of(found.sae.to(device), source, held, held[calibration[held]], order)
+    seconds = round(time.monotonic() - started, 2)
+    figures = Figures(**fit._asdict(), train_count=0, held_out_count=len(held), steps=0, seconds=seconds)
+    return Trained(found.sae.cpu(), source.mean, figures)
