@@ -7,8 +7,9 @@ import sys
 import pytest
 from filelock import FileLock
 
-from vs2_plugin.errors import DataError
-from vs2_plugin.files import alone, atomic_file, atomic_folder, part_of, settle
+from vs2_plugin.checkpoint.checkpoint import Checkpoint
+from vs2_plugin.errors import CheckpointError, CheckpointNotFound, DataError
+from vs2_plugin.files import alone, atomic_file, atomic_folder, hidden, part_of, settle
 
 
 def names(folder):
@@ -40,13 +41,39 @@ def test_a_file_is_replaced_whole(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows knows no such modes")
-def test_colleagues_may_read(tmp_path):
-    with atomic_file(tmp_path / "file") as scratch:
-        scratch.write_text("new")
-    with atomic_folder(tmp_path / "folder"):
-        pass
-    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o644
-    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o755
+@pytest.mark.parametrize(("around", "file", "inside"), [
+    (0o755, 0o644, 0o755), (0o700, 0o600, 0o700), (0o2775, 0o664, 0o2775), (0o1777, 0o644, 0o755),
+])  # fmt: skip
+def test_who_may_read_a_folder_may_read_what_is_in_it(tmp_path, around, file, inside):
+    tmp_path.chmod(around)
+    mask = os.umask(0o077)
+    try:
+        with atomic_file(tmp_path / "file") as scratch:
+            scratch.write_text("new")
+        with atomic_folder(tmp_path / "folder") as scratch:
+            (scratch / "part").mkdir()
+            (scratch / "part" / "file").write_text("new")
+    finally:
+        os.umask(mask)
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*") if path.name != "default-store"}
+    folders = {path for path in modes if path.is_dir()}
+    assert {modes[path] for path in folders} == {inside} and {tmp_path / ".locks", tmp_path / "folder"} < folders
+    assert {modes[path] for path in modes.keys() - folders} == {file}
+
+
+@pytest.mark.skipif(os.name == "nt" or os.getuid() == 0, reason="for root, every file can be read")
+def test_a_file_of_somebody_else_is_told_from_a_damaged_one(tmp_path):
+    (tmp_path / "vs2.json").write_text("{}")
+    (tmp_path / "vs2.json").chmod(0)
+    with pytest.raises(CheckpointError, match="this user may not read it") as caught:
+        Checkpoint.load(tmp_path)
+    assert not isinstance(caught.value, CheckpointNotFound)
+
+
+def test_what_the_system_forbids_is_said_with_what_the_owner_can_do(tmp_path):
+    told = hidden(PermissionError(errno.EACCES, "Permission denied"), tmp_path / "vs2.json")
+    assert told.endswith(f"chmod -R a+rX {tmp_path}")
+    assert hidden(FileNotFoundError(), tmp_path) is None
 
 
 @pytest.mark.parametrize("old", [None, "old"])

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,8 +22,8 @@ from typing import Any
 from vs2_plugin.errors import DataError
 
 __all__ = [
-    "LOCKS", "LONGEST", "alone", "atomic_file", "atomic_folder", "file_digest", "json_digest", "part_of", "settle",
-    "sync",
+    "LOCKS", "LONGEST", "alone", "atomic_file", "atomic_folder", "file_digest", "hidden", "json_digest",
+    "make_shared", "part_of", "settle", "sync",
 ]  # fmt: skip
 
 #: The folder, beside what is written, in which processes keep each other from writing it.
@@ -44,7 +45,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     scratch = Path(name)
     try:
         yield scratch
-        scratch.chmod(0o644)  # mkstemp's 0600 would hide it from colleagues who share the folder
+        _share(scratch)
         sync(scratch)
         os.replace(scratch, path)
     except BaseException:
@@ -74,7 +75,7 @@ def atomic_folder(path: Path, keep: Callable[[Path], bool] = lambda scratch: Fal
         scratch.mkdir(exist_ok=True)
         try:
             yield scratch
-            scratch.chmod(0o755)  # whatever the umask: colleagues may share the store
+            _share(scratch)
             sync(scratch)
             _put(scratch, path)
         finally:
@@ -103,8 +104,9 @@ def alone(path: Path, seconds: float = _SECONDS, waiting: Callable[[], None] | N
     from filelock import FileLock, Timeout
 
     folder = path.parent / LOCKS
-    folder.mkdir(parents=True, exist_ok=True)
-    lock, waited = FileLock(folder / path.name, is_singleton=True), False
+    make_shared(folder)
+    mode = _permissions(path.parent) & 0o666
+    lock, waited = FileLock(folder / path.name, mode=mode, is_singleton=True), False
     try:
         try:
             lock.acquire(timeout=0)
@@ -125,6 +127,36 @@ def alone(path: Path, seconds: float = _SECONDS, waiting: Callable[[], None] | N
         yield waited
     finally:
         lock.release()
+
+
+def make_shared(folder: Path) -> None:
+    """Make a folder where there is none, with the permissions of the one around it."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
+        _share(folder)
+
+
+def _permissions(folder: Path) -> int:
+    """Return what a folder lets whom do, for what is written in it: colleagues may share it. Where everybody may write
+    and nobody remove another's (a sticky folder, such as /tmp), others may read."""
+    mode = folder.stat().st_mode
+    return 0o755 if mode & stat.S_ISVTX else mode & 0o2777
+
+
+def _share(path: Path) -> None:
+    """Give a file, or a folder with all in it, the permissions of the folder around it, whatever the umask is."""
+    mode = _permissions(path.parent)
+    for one in [*(path.rglob("*") if path.is_dir() else []), path]:
+        with suppress(PermissionError):  # a link to somebody else's file
+            one.chmod(mode if one.is_dir() else mode & 0o666)
+
+
+def hidden(error: OSError, path: Path) -> str | None:
+    """Return in words that this user may not read a file of somebody else's, if that is what an error says."""
+    if not isinstance(error, PermissionError):
+        return None
+    return f"{path} is there, and this user may not read it; its owner can change that: chmod -R a+rX {path.parent}"
 
 
 def _has_no_locks(error: NotImplementedError | OSError) -> bool:

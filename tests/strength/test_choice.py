@@ -393,6 +393,7 @@ def test_what_the_choice_depends_on_makes_another_file(made, tmp_path):
 
 
 def test_a_choice_kept_by_one_can_be_read_by_all(made, tmp_path):
+    tmp_path.chmod(0o755)
     kept(tmp_path / "auto", {}, torch.eye(2), lambda: made)
     [file] = (tmp_path / "auto").iterdir()
     assert file.stat().st_mode & 0o777 == 0o644

@@ -27,7 +27,7 @@ from vs2_plugin.checkpoint.records import SiteSAE, TrainingData, problems
 from vs2_plugin.checkpoint.typed import typed
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.errors import CheckpointError, CheckpointNotFound, CheckpointReplaced
-from vs2_plugin.files import atomic_folder, file_digest, json_digest, settle
+from vs2_plugin.files import atomic_folder, file_digest, hidden, json_digest, settle
 from vs2_plugin.gallery.contents import GalleryContents
 from vs2_plugin.names import with_weights
 
@@ -81,6 +81,8 @@ class Checkpoint:
         try:
             raw = path.read_bytes()
         except OSError as error:
+            if told := hidden(error, path):
+                raise CheckpointError(told) from error
             raise CheckpointNotFound(
                 f"no SAE checkpoint in {folder}: no readable {MANIFEST} ({error.strerror})"
             ) from error
@@ -253,9 +255,8 @@ class Checkpoint:
             try:
                 found = file_digest(folder / name)
             except OSError as error:
-                raise CheckpointError(
-                    f"checkpoint {self.name!r} is damaged: {folder / name}: {error.strerror}"
-                ) from error
+                damage = f"checkpoint {self.name!r} is damaged: {folder / name}: {error.strerror}"
+                raise CheckpointError(hidden(error, folder / name) or damage) from error
             if found != expected:
                 raise CheckpointError(
                     f"checkpoint {self.name!r} is damaged: {folder / name} is not the file that was written (SHA-256 "
@@ -273,7 +274,7 @@ class Checkpoint:
                     f"checkpoint {self.name!r} was replaced while it was read; run the same command again"
                 ) from error
             command = self.created.get("command")
-            if command is None:
+            if command is None or isinstance(error.__cause__, PermissionError):
                 raise
             again = command if "--overwrite" in command else f"{command} --overwrite"
             raise CheckpointError(f"{str(error).removesuffix(f'; {_AGAIN}')}; make it again with: {again}") from error

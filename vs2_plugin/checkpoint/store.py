@@ -25,7 +25,7 @@ from pathlib import Path
 
 from vs2_plugin.checkpoint.checkpoint import MANIFEST, Checkpoint
 from vs2_plugin.errors import CheckpointNotFound, DataError
-from vs2_plugin.files import LOCKS, LONGEST, alone, settle
+from vs2_plugin.files import LOCKS, LONGEST, alone, make_shared, settle
 from vs2_plugin.names import HUB, LOCAL
 
 __all__ = ["ENVIRONMENT_VARIABLE", "Store", "checkpoint_name", "folder_size", "last_change"]
@@ -104,7 +104,7 @@ class Store:
             raise DataError(f"the store {self.root} is a file; expected a folder: {another}")
         try:
             for folder in (self.checkpoints, self.activations, self.training):
-                folder.mkdir(parents=True, exist_ok=True)
+                make_shared(folder)
                 with tempfile.TemporaryFile(dir=folder):
                     pass
         except OSError as error:

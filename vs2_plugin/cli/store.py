@@ -47,7 +47,7 @@ def _list(args: argparse.Namespace) -> None:
         try:
             checkpoint = Checkpoint.load(folder)
         except CheckpointError as error:
-            say(f"  {name}  damaged: {error}")
+            say(f"  {name}  cannot be used: {error}")
             continue
         data, sites = checkpoint.data, checkpoint.sites
         marks = "  transductive" if checkpoint.transductive else ""

@@ -22,7 +22,7 @@ from vs2_plugin.clip.sites import Site
 from vs2_plugin.data.images import Batch, TrainingImages
 from vs2_plugin.distributed import ALONE, Processes, wait
 from vs2_plugin.errors import DataError
-from vs2_plugin.files import alone, atomic_folder, json_digest, part_of, settle
+from vs2_plugin.files import alone, atomic_folder, hidden, json_digest, part_of, settle
 from vs2_plugin.text import counted, gigabytes
 
 __all__ = ["ActivationCache", "Encode", "Extracted", "Writer", "activations_at", "extract", "require_space"]
@@ -74,6 +74,8 @@ class ActivationCache:
         try:
             facts = json.loads((folder / _FACTS).read_text())
             count, contents = facts["count"], {name: str(facts["contents"][name]) for name in names}
+        except PermissionError as error:
+            raise DataError(hidden(error, folder)) from error
         except (OSError, ValueError, KeyError, TypeError):  # not there, cut short, or not ours
             return None
         try:
@@ -81,6 +83,8 @@ class ActivationCache:
             columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in widths}
             digests = np.load(folder / f"{_DIGESTS}.npy")
             classes = np.load(folder / f"{_LABELS}.npy") if labels else None
+        except PermissionError as error:
+            raise DataError(hidden(error, folder)) from error
         except (OSError, ValueError, EOFError) as error:
             _LOG.warning("cached activations are damaged, and extracted again: %s", error)
             return None

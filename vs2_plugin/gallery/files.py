@@ -23,6 +23,7 @@ import numpy as np
 
 from vs2_plugin.arrays import Array, check_all, stack, sums_of, trust_all
 from vs2_plugin.errors import CheckpointError
+from vs2_plugin.files import hidden
 from vs2_plugin.gallery.contents import GalleryContents, GalleryPart
 from vs2_plugin.gallery.gallery import Gallery
 
@@ -70,7 +71,8 @@ def _verify(folder: Path, part: GalleryPart, thorough: bool = False) -> None:
     try:
         check_all(folder, _digests(part), thorough)
     except OSError as error:
-        raise _damaged(f"{error.filename}: {error.strerror}") from error
+        told = hidden(error, Path(error.filename or folder))
+        raise CheckpointError(told) if told else _damaged(f"{error.filename}: {error.strerror}") from error
     except ValueError as error:
         raise _damaged(str(error)) from error
 
