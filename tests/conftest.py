@@ -212,3 +212,13 @@ def write_shards():
         (folder / "nshards.txt").write_text(f"{len(shards)}\n")
 
     return write
+
+
+@pytest.fixture
+def sparsify(monkeypatch):
+    monkeypatch.setenv("SPARSIFY_DISABLE_TRITON", "1")  # it would ask for a GPU
+    try:
+        import sparsify
+    except ImportError as error:  # it is not there, or its own packages do not fit each other
+        pytest.skip(f"sparsify cannot be imported: {error}")
+    return sparsify

@@ -78,7 +78,7 @@ def test_the_gallery_is_linked_to_the_cache_and_outlives_it(folder):
     assert train() == 0
     before = gallery().activations[BLOCK][:].copy()
     (cached,) = Store.default().cached()
-    linked = Store.default().find("mine").folder / "gallery/0" / f"{BLOCK}.npy"
+    linked = Store.default().find("mine").gallery_folder / "0" / f"{BLOCK}.npy"
     assert os.path.samefile(cached / f"{BLOCK}.npy", linked)
     assert vs2.main(["store", "remove", "--cache"]) == 0
     assert not list(Store.default().cached())
@@ -92,8 +92,8 @@ def test_a_new_extraction_leaves_an_older_checkpoint_its_own_files(folder):
     assert train() == 0
     old = Store.default().find("mine")
     assert train("--refresh_cache", name="other") == 0
-    file = f"gallery/0/{BLOCK}.npy"
-    assert not os.path.samefile(old.folder / file, Store.default().find("other").folder / file)
+    file = f"0/{BLOCK}.npy"
+    assert not os.path.samefile(old.gallery_folder / file, Store.default().find("other").gallery_folder / file)
     old.verify()
 
 
@@ -123,7 +123,7 @@ def test_a_pass_sae_keeps_what_the_gallery_holds(before, folder, capsys):
 def test_without_a_gallery_nothing_is_kept(folder):
     assert train("--no_gallery") == 0
     assert Store.default().find("mine").gallery is None
-    assert not (Store.default().find("mine").folder / "gallery").exists()
+    assert not Store.default().find("mine").gallery_folder.exists()
 
 
 def test_several_data_sets_make_one_gallery(folder):

@@ -83,7 +83,7 @@ def save(tmp_path, extracted, make_sae):
 
 
 def file_in(checkpoint, name, part=0):
-    return checkpoint.folder / "gallery" / str(part) / f"{name}.npy"
+    return checkpoint.gallery_folder / str(part) / f"{name}.npy"
 
 
 # ---- what comes back
@@ -163,13 +163,20 @@ def test_where_links_cannot_be_made_files_are_copied(save, extracted, monkeypatc
 
 def test_the_gallery_takes_no_room_of_its_own(save):
     checkpoint = save("cifar100")
-    assert all(path.stat().st_nlink == 2 for path in (checkpoint.folder / "gallery/0").glob("*.npy*"))
+    assert all(path.stat().st_nlink == 2 for path in (checkpoint.gallery_folder / "0").glob("*.npy*"))
 
 
 def test_an_index_lies_in_the_gallery(save):
     checkpoint = save("cifar100")
-    assert index_file(checkpoint.gallery_folder, "test_vit").parent == checkpoint.folder / "gallery"
+    assert index_file(checkpoint.gallery_folder, "test_vit").parent == checkpoint.gallery_folder
     assert index_file(checkpoint.gallery_folder, "test_vit") != index_file(checkpoint.gallery_folder, "clip")
+
+
+def test_sparsify_loads_all_saes_of_a_checkpoint_with_a_gallery(sparsify, save):
+    checkpoint = save("cifar100")
+    (checkpoint.gallery_folder / "auto").mkdir()
+    found = sparsify.SparseCoder.load_many(checkpoint.folder, local=True)
+    assert {name: sae.cfg.k for name, sae in found.items()} == {FIRST: 4, LAST: 4}
 
 
 # ---- damage
@@ -316,7 +323,7 @@ def test_a_gallery_of_before_contents_were_told_is_still_read(save):
         part["extraction"] = part.pop("contents")["digests"]
     del facts["digest"]
     (checkpoint.folder / MANIFEST).write_text(json.dumps(facts))
-    for file in (checkpoint.folder / "gallery/0").glob("*.sha256"):
+    for file in (checkpoint.gallery_folder / "0").glob("*.sha256"):
         file.unlink()
     old = Checkpoint.load(checkpoint.folder)
     assert old.gallery.parts[0].contents is None and len(old.open_gallery()) == 7

@@ -31,6 +31,8 @@ DATA = ("--pretrained", "", "--dataset", "wds/few", "--dataset_root", "few")
 DATA += ("--num_workers", "0", "--quiet", "--no_amp")
 ALPHAS = [0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 8]
 BLOCK = "visual.transformer.resblocks.3"
+#: Where the gallery lies, beside the first SAE.
+GALLERY = "visual.transformer.resblocks.0/gallery"
 
 
 @pytest.fixture
@@ -71,7 +73,8 @@ def told_choices(caplog):
 
 def files(name="chosen"):
     """The kept choices, oldest first."""
-    return sorted(Path("store/checkpoints", name, "auto").glob("*"), key=lambda file: file.stat().st_mtime_ns)
+    kept = Path("store/checkpoints", name, GALLERY, "auto")
+    return sorted(kept.glob("*"), key=lambda file: file.stat().st_mtime_ns)
 
 
 def without(found, *more):
@@ -181,7 +184,7 @@ def steered_classes(folder, classifier, alphas):
     config = json.loads((where / BLOCK / "cfg.json").read_text())
     tower = load_file(folder / "tiny-clip/open_clip_model.safetensors")
     tower = {name: array.astype(float) for name, array in tower.items() if name.startswith("visual.")}
-    x = np.load(where / f"gallery/0/{BLOCK}.npy").astype(float)
+    x = np.load(where / GALLERY / f"0/{BLOCK}.npy").astype(float)
     pre = (x - sae["b_dec"]) @ sae["encoder.weight"].T + sae["encoder.bias"]
     code = np.zeros_like(pre)
     top = np.argsort(-pre, axis=1)[:, : config["k"]]
@@ -224,7 +227,7 @@ def test_the_whole_choice_follows_from_the_files(run, sae, in_demo):
     kept = json.loads(files()[0].read_text())["choice"]
     classifier = torch.load("clf.pt").double().numpy()
     ways = steered_classes(in_demo, classifier, ALPHAS)
-    embeddings = np.load(f"store/checkpoints/{sae}/gallery/0/embedding.clip.npy").astype(float)
+    embeddings = np.load(f"store/checkpoints/{sae}/{GALLERY}/0/embedding.clip.npy").astype(float)
     cosines = normalized(embeddings) @ normalized(embeddings).T
     np.fill_diagonal(cosines, -2)
     graph = np.argsort(-cosines, axis=1)[:, :10]
@@ -302,7 +305,7 @@ def test_the_kept_choice_is_used(run, sae):
 
 def test_a_folder_that_cannot_be_written_does_no_harm(run, sae):
     expected, _ = run(f"vs2:{TINY}@{sae}@alpha=auto")
-    folder = Path("store/checkpoints", sae, "auto")
+    folder = Path("store/checkpoints", sae, GALLERY, "auto")
     shutil.rmtree(folder)
     folder.write_text("no folder")  # even root cannot write into it
     found, lines = run(f"vs2:{TINY}@{sae}@alpha=auto")
@@ -667,7 +670,8 @@ def test_a_function_may_follow_a_module(run, sae, add_method):
 
 
 def test_an_automatic_option_at_the_output_embedding(run, sae, add_method):
-    mean = torch.from_numpy(np.load(f"store/checkpoints/{sae}/gallery/0/embedding.clip.npy").astype("float32").mean(0))
+    embeddings = np.load(f"store/checkpoints/{sae}/{GALLERY}/0/embedding.clip.npy")
+    mean = torch.from_numpy(embeddings.astype("float32").mean(0))
 
     def build(context, share):
         return Centring(mean, share)

@@ -133,7 +133,8 @@ def known(demo):
         for name in (demo.folder / "digits/classnames.txt").read_text().split():
             one = F.normalize(model.encode_text(tokenizer([f"a photo of the digit {name}"])), dim=-1).mean(0)
             text.append(one / one.norm())
-    sae, gallery = demo.folder / CHECKPOINT / BLOCK, demo.folder / CHECKPOINT / "gallery/0"
+    sae = demo.folder / CHECKPOINT / BLOCK
+    gallery = demo.folder / CHECKPOINT / "visual.transformer.resblocks.0/gallery/0"
     images, targets = read_split(demo.folder, "test", transform)
     train_images, train_labels = read_split(demo.folder, "train", transform)
     text = torch.stack(text, dim=1)

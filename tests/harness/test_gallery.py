@@ -121,7 +121,7 @@ def test_faiss_finds_what_exact_search_finds_in_a_small_gallery(few, clip_benchm
     assert code == 0, error
     exact, faiss = (metrics(few / f"f-{model}.json") for model in models[:2])
     assert {**exact, "vs2_search": "faiss"} == faiss
-    assert (few / "store/checkpoints" / name / "gallery/clip.faiss").is_file()
+    assert (Store.default().find(name).gallery_folder / "clip.faiss").is_file()
     Store.default().find(name).verify()
 
 

@@ -126,5 +126,5 @@ def test_other_towers_look_up_neighbours_too(name, few, clip_benchmark, monkeypa
     assert steered[0]["vs2_mean_fvu"] > 0 and 0 < steered[0]["vs2_agreement"] <= 1
     images = np.load(few / f"n-{models[0]}.images.npz")
     assert images["fvu"].shape == images["target"].shape and len(images["target"]) == 100
-    folder = Store.default().find("neighbours").folder / "gallery/0"
+    folder = Store.default().find("neighbours").gallery_folder / "0"
     assert (folder / "visual.npy").read_bytes() == (folder / "embedding.clip.npy").read_bytes()

@@ -28,16 +28,6 @@ def folder(tmp_path):
     return tmp_path / "a" / "sae"
 
 
-@pytest.fixture
-def sparsify(monkeypatch):
-    monkeypatch.setenv("SPARSIFY_DISABLE_TRITON", "1")  # it would ask for a GPU
-    try:
-        import sparsify
-    except ImportError as error:  # it is not there, or its own packages do not fit each other
-        pytest.skip(f"sparsify cannot be imported: {error}")
-    return sparsify
-
-
 @pytest.mark.parametrize("activation", ["relu", "abs"])
 @pytest.mark.parametrize("num_latents", [64, 70, 8])  # 70 and 8 are no multiple of the width
 @torch.no_grad()

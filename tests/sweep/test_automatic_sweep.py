@@ -28,7 +28,7 @@ CHOOSING = [model for model in POINTS if "auto" in model or model == f"vs2s:{TIN
 
 def forget(folder):
     """Remove the kept choices, so that they are made anew."""
-    for file in folder.glob("store/checkpoints/*/auto/*.json"):
+    for file in folder.glob("store/checkpoints/*/*/gallery/auto/*.json"):
         file.unlink()
 
 
@@ -72,11 +72,11 @@ def test_every_choice_is_told_once_and_kept(here, capsys):
     assert sweep(*strings, output="auto-told/{model}.json") == 0
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vs2: ")]
     assert len(told) == 3 and sum("vs2pp:" in line for line in told) == 2
-    assert len(list(here.glob("store/checkpoints/*/auto/*.json"))) == 3
+    assert len(list(here.glob("store/checkpoints/*/*/gallery/auto/*.json"))) == 3
     before = {model: result(f"auto-told/{model}.json") for model in (f"vs2:{TINY}@alpha=auto",)}
     harness(*before, output="auto-told-harness.json")  # takes the kept choice
     assert result("auto-told-harness.json") == before[f"vs2:{TINY}@alpha=auto"]
-    assert len(list(here.glob("store/checkpoints/*/auto/*.json"))) == 3
+    assert len(list(here.glob("store/checkpoints/*/*/gallery/auto/*.json"))) == 3
 
 
 def test_quiet_is_quiet(here, capsys):

@@ -5,8 +5,11 @@
   visual.transformer.resblocks.11/           the plain SAE of a site
     cfg.json
     sae.safetensors
+    gallery/                                 in the first of them; see gallery.files; may be absent
   visual.transformer.resblocks.11.pass/      the one trained by PASS, with labels
-  gallery/                                   see gallery.files; may be absent
+
+sparsify's load_many takes each folder at the top for an SAE, so that no other lies there. Before version 0.2, the
+gallery did.
 
 No heavy imports: the harness looks a checkpoint up before it loads anything.
 """
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["MANIFEST", "Checkpoint", "save_checkpoint"]
 
 MANIFEST = "vs2.json"
+GALLERY = "gallery"
 _FORMAT = "vs2-checkpoint"
 _VERSION = 1
 _AGAIN = "train the checkpoint again"
@@ -127,7 +131,8 @@ class Checkpoint:
     @property
     def gallery_folder(self) -> Path:
         """Where the gallery's files lie."""
-        return self.folder / "gallery"
+        before = self.folder / GALLERY
+        return before if before.is_dir() else self.folder / self.sites[0].folder / GALLERY
 
     @property
     def transductive(self) -> bool:
@@ -327,7 +332,7 @@ def save_checkpoint(
             "created": {"vs2_plugin": __version__, **created},
         }
         if gallery is not None:
-            gallery.write(scratch / "gallery")
+            gallery.write(scratch / saes[0][0].folder / GALLERY)
             values["gallery"] = gallery.contents.to_json()
         values["digest"] = _digest(values)
         (scratch / MANIFEST).write_text(json.dumps(values, indent=1) + "\n")

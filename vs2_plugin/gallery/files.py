@@ -1,6 +1,6 @@
 """The gallery's files in a checkpoint: hard links to what was extracted, so that they take no room of their own.
 
-<name>/gallery/
+gallery/
   0/                                         one folder per data set
     visual.transformer.resblocks.11.npy      activations [count, d], half precision, per site of an SAE
     embedding.clip.npy                       plain CLIP embeddings [count, e]; one file per retrieval encoder
@@ -9,6 +9,7 @@
     *.npy.sha256                             what tells whether an array is whole; see arrays.Column
     verified.json                            which have been compared with that, and not touched since
   clip.faiss                                 an index, made when it is first used
+  auto/                                      choices; see harness.automatic
 """
 
 from __future__ import annotations

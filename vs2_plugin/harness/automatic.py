@@ -1,9 +1,9 @@
 """The word ``auto`` in a model string: options chosen from a checkpoint's gallery once the classes are known.
 
 Needed are the gallery's activations at the tower's last site, the plain embeddings and the class embeddings; no labels,
-and no image of the data set under evaluation. A choice is kept in the checkpoint's folder:
+and no image of the data set under evaluation. A choice is kept in the gallery's folder:
 
-<name>/auto/<key>.json     the evidence; the key is a digest of checkpoint, method, options and class embeddings
+auto/<key>.json     the evidence; the key is a digest of checkpoint, method, options and class embeddings
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def choose(
             automatic, steer, model, site, gallery, classifier, retriever, prior, None if quiet else name
         )
 
-    automatic.settle(_kept(checkpoint.folder / "auto", identity, classifier, make), classifier)
+    automatic.settle(_kept(checkpoint.gallery_folder / "auto", identity, classifier, make), classifier)
     if not quiet:
         logger.info("%s: %s", name, automatic.choice)
 
