@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vs2_plugin import __version__
-from vs2_plugin.checkpoint.records import SiteSAE, TrainingData, problems
+from vs2_plugin.checkpoint.records import GIVEN, SiteSAE, TrainingData, problems
 from vs2_plugin.checkpoint.typed import typed
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.errors import CheckpointError, CheckpointNotFound, CheckpointReplaced
@@ -59,10 +59,11 @@ class Checkpoint:
     digest: str
     """SHA-256 over what results depend on: tower, data, gallery, sites, means, quantiles and the SAEs' files."""
     backbone: str
-    """open_clip model name that it was trained for."""
+    """open_clip model name that it was trained for; empty without a tower."""
     pretrained: str
     """Weights tag or file."""
-    tower: Tower
+    tower: Tower | None
+    """What it steers; None if it was trained on activations of which nobody said where they are from."""
     data: TrainingData
     sites: list[SiteSAE]
     """One per SAE: the plain ones in the order of the tower, then those of other variants."""
@@ -120,7 +121,7 @@ class Checkpoint:
     @property
     def model(self) -> str:
         """The model that it was trained for, in words."""
-        return with_weights(self.backbone, self.pretrained)
+        return "no CLIP" if self.tower is None else with_weights(self.backbone, self.pretrained)
 
     @property
     def free_name(self) -> str:
@@ -181,6 +182,11 @@ class Checkpoint:
         Raises:
             CheckpointError: saying what differs.
         """
+        if self.tower is None:
+            raise CheckpointError(
+                f"checkpoint {self.name!r} was trained on activations of no named tower, and steers none; train it "
+                f"again with --model {backbone} and its --pretrained"
+            )
         difference = self.tower.difference(tower)
         if difference:
             raise CheckpointError(
@@ -202,6 +208,7 @@ class Checkpoint:
         """
         again = f"; {_AGAIN} by the same vs2-train-sae command with --overwrite"
         if self.gallery is None:
+            again = "; train one on images, with their gallery" if GIVEN in self.data.splits else again
             raise CheckpointError(f"checkpoint {self.name!r} has no gallery of training images{again}")
         if labels and not self.gallery.labels:
             raise CheckpointError(
@@ -303,7 +310,7 @@ def save_checkpoint(
     *,
     backbone: str,
     pretrained: str,
-    tower: Tower,
+    tower: Tower | None,
     data: TrainingData,
     saes: Sequence[tuple[SiteSAE, TopKSAE]],
     created: dict[str, str],
@@ -326,7 +333,7 @@ def save_checkpoint(
             "format_version": _VERSION,
             "backbone": backbone,
             "pretrained": pretrained,
-            "tower": tower.to_json(),
+            "tower": None if tower is None else tower.to_json(),
             "data": asdict(data),
             "sites": sites,
             "created": {"vs2_plugin": __version__, **created},

@@ -11,8 +11,10 @@ from vs2_plugin.gallery.contents import GalleryContents
 from vs2_plugin.method import ENCODER_NAME
 from vs2_plugin.settings import whole
 
-__all__ = ["RETRAIN", "SiteSAE", "TrainingData", "problems"]
+__all__ = ["GIVEN", "RETRAIN", "SiteSAE", "TrainingData", "problems"]
 
+#: What the split is called of images or activations that are no data set's.
+GIVEN = "given"
 #: What mends an SAE that is of no use.
 RETRAIN = (
     "train it again by vs2-train-sae --overwrite with more images or --samples, a larger --k, a smaller "

@@ -41,11 +41,12 @@ def checkpoint_name(backbone: str, pretrained: str, dataset: str) -> str:
     >>> checkpoint_name("local-dir:models/tiny", "openai", "wds/digits")
     'local-dir-tiny_wds-digits'
     """
+    parts = []
     if backbone.startswith(LOCAL):
         parts = [f"local-dir-{Path(backbone.removeprefix(LOCAL)).name}"]
     elif backbone.startswith(HUB):
         parts = [backbone]  # the weights come with the name
-    else:
+    elif backbone:
         parts = [backbone, Path(pretrained).stem if os.path.isfile(pretrained) else pretrained or "random"]
     return "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", part.replace("_", "-")) for part in (*parts, dataset))
 

@@ -23,6 +23,7 @@ examples:
   vs2-train-sae --model ViT-B-16-quickgelu --pretrained openai --dataset cifar100 --recipe paper
   vs2-train-sae --model ViT-B-32 --pretrained laion2b_s34b_b79k --dataset wds/mine --dataset_root mine --k 32
   vs2-train-sae --model ViT-B-32-quickgelu --pretrained openai --dataset cifar100 food101 --name both
+  vs2-train-sae --model ViT-B-32-quickgelu --pretrained openai --activations X.npy --name mine
   vs2-train-sae --model ViT-L-14 --pretrained openai --dataset cars --name cars-wide --expansion_factor 10 --k 128
   vs2-train-sae --model ViT-B-32-quickgelu --pretrained openai --dataset cifar100 --retrieval_encoder \\
       vit_small_patch14_dinov2 --gallery_labels
@@ -72,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _run(argv: Sequence[str] | None) -> None:
     load_torch()
-    request = TrainRequest(**vars(parser().parse_args(argv)))
+    request = TrainRequest.of(**vars(parser().parse_args(argv)))
     from vs2_plugin.distributed import joined
     from vs2_plugin.training import run
 

@@ -54,7 +54,9 @@ class Site:
         return None if self.token_dim is None else int(self.hookpoint.rsplit(".", 1)[1])
 
     def __str__(self) -> str:
-        return "the output embedding" if self.token_dim is None else f"block {self.block}"
+        if self.token_dim is not None:
+            return f"block {self.block}"
+        return "the output embedding" if self.hookpoint == OUTPUT else self.hookpoint
 
     def module(self, model: nn.Module) -> nn.Module:
         """The module of ``model`` whose output holds the activation."""

@@ -24,7 +24,7 @@ from vs2_plugin.errors import DataError, Vs2Error
 from vs2_plugin.host import build, default_task
 from vs2_plugin.text import one_line, reason_of, said_by
 
-__all__ = ["Batch", "TrainingImages", "image_digest", "leave_interruptions", "open_images"]
+__all__ = ["Batch", "TrainingImages", "image_digest", "leave_interruptions", "open_images", "subset"]
 
 
 def leave_interruptions(worker: int) -> None:
@@ -226,11 +226,21 @@ def open_images(
     if total == 0:
         raise DataError(f"the split {split!r} of {name} in {root} is empty")
     fingerprint = source.fingerprint() if hasattr(source, "fingerprint") else _probe(source)
-    # Some streams know their length, and none can be indexed.
-    if not isinstance(source, IterableDataset) and max_images is not None and total is not None and max_images < total:
-        chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:max_images].sort().values
-        source, fingerprint = Subset(source, chosen.tolist()), [fingerprint, total, max_images, seed]
+    source, fingerprint = subset(source, fingerprint, max_images, seed)
     return TrainingImages(source, max_images, [fingerprint, total], labels, classes)
+
+
+def subset(
+    source: Dataset[Any], fingerprint: Any, max_images: int | None, seed: int
+) -> tuple[Dataset[Any], Any]:
+    """Return at most so many images of a data set, chosen by the seed, and what tells them from others. A stream is
+    left whole."""
+    total = _length(source)
+    # Some streams know their length, and none can be indexed.
+    if isinstance(source, IterableDataset) or max_images is None or total is None or max_images >= total:
+        return source, fingerprint
+    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:max_images].sort().values
+    return Subset(source, chosen.tolist()), [fingerprint, total, max_images, seed]
 
 
 def _probe(source: Dataset[Any]) -> list[str]:

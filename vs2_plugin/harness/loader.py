@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.checkpoint.store import Store, checkpoint_name
 from vs2_plugin.clip.backbone import load_backbone
-from vs2_plugin.errors import CheckpointNotFound
+from vs2_plugin.errors import CheckpointNotFound, ModelStringError
 from vs2_plugin.harness.model import SteeredCLIP
 from vs2_plugin.harness.predictions import Classifier, class_names, prompts_of
 from vs2_plugin.harness.preflight import missing_checkpoint
@@ -36,11 +36,14 @@ class _Finder:
     spec: ModelString
     pretrained: str
     store: Store
+    given: Checkpoint | None = None
 
     def __call__(self, task: Task | None) -> Checkpoint | None:
         spec, store = self.spec, self.store
         if not spec.method.needs_checkpoint:
             return None
+        if self.given is not None:
+            return self.given
         if spec.checkpoint:
             return store.find(spec.checkpoint)
         assert task is not None  # without a name, a model is bound to a data set only
@@ -58,6 +61,7 @@ def load(
     device: str = "cpu",
     *,
     dataset: str | Path | None = None,
+    checkpoint: Checkpoint | str | Path | None = None,
     classes: Sequence[str] | None = None,
     prompts: Sequence[str] | str | None = None,
     amp: bool = True,
@@ -71,12 +75,11 @@ def load(
         pretrained: open_clip's weights tag or file; empty for random weights.
         cache_dir: where downloaded weights are kept.
         device: where the model shall be.
-        dataset: the data set whose checkpoint is meant, unless the string names one. In the harness, the next data
-            set that is built.
+        dataset: the data set whose checkpoint is meant. In the harness, the next data set that is built.
+        checkpoint: the checkpoint, its name or its folder, unless the string names one.
         classes: names of classes, for :meth:`SteeredCLIP.classify`, and for methods that need classes.
         prompts: with ``{c}`` or ``{}`` for the class name; by default CLIP's usual one.
-        amp: whether classes are embedded, and images classified, under autocast, as ``clip_benchmark eval`` does; False
-            for its ``--no_amp``.
+        amp: whether classes are embedded and images classified under autocast; False for clip_benchmark's ``--no_amp``.
         store: where checkpoints are, or its folder; by default as the command line finds it.
         shared: what the models of one command share; by default, a model shares nothing with others.
 
@@ -88,22 +91,20 @@ def load(
 
     Example::
 
-        model, transform, tokenizer = vs2_plugin.load("vs2:ViT-B-32", "openai", dataset="cifar100")
-        features = model.encode_image(transform(image)[None])
-
         model, *_ = vs2_plugin.load("vs2:ViT-B-32", "openai", dataset="cifar100", classes=["cat", "dog"])
         print(model.classify(["photo.jpg"]))
     """
-    spec = parse(model)
+    spec = _with_checkpoint(parse(model), checkpoint)
     found = store if isinstance(store, Store) else Store.default(store)
     names, templates = class_names(classes) if classes is not None else None, prompts_of(prompts)
     pretrained, cache_dir = str(pretrained), None if cache_dir is None else str(cache_dir)
 
     loaded = load_backbone(spec.backbone, pretrained, cache_dir, device, None if shared is None else shared.twin)
-    steered = SteeredCLIP(spec, loaded, _Finder(spec, pretrained, found))
+    given = checkpoint if isinstance(checkpoint, Checkpoint) else None
+    steered = SteeredCLIP(spec, loaded, _Finder(spec, pretrained, found, given))
+    told = (None, None) if names is None else (list(names), list(templates))
     if dataset is not None:
-        known = None if names is None else list(names)
-        steered.bind(Task(str(dataset), classes=known, templates=None if names is None else list(templates)))
+        steered.bind(Task(str(dataset), classes=told[0], templates=told[1]))
     elif spec.checkpoint or not spec.method.needs_checkpoint:
         steered.bind(None)
     if names is not None:
@@ -111,6 +112,19 @@ def load(
     elif dataset is None:
         _Waiting.model = weakref.ref(steered)
     return steered, loaded.transform, loaded.tokenizer
+
+
+def _with_checkpoint(spec: ModelString, checkpoint: Checkpoint | str | Path | None) -> ModelString:
+    """Return a model string that names the checkpoint.
+
+    Raises:
+        ModelStringError: it names one already.
+    """
+    if checkpoint is None:
+        return spec
+    if spec.checkpoint is not None:
+        raise ModelStringError(f"model {str(spec)!r} names a checkpoint; leave it out there, or leave out checkpoint=")
+    return replace(spec, checkpoint=checkpoint.name if isinstance(checkpoint, Checkpoint) else str(checkpoint))
 
 
 def is_waiting() -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
+from vs2_plugin.checkpoint.records import GIVEN
 from vs2_plugin.data.images import image_digest, open_images
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.data.pictures import open_picture
@@ -105,6 +106,8 @@ class TrainingPictures:
         """Return the images of a data set, or None where it cannot be read by row."""
         dataset, count, checkpoint = self._parts[part].dataset, self._parts[part].count, self._checkpoint
         try:
+            if checkpoint.data.splits[part] == GIVEN:
+                raise DataError("they were given to train() in Python, and are not kept")
             source: Any = open_images(
                 DataSet.of(dataset, self._root), checkpoint.data.splits[part], self._prepare,
                 max_images=checkpoint.data.max_images, seed=int(checkpoint.sites[0].training.get("seed") or 0),

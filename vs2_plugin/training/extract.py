@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.clip.backbone import Loaded
 from vs2_plugin.clip.sites import Site
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.data.cache import ActivationCache, Encode, Extracted, activations_at, extract, require_space
+from vs2_plugin.data.given import GivenImages
 from vs2_plugin.data.images import TrainingImages, open_images
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.data.splits import Split
@@ -92,8 +93,8 @@ class Extraction:
     """The columns to be read of every image."""
 
     request: TrainRequest
-    store: Store
-    """Where the cache lies."""
+    cache: Path
+    """The folder of the cache."""
     loaded: Loaded
     tower: Tower
     """What identifies its vision tower."""
@@ -104,6 +105,8 @@ class Extraction:
     amp: bool
     device: str
     say: Report
+    given: GivenImages | None = None
+    """The images, if they are no data set's."""
     processes: Processes = ALONE
     reserved: int = 0
     """Bytes that are to stay free in the store, for what is written afterwards."""
@@ -114,16 +117,7 @@ class Extraction:
         Raises:
             DataError: an image cannot be read, or the disk is too small.
         """
-        request = self.request
-        images = open_images(
-            DataSet.of(dataset, request.dataset_root),
-            split.name,
-            self.loaded.transform,
-            max_images=request.max_images,
-            seed=self._seed,
-            wds_cache_dir=request.wds_cache_dir,
-            labels=self.labels,
-        )
+        request, images = self.request, self._open(dataset, split)
         places = ", ".join(map(str, self.sites))
         self.say(
             f"{request.model} on the split {split.name!r} of {dataset}: {places}, on {self.device} {self._precision()}"
@@ -143,6 +137,20 @@ class Extraction:
             if not np.array_equal(encoded[name].digests, of_tower.digests):
                 raise DataError(f"{dataset} gave its images in another order the second time; expected a fixed one")
         return Part(dataset, of_tower, encoded)
+
+    def _open(self, dataset: str, split: Split) -> TrainingImages:
+        request, transform = self.request, self.loaded.transform
+        if self.given is not None:
+            return self.given.open(transform, max_images=request.max_images, seed=self._seed, labels=self.labels)
+        return open_images(
+            DataSet.of(dataset, request.dataset_root),
+            split.name,
+            transform,
+            max_images=request.max_images,
+            seed=self._seed,
+            wds_cache_dir=request.wds_cache_dir,
+            labels=self.labels,
+        )
 
     @property
     def _seed(self) -> int:
@@ -182,7 +190,7 @@ class Extraction:
     def _cached(
         self, encode: Encode, widths: Mapping[str, int], images: TrainingImages, key: dict[str, Any], name: str
     ) -> Extracted:
-        cache, request = ActivationCache(self.store.activations), self.request
+        cache, request = ActivationCache(self.cache), self.request
         found = None if request.refresh_cache else cache.open(key, widths, images.labels)
         if found is not None:
             self.say(f"{name} of {len(found):,} images: cached, in {cache.folder(key)}")
@@ -194,7 +202,7 @@ class Extraction:
             needed = count * sum(widths.values()) * dtype.itemsize
             left = sum(path.stat().st_size for path in part_of(cache.folder(key)).glob("*.npy"))
             what = "the activations, and the checkpoints after them,"
-            free = require_space(self.store.activations, needed - min(left, needed) + self.reserved, what)
+            free = require_space(self.cache, needed - min(left, needed) + self.reserved, what)
             where = cache.folder(key)
             self.say(f"{name} of {count:,} images: {gigabytes(needed)} on disk, in {where} ({gigabytes(free)} free)")
         return extract(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 from dataclasses import dataclass
+from typing import Any
 
 from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE
 from vs2_plugin.errors import SettingError, TowerError
@@ -35,10 +36,16 @@ class TrainRequest:
     model: str = setting("ViT-B-32-quickgelu", help="open_clip model name")
     pretrained: str = setting("laion400m_e32", help="weights tag or file; '' for random weights")
     dataset: tuple[str, ...] = setting(
+        (),
         help="data sets that clip_benchmark knows, or wds/NAME for webdataset shards; labels are not needed. Several "
-        "make one SAE for all, used by its name"
+        "make one SAE for all, used by its name",
     )
     dataset_root: str = setting("root", help="its folder, or the URL of shards")
+    activations: str | None = setting(
+        None,
+        help="a .npy or .safetensors file of activations [count, width] to train on in place of images: those that "
+        "--model has where --blocks says. Without --model, the SAE is of no CLIP, and steers none",
+    )
     train_split: str | None = setting(None, help="the split to train on (default: the data set's training split)")
     transductive: bool = setting(
         False,
@@ -122,6 +129,10 @@ class TrainRequest:
 
     def __post_init__(self) -> None:
         validate(self)
+        if not self.dataset and self.activations is None:
+            raise SettingError("--dataset is missing: name the images to train on, or --activations FILE")
+        if not self.dataset:
+            object.__setattr__(self, "dataset", ("activations",))
         if is_steered(self.model):
             backbone = shlex.quote(split(self.model).backbone or "ViT-B-32")
             raise TowerError(f"--model {self.model!r}: an SAE is of the plain backbone; use --model {backbone}")
@@ -133,6 +144,12 @@ class TrainRequest:
         if (self.retrieval_encoder or self.gallery_labels) and not self.gallery:
             flag = "--retrieval_encoder" if self.retrieval_encoder else "--gallery_labels"
             raise SettingError(f"{flag} is for the gallery; leave out --no_gallery")
+
+    @classmethod
+    def of(cls, **given: Any) -> TrainRequest:
+        """Make one of what is given: with activations, no model is meant unless it is named."""
+        usual = {"model": "", "pretrained": ""} if given.get("activations") else {}
+        return cls(**{**usual, **given})
 
     def words(self) -> list[str]:
         """Return the command that asks for the same, as one would type it: only what differs from the defaults."""

@@ -19,16 +19,17 @@ import torch
 from vs2_plugin import __version__
 from vs2_plugin.arrays import stack
 from vs2_plugin.checkpoint.checkpoint import Checkpoint, save_checkpoint
-from vs2_plugin.checkpoint.records import RETRAIN, SiteSAE, TrainingData
+from vs2_plugin.checkpoint.records import GIVEN, RETRAIN, SiteSAE, TrainingData
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.clip.backbone import check_backbone, ignores_pretrained, load_backbone
 from vs2_plugin.clip.sites import Site
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.data.cache import require_space
+from vs2_plugin.data.given import GivenActivations, GivenImages, read_activations
 from vs2_plugin.data.splits import Split, training_split
 from vs2_plugin.devices import emulates_bfloat16, own_device
 from vs2_plugin.distributed import ALONE, Processes
-from vs2_plugin.errors import DataError
+from vs2_plugin.errors import DataError, SettingError
 from vs2_plugin.files import alone, json_digest
 from vs2_plugin.names import with_weights
 from vs2_plugin.sae.adopt import adopt
@@ -40,23 +41,32 @@ from vs2_plugin.text import reason_of
 from vs2_plugin.training.extract import Extraction, Part, Report, all_labels, load_encoders
 from vs2_plugin.training.plan import Plan, chosen_sites, fitted, make_plans
 from vs2_plugin.training.request import TrainRequest
+from vs2_plugin.training.supplied import Supplied, require_no_images, supply
 
 __all__ = ["train"]
 
 _LOG = logging.getLogger(__name__)
 #: Days after which what an interrupted training left is removed by the next one.
 _FORGOTTEN = 30
+#: In place of a data set.
+_Given = GivenImages | GivenActivations
 #: The SAEs of a checkpoint, with what it tells of each.
 _Saes = list[tuple[SiteSAE, TopKSAE]]
 
 
-def train(request: TrainRequest, processes: Processes = ALONE, report: Report = _LOG.info) -> list[Checkpoint]:
+def train(
+    request: TrainRequest,
+    processes: Processes = ALONE,
+    report: Report = _LOG.info,
+    given: _Given | None = None,
+) -> list[Checkpoint]:
     """Train what is asked for, alone or with others, and write the checkpoints.
 
     Args:
         request: what is asked for.
         processes: who shares the images and every training step. The first of them writes and reports.
         report: tells the user a line: what is read from where, and how the SAEs came out.
+        given: images or activations at hand, which ``request.dataset`` is but the name of.
 
     Returns:
         The checkpoints, in the order of the values asked for; none in a process that is not the first.
@@ -64,31 +74,30 @@ def train(request: TrainRequest, processes: Processes = ALONE, report: Report = 
     Raises:
         Vs2Error: what is wrong, before any image is read where that can be told.
     """
-    check_backbone(request.model, request.pretrained)  # before the names of checkpoints, which hold its own
-    command = shlex.join(request.words())
+    given, created = _begin(request, given)
     request = replace(
         request,
         pretrained="" if ignores_pretrained(request.model) else request.pretrained,
         quiet=request.quiet or not processes.first,
     )
     say: Report = (lambda line: None) if request.quiet else report
-    given = None if request.sae is None else read_foreign(Path(request.sae))
-    if given is not None:
-        request = fitted(request, given)
-        say(f"{given} in {request.sae} is taken for {request.model}")
+    foreign = None if request.sae is None else read_foreign(Path(request.sae))
+    if foreign is not None:
+        request = fitted(request, foreign)
+        say(f"{foreign} in {request.sae} is taken for {request.model}")
     store = Store.default(request.store)
-    splits = {name: training_split(name, request.train_split, request.transductive) for name in request.dataset}
+    splits = _splits(request, given)
     plans = make_plans(request, store)
-    with _alone(store, plans, processes) as waited:
+    with _alone(store, plans, processes) as waited, _cache(store, given) as cache:
         if waited:
             plans = make_plans(request, store)
         _warn(request, plans, splits.values(), say)
-        extraction, sites = _prepare(request, plans, store, processes, say)
+        extraction, sites = _open(request, plans, store, cache, given, processes, say)
         parts = [extraction.run(dataset, split) for dataset, split in splits.items()]
         data = _data(request, splits, parts, extraction.amp)
         kept = [plan.load_kept(data) for plan in plans]
         states = store.training / _identity(request, plans, sites, parts)
-        trained = _make_saes(request, plans, sites, parts, extraction, states, report, given)
+        trained = _make_saes(request, plans, sites, parts, extraction, states, report, foreign)
         if not processes.first:
             return []
         contents = {
@@ -97,12 +106,59 @@ def train(request: TrainRequest, processes: Processes = ALONE, report: Report = 
             "tower": extraction.tower,
             "data": data,
             "gallery": extraction.gallery(parts),
-            "created": {"torch": version("torch"), "open_clip": version("open_clip_torch"), "command": command},
+            "created": created,
         }
         checkpoints = _save(plans, [[*stay, *new] for stay, new in zip(kept, trained, strict=True)], contents, report)
         shutil.rmtree(states, ignore_errors=True)
-    say(f"evaluate with: {store.assignment}{_evaluate_command(request, plans, extraction.amp)}")
+    if given is None:
+        say(f"evaluate with: {store.assignment}{_evaluate_command(request, plans, extraction.amp)}")
     return checkpoints
+
+
+def _begin(request: TrainRequest, given: _Given | None) -> tuple[_Given | None, dict[str, str]]:
+    """Return what is given by Python or by a file, and what a checkpoint tells of its making: the command, if one could
+    be typed.
+
+    Raises:
+        DataError: a file of activations that cannot be read.
+        TowerError: open_clip does not know the model.
+    """
+    created = {"torch": version("torch"), "open_clip": version("open_clip_torch")}
+    if given is None:
+        created["command"] = shlex.join(request.words())
+        given = None if request.activations is None else read_activations(Path(request.activations).expanduser())
+    if request.model or not isinstance(given, GivenActivations):
+        check_backbone(request.model, request.pretrained)  # before the names of checkpoints, which hold its own
+    return given, created
+
+
+def _splits(request: TrainRequest, given: _Given | None) -> dict[str, Split]:
+    """Return the split of each data set, and look at what the settings say of what is given.
+
+    Raises:
+        DataError: a data set has none to train on.
+        SettingError: a setting that does not go with what is given.
+    """
+    if given is None:
+        return {name: training_split(name, request.train_split, request.transductive) for name in request.dataset}
+    if len(request.dataset) != 1:
+        raise SettingError(f"--dataset {' '.join(request.dataset)}: expected one name for what is given")
+    if isinstance(given, GivenActivations):
+        require_no_images(request)
+    elif given.is_once and request.retrieval_encoder:
+        raise SettingError("--retrieval_encoder reads the images again, and a generator gives them once; give a list")
+    return {request.dataset[0]: Split(GIVEN, request.transductive)}
+
+
+@contextmanager
+def _cache(store: Store, given: _Given | None) -> Iterator[Path]:
+    """Give the folder that activations are extracted into: that of the store, or one that goes with the training,
+    where nothing tells the images from others the next time. (A gallery links what it needs.)"""
+    if not isinstance(given, GivenImages) or given.is_kept:
+        yield store.activations
+        return
+    with tempfile.TemporaryDirectory(dir=store.activations, prefix="once-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 @contextmanager
@@ -183,8 +239,32 @@ def _warn(request: TrainRequest, plans: Sequence[Plan], splits: Iterable[Split],
         say("transductive: images that are evaluated are trained on; the checkpoint and every result say so")
 
 
+def _open(
+    request: TrainRequest,
+    plans: Sequence[Plan],
+    store: Store,
+    cache: Path,
+    given: _Given | None,
+    processes: Processes,
+    say: Report,
+) -> tuple[Extraction | Supplied, list[Site]]:
+    """Return what gives the activations, and the sites that SAEs are trained at."""
+    if not isinstance(given, GivenActivations):
+        return _prepare(request, plans, store, cache, given, processes, say)
+    supplied = supply(request, given, _amp(request), own_device(processes), processes)
+    require_space(store.root, _room(plans, [supplied.site]), "the checkpoints")
+    say(f"{len(given.rows):,} activations of width {supplied.site.width}; without images, there is no gallery")
+    return supplied, [supplied.site]
+
+
 def _prepare(
-    request: TrainRequest, plans: Sequence[Plan], store: Store, processes: Processes, say: Report
+    request: TrainRequest,
+    plans: Sequence[Plan],
+    store: Store,
+    cache: Path,
+    given: GivenImages | None,
+    processes: Processes,
+    say: Report,
 ) -> tuple[Extraction, list[Site]]:
     """Load the models and return what is to be extracted, and the sites that SAEs are trained at.
 
@@ -205,7 +285,8 @@ def _prepare(
     labels = request.gallery_labels or any(gallery.labels for gallery in held)
     extraction = Extraction(
         request=request,
-        store=store,
+        cache=cache,
+        given=given,
         loaded=loaded,
         tower=tower,
         sites=loaded.sites.in_order([*sites, *kept]),
@@ -253,18 +334,18 @@ def _make_saes(
     plans: Sequence[Plan],
     sites: Sequence[Site],
     parts: Sequence[Part],
-    extraction: Extraction,
+    extraction: Extraction | Supplied,
     states: Path,
     report: Report,
-    given: ForeignSAE | None,
+    foreign: ForeignSAE | None,
 ) -> list[_Saes]:
     """Train the SAEs of all plans, or take the one that is given, and say how it went. What two plans have in common is
     trained once."""
     jobs = _jobs(plans, sites, parts, extraction)
     calibrate_on = request.calibrate_on or request.dataset
     calibration = np.concatenate([np.full(len(part), part.dataset in calibrate_on) for part in parts])
-    if given is not None:
-        trained = [adopt(given, job.activations, calibration, device=extraction.device) for job in jobs.values()]
+    if foreign is not None:
+        trained = [adopt(foreign, job.activations, calibration, device=extraction.device) for job in jobs.values()]
     else:
         trained = train_saes(
             list(jobs.values()),
@@ -283,18 +364,16 @@ def _make_saes(
     def saes(plan: Plan) -> _Saes:
         wanted = ((variant, site, plan.config(variant, site.width)) for variant, site in _wanted(plan, sites))
         return [
-            (
-                _facts(_settings(request, config, results[site, config], given), site, variant, results[site, config]),
-                results[site, config].sae,
-            )
+            (_facts(_settings(request, config, one, foreign), site, variant, one), one.sae)
             for variant, site, config in wanted
+            for one in [results[site, config]]
         ]
 
     return [saes(plan) for plan in plans]
 
 
 def _jobs(
-    plans: Sequence[Plan], sites: Sequence[Site], parts: Sequence[Part], extraction: Extraction
+    plans: Sequence[Plan], sites: Sequence[Site], parts: Sequence[Part], extraction: Extraction | Supplied
 ) -> dict[tuple[Site, TrainConfig], Job]:
     """Return what is to be trained, once."""
     activations = {site: stack([part.tower.columns[site.hookpoint] for part in parts]) for site in sites}
@@ -326,10 +405,12 @@ def _outcome(name: str, trained: Trained) -> str:
     )
 
 
-def _settings(request: TrainRequest, config: TrainConfig, trained: Trained, given: ForeignSAE | None) -> dict[str, Any]:
+def _settings(
+    request: TrainRequest, config: TrainConfig, trained: Trained, foreign: ForeignSAE | None
+) -> dict[str, Any]:
     """Return the settings that made an SAE."""
-    if given is not None:
-        return {"library": given.library, "library_model": given.model, **asdict(given.sae.config)}
+    if foreign is not None:
+        return {"library": foreign.library, "library_model": foreign.model, **asdict(foreign.sae.config)}
     count = trained.figures.train_count + trained.figures.held_out_count
     return {"recipe": request.recipe, **asdict(config.for_size(count))}
 

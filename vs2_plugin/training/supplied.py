@@ -1,0 +1,84 @@
+"""The first half of a training whose activations are there already: no image is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from vs2_plugin.clip.backbone import load_backbone
+from vs2_plugin.clip.sites import Site
+from vs2_plugin.clip.tower import Tower
+from vs2_plugin.data.cache import Extracted
+from vs2_plugin.data.given import GivenActivations
+from vs2_plugin.data.splits import Split
+from vs2_plugin.distributed import Processes
+from vs2_plugin.errors import DataError, SettingError
+from vs2_plugin.gallery.files import GalleryFiles
+from vs2_plugin.training.extract import Part
+from vs2_plugin.training.plan import chosen_sites
+from vs2_plugin.training.request import TrainRequest
+
+__all__ = ["Supplied", "require_no_images", "supply"]
+
+#: Settings that are of images or labels.
+_OF_IMAGES = ("train_split", "max_images", "gallery_labels", "retrieval_encoder", "pass_weight", "refresh_cache")
+#: Where activations are that are of no tower.
+_NOWHERE = "activations"
+
+
+@dataclass(frozen=True)
+class Supplied:
+    """Activations in place of what :class:`vs2_plugin.training.extract.Extraction` reads of images."""
+
+    activations: GivenActivations
+    site: Site
+    tower: Tower | None
+    """What identifies the vision tower that they are of, if that is known."""
+    amp: bool
+    device: str
+    processes: Processes
+    labels: bool = False
+
+    def run(self, dataset: str, split: Split) -> Part:
+        """Return them as of one data set."""
+        rows, where = self.activations.rows, self.site.hookpoint
+        unknown = np.broadcast_to(np.uint64(0), len(rows))  # without images, nothing tells one from another
+        found = Extracted(Path(), {where: rows}, unknown, None, {where: self.activations.digest})
+        return Part(dataset, found, {})
+
+    def gallery(self, parts: list[Part]) -> GalleryFiles | None:
+        """Return None: nothing is known of the images."""
+        return None
+
+
+def require_no_images(request: TrainRequest) -> None:
+    """Raise SettingError for a setting that is of images or labels."""
+    usual = {one.name: one.default for one in fields(TrainRequest)}
+    wrong = [name for name in _OF_IMAGES if getattr(request, name) not in (usual[name], (0.0,))]
+    if wrong:
+        raise SettingError(f"--{wrong[0]} is of images and labels, and there are activations only; leave it out")
+
+
+def supply(request: TrainRequest, given: GivenActivations, amp: bool, device: str, processes: Processes) -> Supplied:
+    """Tell where activations belong. The model is loaded for its identity, and not run.
+
+    Raises:
+        SettingError: not one site is named.
+        DataError: the site has another width.
+    """
+    width = given.rows.shape[1]
+    if not request.model:
+        return Supplied(given, Site(_NOWHERE, width), None, amp, device, processes)
+    loaded = load_backbone(request.model, request.pretrained, request.model_cache_dir, "cpu")
+    sites = chosen_sites(loaded.sites, request.blocks)
+    if len(sites) != 1:
+        raise SettingError(f"--blocks {' '.join(request.blocks)}: activations are of one place; expected one")
+    if sites[0].width != width:
+        fitting = [str(site) for site in (*loaded.sites.blocks[-1:], loaded.sites.output) if site.width == width]
+        hint = f"; {' and '.join(fitting)} would fit (--blocks)" if fitting else ""
+        raise DataError(
+            f"the activations have width {width}, and {sites[0]} of {request.model} has {sites[0].width}{hint}"
+        )
+    return Supplied(given, sites[0], Tower.of(loaded.model, loaded.transform), amp, device, processes)
