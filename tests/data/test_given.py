@@ -110,7 +110,7 @@ def test_some_of_them_are_chosen_by_the_seed():
     ([IMAGES[0], 3], "image number 1 is of type int; expected PIL images, paths of image files, uint8 arrays"),
     ([{"image": IMAGES[0]}], "image number 0 is of type dict"),
     (["nowhere.png"], "there is no file 'nowhere.png'"),
-    ([torch.zeros(3, 5, 4)], r"image number 0 is of shape \[3, 5, 4\] and type float32; .* transform makes them, \[3, 4"),
+    ([torch.zeros(3, 5, 4)], r"image number 0 is of shape \[3, 5, 4\] and type float32; .* makes them, \[3, 4"),
     ([torch.zeros(3, 4, 4).long()], "type int64"),
     ([np.zeros((4, 4, 3))], "type float64"),
     ([torch.zeros(2, 3, 4, 4)], "shape .2, 3, 4, 4."),

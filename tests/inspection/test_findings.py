@@ -8,7 +8,8 @@ from PIL import Image
 import vs2_plugin
 from vs2_plugin.demo.digits import CLASSES, TEMPLATES
 from vs2_plugin.errors import HarnessError
-from vs2_plugin.inspection.findings import ClassChange, Finding, inspect_images
+from vs2_plugin.harness.explanation import ClassChange, Explanation
+from vs2_plugin.inspection.findings import inspect_images
 from vs2_plugin.inspection.notes import NO_GALLERY, NO_WORDS
 from vs2_plugin.inspection.pictures import ImageFile, read_image
 from vs2_plugin.plugins import registry
@@ -140,7 +141,7 @@ def test_a_move_of_any_plugin_is_explained(subject, digit, monkeypatch):
 
 def test_the_class_before_and_after_is_told_in_a_sentence():
     def told(*classes):
-        return Finding("a.png", None, [ClassChange(*one, 0.0) for one in classes], "", [], None).told
+        return Explanation([ClassChange(*one, 0.0) for one in classes], "", []).told
 
     assert told(("cat", 0.25, 0.75), ("dog", 0.5, 0.125)) == (
         "Steering changed the class from dog (50.0% before, 12.5% after) to cat (25.0% before, 75.0% after)."

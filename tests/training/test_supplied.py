@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 import vs2_plugin
 from vs2_plugin.checkpoint.store import Store
+from vs2_plugin.cli import train_sae
 from vs2_plugin.clip.backbone import load_backbone
 from vs2_plugin.clip.edits import reading
-from vs2_plugin.cli import train_sae
 from vs2_plugin.errors import CheckpointError, DataError, ModelStringError, SettingError, TowerError
 
 TINY = "local-dir:tiny-clip"

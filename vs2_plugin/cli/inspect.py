@@ -13,7 +13,7 @@ from vs2_plugin.inspection.notes import ATTRIBUTION, TOP_IMAGES, WORDS
 from vs2_plugin.messages import complain, say
 
 if TYPE_CHECKING:
-    from vs2_plugin.inspection.findings import AtPlace, Finding
+    from vs2_plugin.inspection.findings import Finding
     from vs2_plugin.inspection.subject import Subject
 
 __all__ = ["add_inspect", "add_subject", "positive", "say_problems", "subject_of"]
@@ -56,12 +56,13 @@ def _run(args: argparse.Namespace) -> None:
         raise SettingError("--quiet prints nothing, and without --out nothing is written: give --out FOLDER, or leave "
                            "--quiet away")  # fmt: skip
     load_torch()
-    from vs2_plugin.inspection.findings import inspect_images, require_inspectable
+    from vs2_plugin.harness.explanation import require_explainable
+    from vs2_plugin.inspection.findings import inspect_images
     from vs2_plugin.inspection.pages import write_inspection
     from vs2_plugin.inspection.pictures import read_image
     from vs2_plugin.modelstring import parse
 
-    require_inspectable(parse(args.model))  # mistakes are told before anything is loaded
+    require_explainable(parse(args.model))  # mistakes are told before anything is loaded
     images = [read_image(path) for path in args.images]
     inspection = inspect_images(subject_of(args), images, top=args.top, latents=args.latents)
     if not args.quiet:
@@ -79,35 +80,12 @@ def _run(args: argparse.Namespace) -> None:
 
 def _lines(finding: Finding) -> Iterator[str]:
     """Yield what is printed of one image."""
-    width = min(max(len("class"), *(len(change.name) for change in finding.classes)), 32)
     yield finding.name
-    yield f"  {'class':<{width}}   before    after  change of the logit"
-    for change in finding.classes:
-        name = change.name if len(change.name) <= width else change.name[: width - 3] + "..."
-        yield f"  {name:<{width}}  {100 * change.before:5.1f} %  {100 * change.after:5.1f} %  {change.change:+19.2f}"
-    for place in finding.places:
-        yield f"  {place.site}: {place.decision}"
-        if place.note:
-            yield f"    {place.note}"
-        else:
-            yield f"    contributions to the lead of {finding.lead}"
-            yield from _contributions(place)
+    yield from (f"  {line}" for line in finding.lines())
     if finding.neighbours is not None:
         yield f"  {finding.neighbours.about}"
         nearest = finding.neighbours.images[:TOP_IMAGES]
         yield "    " + ", ".join(f"{image.side} {image.label} {image.similarity:.2f}".strip() for image in nearest)
-
-
-def _contributions(place: AtPlace) -> Iterator[str]:
-    words = {card.latent: card.words for card in place.cards}
-    column = max(len(line.name) for line in place.lines)
-    yield f"    ({place.shown})"
-    yield f"    {'':<{column}}  activation  contribution  {'nearest words' if any(words.values()) else ''}".rstrip()
-    for line in place.lines:
-        activation = "" if line.activation is None else f"{line.activation:.2f}"
-        near = [] if line.latent is None else words[line.latent]
-        nearest = ", ".join(f"{word} {cosine:.2f}" for word, cosine in near)
-        yield f"    {line.name:<{column}}  {activation:>10}  {line.values[0]:>+12.3f}  {nearest}".rstrip()
 
 
 def positive(text: str) -> int:

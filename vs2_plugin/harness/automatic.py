@@ -103,8 +103,8 @@ class Automatic(nn.Module):
         """Steer ``[batch, d]``. Raises HarnessError while the classes are not known."""
         if self.steering is None:
             raise HarnessError(
-                "auto needs the classes of the data set, and none are known; in Python, call "
-                "model.set_classifier(classifier) with the zero-shot classifier [embed_dim, classes] first"
+                "auto needs the classes of the data set, and none are known; in Python, load the model with "
+                "classes=['cat', 'dog'], or call model.set_classifier(classifier) first"
             )
         moved: Tensor | Move = call(self.steering, x, batch)
         return moved

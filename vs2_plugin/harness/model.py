@@ -14,11 +14,13 @@ from vs2_plugin.clip.edits import Edit, edit, paused
 from vs2_plugin.clip.sites import ClipModel, Sites
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.errors import CheckpointReplaced, HarnessError, ModelStringError
+from vs2_plugin.harness.activations import Activations, steer_activations
 from vs2_plugin.harness.description import describe
+from vs2_plugin.harness.explanation import Explanation, explain
 from vs2_plugin.harness.parts import Parts
 from vs2_plugin.harness.places import Current, Places, build_places
 from vs2_plugin.harness.plain import PlainEmbedding
-from vs2_plugin.harness.predictions import Classifier, Images, Predictions, predict
+from vs2_plugin.harness.predictions import Classifier, Images, OneImage, Predictions, one_image, predict
 from vs2_plugin.method import Scalar
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.steering.batch import Batch
@@ -132,9 +134,43 @@ class SteeredCLIP(nn.Module):
             HarnessError: no classes are known.
             DataError: something is no image.
         """
+        return predict(self, self._require_classes(), images, self.transform, batch_size)
+
+    def explain(self, image: OneImage, *, top: int = 5, latents: int = 8) -> Explanation:
+        """Return what steering did to one image, latent by latent, in float32: what ``vs2 inspect`` says of it.
+
+        Args:
+            image: a PIL image, a path, or a preprocessed image ``[3, height, width]``, as a tensor or an array.
+            top: classes shown, the best before and the best after.
+            latents: latents shown for each place, those that contributed most to the change.
+
+        Raises:
+            HarnessError: no classes are known, or the method reads the true class.
+            DataError: it is no image, or more than one.
+        """
+        classifier = self._require_classes()
+        prepared = one_image(image, self.transform).to(classifier.weights.device)
+        texts = classifier.weights.float().T.contiguous()
+        return explain(self, prepared, classifier.names, texts, top=top, latents=latents)
+
+    def steer(self, activations: Activations, block: int | None = None) -> Activations:
+        """Steer activations ``[batch, d]`` by themselves, gate included, as the tower does on its way.
+
+        Args:
+            activations: of one place where the model steers, such as the CLS tokens after a block: floats, on any
+                device. What comes back is of the same kind: a tensor or an array, of that dtype.
+            block: which place, where the model steers at several.
+
+        Raises:
+            DataError: activations of another shape, or that are not finite; or a block where it does not steer.
+            HarnessError: the method asks about images, which are not at hand.
+        """
+        return steer_activations(self.model, self.sites, self.places, activations, block)
+
+    def _require_classes(self) -> Classifier:
         if self.classifier is None:
             raise HarnessError(f"model {str(self.spec)!r} knows no classes; load it with classes=['cat', 'dog']")
-        return predict(self, self.classifier, images, self.transform, batch_size)
+        return self.classifier
 
     def set_targets(self, targets: Tensor | None) -> None:
         """Tell an oracle the true classes ``[batch]`` of the images that are encoded next."""

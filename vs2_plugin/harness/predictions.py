@@ -19,12 +19,17 @@ from vs2_plugin.errors import DataError, SettingError
 from vs2_plugin.host import zero_shot_classification
 from vs2_plugin.text import counted
 
-__all__ = ["PROMPT", "Classifier", "Images", "Predictions", "best_first", "class_names", "predict", "prompts_of"]
+__all__ = [
+    "PROMPT", "Classifier", "Images", "OneImage", "Predictions", "best_first", "class_names", "one_image", "predict",
+    "prompts_of",
+]  # fmt: skip
 
 #: CLIP's usual prompt.
 PROMPT = "a photo of a {c}."
 #: What can be classified: a picture, a file, a list of either, or preprocessed images ``[batch, 3, h, w]``.
 Images = Image.Image | str | Path | Sequence[Image.Image | str | Path] | Tensor | np.ndarray
+#: One of them.
+OneImage = Image.Image | str | Path | Tensor | np.ndarray
 _EXPECTED = "expected a PIL image, a path, a list of these, or preprocessed images [batch, 3, height, width]"
 #: Lines that a repr shows.
 _SHOWN = 10
@@ -264,6 +269,18 @@ def predict(
         steered=facts.get("steered", torch.ones(count, dtype=torch.bool)),
         images=tuple(str(one) if isinstance(one, (str, Path)) else str(n) for n, one in enumerate(pictures)),
     )
+
+
+def one_image(image: OneImage, transform: Callable[[Any], Tensor]) -> Tensor:
+    """Return one image, preprocessed: ``[1, 3, height, width]``.
+
+    Raises:
+        DataError: it is none, or several.
+    """
+    pictures = _pictures(image, transform)
+    if len(pictures) != 1:
+        raise DataError(f"{len(pictures)} images; expected one")
+    return _batch(pictures, transform)
 
 
 def _pictures(images: Any, transform: Callable[[Any], Tensor]) -> Sequence[Any]:

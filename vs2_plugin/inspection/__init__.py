@@ -16,6 +16,6 @@ From Python::
         print(line.name, line.values[0])  # what each latent contributed to the lead
     write_survey(survey_latents(subject), Path("latents"))
 
-From below: notes (texts), latents, words, attribution and pictures; subject, a steered model that is loaded; findings
-and survey, which say what there is to see; pages, which writes that.
+From below: notes (texts), latents and pictures; subject, a steered model that is loaded; findings and survey, which say
+what there is to see; pages, which writes that. What explains one image is harness.explanation.
 """

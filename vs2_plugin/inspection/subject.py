@@ -16,6 +16,7 @@ from tqdm import tqdm
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import DataError
 from vs2_plugin.gallery.gallery import CLIP
+from vs2_plugin.harness.explanation import sae_at, words_of
 from vs2_plugin.harness.loader import load
 from vs2_plugin.harness.model import SteeredCLIP
 from vs2_plugin.harness.places import Place
@@ -23,14 +24,11 @@ from vs2_plugin.host import build, zero_shot_classification
 from vs2_plugin.inspection.latents import LatentStatistics, scan
 from vs2_plugin.inspection.notes import NO_GALLERY, NO_WORDS, TOP_IMAGES
 from vs2_plugin.inspection.pictures import Thumbnail, TrainingPictures
-from vs2_plugin.inspection.words import latent_embeddings, nearest
-from vs2_plugin.sae.topk import TopKSAE
 from vs2_plugin.steering.context import Task
 
-__all__ = ["Card", "Subject", "open_subject", "sae_at"]
+__all__ = ["Card", "Subject", "open_subject"]
 
 _PROMPT = "a photo of a {c}"
-_NEAREST = 3
 
 
 @dataclass(frozen=True)
@@ -45,13 +43,6 @@ class Card:
     """Its top-activating training images."""
     kind: str = ""
     """See :func:`vs2_plugin.inspection.latents.kinds`."""
-
-
-def sae_at(place: Place) -> tuple[TopKSAE, Tensor]:
-    """Return the SAE at a place that has one, and its mean activation ``[d]``."""
-    if place.gate is None:
-        raise ValueError(f"no SAE at {place.site}")
-    return place.gate.sae, place.gate.mean
 
 
 @dataclass
@@ -114,16 +105,8 @@ class Subject:
         """
         if not self.model.sites.at_end(place.site):
             self.problems[NO_WORDS] = None
-            return [[] for _ in latents]
-        sae, mean = sae_at(place)
-        scale = torch.as_tensor(amounts, dtype=torch.float32, device=mean.device)
-        steps = scale[:, None] * sae.W_dec[torch.as_tensor(latents, device=mean.device)].detach()
-        directions = latent_embeddings(self.model.model, place.site, mean, steps)
-        cosines, indices = nearest(directions, self.word_texts, _NEAREST)
-        return [
-            [(self.words[index], value) for value, index in zip(*row, strict=True)] if amount else []
-            for amount, *row in zip(amounts, cosines.tolist(), indices.tolist(), strict=True)
-        ]
+        numbers, usual = torch.from_numpy(latents), torch.from_numpy(amounts)
+        return words_of(self.model, place, numbers, usual, self.words, self.word_texts)
 
     def card(
         self, latent: int, words: list[tuple[str, float]], statistics: LatentStatistics | None, kind: str = ""

@@ -1,0 +1,68 @@
+"""What an explanation says; its numbers are held against the model in tests/inspection/test_findings.py."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vs2_plugin
+from vs2_plugin.demo.digits import CLASSES
+from vs2_plugin.errors import DataError, HarnessError
+from vs2_plugin.harness.explanation import ClassChange, Explanation, Line, PlaceChange
+
+from .conftest import TINY
+
+NAME = "local-dir-tiny-clip_wds-digits"
+TABLE = """\
+The class stays cat: 60.0% before, 90.0% after steering.
+class   before    after  change of the logit
+cat     60.0 %   90.0 %                +1.25
+dog     40.0 %   10.0 %                -0.50
+block 1: FVU 0.2
+  contributions to the lead of cat over dog
+  (1 of 2 active latents)
+            activation  contribution  nearest words
+  latent 7        0.50        +1.000  cat 0.25, dog -0.10
+  change                      +1.750
+block 2: FVU 0.9
+  Left alone."""
+
+
+def test_an_explanation_reads_as_a_table():
+    classes = [ClassChange("cat", 0.6, 0.9, 1.25), ClassChange("dog", 0.4, 0.1, -0.5)]
+    lines = (Line("latent 7", [1.0], 7, 0.5, (("cat", 0.25), ("dog", -0.1))), Line("change", [1.75]))
+    places = [
+        PlaceChange("block 1", "FVU 0.2", "", "1 of 2 active latents", lines),
+        PlaceChange("block 2", "FVU 0.9", "Left alone."),
+    ]
+    assert repr(Explanation(classes, "cat over dog", places)) == TABLE
+
+
+@pytest.fixture
+def image():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8), dtype=np.uint8))
+
+
+def test_a_model_explains_an_image_however_it_comes(in_demo, image, tmp_path):
+    model, transform, _ = vs2_plugin.load(f"vs2:{TINY}@{NAME}", classes=CLASSES, amp=False)
+    image.save(tmp_path / "a.png")
+    found = model.explain(image, top=2, latents=3)
+    for other in (tmp_path / "a.png", str(tmp_path / "a.png"), transform(image), transform(image)[None].numpy()):
+        assert model.explain(other, top=2, latents=3) == found
+    [predicted] = model.classify(image).names
+    assert found.classes[0].name == predicted and found.lead.startswith(predicted)
+    [place] = found.places
+    assert [line.name for line in place.lines][:3] == [f"latent {line.latent}" for line in place.lines[:3]]
+    assert all(line.words and line.activation > 0 for line in place.lines[:3])
+    assert sum(line.values[0] for line in place.lines[:-1]) == pytest.approx(place.lines[-1].values[0], abs=0.01)
+
+
+def test_what_cannot_be_explained_is_told(in_demo, image):
+    model, *_ = vs2_plugin.load(f"vs2:{TINY}@{NAME}", classes=CLASSES, amp=False)
+    with pytest.raises(DataError, match="2 images; expected one"):
+        model.explain([image, image])
+    with pytest.raises(DataError, match="int is no image; expected a PIL image, a path"):
+        model.explain(7)
+    with pytest.raises(HarnessError, match="knows no classes; load it with classes="):
+        vs2_plugin.load(f"vs2:{TINY}@{NAME}")[0].explain(image)
+    oracle, *_ = vs2_plugin.load(f"rag:{TINY}@{NAME}@labels=oracle", classes=CLASSES, amp=False)
+    assert isinstance(oracle.explain(image), Explanation)  # it reads labels of neighbours, and none of the image
