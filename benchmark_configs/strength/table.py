@@ -12,12 +12,15 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from settings import GROUPS, METHODS
 
 from vs2_plugin.strength import RULE, Rule, Scores
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["LOSS", "NO_RUNS", "SAFE", "decide", "grid", "read", "summarize", "write"]
 
@@ -298,37 +301,88 @@ def _chosen_table(settings: Sequence[Mapping[str, Any]]) -> str:
     return grid(["setting", "images", "test images", "purity", "FVU", *SAFE], rows)
 
 
+#: Methods of the figure, from the top of a row to its bottom -> marker, colour and words.
+_DRAWN = {
+    "vs2 hindsight": ("|", "#616c79", "vs2, best strength in hindsight"),
+    "vs2": ("x", "#b54e00", "vs2, the paper's strength"),
+    "vs2 auto": ("o", "#0072b2", "vs2@alpha=auto"),
+    "vs2s": ("^", "#008a63", "vs2s"),
+}
+#: Groups of settings that share a row of the figure; those at the centre have one each.
+_ROWS = {
+    "CLIP": "other CLIPs",
+    "classes": "uneven or missing classes",
+    "gallery": "fewer images",
+    "latents": "more or fewer latents",
+    "k": "other k",
+}
+
+
+def _by_row(settings: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
+    """Row of the figure -> source -> settings; single settings first, those that gain most at the top."""
+    found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    for one in settings:
+        source, _, what = one["setting"].partition(", ")
+        row = what or source if one["group"] == "centre" else _ROWS[one["group"]]
+        found.setdefault(row, {}).setdefault(source, []).append(one)
+
+    def gain(row: str) -> float:
+        return float(np.mean([_change(one, "vs2 hindsight") for some in found[row].values() for one in some]))
+
+    groups = list(_ROWS.values())
+    rows = sorted(found, key=lambda row: (groups.index(row) if row in groups else -1, -gain(row)))
+    return {row: found[row] for row in rows}
+
+
+def _change(one: Mapping[str, Any], method: str) -> float:
+    return float(one["methods"][method]["change"]["mean"])
+
+
 def figure(results: Mapping[str, Any], path: Path) -> None:
-    """Change over zero-shot of each setting, by rising zero-shot accuracy."""
+    """Change over zero-shot, a panel for each source: a row for each kind of images, and one for each other factor."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    settings = sorted(results["settings"], key=lambda one: one["methods"]["zero-shot"]["mean"])
-    drawn = Figure(figsize=(max(6, 1 + 0.19 * len(settings)), 6.5), layout="constrained")
+    rows = _by_row(results["settings"])
+    sources = list(dict.fromkeys(source for some in rows.values() for source in some))
+    drawn = Figure(figsize=(8.3, 1.6 + 0.5 * len(rows)), layout="constrained")
     FigureCanvasAgg(drawn)
-    axes = drawn.add_subplot()
-    axes.axhline(0, color="0.6", linewidth=0.8)
-    places = np.arange(len(settings))
-    styles = {
-        "vs2 hindsight": ("_", "0.35", "vs2, best strength in hindsight"),
-        "vs2": ("x", "tab:red", "vs2, the paper's strength"),
-        "vs2 auto": ("o", "tab:blue", "vs2@alpha=auto"),
-        "vs2s": ("^", "tab:green", "vs2s"),
-    }
-    for shift, (method, (marker, colour, label)) in zip((0, -0.2, 0, 0.2), styles.items(), strict=True):
-        told = [one["methods"][method]["change"] for one in settings]
-        errors = [[one["mean"] - (one["mean"] if one["low"] is None else one["low"]) for one in told]] * 2
-        axes.errorbar(
-            places + shift, [one["mean"] for one in told], errors, fmt=marker, color=colour, label=label, markersize=4,
-            elinewidth=0.7,
-        )  # fmt: skip
-    labels = [f"{one['setting']} ({one['methods']['zero-shot']['mean']:.0f})" for one in settings]
-    axes.set_xticks(places, labels, rotation=90, fontsize=6)
-    axes.set_xlim(-0.7, len(settings) - 0.3)
-    axes.set_ylabel("change of accuracy over zero-shot, points")
-    axes.set_xlabel("setting (zero-shot accuracy, percent)")
-    axes.legend(frameon=False)
-    drawn.savefig(path, dpi=130)
+    panels = drawn.subplots(1, len(sources), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, source in zip(panels, sources, strict=True):
+        axes.set_title(source, loc="left", fontsize=10, fontweight="bold")
+        axes.set_title("zero-shot", loc="right", fontsize=9, color="0.4")
+        axes.axvline(0, color="0.6", linewidth=0.8)
+        for place, some in enumerate(rows.values()):
+            if place % 2:
+                axes.axhspan(place - 0.5, place + 0.5, color="0.96", linewidth=0)
+            _draw_row(axes, place, some.get(source, []))
+        axes.tick_params(axis="y", length=0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.set_xlabel("change of accuracy, points")
+    panels[0].set_yticks(range(len(rows)), list(rows), fontsize=10)
+    low, high = panels[0].get_xlim()
+    panels[0].set_xlim(low, high + 0.15 * (high - low))  # room for the accuracies
+    panels[0].set_ylim(len(rows) - 0.5, -0.5)
+    handles = [panels[0].plot([], [], mark, color=colour, label=words)[0] for mark, colour, words in _DRAWN.values()]
+    drawn.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=10)
+    drawn.savefig(path, dpi=200)
+
+
+def _draw_row(axes: Axes, place: int, settings: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the mean of some settings for each method, and pale marks for each where there are several."""
+    if not settings:
+        return
+    for number, (method, (marker, colour, _)) in enumerate(_DRAWN.items()):
+        told = [_change(one, method) for one in settings]
+        height = place - 0.27 + 0.18 * number
+        if len(told) > 1:
+            axes.plot(told, [height] * len(told), ".", color=colour, alpha=0.35, markersize=4)
+        axes.plot(np.mean(told), height, marker, color=colour, markersize=6)
+    plain = np.mean([one["methods"]["zero-shot"]["mean"] for one in settings])
+    axes.annotate(
+        f"{plain:.0f} %", (1, place), xycoords=axes.get_yaxis_transform(), xytext=(0, 0), textcoords="offset points",
+        horizontalalignment="right", verticalalignment="center", fontsize=9, color="0.4",
+    )  # fmt: skip
 
 
 def write(folder: Path, half: str, order: Sequence[str] = ()) -> str:

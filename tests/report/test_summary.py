@@ -164,7 +164,7 @@ def test_zero_shot_with_per_image_results_is_preferred(write_run, make_images):
     path = write_run("B", images=make_images(0.5), name="2")
     group = group_of(path.parent)
     assert group.zero.run.path == path
-    assert [row.label for row in group.rows] == ["zero-shot (results/2.json)", "zero-shot (results/1.json)"]
+    assert [row.title for row in group.rows] == ["zero-shot (results/2.json)", "zero-shot (results/1.json)"]
 
 
 def test_order_and_labels(results):

@@ -122,6 +122,17 @@ class Place(nn.Module):
         self.shows: tuple[ClipModel, ...] = ()
         self._tally = Tally()
 
+    @property
+    def of_sae(self) -> dict[str, Scalar]:
+        """What tells the SAE here from others, for the results; empty where there is none."""
+        if self.gate is None:
+            return {}
+        config, trained = self.gate.sae.config, {} if self.facts is None else self.facts.training
+        facts: dict[str, Scalar] = {"k": config.k, "latents": config.num_latents}
+        facts["expansion"] = round(config.num_latents / config.d_in, 3)
+        told = {"seed": trained.get("seed"), "pass_weight": trained.get("pass_weight") or None}
+        return facts | {name: value for name, value in told.items() if value is not None}
+
     def steer(self, x: Tensor, batch: Batch, wait: bool = True) -> Tensor:
         """The steered activations ``[batch, d]``, float32, of the images at hand.
 
@@ -244,9 +255,8 @@ class Places(Sequence[Place]):
             }
             warnings = [f"{place.site}: {place.facts.warning}" for place in self if place.facts and place.facts.warning]
             facts |= {"sae_warning": "; ".join(warnings)} if warnings else {}
-        if self.gates:
-            config = self.gates[-1].sae.config
-            facts = {**facts, "k": config.k, "latents": config.num_latents, **facts}  # an option of that name stays
+        of_sae = next((place.of_sae for place in reversed(self) if place.gate is not None), {})
+        facts = {**facts, **of_sae, **facts}  # an option of that name stays
         facts["labels"] = max(used, key=_LABELS.index)
         return facts
 

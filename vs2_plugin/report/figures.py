@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vs2_plugin.report.drawing import FAINT, INK, LINES, PAPER, PLAIN, Picture, new_figure, picture
-from vs2_plugin.report.summary import Curve, Group, Pairing, Row
+from vs2_plugin.report.rows import Pairing, Row
+from vs2_plugin.report.summary import Curve, Group
 from vs2_plugin.results.statistics import Array, Calibration, Interval, interval
 
 __all__ = ["draw"]
@@ -44,15 +45,16 @@ def draw(group: Group) -> list[Picture]:
     for key, lines in curves.items():
         add(f"against-{key}", f"Top-1 accuracy against {key}", _CURVE.get(key, _ALONG), _curve, key, lines, zero)
     caption = _FVU
-    for row in group.methods:
+    firsts = [row.members[0] for row in group.methods]
+    for row in firsts:
         if row.bins:
-            add(f"fvu-{row.run.method}", f"Accuracy by FVU: {row.label}", caption, _fvu, row, row.pairing)
+            add(f"fvu-{row.run.method}", f"Accuracy by FVU: {row.title}", caption, _fvu, row, row.pairing)
             caption = _AGAIN
     caption = _RELIABLE
-    for row in group.methods:
+    for row in firsts:
         before, after = row.calibration_before, row.calibration
         if before is not None and after is not None:
-            title = f"Calibration: {row.label}"
+            title = f"Calibration: {row.title}"
             add(f"calibration-{row.run.method}", title, caption, _reliability, row.label, before, after)
             caption = _AGAIN
     return pictures
@@ -105,7 +107,7 @@ def _spread(values: list[float], intervals: Sequence[Interval | None]) -> Array 
 
 
 def _accuracy(rows: list[Row]) -> Figure:
-    names = [textwrap.fill(row.label, 42) for row in rows]
+    names = [textwrap.fill(row.title, 42) for row in rows]
     lines = np.array([name.count("\n") + 1 for name in names])
     # A row is its name's lines and, below them, its dot: names stand above so that a phone has room for both.
     heights = 0.17 * lines + 0.22
@@ -192,7 +194,7 @@ def _gate(curves: list[Curve], zero: Row | None) -> Figure:
     ticks = sorted(values, key=lambda q: (q is None, q or 0.0))
     figure = new_figure(4.0)
     above, below = figure.subplots(2, sharex=True)
-    _lines(above, curves, ticks.index, lambda row: row.run.number("vs2_coverage"), spread=False)
+    _lines(above, curves, ticks.index, lambda row: row.number("vs2_coverage"), spread=False)
     _zero_line(below, zero)
     _lines(below, curves, ticks.index, lambda row: row.top1, spread=True)
     above.set_ylim(-4, 104)

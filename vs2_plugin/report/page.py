@@ -13,16 +13,26 @@ from typing import Any
 
 from vs2_plugin.report.drawing import Picture
 from vs2_plugin.report.figures import draw
+from vs2_plugin.report.naming import seed_of
 from vs2_plugin.report.rendering import fixed, render, save
-from vs2_plugin.report.summary import Group, Row, Section, summarise
+from vs2_plugin.report.rows import Row
+from vs2_plugin.report.summary import Group, Section, summarise
+from vs2_plugin.report.verdict import verdict
 from vs2_plugin.results.runs import Run
 from vs2_plugin.results.statistics import ClassChange, Interval
 
 __all__ = ["Column", "columns", "hints", "notes", "write"]
 
+#: What is said of results of the models and images that come with the package.
+STAND_IN = (
+    "The tiny CLIP and the handwritten digits that come with this package: they show that the machinery works, and "
+    "nothing about other CLIPs or about photographs."
+)
 #: Stands in every file that a report writes, near the beginning.
 MARK = "vs2 report"
 _SHOWN_CLASSES = 8
+#: Of more rows with the same labels, so many are shown at once; the others open by a click.
+_MANY_ROWS, _SHOWN_ROWS = 20, 12
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,8 @@ class Column:
     cells: list[str]
     """In the order of the rows; empty where there is nothing to say."""
     meaning: str
+    bars: tuple[float, ...] = ()
+    """Beside each cell, a bar as long as this; none for a column without bars."""
 
 
 def write(runs: Iterable[Run], folder: Path) -> list[Path]:
@@ -56,10 +68,16 @@ def write(runs: Iterable[Run], folder: Path) -> list[Path]:
         "notes": notes(runs),
         "sections": sections,
         "columns": columns,
+        "parts": parts,
+        "verdict": verdict,
+        "by_labels": by_labels,
+        "seed_of": seed_of,
+        "stand_in": STAND_IN,
         "hints": hints,
         "gains_and_losses": gains_and_losses,
         "metric_names": metric_names,
         "pictures": named.__getitem__,
+        "by_kind": by_kind,
     }
     page = {name: render(name, MARK, context) for name in ("index.html", "report.md")}
     page["report.json"] = json.dumps(
@@ -81,7 +99,7 @@ def notes(runs: Sequence[Run]) -> list[str]:
 def figures_of(sections: Iterable[Section]) -> Iterator[dict[str, Any]]:
     """Yield what the report has computed of each result, as plain JSON values; accuracies and ECE as shares."""
     for section in sections:
-        for row in (row for group in section.groups for row in group.rows):
+        for row in (one for group in section.groups for one in group.results):
             found = {
                 "acc1": row.top1,
                 "interval": row.interval,
@@ -101,41 +119,90 @@ def figures_of(sections: Iterable[Section]) -> Iterator[dict[str, Any]]:
 
 def columns(rows: Sequence[Row]) -> list[Column]:
     """Return the columns of the main table that have something to say, but for the first two."""
+    found = [*_changes(rows), *_metrics(rows), *_costs(rows)]
+    return [column for column in found if any(column.cells)]
 
-    def metric(name: str, digits: int = 2) -> list[str]:
-        return [fixed(row.run.number(name), digits) for row in rows]
 
-    def between(bounds: Iterable[Interval | None], sign: bool = False) -> list[str]:
-        return [f"{fixed(b.low, 1, sign)} to {fixed(b.high, 1, sign)}" if b else "" for b in bounds]
+def _between(bounds: Iterable[Interval | None], sign: bool = False) -> list[str]:
+    return [f"{fixed(b.low, 1, sign)} to {fixed(b.high, 1, sign)}" if b else "" for b in bounds]
 
-    found = [
-        Column("top-1 %", metric("acc1"), "share of test images classified correctly"),
-        Column("95 % interval", between(row.interval for row in rows), "of top-1: percentile bootstrap over images"),
-        Column("change, points", [fixed(row.change, sign=True) for row in rows], "of top-1 over zero-shot"),
+
+def _changes(rows: Sequence[Row]) -> list[Column]:
+    """Return the columns that say most. On a phone only the first ones are seen at once."""
+    several = any(row.spread is not None for row in rows)
+    over = "; of several seeds of the SAE, the mean +- standard deviation" if several else ""
+    these = "; of several seeds, of their mean, which says nothing of other SAEs" if several else ""
+    changes = [fixed(row.change, sign=True) for row in rows]
+    spreads = ["" if row.spread is None else f" +- {fixed(row.spread, 1)}" for row in rows]
+    return [
         Column(
-            "interval of the change", between((row.change_interval for row in rows), sign=True),
-            "95 %, paired: percentile bootstrap over images that both models classified",
+            "change, points", [change and change + spread for change, spread in zip(changes, spreads, strict=True)],
+            f"of top-1 over zero-shot{over}", tuple(row.change or 0.0 for row in rows),
         ),
+        Column("top-1 %", [fixed(row.top1) for row in rows], "share of test images classified correctly"),
+        Column(
+            "interval of the change", _between((row.change_interval for row in rows), sign=True),
+            f"95 %, paired: percentile bootstrap over images that both models classified{these}",
+        ),
+        Column("95 % interval", _between(row.interval for row in rows), "of top-1: percentile bootstrap over images"),
+    ]  # fmt: skip
+
+
+def _metrics(rows: Sequence[Row]) -> list[Column]:
+    def metric(name: str, digits: int = 2) -> list[str]:
+        return [fixed(row.number(name), digits) for row in rows]
+
+    return [
         Column("top-5 %", metric("acc5"), "share of images with the true class among the first five"),
         Column("recall %", metric("mean_per_class_recall"), "accuracy per class, averaged over the classes"),
         Column("mended", [fixed(row.mended, 0, scale=1) for row in rows], "images that only zero-shot got wrong"),
         Column("broken", [fixed(row.broken, 0, scale=1) for row in rows], "images that only zero-shot got right"),
         Column("coverage %", metric("vs2_coverage", 1), "share of images that were steered"),
+    ]
+
+
+def _costs(rows: Sequence[Row]) -> list[Column]:
+    return [
         Column(
             "ECE, points", [fixed(row.ece) for row in rows],
             "expected calibration error, 15 equal bins; left out where all confidences are 1, as of votes",
         ),
         Column(
-            "seconds", [fixed(row.run.seconds, 1, scale=1) for row in rows],
+            "seconds", [fixed(row.seconds, 1, scale=1) for row in rows],
             "wall clock of the run, loading included; the first one of a command also pays for what is loaded once",
         ),
         Column(
-            "peak memory, GB", [fixed(row.run.peak_memory, 2, scale=1e-9) for row in rows],
+            "peak memory, GB", [fixed(row.peak_memory, 2, scale=1e-9) for row in rows],
             "of the whole process during the run, with what libraries keep of earlier runs of the same command; on a "
             "GPU, of the device",
         ),
     ]  # fmt: skip
-    return [column for column in found if any(column.cells)]
+
+
+def by_labels(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Return the labels used and the rows that used them, in the order of the rows; zero-shot under no word."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.run.labels if row.run.method is not None else "", []).append(row)
+    return found
+
+
+def by_kind(pictures: Iterable[tuple[Picture, str]]) -> dict[str, list[tuple[Picture, str]]]:
+    """Return title and figures, those of several rows under one title: what stands before a colon."""
+    found: dict[str, list[tuple[Picture, str]]] = {}
+    for picture, name in pictures:
+        found.setdefault(picture.title.partition(":")[0], []).append((picture, name))
+    return {some[0][0].title if len(some) == 1 else f"{kind} ({len(some)})": some for kind, some in found.items()}
+
+
+def parts(group: Group) -> tuple[list[Row], list[Row]]:
+    """Return the rows of the table, and those that are folded: of many with the same labels, those that gain least."""
+    shown, folded = [], []
+    for rows in group.kinds.values():
+        cut = _SHOWN_ROWS if len(rows) > _MANY_ROWS else len(rows)
+        shown += rows[:cut]
+        folded += rows[cut:]
+    return shown, folded
 
 
 def gains_and_losses(row: Row) -> list[tuple[str, ClassChange, str]]:
@@ -195,9 +262,10 @@ def hints(group: Group, section: Section) -> list[tuple[str, str]]:
 
 def _want_images(group: Group, want: Callable[..., None]) -> None:
     """Want per-image results of the rows that have none, or none that can be paired with zero-shot's."""
-    bare = [row for row in group.rows if row.run.images is None]
+    rows = group.results
+    bare = [row for row in rows if row.run.images is None]
     if bare:
-        whose = "" if len(bare) == len(group.rows) else f" of {_some(bare)}"
+        whose = "" if len(bare) == len(rows) else f" of {_some(bare)}"
         told = all("vs2_ece" in row.run.metrics for row in bare)  # the metrics themselves say the rest
         what = "classes" if told else "images mended and broken, classes, calibration, time and memory"
         want(
@@ -205,9 +273,7 @@ def _want_images(group: Group, want: Callable[..., None]) -> None:
             *(row.run.model for row in bare),
             before=_PER_IMAGE,
         )
-    elsewhere = [
-        row for row in group.steered if row.run.images and row.zero and row.zero.images and row.pairing is None
-    ]
+    elsewhere = [row for row in rows if row.is_of_other_images]
     if elsewhere:
         want(
             f"Comparison image by image of {_some(elsewhere)}: zero-shot was evaluated on other images, or with other "
@@ -219,7 +285,7 @@ def _want_images(group: Group, want: Callable[..., None]) -> None:
 
 
 def _some(rows: list[Row]) -> str:
-    names = [row.label for row in rows]
+    names = [row.title for row in rows]
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 

@@ -4,162 +4,29 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
-from vs2_plugin.results.images import Array, Images
+from vs2_plugin.names import LOCAL
+from vs2_plugin.report.naming import base_of, facts_of, label_of, same_but_for_the_seed, seed_of, written
+from vs2_plugin.report.rows import Mean, Pairing, Row
+from vs2_plugin.results.images import Images
 from vs2_plugin.results.runs import Run
-from vs2_plugin.results.statistics import (
-    Bin,
-    Calibration,
-    ClassChange,
-    Interval,
-    by_fvu,
-    calibration,
-    class_changes,
-    interval,
-    pair,
-)
+from vs2_plugin.text import printable
 
-__all__ = ["Curve", "Group", "Row", "Section", "summarise"]
+__all__ = ["Curve", "Group", "Section", "summarise"]
 
 _STRENGTH = {"gamma", "lam", "alpha"}
 _LABELS = ("none", "train", "oracle")
-#: Confidences above this, all of them, are not meant as probabilities.
-_CERTAIN = 0.9999
 #: Two zero-shot results that agree on fewer images than this were made with other prompts. Precision and batch size
 #: change fewer predictions.
 _SAME_PROMPTS = 0.98
+#: Data set and backbone of the demo, and of tables that are run on the stand-in.
+_STAND_IN = ("wds/digits", "tiny-clip")
 #: More rows than this are too many for one figure.
 _MANY = 16
-
-
-@dataclass(frozen=True, eq=False)
-class Pairing:
-    """Two results of the same images."""
-
-    after: Images
-    before: Images
-    """Zero-shot's, in an order of its own."""
-    order: Array
-    """The indices that put them into the order of ``after``."""
-
-    @cached_property
-    def prediction(self) -> Array:
-        """Zero-shot's predictions in the order of ``after``."""
-        return self.before.prediction[self.order]
-
-    @cached_property
-    def was_correct(self) -> Array:
-        """Which of the images of ``after`` zero-shot classified correctly, bool ``[n]``."""
-        return np.asarray(self.prediction == self.after.target)
-
-    @classmethod
-    def of(cls, run: Run, zero: Run | None) -> Pairing | None:
-        """Pair the images of a run with those of a zero-shot result; None where they cannot be paired."""
-        after, before = run.images, zero and zero.images
-        if after is None or not isinstance(before, Images) or after.classes != before.classes:
-            return None
-        order = pair(after.digest, after.target, before.digest, before.target)
-        return None if order is None else cls(after, before, order)
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """A result, and what it changes over zero-shot. What it has no data for is None."""
-
-    run: Run
-    label: str
-    zero: Run | None = field(default=None, repr=False)
-    """The zero-shot result that it is compared with: of the plain model or, where there is none of the same images, the
-    one that the run recorded itself. None for a zero-shot result."""
-
-    @property
-    def top1(self) -> float:
-        """Accuracy."""
-        return float(self.run.metrics["acc1"])
-
-    @property
-    def change(self) -> float | None:
-        """Change of the accuracy over zero-shot."""
-        return None if self.zero is None else self.top1 - float(self.zero.metrics["acc1"])
-
-    @cached_property
-    def interval(self) -> Interval | None:
-        """95 % bootstrap interval of the accuracy."""
-        return None if self.run.images is None else interval(self.run.images.correct)
-
-    @cached_property
-    def pairing(self) -> Pairing | None:
-        """The same images before and after; None where they cannot be paired."""
-        return Pairing.of(self.run, self.zero)
-
-    @cached_property
-    def change_interval(self) -> Interval | None:
-        """95 % bootstrap interval of the change, over the same images."""
-        both = self.pairing
-        return None if both is None else interval(both.after.correct.astype(int) - both.was_correct)
-
-    @property
-    def mended(self) -> int | None:
-        """Images that zero-shot got wrong and this run right."""
-        both = self.pairing
-        return self._count("vs2_mended") if both is None else int((~both.was_correct & both.after.correct).sum())
-
-    @property
-    def broken(self) -> int | None:
-        """Images that zero-shot got right and this run wrong."""
-        both = self.pairing
-        return self._count("vs2_broken") if both is None else int((both.was_correct & ~both.after.correct).sum())
-
-    def _count(self, name: str) -> int | None:
-        number = self.run.number(name)
-        return None if number is None else int(number)
-
-    @cached_property
-    def calibration(self) -> Calibration | None:
-        """How well the confidences fit. None where all are 1, which says nothing: so it is with votes."""
-        images = self.run.images
-        found = self.run.calibration() if images is None else calibration(images.confidence, images.correct)
-        return None if found is None or np.nanmin(found.confidence) > _CERTAIN else found
-
-    @cached_property
-    def calibration_before(self) -> Calibration | None:
-        """How well those of zero-shot fit, on the same images; None where they are not known."""
-        if self.pairing is None:
-            return self.run.calibration("_before")
-        return calibration(self.pairing.before.confidence, self.pairing.before.correct)
-
-    @property
-    def ece(self) -> float | None:
-        """Expected calibration error."""
-        if self.calibration is None and (self.run.images is not None or self.run.calibration() is not None):
-            return None
-        return self.run.number("vs2_ece") if self.calibration is None else self.calibration.ece
-
-    @property
-    def ece_before(self) -> float | None:
-        """Expected calibration error of zero-shot on the same images; None for a zero-shot result."""
-        before = self.calibration_before
-        return self.run.number("vs2_ece_before") if before is None else before.ece
-
-    @cached_property
-    def classes(self) -> list[ClassChange]:
-        """Every class, from the largest gain to the largest loss; empty where images cannot be paired."""
-        both = self.pairing
-        return [] if both is None else class_changes(both.after.target, both.prediction, both.after.prediction)
-
-    @cached_property
-    def bins(self) -> list[Bin]:
-        """The images by FVU; empty where images cannot be paired, have no FVU, or are too few for two bins."""
-        if self.pairing is None or self.pairing.after.fvu is None:
-            return []
-        bins = by_fvu(self.pairing.after.fvu)
-        return bins if len(bins) > 1 else []
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +49,9 @@ class Group:
     alone: bool = True
     """True if all results of the backbone are here: those with other prompts, which have another zero-shot accuracy,
     are in a group of their own."""
+    common: str = ""
+    """What all of its SAEs have in common, in words."""
+    dataset: str = ""
 
     @property
     def prompts(self) -> str:
@@ -214,15 +84,40 @@ class Group:
         """The first result of each method: the ones with figures of their own."""
         return list({row.run.method: row for row in reversed(self.steered)}.values())[::-1]
 
+    @cached_property
+    def kinds(self) -> dict[str, list[Row]]:
+        """Labels used -> the rows, from the largest gain to the largest loss; those without labels first, and
+        zero-shot before them all."""
+        found: dict[str, list[Row]] = {}
+        for row in sorted(self.rows, key=lambda row: (_labels_rank(row.run), _by_change(row))):
+            found.setdefault(row.run.labels, []).append(row)
+        return found
+
+    @property
+    def results(self) -> list[Row]:
+        """A row for each result, several seeds of an SAE taken apart."""
+        return [one for row in self.rows for one in row.members]
+
+    @property
+    def table(self) -> list[Row]:
+        """All rows as they stand in a table."""
+        return [row for rows in self.kinds.values() for row in rows]
+
+    @property
+    def is_stand_in(self) -> bool:
+        """Whether it is of the tiny CLIP and the digits that come with the package."""
+        name = self.backbone.removeprefix(LOCAL).rstrip("/").rpartition("/")[2]
+        return self.backbone.startswith(LOCAL) and (self.dataset, name) == _STAND_IN
+
     @property
     def main(self) -> list[Row]:
         """The rows without, where there are many, those of a method that curves and grids show."""
         if len(self.rows) <= _MANY:
-            return self.rows
+            return self.table
         shown = {row for curves in self.curves().values() for curve in curves for _, row in curve.points}
         shown |= {row for _, cells in self.grids() for row in cells.values()}
         left_out = shown.difference(self.methods)
-        return [row for row in self.rows if row not in left_out]
+        return [row for row in self.table if row not in left_out]
 
     def curves(self) -> dict[str, list[Curve]]:
         """Return curves along each setting. ``alpha`` stands for gamma and lam where both are there."""
@@ -271,8 +166,9 @@ class Group:
         for row in self.steered:
             if row.run.fact("auto") is not None:
                 continue
-            alike.setdefault(tuple(str(row.run.setting(key)) for key in fixed), []).append(row)
-        return [(_label(rows[0].run, free), rows) for rows in alike.values()]
+            settings = (base_of(row.run) if key == "checkpoint" else row.run.setting(key) for key in fixed)
+            alike.setdefault(tuple(map(str, settings)), []).append(row)
+        return [(label_of(rows[0].run, rows[0].shown, free), rows) for rows in alike.values()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -359,31 +255,86 @@ def _group(backbone: str, pretrained: str, runs: list[Run], alone: bool) -> Grou
     if runs[0].method is not None:  # no plain model was evaluated; a steered run may have recorded it
         runs = [*[run.plain for run in runs if run.plain][:1], *runs]
     zero = runs[0] if runs[0].method is None else None
-    labels = [_label(run) for run in runs]
-    again = Counter(labels)
+    entries = _by_seed(runs)
+    facts = [facts_of(entry) for entry in entries]
+    common = _common(facts)
     rows = []
-    for run, label in zip(runs, labels, strict=True):
-        # Two files of one model are told apart by where they lie.
-        where = f" ({'/'.join(run.path.parts[-2:])})" if again[label] > 1 else ""
-        recorded = run.plain if Pairing.of(run, zero) is None else None
-        rows.append(Row(run, label + where, None if run.method is None else recorded or zero))
-    return Group(backbone, pretrained, rows, alone)
+    for entry, told in zip(entries, facts, strict=True):
+        own = {name: value for name, value in told.items() if name not in common}
+        shown = own.pop("checkpoint", "")
+        first, *others = (_row(run, zero, shown, own) for run in entry)
+        if not others:
+            rows.append(first)
+            continue
+        own = {name: value for name, value in own.items() if name != "seed"}
+        seeds = tuple(replace(row, about=written({**own, "seed": str(seed_of(row.run))})) for row in (first, *others))
+        rows.append(Mean(first.run, first.label, first.zero, written(own), shown, seeds))
+    return Group(backbone, pretrained, _told_apart(rows), alone, written(common), runs[0].dataset)
+
+
+def _row(run: Run, zero: Run | None, shown: str, facts: Mapping[str, str]) -> Row:
+    recorded = run.plain if Pairing.of(run, zero) is None else None
+    return Row(run, label_of(run, shown), None if run.method is None else recorded or zero, written(facts), shown)
+
+
+def _by_seed(runs: Sequence[Run]) -> list[list[Run]]:
+    """Put runs together that differ in the seed of their SAE only, by rising seed, at the place of the first."""
+    alike: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        if run.method is not None and seed_of(run) is not None:
+            alike.setdefault(same_but_for_the_seed(run), []).append(run)
+    seeds = [[seed_of(run) for run in some] for some in alike.values()]
+    # The same seed twice is another difference, which nothing tells.
+    joined = [some for some, own in zip(alike.values(), seeds, strict=True) if 1 < len(some) == len(set(own))]
+    first = {some[0]: sorted(some, key=lambda run: seed_of(run) or 0) for some in joined}
+    others = {run for some in joined for run in some[1:]}
+    return [first.get(run, [run]) for run in runs if run not in others]
+
+
+def _common(facts: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Return the facts that all rows share that tell them at all."""
+    found = {}
+    for name in ("checkpoint", "k", "expansion", "latents", "seed"):
+        values = [told[name] for told in facts if name in told]
+        if len(set(values)) == 1:
+            found[name] = values[0]
+    return found
+
+
+def _told_apart(rows: list[Row]) -> list[Row]:
+    """Return the rows, of which those with one name name their checkpoint too, and where their file lies if need be."""
+    for tell in (_checkpoint, _file):
+        again = Counter(row.title for row in rows)
+        rows = [
+            replace(row, about=", ".join(filter(None, (row.about, tell(row))))) if again[row.title] > 1 else row
+            for row in rows
+        ]
+    return rows
+
+
+def _checkpoint(row: Row) -> str:
+    name = row.run.fact("checkpoint")
+    return f"checkpoint {printable(name)}" if name else ""
+
+
+def _file(row: Row) -> str:
+    return "/".join(row.run.path.parts[-2:])
 
 
 def _rank(run: Run) -> tuple[bool, bool, int, bool, str, int]:
     """Return what rows are sorted by."""
-    labels = _LABELS.index(run.labels) if run.labels in _LABELS else len(_LABELS)
     # Of several zero-shot results, the one that has per-image results is the one to compare with.
     bare = run.method is None and run.images is None
-    return run.method is not None, bare, labels, run.method != "vs2", run.method or "", len(run.parts.words)
+    return run.method is not None, bare, _labels_rank(run), run.method != "vs2", run.method or "", len(run.parts.words)
 
 
-def _label(run: Run, without: Iterable[str] = ()) -> str:
-    """Return the method with its options, but for those named."""
-    if run.method is None:
-        return "zero-shot"
-    kept = (part for part in run.parts.words if part.partition("=")[0] not in without)
-    return " ".join([run.method, *(f"@{part}" for part in kept)])
+def _labels_rank(run: Run) -> int:
+    return _LABELS.index(run.labels) if run.labels in _LABELS else len(_LABELS)
+
+
+def _by_change(row: Row) -> tuple[bool, float]:
+    """Return what rows with the same labels are sorted by in a table. Where no change is known, by accuracy."""
+    return row.run.method is not None, -(row.top1 if row.change is None else row.change)
 
 
 def _natural(text: str) -> list[str | float]:

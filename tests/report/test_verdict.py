@@ -1,0 +1,72 @@
+"""What a report says first."""
+
+import pytest
+
+from vs2_plugin.report.summary import summarise
+from vs2_plugin.report.verdict import verdict
+from vs2_plugin.results.runs import read
+
+
+def told(folder):
+    ((group,),) = (section.groups for section in summarise(read([folder])[0]))
+    return verdict(group)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "tone", "words"),
+    [
+        (0.6, "up", "raises top-1 accuracy from 49.50 % to 59.33 %: by 9.83 points (95 % interval +7."),
+        (0.4, "down", "lowers top-1 accuracy from 49.50 % to 39.00 %: by 10.50 points (95 % interval -13."),
+        (0.503, "", "by 0.17 points (95 % interval +0.0 to +0.5). That may be chance: the interval holds 0."),
+        (0.5, "", "leaves top-1 accuracy at 49.50 % (95 % interval +0.0 to +0.0). That may be chance"),
+    ],
+)
+def test_the_first_sentence_says_by_how_much_and_whether_it_is_chance(
+    accuracy, tone, words, write_run, make_images, steered
+):
+    write_run("B", images=make_images(0.5))
+    path = write_run("vs2:B", images=make_images(accuracy, 1), metrics=steered(alpha=1.05))
+    found = told(path.parent)
+    assert found.tone == tone and words in found.sentences[0] and found.sentences[0].startswith("vs2 (alpha 1.05) ")
+    assert ("beyond chance: the interval leaves out 0" in found.sentences[0]) == bool(tone)
+
+
+def test_the_best_row_without_labels_is_named(write_run, make_images, steered):
+    write_run("B", images=make_images(0.5))
+    write_run("vs2:B", images=make_images(0.6, 1), metrics=steered())
+    write_run("vs2:B@gate=0.9", images=make_images(0.65, 1), metrics=steered())
+    write_run("vs2s:B", images=make_images(0.55, 1), metrics=steered("vs2s"))
+    path = write_run("proto:B", 0.9, metrics=steered("proto", "oracle"))
+    found = told(path.parent)
+    assert found.best.label == "vs2 @gate=0.9"
+    assert found.sentences[1].startswith("Best without labels: vs2 @gate=0.9 with 63.83 %, +14.33 points (95 % ")
+    assert "beyond chance. It is the best of 3 rows by these very test images" in found.sentences[1]
+    assert found.short == "vs2 +9.83; best without labels vs2 @gate=0.9 +14.33"
+
+
+def test_where_no_row_gains_that_is_said(write_run, steered):
+    write_run("B", 0.5)
+    for gate in (0.9, 0.99):
+        path = write_run(f"vs2:B@gate={gate}", 0.5 - gate / 10, metrics=steered(gate=gate))
+    found = told(path.parent)
+    assert found.best is None and "None of the 2 rows without labels gains anything" in found.sentences[1]
+    assert "not known: there are no per-image results" in found.sentences[0]
+
+
+def test_labels_and_a_missing_zero_shot_result_are_said(write_run, steered):
+    path = write_run("pass:B", 0.6, metrics=steered("pass", "train"))
+    assert told(path.parent).sentences[1] == "What steering changed is not known: there is no zero-shot result of B."
+    write_run("B", 0.5)
+    (sentence,) = told(path.parent).sentences
+    assert sentence.startswith("pass, which used labels (train), raises top-1 accuracy from 50.00 % to 60.00 %")
+    path.unlink()
+    assert told(path.parent) is None
+
+
+def test_seeds_are_said_with_their_spread(write_run, steered):
+    write_run("B", 0.5)
+    for seed in (0, 1):
+        path = write_run(f"vs2:B@a-seed{seed}", 0.6 + seed / 50, metrics=steered(checkpoint=f"a-seed{seed}"))
+    first, second = told(path.parent).sentences
+    assert "by 11.00 points, in the mean of 2 seeds of the SAE (standard deviation 1.4)." in first
+    assert second == "It used no labels."

@@ -1,0 +1,99 @@
+"""What rows are called: by method, options and strength, and by k, size and seed of the SAE; not by a checkpoint's
+digest."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from vs2_plugin.results.runs import Run
+from vs2_plugin.text import printable
+
+__all__ = ["base_of", "facts_of", "label_of", "same_but_for_the_seed", "seed_of", "written"]
+
+#: What ``vs2-train-sae`` puts into the name of a checkpoint that is one of several.
+_SEED = re.compile(r"-seed(\d{1,10})(?=-pass|\Z)")
+#: How a name ends that was made of settings.
+_DIGEST = re.compile(r".*-[0-9a-f]{8}\Z", re.DOTALL)
+
+
+def seed_of(run: Run) -> int | None:
+    """Return the seed of the run's SAE: by its own word, else by the checkpoint's name."""
+    told = run.number("vs2_seed")
+    if told is not None:
+        return int(told)
+    found = _SEED.search(str(run.fact("checkpoint") or ""))
+    return int(found[1]) if found else None
+
+
+def base_of(run: Run) -> str:
+    """Return the name of the run's checkpoint without the seed; empty for a run without one."""
+    name = run.fact("checkpoint")
+    return _SEED.sub("", printable(name)) if isinstance(name, str) else ""
+
+
+def same_but_for_the_seed(run: Run) -> tuple[str, ...]:
+    """Return what is equal in results that differ in the seed of the SAE only."""
+    facts = (run.fact(name) for name in ("k", "latents", "pass_weight", "site"))
+    return (str(run.method), base_of(run), *map(str, facts), *_options(run))
+
+
+def label_of(run: Run, checkpoint: str = "", without: Iterable[str] = ()) -> str:
+    """Return the method, the ``checkpoint`` as it is to be named, and the options, but for those named ``without``."""
+    if run.method is None:
+        return "zero-shot"
+    named = [checkpoint] if checkpoint and "checkpoint" not in without else []
+    kept = (word for word in _options(run) if word.partition("=")[0] not in without)
+    return " ".join([run.method, *(f"@{word}" for word in (*named, *kept))])
+
+
+def _options(run: Run) -> list[str]:
+    return [word for word in run.parts.words if "=" in word]
+
+
+def facts_of(runs: Sequence[Run]) -> dict[str, str]:
+    """Return what tells the SAE of a row, and its strength, in words; ``runs`` are its seeds."""
+    first = runs[0]
+    base = base_of(first)
+    facts = {} if not base or _DIGEST.match(base) else {"checkpoint": base}
+    for name in ("k", "expansion", "latents", "pass_weight"):
+        value = first.number(f"vs2_{name}")
+        if value is not None and name not in first.parts.given:
+            facts[name] = f"{value:g}"
+    seeds = [seed for run in runs if (seed := seed_of(run)) is not None]
+    if seeds and "k" in facts:  # what has no SAE does not depend on its seed
+        facts["seed"] = ", ".join(map(str, seeds))
+    if strength := _strength(runs):
+        facts["alpha"] = strength
+    return facts
+
+
+def _strength(runs: Sequence[Run]) -> str:
+    """Return alpha where the options do not say it."""
+    given = runs[0].parts.given.get("alpha")
+    values = [value for run in runs if (value := run.number("vs2_alpha")) is not None]
+    if not values or given not in (None, "auto"):
+        return ""
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def written(facts: Mapping[str, Any]) -> str:
+    """Return facts as words.
+
+    >>> written({"k": "16", "expansion": "4", "latents": "512", "seed": "0, 1", "alpha": "1.05"})
+    'alpha 1.05, k 16, expansion 4 (512 latents), seeds 0, 1'
+    """
+    words = [f"checkpoint {facts['checkpoint']}"] if "checkpoint" in facts else []
+    words += [f"{name} {facts[name]}" for name in ("alpha", "k") if name in facts]
+    latents = f"{facts['latents']} latents" if "latents" in facts else ""
+    if "expansion" in facts:
+        words.append(f"expansion {facts['expansion']}" + (f" ({latents})" if latents else ""))
+    elif latents:
+        words.append(latents)
+    if "pass_weight" in facts:
+        words.append(f"PASS weight {facts['pass_weight']}")
+    if "seed" in facts:
+        words.append(f"seed{'s' if ',' in facts['seed'] else ''} {facts['seed']}")
+    return ", ".join(words)

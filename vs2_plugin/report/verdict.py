@@ -1,0 +1,101 @@
+"""What a group of results comes to, in sentences: what steering did, by how much, and whether that is beyond chance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vs2_plugin.report.rendering import fixed
+from vs2_plugin.report.rows import Row
+from vs2_plugin.report.summary import Group
+from vs2_plugin.text import counted
+
+__all__ = ["Verdict", "verdict"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to read first."""
+
+    sentences: tuple[str, ...]
+    """The first says what steering did, the second which label-free row is best; or why that cannot be said."""
+    tone: str = ""
+    """``up`` or ``down`` where the change is beyond chance, else empty."""
+    short: str = ""
+    """The same in a few words, for a list of several."""
+    best: Row | None = None
+    """The label-free row that gains most, if one gains."""
+
+
+def verdict(group: Group) -> Verdict | None:
+    """Return the verdict on a group; None where there is no steered result."""
+    free = [row for row in group.steered if row.run.labels == "none"]
+    usual = next(iter([*free, *group.steered]), None)
+    if usual is None:
+        return None
+    before = usual.members[0].zero
+    if before is None:
+        told = f"{usual.title}: top-1 accuracy {fixed(usual.top1)} %{_seeds(usual)}."
+        missing = f"What steering changed is not known: there is no zero-shot result of {group.backbone}."
+        return Verdict((told, missing), short=f"{usual.label} {fixed(usual.top1)} %")
+    sentences = [_did(usual, float(before.metrics["acc1"]))]
+    changed = [row for row in free if row.change is not None]
+    best = max(changed, key=lambda row: (row.change or 0.0, row.change_interval is not None), default=None)
+    if best is not None:
+        sentences.append(_best(best, usual, len(changed)))
+    short = f"{usual.label} {_points(usual)}"
+    if best is not None and best is not usual:
+        short += f"; best without labels {best.title} {_points(best)}"
+    gains = best is not None and (best.change or 0.0) > 0
+    return Verdict(tuple(sentences), _tone(usual), short, best if gains else None)
+
+
+def _did(row: Row, before: float) -> str:
+    """Return what a row did to the accuracy, with its interval, and whether that is beyond chance."""
+    change = row.change or 0.0
+    verb = "raises" if change > 0 else "lowers" if change < 0 else "leaves"
+    moved = f"from {fixed(before)} % to {fixed(row.top1)} %" if change else f"at {fixed(before)} %"
+    by = f": by {fixed(abs(change))} points" if change else ""
+    used = "" if row.run.labels == "none" else f", which used labels ({row.run.labels}),"
+    return f"{row.title}{used} {verb} top-1 accuracy {moved}{by}{_interval(row)}{_seeds(row)}. {_chance(row)}"
+
+
+def _interval(row: Row) -> str:
+    ends = row.change_interval
+    return f" (95 % interval {fixed(ends.low, 1, True)} to {fixed(ends.high, 1, True)})" if ends else ""
+
+
+def _seeds(row: Row) -> str:
+    if row.spread is None:
+        return ""
+    return f", in the mean of {len(row.members)} seeds of the SAE (standard deviation {fixed(row.spread, 1)})"
+
+
+def _tone(row: Row) -> str:
+    ends = row.change_interval
+    return "" if ends is None or ends.low <= 0 <= ends.high else "up" if ends.low > 0 else "down"
+
+
+def _chance(row: Row) -> str:
+    if row.change_interval is None:
+        return "Whether that is beyond chance is not known: there are no per-image results to compare."
+    if _tone(row):
+        return "That is beyond chance: the interval leaves out 0."
+    return "That may be chance: the interval holds 0."
+
+
+def _best(best: Row, usual: Row, among: int) -> str:
+    rows = counted(among, "row")
+    if among > 1 and (best.change or 0.0) <= 0:
+        return f"None of the {rows} without labels gains anything; {best.title} comes closest ({_points(best)})."
+    if best is usual:
+        return f"It is the best of the {rows} without labels." if among > 1 else "It used no labels."
+    doubt = "which may be chance" if best.change_interval else "with no interval, for lack of per-image results"
+    chance = "beyond chance" if _tone(best) else doubt
+    return (
+        f"Best without labels: {best.title} with {fixed(best.top1)} %, {_points(best)} points{_interval(best)}"
+        f"{_seeds(best)}, {chance}. It is the best of {rows} by these very test images: on others, expect less."
+    )
+
+
+def _points(row: Row) -> str:
+    return fixed(row.change, sign=True)
