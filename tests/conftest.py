@@ -222,3 +222,19 @@ def sparsify(monkeypatch):
     except ImportError as error:  # it is not there, or its own packages do not fit each other
         pytest.skip(f"sparsify cannot be imported: {error}")
     return sparsify
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A model hub on this machine, which the hub's own client uses, with an empty cache."""
+    from huggingface_hub import constants
+
+    from .hub_server import listening
+
+    with listening() as (served, address):
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        files = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+        yield served

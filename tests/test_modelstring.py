@@ -37,6 +37,8 @@ VALID = [
     ("toy:ViT-B-32@mine", "ViT-B-32", "mine", {}),
     ("toy:ViT-B-32@runs/a b.v1+x", "ViT-B-32", "runs/a b.v1+x", {}),
     ("toy:ViT-B-32@~/saes/mine", "ViT-B-32", "~/saes/mine", {}),
+    ("toy:ViT-B-32@hf:me/my-sae", "ViT-B-32", "hf:me/my-sae", {}),
+    ("toy:hf-hub:a/b@hf:me/sae.2#refs/pr/1@count=7", "hf-hub:a/b", "hf:me/sae.2#refs/pr/1", {"count": 7}),
     ("toy:ViT-B-32@count=7", "ViT-B-32", None, {"count": 7}),
     ("toy:ViT-B-32@mine@count=7@ratio=-1e-3", "ViT-B-32", "mine", {"count": 7, "ratio": -0.001}),
     ("toy:ViT-B-32@rule=query@flag=true", "ViT-B-32", None, {"rule": "query", "flag": True}),
@@ -92,6 +94,10 @@ INVALID = [
     ("toy:ViT-B-32@ratio=nan", ("option ratio='nan'", "a number")),
     ("toy:ViT-B-32@rule=any", ("option rule='any'", "majority or query")),
     ("toy:ViT-B-32@flag=yes", ("option flag='yes'", "true or false")),
+    ("toy:ViT-B-32@hf:me", ("checkpoint 'hf:me'", "or hf:owner/name[#revision]")),
+    ("toy:ViT-B-32@hf:me/sae#", ("checkpoint 'hf:me/sae#'",)),
+    ("toy:ViT-B-32@hf:a/b/c", ("checkpoint 'hf:a/b/c'",)),
+    ("toy:ViT-B-32@mine#v1", ("checkpoint 'mine#v1'",)),
 ]
 
 # The built-in vs2, as everybody has it.

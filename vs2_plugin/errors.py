@@ -6,7 +6,8 @@
     ├── TowerError          a CLIP that cannot be loaded, or a site that it does not have
     ├── CheckpointError     an SAE checkpoint that is damaged or belongs to another tower
     │   ├── CheckpointNotFound
-    │   └── CheckpointReplaced
+    │   ├── CheckpointReplaced
+    │   └── HubError        a repository on a hub that cannot be had, or written
     ├── DataError           a data set, a split or a cache that cannot be used
     ├── SettingError        a setting outside its range
     └── HarnessError        a clip_benchmark that this package cannot work with, or an output it could not write
@@ -23,6 +24,7 @@ __all__ = [
     "CheckpointReplaced",
     "DataError",
     "HarnessError",
+    "HubError",
     "ModelStringError",
     "PluginError",
     "SettingError",
@@ -57,6 +59,10 @@ class CheckpointNotFound(CheckpointError):
 
 class CheckpointReplaced(CheckpointError):
     """An SAE checkpoint in whose place another process put another while it was read. Reading it again helps."""
+
+
+class HubError(CheckpointError):
+    """A repository on a hub that cannot be had, or written."""
 
 
 class DataError(Vs2Error):

@@ -3,6 +3,7 @@
     vs2:ViT-B-32
     vs2:ViT-B-32@gamma=2@lam=1.5
     vs2:ViT-L-14@my-checkpoint@alpha=0.8
+    vs2:ViT-B-32@hf:owner/name
     vs2:hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K
 
 Such a string is read here, after :mod:`vs2_plugin.names` has split it, and nowhere else. No heavy imports.
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 
 from vs2_plugin.errors import ModelStringError
 from vs2_plugin.method import AUTOMATIC, Method, Scalar
-from vs2_plugin.names import Parts, is_steered, split
+from vs2_plugin.names import Parts, is_steered, repository, split
 from vs2_plugin.plugins import Registry, registry
 
 __all__ = ["GRAMMAR", "ModelString", "is_steered", "parse", "split"]
@@ -34,7 +35,8 @@ class ModelString:
     backbone: str
     """An open_clip model name: a built-in architecture, ``hf-hub:org/repo`` or ``local-dir:path``."""
     checkpoint: str | None = None
-    """Name or folder of an SAE checkpoint; None means: the one of the data set under evaluation."""
+    """Name or folder of an SAE checkpoint, or ``hf:owner/name[#revision]``; None means: the one of the data set under
+    evaluation."""
     given: dict[str, Scalar] = field(default_factory=dict)
     """The options that the string gives."""
 
@@ -119,8 +121,10 @@ def _options(method: Method, parts: Parts) -> dict[str, Scalar]:
             raise ModelStringError(
                 f"{word!r} is no key=value, and a checkpoint name stands first, right after the backbone"
             )
-        elif not _CHECKPOINT.match(word) or word != word.strip():
-            raise ModelStringError(f"checkpoint {word!r}: expected letters, digits and any of . _ - + /")
+        elif repository(word) is None and (not _CHECKPOINT.match(word) or word != word.strip()):
+            raise ModelStringError(
+                f"checkpoint {word!r}: expected letters, digits and any of . _ - + /, or hf:owner/name[#revision]"
+            )
     return given
 
 

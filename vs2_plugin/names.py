@@ -6,12 +6,18 @@ What the parts mean is for :mod:`vs2_plugin.modelstring`. This module imports no
 from __future__ import annotations
 
 import os
+import re
 from typing import NamedTuple
 
-__all__ = ["HUB", "LOCAL", "Parts", "file_stem", "is_steered", "split", "with_method", "with_weights"]
+__all__ = [
+    "HUB", "LOCAL", "Parts", "Repository", "file_stem", "is_steered", "repository", "split", "with_method",
+    "with_weights",
+]  # fmt: skip
 
 #: The two schemes that open_clip itself reads before a colon.
 HUB, LOCAL = "hf-hub:", "local-dir:"
+#: What stands before the repository of a checkpoint on a hub.
+_SHARED = "hf:"
 
 
 class Parts(NamedTuple):
@@ -37,6 +43,30 @@ class Parts(NamedTuple):
     def __str__(self) -> str:
         name = self.backbone if self.method is None else f"{self.method}:{self.backbone}"
         return "@".join([name, *self.words])
+
+
+class Repository(NamedTuple):
+    """A repository on a hub."""
+
+    name: str
+    """``owner/name``."""
+    revision: str | None = None
+    """A branch, tag or commit; None for the main branch."""
+
+    def __str__(self) -> str:
+        return _SHARED + self.name + ("" if self.revision is None else f"#{self.revision}")
+
+
+def repository(text: str, prefixed: bool = True) -> Repository | None:
+    """Return the repository of a checkpoint that ``hf:owner/name[#revision]`` names; None if it is no such text.
+
+    >>> repository("hf:me/sae#v1.0"), repository("my-sae"), str(repository("me/sae", prefixed=False))
+    (Repository(name='me/sae', revision='v1.0'), None, 'hf:me/sae')
+    """
+    if not text.startswith(_SHARED):
+        return repository(_SHARED + text) if not prefixed else None
+    found = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:#([\w./-]+))?", text, re.ASCII)
+    return None if found is None else Repository(*found.groups())
 
 
 def split(text: str) -> Parts:

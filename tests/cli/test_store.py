@@ -34,6 +34,28 @@ def test_store_list_and_remove(folder, capsys):  # noqa: F811
     assert main(["store", "remove", "../store"]) == 2
 
 
+def test_a_checkpoint_is_pushed_pulled_and_evaluated(hub, folder, capsys):  # noqa: F811
+    assert train() == 0
+    assert main(["store", "push", NAME, "me/digits", "--license", "mit"]) == 0
+    said = capsys.readouterr().out
+    assert f"its gallery of {IMAGES} images stays here" in said and "use it as vs2:local-dir:tiny-clip@hf:me" in said
+    assert main(["store", "pull", "hf:me/digits"]) == 0
+    assert "use it as vs2:local-dir:tiny-clip@digits, with local-dir:tiny-clip" in capsys.readouterr().out
+    assert Store.default().names() == ["digits", NAME]
+    assert Store.default().find("digits").digest == Store.default().find("hf:me/digits").digest
+    for words, problem in [
+        (["push", NAME, "me"], "'me' is no repository; expected OWNER/NAME"),
+        (["push", NAME, "me/digits#v1"], "a push is to the main branch; leave out #v1"),
+        (["push", "nope", "me/digits"], "no SAE checkpoint 'nope'"),
+        (["pull", "me/digits"], "there is a checkpoint 'digits' in the store already; give --name, or --overwrite"),
+        (["pull", "me/nothing"], "refuses me/nothing"),
+        (["pull", "me/digits", "--name", "../x"], "checkpoint name '../x'"),
+    ]:
+        assert main(["store", *words]) == 2
+        assert problem in capsys.readouterr().err
+    assert main(["store", "pull", "me/digits", "--overwrite"]) == 0
+
+
 @pytest.mark.parametrize("command", [["store", "list"], ["doctor"]])
 def test_the_name_of_a_folder_cannot_tell_the_terminal_anything(command, capsys):
     path = Store.default().checkpoints / "a\x1b[2J\u202eb\n  ok  c"

@@ -26,6 +26,7 @@ ACCEPTED = [
     ("vs2pp:X@n=10:30:20", {"n": ("10", "30")}, ["vs2pp:X@n=10", "vs2pp:X@n=30"]),
     ("vs2:X@blocks=10,10+11", {"blocks": ("10", "10+11")}, ["vs2:X@blocks=10", "vs2:X@blocks=10+11"]),
     ("vs2:X@a,b", {CHECKPOINT: ("a", "b")}, ["vs2:X@a", "vs2:X@b"]),
+    ("vs2:X@hf:o/a,hf:o/b#v1", {CHECKPOINT: ("hf:o/a", "hf:o/b#v1")}, ["vs2:X@hf:o/a", "vs2:X@hf:o/b#v1"]),
     ("vs2:X@some/folder@gate=0.9", {}, ["vs2:X@some/folder@gate=0.9"]),
     ("vs2:hf-hub:o/m@lam=1,2", {"lam": ("1", "2")}, ["vs2:hf-hub:o/m@lam=1", "vs2:hf-hub:o/m@lam=2"]),
 ]

@@ -19,20 +19,23 @@ from __future__ import annotations
 import itertools
 import json
 import reprlib
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vs2_plugin import __version__
+from vs2_plugin.checkpoint.card import CARD, card
 from vs2_plugin.checkpoint.records import GIVEN, SiteSAE, TrainingData, problems
+from vs2_plugin.checkpoint.sharing import GALLERY, MANIFEST, PATTERNS, are_there, copy_files
 from vs2_plugin.checkpoint.typed import typed
 from vs2_plugin.clip.tower import Tower
-from vs2_plugin.errors import CheckpointError, CheckpointNotFound, CheckpointReplaced
+from vs2_plugin.errors import CheckpointError, CheckpointNotFound, CheckpointReplaced, DataError
 from vs2_plugin.files import atomic_folder, file_digest, hidden, json_digest, settle
 from vs2_plugin.gallery.contents import GalleryContents
-from vs2_plugin.names import with_weights
+from vs2_plugin.names import Repository, with_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,8 +46,6 @@ if TYPE_CHECKING:
 
 __all__ = ["MANIFEST", "Checkpoint", "save_checkpoint"]
 
-MANIFEST = "vs2.json"
-GALLERY = "gallery"
 _FORMAT = "vs2-checkpoint"
 _VERSION = 1
 _AGAIN = "train the checkpoint again"
@@ -71,6 +72,8 @@ class Checkpoint:
     """What the gallery holds, if there is one."""
     created: dict[str, str] = field(default_factory=dict)
     """Versions of the software, and the command."""
+    hub: str = ""
+    """``hf:owner/name[#revision]``, if it lies in a hub's cache."""
 
     @classmethod
     def load(cls, folder: Path | str) -> Checkpoint:
@@ -103,7 +106,7 @@ class Checkpoint:
                 f"({__version__}) reads {_VERSION}; {_AGAIN} or install the version that wrote it"
             )
         try:
-            checkpoint: Checkpoint = typed(cls, {**values, "folder": folder, "digest": ""})
+            checkpoint: Checkpoint = typed(cls, {**values, "folder": folder, "digest": "", "hub": ""})
             for problem in problems(checkpoint.data, checkpoint.sites, checkpoint.gallery):
                 raise ValueError(problem)
             checkpoint = replace(checkpoint, digest=_digest(values))
@@ -113,10 +116,53 @@ class Checkpoint:
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is damaged: {error}; {_AGAIN}") from error
 
+    @classmethod
+    def from_hub(cls, repository: str, revision: str | None = None, *, refresh: bool = False) -> Checkpoint:
+        """Read a checkpoint of a model hub, from the hub's cache if it is there: then nobody is asked. No code is run.
+
+        Args:
+            repository: ``owner/name``.
+            revision: a branch, tag or commit; None for the main branch.
+            refresh: ask the hub for what is newer, and fetch again what is damaged.
+
+        Raises:
+            HubError: there is no such repository, or no way to the hub.
+            CheckpointError: what lies there is no checkpoint, or damaged.
+
+        Example::
+
+            checkpoint = vs2_plugin.Checkpoint.from_hub("owner/name", revision="v1.0")
+        """
+        from vs2_plugin.hub import download
+
+        found = str(Repository(repository, revision))
+        if not refresh:
+            return cls._of_hub(download(repository, revision, PATTERNS, _is_whole), found)
+        checkpoint = cls._of_hub(download(repository, revision, PATTERNS), found)
+        try:
+            checkpoint.verify()
+        except CheckpointError:
+            checkpoint = cls._of_hub(download(repository, revision, PATTERNS, again=True), found)
+            checkpoint.verify()
+        return checkpoint
+
+    @classmethod
+    def _of_hub(cls, folder: Path, hub: str) -> Checkpoint:
+        """Read a checkpoint that lies in a hub's cache."""
+        try:
+            checkpoint = replace(cls.load(folder), hub=hub)
+        except CheckpointNotFound as error:
+            raise CheckpointError(f"{hub} holds no {MANIFEST}; expected what vs2 store push puts there") from error
+        except CheckpointError as error:
+            raise _fetch_again(hub, error) from error
+        if not _are_there(checkpoint):
+            raise CheckpointError(f"checkpoint {hub!r} lacks files that its {MANIFEST} names")
+        return checkpoint
+
     @property
     def name(self) -> str:
-        """The folder's name."""
-        return self.folder.name
+        """The folder's name, or the repository's on a hub."""
+        return self.hub or self.folder.name
 
     @property
     def model(self) -> str:
@@ -126,7 +172,7 @@ class Checkpoint:
     @property
     def free_name(self) -> str:
         """A name like its own that no checkpoint beside it has."""
-        names = (f"{self.name}-{number}" for number in itertools.count(2))
+        names = (f"{self.folder.name}-{number}" for number in itertools.count(2))
         return next(name for name in names if not self.folder.with_name(name).exists())
 
     @property
@@ -188,6 +234,8 @@ class Checkpoint:
                 f"again with --model {backbone} and its --pretrained"
             )
         difference = self.tower.difference(tower)
+        if difference and self.hub:
+            raise CheckpointError(f"checkpoint {self.name!r} steers {self.model}, and no other: {difference}")
         if difference:
             raise CheckpointError(
                 f"checkpoint {self.name!r} ({self.model}) is of another tower: {difference}; for {backbone} as it is "
@@ -285,6 +333,8 @@ class Checkpoint:
                 raise CheckpointReplaced(
                     f"checkpoint {self.name!r} was replaced while it was read; run the same command again"
                 ) from error
+            if self.hub:
+                raise _fetch_again(self.hub, error) from error
             command = self.created.get("command")
             if command is None or isinstance(error.__cause__, PermissionError):
                 raise
@@ -293,9 +343,79 @@ class Checkpoint:
 
     def _is_replaced(self) -> bool:
         try:
-            return Checkpoint.load(self.folder).digest != self.digest
+            return not self.hub and Checkpoint.load(self.folder).digest != self.digest
         except CheckpointError:
             return False
+
+    def save(self, folder: Path | str, *, gallery: bool = True, overwrite: bool = False) -> Checkpoint:
+        """Copy it into a new folder, with a model card: a repository for a hub.
+
+        Args:
+            folder: where; there may be nothing yet.
+            gallery: whether the gallery goes with it.
+            overwrite: replace a checkpoint that is there.
+
+        Raises:
+            DataError: there is something already.
+            CheckpointError: a file of it is not what was written.
+            OSError: the folder cannot be written.
+        """
+        folder = Path(folder).expanduser()
+        if folder.exists() and not (overwrite and (folder / MANIFEST).is_file()):
+            raise DataError(f"there is a {folder} already; name a new folder")
+        self.verify()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_folder(folder) as scratch:
+            self._copy(scratch, gallery, self.created, folder.name, None)
+        return Checkpoint.load(folder)
+
+    def push_to_hub(
+        self, repository: str, *, gallery: bool = False, license: str | None = None, private: bool | None = None
+    ) -> str:
+        """Put it into a repository of a model hub, which is made if there is none, with a model card.
+
+        The command that trained it, which may name folders of this machine, stays here. A ``README.md`` in the
+        checkpoint's folder takes the place of the card.
+
+        Args:
+            repository: ``owner/name``.
+            gallery: whether the gallery goes with it: activations and embeddings of the training images.
+            license: of the SAEs, by the hub's name of it (``mit``, ``cc-by-4.0``, …); by default, the card says that it
+                is not known.
+            private: whether only its owner sees it, if it is made; by default, as the hub has it.
+
+        Returns:
+            Where the commit is seen.
+
+        Raises:
+            HubError: the hub refused, or there is no way to it.
+            CheckpointError: a file of it is not what was written.
+        """
+        from tempfile import TemporaryDirectory
+
+        from vs2_plugin.hub import upload
+
+        self.verify()
+        with TemporaryDirectory(prefix="vs2-") as scratch:
+            created = {key: value for key, value in self.created.items() if key != "command"}
+            self._copy(Path(scratch), gallery, created, str(Repository(repository)), license)
+            return upload(Path(scratch), repository, PATTERNS, f"Checkpoint {self.digest[:16]} of vs2-plugin", private)
+
+    def _copy(self, folder: Path, gallery: bool, created: Mapping[str, str], name: str, license: str | None) -> None:
+        """Copy all files into an empty folder, with a card that calls the checkpoint so."""
+        kept = self.gallery if gallery else None
+        copy_files(self.folder, self.sites, None if kept is None else self.gallery_folder, folder)
+        values = json.loads((self.folder / MANIFEST).read_bytes())
+        if kept is None:
+            values.pop("gallery", None)
+        values |= {"created": dict(created), "digest": _digest(values)}
+        (folder / MANIFEST).write_text(json.dumps(values, indent=1) + "\n")
+        own = self.folder / CARD
+        if own.is_file() and license is None:
+            shutil.copyfile(own, folder / CARD)
+        else:
+            text = card(name, self.backbone, self.pretrained, self.data, self.sites, kept, license)
+            (folder / CARD).write_text(text, encoding="utf-8")
 
     def verify(self) -> None:
         """Read every file in full. Raises CheckpointError at the first that is not what was written."""
@@ -303,6 +423,23 @@ class Checkpoint:
             self.sae(site)
         if self.gallery is not None:
             self.open_gallery(thorough=True)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Tell whether a folder holds all files of a checkpoint."""
+    try:
+        return _are_there(Checkpoint.load(folder))
+    except CheckpointError:
+        return False
+
+
+def _are_there(checkpoint: Checkpoint) -> bool:
+    return are_there(checkpoint.folder, checkpoint.sites, checkpoint.gallery, checkpoint.gallery_folder)
+
+
+def _fetch_again(hub: str, error: CheckpointError) -> CheckpointError:
+    """Return an error in a checkpoint of a hub, with what mends it."""
+    return CheckpointError(f"{str(error).removesuffix(f'; {_AGAIN}')}; fetch it again by vs2 store pull {hub}")
 
 
 def save_checkpoint(

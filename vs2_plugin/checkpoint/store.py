@@ -26,7 +26,7 @@ from pathlib import Path
 from vs2_plugin.checkpoint.checkpoint import MANIFEST, Checkpoint
 from vs2_plugin.errors import CheckpointNotFound, DataError
 from vs2_plugin.files import LOCKS, LONGEST, alone, make_shared, settle
-from vs2_plugin.names import HUB, LOCAL
+from vs2_plugin.names import HUB, LOCAL, repository
 
 __all__ = ["ENVIRONMENT_VARIABLE", "Store", "checkpoint_name", "folder_size", "last_change"]
 
@@ -142,12 +142,15 @@ class Store:
         return self.checkpoints / name
 
     def find(self, name: str) -> Checkpoint:
-        """The checkpoint of that name, or in that folder.
+        """The checkpoint of that name, in that folder, or of a hub (``hf:owner/name[#revision]``).
 
         Raises:
             CheckpointNotFound: there is none.
             CheckpointError: it is damaged.
         """
+        shared = repository(name)
+        if shared is not None:
+            return Checkpoint.from_hub(*shared)
         here = self.checkpoints / name
         with suppress(OSError):  # a name too long for the file system
             settle(here)

@@ -1,4 +1,4 @@
-"""``vs2 store``: list or remove checkpoints and cached activations."""
+"""``vs2 store``: list, share or remove checkpoints and cached activations."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import time
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.checkpoint.store import Store, folder_size, last_change
 from vs2_plugin.cli.common import add_store_option
-from vs2_plugin.errors import CheckpointError, SettingError
+from vs2_plugin.errors import CheckpointError, DataError, SettingError
 from vs2_plugin.messages import say
+from vs2_plugin.names import Repository, repository
 from vs2_plugin.text import counted, gigabytes
 
 __all__ = ["add_store"]
@@ -20,7 +21,7 @@ def add_store(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     """Add the command to those of ``vs2``."""
     store = commands.add_parser(
         "store",
-        help="list or remove checkpoints and cached activations",
+        help="list, share or remove checkpoints and cached activations",
         epilog="examples: vs2 store list; vs2 store remove ViT-B-32-quickgelu_openai_cifar100",
     )
     add_store_option(store)
@@ -37,6 +38,36 @@ def add_store(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="delete all cached activations (they are made again when needed), and what interrupted runs left",
     )
     remove.set_defaults(run=_remove)
+    _add_sharing(actions)
+
+
+def _add_sharing(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    push = actions.add_parser(
+        "push",
+        help="put a checkpoint on a model hub",
+        description="Put a checkpoint into a repository of a model hub, with a model card (README.md). Log in before, "
+        "by `hf auth login` or HF_TOKEN. The command that trained it, which may name folders here, is left out.",
+        epilog="example: vs2 store push my-sae owner/my-sae --license cc-by-4.0",
+    )
+    push.add_argument("name", metavar="NAME", help="the checkpoint, or its folder")
+    push.add_argument("repository", metavar="OWNER/NAME", help="the repository; it is made if there is none")
+    push.add_argument("--license", help="of the SAEs, by the hub's name, such as mit (default: said to be unknown)")
+    push.add_argument("--private", action="store_true", default=None, help="if it is made: only its owner sees it")
+    push.add_argument(
+        "--gallery", action="store_true", help="push the gallery too: activations and embeddings of the training images"
+    )
+    push.set_defaults(run=_push)
+    pull = actions.add_parser(
+        "pull",
+        help="fetch a checkpoint from a model hub into the store",
+        description="Fetch a checkpoint from a model hub, compare it with its digests, and put it into the store. "
+        "Without that, vs2:MODEL@hf:OWNER/NAME uses it from the hub's cache.",
+        epilog="example: vs2 store pull owner/my-sae",
+    )
+    pull.add_argument("repository", metavar="OWNER/NAME[#REVISION]", help="the repository, and a branch, tag or commit")
+    pull.add_argument("--name", help="name of the checkpoint in the store (default: that of the repository)")
+    pull.add_argument("--overwrite", action="store_true", help="replace a checkpoint of that name")
+    pull.set_defaults(run=_pull)
 
 
 def _list(args: argparse.Namespace) -> None:
@@ -79,3 +110,37 @@ def _remove(args: argparse.Namespace) -> None:
         say(f"removed {name}: {gigabytes(store.remove(name))}")
     if args.cache:
         say(f"removed cached activations: {gigabytes(store.remove_cache())}")
+
+
+def _push(args: argparse.Namespace) -> None:
+    checkpoint, target = Store.default(args.store).find(args.name), _repository(args.repository)
+    if target.revision is not None:
+        raise SettingError(f"{args.repository}: a push is to the main branch; leave out #{target.revision}")
+    if checkpoint.gallery is not None and not args.gallery:
+        say(
+            f"its gallery of {checkpoint.gallery.count:,} images stays here; methods that look into one (vs2s, auto, "
+            "vs2pp, ...) need --gallery"
+        )
+    where = checkpoint.push_to_hub(target.name, gallery=args.gallery, license=args.license, private=args.private)
+    say(f"pushed {checkpoint.name}: {where}")
+    if checkpoint.tower is not None:
+        say(f"use it as vs2:{checkpoint.backbone}@{target}")
+
+
+def _pull(args: argparse.Namespace) -> None:
+    store, source = Store.default(args.store), _repository(args.repository)
+    folder = store.folder(args.name or source.name.rpartition("/")[2])
+    if folder.exists() and not args.overwrite:
+        raise DataError(f"there is a checkpoint {folder.name!r} in the store already; give --name, or --overwrite")
+    store.require_writable()
+    checkpoint = Checkpoint.from_hub(*source, refresh=True).save(folder, overwrite=args.overwrite)
+    say(f"pulled {source}: {checkpoint.folder}")
+    if checkpoint.tower is not None:
+        say(f"use it as vs2:{checkpoint.backbone}@{checkpoint.name}, with {checkpoint.model}")
+
+
+def _repository(text: str) -> Repository:
+    found = repository(text, prefixed=False)
+    if found is None:
+        raise SettingError(f"{text!r} is no repository; expected OWNER/NAME")
+    return found

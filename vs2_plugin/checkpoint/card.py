@@ -1,0 +1,170 @@
+"""The model card of a checkpoint on a hub: ``README.md``, with what hubs index at its head."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from vs2_plugin.checkpoint.records import GIVEN, SiteSAE, TrainingData
+from vs2_plugin.gallery.contents import GalleryContents
+from vs2_plugin.names import HUB, LOCAL, with_weights
+from vs2_plugin.text import printable
+
+__all__ = ["CARD", "LICENSE", "card"]
+
+CARD = "README.md"
+#: What a hub understands where nobody has said which licence it is.
+LICENSE = "unknown"
+_TAGS = ["vs2-plugin", "sparse-autoencoder", "clip", "steering", "interpretability"]
+
+
+def card(
+    name: str,
+    backbone: str,
+    pretrained: str,
+    data: TrainingData,
+    sites: Sequence[SiteSAE],
+    gallery: GalleryContents | None,
+    license: str | None = None,
+) -> str:
+    """Return the card as text.
+
+    Args:
+        name: what loads the checkpoint in a model string: ``hf:owner/name``, or its name in a store.
+        backbone: open_clip's name of the model; empty if the tower is not known.
+        pretrained: its weights.
+        data: what the SAEs were trained on.
+        sites: the SAEs.
+        gallery: what the gallery holds, if it goes with them.
+        license: of the SAEs.
+    """
+    import yaml
+
+    head: dict[str, Any] = {"license": license or LICENSE, "library_name": "vs2-plugin", "tags": _TAGS}
+    base = base_model(backbone, pretrained) if backbone else None
+    if base is not None:
+        head["base_model"] = base
+    lines = ["---", yaml.safe_dump(head, sort_keys=False).strip(), "---", ""]
+    lines += [f"# {_plain(name.removeprefix('hf:'))}", "", *_about(backbone, pretrained, data)]
+    lines += ["", *_saes(sites), "", *_use(name, backbone, pretrained, data, sites, gallery)]
+    return "\n".join(lines) + "\n"
+
+
+def _about(backbone: str, pretrained: str, data: TrainingData) -> Iterator[str]:
+    what = f"the image activations of {_code(with_weights(backbone, pretrained))}" if backbone else "activations"
+    yield (
+        f"Sparse autoencoders (SAEs) on {what}, trained by "
+        "`vs2-plugin`. They steer a CLIP at test time, as in Visual Sparse "
+        "Steering ([arXiv 2506.01247](https://arxiv.org/abs/2506.01247)); no weight of the model changes."
+    )
+    yield ""
+    splits = data.splits or (GIVEN,) * len(data.datasets)
+    sets = (
+        _code(name) + ("" if split == GIVEN else f" ({_code(split)})")
+        for name, split in zip(data.datasets, splits, strict=False)
+    )
+    yield f"- Trained on {data.images:,} images of {', '.join(sets)}, without labels unless the table says so"
+    if data.transductive:
+        yield "- Transductive: images that are evaluated were trained on"
+
+
+def _saes(sites: Sequence[SiteSAE]) -> Iterator[str]:
+    yield "| SAE | width | latents | active (L0, at most) | explained variance | dead latents | labels used |"
+    yield "|---|---:|---:|---:|---:|---:|---|"
+    for site in sites:
+        told = site.training
+        latents = told.get("num_latents")
+        if latents is None and isinstance(told.get("expansion_factor"), int):
+            latents = int(told["expansion_factor"] or 0) * site.width
+        dead = told.get("dead")
+        yield (
+            f"| {_code(site.folder)} | {site.width} | {_number(latents)} | {_number(told.get('k'))} | "
+            f"{1 - site.fvu:.1%} | {f'{dead:.1%}' if isinstance(dead, float) else '?'} | {site.labels} |"
+        )
+    yield ""
+    yield (
+        "The explained variance is 1 - FVU, over activations that were held out; a latent is dead if no training "
+        "activation activates it."
+    )
+    yield from (f"\nOf no use at {_code(site.folder)}: {_plain(site.warning)}." for site in sites if site.warning)
+    shown = ("lr", "samples", "steps", "sae_batch_size", "seed", "recipe", "library")
+    settings = [f"{name} {_code(sites[0].training[name])}" for name in shown if name in sites[0].training]
+    if settings:
+        yield ""
+        yield f"Settings: {', '.join(settings)}; all of them are in `vs2.json`."
+
+
+def _use(
+    name: str,
+    backbone: str,
+    pretrained: str,
+    data: TrainingData,
+    sites: Sequence[SiteSAE],
+    gallery: GalleryContents | None,
+) -> Iterator[str]:
+    yield "## Use"
+    yield ""
+    if not backbone:
+        yield "These SAEs are of no named tower, and steer none. `sparsify.SparseCoder.load_many` loads them."
+        return
+    model = f"vs2:{backbone}@{name}"
+    variants = {site.variant for site in sites}
+    weights = f" --pretrained {_word(pretrained)}" if pretrained else ""
+    dataset = "cifar100" if GIVEN in data.splits else data.datasets[0]
+    yield "```sh"
+    yield f"clip_benchmark eval --model {_word(backbone)} {_word(model)}{weights} --dataset {_word(dataset)}"
+    yield "```"
+    yield ""
+    yield "```python"
+    yield "import vs2_plugin"
+    yield ""
+    yield f"model, *_ = vs2_plugin.load({model!r}, {pretrained!r}, classes=['cat', 'dog'])"
+    yield "model.classify('photo.jpg')"
+    yield "```"
+    yield ""
+    yield "The tower has to be the very one that they were trained on; any other is refused. No code is executed."
+    if "pass" in variants:
+        yield "The SAE trained by PASS, with labels, is for `pass:`."
+    if gallery is None:
+        yield "Methods that look into a gallery of training images (`vs2s`, `auto`, `vs2pp`, ...) find none here."
+    else:
+        kept = "activations, embeddings and labels" if gallery.labels else "activations and embeddings"
+        yield (
+            f"A gallery of {gallery.count:,} training images ({kept}, no pictures) goes with them, for methods that "
+            "look into one (`vs2s`, `auto`, `vs2pp`, ...)."
+        )
+    if backbone.startswith(LOCAL):
+        yield f"{_code(backbone)} was a folder of the machine that they were trained on."
+
+
+def base_model(backbone: str, pretrained: str) -> str | None:
+    """Return the hub's name of a model's weights; None where open_clip knows none."""
+    if backbone.startswith(HUB):
+        return backbone.removeprefix(HUB)
+    if backbone.startswith(LOCAL):
+        return None
+    import open_clip
+
+    found = (open_clip.get_pretrained_cfg(backbone, pretrained) or {}).get("hf_hub") or ""
+    owner, _, name = str(found).partition("/")
+    name = name.partition("/")[0]
+    return f"{owner}/{name}" if name else None
+
+
+def _number(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else "?"
+
+
+def _plain(value: object) -> str:
+    """Return text that means nothing to Markdown."""
+    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", printable(value))
+
+
+def _code(value: object) -> str:
+    return f"`{printable(value).replace('`', '').replace('|', '/')}`"
+
+
+def _word(text: str) -> str:
+    return shlex.quote(printable(text))
