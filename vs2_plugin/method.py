@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vs2_plugin.documented import documented
 from vs2_plugin.errors import PluginError
 from vs2_plugin.names import HUB, LOCAL
 from vs2_plugin.settings import Scalar, Setting
@@ -23,6 +24,7 @@ _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 RESERVED = {HUB.rstrip(":"), LOCAL.rstrip(":"), "open_clip", "ja_clip"}
 
 
+@documented
 @dataclass(frozen=True)
 class Option(Setting):
     """One ``@key=value`` of a model string: a setting, and what only options have.
@@ -114,6 +116,7 @@ _CHOICES = {
 }
 
 
+@documented
 @dataclass(frozen=True)
 class Method:
     """A steering method, as a plugin offers it.

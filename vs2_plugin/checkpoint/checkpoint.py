@@ -32,10 +32,12 @@ from vs2_plugin.checkpoint.records import GIVEN, SiteSAE, TrainingData, problems
 from vs2_plugin.checkpoint.sharing import GALLERY, MANIFEST, PATTERNS, are_there, copy_files
 from vs2_plugin.checkpoint.typed import typed
 from vs2_plugin.clip.tower import Tower
+from vs2_plugin.documented import documented
 from vs2_plugin.errors import CheckpointError, CheckpointNotFound, CheckpointReplaced, DataError
 from vs2_plugin.files import atomic_folder, file_digest, hidden, json_digest, settle
 from vs2_plugin.gallery.contents import GalleryContents
 from vs2_plugin.names import Repository, with_weights
+from vs2_plugin.text import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,9 +53,23 @@ _VERSION = 1
 _AGAIN = "train the checkpoint again"
 
 
-@dataclass(frozen=True)
+@documented
+@dataclass(frozen=True, repr=False)
 class Checkpoint:
-    """A checkpoint, as ``vs2.json`` tells it. The SAEs themselves are read by :meth:`sae`."""
+    """A checkpoint, as ``vs2.json`` tells it. The SAEs themselves are read by :meth:`sae`. Its ``repr`` is a summary.
+
+    Example::
+
+        >>> import tempfile
+        >>> import numpy as np
+        >>> import vs2_plugin
+        >>> x = np.random.default_rng(0).normal(size=(100, 16))  # activations
+        >>> saved = vs2_plugin.train(x, samples=1000, quiet=True, store=tempfile.mkdtemp())
+        >>> checkpoint = vs2_plugin.Checkpoint.load(saved.folder)
+        >>> sae, mean = checkpoint.sae(checkpoint.sites[0])
+        >>> sae.W_dec.shape, mean.shape
+        (torch.Size([64, 16]), torch.Size([16]))
+    """
 
     folder: Path
     """Where it lies."""
@@ -74,6 +90,19 @@ class Checkpoint:
     """Versions of the software, and the command."""
     hub: str = ""
     """``hf:owner/name[#revision]``, if it lies in a hub's cache."""
+
+    def __repr__(self) -> str:
+        data = self.data
+        lines = [
+            f"Checkpoint {self.name!r} of {self.model}, trained on {counted(data.images, 'image')} of "
+            f"{' and '.join(data.datasets)}{', transductive' if data.transductive else ''}"
+        ]
+        for site in self.sites:
+            dead, k = site.training.get("dead"), site.training.get("k")
+            told = f"width {site.width}" + ("" if k is None else f", {k} latents active") + f", FVU {site.fvu:.4f}"
+            lines.append(f"{site.folder}: {told}" + (f", {dead:.1%} dead" if isinstance(dead, float) else ""))
+        gallery = "no gallery" if self.gallery is None else f"a gallery of {counted(self.gallery.count, 'image')}"
+        return "\n  ".join([*lines, f"{gallery}; in {self.folder}"])
 
     @classmethod
     def load(cls, folder: Path | str) -> Checkpoint:

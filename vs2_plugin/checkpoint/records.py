@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
+from vs2_plugin.documented import documented
 from vs2_plugin.gallery.contents import GalleryContents
 from vs2_plugin.method import ENCODER_NAME
 from vs2_plugin.settings import whole
@@ -28,6 +29,7 @@ _FILES = ("cfg.json", "sae.safetensors")
 _FLOAT32, _MOST = 3.4028234e38, 2**40
 
 
+@documented
 @dataclass(frozen=True)
 class TrainingData:
     """The images that the SAEs of a checkpoint were trained on."""
@@ -53,6 +55,7 @@ class TrainingData:
         return [f"{name} {ours[name]}, now {theirs[name]}" for name in ours if ours[name] != theirs[name]]
 
 
+@documented
 @dataclass(frozen=True)
 class SiteSAE:
     """One SAE of a checkpoint, as ``vs2.json`` describes it."""
@@ -64,7 +67,7 @@ class SiteSAE:
     """The labels used in its training: ``none`` or ``train``."""
     width: int
     """d."""
-    mean: list[float]
+    mean: list[float] = field(repr=False)
     """Mean activation ``[d]`` over the unlabeled training split."""
     fvu: float
     """FVU over held-out training activations."""

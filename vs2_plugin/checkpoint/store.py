@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vs2_plugin.checkpoint.checkpoint import MANIFEST, Checkpoint
+from vs2_plugin.documented import documented
 from vs2_plugin.errors import CheckpointNotFound, DataError
 from vs2_plugin.files import LOCKS, LONGEST, alone, make_shared, settle
 from vs2_plugin.names import HUB, LOCAL, repository
@@ -51,6 +52,7 @@ def checkpoint_name(backbone: str, pretrained: str, dataset: str) -> str:
     return "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", part.replace("_", "-")) for part in (*parts, dataset))
 
 
+@documented
 @dataclass(frozen=True)
 class Store:
     """A store's folder."""

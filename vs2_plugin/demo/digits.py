@@ -1,12 +1,20 @@
-"""Real handwritten digits (scikit-learn's ``load_digits``: 1,797 images of 8 × 8 pixels) as webdataset shards."""
+"""Real handwritten digits (scikit-learn's ``load_digits``: 1,797 images of 8 × 8 pixels), as pictures and as webdataset
+shards. And the tiny CLIP that classifies them."""
 
 from __future__ import annotations
 
 import io
 import tarfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["CLASSES", "TEMPLATES", "TRAIN", "write_digits"]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["CLASSES", "MODEL", "TEMPLATES", "TRAIN", "read_digits", "write_digits"]
+
+#: open_clip's name of the tiny CLIP that comes with this package.
+MODEL = f"local-dir:{Path(__file__).parent / 'tiny_clip'}"
 
 CLASSES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 TEMPLATES = ["a photo of the digit {c}"]
@@ -15,22 +23,30 @@ TRAIN = 900
 _SHARDS = 4  # clip_benchmark reads none at all where there are fewer shards than loader workers (4 by default)
 
 
-def write_digits(folder: Path) -> None:
-    """Write the shards, class names and templates, in the layout that clip_benchmark reads as ``wds/digits``."""
+def read_digits(split: str) -> tuple[list[Image], list[int]]:
+    """Return the images of ``train`` or ``test``, and the digit that each of them shows."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     pixels = (digits.images * 255 / 16).round().astype("uint8")
-    for split, rows in (("train", range(TRAIN)), ("test", range(TRAIN, len(pixels)))):
+    rows = {"train": slice(TRAIN), "test": slice(TRAIN, None)}[split]
+    return [Image.fromarray(one) for one in pixels[rows]], digits.target[rows].tolist()
+
+
+def write_digits(folder: Path) -> None:
+    """Write the shards, class names and templates, in the layout that clip_benchmark reads as ``wds/digits``."""
+    for split, first in (("train", 0), ("test", TRAIN)):
+        pictures = list(zip(*read_digits(split), strict=True))
         (folder / split).mkdir(parents=True, exist_ok=True)
         for shard in range(_SHARDS):
             with tarfile.open(folder / split / f"{shard}.tar", "w") as tar:
-                for row in rows[shard::_SHARDS]:
+                for number in range(shard, len(pictures), _SHARDS):
+                    picture, label = pictures[number]
                     image = io.BytesIO()
-                    Image.fromarray(pixels[row]).save(image, "png")
-                    _add(tar, f"{row:04d}.png", image.getvalue())
-                    _add(tar, f"{row:04d}.cls", str(digits.target[row]).encode())
+                    picture.save(image, "png")
+                    _add(tar, f"{first + number:04d}.png", image.getvalue())
+                    _add(tar, f"{first + number:04d}.cls", str(label).encode())
         (folder / split / "nshards.txt").write_text(f"{_SHARDS}\n")
     (folder / "classnames.txt").write_text("\n".join(CLASSES) + "\n")
     (folder / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES) + "\n")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vs2_plugin.clip.edits import reading
 from vs2_plugin.clip.sites import ClipModel, Sites
+from vs2_plugin.documented import documented
 from vs2_plugin.errors import HarnessError
 from vs2_plugin.harness.attribution import Attribution, Movement, attribute, movement, tail
 from vs2_plugin.harness.places import Place, Places
@@ -44,6 +45,7 @@ class Steered(Protocol):
     def encode_image(self, image: Tensor) -> Tensor: ...
 
 
+@documented
 @dataclass(frozen=True)
 class ClassChange:
     """One class: probabilities, and the change of its logit."""
@@ -54,6 +56,7 @@ class ClassChange:
     change: float
 
 
+@documented
 @dataclass(frozen=True)
 class Line:
     """A line of the table of contributions; ``latent`` is None for a sum."""
@@ -67,6 +70,7 @@ class Line:
     """The classes that the latent's direction is nearest to, with their cosines; none before the tower's end."""
 
 
+@documented
 @dataclass(frozen=True)
 class PlaceChange:
     """What happened at one site."""
@@ -91,6 +95,7 @@ class PlaceChange:
             yield f"{line.name:<{column}}  {activation:>10}  {line.values[0]:>+12.3f}  {near}"
 
 
+@documented
 @dataclass(frozen=True)
 class Explanation:
     """What steering did to an image. Its ``repr`` is a table."""

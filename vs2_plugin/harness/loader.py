@@ -91,27 +91,38 @@ def load(
 
     Example::
 
-        model, *_ = vs2_plugin.load("vs2:ViT-B-32", "openai", dataset="cifar100", classes=["cat", "dog"])
-        print(model.classify(["photo.jpg"]))
+        >>> import tempfile
+        >>> import vs2_plugin
+        >>> from vs2_plugin.demo.digits import CLASSES, MODEL, read_digits
+        >>> images, store = read_digits("train")[0], tempfile.mkdtemp()
+        >>> vs2_plugin.train(images[:64], model=MODEL, samples=2000, amp=False, quiet=True, store=store).name
+        'local-dir-tiny-clip_images'
+        >>> model, *_ = vs2_plugin.load(f"vs2:{MODEL}", dataset="images", classes=CLASSES, amp=False, store=store)
+        >>> model.classify(images[:3]).probabilities.shape
+        torch.Size([3, 10])
     """
     spec = _with_checkpoint(parse(model), checkpoint)
     found = store if isinstance(store, Store) else Store.default(store)
-    names, templates = class_names(classes) if classes is not None else None, prompts_of(prompts)
+    names, templates = None if classes is None else class_names(classes), prompts_of(prompts)
     pretrained, cache_dir = str(pretrained), None if cache_dir is None else str(cache_dir)
-
     loaded = load_backbone(spec.backbone, pretrained, cache_dir, device, None if shared is None else shared.twin)
     given = checkpoint if isinstance(checkpoint, Checkpoint) else None
     steered = SteeredCLIP(spec, loaded, _Finder(spec, pretrained, found, given))
-    told = (None, None) if names is None else (list(names), list(templates))
-    if dataset is not None:
-        steered.bind(Task(str(dataset), classes=told[0], templates=told[1]))
-    elif spec.checkpoint or not spec.method.needs_checkpoint:
-        steered.bind(None)
+    _bind(steered, None if dataset is None else str(dataset), names, templates)
     if names is not None:
         steered.set_classifier(Classifier.of(steered, loaded.tokenizer, names, templates, amp))
     elif dataset is None:
         _Waiting.model = weakref.ref(steered)
     return steered, loaded.transform, loaded.tokenizer
+
+
+def _bind(model: SteeredCLIP, dataset: str | None, names: Sequence[str] | None, templates: Sequence[str]) -> None:
+    """Start steering a model as far as it is known where."""
+    if dataset is not None:
+        known = (None, None) if names is None else (list(names), list(templates))
+        model.bind(Task(dataset, classes=known[0], templates=known[1]))
+    elif model.spec.checkpoint or not model.spec.method.needs_checkpoint:
+        model.bind(None)
 
 
 def _with_checkpoint(spec: ModelString, checkpoint: Checkpoint | str | Path | None) -> ModelString:

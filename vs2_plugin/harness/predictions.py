@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from vs2_plugin.data.pictures import open_picture
+from vs2_plugin.documented import documented
 from vs2_plugin.errors import DataError, SettingError
 from vs2_plugin.host import zero_shot_classification
 from vs2_plugin.text import counted
@@ -83,6 +84,7 @@ def _prompt(text: object) -> str:
     raise SettingError(f"prompt {text!r}: expected one {{c}} where the class name goes, such as 'a photo of a {{c}}'")
 
 
+@documented
 @dataclass(frozen=True, eq=False)
 class Classifier:
     """A zero-shot classifier."""
@@ -117,6 +119,7 @@ class Classifier:
         return cls(tuple(map(str, range(weights.shape[1]))), weights)
 
 
+@documented
 @dataclass(frozen=True, eq=False, repr=False)
 class Predictions:
     """What a model makes of some images. All tensors are on the CPU.

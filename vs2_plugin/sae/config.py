@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from vs2_plugin.documented import documented
 from vs2_plugin.errors import SettingError
 from vs2_plugin.settings import setting, validate
 
 __all__ = ["RECIPES", "TrainConfig"]
 
 
+@documented
 @dataclass(frozen=True)
 class TrainConfig:
     """The settings of a training.

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vs2_plugin.documented import documented
 from vs2_plugin.errors import SettingError
 from vs2_plugin.settings import setting, validate
 
@@ -19,6 +20,7 @@ __all__ = ["Latents", "SaeConfig", "TopKSAE", "fvu", "largest", "sample_fvu"]
 _EPSILON = 1e-5
 
 
+@documented
 @dataclass(frozen=True)
 class SaeConfig:
     """The shape of an SAE.

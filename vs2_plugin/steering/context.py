@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from vs2_plugin.documented import documented
 from vs2_plugin.errors import PluginError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Task:
     """Prompts with ``{c}`` for the class name, or prompts per class."""
 
 
+@documented
 @dataclass(frozen=True)
 class Context:
     """The parts that a builder works with, once per site. All tensors are float32."""

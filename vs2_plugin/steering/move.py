@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from vs2_plugin.documented import documented
 from vs2_plugin.sae.topk import Latents, TopKSAE
 
 __all__ = ["Code", "Move", "keep_norm", "vs2_steer"]
@@ -89,6 +90,7 @@ class Code:
         return latents, activations[places], values[places]
 
 
+@documented
 @dataclass(frozen=True)
 class Move:
     """``x̂ = base + strength · W_decᵀ c``, and then, unless told otherwise, back to the norm of x.

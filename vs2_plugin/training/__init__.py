@@ -46,7 +46,14 @@ def train(
 
         checkpoint = vs2_plugin.train("cifar100", model="ViT-B-32", pretrained="openai", k=32)
         checkpoint = vs2_plugin.train(images, model="ViT-B-32", pretrained="openai", name="mine")
-        model, transform, tokenizer = vs2_plugin.load("vs2:ViT-B-32", "openai", checkpoint=checkpoint)
+
+        >>> import tempfile
+        >>> import numpy as np
+        >>> import vs2_plugin
+        >>> x = np.random.default_rng(0).normal(size=(100, 16))
+        >>> checkpoint = vs2_plugin.train(x, k=4, samples=1000, quiet=True, store=tempfile.mkdtemp())
+        >>> checkpoint.name, checkpoint.data.images, checkpoint.sites[0].training["k"]
+        ('activations', 100, 4)
     """
     from vs2_plugin.training import run
     from vs2_plugin.training.request import TrainRequest

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE
+from vs2_plugin.documented import documented
 from vs2_plugin.errors import SettingError, TowerError
 from vs2_plugin.method import ENCODER_NAME
 from vs2_plugin.names import is_steered, split
@@ -20,6 +21,7 @@ from vs2_plugin.settings import like, setting, validate, words_of
 __all__ = ["TrainRequest"]
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest:
     """One training, which may give several checkpoints.
