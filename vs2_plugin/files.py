@@ -145,11 +145,15 @@ def _permissions(folder: Path) -> int:
 
 
 def _share(path: Path) -> None:
-    """Give a file, or a folder with all in it, the permissions of the folder around it, whatever the umask is."""
+    """Give a file, or a folder with all in it, the permissions of the folder around it, whatever the umask is.
+
+    What is linked elsewhere too has its permissions from there, and is not touched: it was compared with its digest.
+    """
     mode = _permissions(path.parent)
     for one in [*(path.rglob("*") if path.is_dir() else []), path]:
-        with suppress(PermissionError):  # a link to somebody else's file
-            one.chmod(mode if one.is_dir() else mode & 0o666)
+        with suppress(PermissionError):  # somebody else's
+            if one.is_dir() or one.stat().st_nlink == 1:
+                one.chmod(mode if one.is_dir() else mode & 0o666)
 
 
 def hidden(error: OSError, path: Path) -> str | None:

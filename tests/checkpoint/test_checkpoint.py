@@ -288,7 +288,7 @@ ACCEPTED = {
     ("sites", 0, "training", "seed"): [None, True, 5, -1, 0.5, "text"],
     ("sites", 0, "files"): [],
     ("sites", 0, "files", "cfg.json"): ["text"],
-    ("tower",): [],
+    ("tower",): [None],
     ("tower", "parameters"): ["text"],
     ("tower", "activations"): [[], ["text"]],
     ("tower", "preprocessing"): [{}, {"a": {"b": []}}],

@@ -60,12 +60,8 @@ def _about(backbone: str, pretrained: str, data: TrainingData) -> Iterator[str]:
         "Steering ([arXiv 2506.01247](https://arxiv.org/abs/2506.01247)); no weight of the model changes."
     )
     yield ""
-    splits = data.splits or (GIVEN,) * len(data.datasets)
-    sets = (
-        _code(name) + ("" if split == GIVEN else f" ({_code(split)})")
-        for name, split in zip(data.datasets, splits, strict=False)
-    )
-    yield f"- Trained on {data.images:,} images of {', '.join(sets)}, without labels unless the table says so"
+    split = "" if GIVEN in data.splits else f" ({', '.join(map(_code, dict.fromkeys(data.splits)))})"
+    yield f"- Trained on {_plain(data)}{split if data.splits else ''}, without labels unless the table says so"
     if data.transductive:
         yield "- Transductive: images that are evaluated were trained on"
 

@@ -11,6 +11,7 @@ from vs2_plugin.documented import documented
 from vs2_plugin.gallery.contents import GalleryContents
 from vs2_plugin.method import ENCODER_NAME
 from vs2_plugin.settings import whole
+from vs2_plugin.text import counted
 
 __all__ = ["GIVEN", "RETRAIN", "SiteSAE", "TrainingData", "problems"]
 
@@ -48,6 +49,11 @@ class TrainingData:
     """Whether activations were extracted under autocast."""
     max_images: int | None = None
     """At most this many of each data set were taken."""
+
+    def __str__(self) -> str:
+        if GIVEN in self.splits and self.datasets in (("images",), ("activations",)):
+            return counted(self.images, self.datasets[0].removesuffix("s"))
+        return f"{counted(self.images, 'image')} of {' and '.join(self.datasets)}"
 
     def differences(self, other: TrainingData) -> list[str]:
         """Return in words what ``other`` has otherwise."""

@@ -38,16 +38,31 @@ def typed(kind: Any, value: Any, place: str = "") -> Any:
         return _dataclass(kind, value, place)
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        for option in arguments:
-            with suppress(ValueError):
-                return typed(option, value, place)
-    elif origin in (list, tuple) and isinstance(value, list):
+        return _one_of(kind, value, place)
+    if origin in (list, tuple) and isinstance(value, list):
         return origin(typed(arguments[0], item, f"{place}[{index}]") for index, item in enumerate(value))
-    elif origin is dict and isinstance(value, dict):
+    if origin is dict and isinstance(value, dict):
         return {key: typed(arguments[1], item, f"{place}[{reprlib.repr(key)}]") for key, item in value.items()}
-    elif origin is None and _is_plain(kind, value):
+    if origin is None and _is_plain(kind, value):
         return value
-    raise ValueError(f"{place or 'the value'} is {reprlib.repr(value)}; expected {_words(kind)}")
+    raise _other(kind, value, place)
+
+
+def _one_of(kind: Any, value: Any, place: str) -> Any:
+    """Return a JSON value as one of several kinds, the first that it is."""
+    options = get_args(kind)
+    if isinstance(value, dict):  # the error of an object says what is wrong in there
+        options = tuple(filter(is_dataclass, options)) or options
+    if len(options) == 1:
+        return typed(options[0], value, place)
+    for option in options:
+        with suppress(ValueError):
+            return typed(option, value, place)
+    raise _other(kind, value, place)
+
+
+def _other(kind: Any, value: Any, place: str) -> ValueError:
+    return ValueError(f"{place or 'the value'} is {reprlib.repr(value)}; expected {_words(kind)}")
 
 
 def _is_plain(kind: Any, value: object) -> bool:

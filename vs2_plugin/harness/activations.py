@@ -28,7 +28,7 @@ def steer_activations(
         DataError: they are no such activations, or the model is not steered at that block.
     """
     place = _place_at(places, block)
-    given = torch.as_tensor(activations)
+    given = torch.as_tensor(np.array(activations) if isinstance(activations, np.ndarray) else activations)
     if given.ndim != 2 or given.shape[1] != place.site.width or not given.is_floating_point():
         hint = "; one alone is x[None]" if given.ndim == 1 else ""
         raise DataError(
