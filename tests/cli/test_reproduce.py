@@ -34,7 +34,7 @@ def test_all_measured_is_success(work, capsys):
     assert error == "" and output.startswith("export VS2_PER_IMAGE=1\n")
     table = (work.out / "table.md").read_text()
     assert f"\n{table}" in output and " 58.00 |" in table and " -8.00 |" in table
-    assert output.endswith("\nThe tables are in out, as .md and .json\n")
+    assert output.endswith("\nThe tables are in out, as .md and .json and on one page, index.html\n")
 
 
 def test_quiet_prints_the_tables_alone(work, capsys):

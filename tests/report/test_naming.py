@@ -45,7 +45,7 @@ def test_labels_are_method_checkpoint_and_options():
 def test_facts_say_size_seeds_and_the_strength_that_no_option_says():
     sae = {"k": 8, "latents": 512, "expansion": 4.0}
     seeds = [run("vs2:B@alpha=auto", checkpoint=f"c-0123abcd-seed{n}", alpha=n + 1, **sae) for n in (0, 1)]
-    assert written(facts_of(seeds)) == "alpha 1 to 2, k 8, expansion 4 (512 latents), seeds 0, 1"
+    assert written(facts_of(seeds)) == "alpha 1 to 2, k 8, expansion 4, seeds 0, 1"
     assert written(facts_of([run("vs2:B@alpha=2", checkpoint="mine", alpha=2.0, k=8)])) == "checkpoint mine, k 8"
     assert written(facts_of([run("pass:B", k=8, latents=64, pass_weight=0.5)])) == "k 8, 64 latents, PASS weight 0.5"
     assert written(facts_of([run("rag:B", checkpoint="c-0123abcd-seed2")])) == ""  # has no SAE

@@ -158,7 +158,9 @@ def test_all_of_them_run_on_the_stand_in(tmp_path, monkeypatch):
                 assert low <= cell["measured"] <= high
                 assert (cell["spread"] is None) == (len(was.seeds) == 1)
         text = (tmp_path / "out" / f"{name}.md").read_text()
-        assert text in done.stdout and table.title in text and "Stand-in:" in text
+        heading, mark, _ = text.split("\n\n", 2)
+        assert text in done.stdout and heading == f"# The tiny CLIP on handwritten digits, by {name}.yaml"
+        assert mark.startswith("**Stand-in: the tiny CLIP") and "| published |" not in text and table.title not in text
     again = run_here("paper", "--stand_in", "digits", "--out", "out", "--dry_run", cwd=tmp_path)
     assert again.returncode == 0 and "clip_benchmark" not in again.stdout and "vs2-train-sae" not in again.stdout
 

@@ -76,7 +76,7 @@ def test_the_numbers_are_those_of_the_results(finished):
 
 def test_what_is_printed_is_the_table_and_the_commands(finished):
     assert (finished.out / "small.md").read_text() in finished.output
-    assert re.search(r"\| VS2 +\| accuracy +\| top-1 % +\| +\| +\d\d\.\d\d \+- \d\.\d\d \| +\|", finished.output)
+    assert re.search(r"\| VS2 +\| accuracy +\| top-1 % +\| +\d\d\.\d\d \+- \d\.\d\d \|\n", finished.output)
     assert "Stand-in: the tiny CLIP" in finished.output and "64.52" not in finished.output
     assert len(commands(finished.output, "vs2-train-sae")) == len(commands(finished.output, "clip_benchmark")) == 1
     assert len(evaluated(finished.output)) == 3

@@ -134,6 +134,7 @@ def _work(
             "the others are kept, and the same command goes on from there" if missing < total else "no number was found"
         )
         complain(f"vs2: {missing} of {total} cells could not be measured, the reasons are above; {kept}")
-    page = f"; a page with all results: vs2 report {args.out / 'results'}" if any(out.glob("results/*/*.json")) else ""
-    report(f"\nThe tables are in {args.out}, as .md and .json{page}")
+    some = any(out.glob("results/*/*.json"))
+    behind = f"; a page with all results: vs2 report {args.out / 'results'}" if some else ""
+    report(f"\nThe tables are in {args.out}, as .md and .json and on one page, index.html{behind}")
     return 1 if missing else 0

@@ -57,7 +57,8 @@ def facts_of(runs: Sequence[Run]) -> dict[str, str]:
     first = runs[0]
     base = base_of(first)
     facts = {} if not base or _DIGEST.match(base) else {"checkpoint": base}
-    for name in ("k", "expansion", "latents", "pass_weight"):
+    size = "latents" if first.number("vs2_expansion") is None else "expansion"  # older results tell the former only
+    for name in ("k", size, "pass_weight"):
         value = first.number(f"vs2_{name}")
         if value is not None and name not in first.parts.given:
             facts[name] = f"{value:g}"
@@ -82,16 +83,13 @@ def _strength(runs: Sequence[Run]) -> str:
 def written(facts: Mapping[str, Any]) -> str:
     """Return facts as words.
 
-    >>> written({"k": "16", "expansion": "4", "latents": "512", "seed": "0, 1", "alpha": "1.05"})
-    'alpha 1.05, k 16, expansion 4 (512 latents), seeds 0, 1'
+    >>> written({"k": "16", "expansion": "4", "seed": "0, 1", "alpha": "1.05"})
+    'alpha 1.05, k 16, expansion 4, seeds 0, 1'
     """
     words = [f"checkpoint {facts['checkpoint']}"] if "checkpoint" in facts else []
-    words += [f"{name} {facts[name]}" for name in ("alpha", "k") if name in facts]
-    latents = f"{facts['latents']} latents" if "latents" in facts else ""
-    if "expansion" in facts:
-        words.append(f"expansion {facts['expansion']}" + (f" ({latents})" if latents else ""))
-    elif latents:
-        words.append(latents)
+    words += [f"{name} {facts[name]}" for name in ("alpha", "k", "expansion") if name in facts]
+    if "latents" in facts:
+        words.append(f"{facts['latents']} latents")
     if "pass_weight" in facts:
         words.append(f"PASS weight {facts['pass_weight']}")
     if "seed" in facts:

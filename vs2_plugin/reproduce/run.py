@@ -8,6 +8,7 @@ interruption loses at most the run at hand.
     OUT/prompts/….json                                prompts, for --custom_template_file
     OUT/log.txt                                       what the evaluations said on stderr
     OUT/TABLE.md, TABLE.json                          the tables
+    OUT/index.html                                    all of them on a page
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from vs2_plugin.errors import CheckpointError, DataError, Vs2Error
 from vs2_plugin.reproduce.cells import Cell, Evaluation, Sae, Table
 from vs2_plugin.reproduce.command import run_command
 from vs2_plugin.reproduce.fetch import Missing, missing_data, missing_encoder, missing_weights
+from vs2_plugin.reproduce.page import write_page
 from vs2_plugin.reproduce.table import Measured, best, markdown, write
 from vs2_plugin.results.images import Array, Images, images_file
 from vs2_plugin.results.runs import read_run
@@ -337,13 +339,19 @@ class Reproduction:
         return 100 * number
 
     def finish(self) -> tuple[list[str], int]:
-        """Write the tables. Returns them as text, and how many cells could not be measured."""
-        texts, missing = [], 0
+        """Write the tables and the page of them all. Returns them as text, and how many cells could not be measured.
+
+        Raises:
+            DataError: a page is there that no reproduction wrote; the tables are written then.
+        """
+        texts, missing, measured = [], 0, []
         for table in self.tables:
             cells = self.measured(table)
-            missing += sum(bool(measured.problems) for measured in cells)
+            missing += sum(bool(one.problems) for one in cells)
             texts.append(markdown(table, cells))
             write(table, cells, self.out)
+            measured.append((table, cells))
+        write_page(measured, self.out)
         return texts, missing
 
 

@@ -44,7 +44,8 @@ def workplace(folder: Path, write: bool) -> Path:
 
 
 def stand_in(table: Table) -> Table:
-    """Return the same table with every model and data set replaced, and without the published numbers.
+    """Return the same table with every model and data set replaced, and without the published numbers. Its title names
+    the file and what is in its place, and neither the paper nor its models and data sets.
 
     Raises:
         SettingError: a backbone is not known to open_clip, so that its size is not.
@@ -52,7 +53,8 @@ def stand_in(table: Table) -> Table:
     names = dict.fromkeys(cell.of_class for cell in table.cells if cell.of_class)
     classes = {name: CLASSES[number % len(CLASSES)] for number, name in enumerate(names)}
     cells = tuple(_cell(cell, classes) for cell in table.cells)
-    return replace(table, cells=cells, stand_in=True)
+    title = f"The tiny CLIP on handwritten digits, by {table.path.name}"
+    return replace(table, title=title, source="", cells=cells, stand_in=True)
 
 
 def _cell(cell: Cell, classes: Mapping[str, str]) -> Cell:

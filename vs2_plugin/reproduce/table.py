@@ -13,13 +13,15 @@ from typing import Any
 from vs2_plugin.files import atomic_file
 from vs2_plugin.reproduce.cells import METRICS, Cell, Table
 
-__all__ = ["Measured", "best", "markdown", "write"]
+__all__ = ["STAND_IN", "UNITS", "Measured", "best", "markdown", "notes", "write"]
 
-_STAND_IN = (
+#: What is said of a table that was measured on it.
+STAND_IN = (
     "Stand-in: the tiny CLIP and handwritten digits that come with this package, in place of the paper's models and "
     "data sets. These numbers say nothing about the paper's, which are therefore left out."
 )
-_UNITS = {"accuracy": "top-1 %", "coverage": "steered %", "fvu": "FVU", "gain": "gain, points"}
+#: What a cell is a number of, in words.
+UNITS = {"accuracy": "top-1 %", "coverage": "steered %", "fvu": "FVU", "gain": "gain, points"}
 
 
 @dataclass(frozen=True)
@@ -63,14 +65,14 @@ def best(cell: Cell, candidates: Sequence[Measured]) -> Measured:
 
 def markdown(table: Table, cells: Sequence[Measured]) -> str:
     """Return the table as text: a heading, a line per cell, and what there is to say about them."""
-    source = [table.source, ""] if table.source else []
-    notes = (line for note in _notes(table, cells) for line in ("", note))
-    return "\n".join([f"# {table.title}", "", *source, *_lines(cells), *notes]) + "\n"
+    above = table.source or (f"**{STAND_IN}**" if table.stand_in else "")
+    lines = _lines([_head(table), *(_row(table, measured) for measured in cells)])
+    below = (line for note in notes(table, cells) for line in ("", note))
+    return "\n".join([f"# {table.title}", "", *([above, ""] if above else []), *lines, *below]) + "\n"
 
 
-def _lines(cells: Sequence[Measured]) -> Iterator[str]:
+def _lines(rows: list[list[str]]) -> Iterator[str]:
     """Yield the lines of the table; its first three columns are words, the others numbers."""
-    rows = [["", "", "of", "published", "measured", "difference"], *map(_row, cells)]
     widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, [*("-" * width for width in widths[:3]), *("-" * (width - 1) + ":" for width in widths[3:])])
     for row in rows:
@@ -79,9 +81,9 @@ def _lines(cells: Sequence[Measured]) -> Iterator[str]:
         yield f"| {' | '.join(words + numbers)} |"
 
 
-def _notes(table: Table, cells: Sequence[Measured]) -> Iterator[str]:
+def notes(table: Table, cells: Sequence[Measured]) -> Iterator[str]:
     """Yield what there is to say about the cells."""
-    yield from [_STAND_IN] if table.stand_in else table.notes
+    yield from () if table.stand_in else table.notes
     transductive = dict.fromkeys(measured.cell.title for measured in cells if measured.facts.get("transductive"))
     if transductive:
         yield f"Transductive, trained on the images that are evaluated: {', '.join(transductive)}."
@@ -123,7 +125,13 @@ def _names(cells: Sequence[Cell], wanted: Sequence[Cell]) -> list[str]:
     return names + [cell.title for cell in left]
 
 
-def _row(measured: Measured) -> list[str]:
+def _head(table: Table) -> list[str]:
+    if table.stand_in:  # its columns still bear the names of what is replaced
+        return ["", "in place of", "of", "measured"]
+    return ["", "", "of", "published", "measured", "difference"]
+
+
+def _row(table: Table, measured: Measured) -> list[str]:
     cell = measured.cell
     decimals = METRICS[cell.metric]
 
@@ -134,7 +142,8 @@ def _row(measured: Measured) -> list[str]:
     found = number(measured.mean)
     if measured.spread is not None:
         found += f" +- {number(measured.spread)}"
-    texts = [cell.row, cell.column, _UNITS[cell.metric], published, found, number(measured.difference, "+")]
+    texts = [cell.row, cell.column, UNITS[cell.metric]]
+    texts += [found] if table.stand_in else [published, found, number(measured.difference, "+")]
     return [text.replace("|", "\\|") for text in texts]
 
 
