@@ -25,6 +25,8 @@ _LABELS = ("none", "train", "oracle")
 _SAME_PROMPTS = 0.98
 #: Data set and backbone of the demo, and of tables that are run on the stand-in.
 _STAND_IN = ("wds/digits", "tiny-clip")
+#: No setting is larger than this, and an axis to it could not be drawn.
+_LARGEST = 1e12
 #: More rows than this are too many for one figure.
 _MANY = 16
 
@@ -149,7 +151,8 @@ class Group:
         """Return curves along a setting through results that differ in ``free`` ones only and have none ``without``."""
         curves = []
         for label, rows in self._alike(free):
-            points = {row.run.number(f"vs2_{key}"): row for row in reversed(rows) if row.run.fact(without) is None}
+            told = [(row.run.number(f"vs2_{key}"), row) for row in reversed(rows) if row.run.fact(without) is None]
+            points = {value: row for value, row in told if abs(value or 0.0) < _LARGEST}
             if key != "gate":  # there, None is one of the values: no gate
                 points.pop(None, None)
             values = sorted(points, key=lambda value: (value is None, value or 0.0))
