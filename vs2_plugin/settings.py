@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
 from types import NoneType
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple, TypeVar, cast, get_args, get_type_hints
 
 from vs2_plugin.errors import PluginError, SettingError
 
@@ -34,6 +35,7 @@ __all__ = [
 Scalar = float | int | str | bool
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 _TYPES: dict[type, str] = {float: "number", int: "whole number", str: "word", bool: "true or false"}
+F = TypeVar("F", bound=Callable[..., Any])
 _KEY = "setting"  # of a field's metadata
 #: Whole numbers lie below this, as those of torch and of files do.
 _TOO_LARGE = 2**63
@@ -191,7 +193,14 @@ def like(owner: type[Any], name: str, **changes: Any) -> Any:
     return setting(None, **{"default": other.default, **other.metadata[_KEY], **changes})
 
 
-def settings_of(owner: type[Any]) -> dict[str, Setting]:
+def _kept(function: F) -> F:
+    """Let a function of a class compute its answer once; mypy takes no class for hashable, as :func:`cache` asks."""
+    kept: Any = cache(function)
+    return cast(F, kept)
+
+
+@_kept
+def settings_of(owner: type[Any]) -> Mapping[str, Setting]:
     """Return the settings that a dataclass declares, by the names of their fields."""
     hints = get_type_hints(owner)
     found = {}
@@ -218,7 +227,8 @@ def validate(owner: Any) -> None:
             object.__setattr__(owner, name, _read(name, declared, value))
 
 
-def flags_of(owner: type[Any]) -> dict[str, Flag]:
+@_kept
+def flags_of(owner: type[Any]) -> Mapping[str, Flag]:
     """Return the flags that set a dataclass's settings, by their names without dashes.
 
     A setting that is true or false has a flag that changes its default: ``NAME`` or ``no_NAME``; both, where the
