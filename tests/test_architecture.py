@@ -106,7 +106,7 @@ WHOLE = {
     "cli": {"gallery", "interruptions"},
     "gallery": {"own_images"},
     "gpu": {"commands", "demo", "processes", "search", "steering", "training"},
-    "harness": {"demo", "gallery", "towers"},
+    "harness": {"demo", "folders", "gallery", "towers"},
     "inspection": {"browser", "init"},
     "performance": {"suite"},
     "report": {"browser"},

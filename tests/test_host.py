@@ -1,4 +1,3 @@
-import json
 from argparse import Namespace
 
 import pytest
@@ -88,40 +87,14 @@ def test_a_folder_of_the_name_is_pointed_to(tmp_path, monkeypatch):
     assert "the folder of that name is --dataset photos/; " in unknown_data_set("photos")
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A folder of images of three classes."""
-    for name in ("a_b", "c", "d"):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name / "0.png")
-    return DataSet.of(tmp_path / "photos")
-
-
-def test_a_folder_is_built_as_its_own_files_say_or_those_of_the_command_line(folder, tmp_path):
-    found = build(folder, "test", transform=lambda image: image.size, wds_cache_dir=None)
-    assert found.classes == ["a b", "c", "d"] and found.templates == ["a photo of a {c}."] and found[2] == ((8, 8), 2)
-    names, prompts = tmp_path / "names.json", tmp_path / "prompts.json"
-    for key in ("folder/photos", "photos"):
-        names.write_text(json.dumps({key: ["x", "y", "z"]}))
-        prompts.write_text(json.dumps({"imagenet1k": ["no {c}"], key: ["the {c}"]}))
-        found = build(folder, "test", custom_classname_file=str(names), custom_template_file=str(prompts))
-        assert found.classes == ["x", "y", "z"] and found.templates == ["the {c}"]
-    prompts.write_text(json.dumps({"imagenet1k": ["no {c}"]}))  # which clip_benchmark takes for any data set
-    assert build(folder, "test", custom_template_file=str(prompts)).templates == ["no {c}"]
-    with pytest.raises(DataError, match="no prompts for the class 'a b'"):
-        build(folder, "test", custom_template_file="cupl_prompts.json")  # which comes with clip_benchmark
-
-
-@pytest.mark.parametrize(
-    ("names", "said"),
-    [('{"photos": ["x"]}', "expected a list of 3 names for 'folder/photos'"), ('{"other": []}', "expected a list"),
-     ("[", "cannot read '.*names.json' .*; expected JSON"), (None, "cannot read")],
-)  # fmt: skip
-def test_names_that_do_not_fit_a_folder_are_refused(names, said, folder, tmp_path):
-    if names is not None:
-        (tmp_path / "names.json").write_text(names)
-    with pytest.raises(DataError, match=said):
-        build(folder, "test", custom_classname_file=str(tmp_path / "names.json"))
+def test_a_folder_is_built_as_one_or_told_with_its_remedy(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a/0.png")
+    with pytest.raises(DataError, match="one folder of images, 'a', .*; or name them"):
+        build(DataSet.of(tmp_path), "test", remedy="or name them")
+    (tmp_path / "b").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "b/0.png")
+    assert build(DataSet.of(tmp_path), "test", transform=None).classes == ["a", "b"]
 
 
 def test_names_that_clip_benchmark_may_know_are_left_to_it():

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vs2_plugin.data.folders import FolderImages, open_folder
 from vs2_plugin.data.naming import DataSet
+from vs2_plugin.data.own import build_folder, build_listed
 from vs2_plugin.errors import DataError, HarnessError
 from vs2_plugin.text import reason_of
 
 __all__ = [
     "Evaluation",
     "build",
-    "build_folder",
     "default_task",
     "not_built",
     "unknown_data_set",
@@ -118,8 +116,8 @@ def default_task(dataset: str) -> str:
 
 
 def build(dataset: DataSet, split: str, *, remedy: str = "", **settings: Any) -> Any:
-    """Build a split of a data set for evaluation: a folder by this package, and any other by clip_benchmark's own
-    function, fetching it where that can be.
+    """Build a split of a data set for evaluation: a folder or listed shards by this package, and any other by
+    clip_benchmark's own function, fetching it where that can be.
 
     No steered model that waits for its data set takes it for that one.
 
@@ -132,8 +130,11 @@ def build(dataset: DataSet, split: str, *, remedy: str = "", **settings: Any) ->
     Raises:
         DataError: the data set, its split or its files are not there.
     """
-    if dataset.is_folder:
-        return build_folder(dataset, split, **settings)
+    if dataset.home:
+        try:
+            return build_folder(dataset, split, **settings) if dataset.is_folder else build_listed(dataset, **settings)
+        except DataError as error:
+            raise DataError("; ".join(filter(None, (str(error), remedy)))) from error
     from clip_benchmark.datasets.builder import build_dataset
 
     stock = inspect.unwrap(build_dataset)
@@ -141,56 +142,6 @@ def build(dataset: DataSet, split: str, *, remedy: str = "", **settings: Any) ->
         return stock(dataset_name=dataset.name, root=dataset.root, split=split, download=True, **settings)
     except (Exception, SystemExit) as error:  # a download, a missing file, package or tool: anything
         raise not_built(dataset.name, dataset.root, split, error, remedy) from error
-
-
-def build_folder(
-    dataset: DataSet,
-    split: str,
-    transform: Callable[[Any], Any] | None = None,
-    custom_classname_file: str | None = None,
-    custom_template_file: str | None = None,
-    **others: Any,
-) -> FolderImages:
-    """Open a split of a folder for evaluation, with the arguments of ``build_dataset``; ``others`` mean nothing here.
-
-    Raises:
-        DataError: there are no images or labels, or names and prompts that do not fit.
-    """
-    images = open_folder(dataset.root, split, transform)
-    images.require_labels()
-    if custom_classname_file is not None:
-        names = _custom(custom_classname_file, dataset)
-        if not isinstance(names, list) or len(names) != len(images.classes):
-            raise DataError(
-                f"--custom_classname_file {custom_classname_file!r}: expected a list of {len(images.classes)} names "
-                f"for {dataset.name!r}, one for each folder of images in their order"
-            )
-        images.classes = list(map(str, names))
-    if custom_template_file is not None:
-        templates = _custom(custom_template_file, dataset, "imagenet1k")  # as clip_benchmark looks them up
-        if not isinstance(templates, (list, dict)) or not templates:
-            raise DataError(
-                f"--custom_template_file {custom_template_file!r}: expected a list of prompts for {dataset.name!r}"
-            )
-        lacking = [name for name in images.classes if name not in templates] if isinstance(templates, dict) else []
-        if lacking:
-            raise DataError(f"--custom_template_file {custom_template_file!r}: no prompts for the class {lacking[0]!r}")
-        images.templates = templates
-    return images
-
-
-def _custom(file: str, dataset: DataSet, *others: str) -> Any:
-    """Return what a JSON file holds for a data set. Raises DataError if it cannot be read."""
-    from clip_benchmark.datasets import builder
-
-    here = file if os.path.exists(file) else os.path.join(os.path.dirname(builder.__file__), file)
-    try:
-        with open(here, encoding="utf-8") as opened:
-            held = json.load(opened)
-        keys = (dataset.name, dataset.name.partition("/")[2], *others)
-        return next((held[key] for key in keys if key in held), None)
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"cannot read {file!r} ({reason_of(error)}); expected JSON, {{data set: list}}") from None
 
 
 def not_built(dataset: str, root: str, split: str, error: BaseException, remedy: str = "") -> DataError:

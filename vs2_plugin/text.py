@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import textwrap
 import unicodedata
+from collections.abc import Iterable, Iterator
 
-__all__ = ["counted", "gigabytes", "one_line", "printable", "reason_of", "said_by", "sentence_of"]
+__all__ = ["counted", "expanded", "gigabytes", "one_line", "printable", "reason_of", "said_by", "sentence_of"]
 
 #: These join or part letters and emoji; they neither move a cursor nor turn the reading order.
 _JOINERS = (0x200C, 0x200D)
@@ -71,6 +73,26 @@ def said_by(error: BaseException) -> str:
     """Return the message of an exception. A data loader's worker wraps it in its traceback, of which it is the end."""
     text = str(error).strip()
     return text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text
+
+
+def expanded(text: str) -> Iterator[str]:
+    """Yield what a text with ``{first..last}`` and ``{one,other}`` stands for, as a shell does.
+
+    >>> list(expanded("x-{08..10}{a,b}"))
+    ['x-08a', 'x-08b', 'x-09a', 'x-09b', 'x-10a', 'x-10b']
+    """
+    braces = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", text)
+    if braces is None:
+        yield text
+        return
+    first, last, words = braces.groups()
+    if words is None:
+        width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
+        choices: Iterable[str] = (f"{number:0{width}}" for number in range(int(first), int(last) + 1))
+    else:
+        choices = words.split(",")
+    for choice in choices:
+        yield from expanded(text[: braces.start()] + choice + text[braces.end() :])
 
 
 def counted(count: int, noun: str) -> str:

@@ -22,19 +22,37 @@ def store(tmp_path):
 def put(make_sae):
     """A function that saves a checkpoint in a folder."""
 
-    def write(folder):
+    def write(folder, data=None):
         facts = SiteSAE("visual", "plain", "none", 4, [0.0] * 4, 0.5, {}, {}, {})
         return save_checkpoint(
             folder,
             backbone="RN50",
             pretrained="",
             tower=Tower("x", [], {}),
-            data=TrainingData(("cifar100",), 7),
+            data=data or TrainingData(("cifar100",), 7),
             created={},
             saes=[(facts, make_sae(4, 8, 2))],
         )
 
     return write
+
+
+# ---- of a folder
+
+
+def test_a_folder_finds_its_own_checkpoint_and_not_that_of_another_of_its_name(store, put, tmp_path):
+    def written(folders):
+        data = TrainingData(("folder/photos",), 7, folders=folders)
+        return put(store.checkpoints / "RN50_x_folder-photos", data)
+
+    for folder in (tmp_path / "photos", tmp_path / "photos/train"):
+        written((str(folder),))
+        assert store.find_for("RN50", "x", "folder/photos", str(tmp_path / "photos")).data.folders == (str(folder),)
+        with pytest.raises(CheckpointError, match=f"is of {folder}, and not of /other/photos, which has the same name"):
+            store.find_for("RN50", "x", "folder/photos", "/other/photos")
+    assert store.find_for("RN50", "x", "folder/photos").data.folders
+    written(())  # before checkpoints told it
+    assert store.find_for("RN50", "x", "folder/photos", "/other/photos")
 
 
 # ---- where

@@ -22,7 +22,7 @@ def train(*words: str) -> int:
         (["--dataset", "imagenetv2"], ["test split only", "--transductive"]),
         (["--train_split", "test"], ["is the one that is evaluated", "--transductive"]),
         (["--dataset_root", "nowhere"], ["nowhere/train/nshards.txt"]),
-        (["--dataset", "no-such-set"], ["clip_benchmark knows no data set 'no-such-set'; webdataset shards are"]),
+        (["--dataset", "no-such-set"], ["clip_benchmark knows no data set 'no-such-set'; a folder of images is"]),
         (["--dataset", "cifar10O"], ["no data set 'cifar10O'; did you mean 'cifar10' or 'cifar100'", "wds/NAME"]),
         (["--blocks", "12"], ["--blocks '12'", "0 to 3"]),
         (["--k", "0"], ["k is 0"]),

@@ -1,5 +1,5 @@
 import json
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 
 import numpy as np
@@ -13,6 +13,7 @@ from vs2_plugin.clip.edits import reading
 from vs2_plugin.clip.sites import Sites
 from vs2_plugin.data import cache as cache_module
 from vs2_plugin.data.cache import ActivationCache, activations_at, extract, require_space
+from vs2_plugin.data.folders import LeftOut
 from vs2_plugin.data.images import TrainingImages, image_digest
 from vs2_plugin.distributed import Processes
 from vs2_plugin.errors import DataError
@@ -284,6 +285,45 @@ def test_it_goes_on_after_the_last_whole_chunk_with_the_same_bytes(stream, limit
         for suffix in ("npy", "npy.sha256"):
             assert (found.folder / f"{name}.{suffix}").read_bytes() == (whole.folder / f"{name}.{suffix}").read_bytes()
     assert found.contents == whole.contents
+
+
+def some_unreadable(which):
+    """As many, but that the images numbered so cannot be read."""
+    items, *rest = many()
+    for number in which:
+        items[number] = LeftOut(f"{number}.jpg", f"{number}.jpg is no readable image"), -1
+    return TrainingImages(items, *rest)
+
+
+@pytest.mark.parametrize(
+    "which", [(0,), (5, 47, 48), range(96, 144), (ROWS - 1, ROWS, ROWS + 1), (2 * ROWS + 299,)], ids=str
+)
+@pytest.mark.parametrize("after", [10, 24, 43])
+def test_images_that_cannot_be_read_have_no_row_also_after_an_interruption(which, after, cache, tmp_path, caplog):
+    items, *_ = many()
+    kept = [number for number in range(len(items)) if number not in which]
+    broken = Interrupted(some_unreadable(which).source, None, None, True)
+    broken.error, broken.after = KeyboardInterrupt(), after
+    with pytest.raises(KeyboardInterrupt):
+        extract(mean, {"mean": 3}, broken, cache, KEY, **SETTINGS)
+    found = extract(mean, {"mean": 3}, some_unreadable(which), cache, KEY, **SETTINGS)
+    assert found.left_out == tuple(f"{number}.jpg" for number in which)
+    assert found.digests.tolist() == [image_digest(items[number][0]) for number in kept]
+    assert found.labels.tolist() == [items[number][1] for number in kept]
+    expected = torch.stack([items[number][0] for number in kept]).mean((2, 3)).numpy()
+    assert np.allclose(found.columns["mean"], expected, atol=1e-6)
+    assert f"left out: {which[0]}.jpg is no readable image" in caplog.text
+    assert cache.open(KEY, {"mean": 3}).left_out == found.left_out
+
+
+def test_images_that_cannot_be_read_are_told_of_all_parts(cache, monkeypatch):
+    monkeypatch.setattr(cache_module, "wait", lambda: None)
+    for rank in (1, 0):
+        with suppress(DataError):  # the first has not joined them
+            found = extract(
+                mean, {"mean": 3}, some_unreadable((3, 2000)), cache, KEY, processes=Processes(rank, 2), **SETTINGS
+            )
+    assert found.left_out == ("3.jpg", "2000.jpg") and len(found) == 2 * ROWS + 298
 
 
 def test_a_part_that_was_extracted_before_all_were_killed_is_not_extracted_again(cache, tmp_path):

@@ -31,6 +31,18 @@ def folder(tmp_path, write_shards, picture):
     return write
 
 
+def test_listed_shards_are_looked_at_as_those_of_a_split(folder, picture):
+    root = folder({"a.png": picture(1), "a.cls": b"1"})
+    listed = f"{root}/test/{{0..1}}.tar"
+    assert look(listed, "any", templates=False) == [2, 1]
+    folder({"a.png": picture(1), "a.cls": b"2"})
+    with pytest.raises(DataError, match="the label is 2"):
+        look(listed, "any", templates=False)
+    with pytest.raises(DataError, match="2.tar: no such file; 1 of the 3"):
+        look(f"{root}/test/{{0..2}}.tar", "any")
+    assert look("https://nowhere.invalid/{0..4}.tar", "any") == [1] * 5
+
+
 def transform(image):
     return torch.ones(1)
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vs2_plugin.data.folders import PICTURES, Paths, listed_once, open_files, open_folder
+from vs2_plugin.data.folders import PICTURES, listed_once, open_files, open_folder
 from vs2_plugin.data.images import open_images
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import DataError
@@ -197,14 +197,6 @@ def test_within_a_block_a_folder_is_listed_once(draw):
         with listed_once():
             assert open_folder(root).paths is first.paths
     assert len(open_folder(root)) == 3
-
-
-def test_paths_take_some_tens_of_bytes():
-    names = [f"class/{number:06d}.jpg" for number in range(1000)]
-    paths = Paths("".join(names).encode(), np.cumsum(list(map(len, names))))
-    assert list(paths) == names and paths[-1] == names[-1] and paths[3:5] == names[3:5] and names[7] in paths
-    with pytest.raises(IndexError):
-        paths[1000]
 
 
 def test_files_and_folders_can_be_named_together(draw, monkeypatch):

@@ -56,9 +56,7 @@ def test_what_stands_in_a_command_names_the_same_again():
     for dataset, root in [("photos/", "root"), ("deep/{a} b/", "root"), ("wds/x", "a{{b}}"), ("cifar10", "root"),
                           ("s/{0..9}.tar", "root"), (os.sep, "root")]:  # fmt: skip
         found = DataSet.of(dataset, root)
-        assert DataSet.of(found.name, found.template) == found
-        words = found.words
-        assert DataSet.of(words[1], *words[3:]) == found
+        assert DataSet.of(found.name, found.template) == DataSet.of(found.words[1], found.template) == found
     assert DataSet.of("./photos").words == ["--dataset", "./photos/"]
 
 

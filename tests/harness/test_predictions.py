@@ -9,6 +9,7 @@ from PIL import Image
 
 import vs2_plugin
 from vs2_plugin.data.images import open_images
+from vs2_plugin.data.naming import DataSet
 from vs2_plugin.demo.digits import CLASSES
 from vs2_plugin.errors import DataError, HarnessError, ModelStringError, SettingError
 from vs2_plugin.harness.predictions import Classifier, class_names, prompts_of
@@ -54,7 +55,8 @@ def test_they_are_those_of_clip_benchmark_bit_for_bit(model, amp, load, in_demo,
     (((logits, _, facts), plain),) = seen
 
     mine, transform = load(model, amp=amp)
-    images = torch.cat([batch.images for batch in open_images("wds/few", "few", "test", transform).batches(64, 0)])
+    source = open_images(DataSet.of("wds/few", "few"), "test", transform)
+    images = torch.cat([batch.images for batch in source.batches(64, 0)])
     found = mine.classify(images, batch_size=16)
     assert len(found) == 40 and torch.equal(found.logits, logits)
     assert torch.equal(found.plain_labels, torch.cat([best for best, _ in plain]))

@@ -240,6 +240,17 @@ def test_class_that_gains_shows_the_confusion_that_was_mended(write_run, make_im
     assert f"fox +{points} was dog ({half} of {half}) 0.0 {points} {len(foxes)}" in page.text
 
 
+def test_images_that_steering_changed_are_named_by_their_files(write_run, make_images, steered, tmp_path, undrawn):
+    arrays = make_images(0.6, sae=True, before=0.5)
+    names = [f"a<b>/{number}.png" for number in range(600)]
+    arrays |= {
+        "paths": np.frombuffer("".join(names).encode(), np.uint8), "path_ends": np.cumsum([len(name) for name in names])
+    }
+    path = write_run("vs2:B", images=arrays, metrics=steered())
+    page, _, _ = report(path.parent, tmp_path / "out")
+    assert re.search(r"Images that steering mended, those first.* a<b>/\d+.png : \w+ became \w+ ", page.text)
+
+
 def test_classes_without_names_have_numbers(write_run, make_images, steered, tmp_path, undrawn):
     unknown = {"classes": np.array([], np.str_), "peak_memory": np.int64(0)}
     write_run("B", images=make_images(0.5) | unknown)

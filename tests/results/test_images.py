@@ -40,6 +40,33 @@ def test_a_plain_model_has_fewer_arrays_and_what_is_not_known_is_none(make_image
     assert again.name(3) == "class 3"
 
 
+def test_the_files_of_images_are_kept(make_images, tmp_path):
+    arrays = make_images(0.6)
+    paths = [f"class/{number} \u6f22.png" for number in range(len(arrays["digest"]))]
+    given = {name: arrays[name] for name in list(KINDS)[:6]}
+    Images(**given, paths=paths).write(tmp_path / "x.npz")
+    again = Images.read(tmp_path / "x.npz")
+    assert list(again.paths) == paths
+    again.write(tmp_path / "y.npz")
+    assert list(Images.read(tmp_path / "y.npz").paths) == paths
+
+
+@pytest.mark.parametrize(("name", "before", "after"), [("mended", 0.5, 0.6), ("broken", 0.6, 0.5)])
+def test_the_files_that_steering_changed_are_told(make_images, name, before, after):
+    arrays = make_images(after, sae=True, before=before)
+    given = arrays | {"classes": tuple(arrays["classes"])}
+    assert Images(**given).changed() == {}
+    images = Images(**given, paths=[f"{number}.png" for number in range(len(arrays["digest"]))])
+    ((found, files),) = images.changed(3).items()
+    assert found == name and len(files) == 3
+    rows = [int(path.removesuffix(".png")) for path, _, _ in files]
+    assert (images.correct[rows] == (name == "mended")).all()
+    assert (images.plain.correct[rows] == (name == "broken")).all()
+    assert images.confidence[rows].tolist() == sorted(images.confidence[rows].tolist(), reverse=True)
+    for row, (_, was, now) in zip(rows, files):
+        assert (was, now) == (images.name(images.plain_prediction[row]), images.name(images.prediction[row]))
+
+
 def test_where_they_lie():
     assert images_file(Path("a/vs2:B@gate=0.9.json")) == Path("a/vs2:B@gate=0.9.images.npz")
 
@@ -64,6 +91,11 @@ CHANGES = {
     "of the plain model it holds plain_prediction only": {"plain_prediction": np.zeros(600, np.int32)},
     "plain_confidence is float32 of shape \\[599\\]": {"plain_confidence": np.zeros(599, np.float32)},
     "classes is float64": {"classes": np.zeros(6)},
+    "paths is float64": {"paths": np.zeros(6)},
+    "path_ends is int64 of shape \\[5\\] for 600 images": {
+        "paths": np.zeros(6, np.uint8), "path_ends": np.arange(5)
+    },
+    "path_ends are not where paths end": {"paths": np.zeros(6, np.uint8), "path_ends": np.arange(600)},
     "seconds is float64 of shape \\[3\\]; expected one number": {"seconds": np.zeros(3)},
 }
 

@@ -498,7 +498,7 @@ def save_checkpoint(
             "backbone": backbone,
             "pretrained": pretrained,
             "tower": None if tower is None else tower.to_json(),
-            "data": asdict(data),
+            "data": data.to_json(),
             "sites": sites,
             "created": {"vs2_plugin": __version__, **created},
         }

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from vs2_plugin.documented import documented
 from vs2_plugin.gallery.contents import GalleryContents
 from vs2_plugin.method import ENCODER_NAME
 from vs2_plugin.settings import whole
-from vs2_plugin.text import counted
+from vs2_plugin.text import counted, expanded
 
 __all__ = ["GIVEN", "RETRAIN", "SiteSAE", "TrainingData", "problems"]
 
@@ -49,6 +51,23 @@ class TrainingData:
     """Whether activations were extracted under autocast."""
     max_images: int | None = None
     """At most this many of each data set were taken."""
+    folders: tuple[str, ...] = ()
+    """Of each data set, the absolute path of the folder with its images, or what lists its shards; empty for one that
+    is found by its name, and where all are."""
+
+    def is_of(self, folder: str) -> bool:
+        """Tell whether its images, as far as they are of folders, lie in ``folder`` or in a split of it."""
+        root = _real(folder)
+        return all(root in (path, os.path.dirname(path)) for path in map(_real, filter(None, self.folders)))
+
+    def holds(self, folder: str) -> bool:
+        """Tell whether images in ``folder``, which is given as in :attr:`folders`, are among them."""
+        return bool(folder) and any(_share(_real(folder), path) for path in map(_real, filter(None, self.folders)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        values = asdict(self)
+        return {name: values[name] for name in values if name != "folders" or values[name]}
 
     def __str__(self) -> str:
         if GIVEN in self.splits and self.datasets in (("images",), ("activations",)):
@@ -59,6 +78,17 @@ class TrainingData:
         """Return in words what ``other`` has otherwise."""
         ours, theirs = asdict(self), asdict(other)
         return [f"{name} {ours[name]}, now {theirs[name]}" for name in ours if ours[name] != theirs[name]]
+
+
+def _real(path: str) -> str:
+    return path if "://" in path else os.path.realpath(path)
+
+
+def _share(one: str, other: str) -> bool:
+    """Tell whether one folder lies in the other, or two lists of shards have one in common."""
+    if one.endswith(".tar") and other.endswith(".tar"):
+        return not set(expanded(one)).isdisjoint(expanded(other))
+    return f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/")
 
 
 @documented

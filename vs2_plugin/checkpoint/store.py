@@ -25,7 +25,7 @@ from pathlib import Path
 
 from vs2_plugin.checkpoint.checkpoint import MANIFEST, Checkpoint
 from vs2_plugin.documented import documented
-from vs2_plugin.errors import CheckpointNotFound, DataError
+from vs2_plugin.errors import CheckpointError, CheckpointNotFound, DataError
 from vs2_plugin.files import LOCKS, LONGEST, alone, make_shared, settle
 from vs2_plugin.names import HUB, LOCAL, repository
 
@@ -165,6 +165,29 @@ class Store:
         raise CheckpointNotFound(
             f"no SAE checkpoint {name!r} in the store {self.root} (there: {names}), and no such folder"
         )
+
+    def find_for(self, backbone: str, pretrained: str, dataset: str, home: str = "") -> Checkpoint:
+        """The checkpoint that a model and a data set find by themselves: see :func:`checkpoint_name`.
+
+        Args:
+            backbone: open_clip's name of the model.
+            pretrained: its weights.
+            dataset: the name of the data set.
+            home: where it lies, for a folder, whose name does not tell it from others.
+
+        Raises:
+            CheckpointNotFound: there is none.
+            CheckpointError: it is damaged, or of another folder of that name.
+        """
+        found = self.find(checkpoint_name(backbone, pretrained, dataset))
+        if home and not found.data.is_of(home):
+            of, other = " ".join(filter(None, found.data.folders)), found.free_name
+            raise CheckpointError(
+                f"checkpoint {found.name!r} is of {of}, and not of {home}, which has the same name; use it all the "
+                f"same as vs2:{backbone}@{found.name}, or train one on this folder with --name {other} and use that as "
+                f"vs2:{backbone}@{other}"
+            )
+        return found
 
     def cached(self) -> Iterator[Path]:
         """The folders of cached activations."""

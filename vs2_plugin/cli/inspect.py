@@ -101,8 +101,8 @@ def add_subject(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--model", required=True, metavar="MODEL", help="model string: method:backbone[@checkpoint][@key=value]...")
     add("--pretrained", default="laion400m_e32", help="open_clip's weights tag or file (default: %(default)s)")
-    add("--dataset", required=True, help="the data set whose classes and checkpoint are meant; wds/NAME for shards")
-    add("--dataset_root", default="root", help="its folder; {dataset} is filled in (default: %(default)s)")
+    add("--dataset", required=True, help="the data set whose classes and checkpoint are meant; photos/ for a folder")
+    add("--dataset_root", default="root", help="where it lies, {dataset} being filled in (default: %(default)s)")
     add("--classes", type=Path, metavar="FILE", help="class names, one per line, in place of the data set's")
     add("--concepts", type=Path, metavar="FILE", help="words to compare latents with, one per line (default: classes)")
     add("--model_cache_dir", help="where downloaded models are kept")

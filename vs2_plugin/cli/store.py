@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import time
+from itertools import zip_longest
 
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.checkpoint.store import Store, folder_size, last_change
@@ -81,11 +82,12 @@ def _list(args: argparse.Namespace) -> None:
             say(f"  {name}  cannot be used: {error}")
             continue
         data, sites = checkpoint.data, checkpoint.sites
+        names = [f"{name} ({folder})" if folder else name for name, folder in zip_longest(data.datasets, data.folders)]
         marks = "  transductive" if checkpoint.transductive else ""
         marks += "".join(f"  of no use at {site.folder}: {site.warning}" for site in sites if site.warning)
         say(
             f"  {name}  {checkpoint.backbone} {checkpoint.pretrained or ''} on "
-            f"{' '.join(data.datasets)} ({data.images:,} images), "
+            f"{' '.join(names)} ({data.images:,} images), "
             f"{len(sites)} site(s), FVU {sites[-1].fvu:.4f}, {gigabytes(folder_size(folder))}{marks}"
         )
     if not store.names():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ __all__ = ["ActivationCache", "Encode", "Extracted", "Writer", "activations_at",
 _FACTS = "activations.json"
 _DIGESTS = "digests"
 _LABELS = "labels"
+_LEFT_OUT = "left_out.jsonl"
 _LOG = logging.getLogger(__name__)
 _CHUNK = 1 << 16
 
@@ -51,6 +53,8 @@ class Extracted:
     """int64 ``[count]``, if they were read."""
     contents: dict[str, str]
     """Array -> SHA-256 that tells of its whole content; see :meth:`vs2_plugin.arrays.Column.complete`."""
+    left_out: tuple[str, ...] = ()
+    """Files that are no readable images, and have no row."""
 
     def __len__(self) -> int:
         return len(self.digests)
@@ -74,6 +78,7 @@ class ActivationCache:
         try:
             facts = json.loads((folder / _FACTS).read_text())
             count, contents = facts["count"], {name: str(facts["contents"][name]) for name in names}
+            left_out = tuple(facts.get("left_out", ()))
         except PermissionError as error:
             raise DataError(hidden(error, folder)) from error
         except (OSError, ValueError, KeyError, TypeError):  # not there, cut short, or not ours
@@ -90,7 +95,7 @@ class ActivationCache:
             return None
         whole = all(columns[name].shape == (count, width) for name, width in widths.items())
         whole = whole and len(digests) == count and (classes is None or len(classes) == count)
-        return Extracted(folder, columns, digests, classes, contents) if whole else None
+        return Extracted(folder, columns, digests, classes, contents, left_out) if whole else None
 
     def written(self, key: dict[str, Any], widths: Mapping[str, int], labels: bool = False) -> Extracted:
         """Return what :meth:`open` does of what was just written. Raises DataError if it is gone."""
@@ -129,9 +134,22 @@ class ActivationCache:
             with closing(Writer(scratch, kinds, rows(scratch))) as writer:
                 yield writer
                 contents = {name: column.complete() for name, column in writer.columns.items()}
-            facts = {"count": writer.count, "contents": contents, "key": key}
+            facts: dict[str, Any] = {"count": writer.count, "contents": contents, "key": key}
+            if writer.left_out:
+                facts["left_out"] = [path for _, path in sorted(writer.left_out.items())]
             (scratch / _FACTS).write_text(json.dumps(facts, indent=2) + "\n")
             trust_all(scratch, _files(contents))  # their digests were taken of what was written
+
+    def joined(
+        self, processes: Processes, parts: Sequence[dict[str, Any]], key: dict[str, Any], widths: Mapping[str, int],
+        dtype: np.dtype, labels: bool,
+    ) -> Extracted:  # fmt: skip
+        """Return what ``processes`` have extracted under the keys ``parts``, as soon as the first has joined it."""
+        wait()
+        if processes.first:
+            self.join(parts, key, widths, dtype, labels)
+        wait()
+        return self.written(key, widths, labels)
 
     def join(
         self,
@@ -154,6 +172,7 @@ class ActivationCache:
                     rows = slice(start, start + _CHUNK)
                     columns = {name: column[rows] for name, column in found.columns.items()}
                     writer.append(columns, found.digests[rows], None if found.labels is None else found.labels[rows])
+                writer.left_out |= dict(enumerate(found.left_out, len(writer.left_out)))
             if writer.count == 0:
                 raise DataError("there are no training images")
         for part in parts:
@@ -173,6 +192,38 @@ class Writer:
         self.columns = {
             name: Column(folder / f"{name}.npy", width, dtype, rows) for name, (width, dtype) in kinds.items()
         }
+        #: Number of an image that has no row, as it cannot be read -> its file.
+        self.left_out: dict[int, str] = {}
+        self._left_out = folder / _LEFT_OUT
+        if rows:
+            with suppress(OSError, ValueError):  # there is none, or its last line was cut short
+                for line in self._left_out.read_text().splitlines():
+                    number, path = json.loads(line)
+                    self.left_out[number] = path
+        else:
+            self._left_out.unlink(missing_ok=True)
+
+    def start(self, batch_size: int) -> int:
+        """Return the number of the image to go on with: the first of the batch in which a row is lacking."""
+        read = self.count
+        for number in sorted(self.left_out):
+            read += number < read
+        first = read // batch_size * batch_size
+        if self.left_out:
+            self.left_out = {number: path for number, path in self.left_out.items() if number < first}
+            self._left_out.write_text("".join(map(_line, self.left_out.items())))
+        return first
+
+    def leave_out(self, first: int, batch: Batch) -> None:
+        """Note which images of a batch have no row, before rows are written; ``first`` is the number of the batch's
+        first image."""
+        for place, (path, problem) in batch.left_out:
+            _LOG.warning("left out: %s", problem)
+            self.left_out[first + place] = path
+            with open(self._left_out, "a") as file:
+                file.write(_line((first + place, path)))
+                file.flush()
+                os.fsync(file.fileno())
 
     @property
     def count(self) -> int:
@@ -188,6 +239,10 @@ class Writer:
         """Close the files."""
         for column in self.columns.values():
             column.close()
+
+
+def _line(left_out: tuple[int, str]) -> str:
+    return json.dumps(left_out) + "\n"
 
 
 def activations_at(model: nn.Module, sites: Sequence[Site], amp: bool) -> Encode:
@@ -253,11 +308,7 @@ def extract(
                 encode, widths, mine, cache, own, device=device, batch_size=batch_size, num_workers=num_workers,
                 dtype=dtype, name=name, quiet=quiet or not processes.first, fresh=fresh,
             )  # fmt: skip
-        wait()
-        if processes.first:
-            cache.join(keys, key, widths, dtype, labels)
-        wait()
-        return cache.written(key, widths, labels)
+        return cache.joined(processes, keys, key, widths, dtype, labels)
     # What autocast has cast is kept until the outermost one ends: within this one, encode's casts the weights once.
     outermost = torch.autocast(torch.device(device).type, enabled=False)
     with cache.alone(key, name) as waited, outermost:
@@ -265,16 +316,18 @@ def extract(
         if there is not None:
             return there
         with cache.writing(key, widths, dtype, labels, fresh) as writer:
-            first = writer.count // batch_size * batch_size
+            first = writer.start(batch_size)
             if writer.count:
                 _LOG.info("%s of %s are there from an interrupted run", name, counted(writer.count, "image"))
             bar = tqdm(total=images.count, initial=first, desc=name, unit="img", disable=True if quiet else None)
             with bar:
                 for batch in images.batches(batch_size, num_workers, first):
-                    found = encode(batch.images.to(device, non_blocking=True))
-                    _append(writer, _columns(found, widths, dtype), batch, first)
-                    first += len(batch.images)
-                    bar.update(len(batch.images))
+                    writer.leave_out(first, batch)
+                    if len(batch.images):
+                        found = encode(batch.images.to(device, non_blocking=True))
+                        _append(writer, _columns(found, widths, dtype), batch, first)
+                    first += batch.size
+                    bar.update(batch.size)
             if writer.count == 0 and "part" not in key:
                 raise DataError("there are no training images")
     return cache.written(key, widths, labels)
@@ -282,7 +335,7 @@ def extract(
 
 def _append(writer: Writer, columns: Mapping[str, np.ndarray], batch: Batch, first: int) -> None:
     """Add a batch, the number of whose first image is given, but for images that are there already."""
-    there = slice(writer.count - first, None)
+    there = slice(writer.count - first + sum(number < first for number in writer.left_out), None)
     labels = None if batch.labels is None else batch.labels[there]
     writer.append({name: rows[there] for name, rows in columns.items()}, batch.digests[there], labels)
 

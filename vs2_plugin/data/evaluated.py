@@ -19,9 +19,11 @@ from vs2_plugin.data.shards import (
     EXTENSIONS,
     LISTING,
     addresses,
+    beside,
     contents,
     fetch,
     label_at,
+    listed_shards,
     local_shards,
     number_of_shards,
     sample_of,
@@ -48,7 +50,7 @@ def look(
     """Look at a split before it is evaluated.
 
     Args:
-        root: the data set's folder, or a URL.
+        root: the data set's folder, or a URL; or what lists its shards.
         split: its name.
         task: clip_benchmark's name of what is evaluated.
         names: whether a classification takes the names of the classes from the folder.
@@ -63,7 +65,7 @@ def look(
     classification = task in (CLASSIFICATION, "linear_probe")
     if "://" in root:
         return _look_behind(root, split, classification and names, classification and templates)
-    files, folder = local_shards(root, split), Path(root)
+    files, folder = local_shards(root, split), beside(root)
     kind = _kind(folder, task, classification)
     if classification and templates:
         _check_templates(folder / TEMPLATES)
@@ -141,6 +143,8 @@ def _count(file: Path, beside: str, classes: Classes) -> int:
 def _look_behind(root: str, split: str, names: bool, templates: bool) -> Sequence[int] | None:
     """Look at the small files of a remote data set. What cannot be asked for is left to clip_benchmark, which has other
     means; it counts as missing where a server says so."""
+    if root.endswith(".tar"):
+        return [1] * len(listed_shards(root))
     if not root.startswith(("http://", "https://")):
         return None
     folder, _ = addresses(root)

@@ -14,13 +14,13 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -29,9 +29,10 @@ from torch.utils.data import Dataset
 from vs2_plugin.data.labels import CLASS_NAMES
 from vs2_plugin.data.pictures import open_picture
 from vs2_plugin.errors import DataError
+from vs2_plugin.paths import Paths
 from vs2_plugin.text import counted, printable
 
-__all__ = ["PICTURES", "TEMPLATES", "FolderImages", "Paths", "listed_once", "open_files", "open_folder"]
+__all__ = ["PICTURES", "TEMPLATES", "USUAL", "FolderImages", "LeftOut", "listed_once", "open_files", "open_folder"]
 
 _LOG = logging.getLogger(__name__)
 #: Extensions of pictures. Of a moving one, the first frame counts.
@@ -44,32 +45,19 @@ _LEAVINGS = {"__MACOSX", "@eaDir"}
 #: The prompts of a folder, one per line.
 TEMPLATES = "zeroshot_classification_templates.txt"
 #: CLIP's usual prompt, where a folder holds none.
-_USUAL = ["a photo of a {c}."]
+USUAL = ["a photo of a {c}."]
 _NO_CLASS = -1
 #: Turns a PIL image into what an item begins with; None leaves it as it is.
 Transform = Callable[[Any], Any] | None
 
 
-class Paths(Sequence[str]):
-    """Relative paths of files: their bytes in one piece, and where each ends. A million of them are no million objects,
-    and the processes of a loader share them."""
+class LeftOut(NamedTuple):
+    """What stands in the place of a picture that cannot be read."""
 
-    def __init__(self, text: bytes, ends: np.ndarray) -> None:
-        self._text, self._ends = text, ends
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        number = range(len(self))[index]
-        start = int(self._ends[number - 1]) if number else 0
-        return os.fsdecode(self._text[start : int(self._ends[number])])
+    path: str
+    """Relative to the root of the data set."""
+    problem: str
+    """A sentence."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +78,19 @@ class FolderImages(Dataset[tuple[Any, int]]):
     """Pictures in a folder; an item is a picture, transformed, and the number of its class (-1 for none)."""
 
     def __init__(
-        self, root: str, listing: _Listing, classes: list[str], templates: list[str], transform: Transform = None
+        self,
+        root: str,
+        listing: _Listing,
+        classes: list[str],
+        templates: list[str],
+        transform: Transform = None,
+        part: str = "",
     ) -> None:
         self.root, self.transform = root, transform
+        #: The folder below ``root`` that holds the split; an empty word where all of it is one.
+        self.part = part
+        #: Whether an item that is no readable picture is a :class:`LeftOut`, and no error.
+        self.lenient = False
         #: What the labels number, in words; empty where the pictures lie in no folders of classes.
         self.classes = classes
         #: Prompts with ``{c}`` for the class.
@@ -105,6 +103,11 @@ class FolderImages(Dataset[tuple[Any, int]]):
         return self._listing.paths
 
     @property
+    def folder(self) -> str:
+        """The absolute path of the folder that holds the pictures, and no other split."""
+        return os.path.abspath(os.path.join(self.root, self.part))
+
+    @property
     def labels(self) -> np.ndarray:
         """int32 ``[count]``: the number of each one's class; -1 for none."""
         return self._listing.labels
@@ -113,6 +116,13 @@ class FolderImages(Dataset[tuple[Any, int]]):
     def passed(self) -> dict[str, int]:
         """Extension -> how many files with it were passed over, as they are no pictures."""
         return self._listing.passed
+
+    @property
+    def about(self) -> str:
+        """How many pictures there are, of how many classes, and what was passed over, in words."""
+        classes = f" of {len(self.classes):,} classes" if len(self.classes) > 1 else ""
+        where = printable(os.path.join(self.root, self.part))
+        return f"{counted(len(self), 'image')}{classes} in {where}{_passed_over(self.passed)}"
 
     def fingerprint(self) -> str:
         """Return what changes when a picture is added, removed, renamed or written anew."""
@@ -142,7 +152,12 @@ class FolderImages(Dataset[tuple[Any, int]]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        picture = self.picture(index)
+        try:
+            picture = self.picture(index)
+        except DataError as error:
+            if self.lenient and getattr(error.__cause__, "errno", None) is None:  # the file is to blame, and no disk
+                return LeftOut(self.paths[index], str(error)), _NO_CLASS
+            raise
         return picture if self.transform is None else self.transform(picture), int(self.labels[index])
 
     def picture(self, index: int) -> Image.Image:
@@ -178,7 +193,7 @@ def open_folder(root: str | os.PathLike[str], split: str = "test", transform: Tr
     where = printable(os.path.join(root, part))
     if not len(listing.paths):
         raise DataError(f"no images ({_extensions()}) in {where}{_passed_over(listing.passed)}")
-    return FolderImages(root, listing, _class_names(root, folders), _templates(root), transform)
+    return FolderImages(root, listing, _class_names(root, folders), _templates(root), transform, part)
 
 
 def open_files(paths: Iterable[str | os.PathLike[str]], transform: Transform = None) -> FolderImages:
@@ -196,7 +211,7 @@ def open_files(paths: Iterable[str | os.PathLike[str]], transform: Transform = N
     listing = rows.listing()
     if not len(listing.paths):
         raise DataError(f"no images ({_extensions()}) there{_passed_over(listing.passed)}")
-    return FolderImages("", listing, [], list(_USUAL), transform)
+    return FolderImages("", listing, [], list(USUAL), transform)
 
 
 def _splits(root: str) -> dict[str, str]:
@@ -293,7 +308,7 @@ def _in_words(folder: str) -> str:
 def _templates(root: str) -> list[str]:
     """Return the prompts of a folder, or CLIP's usual one. Raises DataError if one has no place for the class."""
     file = os.path.join(root, TEMPLATES)
-    lines = _lines(file) or list(_USUAL)
+    lines = _lines(file) or list(USUAL)
     for line in lines:
         try:
             fits = line.format(c="1") != line.format(c="2")
@@ -347,10 +362,6 @@ def _listing(root: str, part: str, folders: tuple[str, ...]) -> _Listing:
         listing = replace(listing, passed=dict(Counter(listing.passed) - texts))
     if made is not None:
         made[key] = listing
-    _LOG.info(
-        "%s in %s%s", counted(len(listing.paths), "image"), printable(os.path.join(root, part)),
-        _passed_over(listing.passed),
-    )  # fmt: skip
     return listing
 
 

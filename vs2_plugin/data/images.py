@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
-from vs2_plugin.data.folders import open_folder
+from vs2_plugin.data.folders import FolderImages, LeftOut, open_folder
 from vs2_plugin.data.labels import UNKNOWN, Classes
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.data.shards import LocalShards, open_shards
@@ -24,7 +25,9 @@ from vs2_plugin.errors import DataError, Vs2Error
 from vs2_plugin.host import build, default_task
 from vs2_plugin.text import one_line, reason_of, said_by
 
-__all__ = ["Batch", "TrainingImages", "image_digest", "leave_interruptions", "open_images", "subset"]
+__all__ = [
+    "Batch", "TrainingImages", "image_digest", "leave_interruptions", "open_images", "place_of", "subset",
+]  # fmt: skip
 
 
 def leave_interruptions(worker: int) -> None:
@@ -42,6 +45,13 @@ class Batch(NamedTuple):
     """uint64 ``[batch]``."""
     labels: np.ndarray | None
     """int64 ``[batch]``, where they are read."""
+    left_out: tuple[tuple[int, LeftOut], ...] = ()
+    """What cannot be read and is not counted above, with its place among those that were to be the batch."""
+
+    @property
+    def size(self) -> int:
+        """How many were to be the batch."""
+        return len(self.images) + len(self.left_out)
 
     def first(self, count: int) -> Batch:
         """Return the first ``count`` of them."""
@@ -69,6 +79,11 @@ class TrainingImages:
     labels: bool = False
     classes: Classes = UNKNOWN
     """Those that labels number."""
+    folder: str = ""
+    """The absolute path of the folder that holds them and no other split, or what lists their shards; empty for data
+    sets that are found by their name."""
+    about: str = ""
+    """What there is to say of a folder."""
 
     @property
     def count(self) -> int | None:
@@ -115,7 +130,7 @@ class TrainingImages:
         try:
             for batch in loader:
                 wanted = batch if left is None else batch.first(left)
-                if len(wanted.images):
+                if len(wanted.images) or wanted.left_out:
                     yield wanted
                 if left is not None:
                     left -= len(batch.images)
@@ -163,13 +178,25 @@ def _stack_images(samples: list[Any]) -> Tensor:
 
 # Digests and labels are computed where images are loaded: in the workers, beside each other.
 def _batch(samples: list[Any]) -> Batch:
-    images = _stack_images(samples)
-    return Batch(images, np.array([image_digest(image) for image in images], dtype=np.uint64), None)
+    kept, left_out = _readable(samples)
+    images = _stack_images(kept) if kept else torch.empty(0, 3, 0, 0)
+    return Batch(images, np.array([image_digest(image) for image in images], dtype=np.uint64), None, left_out)
+
+
+def _readable(samples: list[Any]) -> tuple[list[Any], tuple[tuple[int, LeftOut], ...]]:
+    """Return the samples that can be read, and the others with their places."""
+    left_out = tuple(
+        (place, sample[0])
+        for place, sample in enumerate(samples)
+        if isinstance(sample, tuple) and isinstance(sample[0], LeftOut)
+    )
+    places = {place for place, _ in left_out}
+    return [sample for place, sample in enumerate(samples) if place not in places], left_out
 
 
 def _batch_with_labels(classes: Classes, samples: list[Any]) -> Batch:
     labels: list[Any] = [
-        sample[1] if isinstance(sample, (tuple, list)) and len(sample) > 1 else None for sample in samples
+        sample[1] if isinstance(sample, (tuple, list)) and len(sample) > 1 else None for sample in _readable(samples)[0]
     ]
     if not all(
         isinstance(label, (int, np.integer)) or (isinstance(label, Tensor) and label.ndim == 0) for label in labels
@@ -206,10 +233,10 @@ def open_images(
     """
     name, root = dataset.name, dataset.root
     source: Dataset[Any]
-    fingerprint: Any
     classes = UNKNOWN
     if dataset.is_folder:
         source = open_folder(root, split, transform)
+        source.lenient = True
         if labels:
             source.require_labels()
             classes = Classes(len(source.classes), name)
@@ -220,14 +247,23 @@ def open_images(
         source = build(dataset, split, remedy=remedy, transform=transform, task=default_task(name))
         names = getattr(source, "classes", None)
         classes = Classes(len(names), name) if names else classes
+    folder, about = place_of(dataset, source), getattr(source, "about", "")
     if isinstance(source, LocalShards) and max_images is None:  # not indexed before an image is wanted
-        return TrainingImages(source, None, source.fingerprint(), labels, classes)
+        return TrainingImages(source, None, source.fingerprint(), labels, classes, folder)
     total = _length(source)
     if total == 0:
         raise DataError(f"the split {split!r} of {name} in {root} is empty")
-    fingerprint = source.fingerprint() if hasattr(source, "fingerprint") else _probe(source)
+    fingerprint: Any = source.fingerprint() if hasattr(source, "fingerprint") else _probe(source)
     source, fingerprint = subset(source, fingerprint, max_images, seed)
-    return TrainingImages(source, max_images, [fingerprint, total], labels, classes)
+    return TrainingImages(source, max_images, [fingerprint, total], labels, classes, folder, about)
+
+
+def place_of(dataset: DataSet, source: object) -> str:
+    """Return what is :attr:`TrainingImages.folder` of the images of a data set."""
+    if isinstance(source, FolderImages):
+        return source.folder
+    listed = dataset.root if dataset.is_listed else ""
+    return os.path.abspath(listed) if listed and "://" not in listed else listed
 
 
 def subset(

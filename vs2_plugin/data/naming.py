@@ -54,19 +54,15 @@ class DataSet:
         """
         path = os.fspath(dataset)
         if cls.is_path(dataset):
-            path = os.path.expanduser(path)
+            path = os.path.expanduser(path.removeprefix("file:"))  # as webdataset calls a file
             if path.endswith(_LISTED):
                 return cls(_SHARDS + _last(path.rpartition("/")[0]), path)
-            if not os.path.isdir(path):
-                what = "is a file" if os.path.exists(path) else "is no folder"
-                raise DataError(
-                    f"--dataset {path!r} {what}; expected a folder of images, such as photos/, or a data set's name"
-                )
-            return cls(_FOLDER + _last(path), _trimmed(path))
+            return cls(_FOLDER + _last(path), _folder(path, "--dataset"))
         root = _filled_in(os.fspath(dataset_root), path)
-        if path == _FOLDER.rstrip("/"):
-            path = _FOLDER + _last(root)
-        return cls(path, _trimmed(root) if path.startswith(_FOLDER) else root)
+        if path.startswith(_FOLDER) or path == _FOLDER.rstrip("/"):
+            root = _folder(root, "--dataset_root")
+            return cls(path if path.startswith(_FOLDER) else _FOLDER + _last(root), root)
+        return cls(path, root)
 
     @staticmethod
     def is_path(dataset: str | os.PathLike[str]) -> bool:
@@ -97,6 +93,15 @@ class DataSet:
         return self.is_shards and self.root.endswith(_LISTED)
 
     @property
+    def home(self) -> str:
+        """The folder, as an absolute path or a URL, by which it is told from others of its name; an empty word for what
+        is found by its name alone."""
+        if not self.is_folder and not self.is_listed:
+            return ""
+        place = os.path.dirname(self.root) if self.is_listed else self.root
+        return place if "://" in place else os.path.abspath(place)
+
+    @property
     def short(self) -> str:
         """The name without what tells the kind, as clip_benchmark fills it in.
 
@@ -112,12 +117,10 @@ class DataSet:
 
     @property
     def words(self) -> list[str]:
-        """What names it on a command line."""
+        """What names it on a command line, beside its ``--dataset_root`` if that is needed."""
         if self.is_folder:
             return ["--dataset", self.root if self.root.endswith(os.sep) else self.root + os.sep]
-        if self.is_listed:
-            return ["--dataset", self.root]
-        return ["--dataset", self.name, *([] if self.root == "root" else ["--dataset_root", self.template])]
+        return ["--dataset", self.root if self.is_listed else self.name]
 
 
 def _filled_in(root: str, name: str) -> str:
@@ -131,8 +134,11 @@ def _filled_in(root: str, name: str) -> str:
         ) from None
 
 
-def _trimmed(path: str) -> str:
-    """Return the path of a folder without separators at its end."""
+def _folder(path: str, flag: str) -> str:
+    """Return the path of a folder without separators at its end. Raises DataError if it is none."""
+    if not os.path.isdir(path):
+        what = "is a file" if os.path.exists(path) else "is no folder"
+        raise DataError(f"{flag} {path!r} {what}; expected a folder of images, such as photos/, or a data set's name")
     return path.rstrip("/" + os.sep) or os.sep
 
 

@@ -1,4 +1,5 @@
-"""Images out of webdataset shards, in clip_benchmark's layout ``DIR/SPLIT/{nshards.txt,0.tar,1.tar,…}``.
+"""Images out of webdataset shards, in clip_benchmark's layout ``DIR/SPLIT/{nshards.txt,0.tar,1.tar,…}``, or listed
+one by one or with braces, ``DIR/train-{0000..0099}.tar``.
 
 Only the images are read, unless labels are asked for: shards without labels (no ``.cls``) are as good as any. Local
 shards are indexed by their tar headers and read by position, so that the number of images is known, a subset is a
@@ -26,7 +27,7 @@ from torch.utils.data import Dataset, IterableDataset
 from vs2_plugin.data.labels import CLASS_NAMES, LONGEST_LABEL, UNKNOWN, Classes, read_label
 from vs2_plugin.distributed import Processes
 from vs2_plugin.errors import DataError
-from vs2_plugin.text import one_line
+from vs2_plugin.text import expanded, one_line
 
 __all__ = ["EXTENSIONS", "LocalShards", "RemoteShards", "open_shards"]
 
@@ -44,18 +45,48 @@ LISTING = "nshards.txt"
 def open_shards(
     root: str, split: str, transform: Transform, cache_dir: str | None = None, labels: bool = False
 ) -> LocalShards | RemoteShards:
-    """The images of a split, local or remote, or pairs of image and label. Remote shards are kept in ``cache_dir``.
+    """The images of a split, or of listed shards, local or remote, or pairs of image and label. Remote shards are kept
+    in ``cache_dir``.
 
     Raises:
         DataError: no such split, or a shard that cannot be read.
     """
     if "://" in root:
         return RemoteShards(root, split, transform, cache_dir, labels)
-    return LocalShards(local_shards(root, split), transform, Classes.in_folder(Path(root)) if labels else None)
+    return LocalShards(local_shards(root, split), transform, Classes.in_folder(beside(root)) if labels else None)
+
+
+def beside(root: str) -> Path:
+    """Return the folder with the small files of a local data set, which lie beside listed shards or above them."""
+    folder = Path(root)
+    if not root.endswith(".tar"):
+        return folder
+    return folder.parent if (folder.parent / CLASS_NAMES).exists() else folder.parent.parent
+
+
+def listed_shards(root: str) -> list[str]:
+    """Return the shards that a list with braces names, in its order.
+
+    >>> listed_shards("shards/train-{0008..0010}.tar")
+    ['shards/train-0008.tar', 'shards/train-0009.tar', 'shards/train-0010.tar']
+    """
+    found = list(islice(expanded(root), _MOST_SHARDS + 1))
+    if not 1 <= len(found) <= _MOST_SHARDS:
+        raise DataError(f"{root!r} lists no shards, or over {_MOST_SHARDS:,}; expected such as x-{{0000..0099}}.tar")
+    return found
 
 
 def local_shards(root: str, split: str) -> list[Path]:
     """Return the shards of a split, all of which are there. Raises DataError, which says what mends it, otherwise."""
+    if root.endswith(".tar"):
+        listed = [Path(path) for path in listed_shards(root)]
+        gone = [path for path in listed if not path.is_file()]
+        if gone:
+            raise DataError(
+                f"cannot read shard {gone[0]}: no such file; {len(gone):,} of the {len(listed):,} that {root!r} lists "
+                "are not there"
+            )
+        return listed
     listing = Path(root) / split / LISTING
     try:
         count = number_of_shards(listing.read_text(errors="replace"), str(listing))
@@ -90,7 +121,7 @@ def _what_is_there(root: Path, split: str) -> str:
     suffixes = tuple(f".{extension}" for extension in EXTENSIONS)
     names = (name for _, _, names in islice(os.walk(root), 100) for name in names)
     if any(name.lower().endswith(suffixes) for name in names):
-        return f"{expected} ({root} holds pictures as they are; the chapter 'Your own images' writes shards of them)"
+        return f"{expected} ({root} holds images as they are, which are read by --dataset {os.path.join(root, '')})"
     return expected
 
 
@@ -247,6 +278,23 @@ def fetch(url: str) -> str:
     return answer.text
 
 
+def remote_shards(root: str, split: str) -> tuple[str, list[str]]:
+    """Return where the small files of a remote data set lie, and the addresses of its shards.
+
+    Raises:
+        DataError: how many there are cannot be told.
+    """
+    if root.endswith(".tar"):
+        return root.rpartition("/")[0], listed_shards(root)
+    metadata, data = addresses(root)
+    listing = f"{metadata}/{split}/{LISTING}"
+    try:
+        count = number_of_shards(fetch(listing), listing)
+    except OSError as error:
+        raise DataError(f"cannot read {listing} (the number of shards): {error}") from error
+    return metadata, [f"{data}/{split}/{index}.tar" for index in range(count)]
+
+
 def _remote_classes(url: str) -> Classes:
     try:
         return Classes.in_text(fetch(url), url)
@@ -260,13 +308,7 @@ class RemoteShards(IterableDataset[Any]):
     def __init__(
         self, root: str, split: str, transform: Transform, cache_dir: str | None = None, labels: bool = False
     ) -> None:
-        metadata, data = addresses(root)
-        listing = f"{metadata}/{split}/{LISTING}"
-        try:
-            count = number_of_shards(fetch(listing), listing)
-        except OSError as error:
-            raise DataError(f"cannot read {listing} (the number of shards): {error}") from error
-        self.urls = [f"{data}/{split}/{index}.tar" for index in range(count)]
+        metadata, self.urls = remote_shards(root, split)
         self.transform, self.cache_dir = transform, cache_dir
         self.classes = _remote_classes(f"{metadata}/{CLASS_NAMES}") if labels else None
 

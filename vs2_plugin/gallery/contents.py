@@ -21,6 +21,8 @@ class GalleryPart:
     contents: dict[str, str] | None = None
     """Array -> SHA-256 that tells of its whole content (:meth:`vs2_plugin.arrays.Column.complete`); None in checkpoints
     before version 0.2, whose arrays cannot be verified."""
+    left_out: tuple[str, ...] | None = None
+    """Files of a folder that are no readable images, and so have no row; None if there are none."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""

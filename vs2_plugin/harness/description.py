@@ -40,7 +40,7 @@ def describe(spec: ModelString, places: Places | None, classifier: Classifier | 
 
 def _checkpoint(checkpoint: Checkpoint, places: Places) -> str:
     data = checkpoint.data
-    how = ", transductive" if data.transductive else ""
+    how = ", transductive" if places.transductive else ""
     trained = f"trained on {data}{how}"
     saes = {(gate.sae.config.k, gate.sae.config.num_latents) for gate in places.gates}
     active = "".join(f"; {k} of {latents:,} latents are active" for k, latents in sorted(saes))

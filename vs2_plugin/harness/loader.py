@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
-from vs2_plugin.checkpoint.store import Store, checkpoint_name
+from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.clip.backbone import load_backbone
+from vs2_plugin.data.images import place_of
+from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import CheckpointNotFound, ModelStringError
 from vs2_plugin.harness.model import SteeredCLIP
 from vs2_plugin.harness.predictions import Classifier, class_names, prompts_of
@@ -48,9 +50,10 @@ class _Finder:
             return store.find(spec.checkpoint)
         assert task is not None  # without a name, a model is bound to a data set only
         try:
-            return store.find(checkpoint_name(spec.backbone, self.pretrained, task.dataset))
+            home = "" if task.root is None else DataSet(task.dataset, task.root).home
+            return store.find_for(spec.backbone, self.pretrained, task.dataset, home)
         except CheckpointNotFound:
-            run = Evaluation(str(spec), self.pretrained, task.dataset, task.root or "root")
+            run = Evaluation(str(spec), self.pretrained, task.dataset, DataSet("", task.root or "root").template)
             raise missing_checkpoint([(spec, run)], store) from None
 
 
@@ -108,7 +111,7 @@ def load(
     loaded = load_backbone(spec.backbone, pretrained, cache_dir, device, None if shared is None else shared.twin)
     given = checkpoint if isinstance(checkpoint, Checkpoint) else None
     steered = SteeredCLIP(spec, loaded, _Finder(spec, pretrained, found, given))
-    _bind(steered, None if dataset is None else str(dataset), names, templates)
+    _bind(steered, dataset, names, templates)
     if names is not None:
         steered.set_classifier(Classifier.of(steered, loaded.tokenizer, names, templates, amp))
     elif dataset is None:
@@ -116,11 +119,14 @@ def load(
     return steered, loaded.transform, loaded.tokenizer
 
 
-def _bind(model: SteeredCLIP, dataset: str | None, names: Sequence[str] | None, templates: Sequence[str]) -> None:
+def _bind(
+    model: SteeredCLIP, dataset: str | Path | None, names: Sequence[str] | None, templates: Sequence[str]
+) -> None:
     """Start steering a model as far as it is known where."""
     if dataset is not None:
         known = (None, None) if names is None else (list(names), list(templates))
-        model.bind(Task(dataset, classes=known[0], templates=known[1]))
+        named = DataSet.of(dataset)
+        model.bind(Task(named.name, named.root if named.home else None, None, *known))
     elif model.spec.checkpoint or not model.spec.method.needs_checkpoint:
         model.bind(None)
 
@@ -147,4 +153,5 @@ def bind_waiting(name: str, root: str, split: str, dataset: Any) -> None:
     """Tell the model loaded last which data set it is evaluated on. Later data sets (a linear probe's) are not it."""
     model, _Waiting.model = None if _Waiting.model is None else _Waiting.model(), None
     if model is not None:
-        model.bind(Task(name, root, split, getattr(dataset, "classes", None), getattr(dataset, "templates", None)))
+        classes, templates = getattr(dataset, "classes", None), getattr(dataset, "templates", None)
+        model.bind(Task(name, root, split, classes, templates, place_of(DataSet(name, root), dataset)))

@@ -4,15 +4,16 @@ What is changed, and nothing else:
 
 - ``models.TYPE2FUNC`` and ``models.MODEL_TYPES``, in place: the open_clip loader sees steered names, and each method
   is a model type of its own;
-- ``datasets.builder.build_dataset``: tells a model loaded before it which data set it is evaluated on; shards name
-  the sample that cannot be read;
+- ``datasets.builder.build_dataset``: opens folders of images and listed shards; tells a model loaded before it which
+  data set it is evaluated on; shards name the sample that cannot be read;
 - ``metrics.*.evaluate``: a steered model's facts join the metrics, and texts are kept;
 - ``metrics.zeroshot_classification.run_classification``: a steered model is told the classifier, and an oracle the
   targets; where ``VS2_PER_IMAGE`` asks for it, the images of any model are recorded;
 - ``cli.main_eval`` and ``cli.run``: everything is checked before the first model is loaded, this package's errors end
   the command with one line on stderr and exit code 2, and results of steered models get a digest of their own.
 
-A model that is not steered passes through all of them unchanged. In one command with a steered one it reads the same
+A model that is not steered passes through all of them unchanged, but for the data sets that clip_benchmark does not
+have: folders of images, and listed shards. In one command with a steered one it reads the same
 data in the same way: as many loader workers as the shards can serve, and the same words for what cannot be read. It is
 loaded and encodes its texts as ever, and lends both to the steered models of its backbone that come after it.
 """
@@ -25,6 +26,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from contextvars import ContextVar
 from copy import copy
 from dataclasses import dataclass
@@ -32,7 +34,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from vs2_plugin.errors import HarnessError, Vs2Error
+from vs2_plugin.data.naming import DataSet
+from vs2_plugin.errors import DataError, HarnessError, Vs2Error
 from vs2_plugin.messages import complain
 from vs2_plugin.names import is_steered, with_method
 from vs2_plugin.plugins import registry
@@ -136,17 +139,23 @@ def _patch_builder(module: Any) -> None:
     def build_dataset(*args: Any, **kwargs: Any) -> Any:
         loader = sys.modules.get("vs2_plugin.harness.loader")
         waiting = loader is not None and loader.is_waiting()  # a steered model was loaded before
-        if not waiting and _command.get() is None:
-            return stock(*args, **kwargs)
         arguments = signature.bind(*args, **kwargs)
         arguments.apply_defaults()
-        name, root, split = (arguments.arguments[key] for key in ("dataset_name", "root", "split"))
-        try:
-            dataset = stock(*args, **kwargs)
-        except Exception as error:  # a download, a missing file or package: anything
-            from vs2_plugin.host import not_built
+        name, root, split = (arguments.arguments.pop(key) for key in ("dataset_name", "root", "split"))
+        own = DataSet(name, root).home != ""
+        if not own and not waiting and _command.get() is None:
+            return _built_by_stock(stock, name, args, kwargs)
+        from vs2_plugin import host
 
-            raise not_built(name, root, split, error) from error
+        try:
+            dataset = host.build(DataSet(name, root), split, **arguments.arguments) if own else stock(*args, **kwargs)
+        except Vs2Error:
+            raise
+        except Exception as error:  # a download, a missing file or package: anything
+            raise host.not_built(name, root, split, error) from error
+        recorder = _recorder.get()
+        if recorder is not None:
+            recorder.see_data(dataset)
         if loader is not None and waiting:
             loader.bind_waiting(name, root, split, dataset)
         if not name.startswith("wds/"):
@@ -156,6 +165,18 @@ def _patch_builder(module: Any) -> None:
         return name_samples(dataset)
 
     module.build_dataset = build_dataset
+
+
+def _built_by_stock(stock: Callable[..., Any], name: str, args: Any, kwargs: Any) -> Any:
+    """Return what the stock function builds. Raises DataError for the name of a folder that was meant for its path."""
+    try:
+        return stock(*args, **kwargs)
+    except ValueError:
+        if not os.path.isdir(name):
+            raise
+        from vs2_plugin import host
+
+        raise DataError(host.unknown_data_set(name) or f"{name!r} is a folder; expected {name}/") from None
 
 
 def _patch_metrics(module: Any) -> None:
@@ -173,9 +194,8 @@ def _patch_metrics(module: Any) -> None:
             given["model"] = command.shared.with_texts(given["model"], steered=model is not None)
         if model is not None:
             model.reset_statistics()
-            if "model_id" in given:
-                # The linear probe caches features under this name: another checkpoint must not find them.
-                given["model_id"] += f"-{model.vs2_facts().get('vs2_checkpoint_digest', 'vs2')}"
+        if "model_id" in given:
+            given["model_id"] += _told_apart(model, given)
         metrics = stock(*bound.args, **bound.kwargs)
         if not isinstance(metrics, dict):
             return metrics
@@ -187,6 +207,16 @@ def _patch_metrics(module: Any) -> None:
     module.evaluate = evaluate
     if module.__name__.endswith(".zeroshot_classification"):
         _patch_classification(module)
+
+
+def _told_apart(model: SteeredCLIP | None, given: dict[str, Any]) -> str:
+    """Return what is added to the name under which the linear probe caches features: another checkpoint must not find
+    them, nor other images in a folder of the same name."""
+    told = [] if model is None else [str(model.vs2_facts().get("vs2_checkpoint_digest", "vs2"))]
+    for name in ("train_dataloader", "dataloader"):
+        fingerprint = getattr(getattr(given.get(name), "dataset", None), "fingerprint", None)
+        told += [] if fingerprint is None else [fingerprint()[:16]]
+    return "".join(f"-{word}" for word in told)
 
 
 def _steered(model: Any) -> SteeredCLIP | None:
@@ -247,24 +277,28 @@ def _patch_cli(module: Any) -> None:
 
     @functools.wraps(stock_run)
     def run(args: Namespace) -> Any:
-        return _run(stock_run, _with_workers(_as_model_string(args)))
+        return _run(stock_run, _with_workers(_as_named(_as_model_string(args))))
 
     @functools.wraps(stock_main_eval)
     def main_eval(base: Namespace) -> Any:
         from vs2_plugin import messages
+        from vs2_plugin.data.folders import listed_once
         from vs2_plugin.harness import preflight
         from vs2_plugin.host import Evaluation
 
         messages.show()
-        steered, token = False, _command.set(None)
+        steered, token, stack = False, _command.set(None), ExitStack()
         try:
+            stack.enter_context(listed_once())
+            base = copy(base)
+            base.dataset = preflight.data_sets(base.dataset)
             preflight.check_pairs(base.pretrained_model)
             planned = planned_runs(base)
             steered = any(is_steered(args.model) for args in planned)
             evaluations = [Evaluation.of(args) for args in planned]
             preflight.check_outputs(evaluations)
             fewer = preflight.check(evaluations)
-            if steered:
+            if steered or fewer:
                 from vs2_plugin.harness.shared import Shared
 
                 _command.set(_Command(fewer, Shared()))
@@ -275,6 +309,7 @@ def _patch_cli(module: Any) -> None:
             complain(f"vs2: error: {sentence_of(error)}")
             raise SystemExit(2) from None
         finally:
+            stack.close()
             _command.reset(token)
 
     def planned_runs(base: Namespace) -> list[Namespace]:
@@ -282,9 +317,11 @@ def _patch_cli(module: Any) -> None:
         planned: list[Namespace] = []
         quiet = copy(base)
         quiet.verbose = False
-        module.run = lambda args: planned.append(_as_model_string(args))
+        module.run = lambda args: planned.append(_as_named(_as_model_string(args)))
         try:
             stock_main_eval(quiet)
+        except Vs2Error:
+            raise
         except Exception:
             return planned  # clip_benchmark's own complaint comes when it runs for real
         finally:
@@ -324,6 +361,14 @@ def _with_workers(args: Namespace) -> Namespace:
     if command is not None and args.dataset in command.fewer_workers:
         args = copy(args)
         args.num_workers = command.fewer_workers[args.dataset]
+    return args
+
+
+def _as_named(args: Namespace) -> Namespace:
+    """Return ``--dataset photos/`` as ``--dataset folder/photos --dataset_root photos``, so that results name it."""
+    if args.dataset == "folder" or args.dataset.startswith("folder/") or DataSet.is_path(args.dataset):
+        args, named = copy(args), DataSet.of(args.dataset, args.dataset_root)
+        args.dataset, args.dataset_root = named.name, named.template
     return args
 
 

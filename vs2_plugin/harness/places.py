@@ -236,6 +236,13 @@ class Places(Sequence[Place]):
         """The gates; none for a method that steers along no SAE."""
         return [place.gate for place in self if place.gate is not None]
 
+    @property
+    def transductive(self) -> bool:
+        """Whether images that are evaluated were trained on, as far as that is known."""
+        if self.checkpoint is None:
+            return False
+        return self.checkpoint.transductive or self.checkpoint.data.holds(self.task.folder if self.task else "")
+
     def _describe(self) -> dict[str, Scalar]:
         checkpoint, method, options = self.checkpoint, self.spec.method, self.spec.options
         facts: dict[str, Scalar] = {
@@ -251,7 +258,7 @@ class Places(Sequence[Place]):
             facts |= {
                 "checkpoint": checkpoint.name,
                 "checkpoint_digest": checkpoint.digest[:16],
-                "transductive": checkpoint.transductive,
+                "transductive": self.transductive,
             }
             warnings = [f"{place.site}: {place.facts.warning}" for place in self if place.facts and place.facts.warning]
             facts |= {"sae_warning": "; ".join(warnings)} if warnings else {}

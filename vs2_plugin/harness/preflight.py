@@ -10,29 +10,45 @@ import re
 import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
 from vs2_plugin.checkpoint.store import Store, checkpoint_name
 from vs2_plugin.clip.backbone import check_backbone, ignores_pretrained, require_weights, warn_about_quickgelu
-from vs2_plugin.data.evaluated import fewer_workers, look
+from vs2_plugin.data.evaluated import CLASSIFICATION, fewer_workers, look
+from vs2_plugin.data.folders import PICTURES
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.data.splits import without_training_split
 from vs2_plugin.devices import emulates_bfloat16
-from vs2_plugin.errors import CheckpointNotFound, HarnessError, ModelStringError
+from vs2_plugin.errors import CheckpointNotFound, DataError, HarnessError, ModelStringError
 from vs2_plugin.harness.automatic import read_prior
-from vs2_plugin.host import Evaluation, unknown_data_set
+from vs2_plugin.host import Evaluation, build, unknown_data_set
 from vs2_plugin.modelstring import GRAMMAR, ModelString, is_steered, parse
 from vs2_plugin.names import LOCAL
 from vs2_plugin.text import counted
 
-__all__ = ["check", "check_outputs", "check_pairs", "missing_checkpoint", "train_command"]
+__all__ = ["check", "check_outputs", "check_pairs", "data_sets", "missing_checkpoint", "train_command"]
 
 _LOG = logging.getLogger(__name__)
 _EMULATED = (
     "this processor has no bfloat16 units, so autocast is emulated and slow; --no_amp evaluates in float32, which "
     "takes about a ninth of the time for a ViT-B-32"
 )
+
+
+def data_sets(names: Sequence[str] | str) -> Sequence[str] | str:
+    """Return what ``--dataset`` names. clip_benchmark takes every file for a list of data sets.
+
+    Raises:
+        DataError: a file that is a picture.
+    """
+    if isinstance(names, str):
+        return names
+    for name in filter(os.path.isfile, names):
+        if os.path.splitext(name)[1].lower() in PICTURES:
+            raise DataError(f"--dataset {name!r} is an image; expected the folder of folders of images that it is in")
+    return [f"file:{name}" if name.endswith(".tar") and os.path.isfile(name) else name for name in names]
 
 
 def check_pairs(names: Sequence[str] | str | None) -> None:
@@ -44,7 +60,8 @@ def check_pairs(names: Sequence[str] | str | None) -> None:
 
 
 def check(evaluations: Sequence[Evaluation]) -> dict[str, int]:
-    """Check the steered ones of all evaluations that one command makes.
+    """Check the steered ones of all evaluations that one command makes, and the data of those that read folders or
+    listed shards.
 
     Returns:
         Data set -> the number of loader workers that its shards can serve, where that is below what was asked for.
@@ -58,12 +75,22 @@ def check(evaluations: Sequence[Evaluation]) -> dict[str, int]:
         check_backbone(model.backbone, run.pretrained)
         _check_output(run, run.output_file, alone)
     pending = [(model, run) for model, run in parsed if not _is_skipped(run)]
-    store, missing = Store.default(), []
     for model, run in pending:
         warn_about_quickgelu(model.backbone, run.pretrained)
         _check_task(model, run)
         if model.method.labels_used(model.options) == "oracle":
             _LOG.info("%s is an oracle: it reads labels; its accuracy is an upper bound", run.model)
+    fewer = _look_at_data(evaluations)  # of which a missing checkpoint is to be made
+    _check_checkpoints(pending)
+    if emulates_bfloat16() and any(run.amp for _, run in pending):
+        _LOG.info(_EMULATED)
+    return fewer
+
+
+def _check_checkpoints(pending: Sequence[tuple[ModelString, Evaluation]]) -> None:
+    """Refuse what has no checkpoint or weights, or lacks something in them."""
+    store, missing = Store.default(), []
+    for model, run in pending:
         try:
             _check_checkpoint(model, run, store)
         except CheckpointNotFound:
@@ -72,10 +99,6 @@ def check(evaluations: Sequence[Evaluation]) -> dict[str, int]:
             require_weights(model.backbone, run.pretrained, run.model_cache_dir)
     if missing:
         raise missing_checkpoint(missing, store)
-    fewer = _look_at_data([run for _, run in pending])
-    if emulates_bfloat16() and any(run.amp for _, run in pending):
-        _LOG.info(_EMULATED)
-    return fewer
 
 
 def _steered(evaluations: Sequence[Evaluation]) -> Iterator[Evaluation]:
@@ -102,9 +125,10 @@ def check_outputs(evaluations: Sequence[Evaluation]) -> None:
         parse(run.model)
         _check_output(run, run.output_file, alone)
     files: dict[str, Evaluation] = {}
-    for run in evaluations if any(is_steered(run.model) for run in evaluations) else ():
+    ours = [is_steered(run.model) or bool(_named(run).home) for run in evaluations]
+    for run in evaluations if any(ours) else ():
         other = files.setdefault(run.output_file, run)
-        if other != run and (is_steered(run.model) or is_steered(other.model)):
+        if other != run and any(is_steered(one.model) or _named(one).home for one in (run, other)):
             fields = ("model", "pretrained_full_path", "dataset", "language", "task")
             raise HarnessError(
                 f"--output {run.output!r} gives the results of {other.model} and of {run.model} one file, "
@@ -193,19 +217,28 @@ def _unwritable(output: str, error: OSError) -> HarnessError:
 
 
 def _look_at_data(runs: Sequence[Evaluation]) -> dict[str, int]:
-    """Look at shards that are to be evaluated, each split once, and return what :func:`check` does."""
+    """Look at folders and shards that are to be evaluated, each split once, and return what :func:`check` does. Stock
+    data sets of plain models are not ours to look at."""
     fewer: dict[str, int] = {}
-    for run in {(run.dataset, run.own_task): run for run in runs if run.dataset.startswith("wds/")}.values():
+    looked_at = [(_named(run), run) for run in runs if not _is_skipped(run)]
+    looked_at = [(named, run) for named, run in looked_at if named.home or is_steered(run.model)]
+    for named, run in {(named, run.own_task): (named, run) for named, run in looked_at}.values():
+        if named.is_folder:
+            _look_at_folder(named, run)
+        if not named.is_shards:
+            continue
+        if named.is_listed:
+            build(named, run.split, **_custom_files(run))
         counts = look(
-            DataSet.of(run.dataset, run.dataset_root).root,
+            named.root,
             run.split,
             run.own_task,
             names=run.custom_classname_file is None,
-            templates=run.custom_template_file is None,
+            templates=run.custom_template_file is None and not named.is_listed,
         )
         number = run.num_workers if counts is None else fewer_workers(counts, run.num_workers)
         if number < run.num_workers:
-            fewer[run.dataset] = number
+            fewer[run.dataset] = min(number, fewer.get(run.dataset, number))
             _LOG.info(
                 "%s is read by %s, and not %d: every worker needs shards with images of its own, and there are %d",
                 run.dataset, counted(number, "loader worker"), run.num_workers, sum(map(bool, counts or ())),
@@ -213,12 +246,36 @@ def _look_at_data(runs: Sequence[Evaluation]) -> dict[str, int]:
     return fewer
 
 
+def _look_at_folder(named: DataSet, run: Evaluation) -> None:
+    """Refuse a folder that does not do for the evaluation."""
+    if run.own_task not in (CLASSIFICATION, "linear_probe"):
+        raise HarnessError(f"{named.root}: a folder of images has classes, and nothing for the task {run.own_task}")
+    images = build(named, run.split, **_custom_files(run))
+    _LOG.info("%s", images.about)
+    if run.own_task == "linear_probe" and images.folder == named.home:
+        raise HarnessError(
+            f"{named.root} has no folders train/ and test/, so that a linear probe would be trained on the images that "
+            "it is evaluated on"
+        )
+
+
+def _custom_files(run: Evaluation) -> dict[str, Any]:
+    return {"custom_classname_file": run.custom_classname_file, "custom_template_file": run.custom_template_file}
+
+
+def _named(run: Evaluation) -> DataSet:
+    return DataSet.of(run.dataset, run.dataset_root)
+
+
 def _check_checkpoint(model: ModelString, run: Evaluation, store: Store) -> None:
     """Refuse a checkpoint that lacks what the method needs. Raises CheckpointNotFound where there is none."""
     method, options = model.method, model.options
     if not method.needs_checkpoint:
         return
-    checkpoint = store.find(model.checkpoint or checkpoint_name(model.backbone, run.pretrained, run.dataset))
+    if model.checkpoint:
+        checkpoint = store.find(model.checkpoint)
+    else:
+        checkpoint = store.find_for(model.backbone, run.pretrained, run.dataset, _named(run).home)
     if method.site == "checkpoint":
         blocks = options["blocks"]
         checkpoint.select(None if blocks is None else str(blocks), method.sae)
@@ -235,11 +292,7 @@ def train_command(model: ModelString, run: Evaluation, store: Store) -> str:
     words = ["vs2-train-sae", "--model", model.backbone]
     if tagged:
         words += ["--pretrained", run.pretrained]
-    words += ["--dataset", run.dataset]
-    if without_training_split(run.dataset):
-        words.append("--transductive")
-    if run.dataset_root != "root":
-        words += ["--dataset_root", run.dataset_root]
+    words += _data_words(run)
     for flag, folder in (("--model_cache_dir", run.model_cache_dir), ("--wds_cache_dir", run.wds_cache_dir)):
         words += [] if folder is None else [flag, folder]
     if tagged and not run.pretrained and run.seed:
@@ -252,6 +305,14 @@ def train_command(model: ModelString, run: Evaluation, store: Store) -> str:
     if not run.amp:
         words.append("--no_amp")
     return shlex.join([*words, *store.words])
+
+
+def _data_words(run: Evaluation) -> list[str]:
+    """Return the words of a training command that name the data."""
+    named = _named(run)
+    words = named.words if named.home else ["--dataset", run.dataset]
+    words += ["--transductive"] if without_training_split(run.dataset) else []
+    return words if named.home or run.dataset_root == "root" else [*words, "--dataset_root", run.dataset_root]
 
 
 def missing_checkpoint(missing: Sequence[tuple[ModelString, Evaluation]], store: Store) -> CheckpointNotFound:

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vs2_plugin.arrays import spread
 from vs2_plugin.data.images import image_digest
 from vs2_plugin.harness.predictions import best_first
 from vs2_plugin.results.images import Images, images_file
@@ -43,8 +44,13 @@ class Recorder:
         self._images: Images | None = None
         self._digests: list[int] = []
         self._plain: list[tuple[Tensor, Tensor]] = []
+        self._data: Any = None
         self.classes: Sequence[str] | None = None
         _reset_peak()
+
+    def see_data(self, dataset: Any) -> None:
+        """Take the data set that is evaluated; later ones (a linear probe's) are not it."""
+        self._data = dataset if self._data is None else self._data
 
     def watch(self, dataloader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of ``dataloader``, and take the digests of their images."""
@@ -94,7 +100,8 @@ class Recorder:
             predictions, confidences = zip(*self._plain, strict=True)
             columns |= {"plain_prediction": torch.cat(predictions), "plain_confidence": torch.cat(confidences)}
         arrays: dict[str, Any] = {name: values.numpy() for name, values in columns.items()}
-        self._images = Images(digest=np.array(self._digests, dtype=np.uint64), **arrays)
+        digests = np.array(self._digests, dtype=np.uint64)
+        self._images = Images(digest=digests, paths=_paths(self._data, digests), **arrays)
 
     def facts(self) -> dict[str, Any]:
         """Return metrics: seconds so far, peak memory, calibration and, of a steered model, what steering changed."""
@@ -117,6 +124,16 @@ class Recorder:
             classes = tuple(str(name) for name in self.classes or ())
             images = replace(self._images, classes=classes, seconds=self._seconds(), peak_memory=_peak())
             images.write(images_file(Path(output)))
+
+
+def _paths(dataset: Any, digests: np.ndarray) -> Sequence[str]:
+    """Return the files of the images ``[count]``; none for what are no files, or came in another order than theirs."""
+    paths: Sequence[str] = getattr(dataset, "paths", ())
+    if len(paths) != len(digests):
+        return ()
+    looked_at = spread(len(digests), 5).tolist()
+    same = all(image_digest(dataset[index][0]) == int(digests[index]) for index in looked_at)
+    return paths if same else ()
 
 
 def _calibration(name: str, images: Images) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, Subset
 
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.checkpoint.records import GIVEN
@@ -21,6 +21,7 @@ from vs2_plugin.data.images import image_digest, open_images
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.data.pictures import open_picture
 from vs2_plugin.errors import DataError, Vs2Error
+from vs2_plugin.text import printable
 
 __all__ = ["ImageFile", "Thumbnail", "TrainingPictures", "read_image", "thumbnail"]
 
@@ -34,6 +35,8 @@ class Thumbnail:
     uri: str
     width: int
     height: int
+    name: str = ""
+    """Of its file; empty for a picture that is none."""
 
 
 class ImageFile(NamedTuple):
@@ -43,7 +46,7 @@ class ImageFile(NamedTuple):
     image: Image.Image
 
 
-def thumbnail(image: Image.Image, side: int = _SIDE) -> Thumbnail:
+def thumbnail(image: Image.Image, side: int = _SIDE, name: str = "") -> Thumbnail:
     """Return the image, at most ``side`` pixels wide and high. Smaller ones stay as they are."""
     small = image.convert("RGB")
     small.thumbnail((side, side))
@@ -51,7 +54,8 @@ def thumbnail(image: Image.Image, side: int = _SIDE) -> Thumbnail:
     # The few pixels of a small image would suffer from JPEG.
     kind = "png" if max(image.size) <= side // 2 else "jpeg"
     small.save(data, kind, **({"quality": 82} if kind == "jpeg" else {}))
-    return Thumbnail(f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}", *small.size)
+    uri = f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
+    return Thumbnail(uri, *small.size, printable(name))
 
 
 def read_image(path: Path) -> ImageFile:
@@ -73,7 +77,7 @@ class TrainingPictures:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        root: str,
+        at_hand: DataSet,
         transform: Callable[[Any], Tensor],
         wds_cache_dir: str | None,
         problems: dict[str, None],
@@ -82,7 +86,7 @@ class TrainingPictures:
         self._parts = checkpoint.require_gallery().parts
         self.gallery = checkpoint.open_gallery()
         self._checkpoint, self._transform, self._problems = checkpoint, transform, problems
-        self._root, self._wds_cache_dir = root, wds_cache_dir
+        self._at_hand, self._wds_cache_dir = at_hand, wds_cache_dir
         self._starts = [0, *accumulate(part.count for part in self._parts)]
         self._opened: dict[int, Any] = {}
         self._thumbnails: dict[int, Thumbnail | None] = {}
@@ -109,18 +113,29 @@ class TrainingPictures:
             if checkpoint.data.splits[part] == GIVEN:
                 raise DataError("they were given to train() in Python, and are not kept")
             source: Any = open_images(
-                DataSet.of(dataset, self._root), checkpoint.data.splits[part], self._prepare,
+                self._data_set(part), checkpoint.data.splits[part], self._prepare,
                 max_images=checkpoint.data.max_images, seed=int(checkpoint.sites[0].training.get("seed") or 0),
                 wds_cache_dir=self._wds_cache_dir,
             ).source  # fmt: skip
             if isinstance(source, IterableDataset):
                 raise DataError("a stream of shards cannot be read by row; fetch the shards and name their folder")
+            left_out = self._parts[part].left_out
+            if left_out:
+                source = Subset(source, [row for row in range(len(source)) if _path(source, row) not in left_out])
             if len(source) != count:
-                raise DataError(f"{len(source):,} images in {self._root!r}, the gallery has {count:,}")
+                raise DataError(f"{len(source):,} images in {self._data_set(part).root!r}, the gallery has {count:,}")
         except Vs2Error as error:
             self._problems[f"Training images of {dataset} are not shown: {error}"] = None
             return None
         return source
+
+    def _data_set(self, part: int) -> DataSet:
+        """Return where the images of a part are read: those of another folder than the one at hand, where they lay."""
+        name, folders = self._parts[part].dataset, self._checkpoint.data.folders
+        folder = folders[part] if folders else ""
+        if folder and (name != self._at_hand.name or not self._checkpoint.data.is_of(self._at_hand.home)):
+            return DataSet(name, folder)
+        return DataSet.of(name, self._at_hand.template)
 
     def _read(self, part: int, images: Any, row: int) -> Thumbnail | None:
         dataset = self._parts[part].dataset
@@ -136,9 +151,16 @@ class TrainingPictures:
                 "checkpoint's gallery was made from"
             ] = None
             return None
-        return thumbnail(self._seen)
+        return thumbnail(self._seen, name=_path(images, row - self._starts[part]))
 
     def _prepare(self, image: Image.Image) -> Tensor:
         """Return what the tower's preprocessing makes of an image, and keep a copy of what comes before it."""
         self._seen = image
         return self._transform(image)
+
+
+def _path(images: Any, row: int) -> str:
+    """Return the file of an image; an empty word for what is no file."""
+    while isinstance(images, Subset):
+        images, row = images.dataset, images.indices[row]
+    return images.paths[row] if hasattr(images, "paths") else ""

@@ -135,8 +135,9 @@ def open_subject(
     Args:
         model: a model string, ``method:backbone[@checkpoint][@key=value]…``.
         pretrained: open_clip's weights tag or file; empty for random weights.
-        dataset: the data set whose classes and checkpoint are meant; ``wds/NAME`` for shards.
-        dataset_root: its folder, where training images are read again to be shown.
+        dataset: the data set whose classes and checkpoint are meant; a folder of images, ``photos/``, or ``wds/NAME``
+            for shards.
+        dataset_root: where it lies if it is named by no path. Training images are read there again to be shown.
         classes: class names in place of the data set's.
         concepts: words to compare latents with in place of the classes.
         model_cache_dir: where downloaded models are kept.
@@ -147,15 +148,16 @@ def open_subject(
         Vs2Error: what is wrong, and what mends it.
     """
     prompts: list[str] | dict[str, list[str]] = [_PROMPT]
+    named = DataSet.of(dataset, dataset_root)
     if classes is None:
-        classes, prompts = _classes_of(dataset, dataset_root, wds_cache_dir)
+        classes, prompts = _classes_of(named, wds_cache_dir)
     for name, words in (("classes", classes), ("concepts", concepts)):
         if words is not None and len(set(words)) < 2:
             raise DataError(f"{name}: {', '.join(map(repr, words)) or 'none'}; expected at least two different words")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)  # random weights: as clip_benchmark has them
     steered, transform, tokenizer = load(model, pretrained, model_cache_dir, device)
-    steered.bind(Task(dataset, dataset_root, "test", classes, prompts))
+    steered.bind(Task(named.name, named.root, "test", classes, prompts))
     with zero_shot_classification() as harness:
         embed = partial(harness.zero_shot_classifier, steered.model, tokenizer, device=device, amp=False)
         class_texts = embed(classes, prompts).T.contiguous()
@@ -168,7 +170,7 @@ def open_subject(
     problems: dict[str, None] = {}
     pictures, checkpoint = None, steered.checkpoint
     if checkpoint is not None and checkpoint.gallery is not None:
-        pictures = TrainingPictures(checkpoint, dataset_root, transform, wds_cache_dir, problems)
+        pictures = TrainingPictures(checkpoint, named, transform, wds_cache_dir, problems)
     elif checkpoint is not None:
         problems[NO_GALLERY] = None
     return Subject(
@@ -177,14 +179,14 @@ def open_subject(
     )  # fmt: skip
 
 
-def _classes_of(dataset: str, root: str, wds_cache_dir: str | None) -> tuple[list[str], Any]:
+def _classes_of(dataset: DataSet, wds_cache_dir: str | None) -> tuple[list[str], Any]:
     """Return class names and prompts as clip_benchmark has them for the test split."""
     hint = "or name the classes with --classes FILE"
     remedy = f"its class names are needed: put the data there, {hint}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of an order of shards, which are not read here
-        built = build(DataSet.of(dataset, root), "test", remedy=remedy, wds_cache_dir=wds_cache_dir)
+        built = build(dataset, "test", remedy=remedy, wds_cache_dir=wds_cache_dir)
     classes, prompts = getattr(built, "classes", None), getattr(built, "templates", None)
     if not classes or len(classes) < 2 or not prompts:
-        raise DataError(f"{dataset} has no class names and prompts; expected a classification data set, {hint}")
+        raise DataError(f"{dataset.name} has no class names and prompts; expected a classification data set, {hint}")
     return list(classes), prompts

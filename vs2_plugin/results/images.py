@@ -5,7 +5,8 @@ Its columns are the fields of :class:`Images` that :func:`_column` describes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from vs2_plugin.errors import DataError
 from vs2_plugin.files import atomic_file
+from vs2_plugin.paths import Paths
 from vs2_plugin.text import printable, reason_of
 
 __all__ = ["Array", "Images", "images_file"]
@@ -61,6 +63,8 @@ class Images:
     """Of a steered model: the class that the plain model gives in the same batch, bit for bit."""
     plain_confidence: Array | None = field(default=None, metadata=_column("float32", "share"))
     """Of a steered model: the plain model's probability of that class."""
+    paths: Sequence[str] = ()
+    """The images' files, relative to their data set; empty where they are none."""
     classes: tuple[str, ...] = ()
     """The classes' names; empty where the run did not know them."""
     seconds: float | None = None
@@ -99,10 +103,29 @@ class Images:
             plain_prediction=None, plain_confidence=None, seconds=None, peak_memory=None,
         )  # fmt: skip
 
+    def changed(self, limit: int = 20) -> dict[str, list[tuple[str, str, str]]]:
+        """Return some of the files that steering ``mended`` and ``broke``, those first that it is surest of: path, the
+        class before, the class after. Empty without files or the plain model's results."""
+        plain = self.plain
+        if plain is None or not len(self.paths):
+            return {}
+        found = {}
+        for name, hit in (("mended", self.correct & ~plain.correct), ("broken", plain.correct & ~self.correct)):
+            rows = np.flatnonzero(hit)
+            rows = rows[np.argsort(-self.confidence[rows], kind="stable")][:limit].tolist()
+            classes = [tuple(self.name(int(one.prediction[row])) for one in (plain, self)) for row in rows]
+            found[name] = [
+                (printable(self.paths[row]), was, now) for row, (was, now) in zip(rows, classes, strict=True)
+            ]
+        return {name: files for name, files in found.items() if files}
+
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all."""
         given = {name: getattr(self, name) for name in _COLUMNS}
         arrays = {n: np.asarray(array, _COLUMNS[n]["dtype"]) for n, array in given.items() if array is not None}
+        if self.paths:
+            text, ends = _joined(self.paths)
+            arrays |= {"paths": np.frombuffer(text, dtype=np.uint8), "path_ends": ends}
         arrays["classes"] = np.array(self.classes, dtype=np.str_)
         arrays |= {"seconds": np.array(self.seconds or 0.0), "peak_memory": np.array(int(self.peak_memory or 0))}
         with atomic_file(path) as scratch, open(scratch, "wb") as file:
@@ -125,7 +148,8 @@ class Images:
         arrays = {name: held[name] for name in _COLUMNS if name in held}
         seconds, memory = (float(held.get(name, 0)) or None for name in _NUMBERS)  # 0: it could not be told
         names = tuple(map(printable, held["classes"]))
-        return cls(**arrays, classes=names, seconds=seconds, peak_memory=memory)
+        paths = Paths(held["paths"].tobytes(), held["path_ends"]) if "paths" in held else ()
+        return cls(**arrays, paths=paths, classes=names, seconds=seconds, peak_memory=memory)
 
 
 _COLUMNS: Mapping[str, Mapping[str, Any]] = {one.name: one.metadata for one in fields(Images) if one.metadata}
@@ -156,9 +180,31 @@ def _problems(held: Mapping[str, Array]) -> Iterator[str]:
         yield f"of the plain model it holds {of_plain.pop()} only"
     for name in columns:
         yield from _out_of_range(name, held[name], len(held["classes"]))
+    yield from _path_problems(held)
     for name in _NUMBERS:
         if name in held and not _is_number(held[name]):
             yield f"{name} is {_shape(held[name])}; expected one number"
+
+
+def _joined(paths: Sequence[str]) -> tuple[bytes, Array]:
+    """Return what :class:`vs2_plugin.paths.Paths` is made of."""
+    if isinstance(paths, Paths):
+        return paths.text, paths.ends
+    parts = [os.fsencode(path) for path in paths]
+    return b"".join(parts), np.cumsum([len(part) for part in parts], dtype=np.int64)
+
+
+def _path_problems(held: Mapping[str, Array]) -> Iterator[str]:
+    """Give what is wrong with the names of files, if there are any."""
+    if "paths" not in held and "path_ends" not in held:
+        return
+    text, ends = (held.get(name, np.zeros(0)) for name in ("paths", "path_ends"))
+    if text.dtype != np.uint8 or text.ndim != 1:
+        yield f"paths is {_shape(text)}; expected bytes"
+    if ends.dtype != np.int64 or ends.shape != held["digest"].shape:
+        yield f"path_ends is {_shape(ends)} for {held['digest'].size} images"
+    if (np.diff(ends, prepend=0) < 0).any() or ends[-1] != len(text):
+        yield "path_ends are not where paths end"
 
 
 def _is_number(value: Array) -> bool:

@@ -31,6 +31,9 @@ class Task:
     """Class names; None for a data set without classes."""
     templates: list[str] | dict[str, list[str]] | None = None
     """Prompts with ``{c}`` for the class name, or prompts per class."""
+    folder: str = ""
+    """The absolute path of the folder that holds the images and no other split, or what lists their shards; empty for a
+    data set that is found by its name."""
 
 
 @documented

@@ -19,13 +19,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
-from vs2_plugin.checkpoint.store import Store, checkpoint_name
+from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.clip.backbone import Loaded, load_backbone
 from vs2_plugin.clip.edits import edit, in_float32, outputs
 from vs2_plugin.clip.sites import ClipModel, Output, Site, embedding_from, finish
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.data.evaluated import name_samples
-from vs2_plugin.data.images import leave_interruptions
+from vs2_plugin.data.images import leave_interruptions, place_of
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import DataError, HarnessError
 from vs2_plugin.harness.autoload import DISABLE
@@ -127,7 +127,7 @@ class _Data:
             raise DataError(f"{args.dataset} has no classes and templates; a sweep needs a data set for classification")
         dataset = name_samples(dataset) if shards else dataset
         #: What the methods are told of it.
-        self.task = Task(named.name, named.root, args.split, classes, templates)
+        self.task = Task(named.name, named.root, args.split, classes, templates, place_of(named, dataset))
         self.loader: DataLoader[Any] = DataLoader(
             dataset.batched(args.batch_size) if shards else dataset,
             batch_size=None if shards else args.batch_size,
@@ -169,8 +169,12 @@ class _Shared:
         """The checkpoint of a model string, if its method needs one."""
         if not spec.method.needs_checkpoint:
             return None
-        name = spec.checkpoint or checkpoint_name(spec.backbone, self._pretrained, self.task.dataset)
-        return self.parts.once(("checkpoint", name), lambda: self._store.find(name))
+        named = spec.checkpoint
+        if named:
+            return self.parts.once(("checkpoint", named), lambda: self._store.find(named))
+        home = DataSet(self.task.dataset, self.task.root or "").home
+        told = spec.backbone, self._pretrained, self.task.dataset, home
+        return self.parts.once(("checkpoint", told), lambda: self._store.find_for(*told))
 
 
 class _Seen:

@@ -22,8 +22,8 @@ class SweepRequest:
     """The only one there is."""
     model: tuple[str, ...] = setting(help="model strings, with ranges and lists")
     pretrained: str = setting("laion400m_e32", help="open_clip's weights tag or file")
-    dataset: str = setting(help="a data set of clip_benchmark; wds/NAME for webdataset shards")
-    dataset_root: str = setting("root", help="its folder; {dataset} is filled in")
+    dataset: str = setting(help="a folder of images (photos/), a data set of clip_benchmark, or wds/NAME for shards")
+    dataset_root: str = setting("root", help="where it lies if no path names it; {dataset} is filled in")
     split: str = setting("test", help="the split under evaluation")
     batch_size: int = setting(64, minimum=1, help="results depend on it in the last digits")
     num_workers: int = setting(4, minimum=0, help="processes that load images")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vs2_plugin.clip.backbone import check_backbone
+from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import DataError, HarnessError, SettingError
 from vs2_plugin.harness import preflight
 from vs2_plugin.host import Evaluation, default_task
@@ -70,6 +71,8 @@ def plan(request: SweepRequest) -> Plan:
     Raises:
         Vs2Error: the first thing that would go wrong.
     """
+    named = DataSet.of(request.dataset, request.dataset_root)
+    request = replace(request, dataset=named.name, dataset_root=named.template)
     names, output = request.model, request.output
     grids = read_grids(names)
     if not grids:

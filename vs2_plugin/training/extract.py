@@ -42,7 +42,9 @@ Encoders = Mapping[str, tuple[TimmEncoder, RetrievalEncoder]]
 class Part:
     """The extracted columns of one data set."""
 
-    dataset: str
+    dataset: DataSet
+    folder: str
+    """Where its images lie: see :attr:`vs2_plugin.data.images.TrainingImages.folder`."""
     tower: Extracted
     """Columns: hookpoint -> activations; with a gallery also the output embedding."""
     encoded: dict[str, Extracted]
@@ -55,7 +57,7 @@ class Part:
     def labels(self) -> np.ndarray:
         """int64 ``[count]``; there if the extraction read them."""
         if self.tower.labels is None:
-            raise DataError(f"the labels of {self.dataset} were not read")
+            raise DataError(f"the labels of {self.dataset.name} were not read")
         return self.tower.labels
 
     @property
@@ -111,7 +113,7 @@ class Extraction:
     reserved: int = 0
     """Bytes that are to stay free in the store, for what is written afterwards."""
 
-    def run(self, dataset: str, split: Split) -> Part:
+    def run(self, dataset: DataSet, split: Split) -> Part:
         """Return everything of one data set, from the cache or extracted into it.
 
         Raises:
@@ -120,8 +122,13 @@ class Extraction:
         request, images = self.request, self._open(dataset, split)
         places = ", ".join(map(str, self.sites))
         self.say(
-            f"{request.model} on the split {split.name!r} of {dataset}: {places}, on {self.device} {self._precision()}"
+            f"{request.model} on the split {split.name!r} of {dataset.name}: {places}, on {self.device} "
+            f"{self._precision()}"
         )
+        if images.about:
+            self.say(images.about)
+        if dataset.is_folder and images.folder == dataset.home:
+            self.say("it has no train/ and test/: where all of it is evaluated, results say that it is transductive")
         source = self._source(dataset, split, images)
         output = [self.loaded.sites.output] if request.gallery else []
         read = list(dict.fromkeys([*self.sites, *output]))
@@ -135,15 +142,17 @@ class Extraction:
             encode = self._embeddings(name, encoder)
             encoded[name] = self._cached(encode, {name: encoder.width}, images, key, f"embeddings by {name}")
             if not np.array_equal(encoded[name].digests, of_tower.digests):
-                raise DataError(f"{dataset} gave its images in another order the second time; expected a fixed one")
-        return Part(dataset, of_tower, encoded)
+                raise DataError(
+                    f"{dataset.name} gave its images in another order the second time; expected a fixed one"
+                )
+        return Part(dataset, images.folder, of_tower, encoded)
 
-    def _open(self, dataset: str, split: Split) -> TrainingImages:
+    def _open(self, dataset: DataSet, split: Split) -> TrainingImages:
         request, transform = self.request, self.loaded.transform
         if self.given is not None:
             return self.given.open(transform, max_images=request.max_images, seed=self._seed, labels=self.labels)
         return open_images(
-            DataSet.of(dataset, request.dataset_root),
+            dataset,
             split.name,
             transform,
             max_images=request.max_images,
@@ -163,12 +172,12 @@ class Extraction:
             return f"under autocast ({str(kind).removeprefix('torch.')})"
         return "in float32" if self.request.amp is False else "in float32 (this processor would emulate autocast)"
 
-    def _source(self, dataset: str, split: Split, images: TrainingImages) -> dict[str, Any]:
+    def _source(self, dataset: DataSet, split: Split, images: TrainingImages) -> dict[str, Any]:
         """Return all that the images, and what is made of them, depend on beside the model."""
-        request, root = self.request, self.request.dataset_root
+        request, root = self.request, dataset.root
         return {
             "preprocessing": self.tower.preprocessing,
-            "dataset": dataset,
+            "dataset": dataset.name,
             "root": root if "://" in root else os.path.abspath(root),
             "split": split.name,
             "images": images.fingerprint,
@@ -232,9 +241,10 @@ class Extraction:
         arrays = [self._arrays(part) for part in parts]
         kept = tuple(
             GalleryPart(
-                part.dataset,
+                part.dataset.name,
                 len(part),
                 part.classes if self.labels else None,
+                left_out=part.tower.left_out or None,
                 contents={name: extracted.contents[column] for name, (extracted, column) in of_part.items()},
             )
             for part, of_part in zip(parts, arrays, strict=True)

@@ -76,7 +76,8 @@ def make_plans(request: TrainRequest, store: Store) -> list[Plan]:
     grid, single = _settings(request)
     weights = request.pass_weight or (0.0,)
     passes = tuple(dict.fromkeys(filter(None, weights))) or (0.0,)
-    base = request.name or checkpoint_name(request.model, request.pretrained, "+".join(request.dataset))
+    dataset = "+".join(named.name for named in request.data_sets)
+    base = request.name or checkpoint_name(request.model, request.pretrained, dataset)
     plans = []
     for *values, weight in product(*(values or (None,) for values in grid.values()), passes):
         chosen = {name: value for name, value in zip(grid, values, strict=True) if value is not None}
@@ -151,12 +152,18 @@ def _existing(folder: Path, variants: Collection[str], request: TrainRequest) ->
 
 
 def _other(existing: Checkpoint, request: TrainRequest) -> str:
-    """Say that a checkpoint is of another model, and how this one gets one beside it; nothing if it is of the same."""
+    """Say that a checkpoint is of another model or folder, and how this one gets one beside it; nothing otherwise."""
     model = with_weights(request.model, request.pretrained)
-    if existing.model == model:
+    homes = [named.home for named in request.data_sets if named.home]
+    elsewhere = [home for home in homes if not existing.data.is_of(home)]
+    if existing.model != model:
+        other = f", of {existing.model} and not of {model}"
+    elif elsewhere:
+        other = f", of {' '.join(existing.data.folders)} and not of {elsewhere[0]}"
+    else:
         return ""
     command = shlex.join(replace(request, name=existing.free_name).words())
-    return f", of {existing.model} and not of {model}; keep both by: {command}"
+    return f"{other}; keep both by: {command}"
 
 
 def _paper_shape(backbone: str) -> dict[str, int]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE
+from vs2_plugin.data.naming import DataSet
 from vs2_plugin.documented import documented
 from vs2_plugin.errors import SettingError, TowerError
 from vs2_plugin.method import ENCODER_NAME
@@ -39,10 +40,10 @@ class TrainRequest:
     pretrained: str = setting("laion400m_e32", help="weights tag or file; '' for random weights")
     dataset: tuple[str, ...] = setting(
         (),
-        help="data sets that clip_benchmark knows, or wds/NAME for webdataset shards; labels are not needed. Several "
-        "make one SAE for all, used by its name",
+        help="a folder of images (photos/), a data set that clip_benchmark knows, or wds/NAME for webdataset shards; "
+        "labels are not needed. Several make one SAE for all, used by its name",
     )
-    dataset_root: str = setting("root", help="its folder, or the URL of shards")
+    dataset_root: str = setting("root", help="where a data set lies that no path names: a folder, or the URL of shards")
     activations: str | None = setting(
         None,
         help="a .npy or .safetensors file of activations [count, width] to train on in place of images: those that "
@@ -152,6 +153,19 @@ class TrainRequest:
         """Make one of what is given: with activations, no model is meant unless it is named."""
         usual = {"model": "", "pretrained": ""} if given.get("activations") else {}
         return cls(**{**usual, **given})
+
+    @property
+    def data_sets(self) -> tuple[DataSet, ...]:
+        """What is trained on, each once. Raises DataError, SettingError: it names none."""
+        return self._named(self.dataset)
+
+    @property
+    def calibration_sets(self) -> tuple[DataSet, ...]:
+        """Those whose held-out activations set the thresholds of the gate."""
+        return self._named(self.calibrate_on or self.dataset)
+
+    def _named(self, datasets: tuple[str, ...]) -> tuple[DataSet, ...]:
+        return tuple(dict.fromkeys(DataSet.of(dataset, self.dataset_root) for dataset in datasets))
 
     def words(self) -> list[str]:
         """Return the command that asks for the same, as one would type it: only what differs from the defaults."""

@@ -25,7 +25,9 @@ from vs2_plugin.clip.backbone import check_backbone, ignores_pretrained, load_ba
 from vs2_plugin.clip.sites import Site
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.data.cache import require_space
+from vs2_plugin.data.folders import listed_once, open_folder
 from vs2_plugin.data.given import GivenActivations, GivenImages, read_activations
+from vs2_plugin.data.naming import DataSet
 from vs2_plugin.data.splits import Split, training_split
 from vs2_plugin.devices import emulates_bfloat16, own_device
 from vs2_plugin.distributed import ALONE, Processes
@@ -54,6 +56,7 @@ _Given = GivenImages | GivenActivations
 _Saes = list[tuple[SiteSAE, TopKSAE]]
 
 
+@listed_once()
 def train(
     request: TrainRequest,
     processes: Processes = ALONE,
@@ -132,7 +135,7 @@ def _begin(request: TrainRequest, given: _Given | None) -> tuple[_Given | None, 
     return given, created
 
 
-def _splits(request: TrainRequest, given: _Given | None) -> dict[str, Split]:
+def _splits(request: TrainRequest, given: _Given | None) -> dict[DataSet, Split]:
     """Return the split of each data set, and look at what the settings say of what is given.
 
     Raises:
@@ -140,14 +143,19 @@ def _splits(request: TrainRequest, given: _Given | None) -> dict[str, Split]:
         SettingError: a setting that does not go with what is given.
     """
     if given is None:
-        return {name: training_split(name, request.train_split, request.transductive) for name in request.dataset}
+        splits = {
+            named: training_split(named.name, request.train_split, request.transductive) for named in request.data_sets
+        }
+        for named in filter(lambda named: named.is_folder, splits):
+            open_folder(named.root, splits[named].name)  # whose errors need no model
+        return splits
     if len(request.dataset) != 1:
         raise SettingError(f"--dataset {' '.join(request.dataset)}: expected one name for what is given")
     if isinstance(given, GivenActivations):
         require_no_images(request)
     elif given.is_once and request.retrieval_encoder:
         raise SettingError("--retrieval_encoder reads the images again, and a generator gives them once; give a list")
-    return {request.dataset[0]: Split(GIVEN, request.transductive)}
+    return {request.data_sets[0]: Split(GIVEN, request.transductive)}
 
 
 @contextmanager
@@ -316,16 +324,18 @@ def _amp(request: TrainRequest) -> bool:
     return not emulates_bfloat16() if request.amp is None else request.amp
 
 
-def _data(request: TrainRequest, splits: Mapping[str, Split], parts: Sequence[Part], amp: bool) -> TrainingData:
+def _data(request: TrainRequest, splits: Mapping[DataSet, Split], parts: Sequence[Part], amp: bool) -> TrainingData:
     """Return what a checkpoint tells of its training images."""
+    folders = tuple(part.folder for part in parts)
     return TrainingData(
-        datasets=tuple(splits),
+        datasets=tuple(named.name for named in splits),
         splits=tuple(split.name for split in splits.values()),
         images=sum(map(len, parts)),
-        calibrated_on=request.calibrate_on or tuple(splits),
+        calibrated_on=tuple(named.name for named in request.calibration_sets),
         transductive=any(split.transductive for split in splits.values()),
         amp=amp,
         max_images=request.max_images,
+        folders=folders if any(folders) else (),
     )
 
 
@@ -342,8 +352,7 @@ def _make_saes(
     """Train the SAEs of all plans, or take the one that is given, and say how it went. What two plans have in common is
     trained once."""
     jobs = _jobs(plans, sites, parts, extraction)
-    calibrate_on = request.calibrate_on or request.dataset
-    calibration = np.concatenate([np.full(len(part), part.dataset in calibrate_on) for part in parts])
+    calibration = np.concatenate([np.full(len(part), part.dataset in request.calibration_sets) for part in parts])
     if foreign is not None:
         trained = [adopt(foreign, job.activations, calibration, device=extraction.device) for job in jobs.values()]
     else:
@@ -439,7 +448,8 @@ def _evaluate_command(request: TrainRequest, plans: Sequence[Plan], amp: bool) -
     names = [f"@{plan.folder.name}" if by_name else "" for plan in plans]
     models = [f"{method}:{request.model}{name}" for name in names for method in methods]
     words = ["clip_benchmark", "eval", "--model", request.model, *models, "--pretrained", request.pretrained]
-    words += ["--dataset", *request.dataset, "--dataset_root", request.dataset_root]
+    words += ["--dataset", *request.dataset]
+    words += [] if all(map(DataSet.is_path, request.dataset)) else ["--dataset_root", request.dataset_root]
     return shlex.join([*words, *_as_trained(request), *([] if amp else ["--no_amp"])])
 
 

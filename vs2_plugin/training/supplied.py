@@ -12,6 +12,7 @@ from vs2_plugin.clip.sites import Site
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.data.cache import Extracted
 from vs2_plugin.data.given import GivenActivations
+from vs2_plugin.data.naming import DataSet
 from vs2_plugin.data.splits import Split
 from vs2_plugin.distributed import Processes
 from vs2_plugin.errors import DataError, SettingError
@@ -41,12 +42,12 @@ class Supplied:
     processes: Processes
     labels: bool = False
 
-    def run(self, dataset: str, split: Split) -> Part:
+    def run(self, dataset: DataSet, split: Split) -> Part:
         """Return them as of one data set."""
         rows, where = self.activations.rows, self.site.hookpoint
         unknown = np.broadcast_to(np.uint64(0), len(rows))  # without images, nothing tells one from another
         found = Extracted(Path(), {where: rows}, unknown, None, {where: self.activations.digest})
-        return Part(dataset, found, {})
+        return Part(dataset, "", found, {})
 
     def gallery(self, parts: list[Part]) -> GalleryFiles | None:
         """Return None: nothing is known of the images."""

@@ -1,0 +1,27 @@
+import pytest
+
+from vs2_plugin.checkpoint.records import TrainingData
+
+
+@pytest.mark.parametrize(
+    ("trained", "evaluated", "shared"),
+    [("/p", "/p", True), ("/p/train", "/p/test", False), ("/p/train", "/p", True), ("/p", "/p/test", True),
+     ("/p", "/pp", False), ("https://x/{0..9}.tar", "https://x/{0..9}.tar", True), ("/p", "", False),
+     ("https://x/{0..9}.tar", "https://x/{10..11}.tar", False), ("/p/{0..9}.tar", "/p/9.tar", True)],
+)  # fmt: skip
+def test_images_are_shared_where_one_folder_lies_in_the_other(trained, evaluated, shared):
+    assert TrainingData(("folder/p",), 7, folders=(trained,)).holds(evaluated) is shared
+    assert not TrainingData(("cifar10",), 7).holds(evaluated)
+
+
+def test_a_link_to_a_folder_is_that_folder(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "link").symlink_to("photos")
+    data = TrainingData(("folder/photos",), 7, folders=(str(tmp_path / "photos"),))
+    assert data.is_of(str(tmp_path / "link")) and data.holds(str(tmp_path / "link"))
+    assert not data.is_of(str(tmp_path / "x"))
+
+
+def test_what_is_of_no_folder_is_written_as_before():
+    assert "folders" not in TrainingData(("cifar10",), 7).to_json()
+    assert TrainingData(("folder/p",), 7, folders=("/p",)).to_json()["folders"] == ("/p",)

@@ -1,0 +1,128 @@
+"""Folders of images and listed shards, opened for evaluation with the arguments and attributes that clip_benchmark's
+own data sets have."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vs2_plugin.data.folders import TEMPLATES, USUAL, FolderImages, open_folder
+from vs2_plugin.data.labels import CLASS_NAMES
+from vs2_plugin.data.naming import DataSet
+from vs2_plugin.data.shards import EXTENSIONS, beside, fetch, listed_shards
+from vs2_plugin.errors import DataError
+from vs2_plugin.text import reason_of
+
+__all__ = ["build_folder", "build_listed"]
+
+#: Turns a PIL image into a tensor; None leaves it as it is.
+Transform = Callable[[Any], Any] | None
+
+
+def build_folder(
+    dataset: DataSet,
+    split: str,
+    transform: Transform = None,
+    custom_classname_file: str | None = None,
+    custom_template_file: str | None = None,
+    **others: Any,
+) -> FolderImages:
+    """Open a split of a folder for evaluation; ``others`` mean nothing here.
+
+    Raises:
+        DataError: there are no images or labels, or names and prompts that do not fit.
+    """
+    images = open_folder(dataset.root, split, transform)
+    images.require_labels()
+    _tell(images, dataset, custom_classname_file, custom_template_file)
+    return images
+
+
+def build_listed(
+    dataset: DataSet,
+    transform: Transform = None,
+    custom_classname_file: str | None = None,
+    custom_template_file: str | None = None,
+    wds_cache_dir: str | None = None,
+    **others: Any,
+) -> Any:
+    """Open listed shards for evaluation, as clip_benchmark does those of a folder; ``others`` mean nothing here.
+
+    Raises:
+        DataError: nothing names the classes, or names and prompts do not fit.
+    """
+    import webdataset as wds
+
+    images = (
+        wds.WebDataset(
+            listed_shards(dataset.root), shardshuffle=False, nodesplitter=lambda urls: urls, cache_dir=wds_cache_dir
+        )
+        .decode(wds.autodecode.ImageHandler("pil", extensions=list(EXTENSIONS)))
+        .to_tuple(list(EXTENSIONS), "cls")
+        .map_tuple(transform, None)
+    )
+    images.classes = _lines(dataset, CLASS_NAMES)
+    images.templates = _lines(dataset, TEMPLATES) or list(USUAL)
+    _tell(images, dataset, custom_classname_file, custom_template_file)
+    if not images.classes:
+        raise DataError(
+            f"nothing names the classes of {dataset.root!r}: expected {CLASS_NAMES} beside the shards, a name per "
+            "line in the order of the labels, or --custom_classname_file"
+        )
+    return images
+
+
+def _lines(dataset: DataSet, name: str) -> list[str]:
+    """Return the lines of a small file that belongs to listed shards; none if it is not there."""
+    try:
+        if "://" in dataset.root:
+            text = fetch(f"{dataset.root.rpartition('/')[0]}/{name}")
+        else:
+            text = Path(beside(dataset.root), name).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    return [line.strip() for line in text.splitlines()]
+
+
+def _tell(images: Any, dataset: DataSet, classnames: str | None, prompts: str | None) -> None:
+    """Give images the names of classes, and the prompts, that files of the command line hold.
+
+    Raises:
+        DataError: one cannot be read, or does not fit.
+    """
+    if classnames is not None:
+        names, count = _held(classnames, dataset), len(images.classes)
+        if not isinstance(names, list) or (count and len(names) != count):
+            raise DataError(
+                f"--custom_classname_file {classnames!r}: expected a list of {count or 'the'} names for "
+                f"{dataset.name!r}, in the order of the classes"
+            )
+        images.classes = list(map(str, names))
+    if prompts is not None:
+        templates = _held(prompts, dataset, "imagenet1k")  # as clip_benchmark looks them up
+        if not isinstance(templates, (list, dict)) or not templates:
+            raise DataError(f"--custom_template_file {prompts!r}: expected a list of prompts for {dataset.name!r}")
+        lacking = [name for name in images.classes if name not in templates] if isinstance(templates, dict) else []
+        if lacking:
+            raise DataError(f"--custom_template_file {prompts!r}: no prompts for the class {lacking[0]!r}")
+        images.templates = templates
+
+
+def _held(file: str, dataset: DataSet, *others: str) -> Any:
+    """Return what a JSON file, of the user's or of clip_benchmark's, holds for a data set; None if nothing.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    from clip_benchmark.datasets import builder
+
+    path = file if os.path.exists(file) else os.path.join(os.path.dirname(builder.__file__), file)
+    try:
+        held = json.loads(Path(path).read_text(encoding="utf-8"))
+        keys = (dataset.name, dataset.name.partition("/")[2], *others)
+        return next((held[key] for key in keys if key in held), None)
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"cannot read {file!r} ({reason_of(error)}); expected JSON, {{data set: list}}") from None
