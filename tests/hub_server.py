@@ -126,6 +126,6 @@ def listening():
     handler = type("Own", (Handler,), {"hub": hub})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield hub, f"http://127.0.0.1:{server.server_port}"
         server.shutdown()

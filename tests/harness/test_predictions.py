@@ -75,9 +75,11 @@ def test_pictures_files_tensors_and_arrays_give_the_same(load, tmp_path):
         picture.save(path)
     tensor = torch.stack([transform(picture) for picture in pictures])
     expected = model.classify(pictures)
-    for images in (paths, [str(path) for path in paths], tensor, tensor.numpy(), tensor.double().numpy()):
+    pixels = [np.array(picture) for picture in pictures]
+    ways = (paths, [str(path) for path in paths], tensor, tensor.numpy(), tensor.double().numpy(), list(tensor))
+    for images in (*ways, pixels, np.stack(pixels)):
         assert torch.equal(model.classify(images).logits, expected.logits)
-    for image in (pictures[1], paths[1], tensor[1], tensor[1].numpy()):
+    for image in (pictures[1], paths[1], tensor[1], tensor[1].numpy(), pixels[1]):
         torch.testing.assert_close(model.classify(image).logits, expected.logits[1:2])
     assert model.classify(paths).images == tuple(map(str, paths)) and expected.images == ("0", "1", "2")
 
@@ -115,7 +117,7 @@ def test_a_classifier_of_ones_own(load):
     [
         ([], "no images"),
         (3, "int is no image"),
-        ([3], "int in a list of images"),
+        ([3], "image number 0 is of type int"),
         (["none.jpg"], "there is no file 'none.jpg'"),
         (np.zeros((2, 30, 30, 3)), r"shape \(2, 30, 30, 3\) and type float64; expected floats \[images, 3, 32, 32\]"),
         (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "type torch.uint8"),

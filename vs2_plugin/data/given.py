@@ -19,7 +19,7 @@ from vs2_plugin.data.images import TrainingImages, subset
 from vs2_plugin.data.pictures import open_picture
 from vs2_plugin.errors import DataError
 
-__all__ = ["GivenActivations", "GivenImages", "read_activations"]
+__all__ = ["GivenActivations", "GivenImages", "Prepare", "read_activations"]
 
 _IMAGES = (
     "expected PIL images, paths of image files, uint8 arrays [height, width, 3], or tensors as the model's transform "
@@ -57,17 +57,17 @@ class GivenImages:
         Raises:
             DataError: there are none.
         """
-        prepare = _Prepare(transform)
+        prepare = Prepare(transform)
         if not hasattr(self.items, "__len__") or not hasattr(self.items, "__getitem__"):
             return TrainingImages(_Stream(self.items, prepare), max_images, None, labels)
         if len(self.items) == 0:
             raise DataError(f"there are no images; {_IMAGES}")
         fingerprint = _content(self.items) if self.is_kept else None
-        source, identity = subset(_Prepared(self.items, prepare), fingerprint, max_images, seed)
+        source, identity = subset(Prepared(self.items, prepare), fingerprint, max_images, seed)
         return TrainingImages(source, max_images, identity, labels)
 
 
-class _Prepare:
+class Prepare:
     """Makes an image ready for a tower. (No closure, so that loader processes can be given one.)"""
 
     def __init__(self, transform: Callable[[Any], Tensor]) -> None:
@@ -97,10 +97,10 @@ class _Prepare:
         raise DataError(f"image number {number} is of type {type(item).__name__}; {_IMAGES}")
 
 
-class _Prepared(Dataset[Any]):
+class Prepared(Dataset[Any]):
     """Images by their number."""
 
-    def __init__(self, items: Sequence[Any], prepare: _Prepare) -> None:
+    def __init__(self, items: Sequence[Any], prepare: Prepare) -> None:
         self._items, self._prepare = items, prepare
 
     def __len__(self) -> int:
@@ -113,7 +113,7 @@ class _Prepared(Dataset[Any]):
 class _Stream(IterableDataset[Any]):
     """Images one after the other."""
 
-    def __init__(self, items: Iterable[Any], prepare: _Prepare) -> None:
+    def __init__(self, items: Iterable[Any], prepare: Prepare) -> None:
         self._items, self._prepare = items, prepare
 
     def __iter__(self) -> Iterator[Any]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from vs2_plugin.data.pictures import open_picture
+from vs2_plugin.data.given import Prepare
 from vs2_plugin.documented import documented
 from vs2_plugin.errors import DataError, SettingError
 from vs2_plugin.host import zero_shot_classification
@@ -28,7 +28,7 @@ __all__ = [
 #: CLIP's usual prompt.
 PROMPT = "a photo of a {c}."
 #: What can be classified: a picture, a file, a list of either, or preprocessed images ``[batch, 3, h, w]``.
-Images = Image.Image | str | Path | Sequence[Image.Image | str | Path] | Tensor | np.ndarray
+Images = Image.Image | str | Path | Sequence[Image.Image | str | Path | Tensor | np.ndarray] | Tensor | np.ndarray
 #: One of them.
 OneImage = Image.Image | str | Path | Tensor | np.ndarray
 _EXPECTED = "expected a PIL image, a path, a list of these, or preprocessed images [batch, 3, height, width]"
@@ -251,7 +251,7 @@ def predict(
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, len(pictures), batch_size):
-            batch = _batch(pictures[start : start + batch_size], transform)
+            batch = _batch(pictures[start : start + batch_size], transform, start)
             yield batch.to(weights.device), torch.zeros(len(batch))
 
     model.reset_statistics()
@@ -290,6 +290,8 @@ def _pictures(images: Any, transform: Callable[[Any], Tensor]) -> Sequence[Any]:
     """Return images one by one: pictures or paths in a list, or a tensor ``[batch, 3, height, width]``."""
     if isinstance(images, (Image.Image, str, Path)):
         return [images]
+    if isinstance(images, np.ndarray) and images.dtype == np.uint8:  # pixels, as of a picture
+        images = list(images) if images.ndim == 4 else [images]
     if isinstance(images, (Tensor, np.ndarray)):
         tensor = torch.as_tensor(images)
         tensor = tensor[None] if tensor.ndim == 3 else tensor
@@ -309,16 +311,9 @@ def _pictures(images: Any, transform: Callable[[Any], Tensor]) -> Sequence[Any]:
     return found
 
 
-def _batch(pictures: Sequence[Any], transform: Callable[[Any], Tensor]) -> Tensor:
-    """Return preprocessed images ``[batch, 3, height, width]``."""
+def _batch(pictures: Sequence[Any], transform: Callable[[Any], Tensor], first: int = 0) -> Tensor:
+    """Return preprocessed images ``[batch, 3, height, width]``, of which the first has that number."""
     if isinstance(pictures, Tensor):
         return pictures.float()
-    return torch.stack([_prepared(picture, transform) for picture in pictures])
-
-
-def _prepared(picture: Any, transform: Callable[[Any], Tensor]) -> Tensor:
-    if isinstance(picture, (str, Path)):
-        picture = open_picture(Path(picture))
-    if not isinstance(picture, Image.Image):
-        raise DataError(f"{type(picture).__name__} in a list of images; {_EXPECTED}")
-    return transform(picture)
+    prepare = Prepare(transform)
+    return torch.stack([prepare(number, picture) for number, picture in enumerate(pictures, first)])
