@@ -26,10 +26,11 @@ FORBIDDEN = {
     "report": PARTS - {"report", "results"},
     "training": PARTS - {"training", "checkpoint", "clip", "data", "gallery", "sae"},
     "harness": PARTS - {"harness", "checkpoint", "clip", "data", "gallery", "results", "sae", "steering", "strength"},
-    "inspection": {"cli", "demo", "reproduce", "sweep", "training"},
-    "sweep": {"cli", "demo", "inspection", "report", "reproduce", "training"},
-    "": {"cli", "demo", "inspection", "report", "reproduce", "sweep"},  # the modules at the top
-    "reproduce": {"cli", "inspection", "sweep"},
+    "inspection": {"classify", "cli", "demo", "reproduce", "sweep", "training"},
+    "sweep": {"classify", "cli", "demo", "inspection", "report", "reproduce", "training"},
+    "": {"classify", "cli", "demo", "inspection", "report", "reproduce", "sweep"},  # the modules at the top
+    "reproduce": {"classify", "cli", "inspection", "sweep"},
+    "classify": {"cli", "demo", "reproduce", "sweep"},
     "cli": set(),  # commands and the demo import everything, and nothing imports them
     "demo": set(),
 }

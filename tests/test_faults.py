@@ -16,6 +16,8 @@ from PIL import Image
 
 from vs2_plugin.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from vs2_plugin.checkpoint.records import SiteSAE, TrainingData
+from vs2_plugin.classify.table import Part, columns
+from vs2_plugin.classify.table import write_table as write_predictions
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.data.cache import ActivationCache, extract
 from vs2_plugin.data.images import TrainingImages
@@ -284,6 +286,28 @@ def read_demo(folder):
     return 2 if all((folder / "out" / name).exists() for name in (*DIGITS, *CLIP, "results")) else None
 
 
+def write_classified(folder, version):
+    part, paths = Part(folder / "out" / "x.csv"), [f"{number}.png" for number in range(6)]
+    (folder / "out").mkdir(exist_ok=True)
+    with part.opened():
+        done, _ = part.settle({"version": version}, paths, 2)
+        for start in range(done, 6, 2):
+            part.append({"path": path, "error": text(version)} for path in paths[start : start + 2])
+        write_predictions(folder / "out" / "x.csv", columns(2), part.rows())
+        part.remove()
+
+
+def read_classified(folder):
+    path = folder / "out" / "x.csv"
+    if not path.exists():
+        return None
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == [f"{number}.png" for number in range(6)]
+    [version] = {version_of(row["error"]) for row in rows}
+    return version
+
+
 WRITERS = [
     Writer("file", write_file, read_file),
     Writer("folder", write_folder, read_folder),
@@ -294,6 +318,7 @@ WRITERS = [
     Writer("table", lambda folder, version: write_table(folder / "x.csv", [run_of(folder, version)]), read_table),
     Writer("index", write_index, read_index, kept=False),
     Writer("choice", write_choice, read_choice, kept=False),
+    Writer("classified", write_classified, read_classified),
     Writer("page", write_page, read_page),
     Writer("measured", write_measured, read_measured),
     Writer("picture", write_picture, read_picture, over=(None,)),

@@ -38,3 +38,6 @@ def show() -> None:
     if _HANDLER not in logger.handlers:
         logger.addHandler(_HANDLER)
         logger.setLevel(logging.INFO)
+    if not logging.root.handlers:  # open_clip's first message would make one, which told ours once more
+        logging.basicConfig()
+        logging.root.handlers[0].addFilter(lambda record: not record.name.startswith("vs2_plugin"))

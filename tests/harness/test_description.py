@@ -16,26 +16,26 @@ def test_a_model_says_how_it_steers(in_demo):
     first, *lines = repr(model).splitlines()
     assert first.startswith(f"SteeredCLIP 'vs2:{TINY}': Visual Sparse Steering")
     assert [line.strip() for line in lines] == [
-        "steers at block 3",
-        f"checkpoint {NAME!r} of {TINY}, trained on 900 images of wds/digits; 16 of 512 latents are active",
-        "gamma = 1.5, lam = 2.1, which is alpha = 1.05",
-        "no classes: classify() needs them",
+        "steered: block 3",
+        f"checkpoint: {NAME} of {TINY}, 16 of 512 latents active, trained on 900 images of wds/digits",
+        "options: gamma = 1.5, lam = 2.1, which is alpha = 1.05",
+        "classes: none, and classify() needs them",
     ]
 
 
 def test_it_says_what_was_chosen_and_why(in_demo):
     model, *_ = vs2_plugin.load(f"vs2:{TINY}@{NAME}@alpha=auto")
-    assert "alpha = auto; chosen: nothing yet" in repr(model)
+    assert "options: alpha = auto; chosen: nothing yet" in repr(model)
     model, *_ = vs2_plugin.load(f"vs2:{TINY}@{NAME}@alpha=auto", classes=["one", "two"], prompts="{}", amp=False)
     told = repr(model)
     assert "over 900 unlabeled images, a class tells" in told
-    assert told.endswith("2 classes: one, two, by the prompt '{c}'")
+    assert told.endswith("classes: 2: one, two, by the prompt '{c}'")
 
 
 def test_many_classes_and_prompts_are_counted(in_demo):
     classes = [f"class {number}" for number in range(7)]
     model, *_ = vs2_plugin.load(f"vs2:{TINY}@{NAME}@alpha=0.5", classes=classes, prompts=["{}", "a {}"], amp=False)
     assert repr(model).splitlines()[-2:] == [
-        "  alpha = 0.5",
-        "  7 classes: class 0, class 1, class 2, class 3, class 4, ..., by 2 prompts",
+        "  options: alpha = 0.5",
+        "  classes: 7: class 0, class 1, class 2, class 3, class 4, ..., by 2 prompts",
     ]

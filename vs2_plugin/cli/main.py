@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vs2_plugin import __version__
 from vs2_plugin.checkpoint.store import Store
+from vs2_plugin.cli.classify import add_classify
 from vs2_plugin.cli.common import add_store_option, end_well, make_folder
 from vs2_plugin.cli.inspect import add_inspect
 from vs2_plugin.cli.latents import add_latents
@@ -28,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
         description="SAE-steered CLIP models for clip_benchmark. Evaluate with clip_benchmark itself; "
         "train SAEs with vs2-train-sae.",
         epilog="examples:\n  vs2 demo\n  vs2 methods\n  vs2 doctor\n  vs2 report results\n  vs2 store list\n"
+        "  vs2 classify photos --model vs2s:ViT-B-32-quickgelu --pretrained openai --classes cat,dog\n"
         "  vs2 sweep --model vs2:ViT-B-32-quickgelu@alpha=0:3:0.25 --pretrained openai --dataset cifar100\n"
         "  vs2 inspect --model vs2:ViT-B-32-quickgelu --pretrained openai --dataset cifar100 photo.jpg\n"
         "  vs2 latents --model vs2:ViT-B-32-quickgelu --pretrained openai --dataset cifar100\n"
@@ -65,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     add_store_option(doctor)
     doctor.set_defaults(run=_doctor)
 
+    add_classify(commands)
     add_report(commands)
     add_inspect(commands)
     add_latents(commands)

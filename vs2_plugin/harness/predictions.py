@@ -36,23 +36,27 @@ _EXPECTED = "expected a PIL image, a path, a list of these, or preprocessed imag
 _SHOWN = 10
 
 
-def class_names(names: Sequence[str]) -> tuple[str, ...]:
+def class_names(names: Sequence[str], what: str = "classes") -> tuple[str, ...]:
     """Return the names of classes, checked.
+
+    Args:
+        names: theirs.
+        what: what the names were given by, for the error.
 
     Raises:
         SettingError: they are no list of at least two names, or one stands there twice.
     """
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise SettingError(f"classes is {names!r:.80}; expected a list of names, such as ['cat', 'dog']")
+        raise SettingError(f"{what} is {names!r:.80}; expected a list of names, such as ['cat', 'dog']")
     found = tuple(name.strip() for name in names)
     if "" in found:
-        raise SettingError(f"classes: name number {found.index('') + 1} is empty; expected one name per class")
+        raise SettingError(f"{what}: name number {found.index('') + 1} is empty; expected one name per class")
     twice = next((name for number, name in enumerate(found) if name in found[:number]), None)
     if twice is not None:
-        raise SettingError(f"classes: {twice!r} stands there twice; expected each class once")
+        raise SettingError(f"{what}: {twice!r} stands there twice; expected each class once")
     if len(found) < 2:
         told = f"{found[0]!r} alone" if found else "none"
-        raise SettingError(f"classes: {told}; expected at least two, since probabilities compare classes")
+        raise SettingError(f"{what}: {told}; expected at least two, since probabilities compare classes")
     return found
 
 

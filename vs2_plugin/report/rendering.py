@@ -62,10 +62,13 @@ def _code(text: object) -> str:
     return "`" + " ".join(str(text).replace("`", "'").split()).replace("|", "\\|") + "`"
 
 
-def save(folder: Path, files: Mapping[str, bytes], mark: str, *others: str) -> list[Path]:
+def save(
+    folder: Path, files: Mapping[str, bytes], mark: str, *others: str, remedy: str = "another folder with --out"
+) -> list[Path]:
     """Write all ``files``, by their names, or, where a file is there that does not bear ``mark``, nothing.
 
-    ``others`` are marks of files that have no place for a command's name, such as the header of a CSV.
+    ``others`` are marks of files that have no place for a command's name, such as the header of a CSV; ``remedy`` is
+    what to name where files cannot be written.
 
     Raises:
         DataError: such a file is there, or the folder cannot be written to.
@@ -75,10 +78,10 @@ def save(folder: Path, files: Mapping[str, bytes], mark: str, *others: str) -> l
         for name in files:
             path = folder / name
             if path.exists() and not any(own.encode() in path.read_bytes()[:2000] for own in (mark, *others)):
-                raise DataError(f"{path} is there, and {mark} did not write it; name another folder with --out")
+                raise DataError(f"{path} is there, and {mark} did not write it; name {remedy}")
         for name, content in files.items():
             with atomic_file(folder / name) as scratch:
                 scratch.write_bytes(content)
     except OSError as error:
-        raise DataError(f"cannot write into {folder}: {error.strerror}; name another folder with --out") from error
+        raise DataError(f"cannot write into {folder}: {error.strerror}; name {remedy}") from error
     return [folder / name for name in files]

@@ -1,0 +1,1 @@
+"""Folders of photos, classified: ``vs2 classify``, from its request to its table and page."""

@@ -1,0 +1,225 @@
+"""A request, read and checked: which images, which classes, which SAE, and what is in the way. Nothing is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vs2_plugin.checkpoint.checkpoint import Checkpoint
+from vs2_plugin.checkpoint.store import Store, checkpoint_name
+from vs2_plugin.classify.request import ClassifyRequest
+from vs2_plugin.classify.table import require_format
+from vs2_plugin.clip.backbone import check_backbone, ignores_pretrained
+from vs2_plugin.data.folders import FolderImages, open_files, open_folder
+from vs2_plugin.data.naming import DataSet
+from vs2_plugin.errors import CheckpointNotFound, DataError, SettingError, Vs2Error
+from vs2_plugin.files import LONGEST, json_digest
+from vs2_plugin.harness.predictions import class_names, prompts_of
+from vs2_plugin.modelstring import ModelString, parse
+from vs2_plugin.text import counted
+from vs2_plugin.training.request import TrainRequest
+
+__all__ = ["Plan", "make_plan"]
+
+#: Images without which no SAE can be trained.
+_LEAST = 20
+#: Letters of a checkpoint's name that leave room for a digest.
+_SHORTER = LONGEST - 9
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done."""
+
+    request: ClassifyRequest
+    spec: ModelString
+    images: FolderImages
+    classes: tuple[str, ...]
+    prompts: tuple[str, ...]
+    store: Store
+    checkpoint: Checkpoint | None
+    """The one that is there, if the method needs one."""
+    training: TrainRequest | None
+    """The training that makes it, where there is none."""
+
+    @property
+    def out(self) -> Path:
+        """The table."""
+        return Path(self.request.out)
+
+    @property
+    def transductive(self) -> bool:
+        """Whether the SAE is to be trained on the images that are classified."""
+        return self.training is not None and not self.request.train_images
+
+    @property
+    def train_on(self) -> str:
+        """The folders that an SAE is trained on, in words."""
+        return " ".join(self.request.train_images or self.request.photos)
+
+
+def make_plan(request: ClassifyRequest) -> Plan:
+    """Read what a request names, and check it.
+
+    Raises:
+        Vs2Error: the first thing that would go wrong.
+    """
+    spec, store, out = parse(request.model), Store.default(request.store), Path(request.out)
+    if spec.method.labels == "oracle":
+        raise SettingError(f"--model {request.model}: {spec.method.name} is told the true class of every image, which "
+                           f"is to be found here; use another method, such as vs2s:{spec.backbone}")  # fmt: skip
+    check_backbone(spec.backbone, request.pretrained)
+    if ignores_pretrained(spec.backbone):
+        request = replace(request, pretrained="")
+    require_format(out)
+    _require_free(out, request.overwrite)
+    names, prompts = _classes(request)
+    images = open_files(request.photos)
+    checkpoint, training = _sae(request, spec, store)
+    if training is not None and not request.train_images and len(images) < _LEAST:
+        raise SettingError(
+            f"{counted(len(images), 'image')} in {' '.join(request.photos[:3])}: too few to train an SAE on, which "
+            f"takes {_LEAST}, and some hundreds to be worth it; name more by --train_images FOLDER, or a checkpoint "
+            f"that is there: {spec.method.name}:{spec.backbone}@NAME"
+        )
+    return Plan(request, spec, images, names, prompts, store, checkpoint, training)
+
+
+def _require_free(out: Path, overwrite: bool) -> None:
+    """Refuse a table that is there, and make its folder."""
+    if out.is_dir():
+        raise SettingError(f"--out {str(out)!r} is a folder; expected a file in it, such as {out / 'predictions.csv'}")
+    if out.exists() and not overwrite:
+        raise SettingError(f"--out {str(out)!r} is there already; name another file, or replace it by --overwrite")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingError(f"--out {str(out)!r}: its folder cannot be made ({error.strerror})") from error
+
+
+# -- classes and prompts
+
+
+def _classes(request: ClassifyRequest) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names of the classes, and the prompts."""
+    prompts = None if request.prompts is None else _lines(request.prompts, "--prompts", "one prompt")
+    if request.classes is not None:
+        return class_names(_named(request.classes), "--classes"), prompts_of(prompts)
+    folders = [folder for path in request.photos if (folder := _class_folders(path)) is not None]
+    names = list(dict.fromkeys(name for folder in folders for name in folder.classes))
+    if len(names) < 2:
+        there = f"one folder of images, {names[0]!r}" if names else "no folders of classes"
+        raise SettingError(
+            f"{' '.join(request.photos[:3])} holds {there}, so that the classes have to be named: --classes cat,dog or "
+            "--classes FILE with a name per line"
+        )
+    if prompts is None and len(folders) == 1:
+        prompts = list(folders[0].templates)
+    return class_names(names), prompts_of(prompts)
+
+
+def _class_folders(path: str) -> FolderImages | None:
+    """Return the images of a folder, which know the names of its classes; None where there are none."""
+    with suppress(DataError):
+        return open_folder(path) if os.path.isdir(path) else None
+    return None
+
+
+def _named(classes: str) -> list[str]:
+    """Return the names in ``--classes``: a file, or a list with commas."""
+    if os.path.isfile(classes):
+        return _lines(classes, "--classes", "one name")
+    if "," not in classes:
+        raise SettingError(
+            f"--classes {classes!r}: there is no such file; expected a file with a name per line, or names with commas "
+            "between them, such as cat,dog"
+        )
+    return [name for part in classes.split(",") if (name := part.strip())]
+
+
+def _lines(file: str, flag: str, what: str) -> list[str]:
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise SettingError(f"{flag} {file!r} cannot be read ({error.strerror}); expected {what} per line") from None
+    except UnicodeDecodeError:
+        raise SettingError(f"{flag} {file!r} is no text in UTF-8; expected {what} per line") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+# -- the SAE
+
+
+def _sae(request: ClassifyRequest, spec: ModelString, store: Store) -> tuple[Checkpoint | None, TrainRequest | None]:
+    """Return the checkpoint that the method steers along, or else the training that makes it."""
+    if not spec.method.needs_checkpoint:
+        return None, None
+    if spec.checkpoint is not None:
+        return store.find(spec.checkpoint), None
+    folders = dict.fromkeys(request.train_images or request.photos)
+    sets = [_data_set(folder, bool(request.train_images)) for folder in folders]
+    name = checkpoint_name(spec.backbone, request.pretrained, "+".join(dict.fromkeys(one.name for one in sets)))
+    homes = [one.home for one in sets]
+    for own in (name, f"{name[:_SHORTER]}-{json_digest(homes)[:8]}"):  # of another folder of that name
+        try:
+            checkpoint = store.find(own)
+        except CheckpointNotFound:
+            return None, _training(request, spec, [one.root for one in sets], store, own)
+        if _is_of(checkpoint, homes):
+            return checkpoint, None
+    raise SettingError(
+        f"the checkpoint {checkpoint.name} in the store {store.root} is not of {' '.join(homes)}; remove it: vs2 store "
+        f"remove {checkpoint.name}"
+    )
+
+
+def _is_of(checkpoint: Checkpoint, homes: Sequence[str]) -> bool:
+    """Tell whether a checkpoint is of these folders."""
+    data = checkpoint.data
+    own = [replace(data, folders=(folder,)) for folder in data.folders]
+    return len(own) == len(homes) and all(one.is_of(home) for one, home in zip(own, homes, strict=True))
+
+
+def _data_set(folder: str, given: bool) -> DataSet:
+    if not os.path.isdir(folder):
+        if given:
+            raise SettingError(f"--train_images {folder!r} is no folder; expected one with images in it")
+        raise SettingError(
+            f"an SAE is trained on folders, and {folder!r} is a file; name its folder, or folders for the training by "
+            "--train_images FOLDER, or a checkpoint that is there: vs2s:MODEL@NAME"
+        )
+    return DataSet.of(Path(folder))
+
+
+def _training(
+    request: ClassifyRequest, spec: ModelString, folders: Sequence[str], store: Store, name: str
+) -> TrainRequest:
+    """Return the training that makes the checkpoint of a model string."""
+    options = spec.options
+    if spec.method.sae == "pass" or spec.method.labels_used(options) != "none":
+        raise SettingError(
+            f"--model {request.model}: {spec.method.name} reads training labels, and here an SAE is trained without; "
+            f"train one with labels by vs2-train-sae and name it, {spec.method.name}:{spec.backbone}@NAME, or use "
+            f"another method, such as vs2s:{spec.backbone}"
+        )
+    blocks, encoder = options.get("blocks"), options.get("encoder") or "clip"
+    try:
+        return TrainRequest(
+            model=spec.backbone,
+            pretrained=request.pretrained,
+            dataset=tuple(os.path.join(folder, "") for folder in folders),
+            batch_size=request.batch_size,
+            num_workers=request.num_workers,
+            amp=request.amp,
+            seed=(request.seed,),
+            model_cache_dir=request.model_cache_dir,
+            store=None if request.store is None else str(store.root),
+            name=name,
+            blocks=("last",) if blocks is None else tuple(str(blocks).split("+")),
+            retrieval_encoder=() if encoder == "clip" else (str(encoder),),
+        )
+    except Vs2Error as error:
+        raise SettingError(f"no SAE can be trained for --model {request.model}: {error}") from error

@@ -1,0 +1,202 @@
+"""The table of a classification: its columns, the rows that are there so far, and the files that they become.
+
+While images are classified, rows grow in a folder beside the table, so that an interrupted run goes on where it ended:
+
+<OUT>.part/
+  settings.json     what the rows depend on
+  rows.jsonl        a row per line, in the order of the images
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from vs2_plugin.errors import SettingError
+from vs2_plugin.files import alone, atomic_file
+from vs2_plugin.harness.predictions import Predictions
+
+__all__ = ["Part", "Row", "columns", "require_format", "rows_of", "write_table"]
+
+Row = dict[str, Any]
+_TOP = 5
+#: Rows of a Parquet file that are held in memory.
+_GROUP = 10_000
+
+
+def columns(classes: int) -> dict[str, type]:
+    """Return the columns of a table, name -> type, where there are so many classes."""
+    further = {f"{name}_{place}": kind for place in range(2, min(_TOP, classes) + 1) for name, kind in _BEST.items()}
+    return {"path": str, **_BEST, **further, **_REST}
+
+
+_BEST: dict[str, type] = {"class": str, "probability": float}
+_REST: dict[str, type] = {
+    "plain_class": str,
+    "plain_probability": float,
+    "changed": bool,
+    "fvu": float,
+    "steered": bool,
+    "error": str,
+}
+
+
+def rows_of(paths: Sequence[str], errors: Sequence[str], found: Predictions | None) -> Iterator[Row]:
+    """Yield the row of each image of a batch.
+
+    Args:
+        paths: of all of them.
+        errors: why each could not be read; empty where it could.
+        found: predictions of those that could be read; None if there are none.
+    """
+    told = iter([] if found is None else zip(found.rows(), found.top(_TOP), strict=True))
+    for path, error in zip(paths, errors, strict=True):
+        if error:
+            yield {"path": path, "error": error}
+            continue
+        row, best = next(told)
+        values: Row = {"path": path}
+        for place, (name, chance) in enumerate(best, 1):
+            suffix = "" if place == 1 else f"_{place}"
+            values |= {f"class{suffix}": name, f"probability{suffix}": _digits(chance)}
+        values |= {name: row[name] for name in _REST if name != "error"}
+        values |= {
+            "plain_probability": _digits(row["plain_probability"]),
+            "fvu": None if math.isnan(row["fvu"]) else _digits(row["fvu"]),  # NaN: there is no SAE
+        }
+        yield values
+
+
+def _digits(value: float) -> float:
+    """Return a float32 with as many digits as tell it from any other."""
+    return float(f"{value:.9g}")
+
+
+class Part:
+    """The rows that are there so far. Use it within :meth:`opened`."""
+
+    def __init__(self, out: Path) -> None:
+        self._folder = out.with_name(f"{out.name}.part")
+        self._settings, self._rows = self._folder / "settings.json", self._folder / "rows.jsonl"
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Keep other processes from writing the same table. Raises DataError if one does."""
+        with alone(self._rows, seconds=0):
+            yield
+
+    def settle(self, settings: Mapping[str, Any], paths: Sequence[str], batch_size: int) -> tuple[int, list[str]]:
+        """Keep the rows of whole batches if they were made with the same settings, else none.
+
+        Args:
+            settings: all that rows depend on: plain JSON values.
+            paths: of the images.
+            batch_size: images that were classified together.
+
+        Returns:
+            How many rows are kept, and the names of the settings that differ.
+        """
+        settings = json.loads(json.dumps(settings))
+        before: dict[str, Any] | None = None
+        with suppress(OSError, ValueError):
+            before = json.loads(self._settings.read_text(encoding="utf-8"))
+        if before != settings:
+            self._rows.unlink(missing_ok=True)
+            with atomic_file(self._settings) as scratch:
+                scratch.write_text(json.dumps(settings), encoding="utf-8")
+        known = before if isinstance(before, dict) else settings
+        different = [name for name in settings if known.get(name) != settings[name]]
+        return self._keep_whole(paths, batch_size), different
+
+    def _keep_whole(self, paths: Sequence[str], batch_size: int) -> int:
+        """Cut off what an interruption left of a batch. Return how many rows are left."""
+        self._rows.touch()
+        count = kept = end = position = 0
+        with open(self._rows, "r+b") as file:
+            for line in file:
+                with suppress(ValueError, LookupError, TypeError):
+                    if line.endswith(b"\n") and json.loads(line)["path"] == paths[count]:
+                        count, position = count + 1, position + len(line)
+                        if count % batch_size == 0 or count == len(paths):
+                            kept, end = count, position
+                        continue
+                break
+            file.truncate(end)
+        return kept
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Add the rows of a batch."""
+        text = "".join(f"{json.dumps(row)}\n" for row in rows)
+        with open(self._rows, "ab") as file:
+            file.write(text.encode())
+
+    def rows(self) -> Iterator[Row]:
+        """Yield all rows."""
+        with open(self._rows, "rb") as file:
+            yield from map(json.loads, file)
+
+    def remove(self) -> None:
+        """Remove the folder: the table is written."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def require_format(out: Path) -> None:
+    """Refuse a format whose package is not there. Raises SettingError."""
+    if out.suffix.lower() == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise SettingError(
+            f"--out {str(out)!r}: a .parquet file is written by pyarrow, which is not installed; run: pip install "
+            "pyarrow, or name a .csv or .jsonl file"
+        )
+
+
+def write_table(out: Path, columns: Mapping[str, type], rows: Iterable[Row]) -> None:
+    """Write a table in the format that its name ends in.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parquet}[out.suffix.lower()]
+    with atomic_file(out) as scratch:
+        write(scratch, columns, rows)
+
+
+def _write_csv(path: Path, columns: Mapping[str, type], rows: Iterable[Row]) -> None:
+    # Paths may hold bytes that are no UTF-8: they are written as they are.
+    with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        table = csv.DictWriter(file, list(columns), lineterminator="\n")
+        table.writeheader()
+        for row in rows:
+            table.writerow({name: _word(value) for name, value in row.items()})
+
+
+def _word(value: Any) -> Any:
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+def _write_jsonl(path: Path, columns: Mapping[str, type], rows: Iterable[Row]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps({name: row.get(name) for name in columns}) + "\n")
+
+
+def _write_parquet(path: Path, columns: Mapping[str, type], rows: Iterable[Row]) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    kinds = {str: pyarrow.string(), float: pyarrow.float32(), bool: pyarrow.bool_()}
+    schema = pyarrow.schema([(name, kinds[kind]) for name, kind in columns.items()])
+    remaining = iter(rows)
+    with parquet.ParquetWriter(path, schema) as file:
+        while group := list(islice(remaining, _GROUP)):
+            # It holds UTF-8 only.
+            table = [{**row, "path": row["path"].encode("utf-8", "surrogateescape").decode("utf-8", "replace")}
+                     for row in group]  # fmt: skip
+            file.write_table(pyarrow.Table.from_pylist(table, schema=schema))

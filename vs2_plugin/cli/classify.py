@@ -1,0 +1,78 @@
+"""``vs2 classify``: folders of photos in, a table of predictions out."""
+
+from __future__ import annotations
+
+import argparse
+
+from vs2_plugin.classify.request import ClassifyRequest
+from vs2_plugin.cli.common import add_flags, load_torch
+from vs2_plugin.messages import complain, say
+from vs2_plugin.settings import settings_of
+from vs2_plugin.text import counted
+
+__all__ = ["add_classify"]
+
+#: Classes that are counted one by one.
+_SHOWN = 10
+
+_DESCRIPTION = """\
+Classify photos by a steered CLIP, without labels, and write a table: for each image its path, class and probability,
+the next four classes, the class and probability without steering, whether steering changed the class, the share of
+variance that the SAE leaves unexplained (fvu), whether the gate let the image be steered, and for an image that cannot
+be read, why.
+
+If there is no SAE for the photos yet, one is trained first, without labels: on --train_images, else on the photos
+themselves (transductive). Rows are kept as they come: after an interruption the same command goes on."""
+
+_EXAMPLES = """\
+examples:
+  vs2 classify photos --model vs2s:ViT-B-32 --pretrained laion2b_s34b_b79k --classes cat,dog
+  vs2 classify photos more/one.jpg --model vs2s:ViT-B-32 --pretrained laion2b_s34b_b79k --classes classes.txt \\
+      --prompts prompts.txt --train_images collection --out predictions.parquet --page predictions.html
+
+The same from Python: model.classify(images); see help(vs2_plugin.load).
+"""
+
+
+def add_classify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the sub-command."""
+    command = commands.add_parser(
+        "classify",
+        help="folders of photos in, a table of predictions out, with steering and without",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    command.add_argument("photos", nargs="+", metavar="PHOTOS", help="image files, and folders, however deep")
+    add_flags(command, ClassifyRequest)
+    command.add_argument("--quiet", action="store_true", default=False, help="print nothing but errors")
+    command.set_defaults(run=_classify, interrupted="; what is classified is kept: the same command goes on from there")
+
+
+def _classify(args: argparse.Namespace) -> None:
+    given = {name: value for name, value in vars(args).items() if name in settings_of(ClassifyRequest)}
+    request = ClassifyRequest(photos=tuple(args.photos), **given)
+    load_torch()
+    from vs2_plugin.classify.plan import make_plan
+    from vs2_plugin.classify.run import classify
+
+    plan = make_plan(request)
+    report = (lambda line: None) if args.quiet else say
+    report(f"{counted(len(plan.images), 'image')}, {len(plan.classes)} classes")
+    found = classify(plan, report, args.quiet)
+    if found.unreadable:
+        complain(f"vs2: {counted(found.unreadable, 'image')} could not be read; the column error says why")
+    if found.images:
+        report(
+            f"steering changed the class of {found.changed:,} of {counted(found.images, 'image')} "
+            f"({found.changed / found.images:.1%})"
+        )
+    most = found.classes.most_common(_SHOWN)
+    for name, count in most:
+        report(f"{count:>7,}  {name}")
+    if len(found.classes) > len(most):
+        rest = found.images - sum(count for _, count in most)
+        report(f"{rest:>7,}  of other classes, {len(found.classes) - len(most):,} of them")
+    for path in found.written:
+        report(f"wrote {path}")
