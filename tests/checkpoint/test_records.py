@@ -22,6 +22,15 @@ def test_a_link_to_a_folder_is_that_folder(tmp_path):
     assert not data.is_of(str(tmp_path / "x"))
 
 
+@pytest.mark.parametrize(
+    ("trained", "folder", "its"),
+    [("/p", "/p", True), ("/p/Train", "/p", True), ("/p/val", "/p", True), ("/p/own", "/p", True),
+     ("/p/dogs", "/p", False), ("/p", "/p/train", False)],
+)  # fmt: skip
+def test_a_folder_within_is_that_folder_where_it_is_a_split(trained, folder, its):
+    assert TrainingData(("folder/p",), 7, ("own",), folders=(trained,)).is_of(folder) is its
+
+
 def test_what_is_of_no_folder_is_written_as_before():
     assert "folders" not in TrainingData(("cifar10",), 7).to_json()
     assert TrainingData(("folder/p",), 7, folders=("/p",)).to_json()["folders"] == ("/p",)

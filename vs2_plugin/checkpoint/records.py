@@ -28,6 +28,8 @@ RETRAIN = (
 _MOSTLY = 0.5
 #: Of an SAE; see sae.files, which is not read before torch is needed.
 _FILES = ("cfg.json", "sae.safetensors")
+#: Names of folders that stand for a split; see data.folders, which is not read before torch is needed.
+_SPLITS = ("train", "test", "val", "valid", "validation")
 #: The largest number in float32, and more than there are of anything that is counted.
 _FLOAT32, _MOST = 3.4028234e38, 2**40
 
@@ -58,7 +60,12 @@ class TrainingData:
     def is_of(self, folder: str) -> bool:
         """Tell whether its images, as far as they are of folders, lie in ``folder`` or in a split of it."""
         root = _real(folder)
-        return all(root in (path, os.path.dirname(path)) for path in map(_real, filter(None, self.folders)))
+
+        def is_split(path: str) -> bool:
+            where, name = os.path.split(path)
+            return where == root and name.lower() in {*_SPLITS, *self.splits}
+
+        return all(path == root or is_split(path) for path in map(_real, filter(None, self.folders)))
 
     def holds(self, folder: str) -> bool:
         """Tell whether images in ``folder``, which is given as in :attr:`folders`, are among them."""
