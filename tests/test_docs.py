@@ -154,6 +154,12 @@ def test_the_tables_of_the_demo_are_of_its_rows():
 # ---- code
 
 
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_python_blocks_are_python(page):
+    for code in blocks(page, "python"):
+        compile(code, page.name, "exec")
+
+
 def test_the_python_of_the_readme_runs(workplace, tmp_path, monkeypatch):
     """As it stands there, but for the model: the tiny CLIP with a checkpoint of a few digits."""
     (code,) = blocks(PAGES[0], "python")
