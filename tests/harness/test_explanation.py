@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import vs2_plugin
@@ -48,6 +49,9 @@ def test_a_model_explains_an_image_however_it_comes(in_demo, image, tmp_path):
     found = model.explain(image, top=2, latents=3)
     for other in (tmp_path / "a.png", str(tmp_path / "a.png"), transform(image), transform(image)[None].numpy()):
         assert model.explain(other, top=2, latents=3) == found
+    for without in (torch.no_grad, torch.inference_mode):
+        with without():
+            assert model.explain(image, top=2, latents=3) == found
     [predicted] = model.classify(image).names
     assert found.classes[0].name == predicted and found.lead.startswith(predicted)
     [place] = found.places

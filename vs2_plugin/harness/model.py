@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
@@ -149,9 +150,10 @@ class SteeredCLIP(nn.Module):
             DataError: it is no image, or more than one.
         """
         classifier = self._require_classes()
-        prepared = one_image(image, self.transform).to(classifier.weights.device)
-        texts = classifier.weights.float().T.contiguous()
-        return explain(self, prepared, classifier.names, texts, top=top, latents=latents)
+        with torch.inference_mode(False), torch.enable_grad():  # latents are told by gradients, whoever calls
+            prepared = one_image(image, self.transform).to(classifier.weights.device)
+            texts = classifier.weights.float().T.contiguous()
+            return explain(self, prepared, classifier.names, texts, top=top, latents=latents)
 
     def steer(self, activations: Activations, block: int | None = None) -> Activations:
         """Steer activations ``[batch, d]`` by themselves, gate included, as the tower does on its way.
