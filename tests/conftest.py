@@ -32,7 +32,7 @@ settings.load_profile("quick")
 #: Files that take longest, longest first: they begin, so that no process is left with one of them at the end.
 LONGEST = ["gpu/test_demo", "gpu/test_commands", "gpu/test_steering"]
 LONGEST += ["harness/test_demo", "reproduce/test_run", "test_distributed", "test_strength_study", "sweep/test_evaluate"]
-LONGEST += ["harness/test_automatic", "harness/test_autoload", "reproduce/test_paper", "sweep/test_automatic_sweep"]
+LONGEST += ["model/test_automatic", "harness/test_autoload", "reproduce/test_paper", "sweep/test_automatic_sweep"]
 LONGEST += ["test_faults", "harness/test_patches", "training/test_resume", "harness/test_recorder"]
 LONGEST += ["harness/test_gallery"]
 

@@ -25,7 +25,8 @@ FORBIDDEN = {
     "results": PARTS - {"results"},  # reads and writes files; needs no model
     "report": PARTS - {"report", "results"},
     "training": PARTS - {"training", "checkpoint", "clip", "data", "gallery", "sae"},
-    "harness": PARTS - {"harness", "checkpoint", "clip", "data", "gallery", "results", "sae", "steering", "strength"},
+    "model": PARTS - {"model", "checkpoint", "clip", "data", "gallery", "sae", "steering", "strength"},
+    "harness": {"classify", "cli", "demo", "inspection", "report", "reproduce", "sweep", "training"},
     "inspection": {"classify", "cli", "demo", "reproduce", "sweep", "training"},
     "sweep": {"classify", "cli", "demo", "inspection", "report", "reproduce", "training"},
     "": {"classify", "cli", "demo", "inspection", "report", "reproduce", "sweep"},  # the modules at the top

@@ -10,7 +10,7 @@ import pytest
 import vs2_plugin
 from vs2_plugin.checkpoint.records import SiteSAE, TrainingData
 from vs2_plugin.documented import documented
-from vs2_plugin.harness.explanation import Explanation, Line, PlaceChange
+from vs2_plugin.model.explanation import Explanation, Line, PlaceChange
 from vs2_plugin.settings import setting
 from vs2_plugin.training.request import TrainRequest
 

@@ -27,7 +27,7 @@ from vs2_plugin.files import atomic_file, atomic_folder, settle
 from vs2_plugin.gallery.contents import GalleryContents, GalleryPart, RetrievalEncoder
 from vs2_plugin.gallery.files import GalleryFiles
 from vs2_plugin.gallery.search import FaissSearch
-from vs2_plugin.harness.automatic import _kept
+from vs2_plugin.model.automatic import _kept
 from vs2_plugin.report.rendering import save
 from vs2_plugin.reproduce import stand_in
 from vs2_plugin.reproduce import table as measure

@@ -22,7 +22,7 @@ import tomllib
 ROOT = Path(__file__).parents[2]
 PACKAGES = ["torch", "open_clip_torch", "clip-benchmark", "webdataset", "numpy"]
 #: What depends on them most.
-TESTS = ["clip", "data", "sae", "checkpoint", "gallery", "training", "harness/test_model.py", "harness/test_towers.py"]
+TESTS = ["clip", "data", "sae", "checkpoint", "gallery", "training", "model/test_steered.py", "harness/test_towers.py"]
 VERSIONS = "from importlib.metadata import version; print(*map(version, {names!r}))"
 
 

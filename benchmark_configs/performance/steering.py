@@ -32,7 +32,7 @@ from vs2_plugin.clip.sites import Sites
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.gallery.contents import GalleryContents, GalleryPart, RetrievalEncoder
 from vs2_plugin.gallery.files import GalleryFiles
-from vs2_plugin.harness.model import SteeredCLIP
+from vs2_plugin.model.steered import SteeredCLIP
 from vs2_plugin.modelstring import parse
 from vs2_plugin.sae.topk import SaeConfig, TopKSAE
 from vs2_plugin.steering.context import Task

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vs2_plugin.clip.sites import OUTPUT, Site
 from vs2_plugin.errors import DataError
 from vs2_plugin.gallery.gallery import CLIP, Gallery
-from vs2_plugin.harness.automatic import Automatic
+from vs2_plugin.model.automatic import Automatic
 from vs2_plugin.modelstring import parse
 from vs2_plugin.steering.move import keep_norm
 

@@ -21,7 +21,7 @@ from vs2_plugin.clip.edits import in_float32
 from vs2_plugin.clip.sites import Site, Sites, embedding_from
 from vs2_plugin.gallery.gallery import CLIP, Gallery
 from vs2_plugin.gallery.search import ExactSearch
-from vs2_plugin.harness.automatic import Automatic, settle
+from vs2_plugin.model.automatic import Automatic, settle
 from vs2_plugin.modelstring import ModelString, parse
 from vs2_plugin.sae.config import TrainConfig
 from vs2_plugin.sae.train import Job, Trained, train_saes

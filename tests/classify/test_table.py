@@ -9,7 +9,7 @@ import torch
 from vs2_plugin.classify import table
 from vs2_plugin.classify.table import Part, columns, require_format, rows_of, write_table
 from vs2_plugin.errors import SettingError
-from vs2_plugin.harness.predictions import Predictions
+from vs2_plugin.model.predictions import Predictions
 
 
 def predictions(count=2, classes=7):

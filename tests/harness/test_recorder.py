@@ -110,7 +110,7 @@ def test_a_steered_run_knows_what_the_plain_one_gives_bit_for_bit(data, evaluate
 
 
 def test_where_the_rest_of_the_tower_gives_other_bits_the_whole_tower_runs(evaluate, monkeypatch):
-    from vs2_plugin.harness import plain as module
+    from vs2_plugin.model import plain as module
 
     finish = module.finish
     monkeypatch.setattr(module, "finish", lambda model, site, x: finish(model, site, x) * 1.01)

@@ -8,10 +8,10 @@ from PIL import Image
 import vs2_plugin
 from vs2_plugin.demo.digits import CLASSES, TEMPLATES
 from vs2_plugin.errors import HarnessError
-from vs2_plugin.harness.explanation import ClassChange, Explanation
 from vs2_plugin.inspection.findings import inspect_images
 from vs2_plugin.inspection.notes import NO_GALLERY, NO_WORDS
 from vs2_plugin.inspection.pictures import ImageFile, read_image
+from vs2_plugin.model.explanation import ClassChange, Explanation
 from vs2_plugin.plugins import registry
 
 TINY = "local-dir:tiny-clip"

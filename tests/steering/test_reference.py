@@ -21,7 +21,7 @@ from vs2_plugin.demo.digits import CLASSES, TEMPLATES
 from vs2_plugin.demo.run import _TINY_CLIP
 from vs2_plugin.gallery.contents import GalleryContents, GalleryPart, RetrievalEncoder
 from vs2_plugin.gallery.files import GalleryFiles
-from vs2_plugin.harness.model import SteeredCLIP
+from vs2_plugin.model.steered import SteeredCLIP
 from vs2_plugin.modelstring import parse
 from vs2_plugin.sae.config import TrainConfig
 from vs2_plugin.sae.train import train_sae

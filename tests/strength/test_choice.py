@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vs2_plugin.harness.automatic import _kept as kept
+from vs2_plugin.model.automatic import _kept as kept
 from vs2_plugin.strength import RULE, Choice, Rule, Scores, choose, neighbour_graph, scores
 
 ALPHAS = [{"alpha": value} for value in (0.0, 0.5, 1.0, 2.0)]

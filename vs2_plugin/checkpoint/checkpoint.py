@@ -20,7 +20,7 @@ import itertools
 import json
 import reprlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -393,7 +393,7 @@ class Checkpoint:
         self.verify()
         folder.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(folder) as scratch:
-            self._copy(scratch, gallery, self.created, folder.name, None)
+            self._copy(scratch, gallery, folder.name, None)
         return Checkpoint.load(folder)
 
     def push_to_hub(
@@ -401,8 +401,8 @@ class Checkpoint:
     ) -> str:
         """Put it into a repository of a model hub, which is made if there is none, with a model card.
 
-        The command that trained it, which may name folders of this machine, stays here. A ``README.md`` in the
-        checkpoint's folder takes the place of the card.
+        The command that trained it and the folders of its images, which are of this machine, stay here. A
+        ``README.md`` in the checkpoint's folder takes the place of the card.
 
         Args:
             repository: ``owner/name``.
@@ -424,18 +424,21 @@ class Checkpoint:
 
         self.verify()
         with TemporaryDirectory(prefix="vs2-") as scratch:
-            created = {key: value for key, value in self.created.items() if key != "command"}
-            self._copy(Path(scratch), gallery, created, str(Repository(repository)), license)
+            self._copy(Path(scratch), gallery, str(Repository(repository)), license, away=True)
             return upload(Path(scratch), repository, PATTERNS, f"Checkpoint {self.digest[:16]} of vs2-plugin", private)
 
-    def _copy(self, folder: Path, gallery: bool, created: Mapping[str, str], name: str, license: str | None) -> None:
-        """Copy all files into an empty folder, with a card that calls the checkpoint so."""
+    def _copy(self, folder: Path, gallery: bool, name: str, license: str | None, away: bool = False) -> None:
+        """Copy all files into an empty folder, with a card that calls the checkpoint so. What goes ``away`` says nothing
+        of where things lie on this machine."""
         kept = self.gallery if gallery else None
         copy_files(self.folder, self.sites, None if kept is None else self.gallery_folder, folder)
         values = json.loads((self.folder / MANIFEST).read_bytes())
         if kept is None:
             values.pop("gallery", None)
-        values |= {"created": dict(created), "digest": _digest(values)}
+        if away:
+            values["created"].pop("command", None)
+            values["data"].pop("folders", None)
+        values["digest"] = _digest(values)
         (folder / MANIFEST).write_text(json.dumps(values, indent=1) + "\n")
         own = self.folder / CARD
         if own.is_file() and license is None:

@@ -17,7 +17,7 @@ from vs2_plugin.data.folders import FolderImages, open_files, open_folder
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import CheckpointNotFound, DataError, SettingError, Vs2Error
 from vs2_plugin.files import LONGEST, json_digest
-from vs2_plugin.harness.predictions import class_names, prompts_of
+from vs2_plugin.model.predictions import class_names, prompts_of
 from vs2_plugin.modelstring import ModelString, parse
 from vs2_plugin.text import counted
 from vs2_plugin.training.request import TrainRequest

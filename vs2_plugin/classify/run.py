@@ -22,11 +22,11 @@ from vs2_plugin.data.folders import FolderImages
 from vs2_plugin.data.images import leave_interruptions
 from vs2_plugin.devices import emulates_bfloat16, own_device
 from vs2_plugin.errors import DataError
-from vs2_plugin.harness.automatic import Automatic
-from vs2_plugin.harness.description import told
 from vs2_plugin.harness.loader import load
-from vs2_plugin.harness.model import SteeredCLIP
-from vs2_plugin.harness.predictions import Classifier
+from vs2_plugin.model.automatic import Automatic
+from vs2_plugin.model.description import told
+from vs2_plugin.model.predictions import Classifier
+from vs2_plugin.model.steered import SteeredCLIP
 from vs2_plugin.steering.context import Task
 from vs2_plugin.text import counted, reason_of
 from vs2_plugin.training.run import train

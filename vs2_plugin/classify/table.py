@@ -22,7 +22,7 @@ from typing import Any
 
 from vs2_plugin.errors import SettingError
 from vs2_plugin.files import alone, atomic_file
-from vs2_plugin.harness.predictions import Predictions
+from vs2_plugin.model.predictions import Predictions
 
 __all__ = ["Part", "Row", "columns", "require_format", "rows_of", "write_table"]
 

@@ -56,10 +56,10 @@ def _run(args: argparse.Namespace) -> None:
         raise SettingError("--quiet prints nothing, and without --out nothing is written: give --out FOLDER, or leave "
                            "--quiet away")  # fmt: skip
     load_torch()
-    from vs2_plugin.harness.explanation import require_explainable
     from vs2_plugin.inspection.findings import inspect_images
     from vs2_plugin.inspection.pages import write_inspection
     from vs2_plugin.inspection.pictures import read_image
+    from vs2_plugin.model.explanation import require_explainable
     from vs2_plugin.modelstring import parse
 
     require_explainable(parse(args.model))  # mistakes are told before anything is loaded

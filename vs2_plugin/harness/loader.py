@@ -14,11 +14,11 @@ from vs2_plugin.clip.backbone import load_backbone
 from vs2_plugin.data.images import place_of
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import CheckpointNotFound, ModelStringError
-from vs2_plugin.harness.model import SteeredCLIP
-from vs2_plugin.harness.predictions import Classifier, class_names, prompts_of
 from vs2_plugin.harness.preflight import missing_checkpoint
 from vs2_plugin.harness.shared import Shared
 from vs2_plugin.host import Evaluation
+from vs2_plugin.model.predictions import Classifier, class_names, prompts_of
+from vs2_plugin.model.steered import SteeredCLIP
 from vs2_plugin.modelstring import ModelString, parse
 from vs2_plugin.steering.context import Task
 

@@ -44,9 +44,9 @@ from vs2_plugin.text import sentence_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vs2_plugin.harness.model import SteeredCLIP
     from vs2_plugin.harness.recorder import Recorder
     from vs2_plugin.harness.shared import Shared
+    from vs2_plugin.model.steered import SteeredCLIP
 
 __all__ = ["PER_IMAGE", "SUPPORTED", "patch"]
 

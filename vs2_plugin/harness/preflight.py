@@ -22,8 +22,8 @@ from vs2_plugin.data.naming import DataSet
 from vs2_plugin.data.splits import without_training_split
 from vs2_plugin.devices import emulates_bfloat16
 from vs2_plugin.errors import CheckpointNotFound, DataError, HarnessError, ModelStringError
-from vs2_plugin.harness.automatic import read_prior
 from vs2_plugin.host import Evaluation, build, unknown_data_set
+from vs2_plugin.model.automatic import read_prior
 from vs2_plugin.modelstring import GRAMMAR, ModelString, is_steered, parse
 from vs2_plugin.names import LOCAL
 from vs2_plugin.text import counted

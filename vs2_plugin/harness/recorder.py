@@ -28,7 +28,7 @@ from torch import Tensor
 
 from vs2_plugin.arrays import spread
 from vs2_plugin.data.images import image_digest
-from vs2_plugin.harness.predictions import best_first
+from vs2_plugin.model.predictions import best_first
 from vs2_plugin.results.images import Images, images_file
 from vs2_plugin.results.statistics import calibration
 

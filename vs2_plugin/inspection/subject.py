@@ -16,14 +16,14 @@ from tqdm import tqdm
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import DataError
 from vs2_plugin.gallery.gallery import CLIP
-from vs2_plugin.harness.explanation import sae_at, words_of
 from vs2_plugin.harness.loader import load
-from vs2_plugin.harness.model import SteeredCLIP
-from vs2_plugin.harness.places import Place
 from vs2_plugin.host import build, zero_shot_classification
 from vs2_plugin.inspection.latents import LatentStatistics, scan
 from vs2_plugin.inspection.notes import NO_GALLERY, NO_WORDS, TOP_IMAGES
 from vs2_plugin.inspection.pictures import Thumbnail, TrainingPictures
+from vs2_plugin.model.explanation import sae_at, words_of
+from vs2_plugin.model.places import Place
+from vs2_plugin.model.steered import SteeredCLIP
 from vs2_plugin.steering.context import Task
 
 __all__ = ["Card", "Subject", "open_subject"]

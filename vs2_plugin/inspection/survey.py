@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vs2_plugin.errors import HarnessError
-from vs2_plugin.harness.explanation import sae_at
 from vs2_plugin.inspection.latents import LatentStatistics, choose, kinds
 from vs2_plugin.inspection.notes import TOP_IMAGES
 from vs2_plugin.inspection.subject import Card, Subject
+from vs2_plugin.model.explanation import sae_at
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.text import counted
 

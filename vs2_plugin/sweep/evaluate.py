@@ -29,10 +29,10 @@ from vs2_plugin.data.images import leave_interruptions, place_of
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import DataError, HarnessError
 from vs2_plugin.harness.autoload import DISABLE
-from vs2_plugin.harness.parts import Parts
-from vs2_plugin.harness.places import Current, Place, build_places
 from vs2_plugin.host import build, zero_shot_classification
 from vs2_plugin.method import Scalar
+from vs2_plugin.model.parts import Parts
+from vs2_plugin.model.places import Current, Place, build_places
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.steering.batch import Batch
 from vs2_plugin.steering.context import Task

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from vs2_plugin.clip.sites import OUTPUT, Site, embedding_from
-from vs2_plugin.harness import candidates as module
-from vs2_plugin.harness.candidates import ZeroShot
+from vs2_plugin.model import candidates as module
+from vs2_plugin.model.candidates import ZeroShot
 
 D, E, CLASSES, IMAGES = 24, 16, 30, 150
 BLOCK = Site("visual.transformer.resblocks.3", D, 1)

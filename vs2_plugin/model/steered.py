@@ -15,14 +15,14 @@ from vs2_plugin.clip.edits import Edit, edit, paused
 from vs2_plugin.clip.sites import ClipModel, Sites
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.errors import CheckpointReplaced, HarnessError, ModelStringError
-from vs2_plugin.harness.activations import Activations, steer_activations
-from vs2_plugin.harness.description import describe
-from vs2_plugin.harness.explanation import Explanation, explain
-from vs2_plugin.harness.parts import Parts
-from vs2_plugin.harness.places import Current, Places, build_places
-from vs2_plugin.harness.plain import PlainEmbedding
-from vs2_plugin.harness.predictions import Classifier, Images, OneImage, Predictions, one_image, predict
 from vs2_plugin.method import Scalar
+from vs2_plugin.model.activations import Activations, steer_activations
+from vs2_plugin.model.description import describe
+from vs2_plugin.model.explanation import Explanation, explain
+from vs2_plugin.model.parts import Parts
+from vs2_plugin.model.places import Current, Places, build_places
+from vs2_plugin.model.plain import PlainEmbedding
+from vs2_plugin.model.predictions import Classifier, Images, OneImage, Predictions, one_image, predict
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.steering.batch import Batch
 from vs2_plugin.steering.context import Task

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from vs2_plugin.clip.edits import editing, reading
 from vs2_plugin.clip.sites import Sites, embedding_from
-from vs2_plugin.harness.attribution import attribute, movement, tail
+from vs2_plugin.model.attribution import attribute, movement, tail
 from vs2_plugin.sae.topk import Latents
 from vs2_plugin.steering.batch import Batch, call, steer
 from vs2_plugin.steering.builtin import build_amp, build_clipsteer, build_rec, build_vs2, build_vs2pp

@@ -15,9 +15,9 @@ from vs2_plugin.clip.edits import reading
 from vs2_plugin.clip.sites import ClipModel, Sites
 from vs2_plugin.documented import documented
 from vs2_plugin.errors import HarnessError
-from vs2_plugin.harness.attribution import Attribution, Movement, attribute, movement, tail
-from vs2_plugin.harness.places import Place, Places
-from vs2_plugin.harness.words import latent_embeddings, nearest
+from vs2_plugin.model.attribution import Attribution, Movement, attribute, movement, tail
+from vs2_plugin.model.places import Place, Places
+from vs2_plugin.model.words import latent_embeddings, nearest
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.sae.topk import TopKSAE, sample_fvu
 from vs2_plugin.steering.batch import Batch

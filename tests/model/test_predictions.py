@@ -12,8 +12,8 @@ from vs2_plugin.data.images import open_images
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.demo.digits import CLASSES
 from vs2_plugin.errors import DataError, HarnessError, ModelStringError, SettingError
-from vs2_plugin.harness.predictions import Classifier, class_names, prompts_of
 from vs2_plugin.harness.recorder import Recorder
+from vs2_plugin.model.predictions import Classifier, class_names, prompts_of
 
 from .conftest import TINY, few_digits
 

@@ -29,8 +29,8 @@ from vs2_plugin.clip.sites import ClipModel, Site
 from vs2_plugin.errors import HarnessError, ModelStringError, PluginError
 from vs2_plugin.files import atomic_file, json_digest
 from vs2_plugin.gallery.gallery import CLIP, Gallery
-from vs2_plugin.harness.candidates import ZeroShot
 from vs2_plugin.method import Option, Scalar
+from vs2_plugin.model.candidates import ZeroShot
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.steering.batch import Batch, Steering, call, steer
 from vs2_plugin.steering.move import Move

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vs2_plugin.harness.facts import facts_of
+from vs2_plugin.model.facts import facts_of
 
 
 class Says:

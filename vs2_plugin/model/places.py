@@ -17,10 +17,10 @@ from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.checkpoint.records import RETRAIN, SiteSAE
 from vs2_plugin.clip.sites import ClipModel, Site, Sites, embedding_from
 from vs2_plugin.errors import CheckpointError, ModelStringError, PluginError, Vs2Error
-from vs2_plugin.harness.automatic import Automatic, choose
-from vs2_plugin.harness.facts import facts_of
-from vs2_plugin.harness.parts import Parts
 from vs2_plugin.method import Method, Scalar
+from vs2_plugin.model.automatic import Automatic, choose
+from vs2_plugin.model.facts import facts_of
+from vs2_plugin.model.parts import Parts
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.plugins import registry
 from vs2_plugin.sae.topk import TopKSAE

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from vs2_plugin.clip.edits import editing
 from vs2_plugin.clip.sites import Sites
-from vs2_plugin.harness.words import latent_embeddings, nearest
+from vs2_plugin.model.words import latent_embeddings, nearest
 
 
 def test_a_direction_is_what_the_tower_makes_of_it(make_clip, batch):

@@ -8,7 +8,7 @@ from PIL import Image
 import vs2_plugin
 from vs2_plugin.demo.digits import CLASSES
 from vs2_plugin.errors import DataError, HarnessError
-from vs2_plugin.harness.explanation import ClassChange, Explanation, Line, PlaceChange
+from vs2_plugin.model.explanation import ClassChange, Explanation, Line, PlaceChange
 
 from .conftest import TINY
 
