@@ -428,8 +428,8 @@ class Checkpoint:
             return upload(Path(scratch), repository, PATTERNS, f"Checkpoint {self.digest[:16]} of vs2-plugin", private)
 
     def _copy(self, folder: Path, gallery: bool, name: str, license: str | None, away: bool = False) -> None:
-        """Copy all files into an empty folder, with a card that calls the checkpoint so. What goes ``away`` says nothing
-        of where things lie on this machine."""
+        """Copy all files into an empty folder, with a card that calls the checkpoint so. What goes ``away`` tells
+        nothing of where things lie on this machine."""
         kept = self.gallery if gallery else None
         copy_files(self.folder, self.sites, None if kept is None else self.gallery_folder, folder)
         values = json.loads((self.folder / MANIFEST).read_bytes())
