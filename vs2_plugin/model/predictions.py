@@ -223,7 +223,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def best_first(logits: Tensor, count: int = 5) -> Tensor:
-    """Return the classes best_first most, best first: int64 ``[images, count]``, or as many as there are.
+    """Return the classes of the largest logits, best first: int64 ``[images, count]``, or as many as there are.
 
     Autocast makes equal logits. Among the first five, the order is that of clip_benchmark's own top-5."""
     return logits.topk(min(count, logits.shape[1]), dim=1).indices
