@@ -202,15 +202,16 @@ def open_files(paths: Iterable[str | os.PathLike[str]], transform: Transform = N
     Raises:
         DataError: there is no such file or folder, or no picture in all of them.
     """
-    rows = _Rows("")
-    for path in [os.fspath(path) for path in paths]:
+    rows, named = _Rows(""), [os.fspath(path) for path in paths]
+    for path in named:
         if os.path.isdir(path):
             rows.walk(path, lambda relative: _NO_CLASS)
         else:
             rows.add(path, _NO_CLASS)  # whatever it is called
     listing = rows.listing()
     if not len(listing.paths):
-        raise DataError(f"no images ({_extensions()}) there{_passed_over(listing.passed)}")
+        where = printable(", ".join(named[:3]) + (", ..." if len(named) > 3 else ""))
+        raise DataError(f"no images ({_extensions()}) in {where}{_passed_over(listing.passed)}")
     return FolderImages("", listing, [], list(USUAL), transform)
 
 
