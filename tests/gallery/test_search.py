@@ -218,7 +218,8 @@ def test_a_failed_write_leaves_no_half_an_index(clustered, tmp_path, monkeypatch
 
 def test_a_colleague_can_read_the_index(clustered, tmp_path):
     pytest.importorskip("faiss")
-    before = os.umask(0o022)
+    tmp_path.chmod(0o755)
+    before = os.umask(0o077)
     try:
         FaissSearch(clustered[0][:500], tmp_path / "x.faiss", "cpu")
     finally:

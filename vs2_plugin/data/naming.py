@@ -47,8 +47,6 @@ class DataSet:
 
         >>> DataSet.of("wds/cub200", "root/{dataset}"), DataSet.of("vtab/pets", "{dataset_cleaned}").root
         (DataSet(name='wds/cub200', root='root/cub200'), 'vtab-pets')
-        >>> DataSet.of("folder", "photos") == DataSet.of("folder/photos", "photos")
-        True
         >>> DataSet.of("shards/train-{0000..0009}.tar").name
         'wds/shards'
         """
