@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import vs2_plugin
-from vs2_plugin.demo import notebook
+
+from . import notebook
 
 FILE = Path(vs2_plugin.__file__).parent / "docs/notebook.ipynb"
 

@@ -1,6 +1,6 @@
 """Runs a notebook's code in this process, and puts what it shows beside it: no Jupyter is needed.
 
-    python -m vs2_plugin.demo.notebook vs2_plugin/docs/notebook.ipynb
+    python tests/demo/notebook.py vs2_plugin/docs/notebook.ipynb
 
 Jupyter opens the file; this writes the outputs that are committed, and the tests run the code by it.
 """
