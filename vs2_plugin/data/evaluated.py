@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from vs2_plugin.data.labels import CLASS_NAMES, UNKNOWN, Classes
+from vs2_plugin.data.labels import CLASS_NAMES, TEMPLATES, UNKNOWN, Classes
 from vs2_plugin.data.shards import (
     EXTENSIONS,
     LISTING,
@@ -34,7 +34,6 @@ from vs2_plugin.text import one_line, reason_of
 __all__ = ["fewer_workers", "look", "name_samples"]
 
 CLASSIFICATION = "zeroshot_classification"
-TEMPLATES = "zeroshot_classification_templates.txt"
 #: The file that says what the samples hold beside an image, and the extension of that; labels where it is not there.
 _TYPE, _HOLDS = "dataset_type.txt", {"retrieval": "txt", "multilabel": "npy"}
 _IMAGES = ", ".join(EXTENSIONS)

@@ -26,13 +26,13 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from vs2_plugin.data.labels import CLASS_NAMES
+from vs2_plugin.data.labels import CLASS_NAMES, PROMPT, TEMPLATES
 from vs2_plugin.data.pictures import open_picture
 from vs2_plugin.errors import DataError
 from vs2_plugin.paths import Paths
 from vs2_plugin.text import counted, printable
 
-__all__ = ["PICTURES", "TEMPLATES", "USUAL", "FolderImages", "LeftOut", "listed_once", "open_files", "open_folder"]
+__all__ = ["PICTURES", "FolderImages", "LeftOut", "listed_once", "open_files", "open_folder"]
 
 _LOG = logging.getLogger(__name__)
 #: Extensions of pictures. Of a moving one, the first frame counts.
@@ -42,10 +42,6 @@ _SPLITS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
 _KNOWN = {*_SPLITS["train"], *_SPLITS["test"]}
 #: What archives and file servers leave beside pictures, small pictures among it.
 _LEAVINGS = {"__MACOSX", "@eaDir"}
-#: The prompts of a folder, one per line.
-TEMPLATES = "zeroshot_classification_templates.txt"
-#: CLIP's usual prompt, where a folder holds none.
-USUAL = ["a photo of a {c}."]
 _NO_CLASS = -1
 #: Turns a PIL image into what an item begins with; None leaves it as it is.
 Transform = Callable[[Any], Any] | None
@@ -212,7 +208,7 @@ def open_files(paths: Iterable[str | os.PathLike[str]], transform: Transform = N
     if not len(listing.paths):
         where = printable(", ".join(named[:3]) + (", ..." if len(named) > 3 else ""))
         raise DataError(f"no images ({_extensions()}) in {where}{_passed_over(listing.passed)}")
-    return FolderImages("", listing, [], list(USUAL), transform)
+    return FolderImages("", listing, [], [PROMPT], transform)
 
 
 def _splits(root: str) -> dict[str, str]:
@@ -309,7 +305,7 @@ def _in_words(folder: str) -> str:
 def _templates(root: str) -> list[str]:
     """Return the prompts of a folder, or CLIP's usual one. Raises DataError if one has no place for the class."""
     file = os.path.join(root, TEMPLATES)
-    lines = _lines(file) or list(USUAL)
+    lines = _lines(file) or [PROMPT]
     for line in lines:
         try:
             fits = line.format(c="1") != line.format(c="2")

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from vs2_plugin.errors import DataError
 
-__all__ = ["CLASS_NAMES", "LONGEST_LABEL", "UNKNOWN", "Classes", "read_label"]
+__all__ = ["CLASS_NAMES", "LONGEST_LABEL", "PROMPT", "TEMPLATES", "UNKNOWN", "Classes", "read_label"]
 
 #: The file of a webdataset folder that names its classes, one per line.
 CLASS_NAMES = "classnames.txt"
+#: The file beside it with the prompts, one per line, and CLIP's usual one where there is none.
+TEMPLATES, PROMPT = "zeroshot_classification_templates.txt", "a photo of a {c}."
 #: Where nothing says how many classes there are, labels are below this: more than any collection of images has.
 _MOST = 1_000_000
 #: Bytes of a ``.cls`` file that are looked at.

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vs2_plugin.data.folders import TEMPLATES, USUAL, FolderImages, open_folder
-from vs2_plugin.data.labels import CLASS_NAMES
+from vs2_plugin.data.folders import FolderImages, open_folder
+from vs2_plugin.data.labels import CLASS_NAMES, PROMPT, TEMPLATES
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.data.shards import EXTENSIONS, beside, fetch, listed_shards
 from vs2_plugin.errors import DataError
@@ -65,7 +65,7 @@ def build_listed(
         .map_tuple(transform, None)
     )
     images.classes = _lines(dataset, CLASS_NAMES)
-    images.templates = _lines(dataset, TEMPLATES) or list(USUAL)
+    images.templates = _lines(dataset, TEMPLATES) or [PROMPT]
     _tell(images, dataset, custom_classname_file, custom_template_file)
     if not images.classes:
         raise DataError(

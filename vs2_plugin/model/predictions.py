@@ -15,18 +15,17 @@ from PIL import Image
 from torch import Tensor
 
 from vs2_plugin.data.given import Prepare
+from vs2_plugin.data.labels import PROMPT
 from vs2_plugin.documented import documented
 from vs2_plugin.errors import DataError, SettingError
 from vs2_plugin.host import zero_shot_classification
 from vs2_plugin.text import counted
 
 __all__ = [
-    "PROMPT", "Classifier", "Images", "OneImage", "Predictions", "best_first", "class_names", "one_image", "predict",
+    "Classifier", "Images", "OneImage", "Predictions", "best_first", "class_names", "one_image", "predict",
     "prompts_of",
 ]  # fmt: skip
 
-#: CLIP's usual prompt.
-PROMPT = "a photo of a {c}."
 #: What can be classified: a picture, a file, a list of either, or preprocessed images ``[batch, 3, h, w]``.
 Images = Image.Image | str | Path | Sequence[Image.Image | str | Path | Tensor | np.ndarray] | Tensor | np.ndarray
 #: One of them.
