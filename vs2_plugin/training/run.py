@@ -13,13 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from vs2_plugin import __version__
-from vs2_plugin.arrays import stack
 from vs2_plugin.checkpoint.checkpoint import Checkpoint, save_checkpoint
-from vs2_plugin.checkpoint.records import GIVEN, RETRAIN, SiteSAE, TrainingData
+from vs2_plugin.checkpoint.records import GIVEN, RETRAIN, TrainingData
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.clip.backbone import check_backbone, ignores_pretrained, load_backbone
 from vs2_plugin.clip.sites import Site
@@ -34,15 +32,12 @@ from vs2_plugin.distributed import ALONE, Processes
 from vs2_plugin.errors import DataError, SettingError
 from vs2_plugin.files import alone, json_digest
 from vs2_plugin.names import with_weights
-from vs2_plugin.sae.adopt import adopt
-from vs2_plugin.sae.config import TrainConfig
-from vs2_plugin.sae.foreign import ForeignSAE, read_foreign
-from vs2_plugin.sae.topk import TopKSAE
-from vs2_plugin.sae.train import Job, Trained, train_saes
+from vs2_plugin.sae.foreign import read_foreign
 from vs2_plugin.text import reason_of
-from vs2_plugin.training.extract import Extraction, Part, Report, all_labels, load_encoders
+from vs2_plugin.training.extract import Extraction, Part, Report, load_encoders
 from vs2_plugin.training.plan import Plan, chosen_sites, fitted, make_plans
 from vs2_plugin.training.request import TrainRequest
+from vs2_plugin.training.saes import Saes, make_saes, wanted
 from vs2_plugin.training.supplied import Supplied, require_no_images, supply
 
 __all__ = ["train"]
@@ -52,8 +47,6 @@ _LOG = logging.getLogger(__name__)
 _FORGOTTEN = 30
 #: In place of a data set.
 _Given = GivenImages | GivenActivations
-#: The SAEs of a checkpoint, with what it tells of each.
-_Saes = list[tuple[SiteSAE, TopKSAE]]
 
 
 @listed_once()
@@ -100,7 +93,7 @@ def train(
         data = _data(request, splits, parts, extraction.amp)
         kept = [plan.load_kept(data) for plan in plans]
         states = store.training / _identity(request, plans, sites, parts)
-        trained = _make_saes(request, plans, sites, parts, extraction, states, report, foreign)
+        trained = make_saes(request, plans, sites, parts, extraction, states, report, foreign)
         if not processes.first:
             return []
         contents = {
@@ -191,14 +184,14 @@ def _identity(request: TrainRequest, plans: Sequence[Plan], sites: Sequence[Site
     configs = [
         [plan.folder.name, site.hookpoint, asdict(plan.config(variant, site.width))]
         for plan in plans
-        for variant, site in _wanted(plan, sites)
+        for variant, site in wanted(plan, sites)
     ]
     values = [__version__, configs, [part.tower.contents for part in parts], request.calibrate_on]
     return json_digest(values)[:32]
 
 
 def _save(
-    plans: Sequence[Plan], saes: Sequence[_Saes], contents: Mapping[str, Any], report: Report
+    plans: Sequence[Plan], saes: Sequence[Saes], contents: Mapping[str, Any], report: Report
 ) -> list[Checkpoint]:
     """Write the checkpoints.
 
@@ -314,7 +307,7 @@ def _room(plans: Sequence[Plan], sites: Sequence[Site]) -> int:
     moments too. Galleries are links."""
     size = 0
     for plan in plans:
-        for variant, site in _wanted(plan, sites):
+        for variant, site in wanted(plan, sites):
             latents = plan.config(variant, site.width).expansion_factor * site.width
             size += 5 * 4 * (2 * latents * site.width + latents + site.width)
     return size
@@ -336,108 +329,6 @@ def _data(request: TrainRequest, splits: Mapping[DataSet, Split], parts: Sequenc
         amp=amp,
         max_images=request.max_images,
         folders=folders if any(folders) else (),
-    )
-
-
-def _make_saes(
-    request: TrainRequest,
-    plans: Sequence[Plan],
-    sites: Sequence[Site],
-    parts: Sequence[Part],
-    extraction: Extraction | Supplied,
-    states: Path,
-    report: Report,
-    foreign: ForeignSAE | None,
-) -> list[_Saes]:
-    """Train the SAEs of all plans, or take the one that is given, and say how it went. What two plans have in common is
-    trained once."""
-    jobs = _jobs(plans, sites, parts, extraction)
-    calibration = np.concatenate([np.full(len(part), part.dataset in request.calibration_sets) for part in parts])
-    if foreign is not None:
-        trained = [adopt(foreign, job.activations, calibration, device=extraction.device) for job in jobs.values()]
-    else:
-        trained = train_saes(
-            list(jobs.values()),
-            calibration=calibration,
-            device=extraction.device,
-            quiet=request.quiet,
-            processes=extraction.processes,
-            states=states,
-            save_every=request.save_every,
-        )
-    results = dict(zip(jobs, trained, strict=True))
-    if extraction.processes.first:
-        for job, result in zip(jobs.values(), trained, strict=True):
-            report(_outcome(job.name, result))
-
-    def saes(plan: Plan) -> _Saes:
-        wanted = ((variant, site, plan.config(variant, site.width)) for variant, site in _wanted(plan, sites))
-        return [
-            (_facts(_settings(request, config, one, foreign), site, variant, one), one.sae)
-            for variant, site, config in wanted
-            for one in [results[site, config]]
-        ]
-
-    return [saes(plan) for plan in plans]
-
-
-def _jobs(
-    plans: Sequence[Plan], sites: Sequence[Site], parts: Sequence[Part], extraction: Extraction | Supplied
-) -> dict[tuple[Site, TrainConfig], Job]:
-    """Return what is to be trained, once."""
-    activations = {site: stack([part.tower.columns[site.hookpoint] for part in parts]) for site in sites}
-    labels = all_labels(parts) if extraction.labels else None
-    jobs: dict[tuple[Site, TrainConfig], Job] = {}
-    for plan, variant, site in [(one, *wanted) for one in plans for wanted in _wanted(one, sites)]:
-        config = plan.config(variant, site.width)
-        job = Job(_name(plan, variant, site, len(plans)), activations[site], config, labels)
-        jobs.setdefault((site, config), job if variant == "pass" else replace(job, labels=None))
-    return jobs
-
-
-def _wanted(plan: Plan, sites: Sequence[Site]) -> list[tuple[str, Site]]:
-    return [(variant, site) for variant in plan.variants for site in sites]
-
-
-def _name(plan: Plan, variant: str, site: Site, plans: int) -> str:
-    """Return what an SAE is called in progress and errors."""
-    which = f" of {plan.folder.name}" if plans > 1 else ""
-    return f"{'PASS ' if variant == 'pass' and len(plan.variants) > 1 else ''}SAE at {site}{which}"
-
-
-def _outcome(name: str, trained: Trained) -> str:
-    sae, _, figures = trained
-    how = f"{figures.train_count:,} activations in {figures.seconds:.1f} s" if figures.steps else "taken as it is"
-    return (
-        f"{name}: {sae.config.num_latents} latents, {sae.config.k} active; FVU {figures.fvu:.4f} on "
-        f"{figures.held_out_count:,} held-out activations, {figures.dead:.1%} of latents dead, {how}"
-    )
-
-
-def _settings(
-    request: TrainRequest, config: TrainConfig, trained: Trained, foreign: ForeignSAE | None
-) -> dict[str, Any]:
-    """Return the settings that made an SAE."""
-    if foreign is not None:
-        return {"library": foreign.library, "library_model": foreign.model, **asdict(foreign.sae.config)}
-    count = trained.figures.train_count + trained.figures.held_out_count
-    return {"recipe": request.recipe, **asdict(config.for_size(count))}
-
-
-def _facts(settings: Mapping[str, Any], site: Site, variant: str, trained: Trained) -> SiteSAE:
-    """Return what the checkpoint tells of an SAE."""
-    figures = trained.figures
-    progress = {key: value for key, value in asdict(figures).items() if not key.startswith("fvu")}
-    return SiteSAE(
-        hookpoint=site.hookpoint,
-        variant=variant,
-        labels="train" if variant == "pass" else "none",
-        width=site.width,
-        mean=trained.mean.tolist(),
-        fvu=figures.fvu,
-        fvu_quantiles=figures.fvu_quantiles,
-        training={**settings, **progress},
-        files={},
     )
 
 

@@ -1,0 +1,131 @@
+"""The second half of a training: from the activations to the SAEs, and what a checkpoint tells of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vs2_plugin.arrays import stack
+from vs2_plugin.checkpoint.records import SiteSAE
+from vs2_plugin.clip.sites import Site
+from vs2_plugin.sae.adopt import adopt
+from vs2_plugin.sae.config import TrainConfig
+from vs2_plugin.sae.foreign import ForeignSAE
+from vs2_plugin.sae.topk import TopKSAE
+from vs2_plugin.sae.train import Job, Trained, train_saes
+from vs2_plugin.training.extract import Extraction, Part, Report, all_labels
+from vs2_plugin.training.plan import Plan
+from vs2_plugin.training.request import TrainRequest
+from vs2_plugin.training.supplied import Supplied
+
+__all__ = ["Saes", "make_saes", "wanted"]
+
+#: The SAEs of a checkpoint, with what it tells of each.
+Saes = list[tuple[SiteSAE, TopKSAE]]
+
+
+def make_saes(
+    request: TrainRequest,
+    plans: Sequence[Plan],
+    sites: Sequence[Site],
+    parts: Sequence[Part],
+    extraction: Extraction | Supplied,
+    states: Path,
+    report: Report,
+    foreign: ForeignSAE | None,
+) -> list[Saes]:
+    """Train the SAEs of all plans, or take the one that is given, and say how it went. What two plans have in common is
+    trained once."""
+    jobs = _jobs(plans, sites, parts, extraction)
+    calibration = np.concatenate([np.full(len(part), part.dataset in request.calibration_sets) for part in parts])
+    if foreign is not None:
+        trained = [adopt(foreign, job.activations, calibration, device=extraction.device) for job in jobs.values()]
+    else:
+        trained = train_saes(
+            list(jobs.values()),
+            calibration=calibration,
+            device=extraction.device,
+            quiet=request.quiet,
+            processes=extraction.processes,
+            states=states,
+            save_every=request.save_every,
+        )
+    results = dict(zip(jobs, trained, strict=True))
+    if extraction.processes.first:
+        for job, result in zip(jobs.values(), trained, strict=True):
+            report(_outcome(job.name, result))
+
+    def saes(plan: Plan) -> Saes:
+        settled = ((variant, site, plan.config(variant, site.width)) for variant, site in wanted(plan, sites))
+        return [
+            (_facts(_settings(request, config, one, foreign), site, variant, one), one.sae)
+            for variant, site, config in settled
+            for one in [results[site, config]]
+        ]
+
+    return [saes(plan) for plan in plans]
+
+
+def _jobs(
+    plans: Sequence[Plan], sites: Sequence[Site], parts: Sequence[Part], extraction: Extraction | Supplied
+) -> dict[tuple[Site, TrainConfig], Job]:
+    """Return what is to be trained, once."""
+    activations = {site: stack([part.tower.columns[site.hookpoint] for part in parts]) for site in sites}
+    labels = all_labels(parts) if extraction.labels else None
+    jobs: dict[tuple[Site, TrainConfig], Job] = {}
+    for plan, variant, site in [(one, *pair) for one in plans for pair in wanted(one, sites)]:
+        config = plan.config(variant, site.width)
+        job = Job(_name(plan, variant, site, len(plans)), activations[site], config, labels)
+        jobs.setdefault((site, config), job if variant == "pass" else replace(job, labels=None))
+    return jobs
+
+
+def wanted(plan: Plan, sites: Sequence[Site]) -> list[tuple[str, Site]]:
+    """Return the variants and sites of a checkpoint's SAEs."""
+    return [(variant, site) for variant in plan.variants for site in sites]
+
+
+def _name(plan: Plan, variant: str, site: Site, plans: int) -> str:
+    """Return what an SAE is called in progress and errors."""
+    which = f" of {plan.folder.name}" if plans > 1 else ""
+    return f"{'PASS ' if variant == 'pass' and len(plan.variants) > 1 else ''}SAE at {site}{which}"
+
+
+def _outcome(name: str, trained: Trained) -> str:
+    sae, _, figures = trained
+    how = f"{figures.train_count:,} activations in {figures.seconds:.1f} s" if figures.steps else "taken as it is"
+    return (
+        f"{name}: {sae.config.num_latents} latents, {sae.config.k} active; FVU {figures.fvu:.4f} on "
+        f"{figures.held_out_count:,} held-out activations, {figures.dead:.1%} of latents dead, {how}"
+    )
+
+
+def _settings(
+    request: TrainRequest, config: TrainConfig, trained: Trained, foreign: ForeignSAE | None
+) -> dict[str, Any]:
+    """Return the settings that made an SAE."""
+    if foreign is not None:
+        return {"library": foreign.library, "library_model": foreign.model, **asdict(foreign.sae.config)}
+    count = trained.figures.train_count + trained.figures.held_out_count
+    return {"recipe": request.recipe, **asdict(config.for_size(count))}
+
+
+def _facts(settings: Mapping[str, Any], site: Site, variant: str, trained: Trained) -> SiteSAE:
+    """Return what the checkpoint tells of an SAE."""
+    figures = trained.figures
+    progress = {key: value for key, value in asdict(figures).items() if not key.startswith("fvu")}
+    return SiteSAE(
+        hookpoint=site.hookpoint,
+        variant=variant,
+        labels="train" if variant == "pass" else "none",
+        width=site.width,
+        mean=trained.mean.tolist(),
+        fvu=figures.fvu,
+        fvu_quantiles=figures.fvu_quantiles,
+        training={**settings, **progress},
+        files={},
+    )
