@@ -106,6 +106,7 @@ WHOLE = {
     "": {"architecture", "docs", "faults", "strength_study"},
     "checkpoint": {"mutations"},
     "cli": {"gallery", "interruptions"},
+    "demo": {"notebook"},
     "gallery": {"own_images"},
     "gpu": {"commands", "demo", "processes", "search", "steering", "training"},
     "harness": {"demo", "folders", "gallery", "towers"},

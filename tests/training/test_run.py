@@ -397,6 +397,10 @@ def test_an_sae_of_another_library_becomes_a_checkpoint(folder, capsys, train):
     assert torch.equal(same, mean) and torch.equal(taken.W_dec, sae.W_dec)
     assert 0 < site.fvu < own.sites[0].fvu  # most of these images trained it
     assert checkpoint.gallery is not None
+    assert "trained by SAELens elsewhere and measured on" in repr(checkpoint)
+    checkpoint.save(folder / "saved")
+    told = (folder / "saved" / "README.md").read_text()
+    assert "trained by `SAELens`" in told and "Trained by SAELens elsewhere and measured on" in told
     other = ["--sae", "theirs", "--name", "at-the-end", "--blocks", "output"]
     assert train_sae.main([*WORDS, "--no_amp", "--num_workers", "0", *other]) == 2
     assert "of width 128, and those at this site have 64" in capsys.readouterr().err

@@ -47,21 +47,22 @@ def card(
     if base is not None:
         head["base_model"] = base
     lines = ["---", yaml.safe_dump(head, sort_keys=False).strip(), "---", ""]
-    lines += [f"# {_plain(name.removeprefix('hf:'))}", "", *_about(backbone, pretrained, data)]
+    lines += [f"# {_plain(name.removeprefix('hf:'))}", "", *_about(backbone, pretrained, data, sites[0])]
     lines += ["", *_saes(sites), "", *_use(name, backbone, pretrained, data, sites, gallery)]
     return "\n".join(lines) + "\n"
 
 
-def _about(backbone: str, pretrained: str, data: TrainingData) -> Iterator[str]:
+def _about(backbone: str, pretrained: str, data: TrainingData, site: SiteSAE) -> Iterator[str]:
     what = f"the image activations of {_code(with_weights(backbone, pretrained))}" if backbone else "activations"
+    by = site.training.get("library") or "vs2-plugin"
     yield (
-        f"Sparse autoencoders (SAEs) on {what}, trained by "
-        "`vs2-plugin`. They steer a CLIP at test time, as in Visual Sparse "
-        "Steering ([arXiv 2506.01247](https://arxiv.org/abs/2506.01247)); no weight of the model changes."
+        f"Sparse autoencoders (SAEs) on {what}, trained by {_code(by)}. They steer a CLIP at test time, as in Visual "
+        "Sparse Steering ([arXiv 2506.01247](https://arxiv.org/abs/2506.01247)); no weight of the model changes."
     )
     yield ""
     split = "" if GIVEN in data.splits else f" ({', '.join(map(_code, dict.fromkeys(data.splits)))})"
-    yield f"- Trained on {_plain(data)}{split if data.splits else ''}, without labels unless the table says so"
+    told = site.trained[0].upper() + site.trained[1:]
+    yield f"- {told} {_plain(data)}{split if data.splits else ''}, without labels unless the table says so"
     if data.transductive:
         yield "- Transductive: images that are evaluated were trained on"
 

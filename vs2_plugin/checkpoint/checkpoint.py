@@ -94,7 +94,7 @@ class Checkpoint:
     def __repr__(self) -> str:
         data = self.data
         marks = ", transductive" if data.transductive else ""
-        lines = [f"Checkpoint {self.name!r} of {self.model}, trained on {data}{marks}"]
+        lines = [f"Checkpoint {self.name!r} of {self.model}, {self.sites[0].trained} {data}{marks}"]
         for site in self.sites:
             dead, k = site.training.get("dead"), site.training.get("k")
             told = f"width {site.width}" + ("" if k is None else f", {k} latents active") + f", FVU {site.fvu:.4f}"

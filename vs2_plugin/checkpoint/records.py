@@ -127,6 +127,12 @@ class SiteSAE:
         return self.hookpoint if self.variant == "plain" else f"{self.hookpoint}.{self.variant}"
 
     @property
+    def trained(self) -> str:
+        """What stands before the data set that the checkpoint names: an SAE taken as it is has seen no image of it."""
+        library = self.training.get("library")
+        return "trained on" if library is None else f"trained by {library} elsewhere and measured on"
+
+    @property
     def warning(self) -> str | None:
         """What makes the SAE of no use, in words, if anything does.
 

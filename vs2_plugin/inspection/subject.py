@@ -77,7 +77,7 @@ class Subject:
         if checkpoint is not None:
             data = " ".join(checkpoint.data.datasets)
             title += [("weights", checkpoint.pretrained)] if checkpoint.pretrained else []
-            title.append(("checkpoint", f"{checkpoint.name}, trained on {data}"))
+            title.append(("checkpoint", f"{checkpoint.name}, {checkpoint.sites[0].trained} {data}"))
         labels = self.model.vs2_facts()["vs2_labels"]
         title.append(("labels used", "none" if labels == "none" else f"{labels} labels"))
         title.append(("classes", f"{len(self.classes)}, by {self.prompts}"))

@@ -46,7 +46,7 @@ def _classes(classifier: Classifier | None) -> str:
 def _checkpoint(checkpoint: Checkpoint, places: Places) -> str:
     data = checkpoint.data
     how = ", transductive" if places.transductive else ""
-    trained = f"trained on {data}{how}"
+    trained = f"{checkpoint.sites[0].trained} {data}{how}"
     saes = {(gate.sae.config.k, gate.sae.config.num_latents) for gate in places.gates}
     active = "".join(f", {k} of {latents:,} latents active" for k, latents in sorted(saes))
     return f"{checkpoint.name} of {checkpoint.model}{active}, {trained}"
