@@ -1,5 +1,7 @@
 """``vs2 latents``: its flags and what it prints."""
 
+import re
+
 import pytest
 
 from vs2_plugin.cli.main import main
@@ -20,7 +22,9 @@ def test_what_is_printed(folder, tmp_path, capsys):
     assert names[:9] == [
         "model", "checkpoint", "labels used", "classes", "site", "training images", "latents", "dead", "rare"
     ]  # fmt: skip
-    assert names[9:] == ["dense", "purity", f"wrote {tmp_path / 'index.html'}", f"wrote {tmp_path / 'latents.csv'}"]
+    files = [f"wrote {tmp_path / 'index.html'}", f"wrote {tmp_path / 'latents.csv'}"]
+    assert names[9:] == ["dense", "purity", "to leave some out", *files]
+    assert re.search(r"^to leave some out: latents:local-dir:tiny-clip@blocks=2@suppress=\d+\+\d+$", text, re.MULTILINE)
     assert f"site: block 2\ntraining images: {IMAGES}\nlatents: 512, of which 16 are active in an image" in text
     assert problems.startswith("vs2: Nearest words are shown at the tower's end only")
 

@@ -79,6 +79,19 @@ def test_sums_close_for_every_method_with_a_sparse_code(looked, method, options,
     assert total == pytest.approx(changes[first] - changes[second], abs=0.02)
 
 
+def test_the_model_without_the_latents_shown_is_named_and_is_that(looked):
+    finding = looked(904, "vs2", "@blocks=2+3", latents=2)
+    for block, place in zip((2, 3), finding.places):
+        latents = sorted(line.latent for line in place.lines if line.latent is not None)
+        assert place.without == f"latents:{TINY}@blocks={block}@suppress={latents[0]}+{latents[1]}"
+        [left_out] = looked(904, "latents", place.without.removeprefix(f"latents:{TINY}")).places
+        parts = {line.latent: line for line in left_out.lines if line.latent is not None}
+        assert sorted(parts) == latents and left_out.shown.startswith("2 of 2 active latents") and not left_out.without
+        sums = to_the_lead(left_out)
+        assert sum(sums.values()) == pytest.approx(2 * sums["change"], abs=0.02) and abs(sums["rest"]) < 1e-3
+    assert not looked(904, "pass").places[0].without  # along another SAE
+
+
 def test_where_the_gate_is_closed_nothing_is_attributed(subject, digit):
     pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
     images = [ImageFile("noise", Image.fromarray(pixels)), read_image(digit(904))]

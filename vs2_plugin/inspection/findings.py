@@ -100,7 +100,7 @@ def _with_cards(subject: Subject, place: Place, change: PlaceChange) -> AtPlace:
     cards = _cards(subject, place, latents, np.array([line.activation for line in shown])) if shown else []
     near: dict[int | None, tuple[tuple[str, float], ...]] = {card.latent: tuple(card.words) for card in cards}
     lines = tuple(replace(line, words=near.get(line.latent, ())) for line in change.lines)
-    return AtPlace(change.site, change.decision, change.note, change.shown, lines, tuple(cards))
+    return AtPlace(change.site, change.decision, change.note, change.shown, lines, change.without, tuple(cards))
 
 
 def _cards(

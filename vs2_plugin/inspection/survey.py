@@ -13,7 +13,7 @@ from vs2_plugin.errors import HarnessError
 from vs2_plugin.inspection.latents import LatentStatistics, choose, kinds
 from vs2_plugin.inspection.notes import TOP_IMAGES
 from vs2_plugin.inspection.subject import Card, Subject
-from vs2_plugin.model.explanation import sae_at
+from vs2_plugin.model.explanation import sae_at, without
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.text import counted
 
@@ -151,8 +151,11 @@ def survey_latents(subject: Subject, *, limit: int = 100) -> LatentSurvey:
     survey = LatentSurvey(
         checkpoint.name, k, subject.classes, statistics, kinds(statistics.frequencies, k), words
     )
-    title = (*subject.title, ("site", str(place.site)), *survey.figures())
     groups = tuple(_groups(survey, subject, limit))
+    shown = dict.fromkeys(card.latent for group in groups for card in group.cards)
+    example = without(model.spec, place, list(shown)[:2])
+    title = (*subject.title, ("site", str(place.site)), *survey.figures())
+    title += (("to leave some out", example),) if example else ()
     return replace(survey, title=title, groups=groups, problems=tuple(subject.problems))
 
 

@@ -19,15 +19,18 @@ from vs2_plugin.model.attribution import Attribution, Movement, attribute, movem
 from vs2_plugin.model.places import Place, Places
 from vs2_plugin.model.words import latent_embeddings, nearest
 from vs2_plugin.modelstring import ModelString
+from vs2_plugin.names import Parts
 from vs2_plugin.sae.topk import TopKSAE, sample_fvu
 from vs2_plugin.steering.batch import Batch
 from vs2_plugin.text import counted
 
 __all__ = [
     "ClassChange", "Explanation", "Line", "PlaceChange", "Steered", "explain", "require_explainable", "sae_at",
-    "words_of",
+    "without", "words_of",
 ]  # fmt: skip
 
+#: The built-in method that leaves latents out.
+BY_HAND = "latents"
 _NEAREST = 3
 
 
@@ -83,6 +86,8 @@ class PlaceChange:
     shown: str = ""
     """Which latents are shown."""
     lines: tuple[Line, ...] = ()
+    without: str = ""
+    """The model string that leaves out the latents of the lines; empty where there is none."""
 
     def told(self) -> Iterator[str]:
         """Yield the table of contributions as text."""
@@ -93,6 +98,8 @@ class PlaceChange:
             activation = "" if line.activation is None else f"{line.activation:.2f}"
             near = ", ".join(f"{word} {cosine:.2f}" for word, cosine in line.words)
             yield f"{line.name:<{column}}  {activation:>10}  {line.values[0]:>+12.3f}  {near}"
+        if self.without:
+            yield f"without these latents: {self.without}"
 
 
 @documented
@@ -167,6 +174,18 @@ def words_of(
         [(words[index], value) for value, index in zip(*row, strict=True)] if amount else []
         for amount, *row in zip(amounts.tolist(), cosines.tolist(), indices.tolist(), strict=True)
     ]
+
+
+def without(spec: ModelString, place: Place, latents: Sequence[int]) -> str:
+    """Return the model string that leaves out latents at a place, where ``spec`` steers along the same SAE; empty for
+    the SAE of PASS, and where ``spec`` chooses latents itself."""
+    method = spec.method
+    if place.gate is None or method.sae != "plain" or method.name == BY_HAND or not latents:
+        return ""
+    blocks = [] if spec.options.get("blocks") is None else [f"blocks={place.site.block}"]
+    chosen = "suppress=" + "+".join(map(str, sorted(latents)))
+    words = [*([] if spec.checkpoint is None else [spec.checkpoint]), *blocks, chosen]
+    return str(Parts(BY_HAND, spec.backbone, tuple(words)))
 
 
 def require_explainable(model: ModelString) -> None:
@@ -269,7 +288,8 @@ def _at_place(
     why = "those that contributed most, up or down, to the lead" if moves else "the strongest; none is amplified"
     shown = f"{len(chosen)} of {len(rank)} active latents: {why}"
     words = words_of(model, place, move.latents[chosen], move.activations[chosen], names, texts)
-    return PlaceChange(site, decision, "", shown, tuple(_lines(move, shares, chosen, words)))
+    left_out = without(model.spec, place, move.latents[chosen].tolist())
+    return PlaceChange(site, decision, "", shown, tuple(_lines(move, shares, chosen, words)), left_out)
 
 
 def _contributions(

@@ -10,6 +10,7 @@ from vs2_plugin.method import AUTO, LABELS, Method, Option
 
 if TYPE_CHECKING:
     from vs2_plugin.steering.amplify import Amplify
+    from vs2_plugin.steering.by_hand import ByHand
     from vs2_plugin.steering.context import Context
     from vs2_plugin.steering.neighbours import (
         Activations,
@@ -63,6 +64,18 @@ MIX = Option("mix", float, 0.5, minimum=0, maximum=1, help="weight of the image'
 RULE = Option(
     "rule", str, "majority", choices=("majority", "query"),
     help="which neighbours to steer towards: those of their most frequent class, or of the image's own zero-shot class",
+)  # fmt: skip
+
+_LATENTS = (r"[0-9]{1,9}(\+[0-9]{1,9})*", "numbers of latents joined by + (12+99)")
+#: Which latents, and how strong they shall be.
+BY_HAND = (
+    Option("suppress", str, None, pattern=_LATENTS, help="latents to leave out"),
+    Option("boost", str, None, pattern=_LATENTS, help="latents to make stronger where they are active"),
+    Option("factor", float, None, minimum=-_LIMIT, maximum=_LIMIT, help="what boost multiplies them by; 2 by default"),
+    Option(
+        "edits", str, None, pattern=(r"[^@]+", "a JSON file"), excludes=("suppress", "boost", "factor"),
+        help='the factor of each latent instead: {"12": 0, "99": 2.5}',
+    ),
 )  # fmt: skip
 
 
@@ -127,6 +140,15 @@ def build_clipsteer(
 ) -> NeighbourSteering:
     """CLIP steering at one site."""
     return _neighbour_steering(context, _activations(context), strength(gamma, lam, alpha), rule, labels, brake)
+
+
+def build_latents(
+    context: Context, suppress: str | None, boost: str | None, factor: float | None, edits: str | None
+) -> ByHand:
+    """Latents by hand at one site."""
+    from vs2_plugin.steering.by_hand import ByHand, factors_of
+
+    return ByHand(context.require_sae(), factors_of(suppress, boost, factor, edits))
 
 
 def build_proto(context: Context, gamma: float | None, lam: float | None, alpha: float | None) -> PrototypeSteering:
@@ -223,6 +245,9 @@ def vs2_methods() -> list[Method]:
         Method(
             "knn", build_knn, gallery="neighbours", site="output", classes=True, unreported=("acc5",),
             summary="vote of the neighbours' zero-shot classes",
+        ),
+        Method(
+            "latents", build_latents, BY_HAND, summary="chosen latents left out or boosted by hand, and nothing else",
         ),
         Method(
             "proto", build_proto, FIXED, gallery="images", classes=True, labels="oracle",
