@@ -30,9 +30,8 @@ def test_what_is_printed(folder, digit, tmp_path, capsys):
         assert re.search(r"^    \(3 of \d+ active latents: those that contributed most", block, flags=re.MULTILINE)
         lines = re.findall(r"^    latent \d+ +-?[\d.]+ +[+-][\d.]+  \w+ [\d.]+, \w+ ", block, flags=re.MULTILINE)
         assert len(lines) == 3
-        assert re.search(
-            r"^    without these latents: latents:local-dir:tiny-clip@suppress=\d+\+\d+\+\d+$", block, flags=re.MULTILINE
-        )
+        without = r"^    without these latents: latents:local-dir:tiny-clip@suppress=\d+\+\d+\+\d+$"
+        assert re.search(without, block, flags=re.MULTILINE)
         for sum_ in (r"\d+ other latents", "back to the norm of x", "remainder", "change"):
             assert re.search(rf"^    {sum_} +[+-]\d+\.\d+$", block, flags=re.MULTILINE)
         assert "  The 50 nearest training images, nearest first, each with its zero-shot class." in block

@@ -84,7 +84,7 @@ def test_a_file_says_the_same_as_options(sae, x, tmp_path, monkeypatch):
 
 def test_results_say_of_many_latents_how_many_and_their_digest(make_sae):
     sae = make_sae(num_latents=512)
-    many, other = ({latent: factor for latent in range(300)} for factor in (0.0, 0.5))
+    many, other = (dict.fromkeys(range(300), factor) for factor in (0.0, 0.5))
     told, changed = (ByHand(sae, factors).facts["factors"] for factors in (many, other))
     assert told.startswith("300 latents, sha256:") and told != changed
     assert ByHand(sae, dict(reversed(many.items()))).facts["factors"] == told
