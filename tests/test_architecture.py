@@ -19,6 +19,7 @@ FORBIDDEN = {
     "gallery": PARTS - {"gallery", "sae"},
     "steering": PARTS - {"steering", "gallery", "sae"},
     "strength": PARTS - {"strength"},
+    "logits": PARTS - {"logits", "steering"},
     "clip": PARTS - {"clip", "sae"},
     "data": PARTS - {"data", "clip"},
     "checkpoint": PARTS - {"checkpoint", "clip", "gallery", "sae"},

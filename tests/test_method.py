@@ -16,6 +16,14 @@ BAD_METHODS = [
     {"name": "m", "gallery": "some"},
     {"name": "m", "gallery": "images", "needs_checkpoint": False},
     {"name": "m", "site": "input"},
+    {"name": "m", "protocol": "all"},
+    {"name": "m", "protocol": "image"},
+    {"name": "m", "protocol": "stream"},
+    {"name": "m", "protocol": "transductive"},
+    {"name": "m", "views": True},
+    {"name": "m", "site": "logits", "gallery": "neighbours"},
+    {"name": "m", "site": "logits", "options": [Option("a", float, 1.0, auto=(0.0, 1.0))]},
+    {"name": "m", "site": "logits", "protocol": "stream", "options": [Option("order")]},
 ]
 
 

@@ -70,7 +70,7 @@ INVALID = [
     ("toy:ViT-B-32\n", (r"backbone 'ViT-B-32\n'",)),
     ("toy:-B-32", ("backbone '-B-32'",)),
     ("toy:ViT-Ü", ("backbone 'ViT-Ü'",)),
-    ("toy:toy:ViT-B-32", ("backbone 'toy:ViT-B-32'",)),
+    ("toy:toy:ViT-B-32", ("'toy:toy' before the backbone", "one on logits")),
     ("toy:hf-hub:", ("backbone 'hf-hub:'", "hf-hub:org/repo")),
     ("toy:hf-hub:norepo", ("backbone 'hf-hub:norepo'", "hf-hub:org/repo")),
     ("toy:local-dir:", ("backbone 'local-dir:'", "local-dir:path")),
@@ -259,3 +259,49 @@ def test_a_prior_is_for_a_strength_that_is_told_automatically():
 def test_a_plugins_own_option_called_prior_is_its_own():
     mine = Method("mine", print, [Option("prior", str)])
     assert parse("mine:B@prior=x", Registry(methods={"mine": mine}, owners={"mine": "t"})).options["prior"] == "x"
+
+
+READS = Method("reads", print, [Option("weight", float, 0.5), Option("count", int, 9)], site="logits")
+LEARNS = Method("learns", print, site="logits", protocol="unlabeled")
+
+
+@pytest.fixture
+def both(known):
+    methods = {**known.methods, "reads": READS, "learns": LEARNS}
+    return Registry(methods=methods, owners=dict.fromkeys(methods, "t"), aliases=known.aliases)
+
+
+def test_a_method_on_logits_stands_alone_or_before_one_that_steers(both):
+    alone = parse("reads:B@weight=1", both)
+    assert (alone.name, alone.reading.options["weight"], alone.outer) == ("reads", 1.0, None)
+    assert not alone.needs_checkpoint and alone.protocol == "image" and alone.needs_classes
+    spec = parse("reads:toy:hf-hub:a/b@mine@ratio=2@weight=1", both)
+    assert (spec.name, spec.method, spec.backbone, spec.checkpoint) == ("reads:toy", TOY, "hf-hub:a/b", "mine")
+    assert spec.given == {"ratio": 2.0} and spec.reading.method is READS and spec.reading.given == {"weight": 1.0}
+    assert spec.needs_checkpoint and spec.protocol == "unlabeled"
+    assert spec.all_options == {**spec.options, "weight": 1.0, "reads_count": 9}
+    assert parse(str(spec), both) == spec and str(spec) == "reads:toy:hf-hub:a/b@mine@ratio=2.0@weight=1.0"
+
+
+def test_what_learns_from_the_test_images_needs_no_checkpoint(both):
+    assert parse("learns:B", both).needs_checkpoint
+    spec = parse("learns:B@unlabeled=test", both)
+    assert not spec.needs_checkpoint and spec.protocol == "transductive"
+    assert parse("learns:toy:B@unlabeled=test", both).needs_checkpoint  # for the steering
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("toy:reads:B", r"'toy:reads' before the backbone; expected .*one on logits \(learns, reads\)"),
+        ("reads:learns:B", "'reads:learns' before the backbone"),
+        ("reads:toy:plain:B", "'reads:toy:plain' before the backbone"),
+        ("reads:nobody:B", "unknown method 'nobody'"),
+        ("reads:toy:B@count=2", "option 'count': both reads and toy have one"),
+        ("reads:toy:B@weight=2@weight=3", "option 'weight' is given twice"),
+        ("reads:toy:B@weight=x", "option weight='x'"),
+    ],
+)
+def test_other_combinations_are_refused(text, words, both):
+    with pytest.raises(ModelStringError, match=words):
+        parse(text, both)

@@ -219,12 +219,14 @@ def test_broken_plugins_leave_nothing_behind():
 
 
 def test_the_built_in_methods_come_by_the_hook(install):
+    from vs2_plugin.logits import builtin as on_logits
     from vs2_plugin.steering import builtin
 
     install()
     known = find_plugins()
     by_hook = Registry()
     by_hook.add_plugin("vs2-plugin (built in)", builtin)
+    by_hook.add_plugin("vs2-plugin (built in, on logits)", on_logits)
     assert known == by_hook
     assert "vs2" in known.methods
     assert known.broken == {}

@@ -6,7 +6,7 @@ No heavy imports here: these declarations are read to parse a model string, long
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,10 @@ from vs2_plugin.errors import PluginError
 from vs2_plugin.names import HUB, LOCAL
 from vs2_plugin.settings import Scalar, Setting
 
-__all__ = ["AUTO", "AUTOMATIC", "COMMON", "ENCODER_NAME", "LABELS", "NEIGHBOURS", "Method", "Option", "Scalar"]
+__all__ = [
+    "AUTO", "AUTOMATIC", "COMMON", "ENCODER_NAME", "LABELS", "LABELS_USED", "NEIGHBOURS", "PROTOCOLS", "STREAM",
+    "UNLABELED", "VIEWS", "Method", "Option", "Scalar", "widest",
+]  # fmt: skip
 
 #: In place of a number: to be chosen from unlabeled training images.
 AUTO = "auto"
@@ -107,12 +110,37 @@ COMMON = (
     ),
 )  # fmt: skip
 
+#: What a method on logits understands that learns from unlabeled images; its builder does not see it.
+UNLABELED = (
+    Option(
+        "unlabeled", str, "train", choices=("train", "test"),
+        help="the images it learns from: the checkpoint's gallery of training images, or all test images at once",
+    ),
+)  # fmt: skip
+
+#: What a method understands that sees a stream of images; its builder does not see it.
+STREAM = (Option("order", int, 0, minimum=0, maximum=2**31 - 1, help="seed of the order in which the images come"),)
+
+#: What a method understands that sees several views of each image; its builder does not see these.
+VIEWS = (
+    Option("views", int, 64, minimum=2, maximum=1024, help="the image and random crops of it, all together"),
+    Option("crops", int, 0, minimum=0, maximum=2**31 - 1, help="seed of the crops"),
+)  # fmt: skip
+
+#: What a method sees beside the image at hand, from least to most: nothing; unlabeled images of the domain, such as an
+#: SAE's training images; the images that came before; all test images.
+PROTOCOLS = ("image", "unlabeled", "stream", "transductive")
+
+#: Which labels a method may use, from none to those of the test images.
+LABELS_USED = ("none", "train", "oracle")
+
 #: What the attributes of a method may be.
 _CHOICES = {
     "sae": ("plain", "pass"),
-    "labels": ("none", "train", "oracle"),
+    "labels": LABELS_USED,
     "gallery": ("none", "images", "neighbours"),
-    "site": ("checkpoint", "output"),
+    "site": ("checkpoint", "output", "logits"),
+    "protocol": ("", *PROTOCOLS),
 }
 
 
@@ -130,6 +158,11 @@ class Method:
     A method that steers at a site of a checkpoint has the options of :data:`COMMON` too: the site and the gate are
     the same for all, and applied around what ``build`` returns. One that looks up neighbours has those of
     :data:`NEIGHBOURS`.
+
+    A method on logits (``site="logits"``) does not steer: it reads image embeddings as classes. What it builds is
+    called with embeddings ``[batch, embed_dim]`` of unit norm (``[batch, views, embed_dim]`` for :attr:`views`), and
+    returns logits ``[batch, classes]``, whose softmax is what it believes. The context holds the ``classifier``, and
+    the ``unlabeled`` embeddings that its :attr:`protocol` lets it see. Checkpoint and gallery follow from that.
     """
 
     name: str
@@ -152,7 +185,13 @@ class Method:
     """What it needs of the checkpoint's gallery of training images: ``none``, its ``images``, or the ``neighbours`` of
     each query among them. The context then holds a retriever."""
     site: str = "checkpoint"
-    """Where it steers: at the sites of the ``checkpoint``, or at the tower's ``output`` embedding."""
+    """Where it acts: at the sites of the ``checkpoint``, at the tower's ``output`` embedding, or on ``logits``."""
+    protocol: str = ""
+    """What it sees beside the image at hand: nothing (``image``), ``unlabeled`` images of the domain, the ``stream`` of
+    images before, or all test images (``transductive``). By default ``unlabeled`` for a steering with a checkpoint,
+    else ``image``. Recorded in every result."""
+    views: bool = False
+    """Whether a method on logits sees several views of each image, random crops of it."""
     classes: bool = False
     """Whether it needs the class embeddings, and so runs in zero-shot classification only."""
     unreported: tuple[str, ...] = ()
@@ -181,6 +220,7 @@ class Method:
             if getattr(self, name) not in choices:
                 accepted = f"{', '.join(choices[:-1])} or {choices[-1]}"
                 raise PluginError(f"method {self.name!r}: {name} is {getattr(self, name)!r}; expected {accepted}")
+        self._check_site()
         if any(option.auto for option in self.options) and not self.needs_checkpoint:
             raise PluginError(
                 f"method {self.name!r} has an automatic option, which the gallery in a checkpoint tells; set "
@@ -188,6 +228,31 @@ class Method:
             )
         if self.gallery != "none" and not self.needs_checkpoint:
             raise PluginError(f"method {self.name!r} needs a gallery, which lies in a checkpoint; set needs_checkpoint")
+
+    def _check_site(self) -> None:
+        """Refuse what a method on logits cannot be, or only such a one can."""
+        if self.site == "logits":
+            if self.gallery == "neighbours" or any(option.auto for option in self.options):
+                raise PluginError(
+                    f"method {self.name!r} acts on logits, and has a gallery of neighbours, or an option that can be "
+                    "auto; expected neither"
+                )
+            protocol = self.protocol or "image"
+            learns = protocol == "unlabeled"
+            declared = {"protocol": protocol, "classes": True, "needs_checkpoint": learns}
+            declared["gallery"] = "images" if learns else "none"
+        else:
+            protocol = self.protocol or ("unlabeled" if self.needs_checkpoint else "image")
+            if self.views or protocol not in PROTOCOLS[:2]:
+                raise PluginError(
+                    f"method {self.name!r} steers image by image, and is declared with views, or as {protocol!r}; "
+                    "expected site='logits' with these"
+                )
+            if self.needs_checkpoint and protocol == "image":
+                raise PluginError(f"method {self.name!r} has a checkpoint, made of unlabeled images; expected so")
+            declared = {"protocol": protocol}
+        for name, value in declared.items():
+            object.__setattr__(self, name, value)
 
     def _checked_options(self) -> dict[str, Option]:
         by_name = {option.name: option for option in self.all_options}
@@ -208,7 +273,10 @@ class Method:
         """Its own options and the common ones."""
         common = COMMON if self.needs_checkpoint and self.site == "checkpoint" else ()
         automatic = AUTOMATIC if any(option.auto for option in self.options) else ()
-        return (*self.options, *automatic, *(NEIGHBOURS if self.gallery == "neighbours" else ()), *common)
+        neighbours = NEIGHBOURS if self.gallery == "neighbours" else ()
+        learning = UNLABELED if self.site == "logits" and self.protocol == "unlabeled" else ()
+        streaming, seeing = STREAM if self.protocol == "stream" else (), VIEWS if self.views else ()
+        return (*self.options, *automatic, *neighbours, *learning, *streaming, *seeing, *common)
 
     def option(self, name: str) -> Option | None:
         """The option of that name, or None."""
@@ -217,6 +285,17 @@ class Method:
     def labels_used(self, options: Mapping[str, Scalar | None]) -> str:
         """Which labels it uses with these options: :attr:`labels`, or ``oracle`` by the option :data:`LABELS`."""
         return "oracle" if options.get(LABELS.name) == "oracle" else self.labels
+
+    def protocol_of(self, options: Mapping[str, Scalar | None]) -> str:
+        """Its protocol with these options: :attr:`protocol`, or ``transductive`` by the option :data:`UNLABELED`."""
+        return "transductive" if self._learns_from_test(options) else self.protocol
+
+    def asks_checkpoint(self, options: Mapping[str, Scalar | None]) -> bool:
+        """Tell whether it needs a checkpoint with these options."""
+        return self.needs_checkpoint and not self._learns_from_test(options)
+
+    def _learns_from_test(self, options: Mapping[str, Scalar | None]) -> bool:
+        return self.site == "logits" and options.get(UNLABELED[0].name) == "test"
 
     def needs_classes(self, options: Mapping[str, Scalar | None]) -> bool:
         """Tell whether it needs the class embeddings with these options."""
@@ -230,3 +309,12 @@ class Method:
         """Every option's value: the given ones, defaults for the rest. A given option unsets those it excludes."""
         unset = {name for key in given for name in self._by_name[key].excludes}
         return {o.name: given.get(o.name, None if o.name in unset else o.default) for o in self.all_options}
+
+
+def widest(protocols: Iterable[str]) -> str:
+    """Return, of several protocols, the one that sees most.
+
+    >>> widest(["unlabeled", "image"])
+    'unlabeled'
+    """
+    return max(protocols, key=PROTOCOLS.index)

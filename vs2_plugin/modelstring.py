@@ -5,8 +5,11 @@
     vs2:ViT-L-14@my-checkpoint@alpha=0.8
     vs2:ViT-B-32@hf:owner/name
     vs2:hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K
+    tda:ViT-B-32
+    tda:vs2:ViT-B-32@alpha=0.8
 
-Such a string is read here, after :mod:`vs2_plugin.names` has split it, and nowhere else. No heavy imports.
+The last is a method on logits that reads what a steering before it makes of the images. Such a string is read here,
+after :mod:`vs2_plugin.names` has split it, and nowhere else. No heavy imports.
 """
 
 from __future__ import annotations
@@ -16,11 +19,11 @@ import re
 from dataclasses import dataclass, field
 
 from vs2_plugin.errors import ModelStringError
-from vs2_plugin.method import AUTOMATIC, Method, Scalar
+from vs2_plugin.method import AUTOMATIC, LABELS_USED, Method, Scalar, widest
 from vs2_plugin.names import Parts, is_steered, repository, split
 from vs2_plugin.plugins import Registry, registry
 
-__all__ = ["GRAMMAR", "ModelString", "is_steered", "parse", "split"]
+__all__ = ["GRAMMAR", "ModelString", "Reading", "is_steered", "parse", "split"]
 
 GRAMMAR = "method:backbone[@checkpoint][@key=value]..."
 _BACKBONE = re.compile(r"(hf-hub:[\w.\-]+/[\w.\-]+|local-dir:[^@]+|[A-Za-z0-9][\w.\-/]*)\Z", re.ASCII)
@@ -28,27 +31,86 @@ _CHECKPOINT = re.compile(r"[\w.\-+/~ ]+\Z", re.ASCII)
 
 
 @dataclass(frozen=True)
-class ModelString:
-    """A model string, read."""
+class Reading:
+    """A method on logits in a model string, and the options that the string gives it."""
 
     method: Method
-    backbone: str
-    """An open_clip model name: a built-in architecture, ``hf-hub:org/repo`` or ``local-dir:path``."""
-    checkpoint: str | None = None
-    """Name or folder of an SAE checkpoint, or ``hf:owner/name[#revision]``; None means: the one of the data set under
-    evaluation."""
     given: dict[str, Scalar] = field(default_factory=dict)
-    """The options that the string gives."""
 
     @property
     def options(self) -> dict[str, Scalar | None]:
         """Every option of the method, defaults filled in."""
         return self.method.fill(self.given)
 
+
+@dataclass(frozen=True)
+class ModelString:
+    """A model string, read."""
+
+    method: Method
+    """What steers; or the method on logits, where nothing does."""
+    backbone: str
+    """An open_clip model name: a built-in architecture, ``hf-hub:org/repo`` or ``local-dir:path``."""
+    checkpoint: str | None = None
+    """Name or folder of an SAE checkpoint, or ``hf:owner/name[#revision]``; None means: the one of the data set under
+    evaluation."""
+    given: dict[str, Scalar] = field(default_factory=dict)
+    """The options that the string gives that method."""
+    outer: Reading | None = None
+    """The method on logits that stands before a method that steers."""
+
+    @property
+    def options(self) -> dict[str, Scalar | None]:
+        """Every option of the method, defaults filled in."""
+        return self.method.fill(self.given)
+
+    @property
+    def reading(self) -> Reading | None:
+        """The method on logits, wherever it stands."""
+        return Reading(self.method, self.given) if self.method.site == "logits" else self.outer
+
+    @property
+    def name(self) -> str:
+        """The method's name, that of a method on logits before it: ``tda:vs2``."""
+        return self.method.name if self.outer is None else f"{self.outer.method.name}:{self.method.name}"
+
+    @property
+    def all_options(self) -> dict[str, Scalar | None]:
+        """The options of both methods. Where both have one of a name, the outer one's has its method's name before."""
+        outer = {} if self.outer is None else self.outer.options
+        mine = self.options
+        return mine | {f"{self.name.partition(':')[0]}_{key}" if key in mine else key: outer[key] for key in outer}
+
+    @property
+    def needs_checkpoint(self) -> bool:
+        """Whether one of its methods needs a checkpoint."""
+        return any(method.asks_checkpoint(options) for method, options in self._both)
+
+    @property
+    def needs_classes(self) -> bool:
+        """Whether one of its methods needs the class embeddings."""
+        return any(method.needs_classes(options) for method, options in self._both)
+
+    @property
+    def labels_used(self) -> str:
+        """Which labels its methods use: ``none``, ``train`` or ``oracle``."""
+        return max((method.labels_used(options) for method, options in self._both), key=LABELS_USED.index)
+
+    @property
+    def protocol(self) -> str:
+        """What its methods see beside the image at hand."""
+        return widest(method.protocol_of(options) for method, options in self._both)
+
+    @property
+    def _both(self) -> list[tuple[Method, dict[str, Scalar | None]]]:
+        outer = [] if self.outer is None else [(self.outer.method, self.outer.options)]
+        return [(self.method, self.options), *outer]
+
     def __str__(self) -> str:
-        options = (f"{key}={_write(value)}" for key, value in self.given.items())
+        given = self.given | ({} if self.outer is None else self.outer.given)
+        options = (f"{key}={_write(value)}" for key, value in given.items())
         checkpoint = () if self.checkpoint is None else (self.checkpoint,)
-        return str(Parts(self.method.name, self.backbone, (*checkpoint, *options)))
+        return str(Parts(self.name, self.backbone, (*checkpoint, *options)))
 
 
 def _write(value: Scalar) -> str:
@@ -74,13 +136,30 @@ def parse(text: str, known: Registry | None = None) -> ModelString:
             raise ModelStringError(
                 f"no steering method before a ':'; expected {GRAMMAR}, for example vs2:{text or 'ViT-B-32'}"
             )
-        method = _method(parts.method, known or registry())
+        outer, method = _methods(parts.method, known or registry())
         _check_backbone(parts)
-        given = _options(method, parts)
+        given, of_outer = _options(method, outer, parts)
         _check_combination(method, given)
+        if outer is not None:
+            _check_combination(outer, of_outer)
     except ModelStringError as error:
         raise ModelStringError(f"model {text!r:.500}: {error}") from None
-    return ModelString(method, parts.backbone, parts.checkpoint, given)
+    reading = None if outer is None else Reading(outer, of_outer)
+    return ModelString(method, parts.backbone, parts.checkpoint, given, reading)
+
+
+def _methods(names: str, known: Registry) -> tuple[Method | None, Method]:
+    """Return the method on logits, if there is one before another, and that other."""
+    first, *others = (_method(name, known) for name in names.split(":"))
+    if not others:
+        return None, first
+    if len(others) > 1 or first.site != "logits" or others[0].site == "logits":
+        on_logits = ", ".join(sorted(name for name, method in known.methods.items() if method.site == "logits"))
+        raise ModelStringError(
+            f"{names!r} before the backbone; expected one method, or one on logits ({on_logits or 'none is installed'})"
+            " before one that steers"
+        )
+    return first, others[0]
 
 
 def _method(name: str, known: Registry) -> Method:
@@ -106,17 +185,19 @@ def _check_backbone(parts: Parts) -> None:
         )
 
 
-def _options(method: Method, parts: Parts) -> dict[str, Scalar]:
-    """Read the words after the backbone: the options, and the checkpoint, which is checked only."""
+def _options(method: Method, outer: Method | None, parts: Parts) -> tuple[dict[str, Scalar], dict[str, Scalar]]:
+    """Read the words after the backbone: the options of both methods, and the checkpoint, which is checked only."""
     given: dict[str, Scalar] = {}
+    of_outer: dict[str, Scalar] = {}
     for number, word in enumerate(parts.words, 1):
         key, equals, value = word.partition("=")
         if not word:
             raise ModelStringError(f"nothing after the '@' number {number}; expected a checkpoint name or key=value")
-        if equals and key in given:
+        if equals and key in given | of_outer:
             raise ModelStringError(f"option {key!r} is given twice")
         if equals:
-            given[key] = _value(method, key, value)
+            owner = _owner(method, outer, key)
+            (given if owner is method else of_outer)[key] = _value(owner, key, value)
         elif number > 1:
             raise ModelStringError(
                 f"{word!r} is no key=value, and a checkpoint name stands first, right after the backbone"
@@ -125,7 +206,16 @@ def _options(method: Method, parts: Parts) -> dict[str, Scalar]:
             raise ModelStringError(
                 f"checkpoint {word!r}: expected letters, digits and any of . _ - + /, or hf:owner/name[#revision]"
             )
-    return given
+    return given, of_outer
+
+
+def _owner(method: Method, outer: Method | None, key: str) -> Method:
+    """Return, of two methods, the one that an option is of."""
+    if outer is None or outer.option(key) is None:
+        return method
+    if method.option(key) is not None:
+        raise ModelStringError(f"option {key!r}: both {outer.name} and {method.name} have one; leave it at its default")
+    return outer
 
 
 def _value(method: Method, key: str, value: str) -> Scalar:

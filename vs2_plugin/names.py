@@ -24,7 +24,7 @@ class Parts(NamedTuple):
     """The parts of a steered model's name. None of them has been checked."""
 
     method: str | None
-    """What stands before the colon; None if there is no method."""
+    """What stands before the backbone's colon: a method, or ``outer:method``; None if there is no method."""
     backbone: str
     """The open_clip model."""
     words: tuple[str, ...] = ()
@@ -74,14 +74,15 @@ def split(text: str) -> Parts:
 
     >>> split("vs2:hf-hub:org/model@my-sae@gate=0.9")
     Parts(method='vs2', backbone='hf-hub:org/model', words=('my-sae', 'gate=0.9'))
-    >>> split("ViT-B-32@gamma=2").method is None
-    True
+    >>> split("tda:vs2:ViT-B-32").method, split("ViT-B-32@gamma=2").method
+    ('tda:vs2', None)
     """
-    name, *words = text.split("@")
-    method, colon, backbone = name.partition(":")
-    if not colon or name.startswith((HUB, LOCAL)):
-        return Parts(None, name, tuple(words))
-    return Parts(method, backbone, tuple(words))
+    backbone, *words = text.split("@")
+    methods = []
+    while ":" in backbone and not backbone.startswith((HUB, LOCAL)):
+        method, _, backbone = backbone.partition(":")
+        methods.append(method)
+    return Parts(":".join(methods) if methods else None, backbone, tuple(words))
 
 
 def is_steered(name: str) -> bool:

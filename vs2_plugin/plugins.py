@@ -127,10 +127,12 @@ def _names(method: Method) -> list[str]:
 
 def find_plugins() -> Registry:
     """Return a new registry: the built-in methods, then those of every installed plugin."""
+    from vs2_plugin.logits import builtin as on_logits
     from vs2_plugin.steering import builtin
 
     plugins = Registry()
     plugins.add_plugin("vs2-plugin (built in)", builtin)
+    plugins.add_plugin("vs2-plugin (built in, on logits)", on_logits)
     for point in sorted(entry_points(group=GROUP), key=lambda p: (p.dist.name if p.dist else "", p.name)):
         distribution = f"{point.dist.name} {point.dist.version}" if point.dist else "an unnamed distribution"
         plugins.load_plugin(f"{distribution} (entry point {point.name!r})", point.load)

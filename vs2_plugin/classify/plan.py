@@ -17,6 +17,7 @@ from vs2_plugin.data.folders import FolderImages, open_files, open_folder
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import CheckpointNotFound, DataError, SettingError, Vs2Error
 from vs2_plugin.files import LONGEST, json_digest
+from vs2_plugin.method import PROTOCOLS
 from vs2_plugin.model.predictions import class_names, prompts_of
 from vs2_plugin.modelstring import ModelString, parse
 from vs2_plugin.text import counted
@@ -68,6 +69,11 @@ def make_plan(request: ClassifyRequest) -> Plan:
         Vs2Error: the first thing that would go wrong.
     """
     spec, store, out = parse(request.model), Store.default(request.store), Path(request.out)
+    if spec.reading is not None and spec.reading.method.protocol_of(spec.reading.options) in PROTOCOLS[2:]:
+        raise SettingError(
+            f"--model {request.model}: {spec.reading.method.name} sees other images that are classified, and here they "
+            "come batch by batch; in Python, model.classify(images) takes all of them at once"
+        )
     if spec.method.labels == "oracle":
         raise SettingError(f"--model {request.model}: {spec.method.name} is told the true class of every image, which "
                            f"is to be found here; use another method, such as vs2s:{spec.backbone}")  # fmt: skip
@@ -155,7 +161,7 @@ def _lines(file: str, flag: str, what: str) -> list[str]:
 
 def _sae(request: ClassifyRequest, spec: ModelString, store: Store) -> tuple[Checkpoint | None, TrainRequest | None]:
     """Return the checkpoint that the method steers along, or else the training that makes it."""
-    if not spec.method.needs_checkpoint:
+    if not spec.needs_checkpoint:
         return None, None
     if spec.checkpoint is not None:
         return store.find(spec.checkpoint), None
@@ -199,7 +205,7 @@ def _training(
 ) -> TrainRequest:
     """Return the training that makes the checkpoint of a model string."""
     options = spec.options
-    if spec.method.sae == "pass" or spec.method.labels_used(options) != "none":
+    if spec.method.sae == "pass" or spec.labels_used != "none":
         raise SettingError(
             f"--model {request.model}: {spec.method.name} reads training labels, and here an SAE is trained without; "
             f"train one with labels by vs2-train-sae and name it, {spec.method.name}:{spec.backbone}@NAME, or use "

@@ -93,7 +93,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _methods(args: argparse.Namespace) -> int:
-    from vs2_plugin.method import AUTOMATIC, COMMON, NEIGHBOURS, Method, Option
+    from vs2_plugin.method import AUTOMATIC, COMMON, NEIGHBOURS, STREAM, UNLABELED, VIEWS, Method, Option
     from vs2_plugin.plugins import registry
 
     def show(option: Option) -> None:
@@ -101,6 +101,8 @@ def _methods(args: argparse.Namespace) -> int:
         say(f"    @{option.name}={option.type.__name__:<6} {option.describe()}{excludes}. {option.help}")
 
     def needs(method: Method) -> str:
+        if method.site == "logits":
+            return "reads embeddings as classes" + (", needs a checkpoint's gallery" if method.needs_checkpoint else "")
         where = "steers the output embedding" if method.site == "output" else "steers at the sites of a checkpoint"
         looks = {"none": "", "images": ", looks into its gallery", "neighbours": ", along an image's neighbours"}
         return where + looks[method.gallery] if method.needs_checkpoint else "needs no checkpoint"
@@ -109,13 +111,17 @@ def _methods(args: argparse.Namespace) -> int:
     for name, method in known.methods.items():
         aliases = f" (also {', '.join(method.aliases)})" if method.aliases else ""
         say(f"{name}:{aliases}  {method.summary}")
-        say(f"    from {known.owners[name]}; labels used: {method.labels}; {needs(method)}")
+        sees = f"labels used: {method.labels}; protocol: {method.protocol}"
+        say(f"    from {known.owners[name]}; {sees}; {needs(method)}")
         for option in method.options:
             show(option)
     groups = (
         (COMMON, "steers at the sites of a checkpoint"),
         (NEIGHBOURS, "steers along an image's neighbours"),
         (AUTOMATIC, "has an option that can be auto"),
+        (UNLABELED, "reads embeddings as classes, and learns from unlabeled images"),
+        (STREAM, "reads embeddings as classes, and sees a stream of images"),
+        (VIEWS, "reads embeddings as classes, and sees views of each image"),
     )
     for group, which in groups:
         say(f"every method that {which} has:")

@@ -42,7 +42,7 @@ class _Finder:
 
     def __call__(self, task: Task | None) -> Checkpoint | None:
         spec, store = self.spec, self.store
-        if not spec.method.needs_checkpoint:
+        if not spec.needs_checkpoint:
             return None
         if self.given is not None:
             return self.given
@@ -127,7 +127,7 @@ def _bind(
         known = (None, None) if names is None else (list(names), list(templates))
         named = DataSet.of(dataset)
         model.bind(Task(named.name, named.root if named.home else None, None, *known))
-    elif model.spec.checkpoint or not model.spec.method.needs_checkpoint:
+    elif model.spec.checkpoint or not model.spec.needs_checkpoint:
         model.bind(None)
 
 

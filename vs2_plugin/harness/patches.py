@@ -8,7 +8,8 @@ What is changed, and nothing else:
   data set it is evaluated on; shards name the sample that cannot be read;
 - ``metrics.*.evaluate``: a steered model's facts join the metrics, and texts are kept;
 - ``metrics.zeroshot_classification.run_classification``: a steered model is told the classifier, and an oracle the
-  targets; where ``VS2_PER_IMAGE`` asks for it, the images of any model are recorded;
+  targets, and a method on logits gives the logits; where ``VS2_PER_IMAGE`` asks for it, the images of any model are
+  recorded;
 - ``cli.main_eval`` and ``cli.run``: everything is checked before the first model is loaded, this package's errors end
   the command with one line on stderr and exit code 2, and results of steered models get a digest of their own.
 
@@ -200,7 +201,8 @@ def _patch_metrics(module: Any) -> None:
         if not isinstance(metrics, dict):
             return metrics
         if model is not None:
-            unreported = model.spec.method.unreported
+            reading = model.spec.reading
+            unreported = {*model.spec.method.unreported, *(() if reading is None else reading.method.unreported)}
             metrics = {name: value for name, value in metrics.items() if name not in unreported} | model.vs2_facts()
         return metrics if recorder is None else metrics | recorder.facts()
 
@@ -239,8 +241,14 @@ def _patch_classification(module: Any) -> None:
                 model.record_images(True, functools.partial(recorder.see_plain, given["classifier"]))
         if model is not None or recorder is not None:
             given["dataloader"] = _Telling(given["dataloader"], model, recorder)
+        readout = None if model is None else model.readout
+        if readout is not None:
+            from vs2_plugin.model.readout import Read
+
+            given["model"] = Read(model, readout)
         try:
             logits, target = stock(**given)
+            logits = logits if readout is None else readout.logits()
             if recorder is not None:
                 recorder.finish(logits, target, {} if model is None else model.per_image())
         finally:

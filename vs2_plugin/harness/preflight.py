@@ -78,7 +78,7 @@ def check(evaluations: Sequence[Evaluation]) -> dict[str, int]:
     for model, run in pending:
         warn_about_quickgelu(model.backbone, run.pretrained)
         _check_task(model, run)
-        if model.method.labels_used(model.options) == "oracle":
+        if model.labels_used == "oracle":
             _LOG.info("%s is an oracle: it reads labels; its accuracy is an upper bound", run.model)
     fewer = _look_at_data(evaluations)  # of which a missing checkpoint is to be made
     _check_checkpoints(pending)
@@ -150,11 +150,11 @@ def _check_task(model: ModelString, run: Evaluation) -> None:
             f"evaluate the plain model: --model {shlex.quote(model.backbone)}"
         )
     automatic = method.automatic(options)
-    if method.needs_classes(options) and task != "zeroshot_classification":
+    if model.needs_classes and task != "zeroshot_classification":
         chosen = "".join(f"@{option.name}=auto" for option in automatic)
-        how = "" if method.classes else f" with {chosen or '@labels=pseudo'}"
+        how = "" if method.classes or model.outer else f" with {chosen or '@labels=pseudo'}"
         raise HarnessError(
-            f"{run.model}: {method.name}{how} needs classes, and {task} has none; expected the task "
+            f"{run.model}: {model.name}{how} needs classes, and {task} has none; expected the task "
             "zeroshot_classification"
         )
     if automatic and options["prior"] is not None:
@@ -270,7 +270,7 @@ def _named(run: Evaluation) -> DataSet:
 def _check_checkpoint(model: ModelString, run: Evaluation, store: Store) -> None:
     """Refuse a checkpoint that lacks what the method needs. Raises CheckpointNotFound where there is none."""
     method, options = model.method, model.options
-    if not method.needs_checkpoint:
+    if not model.needs_checkpoint:
         return
     if model.checkpoint:
         checkpoint = store.find(model.checkpoint)
@@ -279,7 +279,7 @@ def _check_checkpoint(model: ModelString, run: Evaluation, store: Store) -> None
     if method.site == "checkpoint":
         blocks = options["blocks"]
         checkpoint.select(None if blocks is None else str(blocks), method.sae)
-    if method.gallery == "images" or method.automatic(options):
+    if method.gallery == "images" or method.automatic(options) or model.reading is not None:
         checkpoint.require_gallery()
     if method.gallery == "neighbours":
         oracle = method.labels_used(options) == "oracle"

@@ -11,6 +11,14 @@ from vs2_plugin.steering.builtin import STRENGTH, strength
 
 __all__ = ["describe", "told"]
 
+#: Each protocol in words.
+_SEES = {
+    "image": "each image by itself",
+    "unlabeled": "unlabeled images of the domain",
+    "stream": "the images before it",
+    "transductive": "all test images at once",
+}
+
 
 def describe(spec: ModelString, places: Places | None, classifier: Classifier | None) -> str:
     """Return how a model is steered, a line per fact.
@@ -20,7 +28,8 @@ def describe(spec: ModelString, places: Places | None, classifier: Classifier | 
         places: where it is steered; None while that is not known.
         classifier: the classes, if they are known.
     """
-    head = f"SteeredCLIP {str(spec)!r}: {spec.method.summary}"
+    summaries = [one.method.summary for one in (spec.outer, spec) if one is not None]
+    head = f"SteeredCLIP {str(spec)!r}: {'; after '.join(summaries)}"
     facts = [] if places is None else told(spec, places, classifier)
     lines = [f"{name}: {value}" for name, value in facts] or ["not steered yet: it does not know its data set"]
     return "\n  ".join([head, *lines])
@@ -28,7 +37,10 @@ def describe(spec: ModelString, places: Places | None, classifier: Classifier | 
 
 def told(spec: ModelString, places: Places, classifier: Classifier | None) -> list[tuple[str, str]]:
     """Return names and values: what is steered where, along which SAE, how strongly and why, for which classes."""
-    facts = [("steered", " and ".join(str(place.site) for place in places))]
+    where = "no activations" if spec.method.site == "logits" else " and ".join(str(place.site) for place in places)
+    facts = [("steered", where)]
+    if spec.reading is not None:
+        facts.append(("classes read by", f"{spec.reading.method.name}, which sees {_SEES[spec.protocol]}"))
     if places.checkpoint is not None:
         facts.append(("checkpoint", _checkpoint(places.checkpoint, places)))
     return [*facts, ("options", _options(spec, places)), ("classes", _classes(classifier))]
@@ -54,7 +66,7 @@ def _checkpoint(checkpoint: Checkpoint, places: Places) -> str:
 
 def _options(spec: ModelString, places: Places) -> str:
     """Say the options, and what was chosen of those that are automatic."""
-    options = {name: value for name, value in spec.options.items() if value is not None}
+    options = {name: value for name, value in spec.all_options.items() if value is not None}
     told = ", ".join(f"{name} = {_word(value)}" for name, value in options.items()) or "none"
     if all(spec.method.option(one.name) is one and one.name in options for one in STRENGTH[:2]):
         told += f", which is alpha = {strength(float(options['gamma']), float(options['lam']), None):g}"

@@ -189,7 +189,13 @@ def without(spec: ModelString, place: Place, latents: Sequence[int]) -> str:
 
 
 def require_explainable(model: ModelString) -> None:
-    """Raise HarnessError for a method that reads the true class, which an image does not tell."""
+    """Raise HarnessError for a method that reads the true class, which an image does not tell, or is on logits."""
+    if model.reading is not None:
+        inner = f"{model.method.name}:{model.backbone}" if model.outer else f"vs2:{model.backbone}"
+        raise HarnessError(
+            f"{model}: {model.reading.method.name} reads embeddings as classes, and what is explained is how they are "
+            f"steered; expected a method that steers by itself, for example {inner}"
+        )
     if model.method.gallery == "images" and model.method.labels == "oracle":
         raise HarnessError(
             f"{model}: this oracle needs the true class of the image, which a file does not tell; expected "

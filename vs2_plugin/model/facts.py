@@ -11,8 +11,9 @@ from vs2_plugin.text import reason_of
 __all__ = ["facts_of"]
 
 #: What the framework says itself, and no method.
-_OWN = {"method", "version", "site", "checkpoint", "checkpoint_digest", "transductive", "labels", "neighbour_labels"}
-_OWN |= {"sae_warning", "coverage", "mean_fvu", "gate_threshold", "seconds", "peak_memory", "mended", "broken"}
+_OWN = {"method", "version", "site", "protocol", "checkpoint", "checkpoint_digest", "transductive", "labels"}
+_OWN |= {"neighbour_labels", "sae_warning", "coverage", "mean_fvu", "gate_threshold", "seconds", "peak_memory"}
+_OWN |= {"mended", "broken"}
 _OWN |= {f"ece{before}{bins}" for before in ("", "_before") for bins in ("", "_bins")} | {"results_digest"}
 _LONGEST = 10_000
 

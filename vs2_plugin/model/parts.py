@@ -69,7 +69,7 @@ class Parts:
             CheckpointError: the checkpoint has no gallery, or lacks something in it.
         """
         method, options = spec.method, spec.options
-        if method.gallery == "none":
+        if method.gallery == "none" or method.site == "logits":
             return None
         if method.gallery == "images":
             return self.once(("images", checkpoint.folder), lambda: Retriever(self.gallery(checkpoint), self.device))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,74 +15,24 @@ from vs2_plugin import __version__
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.checkpoint.records import RETRAIN, SiteSAE
 from vs2_plugin.clip.sites import ClipModel, Site, Sites, embedding_from
-from vs2_plugin.errors import CheckpointError, ModelStringError, PluginError, Vs2Error
-from vs2_plugin.method import Method, Scalar
+from vs2_plugin.errors import CheckpointError, ModelStringError, PluginError
+from vs2_plugin.method import LABELS_USED, Scalar, widest
 from vs2_plugin.model.automatic import Automatic, choose
+from vs2_plugin.model.builder import Builder, read_by_all, whose
 from vs2_plugin.model.facts import facts_of
 from vs2_plugin.model.parts import Parts
+from vs2_plugin.model.readout import Readout, plain_gallery, steered_gallery
 from vs2_plugin.modelstring import ModelString
-from vs2_plugin.plugins import registry
-from vs2_plugin.sae.topk import TopKSAE
 from vs2_plugin.steering.batch import Batch, Steering, call, steer, unchanged
 from vs2_plugin.steering.context import Context, Task
 from vs2_plugin.steering.gate import Gate, threshold
 from vs2_plugin.steering.move import Move
 from vs2_plugin.steering.retriever import Retriever
 from vs2_plugin.steering.tally import Tally
-from vs2_plugin.text import reason_of
 
 __all__ = ["Place", "Places", "build_places"]
 
 _LOG = logging.getLogger(__name__)
-_LABELS = ("none", "train", "oracle")
-
-
-@dataclass(frozen=True)
-class Builder:
-    """Calls a method's builder, and says whose it is where that fails. (No closure, so that a model can be pickled.)"""
-
-    method: Method
-    context: Context
-
-    def __call__(self, options: Mapping[str, Scalar | None]) -> Steering:
-        """The steering with these options of the method.
-
-        Raises:
-            PluginError: the builder failed, or built something else.
-        """
-        method, context = self.method, self.context
-        model, retriever, sae = context.model, context.retriever, context.sae
-
-        def held() -> dict[str, Tensor | None]:
-            weights = {f"context.model.{name}": weight for name, weight in model.named_parameters()}
-            return weights | _read_by_all(sae, retriever, Batch())
-
-        try:
-            with unchanged(held):
-                steering = method.build(context, **options)
-        except PluginError as error:
-            raise PluginError(f"{_whose(method.name)} could not be built: {error}") from error
-        except Vs2Error:
-            raise
-        except Exception as error:
-            raise PluginError(f"{_whose(method.name)} could not be built: {reason_of(error)}") from error
-        if not callable(steering):
-            raise PluginError(
-                f"method {method.name!r} built {steering!r}; expected a function from activations to activations"
-            )
-        return steering.to(next(self.context.model.parameters()).device).eval() if isinstance(
-            steering, nn.Module
-        ) else steering
-
-
-def _whose(method: str) -> str:
-    return f"method {method!r} of {registry().owners.get(method, '?')}"
-
-
-def _read_by_all(sae: TopKSAE | None, retriever: Retriever | None, batch: Batch) -> dict[str, Tensor | None]:
-    """The tensors that a method is shown and the framework reads too, by their names in words."""
-    weights = {} if sae is None else {f"context.sae.{name}": weight for name, weight in sae.named_parameters()}
-    return {**weights, **batch.shared(), **({} if retriever is None else retriever.shared(batch))}
 
 
 class Current:
@@ -150,7 +99,7 @@ class Place(nn.Module):
     def _checked(self, steer: Callable[[Tensor, Batch], Tensor], x: Tensor, batch: Batch, wait: bool) -> Tensor:
         sae = None if self.gate is None else self.gate.sae
         try:
-            with unchanged(lambda: {"its activations": x, **_read_by_all(sae, self.retriever, batch)}):
+            with unchanged(lambda: {"its activations": x, **read_by_all(sae, self.retriever, batch)}):
                 steered = steer(x, batch)
         except PluginError as error:
             raise PluginError(f"{self.whose} failed at {self.site}: {error}") from error
@@ -183,7 +132,7 @@ class Place(nn.Module):
     @property
     def whose(self) -> str:
         """The method with its plugin, in words."""
-        return _whose(self.name)
+        return whose(self.name)
 
     def move(self, x: Tensor, batch: Batch) -> Move | None:
         """How the method moves ``[batch, d]`` along latents, without the gate; None for a method that tells no move."""
@@ -219,6 +168,8 @@ class Places(Sequence[Place]):
         self.inside = not parts.sites.at_end(places[0].site)
         if not self.inside:
             places[0].shows = self._model
+        #: The method on logits that reads what comes out of the tower, if there is one.
+        self.readout = self._readout(parts)
         self._declared = self._describe()
         self._require_facts()
 
@@ -244,16 +195,17 @@ class Places(Sequence[Place]):
         return self.checkpoint.transductive or self.checkpoint.data.holds(self.task.folder if self.task else "")
 
     def _describe(self) -> dict[str, Scalar]:
-        checkpoint, method, options = self.checkpoint, self.spec.method, self.spec.options
+        checkpoint, options = self.checkpoint, self.spec.all_options
         facts: dict[str, Scalar] = {
-            "method": method.name,
+            "method": self.spec.name,
             "version": __version__,
             "site": "+".join(place.site.hookpoint for place in self),
+            "protocol": widest([self.spec.protocol, "transductive" if self.transductive else "image"]),
         }
         facts |= {name: value for name, value in options.items() if value is not None}
         if "labels" in facts:  # the word also says which labels were used at all, just below
             facts["neighbour_labels"] = facts.pop("labels")
-        used = [method.labels_used(options), *(place.facts.labels for place in self if place.facts is not None)]
+        used = [self.spec.labels_used, *(place.facts.labels for place in self if place.facts is not None)]
         if checkpoint is not None:
             facts |= {
                 "checkpoint": checkpoint.name,
@@ -264,7 +216,7 @@ class Places(Sequence[Place]):
             facts |= {"sae_warning": "; ".join(warnings)} if warnings else {}
         of_sae = next((place.of_sae for place in reversed(self) if place.gate is not None), {})
         facts = {**facts, **of_sae, **facts}  # an option of that name stays
-        facts["labels"] = max(used, key=_LABELS.index)
+        facts["labels"] = max(used, key=LABELS_USED.index)
         return facts
 
     def results(self) -> dict[str, Scalar]:
@@ -282,6 +234,7 @@ class Places(Sequence[Place]):
         for problem in problems:  # an evaluation is not lost for it
             _LOG.warning("%s has %s; it is left out of the results", last.whose, problem)
         seen = {**told, **({} if last.gate is None else last.gate.facts)}
+        seen |= {} if self.readout is None else self.readout.facts
         return {f"vs2_{name}": value for name, value in {**self._declared, **seen}.items()}
 
     def _require_facts(self) -> None:
@@ -294,6 +247,8 @@ class Places(Sequence[Place]):
         """Forget the images seen so far."""
         for place in self:
             place.reset()
+        if self.readout is not None:
+            self.readout.start()
 
     def set_classifier(self, classifier: Tensor, quiet: bool = False) -> None:
         """Tell the zero-shot classifier ``[embed_dim, classes]``. Options that are ``auto`` are chosen by it."""
@@ -304,6 +259,8 @@ class Places(Sequence[Place]):
             # A sweep tells them twice; the steering keeps what it has seen in between.
             if isinstance(place.steering, Automatic) and not place.steering.is_settled(classifier):
                 self._choose(place, place.steering, classifier, quiet)
+        if self.readout is not None:
+            self.readout.set_classifier(classifier)
         self._require_facts()
 
     def _choose(self, place: Place, automatic: Automatic, classifier: Tensor, quiet: bool) -> None:
@@ -324,6 +281,30 @@ class Places(Sequence[Place]):
         if gated and place.gate is not None:
             place.gate.reset()  # it saw the gallery
 
+    def _readout(self, parts: Parts) -> Readout | None:
+        """The method on logits.
+
+        Raises:
+            ModelStringError: it learns from steered images, of which the gallery holds too little.
+        """
+        reading = self.spec.reading
+        if reading is None:
+            return None
+        context = partial(Context, parts.model, "logits", parts.sites.output.width, task=deepcopy(self.task))
+        if reading.method.protocol_of(reading.options) != "unlabeled":
+            return Readout(reading, context, None)
+        assert self.checkpoint is not None  # it needs one
+        gallery = parts.gallery(self.checkpoint)
+        if self.spec.outer is None:
+            return Readout(reading, context, partial(plain_gallery, gallery, parts.device))
+        if self.inside:
+            raise ModelStringError(
+                f"model {str(self.spec)!r}: {reading.method.name} learns from the gallery's images as they are steered,"
+                f" of which activations at the end of the tower are known, and steering begins at {self[0].site}; "
+                "expected @unlabeled=test, or no @blocks"
+            )
+        return Readout(reading, context, partial(steered_gallery, gallery, parts.model, self[0]))
+
     def per_image(self) -> dict[str, Tensor]:
         """The last site's gate on each image, while it was recording: ``fvu`` and ``steered``."""
         gate = self[-1].gate
@@ -342,7 +323,9 @@ def build_places(
     """
     if checkpoint is not None:
         assert parts.tower is not None
-        checkpoint.require_tower(parts.tower, spec.backbone, spec.method.name)
+        checkpoint.require_tower(parts.tower, spec.backbone, spec.name)
+    if checkpoint is not None and spec.reading is not None:
+        checkpoint.require_gallery()
     retriever = None if checkpoint is None else parts.retriever(checkpoint, spec)
     sites = _sites(spec, checkpoint, parts.sites)
     _require_end(spec, [site for site, _ in sites], parts.sites)
@@ -352,7 +335,7 @@ def build_places(
 
 def _sites(spec: ModelString, checkpoint: Checkpoint | None, sites: Sites) -> list[tuple[Site, SiteSAE | None]]:
     """Where to steer, with the SAE there, if the method steers along one."""
-    if spec.method.site == "output":
+    if spec.method.site in ("output", "logits"):
         return [(sites.output, None)]
     if checkpoint is None:
         return [(sites.default, None)]
@@ -393,7 +376,8 @@ def _place(
     task = deepcopy(task)  # a plugin's own, as the mean and the quantiles: it may do with them as it likes
     if facts is None or checkpoint is None:
         context = Context(parts.model, *given, task=task, retriever=retriever)
-        return Place(spec.method.name, site, None, _steering(spec, context), None, retriever, current)
+        steering = as_it_is if spec.method.site == "logits" else _steering(spec, context)
+        return Place(spec.method.name, site, None, steering, None, retriever, current)
     sae, mean = parts.sae(checkpoint, facts)
     if facts.warning:
         told = f"checkpoint {checkpoint.name!r}: the SAE at {site} is of no use: {facts.warning}; {RETRAIN}"
@@ -403,6 +387,11 @@ def _place(
     steering, q = _steering(spec, context), spec.options["gate"]
     gate = Gate(steering, sae, mean, None if q is None else threshold(facts.fvu_quantiles, float(q)))
     return Place(spec.method.name, site, facts, steering, gate, retriever, current).to(parts.device).eval()
+
+
+def as_it_is(x: Tensor, batch: Batch) -> Tensor:
+    """What a method on logits does to activations: nothing."""
+    return x
 
 
 def _steering(spec: ModelString, context: Context) -> Steering:

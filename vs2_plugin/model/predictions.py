@@ -19,6 +19,7 @@ from vs2_plugin.data.labels import PROMPT
 from vs2_plugin.documented import documented
 from vs2_plugin.errors import DataError, SettingError
 from vs2_plugin.host import zero_shot_classification
+from vs2_plugin.model.readout import Read, Readout
 from vs2_plugin.text import counted
 
 __all__ = [
@@ -231,6 +232,8 @@ def best_first(logits: Tensor, count: int = 5) -> Tensor:
 class _Steered(Protocol):
     """A model that tells of each batch what it is without steering; as ``SteeredCLIP``."""
 
+    @property
+    def readout(self) -> Readout | None: ...
     def reset_statistics(self) -> None: ...
     def record_images(self, recording: bool, show: Callable[[Callable[[], Tensor]], None] | None = None) -> None: ...
     def per_image(self) -> dict[str, Tensor]: ...
@@ -262,7 +265,10 @@ def predict(
     try:
         with zero_shot_classification() as harness:
             classify = inspect.unwrap(harness.run_classification)
-            logits, _ = classify(model, weights, batches(), weights.device.type, amp=classifier.amp)
+            readout = model.readout
+            reader = model if readout is None else Read(model, readout)
+            logits, _ = classify(reader, weights, batches(), weights.device.type, amp=classifier.amp)
+            logits = logits if readout is None else readout.logits()
         facts = model.per_image()
     finally:
         model.record_images(False)

@@ -23,6 +23,7 @@ from vs2_plugin.model.parts import Parts
 from vs2_plugin.model.places import Current, Places, build_places
 from vs2_plugin.model.plain import PlainEmbedding
 from vs2_plugin.model.predictions import Classifier, Images, OneImage, Predictions, one_image, predict
+from vs2_plugin.model.readout import Readout
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.steering.batch import Batch
 from vs2_plugin.steering.context import Task
@@ -55,7 +56,7 @@ class SteeredCLIP(nn.Module):
         self.transform: Callable[[Any], Tensor] = loaded.transform
         #: The classes that it was told last.
         self.classifier: Classifier | None = None
-        self._tower = tower or (Tower.of(loaded.model, loaded.transform) if spec.method.needs_checkpoint else None)
+        self._tower = tower or (Tower.of(loaded.model, loaded.transform) if spec.needs_checkpoint else None)
         self._find_checkpoint = find_checkpoint
         self._current = Current()
         self._places: Places | None = None
@@ -104,7 +105,7 @@ class SteeredCLIP(nn.Module):
         """
         if self._places is None:
             raise ModelStringError(
-                f"model {str(self.spec)!r} does not know its data set yet; name a checkpoint ({self.spec.method.name}:"
+                f"model {str(self.spec)!r} does not know its data set yet; name a checkpoint ({self.spec.name}:"
                 f"{self.spec.backbone}@NAME) or pass dataset= to vs2_plugin.load"
             )
         return self._places
@@ -113,6 +114,11 @@ class SteeredCLIP(nn.Module):
     def checkpoint(self) -> Checkpoint | None:
         """The checkpoint that it steers along, if its method needs one."""
         return None if self._places is None else self._places.checkpoint
+
+    @property
+    def readout(self) -> Readout | None:
+        """The method on logits that reads what comes out of the tower, if there is one."""
+        return self.places.readout
 
     def set_classifier(self, classifier: Tensor | Classifier, quiet: bool = False) -> None:
         """Tell a method that needs the classes the zero-shot classifier ``[embed_dim, classes]``. The harness glue does
@@ -198,6 +204,20 @@ class SteeredCLIP(nn.Module):
             self._plain.stop()
         self._show = show if recording else None
         self._plain = None if self._show is None else PlainEmbedding(self.model, self._edits, self.places.inside)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within the ``with`` block, images that are encoded are not recorded: they are views of others that were."""
+        gates = [(gate, gate.recording) for gate in self.places.gates]
+        show, self._show = self._show, None
+        for gate, _ in gates:
+            gate.recording = False
+        try:
+            yield
+        finally:
+            self._show = show
+            for gate, recording in gates:
+                gate.recording = recording
 
     def per_image(self) -> dict[str, Tensor]:
         """The last site's gate on each image since :meth:`reset_statistics`: ``fvu`` and ``steered``."""

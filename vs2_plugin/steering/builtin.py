@@ -11,6 +11,7 @@ from vs2_plugin.method import AUTO, LABELS, Method, Option
 if TYPE_CHECKING:
     from vs2_plugin.steering.amplify import Amplify
     from vs2_plugin.steering.by_hand import ByHand
+    from vs2_plugin.steering.centre import Centring
     from vs2_plugin.steering.context import Context
     from vs2_plugin.steering.neighbours import (
         Activations,
@@ -92,6 +93,13 @@ def build_vs2(context: Context, gamma: float | None, lam: float | None, alpha: f
     from vs2_plugin.steering.amplify import Amplify
 
     return Amplify(context.require_sae(), strength(gamma, lam, alpha))
+
+
+def build_centre(context: Context, gamma: float | None, lam: float | None, alpha: float | None) -> Centring:
+    """Centring at one site."""
+    from vs2_plugin.steering.centre import Centring
+
+    return Centring(context.require_mean(), strength(gamma, lam, alpha))
 
 
 def build_amp(context: Context, gamma: float) -> Amplify:
@@ -229,6 +237,10 @@ def vs2_methods() -> list[Method]:
             "rec", build_rec, summary="the SAE's reconstruction in place of the activation (REC_F; @blocks=all: REC_A)"
         ),
         Method("amp", build_amp, [gamma], summary="the reconstruction with its latents amplified (REC_F+gamma)"),
+        Method(
+            "centre", build_centre, STRENGTH,
+            summary="centring: away from the mean activation, as VS2 without its SAE",
+        ),
         Method(
             "vs2pp", build_vs2pp, [*NEAR, RULE, LABELS, BRAKE], aliases=("vs2++",),
             gallery="neighbours", classes=True,

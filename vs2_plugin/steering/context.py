@@ -60,12 +60,35 @@ class Context:
     shared: dict[str, Any] = field(default_factory=dict)
     """What a builder leaves here under a key of its own, it finds again when it is called with other options for the
     same site of the same checkpoint: ``auto`` calls it once per candidate, a sweep once per point."""
+    classifier: Tensor | None = None
+    """For methods on logits: the class embeddings ``[embed_dim, classes]``, of unit norm."""
+    unlabeled: Tensor | None = None
+    """For methods on logits, as far as their protocol lets them see any: embeddings ``[images, embed_dim]``, of unit
+    norm, of the gallery's images, or of all test images."""
 
     def require_sae(self) -> TopKSAE:
         """The SAE. Raises PluginError if the method steers along none."""
         if self.sae is None:
             raise PluginError("this method steers along an SAE, and is declared without (needs_checkpoint, site)")
         return self.sae
+
+    def require_mean(self) -> Tensor:
+        """The mean activation. Raises PluginError if the method steers along no SAE."""
+        if self.mean is None:
+            raise PluginError("this method asks for the mean, and is declared without (needs_checkpoint, site)")
+        return self.mean
+
+    def require_classifier(self) -> Tensor:
+        """The class embeddings. Raises PluginError if the method is declared for another site than logits."""
+        if self.classifier is None:
+            raise PluginError("this method reads embeddings as classes, and is declared without (site='logits')")
+        return self.classifier
+
+    def require_unlabeled(self) -> Tensor:
+        """The unlabeled embeddings. Raises PluginError if the method is declared with a protocol that shows none."""
+        if self.unlabeled is None:
+            raise PluginError("this method learns from unlabeled images, and is declared without (protocol)")
+        return self.unlabeled
 
     def require_retriever(self) -> Retriever:
         """The retriever. Raises PluginError if the method is declared without a gallery."""

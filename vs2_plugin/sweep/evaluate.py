@@ -25,14 +25,15 @@ from vs2_plugin.clip.edits import edit, in_float32, outputs
 from vs2_plugin.clip.sites import ClipModel, Output, Site, embedding_from, finish
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.data.evaluated import name_samples
-from vs2_plugin.data.images import leave_interruptions, place_of
+from vs2_plugin.data.images import image_digest, leave_interruptions, place_of
 from vs2_plugin.data.naming import DataSet
-from vs2_plugin.errors import DataError, HarnessError
+from vs2_plugin.errors import DataError, HarnessError, ModelStringError
 from vs2_plugin.harness.autoload import DISABLE
 from vs2_plugin.host import build, zero_shot_classification
 from vs2_plugin.method import Scalar
 from vs2_plugin.model.parts import Parts
 from vs2_plugin.model.places import Current, Place, build_places
+from vs2_plugin.model.readout import Readout
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.steering.batch import Batch
 from vs2_plugin.steering.context import Task
@@ -167,7 +168,7 @@ class _Shared:
 
     def checkpoint(self, spec: ModelString) -> Checkpoint | None:
         """The checkpoint of a model string, if its method needs one."""
-        if not spec.method.needs_checkpoint:
+        if not spec.needs_checkpoint:
             return None
         named = spec.checkpoint
         if named:
@@ -186,6 +187,8 @@ class _Seen:
         self.targets, self._plain = targets, plain
         #: Point -> its image features, where the tower had to be run for them.
         self.features: dict[_SweptModel, Tensor] = {}
+        #: What tells the images, where a point sees a stream of them.
+        self.digests: list[int] | None = None
         self._activations: dict[Site, tuple[Tensor, torch.dtype]] = {}
         self._batches: dict[Site, Batch] = {}
 
@@ -223,10 +226,20 @@ class _SweptModel:
     """A point: a model that clip_benchmark evaluates on :class:`_Seen` in place of images, once at most."""
 
     def __init__(self, spec: ModelString, shared: _Shared) -> None:
+        if spec.reading is not None and spec.reading.method.views:
+            raise ModelStringError(
+                f"model {str(spec)!r} looks at several views of each image, and a sweep encodes each once; evaluate it "
+                "by clip_benchmark eval"
+            )
         self.spec, self._model, self._current = spec, shared.model, shared.current
         self.places = build_places(spec, shared.checkpoint(spec), shared.task, shared.parts, shared.current)
         #: What the results say of it whatever the images.
         self.declared = self.places.results()
+
+    @property
+    def readout(self) -> Readout | None:
+        """The method on logits, if there is one."""
+        return self.places.readout
 
     @property
     def first(self) -> Place:
@@ -292,6 +305,7 @@ class _FirstPass:
     def __init__(self, model: ClipModel, points: Sequence[_SweptModel]) -> None:
         self._model, self._points = model, points
         self._sites = {point.first.site for point in points}
+        self._stream = any(point.spec.protocol == "stream" for point in points)
         self._ends = {point.first.site for point in points if not point.places.inside}
         #: What was seen.
         self.batches: list[_Seen] = []
@@ -303,6 +317,8 @@ class _FirstPass:
         with outputs(self._model, self._sites) as put_out:
             plain: Tensor = self._model.encode_image(images)
         seen = _Seen(images, self.targets, plain)
+        if self._stream:
+            seen.digests = [image_digest(image) for image in images]
         self.batches.append(seen)
         for site in self._ends:
             seen.keep(site, site.read(put_out[site]))

@@ -90,10 +90,15 @@ def _read(text: str, known: dict[Hashable, Point]) -> Grid:
         model = str(parts._replace(words=tuple(map(_joined, parts.words, values))))
         spec = parse(model)
         place = tuple(value for value, many in zip(values, choices, strict=True) if len(many) > 1)
-        identity = (spec.method.name, spec.backbone, spec.checkpoint, frozenset(spec.given.items()))
+        identity = (spec.name, spec.backbone, spec.checkpoint, *_given(spec))
         same = known.setdefault(identity, Point(model, spec, place))
         points.append(Point(same.model, same.spec, place))
     return Grid(text, axes, tuple(points))
+
+
+def _given(spec: ModelString) -> list[Hashable]:
+    """Return the options that are given, of both methods."""
+    return [frozenset(one.given.items()) for one in (spec, spec.outer) if one is not None]
 
 
 def _joined(word: str, value: str) -> str:
@@ -152,7 +157,8 @@ def outcome_key(spec: ModelString) -> tuple[Any, ...]:
     if any(set(known) <= set(spec.method.options) for known in STRENGTHS):
         alpha: Any = strength(*(options.pop(option.name) for option in STRENGTH))
         options["alpha"] = alpha if alpha == AUTO else float(float32(alpha))
-    return spec.method.name, spec.backbone, spec.checkpoint, frozenset(options.items())
+    outer = None if spec.outer is None else frozenset(spec.outer.options.items())
+    return spec.name, spec.backbone, spec.checkpoint, frozenset(options.items()), outer
 
 
 def as_number(text: str) -> float | None:

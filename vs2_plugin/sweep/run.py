@@ -111,9 +111,9 @@ def _check(planned: Plan) -> int:
     _check_task(request.dataset)
     kinds: dict[tuple[object, ...], str] = {}
     for model, point in planned.points.items():
-        words = [pair for pair in point.spec.options.items() if not isinstance(pair[1], float)]
+        words = [pair for pair in point.spec.all_options.items() if not isinstance(pair[1], float)]
         if model in planned.pending:
-            kinds.setdefault((point.spec.method.name, point.spec.backbone, point.spec.checkpoint, *words), model)
+            kinds.setdefault((point.spec.name, point.spec.backbone, point.spec.checkpoint, *words), model)
     fewer = preflight.check(
         [Evaluation.of(request, model=model, output="unused", skip_existing=False) for model in kinds.values()]
     )

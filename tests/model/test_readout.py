@@ -1,0 +1,252 @@
+"""Methods on logits, in Python, under the stock command and in a sweep: what each protocol shows them, and what is
+made of what they give."""
+
+import copy
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import vs2_plugin
+from vs2_plugin.cli.main import main
+from vs2_plugin.demo.digits import CLASSES
+from vs2_plugin.errors import HarnessError, ModelStringError, PluginError
+from vs2_plugin.method import Method, Option
+from vs2_plugin.model.readout import stream_order
+from vs2_plugin.plugins import registry
+
+from .conftest import DIGITS, TINY, metrics
+
+STOCK = ("eval", "--pretrained", "", *DIGITS)
+
+
+@pytest.fixture
+def add(monkeypatch):
+    def add(name, build, options=(), **declared):
+        monkeypatch.setitem(registry().methods, name, Method(name, build, options, site="logits", **declared))
+
+    return add
+
+
+def zero_shot(context):
+    return lambda x: 100 * x @ context.require_classifier()
+
+
+def load(method, options=""):
+    model, *_ = vs2_plugin.load(f"{method}:{TINY}{options}", dataset="wds/digits", classes=CLASSES, amp=False)
+    return model
+
+
+@pytest.fixture
+def images():
+    return torch.randn(10, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("protocol", ["image", "unlabeled", "stream", "transductive"])
+def test_what_reads_as_clip_does_gives_its_logits_under_each_protocol(protocol, add, in_demo, images):
+    add("same", zero_shot, protocol=protocol)
+    alone, steered, both = (load(text).classify(images, 4) for text in ("same", "vs2", "same:vs2"))
+    torch.testing.assert_close(alone.logits, alone.plain_logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(both.logits, steered.logits, rtol=0, atol=1e-4)
+    assert torch.equal(both.plain_logits, steered.plain_logits) and torch.equal(both.fvu, steered.fvu)
+
+
+def test_the_metrics_of_the_stock_command_are_computed_from_what_it_gives(add, in_demo, clip_benchmark):
+    def build(context, shift):
+        return lambda x: (100 * x @ context.classifier).roll(int(shift), dims=1)
+
+    add("rolled", build, [Option("shift", int, 1)])
+    assert clip_benchmark(*STOCK, "--model", f"rolled:{TINY}@shift=0", TINY, "--output", "{model}.json")[0] == 0
+    assert clip_benchmark(*STOCK, "--model", f"rolled:{TINY}", "--output", "rolled.json")[0] == 0
+    same, plain = (metrics(next(in_demo.glob(f"{name}*.json"))) for name in (f"rolled:{TINY}@shift=0", TINY))
+    assert {name: same[name] for name in plain} == pytest.approx(plain)
+    rolled = metrics(in_demo / "rolled.json")
+    assert rolled["acc1"] < plain["acc1"] - 0.2
+    assert rolled["vs2_method"] == "rolled" and rolled["vs2_protocol"] == "image" and rolled["vs2_shift"] == 1
+
+
+def test_unlabeled_images_are_those_of_the_gallery_as_they_are_steered(add, in_demo, images):
+    seen = []
+
+    def build(context):
+        seen.append(context.unlabeled)
+        return zero_shot(context)
+
+    add("learns", build, protocol="unlabeled")
+    plain, steered = load("learns"), load("learns:vs2")
+    stored = np.array(plain.checkpoint.open_gallery().embeddings["clip"])
+    torch.testing.assert_close(seen[0], F.normalize(torch.from_numpy(stored).float(), dim=1))
+    assert seen[1].shape == seen[0].shape and (seen[1] - seen[0]).norm(dim=1).min() > 0.01
+    calls = len(seen)
+    plain.classify(images)
+    steered.set_classifier(steered.classifier)
+    assert len(seen) == calls  # it learns once for the same classes
+    with pytest.raises(ModelStringError, match=r"learns from the gallery.*expected @unlabeled=test, or no @blocks"):
+        load("learns:vs2", "@blocks=2+3")
+
+
+def test_all_test_images_are_shown_at_once_where_asked_for(add, in_demo, images):
+    seen = []
+
+    def build(context):
+        def read(x, batch):
+            seen.append((context.unlabeled, x, batch.rows))
+            return 100 * x @ context.classifier
+
+        return read
+
+    add("learns", build, protocol="unlabeled")
+    model, *_ = vs2_plugin.load(f"learns:{TINY}@unlabeled=test", classes=CLASSES, amp=False)  # needs no checkpoint
+    model.classify(images, 4)
+    [(unlabeled, x, rows)] = seen
+    assert torch.equal(unlabeled, x) and len(x) == 10 and rows.tolist() == list(range(10))
+    assert model.vs2_facts()["vs2_protocol"] == "transductive"
+
+
+def test_a_stream_comes_image_by_image_in_the_order_of_its_seed(add, in_demo, images):
+    seen = []
+
+    def build(context):
+        count = [0]
+
+        def read(x):
+            assert len(x) == 1
+            seen[-1].append(x[0])
+            count[0] += 1
+            return torch.full((1, len(CLASSES)), float(count[0]))
+
+        seen.append([])
+        return read
+
+    add("counts", build, protocol="stream")
+    model = load("counts")
+    first = model.classify(images, 4).logits[:, 0]
+    again = model.classify(images, 3).logits[:, 0]
+    turned = model.classify(images.flip(0), 4).logits[:, 0]
+    assert sorted(first.tolist()) == list(range(1, 11)) != first.tolist()
+    assert torch.equal(first, again) and torch.equal(first, turned.flip(0))  # a new stream each time, of one order
+    other, *_ = vs2_plugin.load(f"counts:{TINY}@order=1", classes=CLASSES, amp=False)
+    assert not torch.equal(other.classify(images).logits[:, 0], first)
+    assert other.vs2_facts()["vs2_order"] == 1 and other.vs2_facts()["vs2_protocol"] == "stream"
+
+
+def test_the_order_of_a_stream_is_that_of_its_images_and_seed():
+    digests = [5, 3, 9, 1]
+    order = [digests[row] for row in stream_order(digests, 7)]
+    assert [digests[::-1][row] for row in stream_order(digests[::-1], 7)] == order
+    assert sorted(order) == sorted(digests)
+
+
+def test_views_are_the_image_and_crops_of_it(add, in_demo, images):
+    seen = []
+
+    def build(context):
+        def read(x):
+            seen.append(x)
+            return 100 * x[:, 0] @ context.classifier
+
+        return read
+
+    add("looks", build, views=True)
+    model, *_ = vs2_plugin.load(f"looks:{TINY}@views=5", classes=CLASSES, amp=False)
+    found = model.classify(images, 4)
+    torch.testing.assert_close(found.logits, found.plain_logits, rtol=0, atol=1e-4)
+    x = torch.cat(seen)
+    assert x.shape == (10, 5, 64) and (x[:, 1:] - x[:, :1]).norm(dim=2).median() > 0.01
+    seen.clear()
+    model.classify(images, 10)
+    torch.testing.assert_close(torch.cat(seen), x)  # whatever the batches
+    gated = load("looks:vs2")
+    assert len(gated.classify(images, 4).fvu) == 10
+
+
+def test_copies_and_pickles_read_the_same(in_demo, images):
+    model = load("dn:vs2")
+    expected = model.classify(images).logits
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(other.classify(images).logits, expected)
+
+
+def wrong_shape(context):
+    return lambda x: x
+
+
+def nothing(context):
+    return lambda x: None
+
+
+def not_finite(context):
+    return lambda x: 100 * x @ context.classifier / 0
+
+
+def edits(context):
+    def read(x, batch):
+        x.mul_(2)
+        return x @ context.classifier
+
+    return read
+
+
+def edits_classes(context):
+    def read(x):
+        context.classifier.mul_(2)
+        return x @ context.classifier
+
+    return read
+
+
+def no_function(context):
+    return 3
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (wrong_shape, r"returned \(4, 64\); expected logits \(4, 10\)"),
+        (nothing, "returned NoneType; expected logits"),
+        (not_finite, "NaN or infinity"),
+        (edits, "edited its embeddings in place"),
+        (edits_classes, "edited context.classifier in place"),
+        (no_function, "expected a function from embeddings to logits"),
+        (lambda context: context.require_unlabeled(), "could not be built: this method learns from unlabeled"),
+        (lambda context: context.require_sae(), "could not be built: this method steers along an SAE"),
+    ],
+)
+def test_what_is_wrong_with_a_method_is_said_with_its_name(build, words, add, in_demo, images):
+    add("wrong", build)
+    with pytest.raises(PluginError, match=f"method 'wrong'.*{words}"):
+        load("wrong").classify(images, 4)
+
+
+def test_steering_alone_is_explained(in_demo, images):
+    with pytest.raises(HarnessError, match="dn reads embeddings as classes.*for example vs2:"):
+        load("dn:vs2").explain(images[:1])
+
+
+def test_other_tasks_are_refused_before_anything_is_loaded(in_demo, captions, clip_benchmark):
+    model = ("--model", f"dn:{TINY}@digits")
+    code, errors = clip_benchmark("eval", *captions, "--task", "zeroshot_retrieval", *model, "--output", "x.json")
+    assert code == 2 and "dn needs classes, and zeroshot_retrieval has none" in errors
+
+
+def test_a_sweep_comes_to_the_results_of_the_command(in_demo, clip_benchmark, add):
+    def build(context):
+        memory = torch.zeros(len(CLASSES))
+
+        def read(x):
+            logits = 100 * x @ context.classifier - memory
+            memory[logits.argmax()] += 0.1
+            return logits
+
+        return read
+
+    add("avoids", build, protocol="stream")
+    models = [f"dn:{TINY}@weight=0.5", f"dn:vs2:{TINY}@alpha=0.5@unlabeled=test", f"avoids:{TINY}"]
+    assert main(["sweep", "--pretrained", "", *DIGITS, "--model", *models, "--output", "swept/{model}.json"]) == 0
+    swept = {json.loads(path.read_text())["model"]: metrics(path) for path in (in_demo / "swept").rglob("*.json")}
+    assert clip_benchmark(*STOCK, "--model", *models, "--output", "own-{model}.json")[0] == 0
+    for model in models:
+        assert swept[model] == metrics(in_demo / f"own-{model}.json")

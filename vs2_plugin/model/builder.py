@@ -1,0 +1,68 @@
+"""Builds what a method declares, and says whose it is where that fails."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from vs2_plugin.errors import PluginError, Vs2Error
+from vs2_plugin.method import Method, Scalar
+from vs2_plugin.plugins import registry
+from vs2_plugin.sae.topk import TopKSAE
+from vs2_plugin.steering.batch import Batch, Steering, unchanged
+from vs2_plugin.steering.context import Context
+from vs2_plugin.steering.retriever import Retriever
+from vs2_plugin.text import reason_of
+
+__all__ = ["Builder", "read_by_all", "whose"]
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Calls a method's builder, and says whose it is where that fails. (No closure, so that a model can be pickled.)"""
+
+    method: Method
+    context: Context
+
+    def __call__(self, options: Mapping[str, Scalar | None]) -> Steering:
+        """What the method builds with these options.
+
+        Raises:
+            PluginError: the builder failed, or built something else.
+        """
+        method, context = self.method, self.context
+        model, retriever, sae = context.model, context.retriever, context.sae
+
+        def held() -> dict[str, Tensor | None]:
+            weights = {f"context.model.{name}": weight for name, weight in model.named_parameters()}
+            own = {"context.classifier": context.classifier, "context.unlabeled": context.unlabeled}
+            return weights | own | read_by_all(sae, retriever, Batch())
+
+        try:
+            with unchanged(held):
+                steering = method.build(context, **options)
+        except PluginError as error:
+            raise PluginError(f"{whose(method.name)} could not be built: {error}") from error
+        except Vs2Error:
+            raise
+        except Exception as error:
+            raise PluginError(f"{whose(method.name)} could not be built: {reason_of(error)}") from error
+        if not callable(steering):
+            kind = "embeddings to logits" if method.site == "logits" else "activations to activations"
+            raise PluginError(f"method {method.name!r} built {steering!r}; expected a function from {kind}")
+        return steering.to(next(self.context.model.parameters()).device).eval() if isinstance(
+            steering, nn.Module
+        ) else steering
+
+
+def whose(method: str) -> str:
+    """A method with its plugin, in words."""
+    return f"method {method!r} of {registry().owners.get(method, '?')}"
+
+
+def read_by_all(sae: TopKSAE | None, retriever: Retriever | None, batch: Batch) -> dict[str, Tensor | None]:
+    """The tensors that a method is shown and the framework reads too, by their names in words."""
+    weights = {} if sae is None else {f"context.sae.{name}": weight for name, weight in sae.named_parameters()}
+    return {**weights, **batch.shared(), **({} if retriever is None else retriever.shared(batch))}

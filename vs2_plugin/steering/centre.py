@@ -1,0 +1,25 @@
+"""Centring: every image away from the mean, the plainest rival of VS2."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from vs2_plugin.steering.move import keep_norm
+
+__all__ = ["Centring"]
+
+
+class Centring(nn.Module):
+    """``x + alpha (x - mu)`` at the norm of x: VS2 with an SAE that reconstructs x itself and has mu for a bias."""
+
+    mean: Tensor
+
+    def __init__(self, mean: Tensor, alpha: float) -> None:
+        """``mean``: ``[d]``, over the unlabeled training images."""
+        super().__init__()
+        self.alpha, self.facts = alpha, {"alpha": alpha}
+        self.register_buffer("mean", mean)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Steer ``[batch, d]``."""
+        return x if self.alpha == 0 else keep_norm(x + self.alpha * (x - self.mean), x)
