@@ -31,7 +31,7 @@ PAGES = [
 ]
 README = PAGES[0].read_text(encoding="utf-8")
 #: What stands in a page's place of the example plugin's method.
-EXAMPLE = "centre:ViT-B-32@strength=0.5"
+EXAMPLE = "away:ViT-B-32@strength=0.5"
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -202,11 +202,11 @@ def test_the_plugin_of_its_chapter_runs(monkeypatch, make_sae):
     from vs2_plugin.plugins import registry
 
     page = REPOSITORY / "vs2_plugin/docs/plugins.md"
-    (code, along), (toml,) = blocks(page, "python"), blocks(page, "toml")
+    (code, along, reading), (toml,) = blocks(page, "python"), blocks(page, "toml")
     names = {}
     exec(compile(code, "plugins.md", "exec"), names)
-    assert toml == '[project.entry-points.vs2_plugin]\ncentre = "vs2_centre"\n'
-    assert code.startswith("# vs2_centre.py\n")
+    assert toml == '[project.entry-points.vs2_plugin]\naway = "vs2_away"\n'
+    assert code.startswith("# vs2_away.py\n")
     (method,) = names["vs2_methods"]()
     steer = method.build(SimpleNamespace(mean=torch.ones(3)), 0.5)
     assert torch.equal(steer(torch.full((2, 3), 3.0)), torch.full((2, 3), 4.0))
@@ -214,5 +214,12 @@ def test_the_plugin_of_its_chapter_runs(monkeypatch, make_sae):
     sae, x = make_sae(), torch.randn(2, 32)
     steer = names["build_along"](SimpleNamespace(sae=sae), 0.5)
     torch.testing.assert_close(steer(x, vs2_plugin.Batch()).apply(x), x + 0.5 * sae.combine(sae.encode(x)))
+    exec(compile(reading, "plugins.md", "exec"), names)
+    classes = torch.nn.functional.normalize(torch.randn(8, 5), dim=0)
+    for of_logits, protocol in zip(names["methods"], ("unlabeled", "stream", "image"), strict=True):
+        assert of_logits.site == "logits" and of_logits.protocol == protocol
+        x = torch.nn.functional.normalize(torch.randn(1, *([6] * of_logits.views), 8), dim=-1)
+        context = SimpleNamespace(classifier=classes, unlabeled=torch.randn(20, 8))
+        assert of_logits.build(context, **{one.name: one.default for one in of_logits.options})(x).shape == (1, 5)
     monkeypatch.setitem(registry().methods, method.name, method)
     assert EXAMPLE in page.read_text(encoding="utf-8") and parse(EXAMPLE).options["strength"] == 0.5

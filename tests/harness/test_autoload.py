@@ -22,11 +22,11 @@ PLUGIN = {
         name = "vs2-centre"
         version = "0.3"
         [project.entry-points.vs2_plugin]
-        centre = "vs2_centre"
+        away = "vs2_away"
         [tool.hatch.build.targets.wheel]
-        include = ["vs2_centre.py"]
+        include = ["vs2_away.py"]
     """,
-    "vs2_centre.py": None,  # the example in the plugins' chapter, as it stands there
+    "vs2_away.py": None,  # the example in the plugins' chapter, as it stands there
 }
 
 
@@ -131,7 +131,7 @@ def test_the_plugin_of_the_docs_works_as_a_package(environment, tmp_path, in_dem
     """A third party's package, built and installed by pip, offers a method that the harness and the command know."""
     python, _ = environment
     chapter = (REPOSITORY / "vs2_plugin/docs/plugins.md").read_text(encoding="utf-8")
-    source = re.search(r"```python\n(# vs2_centre\.py\n.*?)```", chapter, re.S).group(1)
+    source = re.search(r"```python\n(# vs2_away\.py\n.*?)```", chapter, re.S).group(1)
     assert len(source.splitlines()) <= 30
     from textwrap import dedent
 
@@ -141,12 +141,12 @@ def test_the_plugin_of_the_docs_works_as_a_package(environment, tmp_path, in_dem
     try:
         listing = subprocess.run([python.parent / "vs2", "methods"], capture_output=True, text=True)
         assert listing.returncode == 0 and "vs2-centre 0.3 (entry point 'centre')" in listing.stdout
-        model = ["--model", f"centre:{TINY}@strength=0.5", "--pretrained", ""]
+        model = ["--model", f"away:{TINY}@strength=0.5", "--pretrained", ""]
         script = [python, "-m", "clip_benchmark.cli", "eval", *model, *DIGITS, "--output", "centre.json"]
         done = subprocess.run(script, capture_output=True, text=True)  # in the demo's folder, with its store
         assert done.returncode == 0, done.stderr
         found = metrics(in_demo / "centre.json")
-        assert found["vs2_method"] == "centre" and found["vs2_strength"] == 0.5
+        assert found["vs2_method"] == "away" and found["vs2_strength"] == 0.5
         assert 0.1 < found["acc1"] <= 1
     finally:
         pip(python, "uninstall", "--quiet", "--yes", "vs2-plugin", "vs2-centre")

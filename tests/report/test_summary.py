@@ -232,3 +232,16 @@ def test_many_rows_leave_the_accuracy_figure_to_those_that_no_curve_shows(write_
     write_run("other:B", metrics=steered("other"))
     group = group_of(path.parent)
     assert [row.label for row in group.main] == ["zero-shot", "vs2 @alpha=0.25", "other"]
+
+
+def test_rows_stand_by_what_they_saw(write_run, steered):
+    write_run("B", 0.5)
+    write_run("a:B", 0.9, metrics=steered("a", protocol="transductive"))
+    write_run("b:B", 0.6, metrics=steered("b", protocol="unlabeled"))
+    write_run("c:B", 0.7, metrics=steered("c", "train", protocol="transductive"))
+    path = write_run("d:B", 0.4, metrics=steered("d", protocol="image"))
+    kinds = group_of(path.parent).kinds
+    assert {kind: [row.label for row in rows] for kind, rows in kinds.items()} == {
+        "": ["zero-shot"], "image": ["d"], "unlabeled": ["b"], "transductive": ["a"], "train": ["c"]
+    }  # fmt: skip
+    assert [*kinds] == ["", "image", "unlabeled", "transductive", "train"]

@@ -70,3 +70,16 @@ def test_seeds_are_said_with_their_spread(write_run, steered):
     first, second = told(path.parent).sentences
     assert "by 11.00 points, in the mean of 2 seeds of the SAE (standard deviation 1.4)." in first
     assert second == "It used no labels."
+
+
+def test_what_sees_other_test_images_is_told_apart(write_run, steered):
+    write_run("B", 0.5)
+    write_run("vs2:B", 0.55, metrics=steered(protocol="unlabeled"))
+    write_run("stata:B", 0.7, metrics=steered("stata", protocol="transductive"))
+    path = write_run("tda:B", 0.52, metrics=steered("tda", protocol="stream"))
+    found = told(path.parent)
+    assert found.best.label == "vs2" and found.short == "vs2 +5.00"
+    assert found.sentences[2:] == (
+        "Of those that see the test images before, which is another matter: tda, +2.00 points.",
+        "Of those that see all test images at once, which is another matter: stata, +20.00 points.",
+    )

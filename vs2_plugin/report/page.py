@@ -31,7 +31,7 @@ STAND_IN = (
 #: Stands in every file that a report writes, near the beginning.
 MARK = "vs2 report"
 _SHOWN_CLASSES = 8
-#: Of more rows with the same labels, so many are shown at once; the others open by a click.
+#: Of more rows of a kind, so many are shown at once; the others open by a click.
 _MANY_ROWS, _SHOWN_ROWS = 20, 12
 
 
@@ -70,7 +70,7 @@ def write(runs: Iterable[Run], folder: Path) -> list[Path]:
         "columns": columns,
         "parts": parts,
         "verdict": verdict,
-        "by_labels": by_labels,
+        "by_run_kind": by_run_kind,
         "seed_of": seed_of,
         "stand_in": STAND_IN,
         "hints": hints,
@@ -179,11 +179,11 @@ def _costs(rows: Sequence[Row]) -> list[Column]:
     ]  # fmt: skip
 
 
-def by_labels(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Return the labels used and the rows that used them, in the order of the rows; zero-shot under no word."""
+def by_run_kind(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Return the kinds of results and their rows, in the order of the rows; zero-shot under no word."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(row.run.labels if row.run.method is not None else "", []).append(row)
+        found.setdefault(row.run.kind, []).append(row)
     return found
 
 
@@ -196,7 +196,7 @@ def by_kind(pictures: Iterable[tuple[Picture, str]]) -> dict[str, list[tuple[Pic
 
 
 def parts(group: Group) -> tuple[list[Row], list[Row]]:
-    """Return the rows of the table, and those that are folded: of many with the same labels, those that gain least."""
+    """Return the rows of the table, and those that are folded: of many of a kind, those that gain least."""
     shown, folded = [], []
     for rows in group.kinds.values():
         cut = _SHOWN_ROWS if len(rows) > _MANY_ROWS else len(rows)

@@ -19,7 +19,8 @@ from vs2_plugin.text import printable
 __all__ = ["Curve", "Group", "Section", "summarise"]
 
 _STRENGTH = {"gamma", "lam", "alpha"}
-_LABELS = ("none", "train", "oracle")
+#: Kinds of results, in the order in which they stand.
+_KINDS = ("", "image", "unlabeled", "stream", "transductive", "train", "oracle")
 #: Two zero-shot results that agree on fewer images than this were made with other prompts. Precision and batch size
 #: change fewer predictions.
 _SAME_PROMPTS = 0.98
@@ -47,7 +48,7 @@ class Group:
     backbone: str
     pretrained: str
     rows: list[Row]
-    """Zero-shot first, then by the labels used, vs2 before other methods."""
+    """Zero-shot first, then by what they saw and the labels used, vs2 before other methods."""
     alone: bool = True
     """True if all results of the backbone are here: those with other prompts, which have another zero-shot accuracy,
     are in a group of their own."""
@@ -88,11 +89,11 @@ class Group:
 
     @cached_property
     def kinds(self) -> dict[str, list[Row]]:
-        """Labels used -> the rows, from the largest gain to the largest loss; those without labels first, and
-        zero-shot before them all."""
+        """Kind of result -> the rows, from the largest gain to the largest loss: by what they saw, least first, then
+        those that used labels; zero-shot before them all."""
         found: dict[str, list[Row]] = {}
-        for row in sorted(self.rows, key=lambda row: (_labels_rank(row.run), _by_change(row))):
-            found.setdefault(row.run.labels, []).append(row)
+        for row in sorted(self.rows, key=lambda row: (_kind_rank(row.run), _by_change(row))):
+            found.setdefault(row.run.kind, []).append(row)
         return found
 
     @property
@@ -328,15 +329,15 @@ def _rank(run: Run) -> tuple[bool, bool, int, bool, str, int]:
     """Return what rows are sorted by."""
     # Of several zero-shot results, the one that has per-image results is the one to compare with.
     bare = run.method is None and run.images is None
-    return run.method is not None, bare, _labels_rank(run), run.method != "vs2", run.method or "", len(run.parts.words)
+    return run.method is not None, bare, _kind_rank(run), run.method != "vs2", run.method or "", len(run.parts.words)
 
 
-def _labels_rank(run: Run) -> int:
-    return _LABELS.index(run.labels) if run.labels in _LABELS else len(_LABELS)
+def _kind_rank(run: Run) -> int:
+    return _KINDS.index(run.kind) if run.kind in _KINDS else len(_KINDS)
 
 
 def _by_change(row: Row) -> tuple[bool, float]:
-    """Return what rows with the same labels are sorted by in a table. Where no change is known, by accuracy."""
+    """Return what rows of a kind are sorted by in a table. Where no change is known, by accuracy."""
     return row.run.method is not None, -(row.top1 if row.change is None else row.change)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vs2_plugin.report.rendering import fixed
@@ -10,6 +11,10 @@ from vs2_plugin.report.summary import Group
 from vs2_plugin.text import counted
 
 __all__ = ["Verdict", "verdict"]
+
+
+#: Protocols by which a method sees other test images, in words.
+_OTHERS = {"stream": "the test images before", "transductive": "all test images at once"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,8 @@ class Verdict:
 
 def verdict(group: Group) -> Verdict | None:
     """Return the verdict on a group; None where there is no steered result."""
-    free = [row for row in group.steered if row.run.labels == "none"]
+    unlabeled = [row for row in group.steered if row.run.labels == "none"]
+    free = [row for row in unlabeled if row.run.protocol not in _OTHERS]
     usual = next(iter([*free, *group.steered]), None)
     if usual is None:
         return None
@@ -45,8 +51,18 @@ def verdict(group: Group) -> Verdict | None:
     short = f"{usual.label} {_points(usual)}"
     if best is not None and best is not usual:
         short += f"; best without labels {best.title} {_points(best)}"
+    sentences += [told for kind in _OTHERS if (told := _of_others(unlabeled, kind))]
     gains = best is not None and (best.change or 0.0) > 0
     return Verdict(tuple(sentences), _tone(usual), short, best if gains else None)
+
+
+def _of_others(rows: Sequence[Row], protocol: str) -> str:
+    """Return what the best of the rows gains that see other test images in this way; empty where there are none."""
+    found = [row for row in rows if row.run.protocol == protocol and row.change is not None]
+    if not found:
+        return ""
+    best = max(found, key=lambda row: row.change or 0.0)
+    return f"Of those that see {_OTHERS[protocol]}, which is another matter: {best.title}, {_points(best)} points."
 
 
 def _did(row: Row, before: float) -> str:

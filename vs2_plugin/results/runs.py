@@ -100,6 +100,23 @@ class Run:
         """The labels used: ``none``, ``train`` or ``oracle``; of a steered model that does not say, ``?``."""
         return "none" if self.method is None else printable(self.metrics.get("vs2_labels", "?"))
 
+    @property
+    def protocol(self) -> str:
+        """What it saw beside the image at hand: ``image`` (nothing), ``unlabeled``, ``stream`` or ``transductive``.
+        Older results do not say; a checkpoint was made of unlabeled images."""
+        told = self.fact("protocol")
+        if told is not None:
+            return printable(told)
+        return "image" if self.fact("checkpoint") is None else "unlabeled"
+
+    @property
+    def kind(self) -> str:
+        """What it is to be compared with: the labels that it used or, where it used none, its protocol. Empty for a
+        plain model."""
+        if self.method is None:
+            return ""
+        return self.protocol if self.labels == "none" else self.labels
+
     @cached_property
     def parts(self) -> Parts:
         """The model's name, taken apart; a plain model's is its backbone.
