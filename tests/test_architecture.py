@@ -27,12 +27,13 @@ FORBIDDEN = {
     "report": PARTS - {"report", "results"},
     "training": PARTS - {"training", "checkpoint", "clip", "data", "gallery", "sae"},
     "model": PARTS - {"model", "checkpoint", "clip", "data", "gallery", "sae", "steering", "strength"},
-    "harness": {"classify", "cli", "demo", "inspection", "report", "reproduce", "sweep", "training"},
-    "inspection": {"classify", "cli", "demo", "reproduce", "sweep", "training"},
-    "sweep": {"classify", "cli", "demo", "inspection", "report", "reproduce", "training"},
-    "": {"classify", "cli", "demo", "inspection", "report", "reproduce", "sweep"},  # the modules at the top
-    "reproduce": {"classify", "cli", "inspection", "sweep"},
-    "classify": {"cli", "demo", "reproduce", "sweep"},
+    "harness": {"classify", "cli", "demo", "inspection", "quality", "report", "reproduce", "sweep", "training"},
+    "inspection": {"classify", "cli", "demo", "quality", "reproduce", "sweep", "training"},
+    "quality": {"classify", "cli", "demo", "reproduce", "sweep", "training"},
+    "sweep": {"classify", "cli", "demo", "inspection", "quality", "report", "reproduce", "training"},
+    "": {"classify", "cli", "demo", "inspection", "quality", "report", "reproduce", "sweep"},  # the modules at the top
+    "reproduce": {"classify", "cli", "inspection", "quality", "sweep"},
+    "classify": {"cli", "demo", "quality", "reproduce", "sweep"},
     "cli": set(),  # commands and the demo import everything, and nothing imports them
     "demo": set(),
 }

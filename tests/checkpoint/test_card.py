@@ -9,7 +9,7 @@ import yaml
 from vs2_plugin.checkpoint.card import base_model, card
 from vs2_plugin.checkpoint.records import SiteSAE, TrainingData
 
-FIGURES = {"k": 32, "expansion_factor": 4, "dead": 0.125, "lr": 0.003, "seed": 7}
+FIGURES = {"k": 32, "expansion_factor": 4, "dead": 0.125, "dense": 0.0625, "lr": 0.003, "seed": 7}
 SITE = SiteSAE("visual.transformer.resblocks.11", "plain", "none", 8, [0.0] * 8, 0.25, {}, FIGURES, {})
 DATA = TrainingData(("cifar100",), 50_000, ("train",))
 
@@ -32,7 +32,7 @@ def test_the_body_tells_tower_data_figures_and_use():
     _, body = made()
     assert "# me/sae\n" in body and "`ViT-B-32, laion2b_s34b_b79k`" in body
     assert "Trained on 50,000 images of cifar100 (`train`)" in body
-    assert "| `visual.transformer.resblocks.11` | 8 | 32 | 32 | 75.0% | 12.5% | none |" in body
+    assert "| `visual.transformer.resblocks.11` | 8 | 32 | 32 | 75.0% | 12.5% | 6.2% | none |" in body
     assert "lr `0.003`, seed `7`" in body
     use = "--model ViT-B-32 vs2:ViT-B-32@hf:me/sae --pretrained laion2b_s34b_b79k --dataset cifar100\n"
     assert f"clip_benchmark eval {use}" in body
@@ -49,7 +49,7 @@ def test_its_python_is_python():
 def test_what_a_checkpoint_does_not_know_is_left_open():
     bare = replace(SITE, training={}, variant="pass", labels="train", fvu=1.5)
     _, body = made(sites=[bare], data=replace(DATA, transductive=True))
-    assert "| ? | ? | -50.0% | ? | train |" in body and "Transductive" in body and "for `pass:`" in body
+    assert "| ? | ? | -50.0% | ? | ? | train |" in body and "Transductive" in body and "for `pass:`" in body
     assert "Of no use at `visual.transformer.resblocks.11.pass`: its FVU is 1.5" in body
     head, body = made(backbone="", pretrained="", data=TrainingData(("activations",), 9, ("given",)))
     assert "base_model" not in head and "steer none" in body and "clip_benchmark eval" not in body

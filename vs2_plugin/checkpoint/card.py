@@ -68,26 +68,28 @@ def _about(backbone: str, pretrained: str, data: TrainingData, site: SiteSAE) ->
 
 
 def _saes(sites: Sequence[SiteSAE]) -> Iterator[str]:
-    yield "| SAE | width | latents | active (L0, at most) | explained variance | dead latents | labels used |"
-    yield "|---|---:|---:|---:|---:|---:|---|"
+    shares = "explained variance | dead latents | dense latents"
+    yield f"| SAE | width | latents | active (L0, at most) | {shares} | labels used |"
+    yield "|---|---:|---:|---:|---:|---:|---:|---|"
     for site in sites:
         told = site.training
         latents = told.get("num_latents")
         if latents is None and isinstance(told.get("expansion_factor"), int):
             latents = int(told["expansion_factor"] or 0) * site.width
-        dead = told.get("dead")
+        shown = map(told.get, ("dead", "dense"))
+        dead, dense = (f"{share:.1%}" if isinstance(share, float) else "?" for share in shown)
         yield (
             f"| {_code(site.folder)} | {site.width} | {_number(latents)} | {_number(told.get('k'))} | "
-            f"{1 - site.fvu:.1%} | {f'{dead:.1%}' if isinstance(dead, float) else '?'} | {site.labels} |"
+            f"{1 - site.fvu:.1%} | {dead} | {dense} | {site.labels} |"
         )
     yield ""
     yield (
         "The explained variance is 1 - FVU, over activations that were held out; a latent is dead if no training "
-        "activation activates it."
+        "activation activates it, and dense if more than a tenth of them do."
     )
     yield from (f"\nOf no use at {_code(site.folder)}: {_plain(site.warning)}." for site in sites if site.warning)
-    shown = ("lr", "samples", "steps", "sae_batch_size", "seed", "recipe", "library")
-    settings = [f"{name} {_code(sites[0].training[name])}" for name in shown if name in sites[0].training]
+    listed = ("lr", "samples", "steps", "sae_batch_size", "seed", "recipe", "library")
+    settings = [f"{name} {_code(sites[0].training[name])}" for name in listed if name in sites[0].training]
     if settings:
         yield ""
         yield f"Settings: {', '.join(settings)}; all of them are in `vs2.json`."

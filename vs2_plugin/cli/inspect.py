@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vs2_plugin.inspection.findings import Finding
     from vs2_plugin.inspection.subject import Subject
 
-__all__ = ["add_inspect", "add_subject", "positive", "say_problems", "subject_of"]
+__all__ = ["add_inspect", "add_subject", "positive", "read_words", "say_problems", "subject_of"]
 
 _DESCRIPTION = """\
 Show what steering did to images: the classes before and after, the FVU and the gate's decision, and what each active
@@ -115,13 +115,14 @@ def subject_of(args: argparse.Namespace) -> Subject:
 
     return open_subject(
         args.model, args.pretrained, args.dataset, args.dataset_root,
-        concepts=args.concepts and _read_words(args.concepts, "--concepts"),
-        classes=args.classes and _read_words(args.classes, "--classes"),
+        concepts=args.concepts and read_words(args.concepts, "--concepts"),
+        classes=args.classes and read_words(args.classes, "--classes"),
         model_cache_dir=args.model_cache_dir, wds_cache_dir=args.wds_cache_dir, progress=not args.quiet,
     )  # fmt: skip
 
 
-def _read_words(path: Path, flag: str) -> list[str]:
+def read_words(path: Path, flag: str) -> list[str]:
+    """Return the lines of a file, of which there have to be two or more. Raises DataError."""
     try:
         words = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except OSError as error:

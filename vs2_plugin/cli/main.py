@@ -15,6 +15,7 @@ from vs2_plugin.cli.inspect import add_inspect
 from vs2_plugin.cli.latents import add_latents
 from vs2_plugin.cli.report import add_report
 from vs2_plugin.cli.reproduce import add_reproduce
+from vs2_plugin.cli.sae import add_sae
 from vs2_plugin.cli.store import add_store
 from vs2_plugin.cli.sweep import add_sweep
 from vs2_plugin.messages import complain, say
@@ -33,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
         "  vs2 sweep --model vs2:ViT-B-32-quickgelu@alpha=0:3:0.25 --pretrained openai --dataset cifar100\n"
         "  vs2 inspect --model vs2:ViT-B-32-quickgelu --pretrained openai --dataset cifar100 photo.jpg\n"
         "  vs2 latents --model vs2:ViT-B-32-quickgelu --pretrained openai --dataset cifar100\n"
+        "  vs2 sae ViT-B-32-quickgelu_openai_cifar100\n"
         "  vs2 reproduce benchmark_configs/paper/*.yaml --stand_in digits\n"
         "each command's --help shows more\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -71,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     add_report(commands)
     add_inspect(commands)
     add_latents(commands)
+    add_sae(commands)
     add_sweep(commands)
     add_reproduce(commands)
     add_store(commands)

@@ -8,6 +8,7 @@ import time
 from itertools import zip_longest
 
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
+from vs2_plugin.checkpoint.records import SiteSAE
 from vs2_plugin.checkpoint.store import Store, folder_size, last_change
 from vs2_plugin.cli.common import add_store_option
 from vs2_plugin.errors import CheckpointError, DataError, SettingError
@@ -88,7 +89,8 @@ def _list(args: argparse.Namespace) -> None:
         say(
             f"  {name}  {checkpoint.backbone} {checkpoint.pretrained or ''} on "
             f"{' '.join(names)} ({data.images:,} images), "
-            f"{len(sites)} site(s), FVU {sites[-1].fvu:.4f}, {gigabytes(folder_size(folder))}{marks}"
+            f"{len(sites)} site(s), FVU {sites[-1].fvu:.4f}{_shares(sites[-1])}, "
+            f"{gigabytes(folder_size(folder))}{marks}"
         )
     if not store.names():
         say(f"  no checkpoints; train one with {shlex.join(['vs2-train-sae', *store.words])}")
@@ -101,6 +103,12 @@ def _list(args: argparse.Namespace) -> None:
             f"{counted(age, 'hour') + ' ago' if age else 'within the last hour'}; the command that began it goes on "
             f"with it, and {shlex.join(['vs2', 'store', *store.words, 'remove', '--cache'])} deletes it"
         )
+
+
+def _shares(site: SiteSAE) -> str:
+    """Return the shares of dead and dense latents in words, as far as the checkpoint tells them."""
+    shares = ((name, site.training.get(name)) for name in ("dead", "dense"))
+    return "".join(f", {share:.1%} {name}" for name, share in shares if isinstance(share, float))
 
 
 def _remove(args: argparse.Namespace) -> None:

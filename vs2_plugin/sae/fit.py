@@ -12,13 +12,17 @@ from vs2_plugin.errors import DataError
 from vs2_plugin.sae.source import Source
 from vs2_plugin.sae.topk import TopKSAE, sample_fvu
 
-__all__ = ["HELD_OUT", "QUANTILES", "Fit", "fit_of", "held_out_fvu"]
+__all__ = ["DENSE", "HELD_OUT", "PCA_MAX", "QUANTILES", "Fit", "fit_of", "held_out_fvu", "parted", "pca_fvu"]
 
 #: Quantiles of the held-out per-sample FVU that a checkpoint stores.
 QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.995)
 #: Activations that are held out, at most.
 HELD_OUT = 10_000
-_DEAD_MAX = 100_000  # activations looked at to count dead latents
+#: A latent is dense if more than this share of the activations activates it.
+DENSE = 0.1
+#: Activations that principal components are found on, at most.
+PCA_MAX = 10_000
+_DEAD_MAX = 100_000  # activations looked at to count dead and dense latents
 
 
 class Fit(NamedTuple):
@@ -30,6 +34,22 @@ class Fit(NamedTuple):
     """Quantile, as text, -> per-sample FVU over held-out activations."""
     dead: float
     """Share of latents that no other activation (of at most 100,000) activates."""
+    dense: float
+    """Share of latents that more than a tenth of them activates."""
+    l0: float
+    """Active latents per activation, the mean over them."""
+    pca_fvu: float
+    """FVU over held-out activations of k principal components, found on at most 10,000 others."""
+    gamma: float
+    """``‖μ‖/‖σ‖``, the mean activation's norm over the root of the total variance (arXiv 2605.31518)."""
+
+
+def parted(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return which of ``count`` activations a training by that seed holds out, and the others, in random order."""
+    numbers = np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)  # all that grows with the images
+    order = np.random.default_rng(seed).permutation(numbers)
+    held = min(HELD_OUT, count // 10)
+    return order[:held], order[held:]
 
 
 def fit_of(sae: TopKSAE, source: Source, held: np.ndarray, calibrated: np.ndarray, others: np.ndarray) -> Fit:
@@ -40,7 +60,7 @@ def fit_of(sae: TopKSAE, source: Source, held: np.ndarray, calibrated: np.ndarra
         source: the activations.
         held: those that the FVU is of.
         calibrated: those that its quantiles are of.
-        others: those, in any order, by which dead latents are counted.
+        others: those, in any order, by which dead and dense latents are counted.
 
     Raises:
         DataError: there are none to calibrate on, or all are equal.
@@ -48,11 +68,16 @@ def fit_of(sae: TopKSAE, source: Source, held: np.ndarray, calibrated: np.ndarra
     if not len(calibrated):
         raise DataError("none of the activations to calibrate on is held out; take more images of those data sets")
     of_samples = _samples_fvu(sae, source, calibrated)
+    frequencies = _frequencies(sae, source, np.sort(others[:_DEAD_MAX]))
     quantiles = torch.quantile(of_samples, torch.tensor(QUANTILES, dtype=torch.double)).tolist()
     return Fit(
         fvu=round(held_out_fvu(sae, source, held), 6),
         fvu_quantiles={f"{q:g}": round(value, 6) for q, value in zip(QUANTILES, quantiles, strict=True)},
-        dead=_dead_share(sae, source, np.sort(others[:_DEAD_MAX])),
+        dead=round((frequencies == 0).double().mean().item(), 6),
+        dense=round((frequencies > DENSE).double().mean().item(), 6),
+        l0=round(frequencies.sum().item(), 4),
+        pca_fvu=round(pca_fvu(source, np.sort(others[:PCA_MAX]), held, sae.config.k), 6),
+        gamma=round(source.mean.double().norm().item() / source.variance**0.5, 6),
     )
 
 
@@ -85,10 +110,22 @@ def _samples_fvu(sae: TopKSAE, source: Source, chosen: np.ndarray) -> Tensor:
 
 
 @torch.no_grad()
-def _dead_share(sae: TopKSAE, source: Source, chosen: np.ndarray) -> float:
-    """Share of the latents that none of the activations of the numbers ``chosen`` activates."""
-    active = torch.zeros(sae.config.num_latents, dtype=torch.bool, device=source.device)
+def _frequencies(sae: TopKSAE, source: Source, chosen: np.ndarray) -> Tensor:
+    """Share of the activations of the numbers ``chosen`` that activate each latent: float64 on the CPU, ``[n]``."""
+    counts = torch.zeros(sae.config.num_latents, dtype=torch.long, device=source.device)
     for x in source.every(chosen):
         latents = sae.encode(x)
-        active[latents.indices[latents.values != 0]] = True
-    return round(1 - active.float().mean().item(), 6)
+        counts += torch.bincount(latents.indices[latents.values != 0], minlength=len(counts))
+    return counts.double().cpu() / len(chosen)
+
+
+def pca_fvu(source: Source, fitted: np.ndarray, held: np.ndarray, components: int) -> float:
+    """FVU on the activations of the numbers ``held`` of the principal components of those of the numbers ``fitted``."""
+    known, rows = (source.read(numbers).double().cpu() for numbers in (fitted, held))
+    mean = known.mean(0)
+    centred = known - mean
+    vectors = torch.linalg.eigh(centred.T @ centred)[1][:, -components:]
+    rest = rows - mean
+    rest = rest - rest @ vectors @ vectors.T
+    unexplained: float = (rest.square().sum() / (rows - rows.mean(0)).square().sum()).item()
+    return unexplained

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from vs2_plugin.distributed import ALONE, Processes, total
 from vs2_plugin.errors import DataError, SettingError
 from vs2_plugin.sae.config import TrainConfig
-from vs2_plugin.sae.fit import HELD_OUT, fit_of, held_out_fvu
+from vs2_plugin.sae.fit import fit_of, held_out_fvu, parted
 from vs2_plugin.sae.source import Device, Rows, Source, ahead, batches_of, chunks
 from vs2_plugin.sae.state import SavedState
 from vs2_plugin.sae.step import ClassMeans, finds_in_bfloat16, set_gradients
@@ -49,6 +49,14 @@ class Figures:
     """Quantile, as text, -> per-sample FVU over held-out activations."""
     dead: float
     """Share of latents that no training activation (of at most 100,000) activates."""
+    dense: float
+    """Share of latents that more than a tenth of them activates."""
+    l0: float
+    """Active latents per training activation, the mean over them."""
+    pca_fvu: float
+    """FVU over held-out activations of k principal components."""
+    gamma: float
+    """``‖μ‖/‖σ‖``, the mean activation's norm over the root of the total variance."""
     train_count: int
     """Activations trained on."""
     held_out_count: int
@@ -214,11 +222,8 @@ class _Run:
         config, mean, variance, device = job.config, source.mean, source.variance, source.device
         self.job, self.source, self.device, self._started = job, source, device, time.monotonic()
         count, width = source.shape
-        numbers = np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)  # all that grows with the images
-        order = np.random.default_rng(config.seed).permutation(numbers)
-        self.held = np.sort(order[: min(HELD_OUT, count // 10)])
-        self.watched = np.sort(order[: min(_WATCHED_MAX, len(self.held))])
-        self.train = order[len(self.held) :]
+        held, self.train = parted(count, config.seed)
+        self.held, self.watched = np.sort(held), np.sort(held[:_WATCHED_MAX])
         self.batch_size = min(config.sae_batch_size, len(self.train))
         self.steps = max(1, config.samples // self.batch_size)
         source.check()

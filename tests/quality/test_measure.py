@@ -1,0 +1,113 @@
+"""All figures of checkpoints, of given activations and of a gallery."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import vs2_plugin
+from vs2_plugin.checkpoint.store import Store
+from vs2_plugin.quality import measure as module
+from vs2_plugin.quality.measure import ZeroShot, measure, stability
+from vs2_plugin.quality.notes import NOTES
+from vs2_plugin.quality.subject import Elsewhere, open_subject
+
+COUNT, WIDTH = 400, 16
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A store with two SAEs of the same activations, and files of them and of labels."""
+    folder = tmp_path_factory.mktemp("quality")
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, COUNT)
+    x = (rng.normal(size=(4, WIDTH))[labels] + rng.normal(size=(COUNT, WIDTH)) / 2 + 1).astype(np.float32)
+    np.save(folder / "X.npy", x)
+    np.save(folder / "y.npy", labels)
+    np.save(folder / "other.npy", x[::-1] * 2)
+    for seed in (0, 1):
+        vs2_plugin.train(x, samples=4000, k=4, seed=seed, quiet=True, store=folder, name=f"s{seed}")
+    return folder
+
+
+@pytest.fixture
+def subject(trained):
+    return open_subject("s0", Store(trained), activations=trained / "X.npy", labels=trained / "y.npy")
+
+
+def test_figures_are_those_of_plain_computations(trained, subject):
+    found = measure(subject, Elsewhere("other", np.load(trained / "other.npy")))
+    x, sae, site = np.load(trained / "X.npy"), subject.sae, subject.site
+    order = np.random.default_rng(0).permutation(COUNT)
+    held, rest = np.sort(order[:40]), order[40:]
+    figures = {name: figure.value for name, figure in found.figures.items()}
+
+    def explained(rows):
+        rebuilt = sae(torch.from_numpy(rows.copy())).numpy()
+        return 1 - ((rows - rebuilt) ** 2).sum() / ((rows - rows.mean(0)) ** 2).sum()
+
+    assert figures["explained_variance"] == pytest.approx(explained(x[held]), abs=1e-5)
+    assert figures["explained_variance"] == pytest.approx(1 - site.fvu, abs=1e-5)
+    assert figures["explained_variance_elsewhere"] == pytest.approx(explained(x[::-1] * 2), abs=1e-5)
+    centred = x[rest] - x[rest].mean(0)
+    vectors = np.linalg.svd(centred, full_matrices=False)[2][:4]
+    outside = x[held] - x[rest].mean(0)
+    outside = outside - outside @ vectors.T @ vectors
+    pca = 1 - (outside**2).sum() / ((x[held] - x[held].mean(0)) ** 2).sum()
+    assert found.figures["explained_variance"].beside == pytest.approx(pca, abs=1e-5)
+    assert figures["gamma"] == pytest.approx(np.linalg.norm(x.mean(0)) / np.sqrt(x.var(0).sum()), rel=1e-5)
+    latents = sae.encode(torch.from_numpy(x[np.sort(order)]))
+    dense = torch.zeros(COUNT, 64).scatter_(1, latents.indices, latents.values).numpy() != 0
+    assert figures["l0"] == pytest.approx(dense.sum(1).mean())
+    assert figures["dead"] == (~dense.any(0)).mean() and figures["dense"] == (dense.mean(0) > 0.1).mean()
+    recorded = sae.encode(torch.from_numpy(x[rest]))
+    trained_on = torch.zeros(360, 64).scatter_(1, recorded.indices, recorded.values).numpy() != 0
+    assert site.training["dense"] == pytest.approx((trained_on.mean(0) > 0.1).mean(), abs=1e-6)
+    assert site.training["l0"] == pytest.approx(trained_on.sum(1).mean(), abs=1e-4)
+    assert site.training["gamma"] == pytest.approx(figures["gamma"], abs=1e-5)
+    assert figures["probe_1"] > 0.6 and figures["probe_5"] > figures["probe_1"] - 0.05
+    assert figures["monosemanticity"] > found.figures["monosemanticity"].beside
+    assert set(figures) | {"stability", "stable"} == set(NOTES)
+
+
+def test_other_activations_than_those_of_the_training_are_told(trained):
+    subject = open_subject("s0", Store(trained), activations=trained / "other.npy")
+    assert "none that it was trained on" in subject.images.about
+    assert len(subject.images.held) == COUNT and not len(subject.images.others)
+    found = measure(replace(subject, images=replace(subject.images, labels=np.load(trained / "y.npy"))))
+    assert found.figures["probe_1"].value is not None  # fitted on half of what is new
+
+
+def test_without_activations_the_figures_of_the_training_are_shown(trained):
+    found = measure(open_subject("s0", Store(trained)))
+    site = found.subject.site
+    assert found.codes is None and found.figures["dead"].value == site.training["dead"]
+    assert found.figures["explained_variance"].value == 1 - site.fvu
+    assert "--activations" in found.figures["monosemanticity"].why
+    assert found.figures["collinearity"].value is not None
+
+
+def test_predictions_with_labels_without_them_and_before_the_towers_end(subject):
+    weights = torch.randn(WIDTH, 4, generator=torch.Generator().manual_seed(0))
+    found = measure(subject, zero_shot=ZeroShot(lambda x: x, weights, True)).figures
+    assert found["agreement"].value > found["agreement"].beside
+    found = measure(subject, zero_shot=ZeroShot(lambda x: x, weights, False)).figures
+    assert found["recovered"].value is None and "not those of these classes" in found["recovered"].why
+    bare = replace(subject, images=replace(subject.images, labels=None))
+    found = measure(bare, zero_shot=ZeroShot(lambda x: x, weights, False)).figures
+    assert "--gallery_labels" in found["recovered"].why and "--labels" in found["probe_5"].why
+    found = measure(subject, zero_shot=ZeroShot(None, weights, True)).figures
+    assert "rec:" in found["agreement"].why
+
+
+def test_two_seeds_are_compared_and_one_is_not(trained, monkeypatch):
+    saes = [measure(open_subject(name, Store(trained), activations=trained / "X.npy")) for name in ("s0", "s1")]
+    figures, [(one, other, found)] = stability(saes)
+    assert (one, other) == ("s0", "s1")
+    assert figures["stability"].value == pytest.approx(found.cosines.mean())
+    assert figures["stable"].value == pytest.approx((found.cosines >= 0.7).mean())
+    assert len(found.cosines) == min(one.codes.alive.sum() for one in saes)
+    assert "--seed 0 1 2" in stability(saes[:1])[0]["stability"].why
+    monkeypatch.setattr(module, "LOOKED_AT", 100)
+    assert measure(saes[0].subject).codes.matrix.shape[0] == 100

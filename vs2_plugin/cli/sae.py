@@ -1,0 +1,102 @@
+"""``vs2 sae``: what an SAE is worth as a dictionary, in figures and on a page."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from vs2_plugin.checkpoint.store import Store
+from vs2_plugin.cli.common import AGAIN, add_store_option, load_torch
+from vs2_plugin.cli.inspect import read_words
+from vs2_plugin.errors import SettingError
+from vs2_plugin.messages import say
+
+__all__ = ["add_sae"]
+
+_DESCRIPTION = """\
+Measure SAEs: explained variance in and out of domain, active, dead and dense latents, how much of the zero-shot
+predictions the reconstruction keeps, how well classes are told by a few latents, monosemanticity, how near the
+decoder's directions come to each other and, of several SAEs, how well they agree. Reads the activations that the
+checkpoint keeps of its training images, and no test image. Figures that need more say what."""
+
+_EXAMPLES = """\
+examples:
+  vs2 sae ViT-B-32-quickgelu_openai_cifar100
+  vs2 sae ViT-B-32-quickgelu_openai_cifar100 --dataset cifar100 --dataset_root root --out quality
+  vs2 sae mine-seed0 mine-seed1 mine-seed2 --elsewhere ViT-B-32-quickgelu_openai_food101
+  vs2 sae mine --activations X.npy --labels y.npy --json
+"""
+
+
+def add_sae(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the sub-command."""
+    command = commands.add_parser(
+        "sae",
+        help="what an SAE is worth: its figures, what they mean and what is usual",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = command.add_argument
+    add("names", nargs="+", metavar="NAME", help="checkpoints, their folders, or hf:OWNER/NAME; several are compared")
+    add_store_option(command)
+    add("--block", type=int, help="which SAE of a checkpoint with several, by its block (default: the last)")
+    add("--variant", choices=("plain", "pass"), default="plain", help="the plain one, or that of PASS")
+    add("--elsewhere", metavar="NAME", help="another data set: a checkpoint of the same tower, whose activations are "
+        "taken, or a file of them (NAME.npy, NAME.safetensors)")  # fmt: skip
+    add("--dataset", help="the data set whose classes and prompts tell what the reconstruction keeps of predictions")
+    add("--dataset_root", default="root", help="where it lies, {dataset} being filled in (default: %(default)s)")
+    add("--classes", type=Path, metavar="FILE", help="class names, one per line, in place of the data set's")
+    add("--activations", type=Path, metavar="FILE", help="activations in place of those that the checkpoint keeps: "
+        "NAME.npy or NAME.safetensors, [count, width]")  # fmt: skip
+    add("--labels", type=Path, metavar="FILE", help="their labels: NAME.npy, whole numbers [count]")
+    add("--model_cache_dir", help="where downloaded models are kept")
+    add("--wds_cache_dir", help="where downloaded shards are kept")
+    add("--json", action="store_true", help="print all figures as JSON")
+    add("--out", type=Path, help="folder for a page (index.html) and quality.json; by default there is none")
+    add("--quiet", action="store_true", help="print nothing but errors; needs --out")
+    command.set_defaults(run=_run, interrupted=AGAIN)
+
+
+def _run(args: argparse.Namespace) -> None:
+    _check(args)
+    load_torch()
+    import torch
+
+    from vs2_plugin.quality.measure import measure, stability
+    from vs2_plugin.quality.page import Quality, json_of, write_page
+    from vs2_plugin.quality.subject import open_elsewhere, open_subject, require_comparable
+    from vs2_plugin.quality.tower import open_zero_shot
+
+    store, device = Store.default(args.store), "cuda" if torch.cuda.is_available() else "cpu"
+    classes = args.classes and read_words(args.classes, "--classes")
+    subjects = [
+        open_subject(name, store, args.block, args.variant, args.activations, args.labels) for name in args.names
+    ]
+    require_comparable(subjects)
+    elsewhere = None if args.elsewhere is None else open_elsewhere(args.elsewhere, store, subjects[0])
+    zero_shot = open_zero_shot(
+        subjects[0], store, args.dataset, args.dataset_root, classes, args.model_cache_dir, args.wds_cache_dir
+    )
+    saes = [measure(subject, elsewhere, zero_shot, device) for subject in subjects]
+    quality = Quality(saes, *stability(saes))
+    if not args.quiet:
+        for line in json_of(quality).splitlines() if args.json else quality.lines():
+            say(line)
+    if args.out is not None:
+        for path in write_page(quality, args.out):
+            if not args.quiet and not args.json:
+                say(f"wrote {path}")
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse flags that contradict each other. Raises SettingError."""
+    if args.quiet and args.out is None:
+        raise SettingError("--quiet prints nothing, and without --out nothing is written: give --out FOLDER, or leave "
+                           "--quiet away")  # fmt: skip
+    if args.labels is not None and args.activations is None:
+        raise SettingError("--labels are of --activations, which are missing; the checkpoint's own labels are read by "
+                           "themselves, if it was trained with --gallery_labels")  # fmt: skip
+    twice = next((name for number, name in enumerate(args.names) if name in args.names[:number]), None)
+    if twice is not None:
+        raise SettingError(f"{twice} stands there twice; expected each SAE once")

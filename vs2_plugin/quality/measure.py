@@ -1,0 +1,240 @@
+"""All figures of an SAE, and of several by different seeds."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import torch
+from scipy.sparse import csr_array
+from torch import Tensor
+
+from vs2_plugin.quality.codes import Codes, encode
+from vs2_plugin.quality.dictionary import Agreement, agreement, nearest_cosines
+from vs2_plugin.quality.meaning import Monosemanticity, monosemanticity, sparse_probes
+from vs2_plugin.quality.recovered import recovered
+from vs2_plugin.quality.subject import Elsewhere, Images, Subject
+from vs2_plugin.sae.fit import PCA_MAX, held_out_fvu, pca_fvu
+from vs2_plugin.sae.source import Source
+
+__all__ = ["STABLE", "Figure", "Measured", "ZeroShot", "measure", "stability"]
+
+#: Images whose codes are looked at, at most.
+LOOKED_AT = 50_000
+#: A latent is found again at this cosine, and doubled at that.
+STABLE, _DOUBLED = 0.7, 0.9
+_PROBED = 10_000  # images that probes are fitted on, at most
+_NO_IMAGES = (
+    "the checkpoint keeps no activations; name a file of them with --activations, or train it again without "
+    "--no_gallery"
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure; see :data:`vs2_plugin.quality.notes.NOTES` for what it means."""
+
+    value: float | None
+    beside: float | None = None
+    """What it is compared with."""
+    why: str = ""
+    """Why there is none, and what mends that."""
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """The rest of a tower, and classes."""
+
+    embed: Callable[[Tensor], Tensor] | None
+    """``[batch, d]`` to ``[batch, e]``; None where the SAE is not at the tower's end."""
+    weights: Tensor
+    """``[e, classes]``."""
+    labelled: bool
+    """Whether the images' labels are those of these classes."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An SAE with its figures."""
+
+    subject: Subject
+    figures: dict[str, Figure]
+    codes: Codes | None
+    """Those of at most 50,000 images."""
+    meaning: Monosemanticity | None
+
+
+def measure(
+    subject: Subject,
+    elsewhere: Elsewhere | None = None,
+    zero_shot: ZeroShot | str = "",
+    device: str = "cpu",
+) -> Measured:
+    """Measure an SAE.
+
+    Args:
+        subject: the SAE, with the images that there are.
+        elsewhere: activations of another data set.
+        zero_shot: classes, or why there are none.
+        device: where to encode.
+
+    Raises:
+        DataError: all activations are equal.
+    """
+    sae, images = subject.sae.to(device), subject.images
+    figures: dict[str, Figure] = {}
+    codes = meaning = None
+    if images is None:
+        recorded = subject.site.training
+        figures["explained_variance"] = Figure(1 - subject.site.fvu, _one_less(recorded.get("pca_fvu")))
+        figures |= {name: _recorded(recorded.get(name)) for name in ("l0", "dead", "dense", "gamma")}
+        missing = ("recovered", "agreement", "probe_1", "probe_5", "monosemanticity", "monosemantic")
+        figures |= {name: Figure(None, why=_NO_IMAGES) for name in missing}
+    else:
+        source = Source(images.activations, device)
+        source.check()
+        chosen = _chosen(images)
+        codes = encode(sae, source, chosen)
+        figures |= _reconstruction(subject, source, images)
+        figures |= {name: Figure(getattr(codes, name)) for name in ("l0", "dead", "dense")}
+        figures["gamma"] = Figure(source.mean.double().norm().item() / source.variance**0.5)
+        figures |= _zero_shot(subject, source, images, zero_shot)
+        figures |= _probes(codes, images, chosen)
+        meaning = monosemanticity(codes.matrix, np.asarray(images.embeddings[chosen]))
+        figures |= _meaning(meaning)
+    figures["explained_variance_elsewhere"] = _elsewhere(subject, elsewhere, device)
+    cosines = nearest_cosines(sae.W_dec.cpu(), _is_signed(subject))
+    figures["collinearity"] = Figure(float(cosines.mean()))
+    figures["doubled"] = Figure(float((cosines > _DOUBLED).mean()))
+    sae.cpu()
+    return Measured(subject, figures, codes, meaning)
+
+
+def _recorded(value: object) -> Figure:
+    return Figure(float(value)) if isinstance(value, (int, float)) else Figure(None, why=_NO_IMAGES)
+
+
+def _one_less(value: object) -> float | None:
+    return 1 - float(value) if isinstance(value, (int, float)) else None
+
+
+def _chosen(images: Images) -> np.ndarray:
+    """Return the images whose codes are looked at: all that are held out, and others, in their order."""
+    return np.sort(np.concatenate([images.held, images.others[: LOOKED_AT - len(images.held)]]))
+
+
+def _is_signed(subject: Subject) -> bool:
+    """Tell whether a latent stands for a direction, and not for its opposite too."""
+    return subject.sae.config.activation == "relu"
+
+
+def _reconstruction(subject: Subject, source: Source, images: Images) -> dict[str, Figure]:
+    held = np.sort(images.held)
+    told = subject.site.training.get("pca_fvu")
+    beside = _one_less(told)
+    if beside is None and len(images.others):
+        beside = 1 - pca_fvu(source, np.sort(images.others[:PCA_MAX]), held, subject.sae.config.k)
+    return {"explained_variance": Figure(1 - held_out_fvu(subject.sae, source, held), beside)}
+
+
+def _elsewhere(subject: Subject, elsewhere: Elsewhere | None, device: str) -> Figure:
+    if elsewhere is None:
+        return Figure(None, why="name another data set with --elsewhere: a checkpoint of the same tower, or a file")
+    source = Source(elsewhere.activations, device)
+    source.check()
+    numbers = np.sort(np.random.default_rng(0).permutation(len(elsewhere.activations))[:LOOKED_AT])
+    return Figure(1 - held_out_fvu(subject.sae, source, numbers))
+
+
+def _zero_shot(
+    subject: Subject, source: Source, images: Images, given: ZeroShot | str
+) -> dict[str, Figure]:
+    names = ("recovered", "agreement")
+    if isinstance(given, str):
+        return {name: Figure(None, why=given) for name in names}
+    if given.embed is None:
+        checkpoint, block = subject.checkpoint, subject.site.block
+        model = f"rec:{checkpoint.backbone}@{checkpoint.name}@blocks={block}"
+        command = shlex.join(["clip_benchmark", "eval", "--model", checkpoint.backbone, model])
+        why = f"what comes after block {block} needs images: {command}, with --pretrained and --dataset, evaluates it"
+        return {name: Figure(None, why=why) for name in names}
+    held = np.sort(images.held)
+    labels = images.labels[held] if images.labels is not None and given.labelled else None
+    found = recovered(subject.sae, source, held, given.embed, given.weights, labels)
+    why = "it needs labels: train with --gallery_labels, or give --labels with --activations"
+    why = why if images.labels is None else "the labels at hand are not those of these classes"
+    if labels is not None:
+        why = "the plain model is no better than one constant activation"
+    share = Figure(found.share, why="" if found.share is not None else why)
+    return {"recovered": share, "agreement": Figure(found.agreement, found.by_mean)}
+
+
+def _probes(codes: Codes, images: Images, chosen: np.ndarray) -> dict[str, Figure]:
+    names = {1: "probe_1", 5: "probe_5"}
+    if images.labels is None:
+        why = "it needs labels: train with --gallery_labels, or give --labels with --activations"
+        return {name: Figure(None, why=why) for name in names.values()}
+    held = np.isin(chosen, images.held)
+    fitted = np.isin(chosen, images.others[:_PROBED])
+    if not len(images.others):  # all are new to the SAE: the probes are fitted on half of them
+        held = np.arange(len(chosen)) % 2 == 0
+        fitted = ~held
+    rows = held | fitted
+    own, labels = chosen[rows], images.labels[chosen[rows]]
+    both = (codes.matrix[rows], csr_array(np.asarray(images.activations[own], np.float32)))
+    of_latents, of_coordinates = (sparse_probes(one, labels, fitted[rows], held[rows]) for one in both)
+    why = "no class has five images to fit a probe on and one to test it on"
+    return {
+        name: Figure(of_latents[size].auc, of_coordinates[size].auc) if of_latents else Figure(None, why=why)
+        for size, name in names.items()
+    }
+
+
+def _meaning(meaning: Monosemanticity) -> dict[str, Figure]:
+    there = ~np.isnan(meaning.scores)
+    if not there.any():
+        why = "no latent is active in two images"
+        return {name: Figure(None, why=why) for name in ("monosemanticity", "monosemantic")}
+    scores, shuffled = meaning.scores[there], meaning.shuffled[there]
+    above = float((scores > np.quantile(shuffled, 0.95)).mean())
+    return {
+        "monosemanticity": Figure(float(scores.mean()), float(shuffled.mean())),
+        "monosemantic": Figure(above, 0.05),
+    }
+
+
+def stability(measured: Sequence[Measured]) -> tuple[dict[str, Figure], list[tuple[str, str, Agreement]]]:
+    """Compare the directions of SAEs pair by pair.
+
+    Returns:
+        The figures, means over pairs; and the pairs.
+    """
+    if len(measured) < 2:
+        why = "it takes SAEs of two seeds or more: vs2-train-sae --seed 0 1 2, then vs2 sae with all of their names"
+        return {name: Figure(None, why=why) for name in ("stability", "stable")}, []
+    pairs = []
+    for one, other in combinations(measured, 2):
+        found = agreement(_living(one), _living(other), _is_signed(one.subject))
+        pairs.append((one.subject.name, other.subject.name, found))
+    cosines, random = (
+        [getattr(found, which) for _, _, found in pairs] for which in ("cosines", "random")
+    )
+
+    def mean(parts: list[np.ndarray], least: float | None = None) -> float:
+        return float(np.mean([part.mean() if least is None else (part >= least).mean() for part in parts]))
+
+    return {
+        "stability": Figure(mean(cosines), mean(random)),
+        "stable": Figure(mean(cosines, STABLE), mean(random, STABLE)),
+    }, pairs
+
+
+def _living(measured: Measured) -> Tensor:
+    """Return the directions of the latents that are not dead; all, where no image tells which are."""
+    directions = measured.subject.sae.W_dec
+    if measured.codes is None or not measured.codes.alive.any():
+        return directions
+    return directions[torch.from_numpy(measured.codes.alive)]

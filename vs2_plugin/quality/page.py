@@ -1,0 +1,184 @@
+"""What is told of SAEs: lines, plain JSON values, and a page that opens from disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vs2_plugin.quality.dictionary import Agreement
+from vs2_plugin.quality.measure import STABLE, Figure, Measured
+from vs2_plugin.quality.notes import NOTES, Note
+from vs2_plugin.report.drawing import Picture
+from vs2_plugin.report.quality_figures import draw_agreement, draw_sae
+from vs2_plugin.report.rendering import render, save
+from vs2_plugin.sae.fit import DENSE
+from vs2_plugin.text import counted
+
+__all__ = ["Quality", "Row", "json_of", "write_page"]
+
+#: Stands in the file near its beginning, so that only it is written over.
+_MARK = "vs2 sae"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure of all SAEs, as it is shown."""
+
+    note: Note
+    cells: list[tuple[str, str]]
+    """Of each SAE, the figure and the one beside it; empty where there is none."""
+    why: str
+    """Why there is none."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """All that was measured."""
+
+    saes: Sequence[Measured]
+    together: dict[str, Figure]
+    """Figures of all SAEs together."""
+    pairs: Sequence[tuple[str, str, Agreement]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "saes": [
+                {**_identity(one), "figures": {key: asdict(figure) for key, figure in one.figures.items()}}
+                for one in self.saes
+            ],
+            "together": {key: asdict(figure) for key, figure in self.together.items()},
+            "pairs": [
+                {"one": one, "other": other, "stability": float(found.cosines.mean()),
+                 "stable": float((found.cosines >= STABLE).mean())}
+                for one, other, found in self.pairs
+            ],
+        }  # fmt: skip
+
+    def rows(self) -> list[Row]:
+        """Return the figures, in the order in which they are shown."""
+        return [
+            _row(note, [self.together[key]] if key in self.together else [one.figures[key] for one in self.saes])
+            for key, note in NOTES.items()
+        ]
+
+    def lines(self) -> Iterator[str]:
+        """Give what is printed."""
+        yield from (f"{name}: {text}" for name, text in _facts(self.saes))
+        yield from (f"warning: {one.subject.name}: {told}" for one in self.saes for told in warnings(one))
+        if len(self.saes) > 1:
+            yield f"figures of {', '.join(one.subject.name for one in self.saes)}:"
+        missing = []
+        for row in self.rows():
+            shown = [cell for cell, _ in row.cells if cell]
+            if not shown:
+                missing.append(f"not measured: {row.note.title}: {row.why}")
+                continue
+            beside = [cell for _, cell in row.cells if cell]
+            told = f"  ({row.note.beside}: {', '.join(beside)})" if beside else ""
+            yield f"  {row.note.title}: {', '.join(shown)}{told}"
+        yield from missing
+
+
+def _identity(measured: Measured) -> dict[str, Any]:
+    subject, images = measured.subject, measured.subject.images
+    return {
+        "checkpoint": subject.checkpoint.name,
+        "digest": subject.checkpoint.digest,
+        "site": subject.site.hookpoint,
+        "variant": subject.site.variant,
+        "width": subject.site.width,
+        "latents": subject.sae.config.num_latents,
+        "k": subject.sae.config.k,
+        "images": None if images is None else images.about,
+        "held_out": 0 if images is None else len(images.held),
+        "looked_at": 0 if measured.codes is None else measured.codes.matrix.shape[0],
+        "embedded_by": None if images is None else images.embedded_by,
+    }
+
+
+def about(measured: Measured) -> str:
+    """Say what an SAE is, and what its figures are of."""
+    subject, images = measured.subject, measured.subject.images
+    config = subject.sae.config
+    shape = f"{config.num_latents:,} latents of width {config.d_in:,}, {config.k} active, at {subject.site.hookpoint}"
+    if images is None or measured.codes is None:
+        return f"{shape}; no activations are at hand, so that figures are those of its training"
+    looked = measured.codes.matrix.shape[0]
+    return (
+        f"{shape}; {images.about}: reconstruction and probes on {counted(len(images.held), 'image')} that it was not "
+        f"trained on, latents on {looked:,}, which are compared by {images.embedded_by}"
+    )
+
+
+def warnings(measured: Measured) -> Iterator[str]:
+    """Give what a reader must know first."""
+    subject, fit = measured.subject, measured.figures["explained_variance"]
+    if subject.site.warning is not None:
+        yield f"the SAE is of no use: {subject.site.warning}"
+    if fit.value is not None and fit.beside is not None and fit.value < fit.beside:
+        yield (
+            f"it explains {fit.value:.1%} of the variance of images that it has not seen, and {subject.sae.config.k} "
+            f"principal components {fit.beside:.1%}"
+        )
+
+
+def _row(note: Note, figures: Sequence[Figure]) -> Row:
+    def shown(value: float | None) -> str:
+        return "" if value is None else note.form.format(value)
+
+    cells = [(shown(figure.value), shown(figure.beside)) for figure in figures]
+    return Row(note, cells, next((figure.why for figure in figures if figure.value is None), ""))
+
+
+def write_page(quality: Quality, folder: Path) -> list[Path]:
+    """Write ``index.html`` and ``quality.json`` into ``folder``; return the files written.
+
+    Raises:
+        DataError: another file of such a name is there, or the folder cannot be written to.
+    """
+    context = {
+        "names": [one.subject.name for one in quality.saes],
+        "facts": _facts(quality.saes),
+        "warnings": [(one.subject.name, list(warnings(one))) for one in quality.saes],
+        "rows": quality.rows(),
+        "pictures": [(one.subject.name, _pictures(one)) for one in quality.saes],
+        "agreement": _agreement(quality.pairs),
+        "pairs": [
+            (f"{one} and {other}", float(found.cosines.mean()), float((found.cosines >= STABLE).mean()))
+            for one, other, found in quality.pairs
+        ],
+    }
+    page = render("quality.html", _MARK, context)
+    return save(folder, {"index.html": page, "quality.json": json_of(quality).encode()}, _MARK, '{\n "saes"')
+
+
+def _facts(saes: Sequence[Measured]) -> list[tuple[str, str]]:
+    """Return what each SAE is, or of equal ones, once for all."""
+    told = [(one.subject.name, about(one)) for one in saes]
+    return [("all", told[0][1])] if len(told) > 1 and len({text for _, text in told}) == 1 else told
+
+
+def json_of(quality: Quality) -> str:
+    """Return all figures as JSON."""
+    return json.dumps(quality.to_json(), indent=1) + "\n"
+
+
+def _pictures(measured: Measured) -> list[Picture]:
+    if measured.codes is None or measured.meaning is None:
+        return []
+    there = ~np.isnan(measured.meaning.scores)
+    scores, shuffled = (values[there] for values in measured.meaning)
+    return draw_sae(measured.codes.frequencies, DENSE, scores, shuffled)
+
+
+def _agreement(pairs: Sequence[tuple[str, str, Agreement]]) -> Picture | None:
+    if not pairs:
+        return None
+    cosines, random = (np.concatenate([getattr(found, which) for *_, found in pairs]) for which in Agreement._fields)
+    return draw_agreement(cosines, random, STABLE)

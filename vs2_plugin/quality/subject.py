@@ -1,0 +1,204 @@
+"""What is looked at: an SAE of a checkpoint, with the activations, embeddings and labels that there are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from vs2_plugin.checkpoint.checkpoint import Checkpoint
+from vs2_plugin.checkpoint.records import SiteSAE
+from vs2_plugin.checkpoint.store import Store
+from vs2_plugin.data.given import read_activations
+from vs2_plugin.errors import CheckpointError, DataError
+from vs2_plugin.gallery.gallery import CLIP
+from vs2_plugin.sae.fit import HELD_OUT, parted
+from vs2_plugin.sae.source import Rows
+from vs2_plugin.sae.topk import TopKSAE
+from vs2_plugin.text import counted
+
+__all__ = ["Elsewhere", "Images", "Subject", "open_elsewhere", "open_subject", "require_comparable"]
+
+#: Endings of files of activations.
+_FILES = (".npy", ".safetensors")
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images as a checkpoint knows them: rows of one order in all arrays."""
+
+    about: str
+    activations: Rows
+    """``[count, d]``, at the SAE's site."""
+    embeddings: Rows
+    """``[count, e]``: what images are compared by."""
+    embedded_by: str
+    held: np.ndarray
+    """int64: the images that the SAE has not seen in training, at most 10,000."""
+    others: np.ndarray
+    """int64: the others, in random order; none if it has seen none."""
+    labels: np.ndarray | None = None
+    """int64 ``[count]``."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An SAE."""
+
+    checkpoint: Checkpoint
+    site: SiteSAE
+    sae: TopKSAE
+    mean: Tensor
+    images: Images | None
+    """None if none are at hand."""
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's name, and which of its SAEs it is, if it has several."""
+        return self.checkpoint.name + (f", {self.site.folder}" if len(self.checkpoint.sites) > 1 else "")
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Activations of another data set."""
+
+    name: str
+    activations: Rows
+
+
+def open_subject(
+    name: str, store: Store, block: int | None = None, variant: str = "plain", activations: Path | None = None,
+    labels: Path | None = None,
+) -> Subject:  # fmt: skip
+    """Read an SAE and what belongs to it.
+
+    Args:
+        name: of the checkpoint, or its folder, or ``hf:owner/name``.
+        store: where it is.
+        block: which of its SAEs; by default, the last.
+        variant: ``plain``, or ``pass``.
+        activations: a file of activations in place of the checkpoint's gallery.
+        labels: a ``.npy`` file with their labels.
+
+    Raises:
+        CheckpointError: there is no such SAE, or it is damaged.
+        DataError: a file that cannot be read, or does not fit.
+    """
+    checkpoint = store.find(name)
+    [site] = checkpoint.select(None if block is None else str(block), variant)
+    sae, mean = checkpoint.sae(site)
+    images = None
+    if activations is not None:
+        images = _given(site, activations, labels)
+    elif checkpoint.gallery is not None and site.hookpoint in checkpoint.gallery.sites:
+        images = _gallery(checkpoint, site)
+    return Subject(checkpoint, site, sae, mean, images)
+
+
+def _gallery(checkpoint: Checkpoint, site: SiteSAE) -> Images:
+    """Return the training images that a checkpoint keeps."""
+    gallery = checkpoint.open_gallery()
+    others = [name for name in gallery.embeddings if name != CLIP]
+    encoder = others[0] if others else CLIP  # CLIP's own says least that the SAE does not know
+    held, rest = _parted(site, len(gallery))
+    return Images(
+        f"{checkpoint.data}, from the gallery", gallery.activations[site.hookpoint], gallery.embeddings[encoder],
+        "CLIP itself" if encoder == CLIP else encoder, held, rest, gallery.labels,
+    )  # fmt: skip
+
+
+def _given(site: SiteSAE, path: Path, labels: Path | None) -> Images:
+    """Return activations of a file. They are told to be those of the training by their mean."""
+    rows = read_rows(path, site)
+    held, rest = _parted(site, len(rows))
+    mean = np.mean(rows, axis=0, dtype=np.float64)
+    own = len(rest) > 0 and np.allclose(mean, site.mean, rtol=1e-4, atol=1e-4 * float(np.abs(mean).max()))
+    if not own:
+        order = np.random.default_rng(0).permutation(len(rows))
+        held, rest = order[:HELD_OUT], order[:0]
+    told = "those that it was trained on" if own else "none that it was trained on, as their mean tells"
+    about = f"{counted(len(rows), 'activation')} of {path.name}, {told}"
+    known = None if labels is None else _labels(labels, len(rows))
+    return Images(about, rows, rows, "the activations themselves", held, rest, known)
+
+
+def _parted(site: SiteSAE, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the images that a training held out, and the others; of an SAE that was taken as it is, or of another
+    number of images, random ones and none."""
+    told, seed = site.training, site.training.get("seed")
+    if isinstance(seed, int):
+        held, others = parted(count, seed)
+        if (told.get("held_out_count"), told.get("train_count")) == (len(held), len(others)):
+            return held, others
+    order = np.random.default_rng(0).permutation(count)
+    return order[:HELD_OUT], order[:0]
+
+
+def read_rows(path: Path, site: SiteSAE) -> np.ndarray:
+    """Read a file of activations for an SAE. Raises DataError: it cannot be read, or is of another width."""
+    rows = read_activations(path).rows
+    if rows.shape[1] != site.width:
+        raise DataError(f"the activations in {path} have width {rows.shape[1]}; expected {site.width}, the SAE's")
+    return rows
+
+
+def _labels(path: Path, count: int) -> np.ndarray:
+    try:
+        labels = np.load(path)
+    except (OSError, ValueError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"--labels {str(path)!r} cannot be read: {reason}; expected a file NAME.npy") from error
+    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(
+            f"--labels {str(path)!r} holds {labels.dtype} {list(labels.shape)}; expected {count} whole numbers, one "
+            "per activation"
+        )
+    return np.asarray(labels, np.int64)
+
+
+def open_elsewhere(name: str, store: Store, subject: Subject) -> Elsewhere:
+    """Return the activations of another data set: the gallery of another checkpoint of the same tower, or a file.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, it is of another tower, or keeps no activations at this site.
+        DataError: a file that cannot be read.
+    """
+    site = subject.site
+    if name.endswith(_FILES):
+        return Elsewhere(Path(name).name, read_rows(Path(name).expanduser(), site))
+    other = store.find(name)
+    ours, theirs = subject.checkpoint.tower, other.tower
+    difference = "" if ours is None or theirs is None else ours.difference(theirs)
+    if ours is None or theirs is None or difference:
+        raise CheckpointError(
+            f"checkpoint {other.name!r} is of another tower than {subject.checkpoint.name!r}"
+            f"{f': {difference}' if difference else ''}; expected one of {subject.checkpoint.model}"
+        )
+    if site.hookpoint not in other.require_gallery().sites:
+        raise CheckpointError(
+            f"checkpoint {other.name!r} keeps no activations at {site.hookpoint} (there: "
+            f"{', '.join(other.require_gallery().sites)}); train it with the same --blocks"
+        )
+    return Elsewhere(str(other.data), other.open_gallery().activations[site.hookpoint])
+
+
+def require_comparable(subjects: Sequence[Subject]) -> None:
+    """Refuse SAEs of different places, whose directions have nothing in common.
+
+    Raises:
+        CheckpointError: two are of different towers or sites.
+    """
+    first = subjects[0]
+    for other in subjects[1:]:
+        ours, theirs = first.checkpoint.tower, other.checkpoint.tower
+        difference = None if ours is None or theirs is None else ours.difference(theirs)
+        if (ours is None) != (theirs is None) or first.site.hookpoint != other.site.hookpoint:
+            difference = f"it is of {first.site.hookpoint}, and the other of {other.site.hookpoint}"
+        if difference or first.site.width != other.site.width:
+            raise CheckpointError(
+                f"checkpoints {first.checkpoint.name!r} and {other.checkpoint.name!r} cannot be compared: "
+                f"{difference or f'widths {first.site.width} and {other.site.width}'}; measure them one by one"
+            )

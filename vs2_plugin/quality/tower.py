@@ -1,0 +1,60 @@
+"""The tower that an SAE is of, and classes for it."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from vs2_plugin.checkpoint.store import Store
+from vs2_plugin.clip.sites import embedding_from
+from vs2_plugin.inspection.subject import open_subject
+from vs2_plugin.quality.measure import ZeroShot
+from vs2_plugin.quality.subject import Subject
+
+__all__ = ["NO_CLASSES", "open_zero_shot"]
+
+NO_CLASSES = "it needs classes: name the data set whose they are with --dataset, or --classes FILE"
+
+
+def open_zero_shot(
+    subject: Subject, store: Store, dataset: str | None, dataset_root: str, classes: list[str] | None,
+    model_cache_dir: str | None = None, wds_cache_dir: str | None = None,
+) -> ZeroShot | str:  # fmt: skip
+    """Load the tower and embed the classes; or tell why there are none.
+
+    Args:
+        subject: the SAE.
+        store: where its checkpoint is.
+        dataset: the data set whose classes and prompts are meant.
+        dataset_root: where it lies.
+        classes: names of classes in place of the data set's.
+        model_cache_dir: where downloaded models are kept.
+        wds_cache_dir: where downloaded shards are kept.
+
+    Raises:
+        Vs2Error: what is wrong, and what mends it.
+    """
+    checkpoint = subject.checkpoint
+    if dataset is None and classes is None:
+        return NO_CLASSES
+    if checkpoint.tower is None:
+        return "it needs the tower, and the SAE is of activations of no named one"
+    place = checkpoint.hub or (str(checkpoint.folder) if store.words else checkpoint.name)
+    method = "vs2" if subject.site.variant == "plain" else "pass"
+    opened = open_subject(
+        f"{method}:{checkpoint.backbone}@{place}", checkpoint.pretrained, dataset or checkpoint.data.datasets[0],
+        dataset_root, classes=classes, model_cache_dir=model_cache_dir, wds_cache_dir=wds_cache_dir,
+    )  # fmt: skip
+    model = opened.model
+    site = model.sites.find(subject.site.hookpoint)
+    embed = partial(embedding_from, model.model, site) if model.sites.at_end(site) else None
+    return ZeroShot(embed, opened.class_texts.T, _is_labelled(subject, len(opened.classes)))
+
+
+def _is_labelled(subject: Subject, classes: int) -> bool:
+    """Tell whether the labels of the images are numbers of that many classes, of one data set."""
+    images, gallery = subject.images, subject.checkpoint.gallery
+    if images is None or images.labels is None:
+        return False
+    if gallery is not None and len({part.dataset for part in gallery.parts}) > 1:
+        return False
+    return int(images.labels.max()) < classes
