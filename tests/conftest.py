@@ -9,8 +9,9 @@ import signal
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a run in the background, which tests of Ctrl-C are to be as any
     signal.signal(signal.SIGINT, signal.default_int_handler)
-# A developer's own wish for per-image results, which add to every results file, is none of the tests'.
+# A developer's own wish for per-image results, which add to every results file, is none of the tests'; nor are methods.
 os.environ.pop("VS2_PER_IMAGE", None)
+os.environ.pop("VS2_PLUGINS", None)
 
 import io
 import shutil

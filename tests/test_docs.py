@@ -5,6 +5,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from vs2_plugin.data.naming import DataSet
 from vs2_plugin.demo.run import EVALUATED, SYSTEMS
 from vs2_plugin.errors import CheckpointNotFound
 from vs2_plugin.modelstring import is_steered, parse
+from vs2_plugin.plugins import registry
 from vs2_plugin.sweep.grid import read_grids
 
 REPOSITORY = Path(__file__).parents[1]
@@ -48,6 +50,17 @@ def commands(page: Path) -> list[list[str]]:
     lines = [shlex.split(line, comments=True) for line in shell.replace("\\\n", " ").splitlines()]
     # Settings of the environment stand before a command.
     return [line[next((i for i, word in enumerate(line) if "=" not in word), 0) :] for line in lines if line]
+
+
+@pytest.fixture(autouse=True)
+def examples(monkeypatch):
+    """Know the methods of the chapter on plugins, whose commands use them."""
+    for code in blocks(REPOSITORY / "vs2_plugin/docs/plugins.md", "python"):
+        if "def vs2_methods" in code:
+            names = {"__name__": "example"}
+            exec(compile(code, "plugins.md", "exec"), names)
+            for method in names["vs2_methods"]():
+                monkeypatch.setitem(registry().methods, method.name, method)
 
 
 COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
@@ -195,12 +208,8 @@ def test_the_python_of_the_chapter_on_images_writes_shards(tmp_path, monkeypatch
     assert dict(zip(batch.images.tolist(), batch.labels.tolist())) == {10: 0, 200: 1}
 
 
-def test_the_plugin_of_its_chapter_runs(monkeypatch, make_sae):
+def test_the_plugin_of_its_chapter_runs(make_sae):
     """tests/harness/test_autoload.py installs it as a package and evaluates with it."""
-    from types import SimpleNamespace
-
-    from vs2_plugin.plugins import registry
-
     page = REPOSITORY / "vs2_plugin/docs/plugins.md"
     (code, along, reading), (toml,) = blocks(page, "python"), blocks(page, "toml")
     names = {}
@@ -221,5 +230,4 @@ def test_the_plugin_of_its_chapter_runs(monkeypatch, make_sae):
         x = torch.nn.functional.normalize(torch.randn(1, *([6] * of_logits.views), 8), dim=-1)
         context = SimpleNamespace(classifier=classes, unlabeled=torch.randn(20, 8))
         assert of_logits.build(context, **{one.name: one.default for one in of_logits.options})(x).shape == (1, 5)
-    monkeypatch.setitem(registry().methods, method.name, method)
     assert EXAMPLE in page.read_text(encoding="utf-8") and parse(EXAMPLE).options["strength"] == 0.5

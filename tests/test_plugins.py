@@ -1,4 +1,6 @@
 import inspect
+import os
+import pickle
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
@@ -177,8 +179,8 @@ class ExitsOnImport:
 def test_installed_plugins_are_found_and_the_broken_ones_named(install):
     install(("a", FailsToImport), ("b", ExitsOnImport), ("c", offering(GOOD)), ("d", SimpleNamespace()))
     known = find_plugins()
-    assert known.broken["dist-a 1.2 (entry point 'a')"] == "ImportError: No module named 'left_out'"
-    assert known.broken["dist-b 1.2 (entry point 'b')"] == "SystemExit: unsupported Python"
+    assert known.broken["dist-a 1.2 (entry point 'a')"].startswith("ImportError: No module named 'left_out' (in ")
+    assert known.broken["dist-b 1.2 (entry point 'b')"].startswith("SystemExit: unsupported Python (in ")
     assert "no hook" in known.broken["dist-d 1.2 (entry point 'd')"]
     assert known.owners["good"] == "dist-c 1.2 (entry point 'c')"
     assert known.method("vs2").name == "vs2"
@@ -197,6 +199,91 @@ def test_a_real_entry_point_is_loaded(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(plugins, "entry_points", lambda group: [EntryPoint("mine", "a_real_plugin", group)])
     assert find_plugins().owners["real"] == "an unnamed distribution (entry point 'mine')"
+
+
+PLUGIN = """
+from dataclasses import dataclass
+from vs2_plugin import Method, hookimpl
+
+@dataclass
+class Build:
+    extra: float = 1.0
+    def __call__(self, context):
+        return self
+
+@hookimpl
+def vs2_methods():
+    return [Method('{name}', Build())]
+"""
+
+
+@pytest.fixture
+def name_files(tmp_path, monkeypatch):
+    """A function that writes files and names them, and others, in the environment."""
+
+    def write(*names, **files):
+        for stem, text in files.items():
+            (tmp_path / f"{stem}.py").write_text(text)
+        paths = [*(str(tmp_path / f"{stem}.py") for stem in files), *names]
+        monkeypatch.setenv("VS2_PLUGINS", os.pathsep.join(paths))
+        return paths
+
+    return write
+
+
+def test_files_that_the_user_names_are_plugins_too(name_files, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    first, second = name_files(one=PLUGIN.format(name="one"), numpy=PLUGIN.format(name="two"))
+    monkeypatch.setenv("VS2_PLUGINS", os.pathsep.join([first, "", "numpy.py", second, f"./{Path(first).name}"]))
+    (tmp_path / "three.py").write_text(PLUGIN.format(name="three"))  # not named
+    known = find_plugins()
+    assert known.broken == {} and "three" not in known.methods
+    assert {name: known.owners[name] for name in ("one", "two")} == {
+        "one": f"{first} (VS2_PLUGINS)", "two": f"{second} (VS2_PLUGINS)"
+    }  # fmt: skip
+    assert pickle.loads(pickle.dumps(known.method("one").build)) == known.method("one").build
+    assert type(known.method("two").build).__module__.startswith("vs2_file_numpy_")  # it takes nobody's place
+
+
+@pytest.mark.parametrize(
+    ("text", "problem", "line"),
+    [
+        ("import this_is_not_there\n", "ModuleNotFoundError: No module named 'this_is_not_there'", 1),
+        ("x = 1\n\ndef f(:\n", "SyntaxError", 3),
+        ("x = 1\nimport os\nos.stat('/no/such/file')\n", "FileNotFoundError", 3),
+        ("def f():\n    return 1 / 0\nf()\n", "ZeroDivisionError: division by zero", 2),
+        ("raise SystemExit(3)\n", "SystemExit: 3", 1),
+        ("import json\njson.loads('')\n", "JSONDecodeError: Expecting value", 2),
+        (PLUGIN.format(name="A B"), "method name 'A B'", 13),
+        ("x = 1\n", "it implements no hook", None),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named_once_with_its_line(name_files, text, problem, line):
+    bad, good = name_files(bad=text, good=PLUGIN.format(name="fine"))
+    known = find_plugins()
+    told = known.broken[f"{bad} (VS2_PLUGINS)"]
+    assert list(known.broken) == [f"{bad} (VS2_PLUGINS)"] and problem in told and "\n" not in told
+    assert told.endswith(f" (in {bad}, line {line})") is (line is not None)
+    assert known.owners["fine"] == f"{good} (VS2_PLUGINS)"
+
+
+def test_what_is_no_file_of_python_is_told(name_files, tmp_path):
+    (tmp_path / "text.txt").touch()
+    name_files(str(tmp_path), str(tmp_path / "text.txt"), "/no/such/file.py")
+    problems = find_plugins().broken
+    told = {Path(label.removesuffix(" (VS2_PLUGINS)")).name: problem for label, problem in problems.items()}
+    assert "is a folder; expected a file NAME.py in VS2_PLUGINS" in told[tmp_path.name]
+    assert "is no NAME.py" in told["text.txt"] and "/no/such/file.py does not exist" in told["file.py"]
+
+
+def test_the_line_of_a_package_is_that_of_its_own_file(monkeypatch, tmp_path):
+    (tmp_path / "a_broken_package").mkdir()
+    (tmp_path / "a_broken_package/__init__.py").write_text("from . import method\n")
+    (tmp_path / "a_broken_package/method.py").write_text("import json\n\njson.loads('')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [EntryPoint("mine", "a_broken_package", group)])
+    [problem] = find_plugins().broken.values()
+    assert problem.endswith(f" (in {tmp_path / 'a_broken_package/method.py'}, line 3)")
 
 
 def test_one_object_under_two_entry_points_is_named_and_its_methods_go_on(monkeypatch):

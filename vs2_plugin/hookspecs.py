@@ -1,5 +1,6 @@
 """The hooks that a plugin can implement. A plugin is any installed package with an entry point in the
-group ``vs2_plugin`` that leads to a module (or object) holding ``@hookimpl`` functions."""
+group ``vs2_plugin`` that leads to a module (or object) holding ``@hookimpl`` functions, or such a module in a file that
+the environment variable ``VS2_PLUGINS`` names."""
 
 from __future__ import annotations
 

@@ -1,11 +1,18 @@
-"""The plugins: found by their entry points, each asked for its methods; a broken one does not harm the others."""
+"""The plugins: found by their entry points, or files that the user names in ``VS2_PLUGINS``; each is asked for its
+methods, and a broken one does not harm the others."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import hashlib
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 import pluggy
@@ -15,9 +22,16 @@ from vs2_plugin.errors import ModelStringError, PluginError
 from vs2_plugin.method import Method
 from vs2_plugin.text import reason_of
 
-__all__ = ["GROUP", "Registry", "find_plugins", "registry"]
+__all__ = ["GROUP", "UNINSTALL", "VARIABLE", "Registry", "find_plugins", "registry"]
 
 GROUP = "vs2_plugin"
+#: The environment variable that names files with methods, joined as the paths of ``PATH`` are. No other file is run.
+VARIABLE = "VS2_PLUGINS"
+_PACKAGE = os.path.dirname(os.path.abspath(__file__))
+
+
+#: What mends a name that two plugins claim.
+UNINSTALL = f"uninstall one of them, or leave it out of {VARIABLE}"
 
 
 def _manager() -> pluggy.PluginManager:
@@ -57,7 +71,7 @@ class Registry:
         try:
             methods = self._methods_of(label, load())
         except (Exception, SystemExit) as error:
-            self.broken[label] = reason_of(error)
+            self.broken[label] = reason_of(error) + _where(error)
             if self._manager.has_plugin(label):
                 self._manager.unregister(name=label)
             return
@@ -112,7 +126,7 @@ class Registry:
         """
         if name in self.conflicts:
             claimants = " and ".join(self.conflicts[name])
-            raise PluginError(f"method {name!r} is claimed by {claimants}; uninstall one of them")
+            raise PluginError(f"method {name!r} is claimed by {claimants}; {UNINSTALL}")
         method = self.methods.get(self.aliases.get(name, name))
         if method is None:
             broken = f"; plugins that failed to load: {', '.join(self.broken)} (see vs2 doctor)" if self.broken else ""
@@ -125,8 +139,59 @@ def _names(method: Method) -> list[str]:
     return list(dict.fromkeys((method.name, *method.aliases)))
 
 
+def _where(error: BaseException) -> str:
+    """Return the file and the line of a plugin that an exception comes from, in words; nothing where it does not."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" (in {error.filename}, line {error.lineno})"
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    own = [frame for frame in frames if not _is_machinery(frame[0])]
+    # The innermost of its files, not of those that it calls: they lie beside the first one.
+    lines = [f" (in {file}, line {line})" for file, line in own if _beside(file, own[0][0])]
+    return lines[-1] if lines else ""
+
+
+def _is_machinery(file: str) -> bool:
+    """Tell whether a file is of those that load plugins."""
+    library = os.path.dirname(os.__file__)
+    ours = (_PACKAGE, os.path.join(library, "importlib"), os.path.dirname(pluggy.__file__))
+    return file.startswith(("<frozen ", *(os.path.join(folder, "") for folder in ours)))
+
+
+def _beside(file: str, first: str) -> bool:
+    """Tell whether a file is of the same package as ``first``, or the same."""
+    package = os.path.dirname(first)
+    return file == first or (os.path.isfile(os.path.join(package, "__init__.py")) and file.startswith(package + os.sep))
+
+
+def _named_files() -> Iterator[Path]:
+    """Yield the files that the environment variable names, each once."""
+    named = filter(None, os.environ.get(VARIABLE, "").split(os.pathsep))
+    yield from dict.fromkeys(Path(os.path.abspath(os.path.expanduser(name))) for name in named)
+
+
+def _module_of(file: Path) -> object:
+    """Run a file, and return the module that it is. In ``sys.modules`` it has a name of its own, so that what it
+    defines can be pickled."""
+    if not file.is_file():
+        problem = "is a folder" if file.is_dir() else "does not exist"
+        raise PluginError(f"{file} {problem}; expected a file NAME.py in {VARIABLE}")
+    if file.suffix != ".py":
+        raise PluginError(f"{file.name} is no NAME.py; expected a file of Python code in {VARIABLE}")
+    name = f"vs2_file_{file.stem}_{hashlib.sha256(os.fsencode(file)).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
 def find_plugins() -> Registry:
-    """Return a new registry: the built-in methods, then those of every installed plugin."""
+    """Return a new registry: the built-in methods, then those of every installed plugin and of every file that
+    ``VS2_PLUGINS`` names."""
     from vs2_plugin.logits import builtin as on_logits
     from vs2_plugin.steering import builtin
 
@@ -136,6 +201,8 @@ def find_plugins() -> Registry:
     for point in sorted(entry_points(group=GROUP), key=lambda p: (p.dist.name if p.dist else "", p.name)):
         distribution = f"{point.dist.name} {point.dist.version}" if point.dist else "an unnamed distribution"
         plugins.load_plugin(f"{distribution} (entry point {point.name!r})", point.load)
+    for file in _named_files():
+        plugins.load_plugin(f"{file} ({VARIABLE})", functools.partial(_module_of, file))
     return plugins
 
 

@@ -17,7 +17,7 @@ from vs2_plugin.errors import Vs2Error
 from vs2_plugin.harness import autoload
 from vs2_plugin.harness.patches import SUPPORTED
 from vs2_plugin.messages import say
-from vs2_plugin.plugins import registry
+from vs2_plugin.plugins import UNINSTALL, registry
 from vs2_plugin.text import reason_of
 
 __all__ = ["Finding", "doctor"]
@@ -97,7 +97,7 @@ def _plugins() -> Iterator[Finding]:
         problem = known.broken.get(plugin)
         yield Finding(f"{plugin}: {names}" + (f" ({problem})" if problem else ""), problem is None)
     for name, claimants in known.conflicts.items():
-        yield Finding(f"method {name!r} is claimed by {' and '.join(claimants)}", False, "uninstall one of them")
+        yield Finding(f"method {name!r} is claimed by {' and '.join(claimants)}", False, UNINSTALL)
 
 
 def _folders(store: Store) -> list[Path]:

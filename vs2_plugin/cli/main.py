@@ -97,7 +97,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _methods(args: argparse.Namespace) -> int:
     from vs2_plugin.method import AUTOMATIC, COMMON, NEIGHBOURS, STREAM, UNLABELED, VIEWS, Method, Option
-    from vs2_plugin.plugins import registry
+    from vs2_plugin.plugins import UNINSTALL, registry
 
     def show(option: Option) -> None:
         excludes = f", not with {' or '.join(option.excludes)}" if option.excludes else ""
@@ -131,7 +131,7 @@ def _methods(args: argparse.Namespace) -> int:
         for option in group:
             show(option)
     for name, claimants in known.conflicts.items():
-        complain(f"vs2: error: method {name!r} is claimed by {' and '.join(claimants)}; uninstall one of them")
+        complain(f"vs2: error: method {name!r} is claimed by {' and '.join(claimants)}; {UNINSTALL}")
     for plugin, problem in known.broken.items():
         complain(f"vs2: error: plugin {plugin} failed to load: {problem}")
     return 1 if known.conflicts or known.broken else 0
