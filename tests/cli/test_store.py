@@ -5,14 +5,18 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from vs2_plugin.checkpoint import store as stores
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli import doctor
 from vs2_plugin.cli import store as cli_store
 from vs2_plugin.cli.main import main
+from vs2_plugin.errors import CheckpointError, CheckpointNotFound
+from vs2_plugin.sae.files import save_sae
 
 from ..conftest import IMAGES
+from ..training.conftest import WORDS
 from .test_train_sae import folder, train  # noqa: F401
 
 NAME = "local-dir-tiny-clip_wds-digits"
@@ -166,3 +170,39 @@ def test_an_sae_of_no_use_is_told_with_what_helps(store, capsys):
     [found] = [finding for finding in doctor._checkpoints(store) if not finding.good]
     assert found.text.startswith("bad: the SAE at visual.transformer.resblocks.1 is of no use: its FVU is 1.5")
     assert found.mend.startswith("train it again by vs2-train-sae --overwrite with more images or --samples, a larger")
+
+
+def test_an_sae_goes_to_another_library_and_comes_back(folder, capsys):  # noqa: F811
+    assert train("--blocks", "1", "--name", "ours") == 0
+    assert main(["store", "export", "ours", "theirs", "--format", "saelens"]) == 0
+    said = capsys.readouterr().out
+    assert "wrote theirs/visual.transformer.resblocks.1\nsae_lens.SAE.load_from_disk reads each" in said
+    assert "left behind, for want of a place: the mean activation, the thresholds of the gate, the gallery, " in said
+    theirs = "theirs/visual.transformer.resblocks.1"
+    words = [*WORDS, "--no_amp", "--num_workers", "0", "--name", "back"]
+    assert main(["store", "--store", "elsewhere", "import", theirs, *words]) == 0
+    assert "the SAE by SAELens, of local-dir:tiny-clip, of the activations after block 1" in capsys.readouterr().out
+    ours, back = Store.default().find("ours"), Store(folder / "elsewhere").find("back")
+    assert back.sites[0].hookpoint == ours.sites[0].hookpoint and back.sites[0].training["library"] == "SAELens"
+    (sae, mean), (same, again) = (one.sae(one.sites[0]) for one in (ours, back))
+    assert torch.equal(mean, again) and torch.equal(sae.W_dec, same.W_dec)
+    assert main(["store", "import", theirs, *words, "--overwrite", "--dataset", "no-such-set"]) == 2
+    with pytest.raises(SystemExit):  # an SAE is taken as it is
+        main(["store", "import", theirs, *words, "--lr", "1"])
+
+
+def test_a_folder_of_another_library_is_told_from_a_checkpoint(tmp_path, make_sae, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_sae(make_sae(), tmp_path / "theirs/layers.7")
+    save_sae(make_sae(), tmp_path / "theirs/layers.8")
+    find = Store(tmp_path / "store").find
+    with pytest.raises(CheckpointError, match="holds an SAE by sparsify, and no checkpoint; make one of it with: vs2"):
+        find("theirs/layers.7")
+    with pytest.raises(CheckpointError, match=r"by sparsify and 1 more, .*: vs2 store import theirs/layers\.7 and the"):
+        find("theirs")
+    (tmp_path / "theirs/vs2.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is a part of a checkpoint; name the folder around it: theirs"):
+        find("theirs/layers.7")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(CheckpointNotFound, match="no SAE checkpoint 'none'"):
+        find("none")

@@ -108,6 +108,11 @@ def test_round_trip_by_files_of_saelens(tmp_path, x, normalized, activation):
     assert torch.equal(found.sae(x), sae(x))
 
 
+def test_the_output_embedding_has_no_name_in_saelens(tmp_path):
+    write_saelens(TopKSAE(SaeConfig(D, N, K)), tmp_path / "out", model="ViT-B-32", block=None)
+    assert read_foreign(tmp_path / "out").block is None
+
+
 @pytest.mark.parametrize("normalized", NORMALIZED)
 def test_saelens_itself_agrees_both_ways(tmp_path, weights, x, normalized):
     sae_lens = pytest.importorskip("sae_lens", exc_type=ImportError)

@@ -161,6 +161,8 @@ class Store:
         elsewhere = _expand(name)
         if _is_checkpoint(elsewhere):
             return Checkpoint.load(elsewhere)
+        if name and os.path.isdir(elsewhere):
+            _refuse_foreign(elsewhere)
         names = ", ".join(self.names()) or "none"
         raise CheckpointNotFound(
             f"no SAE checkpoint {name!r} in the store {self.root} (there: {names}), and no such folder"
@@ -225,6 +227,23 @@ def _expand(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError:  # a home folder of nobody
         return Path(path)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Refuse a folder that holds SAEs and is no checkpoint. Raises CheckpointError, which says what makes it one."""
+    from vs2_plugin.sae.foreign import find_foreign
+
+    found = find_foreign(folder)
+    if not found:
+        return
+    if (folder.parent / MANIFEST).is_file():
+        raise CheckpointError(f"{folder} is a part of a checkpoint; name the folder around it: {folder.parent}")
+    first, several = next(iter(found)), "" if len(found) == 1 else f" and {len(found) - 1} more"
+    raise CheckpointError(
+        f"{folder} holds an SAE by {found[first]}{several}, and no checkpoint; make one of it with: "
+        f"{shlex.join(['vs2', 'store', 'import', str(first)])} and the --model, --pretrained and --dataset that it is "
+        "for, and a --name"
+    )
 
 
 def _is_checkpoint(folder: Path) -> bool:

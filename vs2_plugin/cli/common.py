@@ -7,7 +7,7 @@ import dataclasses
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +88,12 @@ def load_torch() -> None:
 
 
 def add_flags(
-    parser: argparse.ArgumentParser, owner: type[Any], groups: Mapping[str, tuple[str, str | None]] | None = None
+    parser: argparse.ArgumentParser,
+    owner: type[Any],
+    groups: Mapping[str, tuple[str, str | None]] | None = None,
+    leave_out: Collection[str] = (),
 ) -> None:
-    """Add the flags of the settings that a dataclass declares.
+    """Add the flags of the settings that a dataclass declares, but for those that are left out.
 
     What is not given is not in the result, given a parser with ``argument_default=SUPPRESS``; ranges are checked by the
     dataclass. ``groups`` holds, for the setting that a group begins with, its title and what is said of it.
@@ -98,6 +101,8 @@ def add_flags(
     required = {one.name for one in dataclasses.fields(owner) if one.default is dataclasses.MISSING}
     group: argparse.ArgumentParser | argparse._ArgumentGroup = parser
     for name, (setting, value) in flags_of(owner).items():
+        if setting.name in leave_out:
+            continue
         if groups and setting.name in groups:
             group = parser.add_argument_group(*groups[setting.name])
         if value is not None:

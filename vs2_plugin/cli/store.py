@@ -1,20 +1,25 @@
-"""``vs2 store``: list, share or remove checkpoints and cached activations."""
+"""``vs2 store``: list, share, import, export or remove checkpoints and cached activations."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
 import time
+from dataclasses import fields
 from itertools import zip_longest
+from pathlib import Path
 
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
+from vs2_plugin.checkpoint.exporting import FORMATS, export
 from vs2_plugin.checkpoint.records import SiteSAE
 from vs2_plugin.checkpoint.store import Store, folder_size, last_change
-from vs2_plugin.cli.common import add_store_option
+from vs2_plugin.cli.common import add_flags, add_store_option
 from vs2_plugin.errors import CheckpointError, DataError, SettingError
 from vs2_plugin.messages import say
 from vs2_plugin.names import Repository, repository
+from vs2_plugin.sae.config import TrainConfig
 from vs2_plugin.text import counted, gigabytes
+from vs2_plugin.training.request import TrainRequest
 
 __all__ = ["add_store"]
 
@@ -23,7 +28,7 @@ def add_store(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     """Add the command to those of ``vs2``."""
     store = commands.add_parser(
         "store",
-        help="list, share or remove checkpoints and cached activations",
+        help="list, share, import, export or remove checkpoints and cached activations",
         epilog="examples: vs2 store list; vs2 store remove ViT-B-32-quickgelu_openai_cifar100",
     )
     add_store_option(store)
@@ -41,6 +46,7 @@ def add_store(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     remove.set_defaults(run=_remove)
     _add_sharing(actions)
+    _add_foreign(actions)
 
 
 def _add_sharing(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -70,6 +76,33 @@ def _add_sharing(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -
     pull.add_argument("--name", help="name of the checkpoint in the store (default: that of the repository)")
     pull.add_argument("--overwrite", action="store_true", help="replace a checkpoint of that name")
     pull.set_defaults(run=_pull)
+
+
+def _add_foreign(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    taking = actions.add_parser(
+        "import",
+        help="make a checkpoint of an SAE by sparsify, SAELens or Prisma",
+        description="Make a checkpoint of an SAE that another library trained: vs2-train-sae --sae FOLDER by another "
+        "name. How well the SAE fits is measured on the data set.",
+        epilog="example: vs2 store import their-sae --model ViT-B-32 --pretrained datacomp_xl_s13b_b90k --dataset "
+        "cifar100 --name theirs",
+        argument_default=argparse.SUPPRESS,
+    )
+    taking.add_argument("sae", metavar="FOLDER", help="the folder of the SAE")
+    of_training = {one.name for one in fields(TrainConfig)} - {"seed"}
+    add_flags(taking, TrainRequest, leave_out={"sae", "recipe", "save_every", *of_training})
+    taking.set_defaults(run=_import, interrupted="; what was read so far is kept: run the same command to go on")
+    giving = actions.add_parser(
+        "export",
+        help="write the SAEs of a checkpoint for sparsify or SAELens",
+        description="Write the SAEs of a checkpoint for another library, each into a folder of its own. The mean "
+        "activation, the thresholds of the gate, the gallery and the tower's digest have no place in these formats.",
+        epilog="example: vs2 store export my-sae exported --format saelens",
+    )
+    giving.add_argument("name", metavar="NAME", help="the checkpoint, its folder, or hf:OWNER/NAME")
+    giving.add_argument("folder", type=Path, metavar="FOLDER", help="where to write")
+    giving.add_argument("--format", required=True, choices=FORMATS, help="whose")
+    giving.set_defaults(run=_export)
 
 
 def _list(args: argparse.Namespace) -> None:
@@ -147,6 +180,26 @@ def _pull(args: argparse.Namespace) -> None:
     say(f"pulled {source}: {checkpoint.folder}")
     if checkpoint.tower is not None:
         say(f"use it as vs2:{checkpoint.backbone}@{checkpoint.name}, with {checkpoint.model}")
+
+
+def _import(args: argparse.Namespace) -> None:
+    from vs2_plugin.cli.train_sae import train
+
+    names = {one.name for one in fields(TrainRequest)}
+    train({name: value for name, value in vars(args).items() if name in names})
+
+
+def _export(args: argparse.Namespace) -> None:
+    checkpoint = Store.default(args.store).find(args.name)
+    for folder in export(checkpoint, args.folder, args.format):
+        say(f"wrote {folder}")
+    say(f"{FORMATS[args.format]} reads {'it' if args.format == 'sparsify' else 'each'}")
+    gallery = ", the gallery" if checkpoint.gallery else ""
+    labels = ", which SAE was trained with labels" if any(site.labels != "none" for site in checkpoint.sites) else ""
+    say(
+        f"left behind, for want of a place: the mean activation, the thresholds of the gate{gallery}, which tower and "
+        f"data it is of{labels}; vs2 store import measures again what can be measured"
+    )
 
 
 def _repository(text: str) -> Repository:

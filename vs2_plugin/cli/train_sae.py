@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from vs2_plugin.cli.common import add_flags, end_well, load_torch
 from vs2_plugin.messages import say
 from vs2_plugin.training.request import TrainRequest
 
-__all__ = ["main", "parser"]
+__all__ = ["main", "parser", "train"]
 
 # Training makes many short parallel steps. Where another process holds a core, threads that spin while they wait
 # for each other slow it down a hundredfold; sleeping ones cost a few microseconds. Read when torch is loaded.
@@ -71,9 +72,10 @@ def parser() -> argparse.ArgumentParser:
     return command
 
 
-def _run(argv: Sequence[str] | None) -> None:
+def train(given: Mapping[str, Any]) -> None:
+    """Train what settings of a request ask for."""
     load_torch()
-    request = TrainRequest.of(**vars(parser().parse_args(argv)))
+    request = TrainRequest.of(**given)
     from vs2_plugin.distributed import joined
     from vs2_plugin.training import run
 
@@ -85,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command."""
     return end_well(
         "vs2-train-sae",
-        lambda: _run(argv),
+        lambda: train(vars(parser().parse_args(argv))),
         "; what was extracted and trained so far is kept: run the same command to go on",
     )
 

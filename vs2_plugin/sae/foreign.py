@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from vs2_plugin.errors import CheckpointError, SettingError
-from vs2_plugin.sae.files import CONFIG_FILE, WEIGHTS_FILE, load_sae
+from vs2_plugin.sae.files import CONFIG_FILE, WEIGHTS_FILE, load_sae, save_sae
 from vs2_plugin.sae.topk import SaeConfig, TopKSAE
 
-__all__ = ["ForeignSAE", "read_foreign", "write_saelens"]
+__all__ = ["WRITERS", "ForeignSAE", "find_foreign", "read_foreign", "write_saelens", "write_sparsify"]
 
 _SAELENS_WEIGHTS = "sae_weights.safetensors"
 _PRISMA_CONFIG, _PRISMA_WEIGHTS = "config.json", "weights.pt"
@@ -69,22 +69,39 @@ def read_foreign(path: Path) -> ForeignSAE:
     """
     if not path.is_dir():
         raise CheckpointError(f"no folder {str(path)!r}; expected one with {_EXPECTED}")
-    readers: dict[tuple[str, str], Callable[[Path], ForeignSAE]] = {
-        (CONFIG_FILE, WEIGHTS_FILE): _read_sparsify,
-        (CONFIG_FILE, _SAELENS_WEIGHTS): _read_saelens,
-        (_PRISMA_CONFIG, _PRISMA_WEIGHTS): _read_prisma,
-    }
-    for names, read in readers.items():
-        if all((path / name).is_file() for name in names):
-            return read(path)
-    inside = sorted(folder.name for folder in path.iterdir() if any((folder / n[1]).is_file() for n in readers))
-    if inside:
-        raise CheckpointError(f"{path} holds several SAEs; name the folder of one: {', '.join(inside)}")
+    readers: dict[str, Callable[[Path], ForeignSAE]] = {
+        "sparsify": _read_sparsify, "SAELens": _read_saelens, "Prisma": _read_prisma,
+    }  # fmt: skip
+    found = find_foreign(path)
+    if path in found:
+        return readers[found[path]](path)
+    if found:
+        names = ", ".join(folder.name for folder in found)
+        raise CheckpointError(f"{path} holds several SAEs; name the folder of one: {names}")
     raise CheckpointError(f"no SAE in {path}: expected {_EXPECTED}")
 
 
+def find_foreign(path: Path) -> dict[Path, str]:
+    """Return the folders of SAEs, this one or else those in it -> whose they are, as their files' names tell."""
+    files = {
+        "sparsify": (CONFIG_FILE, WEIGHTS_FILE),
+        "SAELens": (CONFIG_FILE, _SAELENS_WEIGHTS),
+        "Prisma": (_PRISMA_CONFIG, _PRISMA_WEIGHTS),
+    }
+    for folders in ([path], sorted(path.iterdir()) if path.is_dir() else []):
+        found = {
+            folder: library
+            for folder in folders
+            for library, names in files.items()
+            if all((folder / name).is_file() for name in names)
+        }
+        if found:
+            return found
+    return {}
+
+
 def _read_sparsify(path: Path) -> ForeignSAE:
-    found = _BLOCK.search(path.name)
+    found = _BLOCK.search(path.name.removesuffix(".pass"))  # as this package names its SAEs by PASS
     return ForeignSAE(load_sae(path), "sparsify", int(found[1]) if found else None, None)
 
 
@@ -213,6 +230,24 @@ def _shape(file: Path, weights: Mapping[str, Any], k: Any, activation: str, norm
         raise CheckpointError(f"{file}: {error}") from error
 
 
+def write_sparsify(sae: TopKSAE, folder: Path, *, model: str = "", block: int | None = None) -> None:
+    """Write an SAE for sparsify, whose ``SparseCoder.load_from_disk`` reads the folder. Its format has no place for
+    ``model`` and ``block``: the name of the folder tells the place.
+
+    Raises:
+        CheckpointError: sparsify has no such SAE.
+    """
+    config = sae.config
+    reason = ""
+    if config.normalize_activations != "none":
+        reason = f"normalises activations ({config.normalize_activations}), and sparsify's take them as they are"
+    elif config.activation != "relu":
+        reason = "keeps latents of largest magnitude with their signs, and sparsify's keep positive ones"
+    if reason:
+        raise CheckpointError(f"the SAE cannot be represented for sparsify: it {reason}; expected --format saelens")
+    save_sae(sae, folder)
+
+
 def write_saelens(sae: TopKSAE, folder: Path, *, model: str, block: int | None) -> None:
     """Write an SAE for SAELens, whose ``SAE.load_from_disk`` reads the folder.
 
@@ -245,3 +280,7 @@ def write_saelens(sae: TopKSAE, folder: Path, *, model: str, block: int | None) 
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
     (folder / _SAELENS_WEIGHTS).write_bytes(save(tensors))
     (folder / CONFIG_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+
+
+#: By the word for the format: what writes an SAE for a library.
+WRITERS: dict[str, Callable[..., None]] = {"sparsify": write_sparsify, "saelens": write_saelens}
