@@ -42,6 +42,18 @@ def test_quiet_prints_the_tables_alone(work, capsys):
     assert capsys.readouterr().out == "\n" + (work.out / "table.md").read_text()
 
 
+def test_what_is_not_run_is_not_called_kept(work, capsys):
+    (work.out.parent / "table.yaml").write_text(TABLE.replace("rows: {", "rows: {theirs: {model: null}, "))
+
+    def act(self):
+        self.out.mkdir(exist_ok=True)
+        self.problems |= {run: ("no luck",) for cell in self.cells for run in cell.evaluations(0)}
+
+    work.act = act
+    assert main(["reproduce", "table.yaml", "--out", "out"]) == 1
+    assert "vs2: 2 of 2 cells could not be measured, the reasons are above; no number" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("missing", "words"), [(1, "the others are kept"), (2, "no number was found")])
 def test_what_is_missing_is_counted(work, capsys, missing, words):
     def act(self):
@@ -71,7 +83,8 @@ def test_a_dry_run_prints_commands_and_writes_nothing(work, capsys):
     work.act = lambda self: pytest.fail("run")
     assert main(["reproduce", "table.yaml", "--out", "out", "--dry_run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["export", "mkdir", "vs2-train-sae", "clip_benchmark"]
+    assert [line.split()[0] for line in lines] == ["export", "#", "mkdir", "vs2-train-sae", "clip_benchmark"]
+    assert lines[1].startswith("# missing: no folder root/digits of wds/digits; clip_benchmark does not fetch")
     assert not work.out.exists()
 
 

@@ -31,6 +31,15 @@ def test_reasons_are_cut_between_words(monkeypatch, known):
     missing = missing_weights("B", "w")
     if known:
         assert set(missing.why.partition("OSError: ")[2].split()) == {"connection", "...)"}
-        assert "'B,PATH' for the backbone" in missing.remedy
+        assert "'MODEL,PATH' for the backbone" in missing.remedy and missing.what == "the weights of B,w cannot be had"
     else:  # open_clip does not know the name: it was not tried
-        assert missing.why == words[:305] and missing.remedy == ""
+        assert missing.what == missing.why == words[:305] and missing.remedy == ""
+
+
+def test_the_papers_shards_are_made_by_a_command(tmp_path):
+    root = str(tmp_path / "{dataset}")
+    found = missing_data("wds/cub200", root, "test")
+    assert found.remedy.endswith(f": vs2 data cub CUB_200_2011.tgz {tmp_path}/cub200") and "https://" in found.remedy
+    found = missing_data("wds/tiny_imagenet", root, "test")
+    assert found.remedy.endswith(f": vs2 data tiny-imagenet tiny-imagenet-200.zip {tmp_path}/tiny_imagenet")
+    assert "make webdataset shards in" in missing_data("wds/mine", root, "test").remedy

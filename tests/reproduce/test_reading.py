@@ -1,12 +1,13 @@
 """Reading tables: what a file means, and what is said of one that is wrong."""
 
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from vs2_plugin.errors import SettingError
-from vs2_plugin.reproduce.reading import SAE_FLAGS, read, read_all
+from vs2_plugin.reproduce.reading import PAPER, SAE_FLAGS, read, read_all
 from vs2_plugin.reproduce.stand_in import stand_in
 from vs2_plugin.settings import flags_of
 from vs2_plugin.training.request import TrainRequest
@@ -192,3 +193,25 @@ def test_a_backbone_of_unknown_size_has_no_stand_in(tmp_path):
     text = GOOD.replace("ViT-B-32-quickgelu", "RN50")
     with pytest.raises(SettingError, match="no stand-in for 'RN50'"):
         stand_in(read(write(tmp_path, text)))
+
+
+def test_tables_of_the_paper_go_by_their_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (depth,) = read_all([Path("depth")])
+    assert depth.path == PAPER / "depth.yaml"
+    assert [table.path for table in read_all([Path("paper"), Path("depth")])] == sorted(PAPER.glob("*.yaml"))
+    with pytest.raises(SettingError, match="no file 'deep', and no table of the paper .* one of controls, depth, fvu"):
+        read_all([Path("deep")])
+    with pytest.raises(SettingError, match=r"depth\.yaml: cannot be read"):
+        read_all([Path("depth.yaml")])
+    (tmp_path / "paper").mkdir()  # what lies here goes first
+    with pytest.raises(SettingError, match=r"no \*\.yaml in the folder paper"):
+        read_all([Path("paper")])
+
+
+def test_a_wheel_holds_the_tables(tmp_path):
+    wheel = pytest.importorskip("hatchling.builders.wheel")
+    (path,) = wheel.WheelBuilder(str(PAPER.parents[1])).build(directory=str(tmp_path), versions=["standard"])
+    with zipfile.ZipFile(path) as packed:
+        held = {name.rpartition("/")[2]: packed.read(name) for name in packed.namelist() if "/reproduce/paper/" in name}
+    assert held == {file.name: file.read_bytes() for file in PAPER.iterdir()}

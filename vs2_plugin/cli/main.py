@@ -11,6 +11,7 @@ from vs2_plugin import __version__
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli.classify import add_classify
 from vs2_plugin.cli.common import add_store_option, end_well, make_folder
+from vs2_plugin.cli.data import add_data
 from vs2_plugin.cli.inspect import add_inspect
 from vs2_plugin.cli.latents import add_latents
 from vs2_plugin.cli.report import add_report
@@ -35,7 +36,8 @@ def parser() -> argparse.ArgumentParser:
         "  vs2 inspect --model vs2:ViT-B-32-quickgelu --pretrained openai --dataset cifar100 photo.jpg\n"
         "  vs2 latents --model vs2:ViT-B-32-quickgelu --pretrained openai --dataset cifar100\n"
         "  vs2 sae ViT-B-32-quickgelu_openai_cifar100\n"
-        "  vs2 reproduce benchmark_configs/paper/*.yaml --stand_in digits\n"
+        "  vs2 reproduce main_accuracy --stand_in digits\n"
+        "  vs2 data cub CUB_200_2011.tgz root/cub200\n"
         "each command's --help shows more\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -76,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
     add_sae(commands)
     add_sweep(commands)
     add_reproduce(commands)
+    add_data(commands)
     add_store(commands)
     return command
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,27 +14,29 @@ from vs2_plugin.messages import complain, say
 
 if TYPE_CHECKING:
     from vs2_plugin.reproduce.cells import Table
+    from vs2_plugin.reproduce.run import Reproduction
 
 __all__ = ["add_reproduce"]
 
 _DESCRIPTION = """\
 Measure the tables and figures of arXiv 2506.01247, or your own: train the SAEs that are missing, evaluate with the
 stock clip_benchmark, and print published, measured and difference of every cell. One YAML file is one table; those
-of the paper are in benchmark_configs/paper, whose README.md says how they are written.
+of the paper come with the package and go by their names; README.md beside them says how they are written.
 
 Every command that is run is printed, and can be typed. What exists is not done again: checkpoints are found by their
 settings, results by the digest of their checkpoint. After an interruption the same command goes on. What cannot be
-fetched is told, a line per reason, and everything else is measured; the exit code is then 1.
+fetched is told once, with how to get it, and everything else is measured; the exit code is then 1.
 
 With --stand_in digits all of it runs offline in minutes, on the tiny CLIP and the handwritten digits that come with the
 package. That shows that the file works, and nothing about the paper."""
 
 _EXAMPLES = """\
 examples:
-  vs2 reproduce benchmark_configs/paper --list
-  vs2 reproduce benchmark_configs/paper/main_accuracy.yaml --dataset_root "root/{dataset}" --dry_run
-  vs2 reproduce benchmark_configs/paper/main_accuracy.yaml --dataset_root "root/{dataset}"
-  vs2 reproduce benchmark_configs/paper --stand_in digits
+  vs2 reproduce paper --list
+  vs2 reproduce main_accuracy --dataset_root "root/{dataset}" --dry_run
+  vs2 reproduce main_accuracy --dataset_root "root/{dataset}"
+  vs2 reproduce paper --stand_in digits
+  vs2 reproduce mine.yaml
   vs2 report vs2-reproduce/results
 
 The store of checkpoints is $VS2_STORE, else in the platform's cache folder; that of the stand-in is in --out.
@@ -51,7 +53,13 @@ def add_reproduce(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("files", nargs="+", type=Path, metavar="FILE", help="tables, or folders of them")
+    add(
+        "files",
+        nargs="+",
+        type=Path,
+        metavar="TABLE",
+        help="tables of the paper by name (main_accuracy; paper: all of them), files, or folders of them",
+    )
     add("--out", type=Path, default=Path("vs2-reproduce"), help="folder of results and tables (default: %(default)s)")
     add(
         "--dataset_root",
@@ -124,17 +132,26 @@ def _work(
             file=sys.stderr,
         )
         return 130
+    return _tell(args, work, report)
+
+
+def _tell(args: argparse.Namespace, work: Reproduction, report: Callable[[str], None]) -> int:
+    """Print the tables and what is missing, and return the exit code."""
     texts, missing = work.finish()
     for text in texts:
         for line in ("", *text.splitlines()):
             say(line)
-    total = sum(len(table.cells) for table in tables)
+    total = sum(cell.is_wanted for table in work.tables for cell in table.cells)
     if missing:
         kept = (
             "the others are kept, and the same command goes on from there" if missing < total else "no number was found"
         )
         complain(f"vs2: {missing} of {total} cells could not be measured, the reasons are above; {kept}")
-    some = any(out.glob("results/*/*.json"))
+        for remedy, reasons in work.missing().items():
+            for reason in reasons:
+                complain(f"- {reason}")
+            complain(f"=> {remedy}")
+    some = any(work.out.glob("results/*/*.json"))
     behind = f"; a page with all results: vs2 report {args.out / 'results'}" if some else ""
     report(f"\nThe tables are in {args.out}, as .md and .json and on one page, index.html{behind}")
     return 1 if missing else 0

@@ -32,7 +32,7 @@ from vs2_plugin.errors import DataError
 from vs2_plugin.paths import Paths
 from vs2_plugin.text import counted, printable
 
-__all__ = ["PICTURES", "FolderImages", "LeftOut", "listed_once", "open_files", "open_folder"]
+__all__ = ["PICTURES", "FolderImages", "LeftOut", "in_words", "listed_once", "open_files", "open_folder"]
 
 _LOG = logging.getLogger(__name__)
 #: Extensions of pictures. Of a moving one, the first frame counts.
@@ -259,7 +259,7 @@ def _class_names(root: str, folders: list[str]) -> list[str]:
     Raises:
         DataError: ``classnames.txt`` does not fit, or two of them have one name.
     """
-    names = [_in_words(folder) for folder in folders]
+    names = [in_words(folder) for folder in folders]
     file = os.path.join(root, CLASS_NAMES)
     lines = _lines(file)
     if lines and folders:
@@ -293,10 +293,10 @@ def _named(file: str, lines: list[str], folders: list[str], names: list[str]) ->
     return list(given.values())
 
 
-def _in_words(folder: str) -> str:
+def in_words(folder: str) -> str:
     """Return what a folder of a class is called.
 
-    >>> _in_words("001.Black_footed_Albatross"), _in_words("7_up")
+    >>> in_words("001.Black_footed_Albatross"), in_words("7_up")
     ('Black footed Albatross', '7 up')
     """
     return printable(re.sub(r"^\d+\.(?=\D)", "", folder).replace("_", " ").strip() or folder)

@@ -107,6 +107,11 @@ class Cell:
         return f"{self.row} / {self.column}"
 
     @property
+    def is_wanted(self) -> bool:
+        """Whether a number is to be found for it, and not only the published one shown."""
+        return self.model is not None or bool(self.best_of)
+
+    @property
     def ends(self) -> tuple[float, ...]:
         """The published number, or both ends of the interval; empty if none was published."""
         if self.published is None:

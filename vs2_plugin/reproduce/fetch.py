@@ -4,12 +4,15 @@ to get it."""
 from __future__ import annotations
 
 import logging
+import shlex
+import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
+from vs2_plugin.data.archives import official_of
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import DataError, Vs2Error
 from vs2_plugin.host import build
@@ -17,13 +20,13 @@ from vs2_plugin.text import one_line, reason_of
 
 __all__ = ["Missing", "missing_data", "missing_encoder", "missing_weights"]
 
-_ONCE = "tried once, and not again for other cells"
-
 
 @dataclass(frozen=True)
 class Missing:
     """Something that is missing and could not be fetched."""
 
+    what: str
+    """A few words, for each cell that lacks it."""
     why: str
     """The reason."""
     remedy: str
@@ -39,9 +42,9 @@ def missing_weights(backbone: str, weights: str) -> Missing | None:
 
     return _try(
         lambda: load_backbone(backbone, weights),
-        f"{backbone} with weights {weights!r}",
-        "open_clip fetches the weights where there is a network; without one, write "
-        f"{backbone + ',PATH'!r} for the backbone, with the PATH of a weights file",
+        f"the weights of {backbone},{weights}",
+        "open_clip fetches weights where there is a network, into a cache ($HF_HOME) that can be copied here; or write "
+        "'MODEL,PATH' for the backbone in the file, with the PATH of a weights file",
     )
 
 
@@ -54,8 +57,8 @@ def missing_encoder(text: str) -> Missing | None:
     return _try(
         lambda: load_encoder(name, weights, {"mean": (0, 0, 0), "std": (1, 1, 1)}, "cpu"),
         f"the retrieval encoder {name}",
-        f"timm fetches its weights where there is a network; without one, write {name + ',FILE'!r} for "
-        "retrieval_encoder, with a FILE of weights",
+        "timm fetches weights where there is a network, into a cache ($HF_HOME) that can be copied here; or write "
+        "'MODEL,PATH' for retrieval_encoder in the file, with the PATH of a weights file",
     )
 
 
@@ -66,8 +69,8 @@ def _try(load: Callable[[], object], what: str, remedy: str) -> Missing | None:
         load()
     except Vs2Error as error:
         if error.__cause__ is None:  # a name that is not known, which is said without trying
-            return Missing(one_line(str(error), 1000), "")
-        return Missing(f"could not load {what} ({reason_of(error.__cause__)})", f"{_ONCE}; {remedy}")
+            return Missing(one_line(str(error), 1000), one_line(str(error), 1000), "")
+        return Missing(f"{what} cannot be had", f"could not load {what} ({reason_of(error.__cause__)})", remedy)
     finally:
         logging.disable(logging.NOTSET)
     return None
@@ -87,21 +90,33 @@ def missing_data(dataset: str, dataset_root: str, split: str) -> Missing | None:
         file = Path(root, split, "nshards.txt")
         if "://" in root or file.is_file():
             return None
-        return Missing(
-            f"no file {file}" if Path(root).is_dir() else f"no folder {root} of {dataset}",
-            f"clip_benchmark does not fetch {dataset}; make webdataset shards in {root} (clip_benchmark_export_wds "
-            "does): train/ and test/, each with 0.tar to 3.tar or more (KEY.jpg or KEY.png and KEY.cls of each image) "
-            "and nshards.txt with their number; classnames.txt and zeroshot_classification_templates.txt, a line each",
-        )
+        why = f"no file {file}" if Path(root).is_dir() else f"no folder {root} of {dataset}"
+        return Missing(f"{dataset} is not there", why, _how_to_make(dataset, root))
     said = StringIO()
     try:
-        with redirect_stdout(said):
+        with redirect_stdout(said), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # clip_benchmark warns that it ignores the split
             build(named, "test")
     except DataError as error:
         reason = one_line(f"{reason_of(error.__cause__ or error)} {said.getvalue()}")
         return Missing(
+            f"{dataset} is not there",
             f"clip_benchmark could not fetch {dataset} into {root} ({reason})",
-            f"{_ONCE}; run the same command where there is a network, or copy {root} from there, or make shards of "
-            "your own and write wds/NAME in the file",
+            "run the same command where there is a network, or copy the folder from there, or make shards of your own "
+            "and write wds/NAME in the file",
         )
     return None
+
+
+def _how_to_make(dataset: str, root: str) -> str:
+    """Return how shards come about that nobody fetches."""
+    found = official_of(dataset)
+    if found is not None:
+        word, official = found
+        command = shlex.join(["vs2", "data", word, official.archive, root])
+        return f"get {official.archive} ({official.url}), and: {command}"
+    return (
+        f"clip_benchmark does not fetch {dataset}; make webdataset shards in {root} (clip_benchmark_export_wds does): "
+        "train/ and test/, each with 0.tar to 3.tar or more (KEY.jpg or KEY.png and KEY.cls of each image) and "
+        "nshards.txt with their number; classnames.txt and zeroshot_classification_templates.txt, a line each"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from vs2_plugin.reproduce.cells import Cell, Table
+from vs2_plugin.reproduce.reading import PAPER
 
 __all__ = ["listing"]
 
@@ -12,7 +13,8 @@ __all__ = ["listing"]
 def listing(tables: Sequence[Table]) -> Iterator[str]:
     """Yield a line per table and cell. A setting that does not differ within a table is said once."""
     for table in tables:
-        yield f"{table.path}: {table.title}, {len(table.cells)} cells"
+        name = table.path.stem if table.path.parent == PAPER else table.path
+        yield f"{name}: {table.title}, {len(table.cells)} cells"
         settings = [_settings(cell) for cell in table.cells]
         common = _common(table.cells, settings)
         if common:

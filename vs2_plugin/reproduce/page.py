@@ -58,7 +58,7 @@ def _shown(table: Table, cells: Sequence[Measured]) -> _Shown:
 
 def _told(cells: Sequence[Measured]) -> Iterator[str]:
     """Yield in sentences how many cells were measured, and how far they are from what was published."""
-    wanted = [one for one in cells if one.cell.model or one.cell.best_of]
+    wanted = [one for one in cells if one.cell.is_wanted]
     yield f"{sum(one.mean is not None for one in wanted)} of {len(wanted)} cells were measured."
     for metric, decimals in METRICS.items():
         apart = [(one.difference, one) for one in wanted if one.cell.metric == metric and one.difference is not None]

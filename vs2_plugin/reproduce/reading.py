@@ -21,8 +21,14 @@ from vs2_plugin.sae.config import TrainConfig
 from vs2_plugin.text import one_line
 from vs2_plugin.training.request import TrainRequest
 
-__all__ = ["SAE_FLAGS", "read", "read_all"]
+__all__ = ["PAPER", "SAE_FLAGS", "read", "read_all"]
 
+#: The folder of the paper's tables: within the package where it was installed, beside it in a clone.
+PAPER = Path(__file__).parent / "paper"
+if not PAPER.is_dir():
+    PAPER = Path(__file__).parents[2] / "benchmark_configs" / "paper"
+#: The word for all of them.
+_ALL = "paper"
 #: The flags of ``vs2-train-sae`` that a file may set under ``sae``: those that the SAE itself depends on.
 SAE_FLAGS = (
     "recipe", "blocks", *(name for name in settings.settings_of(TrainConfig) if name not in ("seed", "rescale")),
@@ -40,24 +46,34 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def read_all(paths: Iterable[Path]) -> list[Table]:
-    """Read files, and those in folders.
+    """Read files, those in folders, and tables of the paper by their names.
 
     Raises:
         SettingError: what is wrong, with the file and the place.
     """
-    files: list[Path] = []
-    for path in paths:
-        tables = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
-        if not tables:
-            raise SettingError(
-                f"no *.yaml in the folder {path}; expected tables such as those of benchmark_configs/paper"
-            )
-        files += tables
-    files = list({file.resolve(): file for file in files}.values())
+    files = list({file.resolve(): file for path in paths for file in _files(path)}.values())
     for stem, count in sorted(Counter(file.stem for file in files).items()):
         if count > 1:
             raise SettingError(f"two files are called {stem!r}, and would write the same table; rename one")
     return [read(file) for file in files]
+
+
+def _files(path: Path) -> list[Path]:
+    """Return the files that a word names. What lies here goes before a name."""
+    shipped = {file.stem: file for file in sorted(PAPER.glob("*.yaml"))}
+    if path.is_dir() or (str(path) == _ALL and not path.exists()):
+        tables = sorted(path.glob("*.yaml")) if path.is_dir() else list(shipped.values())
+        if not tables:
+            raise SettingError(f"no *.yaml in the folder {path}; expected tables such as those of {PAPER}")
+        return tables
+    if path.exists() or path.suffix or len(path.parts) > 1:
+        return [path]
+    if str(path) not in shipped:
+        raise SettingError(
+            f"no file {str(path)!r}, and no table of the paper of that name; expected a file, a folder of them, {_ALL} "
+            f"for all tables, or one of {', '.join(shipped)}"
+        )
+    return [shipped[str(path)]]
 
 
 def read(path: Path) -> Table:

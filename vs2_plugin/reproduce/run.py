@@ -159,10 +159,13 @@ class Reproduction:
         return [*words, "--output", output + ("" if one else os.sep + "{model}.json"), "--quiet"]
 
     def commands(self) -> Iterator[str]:
-        """Yield all that is still to be done, as a person would type it."""
-        groups = self.evaluations()
+        """Yield all that is still to be done, as a person would type it, and before it what only a person can do."""
+        trainings, groups = self.trainings(), self.evaluations()
+        folders = [] if self.stand_in else self._folders(trainings, groups)
+        missing = [missing_data(name, self.dataset_root, split) for name, split in folders]
+        yield from dict.fromkeys(f"# missing: {one}" for one in missing if one)
         yield from (_typed(path, text) for path, text in self._preparations(groups))
-        for sae, seeds in self.trainings():
+        for sae, seeds in trainings:
             yield shlex.join(self.request(sae, seeds).words())
         for runs in groups:
             yield shlex.join(self.evaluate_words(runs))
@@ -183,22 +186,34 @@ class Reproduction:
         trainings, groups = self.trainings(), self.evaluations()
         runs = [run for group in groups for run in group]
         count = sum(len(seeds) for _, seeds in trainings)
-        self.report(f"# checkpoints to train: {count}; models to evaluate: {len(runs)}; what else is needed is there")
+        self.report(f"# checkpoints to train: {count}; models to evaluate: {len(runs)}")
         for path, text in self._preparations(groups):
             self.report(f"$ {_typed(path, text)}")
             (path if text is None else path.parent).mkdir(parents=True, exist_ok=True)
             if text is not None:
                 path.write_text(text + "\n")
         self._numbers = {run: number for number, run in enumerate(runs, 1)}
-        # Folders that only the user can fill, before anything is waited for.
-        needed = [(name, "train") for sae, _ in trainings for name in sae.datasets]
-        for name, split in dict.fromkeys([*needed, *((run.dataset, "test") for run in runs)]):
-            if name.startswith("wds/"):
-                self._data(name, split)
+        for name, split in self._folders(trainings, groups):  # before anything is waited for
+            self._data(name, split)
         for sae, seeds in trainings:
             self._train(sae, seeds)
         for group in groups:
             self._evaluate(group)
+
+    def _folders(
+        self, trainings: Sequence[tuple[Sae, list[int]]], groups: Sequence[Sequence[Evaluation]]
+    ) -> list[tuple[str, str]]:
+        """Return the data sets that only the user can put there, with their splits."""
+        needed = [(name, "train") for sae, _ in trainings for name in sae.datasets]
+        needed += [(runs[0].dataset, "test") for runs in groups]
+        return [(name, split) for name, split in dict.fromkeys(needed) if name.startswith("wds/")]
+
+    def missing(self) -> dict[str, list[str]]:
+        """Return how to get what was looked for and not found -> why it is not there, each once."""
+        found: dict[str, list[str]] = {}
+        for one in dict.fromkeys(missing for missing in self._looked_for.values() if missing and missing.remedy):
+            found.setdefault(one.remedy, []).append(one.why)
+        return found
 
     def _missing(
         self, backbone: str, weights: str, datasets: Sequence[str], split: str, encoders: Sequence[str] = ()
@@ -208,7 +223,7 @@ class Reproduction:
         what = f"the weights of {','.join(filter(None, (backbone, weights)))}"
         found.append(self._look_for(what, missing_weights, backbone, weights))
         found += [self._look_for(f"the retrieval encoder {name}", missing_encoder, name) for name in encoders]
-        return tuple(str(missing) for missing in found if missing)
+        return tuple(missing.what for missing in found if missing)
 
     def _data(self, name: str, split: str) -> Missing | None:
         if name.startswith("wds/"):

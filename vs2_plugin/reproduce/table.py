@@ -105,7 +105,7 @@ def _not_measured(cells: Sequence[Measured]) -> Iterator[str]:
     for measured in cells:
         for problem in measured.problems:
             reasons.setdefault(problem, []).append(measured.cell)
-    wanted = [measured.cell for measured in cells if measured.cell.model or measured.cell.best_of]
+    wanted = [measured.cell for measured in cells if measured.cell.is_wanted]
     for problem, concerned in reasons.items():
         count = "1 cell" if len(concerned) == 1 else f"{len(concerned)} cells"
         yield f"Not measured, {count} ({', '.join(_names(concerned, wanted))}): {problem}"

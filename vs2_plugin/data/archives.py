@@ -1,0 +1,281 @@
+"""Official archives of the paper's data sets that clip_benchmark does not have, packed or unpacked, and the webdataset
+shards of them that it reads."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import tarfile
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from vs2_plugin.data.folders import in_words
+from vs2_plugin.data.labels import CLASS_NAMES, TEMPLATES
+from vs2_plugin.data.shards import LISTING
+from vs2_plugin.errors import DataError
+from vs2_plugin.files import atomic_folder
+from vs2_plugin.text import counted, printable, reason_of
+
+__all__ = ["OFFICIAL", "Official", "Written", "convert", "official_of"]
+
+#: Of each split: as many loader workers can read it.
+_SHARDS = 8
+#: What a file that is no whole archive raises.
+_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error)
+#: A picture's split, and the number of its class.
+_Place = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What the lists of an archive say of its pictures."""
+
+    classes: list[str]
+    """Their names, in the order of their numbers."""
+    place: Callable[[str], _Place | None]
+    """Tells where a file belongs, by its path in the archive; None for what is no picture."""
+    pictures: frozenset[str]
+    """Paths of pictures that have to be there."""
+    even: bool
+    """Whether all classes have equally many pictures to train on."""
+
+
+class Written(NamedTuple):
+    """How much was written."""
+
+    train: int
+    """Pictures to train on."""
+    test: int
+    """Pictures to evaluate."""
+    classes: int
+    """Classes."""
+
+
+@dataclass(frozen=True)
+class Official:
+    """A data set as its authors hand it out."""
+
+    title: str
+    """What it is called."""
+    archive: str
+    """The name of the archive."""
+    url: str
+    """Where it is to be had."""
+    dataset: str
+    """What the paper's tables call the shards."""
+    lists: tuple[str, ...]
+    """Files that tell what there is, by their paths in the archive."""
+    read: Callable[[Mapping[str, str]], _Contents]
+    """Reads these files. Raises ValueError, KeyError: they do not fit each other."""
+
+
+def official_of(dataset: str) -> tuple[str, Official] | None:
+    """Return the data set that is called so in the paper's tables, after the word for it in ``vs2 data``."""
+    return next(((word, one) for word, one in OFFICIAL.items() if one.dataset == dataset), None)
+
+
+def convert(official: Official, source: Path, target: Path) -> Written:
+    """Write the shards of an official archive, with class names and prompts, in clip_benchmark's layout.
+
+    The prompts are the 80 that CLIP's authors give for ImageNet.
+
+    Args:
+        official: whose archive it is.
+        source: the archive, or the folder that it was unpacked into.
+        target: the folder that is written; there is none, or an empty one.
+
+    Raises:
+        DataError: it is another archive, or damaged, or something is missing in it; or there is such a folder.
+    """
+    from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise DataError(f"{target} is there already; remove it, or name another folder")
+    with _readable(official, source):
+        root, contents = _look(official, source)
+    with atomic_folder(target) as scratch:
+        with _readable(official, source):
+            counts = _write_shards(official, source, root, contents, scratch)
+        texts = {CLASS_NAMES: contents.classes, TEMPLATES: [prompt("{c}") for prompt in OPENAI_IMAGENET_TEMPLATES]}
+        for name, lines in texts.items():
+            (scratch / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return Written(counts["train"], counts["test"], len(contents.classes))
+
+
+def _write_shards(official: Official, source: Path, root: str, contents: _Contents, folder: Path) -> Counter[str]:
+    """Write all pictures, each split's in turns into its shards. Returns how many each split has."""
+    counts, of_class, keys = Counter[str](), Counter[_Place](), set[str]()
+    missing = set(contents.pictures)
+    with ExitStack() as stack:
+        shards: dict[str, list[tarfile.TarFile]] = {}
+        for split in ("train", "test"):
+            (folder / split).mkdir()
+            paths = [folder / split / f"{number}.tar" for number in range(_SHARDS)]
+            shards[split] = [stack.enter_context(tarfile.open(path, "w")) for path in paths]
+            (folder / split / LISTING).write_text(f"{_SHARDS}\n")
+        for path, read in tqdm(_entries(source), official.title, unit="file", disable=None, leave=False):
+            inside = path.removeprefix(root)
+            place = contents.place(inside) if path.startswith(root) else None
+            key = PurePosixPath(path).stem.replace(".", "_")
+            if place is None or key in keys:  # a tar may hold a file twice
+                continue
+            split, label = place
+            shard = shards[split][counts[split] % _SHARDS]
+            for suffix, data in (("jpg", read()), ("cls", str(label).encode())):
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(data)
+                shard.addfile(member, io.BytesIO(data))
+            counts[split] += 1
+            of_class[place] += 1
+            keys.add(key)
+            missing.discard(inside)
+    least, most = (of([of_class["train", label] for label in range(len(contents.classes))]) for of in (min, max))
+    if missing:
+        lack = f"{counted(len(missing), 'picture')} that its lists name, such as {printable(min(missing))}"
+    elif contents.even and least < most:
+        lack = f"pictures to train on: there are {least:,} of one class, and {most:,} of another"
+    else:
+        return counts
+    raise DataError(f"{source} lacks {lack}; {_fetch(official)}")
+
+
+def _look(official: Official, source: Path) -> tuple[str, _Contents]:
+    """Return the path of the data set within a source, and what its lists say."""
+    found: dict[str, dict[str, str]] = {}
+    for path, read in _entries(source):
+        for name in official.lists:
+            if path == name or path.endswith(f"/{name}"):
+                texts = found.setdefault(path.removesuffix(name), {})
+                texts[name] = read().decode("utf-8", "replace")
+                if len(texts) == len(official.lists):
+                    return path.removesuffix(name), _read_lists(official, source, texts)
+    raise DataError(
+        f"{source} holds no {official.title}: there are no {', '.join(official.lists)} in it; {_fetch(official)}"
+    )
+
+
+def _read_lists(official: Official, source: Path, texts: Mapping[str, str]) -> _Contents:
+    try:
+        contents = official.read(texts)
+        if not contents.classes or not contents.pictures:
+            raise ValueError("they name nothing")
+        return contents
+    except (ValueError, KeyError) as error:
+        reason = reason_of(error)
+        raise DataError(f"{source}: its lists do not fit each other ({reason}); {_fetch(official)}") from error
+
+
+def _fetch(official: Official) -> str:
+    return f"expected {official.archive}, or the folder that it was unpacked into ({official.url})"
+
+
+@contextmanager
+def _readable(official: Official, source: Path) -> Iterator[None]:
+    """Tell what reading a damaged archive raises as one sentence."""
+    try:
+        yield
+    except _DAMAGE as error:
+        raise DataError(f"{source} is no whole archive ({reason_of(error)}); {_fetch(official)}") from error
+
+
+def _entries(source: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Yield the files in an archive or a folder: path, and what reads it, before the next one is asked for."""
+    if source.is_dir():
+        for folder, folders, names in os.walk(source):
+            folders.sort()
+            for file in (Path(folder, name) for name in sorted(names)):
+                yield file.relative_to(source).as_posix(), file.read_bytes
+    elif not source.exists():
+        raise DataError(f"no file and no folder {str(source)!r}; expected an archive, or the folder of an unpacked one")
+    elif zipfile.is_zipfile(source):
+        with zipfile.ZipFile(source) as packed:
+            for info in packed.infolist():
+                if not info.is_dir():
+                    yield info.filename, partial(packed.read, info)
+    else:
+        with tarfile.open(source, "r|*") as tar:
+            for member in tar:
+                if member.isfile():
+                    yield member.name.removeprefix("./"), partial(_read_member, tar, member)
+
+
+def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    return b"" if file is None else file.read()
+
+
+# -- what the lists of each say
+
+
+def _pairs(text: str) -> dict[str, str]:
+    """Return lines of a key and a value."""
+    return dict(line.split(maxsplit=1) for line in text.splitlines() if line.strip())
+
+
+def _cub(texts: Mapping[str, str]) -> _Contents:
+    images, classes, labels, trained = (
+        {key: value.strip() for key, value in _pairs(texts[name]).items()} for name in _CUB_LISTS
+    )
+    numbers = {key: number for number, key in enumerate(classes)}
+    split = {"1": "train", "0": "test"}
+    places = {f"images/{path}": (split[trained[key]], numbers[labels[key]]) for key, path in images.items()}
+    return _Contents([in_words(name) for name in classes.values()], places.get, frozenset(places), even=False)
+
+
+def _tiny_imagenet(texts: Mapping[str, str]) -> _Contents:
+    ids, words, annotations = (texts[name] for name in _TINY_LISTS)
+    numbers = {word: number for number, word in enumerate(ids.split())}
+    names = {key: name for key, _, name in (line.partition("\t") for line in words.splitlines())}
+    rows = [line.split("\t") for line in annotations.splitlines() if line.strip()]
+    tested = {f"val/images/{row[0]}": ("test", numbers[row[1].strip()]) for row in rows}
+
+    def place(path: str) -> _Place | None:
+        parts = path.split("/")
+        if parts[::2] == ["train", "images"] and parts[1] in numbers and path.lower().endswith((".jpeg", ".jpg")):
+            return "train", numbers[parts[1]]
+        return tested.get(path)
+
+    return _Contents(_first_words([names[key].strip() for key in numbers]), place, frozenset(tested), even=True)
+
+
+def _first_words(names: list[str]) -> list[str]:
+    """Return the first of the words for each class, and all of them where two classes would have one name.
+
+    >>> _first_words(["goldfish, Carassius auratus", "crane, bird", "crane, machine"])
+    ['goldfish', 'crane, bird', 'crane, machine']
+    """
+    short = [name.partition(",")[0] for name in names]
+    return [name if short.count(first) > 1 else first for name, first in zip(names, short, strict=True)]
+
+
+_CUB_LISTS = ("images.txt", "classes.txt", "image_class_labels.txt", "train_test_split.txt")
+_TINY_LISTS = ("wnids.txt", "words.txt", "val/val_annotations.txt")
+#: The word for it in ``vs2 data`` -> the data set.
+OFFICIAL = {
+    "cub": Official(
+        "CUB-200-2011",
+        "CUB_200_2011.tgz",
+        "https://www.vision.caltech.edu/datasets/cub_200_2011",
+        "wds/cub200",
+        _CUB_LISTS,
+        _cub,
+    ),
+    "tiny-imagenet": Official(
+        "Tiny-ImageNet",
+        "tiny-imagenet-200.zip",
+        "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+        "wds/tiny_imagenet",
+        _TINY_LISTS,
+        _tiny_imagenet,
+    ),
+}
