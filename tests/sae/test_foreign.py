@@ -121,11 +121,13 @@ def test_saelens_itself_agrees_both_ways(tmp_path, weights, x, normalized):
     torch.testing.assert_close(read_foreign(tmp_path / "theirs").sae(x), theirs(x), rtol=1e-4, atol=1e-4)
     theirs.save_model(tmp_path / "saved")
     torch.testing.assert_close(read_foreign(tmp_path / "saved").sae(x), theirs(x), rtol=1e-4, atol=1e-4)
-    ours = TopKSAE(SaeConfig(D, N, K, "relu", normalized)).eval()
-    write_saelens(ours, tmp_path / "ours", model="ViT-B-32", block=11)
-    loaded = sae_lens.SAE.load_from_disk(tmp_path / "ours")
-    torch.testing.assert_close(loaded(x), ours(x), rtol=1e-4, atol=1e-4)
-    assert loaded.cfg.metadata.hook_name == "blocks.11.hook_resid_post"
+    for activation in ("relu", "abs"):
+        ours = TopKSAE(SaeConfig(D, N, K, activation, normalized)).eval()
+        torch.nn.init.normal_(ours.b_dec)
+        write_saelens(ours, tmp_path / activation, model="ViT-B-32", block=11)
+        loaded = sae_lens.SAE.load_from_disk(tmp_path / activation)
+        torch.testing.assert_close(loaded(x), ours(x), rtol=1e-4, atol=1e-4)
+        assert loaded.cfg.metadata.hook_name == "blocks.11.hook_resid_post"
 
 
 def test_sparsify_folder_tells_its_block(tmp_path):
