@@ -31,7 +31,8 @@ FORBIDDEN = {
     "inspection": {"classify", "cli", "demo", "quality", "reproduce", "sweep", "training"},
     "quality": {"classify", "cli", "demo", "reproduce", "sweep", "training"},
     "sweep": {"classify", "cli", "demo", "inspection", "quality", "report", "reproduce", "training"},
-    "": {"classify", "cli", "demo", "inspection", "quality", "report", "reproduce", "sweep"},  # the modules at the top
+    "stress": {"classify", "cli", "demo", "inspection", "quality", "report", "reproduce", "training"},
+    "": {"classify", "cli", "demo", "inspection", "quality", "report", "reproduce", "stress", "sweep"},  # modules at the top
     "reproduce": {"classify", "cli", "inspection", "quality", "sweep"},
     "classify": {"cli", "demo", "quality", "reproduce", "sweep"},
     "cli": set(),  # commands and the demo import everything, and nothing imports them

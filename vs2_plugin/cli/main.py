@@ -18,6 +18,7 @@ from vs2_plugin.cli.report import add_report
 from vs2_plugin.cli.reproduce import add_reproduce
 from vs2_plugin.cli.sae import add_sae
 from vs2_plugin.cli.store import add_store
+from vs2_plugin.cli.stress import add_stress
 from vs2_plugin.cli.sweep import add_sweep
 from vs2_plugin.messages import complain, say
 
@@ -77,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
     add_latents(commands)
     add_sae(commands)
     add_sweep(commands)
+    add_stress(commands)
     add_reproduce(commands)
     add_data(commands)
     add_store(commands)

@@ -128,19 +128,23 @@ class Readout:
             self._digests += [image_digest(image) for image in images] if known is None else known
 
     @torch.no_grad()
-    def logits(self) -> Tensor:
-        """What it makes of all images since :meth:`start`: float32 ``[images, classes]``, on the CPU.
+    def logits(self, rows: Sequence[int] | None = None) -> Tensor:
+        """What it makes of all images since :meth:`start`, or of some ``rows`` of them as if they were all: float32
+        ``[images, classes]``, on the CPU. A stream comes in its own order, and with ``rows`` in theirs.
 
         Raises:
             PluginError: it could not be built, or gave something else.
         """
         if self.protocol in ("image", "unlabeled"):
-            return torch.cat(self._logits)
+            logits = torch.cat(self._logits)
+            return logits if rows is None else logits[list(rows)]
         x = torch.cat(self._embeddings)
+        x = x if rows is None else x[list(rows)]
         if self.protocol == "transductive":
             return self._checked(self._build(x), x, Batch(rows=torch.arange(len(x), device=x.device)))
         read, found = self._build(None), [torch.empty(0)] * len(x)
-        for row in stream_order(self._digests, int(self.options["order"] or 0)):
+        order = stream_order(self._digests, int(self.options["order"] or 0)) if rows is None else range(len(x))
+        for row in order:
             found[row] = self._checked(read, x[row : row + 1], Batch())
         return torch.cat(found)
 

@@ -34,7 +34,7 @@ class Verdict:
 def verdict(group: Group) -> Verdict | None:
     """Return the verdict on a group; None where there is no steered result."""
     unlabeled = [row for row in group.steered if row.run.labels == "none"]
-    free = [row for row in unlabeled if row.run.protocol not in _OTHERS]
+    free = _own_images_only(unlabeled)
     usual = next(iter([*free, *group.steered]), None)
     if usual is None:
         return None
@@ -51,18 +51,25 @@ def verdict(group: Group) -> Verdict | None:
     short = f"{usual.label} {_points(usual)}"
     if best is not None and best is not usual:
         short += f"; best without labels {best.title} {_points(best)}"
-    sentences += [told for kind in _OTHERS if (told := _of_others(unlabeled, kind))]
+    sentences += _of_others(unlabeled)
     gains = best is not None and (best.change or 0.0) > 0
     return Verdict(tuple(sentences), _tone(usual), short, best if gains else None)
 
 
-def _of_others(rows: Sequence[Row], protocol: str) -> str:
-    """Return what the best of the rows gains that see other test images in this way; empty where there are none."""
-    found = [row for row in rows if row.run.protocol == protocol and row.change is not None]
-    if not found:
-        return ""
-    best = max(found, key=lambda row: row.change or 0.0)
-    return f"Of those that see {_OTHERS[protocol]}, which is another matter: {best.title}, {_points(best)} points."
+def _own_images_only(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows that see no other test images."""
+    return [row for row in rows if row.run.protocol not in _OTHERS]
+
+
+def _of_others(rows: Sequence[Row]) -> list[str]:
+    """Return, of the rows that see other test images, what the best gain of each protocol is."""
+    told = []
+    for protocol, words in _OTHERS.items():
+        found = [row for row in rows if row.run.protocol == protocol and row.change is not None]
+        if found:
+            best = max(found, key=lambda row: row.change or 0.0)
+            told.append(f"Of those that see {words}, which is another matter: {best.title}, {_points(best)} points.")
+    return told
 
 
 def _did(row: Row, before: float) -> str:

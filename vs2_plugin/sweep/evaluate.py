@@ -8,7 +8,7 @@ the tower's end have the rest of the tower run for each of them while the batch 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,9 @@ from vs2_plugin.modelstring import ModelString
 from vs2_plugin.steering.batch import Batch
 from vs2_plugin.steering.context import Task
 from vs2_plugin.sweep.grid import Point, outcome_key
-from vs2_plugin.sweep.request import SweepRequest
+from vs2_plugin.sweep.request import PassRequest, SweepRequest
 
-__all__ = ["Metrics", "evaluate"]
+__all__ = ["Metrics", "OnePass", "evaluate", "one_pass"]
 
 Metrics = dict[str, Scalar]
 
@@ -60,43 +60,91 @@ def evaluate(args: SweepRequest, backbone: str, points: Sequence[Point], quiet: 
     Raises:
         Vs2Error: something cannot be loaded.
     """
+    groups: dict[Hashable, list[Point]] = {}
+    for point in points:
+        groups.setdefault(outcome_key(point.spec), []).append(point)
+    with one_pass(args, backbone, [point.spec for point in points], quiet) as images:
+        models = dict(zip([point.model for point in points], images.models, strict=True))
+        yield backbone, images.measure(None)
+        for group in tqdm(groups.values(), "points", disable=quiet or None, leave=False):
+            model = models[group[0].model]
+            metrics = images.measure(model)
+            for point in group:
+                yield point.model, _metrics_of(models[point.model], model, metrics)
+
+
+class OnePass:
+    """The images of one split, which run through the plain tower once for many models."""
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        first: _FirstPass,
+        models: Sequence[_SweptModel],
+        measure: Callable[[Any, Any], Metrics],
+        classify: Callable[[Any, Any], tuple[Tensor, Tensor]],
+        quiet: bool,
+    ) -> None:
+        """``measure`` and ``classify`` are clip_benchmark's own functions of a model and a data loader."""
+        #: The models, in the order in which they were given.
+        self.models = models
+        self._loader, self._first, self._quiet = loader, first, quiet
+        self._measure, self._classify = measure, classify
+
+    def measure(self, model: _SweptModel | None) -> Metrics:
+        """The metrics of a model. The first to be asked for is None, the plain model."""
+        return self._measure(*self._given(model))
+
+    def classify(self, model: _SweptModel | None) -> tuple[Tensor, Tensor]:
+        """The same for its logits ``[images, classes]`` and the true classes ``[images]``."""
+        return self._classify(*self._given(model))
+
+    def _given(self, model: _SweptModel | None) -> tuple[Any, Any]:
+        if model is None:
+            return self._first, _Showing(self._loader, self._first, self._quiet)
+        return model, _Replay(self._loader.dataset, self._first.batches)
+
+
+@contextmanager
+def one_pass(args: PassRequest, backbone: str, specs: Sequence[ModelString], quiet: bool) -> Iterator[OnePass]:
+    """Open a backbone, the data and the models of that backbone, of which some may come to the same features; within
+    the ``with`` block they are evaluated.
+
+    Raises:
+        Vs2Error: something cannot be loaded.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
     loaded = load_backbone(backbone, args.pretrained, args.model_cache_dir, device)
     data = _Data(args, backbone, loaded)
     shared = _Shared(loaded, args.pretrained, data.task)
-    models = {point.model: _SweptModel(point.spec, shared) for point in points}
-    groups: dict[Hashable, list[Point]] = {}
-    for point in points:
-        groups.setdefault(outcome_key(point.spec), []).append(point)
-    evaluated = [models[group[0].model] for group in groups.values()]
-
+    models = [_SweptModel(spec, shared) for spec in specs]
+    evaluated: dict[Hashable, _SweptModel] = {}
+    for model in models:
+        evaluated.setdefault(outcome_key(model.spec), model)
     with zero_shot_classification() as harness, tempfile.TemporaryDirectory() as folder:
         if not hasattr(harness.evaluate, "__wrapped__"):
             raise HarnessError(f"clip_benchmark does not know the steered models; is {DISABLE} set? See: vs2 doctor")
         file = Path(folder) / "classifier.pt"
-        templates = data.task.templates
-        names = tqdm(data.task.classes, "classes", disable=quiet or None, leave=False)
+        classes, templates = data.task.classes, data.task.templates
+        names = tqdm(classes, "classes", disable=quiet or None, leave=False)
         classifier = harness.zero_shot_classifier(loaded.model, loaded.tokenizer, names, templates, device, args.amp)
         torch.save(classifier, file)
+        for model in evaluated.values():
+            model.set_classifier(classifier, quiet)
 
         def measure(model: Any, loader: Any) -> Metrics:
             metrics: Metrics = harness.evaluate(
-                model, loader, None, data.task.classes, templates, device, amp=args.amp, load_clfs=[file]
+                model, loader, None, classes, templates, device, amp=args.amp, load_clfs=[file]
             )
             return metrics
 
-        for model in evaluated:
-            model.set_classifier(classifier, quiet)
-        first_pass = _FirstPass(loaded.model, evaluated)
-        yield backbone, measure(first_pass, _Showing(data.loader, first_pass, quiet))
+        def classify(model: Any, loader: Any) -> tuple[Tensor, Tensor]:
+            logits, targets = harness.run_classification(model, classifier, loader, device, amp=args.amp)
+            return logits, targets
 
-        replay = _Replay(data.loader.dataset, first_pass.batches)
-        bar = tqdm(groups.values(), "points", disable=quiet or None, leave=False)
-        for group, model in zip(bar, evaluated, strict=True):
-            metrics = measure(model, replay)
-            for point in group:
-                yield point.model, _metrics_of(models[point.model], model, metrics)
+        first = _FirstPass(loaded.model, [*evaluated.values()])
+        yield OnePass(data.loader, first, models, measure, classify, quiet)
 
 
 def _metrics_of(point: _SweptModel, evaluated: _SweptModel, metrics: Metrics) -> Metrics:
@@ -109,7 +157,7 @@ def _metrics_of(point: _SweptModel, evaluated: _SweptModel, metrics: Metrics) ->
 class _Data:
     """The split under evaluation, opened as clip_benchmark's ``cli.run`` does."""
 
-    def __init__(self, args: SweepRequest, backbone: str, loaded: Loaded) -> None:
+    def __init__(self, args: PassRequest, backbone: str, loaded: Loaded) -> None:
         from clip_benchmark.datasets.builder import get_dataset_collate_fn
 
         if "nllb-clip" in backbone:

@@ -7,12 +7,13 @@ from typing import ClassVar
 
 from vs2_plugin.settings import setting, validate
 
-__all__ = ["SweepRequest"]
+__all__ = ["PassRequest", "SweepRequest"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepRequest:
-    """The settings of a sweep, with the names and defaults that they have in ``clip_benchmark eval``.
+class PassRequest:
+    """The settings of many models' evaluation in one pass of the images, with the names and defaults that they have in
+    ``clip_benchmark eval``.
 
     Raises:
         SettingError: a value outside its range.
@@ -34,8 +35,18 @@ class SweepRequest:
     custom_template_file: str | None = setting(None, help="JSON file: data set -> prompts")
     model_cache_dir: str | None = setting(None, help="where downloaded models are kept")
     wds_cache_dir: str | None = setting(None, help="where downloaded shards are kept")
-    output: str = setting("sweep/{model}.json", help="results files")
-    skip_existing: bool = setting(False, help="keep the results that are there: goes on after an interruption")
 
     def __post_init__(self) -> None:
         validate(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRequest(PassRequest):
+    """The settings of a sweep.
+
+    Raises:
+        SettingError: a value outside its range.
+    """
+
+    output: str = setting("sweep/{model}.json", help="results files")
+    skip_existing: bool = setting(False, help="keep the results that are there: goes on after an interruption")

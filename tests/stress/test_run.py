@@ -1,0 +1,77 @@
+"""``vs2 stress`` on the demo's digits: what it says is what becomes of the very same models on those images."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+
+import vs2_plugin
+from vs2_plugin.cli.main import main
+from vs2_plugin.demo.digits import CLASSES, TEMPLATES, read_digits
+from vs2_plugin.method import Method
+from vs2_plugin.plugins import registry
+from vs2_plugin.stress.subsets import few
+
+from .conftest import DIGITS, TINY
+
+
+@pytest.fixture
+def stubborn(monkeypatch):
+    """A stream method that sees no class that was not predicted in the last five images, but for the first five."""
+
+    def build(context):
+        last = []
+
+        def read(x):
+            logits = 100 * x @ context.classifier
+            if len(last) >= 5:
+                absent = torch.ones(len(CLASSES), dtype=torch.bool)
+                absent[last[-5:]] = False
+                logits = logits.masked_fill(absent, -100.0)
+            last.append(int(logits.argmax()))
+            return logits
+
+        return read
+
+    monkeypatch.setitem(registry().methods, "stubborn", Method("stubborn", build, site="logits", protocol="stream"))
+
+
+def test_models_on_subsets_against_zero_shot_on_the_same_images(stubborn, in_demo, capsys):
+    models = [f"vs2:{TINY}@alpha=1", f"dn:{TINY}@unlabeled=test", f"stubborn:{TINY}"]
+    words = ["--present", "0.5", "--tail", "10", "--images", "60", "--draws", "2", "--output", "stressed"]
+    assert main(["stress", "--model", *models, "--pretrained", "", *DIGITS[:-2], "--no_amp", *words]) == 0
+    said = capsys.readouterr().out
+    with open(in_demo / "stressed/stress.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["model"] for row in rows} == {TINY, *models}
+    assert "order of the stream: by class" in said and "dn @unlabeled=test (transductive)" in said
+    assert (in_demo / "stressed/stress.png").stat().st_size > 10_000
+
+    def found(model, axis):
+        return [row for row in rows if row["model"] == model and row["axis"] == axis]
+
+    for model in models:
+        wholes = found(model, "all")
+        assert len(wholes) == 2 and len(found(model, "tail")) == 2 and len(found(model, "images")) == 2
+        assert all(row["zero_shot"] == zero["accuracy"] for row, zero in zip(wholes, found(TINY, "all"), strict=True))
+        assert {int(row["images"]) for row in found(model, "images")} == {60}
+        assert {int(row["classes"]) for row in found(model, "present")} == {5}
+    # What does not depend on other images is the same in every draw of all images; a stream class by class is not.
+    assert len({row["accuracy"] for row in found(models[0], "all")}) == 1
+    ordered, mixed = (np.mean([float(row["accuracy"]) for row in found(models[2], axis)]) for axis in ("order", "all"))
+    assert not found(models[0], "order") and ordered != mixed
+    # A method that sees all test images sees those of the subset, and no others.
+    pictures, digits = read_digits("test")
+    order = [number for shard in range(4) for number in range(shard, len(digits), 4)]  # as the shards hold them
+    images, labels = [pictures[number] for number in order], np.array(digits)[order]
+    model, *_ = vs2_plugin.load(models[1], classes=CLASSES, prompts=TEMPLATES, amp=False)
+    for row in found(models[1], "images"):
+        rows = few(labels, 60, int(row["draw"]))
+        predictions = model.classify([images[index] for index in rows]).labels.numpy()
+        assert float(row["accuracy"]) == pytest.approx((predictions == labels[rows]).mean())
+
+
+def test_several_values_of_an_option_are_for_a_sweep(in_demo, capsys):
+    assert main(["stress", "--model", f"vs2:{TINY}@alpha=0,1", "--pretrained", "", *DIGITS[:-2]]) == 2
+    assert "expected one value for each option; vs2 sweep takes several" in capsys.readouterr().err

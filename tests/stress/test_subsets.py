@@ -1,0 +1,30 @@
+"""Subsets of test images, counted."""
+
+import numpy as np
+import pytest
+
+from vs2_plugin.stress.subsets import few, long_tail, of_classes, shuffled
+
+LABELS = np.repeat(np.arange(10), 40)
+
+
+@pytest.mark.parametrize(("share", "count"), [(1, 10), (0.5, 5), (0.25, 2), (0.001, 1)])
+def test_a_share_of_the_classes_keeps_all_of_their_images(share, count):
+    rows = of_classes(LABELS, share, 0)
+    assert len(np.unique(LABELS[rows])) == count and len(rows) == len(np.unique(rows)) == 40 * count
+
+
+def test_a_long_tail_falls_off_by_the_ratio():
+    rows = long_tail(LABELS, 10, 0)
+    sizes = sorted(np.bincount(LABELS[rows]), reverse=True)
+    assert sizes == [round(40 * 10 ** (-rank / 9)) for rank in range(10)] and sizes[0] == 10 * sizes[-1]
+    assert len(np.unique(rows)) == len(rows)
+    assert (np.bincount(LABELS[long_tail(LABELS, 1, 0)]) == 40).all()
+    assert (np.bincount(LABELS[long_tail(LABELS, 1000, 0)]) >= 1).all()  # no class goes
+
+
+def test_draws_differ_and_are_repeatable():
+    for subset in (lambda seed: few(LABELS, 50, seed), lambda seed: of_classes(LABELS, 0.5, seed),
+                   lambda seed: long_tail(LABELS, 10, seed), lambda seed: shuffled(LABELS, seed)):  # fmt: skip
+        assert np.array_equal(subset(1), subset(1)) and not np.array_equal(subset(1), subset(2))
+    assert len(few(LABELS, 50, 0)) == 50 and len(few(LABELS, 5000, 0)) == 400

@@ -1,0 +1,130 @@
+"""A stress test from its request to its files."""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, fields
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from vs2_plugin.errors import DataError, SettingError
+from vs2_plugin.files import atomic_file
+from vs2_plugin.model.predictions import best_first
+from vs2_plugin.names import is_steered
+from vs2_plugin.stress.figure import draw
+from vs2_plugin.stress.outcomes import ALL, Outcome
+from vs2_plugin.stress.request import StressRequest
+from vs2_plugin.stress.subsets import Rows, few, long_tail, of_classes, shuffled
+from vs2_plugin.sweep.evaluate import OnePass, one_pass
+from vs2_plugin.sweep.request import SweepRequest
+from vs2_plugin.sweep.run import plan
+
+__all__ = ["stress"]
+
+def stress(request: StressRequest, quiet: bool = False) -> tuple[list[Outcome], list[Path]]:
+    """Evaluate models on subsets of the test images, encoding each image once.
+
+    What learns from the checkpoint's gallery keeps all of it: only the test images change.
+
+    Returns:
+        The outcomes, and the files written.
+
+    Raises:
+        Vs2Error: something cannot be loaded or written, or the data are not for it.
+    """
+    folder = Path(request.output)
+    for text in request.model:
+        if is_steered(text) and any("," in word or ":" in word.partition("=")[2] for word in text.split("@")[1:]):
+            raise SettingError(f"--model {text}: expected one value for each option; vs2 sweep takes several")
+    shared = {one.name: getattr(request, one.name) for one in fields(SweepRequest) if hasattr(request, one.name)}
+    planned = plan(SweepRequest(**{**shared, "output": str(folder / "{model}.json"), "skip_existing": False}))
+    outcomes: list[Outcome] = []
+    for backbone in planned.backbones:
+        points = [point for point in planned.points.values() if point.spec.backbone == backbone]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This DataLoader will create")  # --num_workers is clip_benchmark's
+            with one_pass(planned.request, backbone, [point.spec for point in points], quiet) as images:
+                outcomes += _outcomes(images, backbone, [point.model for point in points], request, quiet)
+    return outcomes, [_write(outcomes, folder / "stress.csv"), draw(outcomes, folder / "stress.png")]
+
+
+def _outcomes(
+    images: OnePass, backbone: str, names: Sequence[str], request: StressRequest, quiet: bool
+) -> Iterator[Outcome]:
+    plain, targets = images.classify(None)
+    if targets.ndim != 1:
+        raise DataError(f"{request.dataset} has several labels per image; expected one")
+    labels = targets.numpy().astype(np.int64)
+    zero_shot = _predictions(plain)
+    subsets = list(_subsets(labels, request))
+    yield from _judged(backbone, "image", labels, zero_shot, subsets, lambda rows: zero_shot[rows])
+    bar = tqdm(zip(names, images.models, strict=True), "models", len(names), disable=quiet or None, leave=False)
+    for name, model in bar:
+        logits, _ = images.classify(model)
+        protocol, readout = str(model.vs2_facts()["vs2_protocol"]), model.readout
+        whole = _predictions(logits)
+        again = readout is not None and readout.protocol in ("stream", "transductive")
+        predict: Callable[[Rows], Rows] = whole.__getitem__
+        if again and readout is not None:
+            predict = partial(_read_again, readout.logits)
+        mine = [*subsets, *(_orders(labels, request) if protocol == "stream" else ())]
+        yield from _judged(name, protocol, labels, zero_shot, mine, predict)
+
+
+def _read_again(logits: Callable[[Sequence[int]], Tensor], rows: Rows) -> Rows:
+    return _predictions(logits(rows.tolist()))
+
+
+def _predictions(logits: Tensor) -> Rows:
+    found: Rows = best_first(logits)[:, 0].numpy()
+    return found
+
+
+Subset = tuple[str, str, int, Rows]
+
+
+def _subsets(labels: Rows, request: StressRequest) -> Iterator[Subset]:
+    """Yield axis, value, draw and rows."""
+    for draw_number in range(request.draws):
+        yield ALL, "", draw_number, shuffled(labels, draw_number)
+        for share in request.present:
+            yield "present", f"{share:.3g}", draw_number, of_classes(labels, share, draw_number)
+        for ratio in request.tail:
+            yield "tail", f"{ratio:g}", draw_number, long_tail(labels, ratio, draw_number)
+        for count in request.images:
+            if count < len(labels):
+                yield "images", str(count), draw_number, few(labels, count, draw_number)
+
+
+def _orders(labels: Rows, request: StressRequest) -> Iterator[Subset]:
+    """Yield all rows, class by class: what a stream that is not shuffled looks like."""
+    for draw_number in range(request.draws):
+        ranked = np.random.default_rng(draw_number).permutation(labels.max() + 1)
+        order = shuffled(labels, draw_number)
+        yield "order", "by class", draw_number, order[np.argsort(ranked[labels[order]], kind="stable")]
+
+
+def _judged(
+    model: str, protocol: str, labels: Rows, zero_shot: Rows, subsets: Sequence[Subset], predict: Callable[[Rows], Rows]
+) -> Iterator[Outcome]:
+    for axis, value, draw_number, rows in subsets:
+        right, target = predict(rows) == labels[rows], labels[rows]
+        recalls = [right[target == label].mean() for label in np.unique(target)]
+        yield Outcome(
+            model, protocol, axis, value, draw_number, len(rows), len(recalls), float(right.mean()),
+            float(np.mean(recalls)), float((zero_shot[rows] == target).mean()),
+        )  # fmt: skip
+
+
+def _write(outcomes: Sequence[Outcome], path: Path) -> Path:
+    with atomic_file(path) as scratch, scratch.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, [one.name for one in fields(Outcome)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**asdict(one)} for one in outcomes)
+    return path

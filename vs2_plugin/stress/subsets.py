@@ -1,0 +1,50 @@
+"""Subsets of test images: some classes only, long tails, few images. NumPy only.
+
+A subset is an int64 array of rows, in random order.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Rows", "few", "long_tail", "of_classes", "shuffled"]
+
+Rows = NDArray[np.int64]
+
+
+def shuffled(labels: Rows, seed: int) -> Rows:
+    """Return all rows in an order that the seed tells."""
+    return np.random.default_rng(seed).permutation(len(labels))
+
+
+def few(labels: Rows, count: int, seed: int) -> Rows:
+    """Return ``count`` rows, or all where there are fewer."""
+    return shuffled(labels, seed)[:count]
+
+
+def of_classes(labels: Rows, share: float, seed: int) -> Rows:
+    """Return the rows of a share of the classes that there are, of one at least."""
+    classes = np.unique(labels)
+    count = max(1, round(share * len(classes)))
+    chosen = np.random.default_rng(seed).permutation(classes)[:count]
+    order = shuffled(labels, seed)
+    return order[np.isin(labels[order], chosen)]
+
+
+def long_tail(labels: Rows, ratio: float, seed: int) -> Rows:
+    """Return rows such that class sizes fall off exponentially.
+
+    Of C classes in random order, class i keeps ``n_i = n ratio^(-i / (C - 1))`` images, at least one, where n is the
+    number of images of the smallest class: all classes then had as many, and the most frequent has ``ratio`` times as
+    many as the rarest.
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    ranked = np.random.default_rng(seed).permutation(classes)
+    order, size = shuffled(labels, seed), int(counts.min())
+    kept = []
+    for rank, label in enumerate(ranked):
+        share = ratio ** (-rank / max(len(ranked) - 1, 1))
+        kept.append(order[labels[order] == label][: max(1, round(size * share))])
+    rows = np.concatenate(kept)
+    return np.random.default_rng(seed).permutation(rows)
