@@ -32,7 +32,8 @@ FORBIDDEN = {
     "quality": {"classify", "cli", "demo", "reproduce", "sweep", "training"},
     "sweep": {"classify", "cli", "demo", "inspection", "quality", "report", "reproduce", "training"},
     "stress": {"classify", "cli", "demo", "inspection", "quality", "report", "reproduce", "training"},
-    "": {"classify", "cli", "demo", "inspection", "quality", "report", "reproduce", "stress", "sweep"},  # modules at the top
+    # The modules at the top.
+    "": {"classify", "cli", "demo", "inspection", "quality", "report", "reproduce", "stress", "sweep"},
     "reproduce": {"classify", "cli", "inspection", "quality", "sweep"},
     "classify": {"cli", "demo", "quality", "reproduce", "sweep"},
     "cli": set(),  # commands and the demo import everything, and nothing imports them
