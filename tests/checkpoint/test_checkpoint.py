@@ -422,6 +422,25 @@ def test_an_sae_of_no_use_is_told_from_one_that_serves(fvu, training, told):
     assert site.warning is None if told is None else site.warning.startswith(told)
 
 
+@pytest.mark.parametrize(
+    ("fvu", "variant", "training", "told"),
+    [
+        (0.3, "plain", {"pca_fvu": 0.25, "k": 16}, True),
+        (0.25, "plain", {"pca_fvu": 0.25, "k": 16}, False),
+        (0.3, "pass", {"pca_fvu": 0.25, "k": 16}, False),
+        (0.3, "plain", {"pca_fvu": 0.25, "k": 16, "library": "sparsify"}, False),
+        (0.3, "plain", {}, False),
+    ],
+)
+def test_an_sae_that_explains_less_than_principal_components_says_so(fvu, variant, training, told):
+    site = SiteSAE(FIRST, variant, "none", 1, [0.0], fvu, {}, training, {})
+    expected = (
+        "it explains 70.0% of the variance of images that it has not seen, and as many principal components as latents "
+        "are active (16) 75.0%"
+    )
+    assert site.below_components == (expected if told else None)
+
+
 # ---- tower
 
 

@@ -10,6 +10,7 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,6 +19,7 @@ import vs2_plugin
 from vs2_plugin.checkpoint.records import TrainingData
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli import train_sae
+from vs2_plugin.data.given import GivenActivations
 from vs2_plugin.errors import CheckpointError, DataError
 from vs2_plugin.sae.foreign import write_saelens
 from vs2_plugin.training import run
@@ -406,3 +408,15 @@ def test_an_sae_of_another_library_becomes_a_checkpoint(folder, capsys, train):
     assert "of width 128, and those at this site have 64" in capsys.readouterr().err
     assert train_sae.main([*WORDS, "--sae", "theirs", "--k", "3"]) == 2
     assert "leave out --k" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("k", "told"), [(2, False), (3, True)])
+def test_an_sae_that_explains_less_than_components_is_told(k, told, tmp_path):
+    """Three directions and noise: three components explain all of it, and so do not two."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 3)) @ rng.normal(size=(3, 16)) + 0.1 * rng.normal(size=(60, 16))
+    lines = []
+    request = TrainRequest.of(activations="X.npy", k=(k,), samples=3000, store=str(tmp_path))
+    run.train(request, report=lines.append, given=GivenActivations.of(x.astype(np.float32)))
+    warned = [line for line in lines if line.startswith("warning: the SAE at activations knows too little: it ex")]
+    assert len(warned) == told and all("more images" in line for line in warned)

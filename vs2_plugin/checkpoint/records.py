@@ -15,7 +15,7 @@ from vs2_plugin.method import ENCODER_NAME
 from vs2_plugin.settings import whole
 from vs2_plugin.text import counted, expanded
 
-__all__ = ["GIVEN", "RETRAIN", "SiteSAE", "TrainingData", "problems"]
+__all__ = ["FEW", "GIVEN", "RETRAIN", "SiteSAE", "TrainingData", "problems"]
 
 #: What the split is called of images or activations that are no data set's.
 GIVEN = "given"
@@ -24,6 +24,8 @@ RETRAIN = (
     "train it again by vs2-train-sae --overwrite with more images or --samples, a larger --k, a smaller "
     "--expansion_factor or a lower --lr"
 )
+#: What helps an SAE that explains less than principal components.
+FEW = "more images help most, with fewer than some hundred --expansion_factor 1 a little"
 #: The share of dead latents that is too much.
 _MOSTLY = 0.5
 #: Of an SAE; see sae.files, which is not read before torch is needed.
@@ -145,6 +147,22 @@ class SiteSAE:
         if isinstance(dead, float) and dead > _MOSTLY:
             return f"{dead:.1%} of its latents are dead"
         return None
+
+    @property
+    def below_components(self) -> str | None:
+        """Say that as many principal components explain more, if they do, as with few images or a short training.
+
+        That of PASS is not asked, which trades this for codes that agree within a class, nor one that was taken as it
+        is, whose components would be of the very images that they are tried on.
+        """
+        told, k = self.training.get("pca_fvu"), self.training.get("k")
+        taken = self.variant == "pass" or "library" in self.training
+        if taken or not isinstance(told, float) or self.fvu <= told:
+            return None
+        return (
+            f"it explains {1 - self.fvu:.1%} of the variance of images that it has not seen, and as many principal "
+            f"components as latents are active ({k}) {1 - told:.1%}"
+        )
 
     @property
     def block(self) -> int | None:

@@ -28,8 +28,8 @@ NOTES = {
     "explained_variance": Note(
         "Explained variance, in domain",
         "How much of the variation between held-out images of the training data the reconstruction keeps: 1 - FVU.",
-        "60 to 90 % where there are thousands of images. Below that of PCA, too few images taught the SAE too much of "
-        "their own.",
+        "60 to 90 %. Below that of principal components, the SAE knows too little: of too few images, or too short a "
+        "training.",
         "principal components, as many as latents are active",
     ),
     "explained_variance_elsewhere": Note(

@@ -118,14 +118,11 @@ def about(measured: Measured) -> str:
 
 def warnings(measured: Measured) -> Iterator[str]:
     """Give what a reader must know first."""
-    subject, fit = measured.subject, measured.figures["explained_variance"]
+    subject = measured.subject
     if subject.site.warning is not None:
         yield f"the SAE is of no use: {subject.site.warning}"
-    if fit.value is not None and fit.beside is not None and fit.value < fit.beside:
-        yield (
-            f"it explains {fit.value:.1%} of the variance of images that it has not seen, and {subject.sae.config.k} "
-            f"principal components {fit.beside:.1%}"
-        )
+    elif subject.site.below_components:
+        yield f"the SAE knows too little: {subject.site.below_components}"
 
 
 def _row(note: Note, figures: Sequence[Figure]) -> Row:

@@ -17,7 +17,7 @@ import torch
 
 from vs2_plugin import __version__
 from vs2_plugin.checkpoint.checkpoint import Checkpoint, save_checkpoint
-from vs2_plugin.checkpoint.records import GIVEN, RETRAIN, TrainingData
+from vs2_plugin.checkpoint.records import FEW, GIVEN, RETRAIN, TrainingData
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.clip.backbone import check_backbone, ignores_pretrained, load_backbone
 from vs2_plugin.clip.sites import Site
@@ -207,12 +207,21 @@ def _save(
             failures.append(_keep_aside(plan.folder, error, {**contents, "saes": sorted_saes}))
         else:
             report(f"wrote {checkpoint.folder}")
-            for site in (site for site in checkpoint.sites if site.warning):
-                report(f"warning: the SAE at {site.folder} is of no use: {site.warning}; {RETRAIN}")
+            for line in _warnings(checkpoint):
+                report(f"warning: {line}")
             checkpoints.append(checkpoint)
     if failures:
         raise DataError("; ".join(failures))
     return checkpoints
+
+
+def _warnings(checkpoint: Checkpoint) -> Iterator[str]:
+    """Give what is wrong with the SAEs of a checkpoint, and what to do."""
+    for site in checkpoint.sites:
+        if site.warning:
+            yield f"the SAE at {site.folder} is of no use: {site.warning}; {RETRAIN}"
+        elif site.below_components:
+            yield f"the SAE at {site.folder} knows too little: {site.below_components}; {FEW}"
 
 
 def _keep_aside(folder: Path, error: OSError, contents: Mapping[str, Any]) -> str:
