@@ -39,6 +39,13 @@ def test_the_body_tells_tower_data_figures_and_use():
     assert "find none here" in body and "transductive" not in body.lower()
 
 
+def test_accuracy_recovered_is_told_where_it_was_measured():
+    known = replace(SITE, training={**FIGURES, "recovered": 0.912})
+    _, body = made(sites=[known, SITE])
+    assert "| dense latents | accuracy recovered | labels used |" in body
+    assert "| 6.2% | 91.2% | none |" in body and "| 6.2% | ? | none |" in body and "recovered" not in made()[1]
+
+
 def test_its_python_is_python():
     _, body = made(backbone="hf-hub:me/clip", pretrained="")
     code = body.split("```python\n")[1].split("```")[0]

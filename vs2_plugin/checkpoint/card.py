@@ -68,19 +68,21 @@ def _about(backbone: str, pretrained: str, data: TrainingData, site: SiteSAE) ->
 
 
 def _saes(sites: Sequence[SiteSAE]) -> Iterator[str]:
-    shares = "explained variance | dead latents | dense latents"
-    yield f"| SAE | width | latents | active (L0, at most) | {shares} | labels used |"
-    yield "|---|---:|---:|---:|---:|---:|---:|---|"
+    shares = {"dead": "dead latents", "dense": "dense latents"}
+    if any("recovered" in site.training for site in sites):  # it takes labels, so that most do not tell it
+        shares["recovered"] = "accuracy recovered"
+    head = ["width", "latents", "active (L0, at most)", "explained variance", *shares.values()]
+    yield f"| SAE | {' | '.join(head)} | labels used |"
+    yield f"|---|{'---:|' * len(head)}---|"
     for site in sites:
         told = site.training
         latents = told.get("num_latents")
         if latents is None and isinstance(told.get("expansion_factor"), int):
             latents = int(told["expansion_factor"] or 0) * site.width
-        shown = map(told.get, ("dead", "dense"))
-        dead, dense = (f"{share:.1%}" if isinstance(share, float) else "?" for share in shown)
+        shown = [f"{share:.1%}" if isinstance(share, float) else "?" for share in map(told.get, shares)]
         yield (
             f"| {_code(site.folder)} | {site.width} | {_number(latents)} | {_number(told.get('k'))} | "
-            f"{1 - site.fvu:.1%} | {dead} | {dense} | {site.labels} |"
+            f"{1 - site.fvu:.1%} | {' | '.join(shown)} | {site.labels} |"
         )
     yield ""
     yield (
