@@ -66,6 +66,7 @@ def download(
     patterns: Sequence[str],
     is_whole: Callable[[Path], bool] | None = None,
     again: bool = False,
+    cache_dir: str | None = None,
 ) -> Path:
     """Return the folder, in the hub's cache, of a repository.
 
@@ -76,18 +77,21 @@ def download(
         is_whole: if it is given, the hub is not asked where the cache holds a folder of which this is true. (An
             interrupted download may have left a part.)
         again: fetch files that are there, too.
+        cache_dir: where the client keeps what it has fetched, if not in its own place.
 
     Raises:
         HubError: there is no such repository, it cannot be had, or there is no way to the hub.
     """
-    fetch = partial(snapshot_download, repository, revision=revision, allow_patterns=list(patterns))
+    fetch = partial(
+        snapshot_download, repository, revision=revision, cache_dir=cache_dir, allow_patterns=list(patterns)
+    )
     with _told(repository, revision):
         if is_whole is not None:
             with suppress(LocalEntryNotFoundError):
                 folder = Path(fetch(local_files_only=True))
                 if is_whole(folder):
                     return folder
-        require_hub(repository)
+        require_hub(repository, cache_dir)
         return Path(fetch(force_download=again))
 
 

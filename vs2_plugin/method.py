@@ -12,7 +12,7 @@ from typing import Any
 
 from vs2_plugin.documented import documented
 from vs2_plugin.errors import PluginError
-from vs2_plugin.names import HUB, LOCAL
+from vs2_plugin.names import SCHEMES
 from vs2_plugin.settings import Scalar, Setting
 
 __all__ = [
@@ -23,8 +23,8 @@ __all__ = [
 #: In place of a number: to be chosen from unlabeled training images.
 AUTO = "auto"
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
-#: Prefixes that open_clip itself understands before a colon, and the harness's own model types.
-RESERVED = {HUB.rstrip(":"), LOCAL.rstrip(":"), "open_clip", "ja_clip"}
+#: What stands before a colon in the names of models that are not steered, and the harness's own model types.
+RESERVED = {*(scheme.rstrip(":") for scheme in SCHEMES), "open_clip", "ja_clip"}
 
 
 @documented

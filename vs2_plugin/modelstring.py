@@ -5,6 +5,7 @@
     vs2:ViT-L-14@my-checkpoint@alpha=0.8
     vs2:ViT-B-32@hf:owner/name
     vs2:hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K
+    vs2:hf:openai/clip-vit-base-patch32
     tda:ViT-B-32
     tda:vs2:ViT-B-32@alpha=0.8
 
@@ -26,7 +27,7 @@ from vs2_plugin.plugins import Registry, registry
 __all__ = ["GRAMMAR", "ModelString", "Reading", "is_steered", "parse", "split"]
 
 GRAMMAR = "method:backbone[@checkpoint][@key=value]..."
-_BACKBONE = re.compile(r"(hf-hub:[\w.\-]+/[\w.\-]+|local-dir:[^@]+|[A-Za-z0-9][\w.\-/]*)\Z", re.ASCII)
+_BACKBONE = re.compile(r"(hf-hub:[\w.\-]+/[\w.\-]+|(?:local-dir|hf):[^@]+|[A-Za-z0-9][\w.\-/]*)\Z", re.ASCII)
 _CHECKPOINT = re.compile(r"[\w.\-+/~ ]+\Z", re.ASCII)
 
 
@@ -50,7 +51,8 @@ class ModelString:
     method: Method
     """What steers; or the method on logits, where nothing does."""
     backbone: str
-    """An open_clip model name: a built-in architecture, ``hf-hub:org/repo`` or ``local-dir:path``."""
+    """An open_clip model name (a built-in architecture, ``hf-hub:org/repo`` or ``local-dir:path``), or a model of
+    transformers (``hf:org/repo[#revision]`` or ``hf:path``)."""
     checkpoint: str | None = None
     """Name or folder of an SAE checkpoint, or ``hf:owner/name[#revision]``; None means: the one of the data set under
     evaluation."""
@@ -175,13 +177,13 @@ def _method(name: str, known: Registry) -> Method:
 def _check_backbone(parts: Parts) -> None:
     if not parts.backbone:
         raise ModelStringError(
-            f"no backbone after '{parts.method}:'; expected an open_clip model name, for example "
+            f"no backbone after '{parts.method}:'; expected the name of a model, for example "
             f"{parts.method}:ViT-B-32"
         )
     if not _BACKBONE.match(parts.backbone):
         raise ModelStringError(
-            f"backbone {parts.backbone!r} is not an open_clip model name; expected letters, digits, '-' and '_' "
-            "(ViT-B-32), hf-hub:org/repo or local-dir:path"
+            f"backbone {parts.backbone!r} is no name of a model; expected letters, digits, '-' and '_' (ViT-B-32), "
+            "hf-hub:org/repo or local-dir:path of open_clip, or hf:org/repo or hf:path of transformers"
         )
 
 

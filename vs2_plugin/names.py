@@ -1,4 +1,4 @@
-"""Model names as text: open_clip's own, and those of steered models, ``method:backbone[@checkpoint][@key=value]…``.
+"""Model names as text: open_clip's, transformers', and steered ones: ``method:backbone[@checkpoint][@key=value]…``.
 
 What the parts mean is for :mod:`vs2_plugin.modelstring`. This module imports nothing of the package: all may use it.
 """
@@ -10,12 +10,16 @@ import re
 from typing import NamedTuple
 
 __all__ = [
-    "HUB", "LOCAL", "Parts", "Repository", "file_stem", "is_steered", "repository", "split", "with_method",
-    "with_weights",
+    "HUB", "LOCAL", "SCHEMES", "TRANSFORMERS", "Parts", "Repository", "file_stem", "is_steered", "library_place",
+    "repository", "split", "weights_tag", "with_method", "with_weights",
 ]  # fmt: skip
 
 #: The two schemes that open_clip itself reads before a colon.
 HUB, LOCAL = "hf-hub:", "local-dir:"
+#: What stands before a model of the package transformers.
+TRANSFORMERS = "hf:"
+#: What stands before a name that the weights come with.
+SCHEMES = (HUB, LOCAL, TRANSFORMERS)
 #: What stands before the repository of a checkpoint on a hub.
 _SHARED = "hf:"
 
@@ -26,7 +30,7 @@ class Parts(NamedTuple):
     method: str | None
     """What stands before the backbone's colon: a method, or ``outer:method``; None if there is no method."""
     backbone: str
-    """The open_clip model."""
+    """The model that is steered."""
     words: tuple[str, ...] = ()
     """What follows, an ``@`` before each: a checkpoint, and ``key=value``."""
 
@@ -69,6 +73,19 @@ def repository(text: str, prefixed: bool = True) -> Repository | None:
     return None if found is None else Repository(*found.groups())
 
 
+def library_place(backbone: str) -> Repository | str | None:
+    """Return where a model of transformers is: on a hub, or in which folder; None for a model of open_clip.
+
+    >>> library_place("hf:openai/clip#main"), library_place("hf:./clip"), library_place("ViT-B-32")
+    (Repository(name='openai/clip', revision='main'), './clip', None)
+    """
+    if not backbone.startswith(TRANSFORMERS):
+        return None
+    folder = backbone.removeprefix(TRANSFORMERS)
+    place = None if folder.startswith((".", "/", "~")) or os.path.isdir(folder) else repository(_SHARED + folder)
+    return place or os.path.expanduser(folder)
+
+
 def split(text: str) -> Parts:
     """Take a steered model's name apart, however wrong it is.
 
@@ -79,20 +96,20 @@ def split(text: str) -> Parts:
     """
     backbone, *words = text.split("@")
     methods = []
-    while ":" in backbone and not backbone.startswith((HUB, LOCAL)):
+    while ":" in backbone and not backbone.startswith(SCHEMES):
         method, _, backbone = backbone.partition(":")
         methods.append(method)
     return Parts(":".join(methods) if methods else None, backbone, tuple(words))
 
 
 def is_steered(name: str) -> bool:
-    """Return whether a model name is for this package rather than for open_clip.
+    """Return whether a model name is that of a steered model.
 
-    >>> [is_steered(name) for name in ("ViT-B-32", "hf-hub:org/model", "vs2:ViT-B-32", "ViT-B-32@gamma=2")]
+    >>> [is_steered(name) for name in ("ViT-B-32", "hf-hub:org/model", "vs2:hf:org/model", "ViT-B-32@gamma=2")]
     [False, False, True, True]
     """
-    # open_clip's own names hold neither ':' nor '@', except for its two schemes; a path of local-dir: may.
-    return (":" in name or "@" in name) and not name.startswith((HUB, LOCAL))
+    # Names of other models hold neither ':' nor '@', except for those with a scheme; a path may.
+    return (":" in name or "@" in name) and not name.startswith(SCHEMES)
 
 
 def with_method(method: str, name: str) -> str:
@@ -104,6 +121,15 @@ def with_method(method: str, name: str) -> str:
     return name if name.startswith(f"{method}:") else f"{method}:{name}"
 
 
+def weights_tag(model: str, pretrained: str) -> str:
+    """Return what results say of ``--pretrained`` beside a model, steered or not: nothing for one of transformers.
+
+    >>> weights_tag("ViT-B-32", "openai"), weights_tag("vs2:hf:openai/clip", "laion400m_e32")
+    ('openai', '')
+    """
+    return "" if split(model).backbone.startswith(TRANSFORMERS) else pretrained
+
+
 def with_weights(backbone: str, pretrained: str) -> str:
     """Return a model and its weights in words.
 
@@ -112,7 +138,7 @@ def with_weights(backbone: str, pretrained: str) -> str:
     """
     if backbone.startswith(LOCAL):
         return LOCAL + os.path.normpath(backbone.removeprefix(LOCAL))
-    return backbone if backbone.startswith(HUB) else f"{backbone}, {pretrained or 'random weights'}"
+    return backbone if backbone.startswith(SCHEMES) else f"{backbone}, {pretrained or 'random weights'}"
 
 
 def file_stem(name: str) -> str:

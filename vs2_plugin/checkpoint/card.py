@@ -9,7 +9,7 @@ from typing import Any
 
 from vs2_plugin.checkpoint.records import GIVEN, SiteSAE, TrainingData
 from vs2_plugin.gallery.contents import GalleryContents
-from vs2_plugin.names import HUB, LOCAL, with_weights
+from vs2_plugin.names import HUB, LOCAL, Repository, library_place, with_weights
 from vs2_plugin.text import printable
 
 __all__ = ["CARD", "LICENSE", "card"]
@@ -33,7 +33,7 @@ def card(
 
     Args:
         name: what loads the checkpoint in a model string: ``hf:owner/name``, or its name in a store.
-        backbone: open_clip's name of the model; empty if the tower is not known.
+        backbone: the model's name; empty if the tower is not known.
         pretrained: its weights.
         data: what the SAEs were trained on.
         sites: the SAEs.
@@ -136,15 +136,18 @@ def _use(
             f"A gallery of {gallery.count:,} training images ({kept}, no pictures) goes with them, for methods that "
             "look into one (`vs2s`, `auto`, `vs2pp`, ...)."
         )
-    if backbone.startswith(LOCAL):
+    if backbone.startswith(LOCAL) or isinstance(library_place(backbone), str):
         yield f"{_code(backbone)} was a folder of the machine that they were trained on."
 
 
 def base_model(backbone: str, pretrained: str) -> str | None:
-    """Return the hub's name of a model's weights; None where open_clip knows none."""
+    """Return the hub's name of a model's weights; None where none is known."""
+    place = library_place(backbone)
+    if isinstance(place, Repository):
+        return place.name
     if backbone.startswith(HUB):
         return backbone.removeprefix(HUB)
-    if backbone.startswith(LOCAL):
+    if place is not None or backbone.startswith(LOCAL):
         return None
     import open_clip
 

@@ -76,7 +76,7 @@ class Checkpoint:
     digest: str
     """SHA-256 over what results depend on: tower, data, gallery, sites, means, quantiles and the SAEs' files."""
     backbone: str
-    """open_clip model name that it was trained for; empty without a tower."""
+    """Name of the model that it was trained for; empty without a tower."""
     pretrained: str
     """Weights tag or file."""
     tower: Tower | None

@@ -27,7 +27,7 @@ from vs2_plugin.checkpoint.checkpoint import MANIFEST, Checkpoint
 from vs2_plugin.documented import documented
 from vs2_plugin.errors import CheckpointError, CheckpointNotFound, DataError
 from vs2_plugin.files import LOCKS, LONGEST, alone, make_shared, settle
-from vs2_plugin.names import HUB, LOCAL, repository
+from vs2_plugin.names import HUB, LOCAL, TRANSFORMERS, library_place, repository
 
 __all__ = ["ENVIRONMENT_VARIABLE", "Store", "checkpoint_name", "folder_size", "last_change"]
 
@@ -41,11 +41,15 @@ def checkpoint_name(backbone: str, pretrained: str, dataset: str) -> str:
     'ViT-B-32_openai_cifar100'
     >>> checkpoint_name("local-dir:models/tiny", "openai", "wds/digits")
     'local-dir-tiny_wds-digits'
+    >>> checkpoint_name("hf:openai/clip-vit-base-patch32", "", "cifar100")
+    'hf-openai-clip-vit-base-patch32_cifar100'
     """
-    parts = []
+    parts, place = [], library_place(backbone)
     if backbone.startswith(LOCAL):
         parts = [f"local-dir-{Path(backbone.removeprefix(LOCAL)).name}"]
-    elif backbone.startswith(HUB):
+    elif isinstance(place, str):
+        parts = [TRANSFORMERS + Path(place).resolve().name]
+    elif place is not None or backbone.startswith(HUB):
         parts = [backbone]  # the weights come with the name
     elif backbone:
         parts = [backbone, Path(pretrained).stem if os.path.isfile(pretrained) else pretrained or "random"]

@@ -1,4 +1,4 @@
-"""Loads open_clip models as the harness does."""
+"""Loads models of open_clip and of transformers as the harness does."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from typing import Any
 import open_clip
 import torch
 
+from vs2_plugin.clip.hf import check_folder, load_library
 from vs2_plugin.clip.sites import ClipModel, Sites
-from vs2_plugin.errors import TowerError
+from vs2_plugin.errors import TowerError, Vs2Error
 from vs2_plugin.hub import chain, require_hub
-from vs2_plugin.names import HUB, LOCAL
+from vs2_plugin.names import HUB, LOCAL, SCHEMES, TRANSFORMERS, Repository, library_place
 from vs2_plugin.text import reason_of
 
 __all__ = [
@@ -26,13 +27,13 @@ __all__ = [
     "check_backbone",
     "ignores_pretrained",
     "load_backbone",
+    "loader_of",
     "quickgelu_mismatch",
     "require_weights",
     "warn_about_quickgelu",
 ]
 
 _LOG = logging.getLogger(__name__)
-_OFFLINE = "without a network, give the path of a weights file as --pretrained, or a folder as local-dir:PATH"
 
 
 #: Gives what its first argument, the stock loader with the others (name, weights, cache, device), would load.
@@ -44,7 +45,7 @@ class Loaded:
     """A model as the harness loads it."""
 
     model: ClipModel
-    """The open_clip model, in evaluation mode, on its device."""
+    """The model, in evaluation mode, on its device."""
     transform: Any
     tokenizer: Any
 
@@ -56,11 +57,11 @@ class Loaded:
 
 def ignores_pretrained(backbone: str) -> bool:
     """Tell whether the weights come with the backbone's name, so that ``--pretrained`` says nothing."""
-    return backbone.startswith((HUB, LOCAL))
+    return backbone.startswith(SCHEMES)
 
 
 def check_backbone(backbone: str, pretrained: str) -> None:
-    """Refuse, without loading anything, a backbone or weights tag that open_clip does not know.
+    """Refuse, without loading anything, a backbone or weights tag that is not known, as far as no hub has to be asked.
 
     Raises:
         TowerError: saying what was wrong and what comes close.
@@ -89,6 +90,11 @@ def check_backbone(backbone: str, pretrained: str) -> None:
 
 def _check_own_weights(backbone: str) -> None:
     """Check a name that the weights come with. Raises TowerError."""
+    place = library_place(backbone)
+    if isinstance(place, str):
+        check_folder(backbone, Path(place))
+    if place is not None:
+        return
     if backbone.startswith(HUB):
         if "/" not in backbone:
             raise TowerError(f"{backbone!r} names no repository of the hub; expected {HUB}ORGANISATION/NAME")
@@ -127,6 +133,12 @@ def warn_about_quickgelu(backbone: str, pretrained: str) -> None:
         _LOG.warning(mismatch)
 
 
+def _offline(backbone: str) -> str:
+    if backbone.startswith(TRANSFORMERS):
+        return f"without a network, give a folder that save_pretrained wrote, as {TRANSFORMERS}PATH"
+    return f"without a network, give the path of a weights file as --pretrained, or a folder as {LOCAL}PATH"
+
+
 def _not_loaded(backbone: str, pretrained: str) -> str:
     weights = "" if ignores_pretrained(backbone) else f" with weights {pretrained!r}"
     return f"could not load {backbone}{weights}"
@@ -142,14 +154,17 @@ def require_weights(backbone: str, pretrained: str, cache_dir: str | None = None
         for repository, folder in _repositories(backbone, pretrained, cache_dir):
             require_hub(repository, folder)
     except ConnectionError as error:
-        raise TowerError(f"{_not_loaded(backbone, pretrained)}: {error}; {_OFFLINE}") from error
+        raise TowerError(f"{_not_loaded(backbone, pretrained)}: {error}; {_offline(backbone)}") from error
 
 
 def _repositories(backbone: str, pretrained: str, cache_dir: str | None) -> Iterator[tuple[str, str | None]]:
     """Yield the repositories of the hub that a model is fetched from, and where their files are kept."""
-    if backbone.startswith(HUB):
+    place = library_place(backbone)
+    if isinstance(place, Repository):
+        yield place.name, cache_dir
+    elif place is None and backbone.startswith(HUB):
         yield backbone.removeprefix(HUB), cache_dir
-    elif not backbone.startswith(LOCAL):
+    elif place is None and not backbone.startswith(LOCAL):
         name = backbone.replace("/", "-")  # as open_clip reads it
         weights = open_clip.pretrained.get_pretrained_cfg(name, pretrained) or {}
         if weights.get("hf_hub") and not os.path.isfile(pretrained):
@@ -162,15 +177,13 @@ def _repositories(backbone: str, pretrained: str, cache_dir: str | None) -> Iter
 def load_backbone(
     backbone: str, pretrained: str, cache_dir: str | None = None, device: str = "cpu", load: Load | None = None
 ) -> Loaded:
-    """Load a model by clip_benchmark's own function, so that training and evaluation see the same one.
+    """Load a model as clip_benchmark does, so that training and evaluation see the same one.
 
-    ``load``, if given, decides whether that function is called, or a model of the same weights is at hand.
+    ``load``, if given, decides whether the loader is called, or a model of the same weights is at hand.
 
     Raises:
-        TowerError: open_clip does not know it, or could not fetch or read it.
+        TowerError: it is not known, or could not be fetched or read.
     """
-    from clip_benchmark.models.open_clip import load_open_clip  # patched once it is imported, which needs this module
-
     check_backbone(backbone, pretrained)
     try:
         torch.empty(0, device=device)
@@ -180,14 +193,27 @@ def load_backbone(
     require_weights(backbone, pretrained, cache_dir)
     try:
         given = {"model_name": backbone, "pretrained": pretrained, "cache_dir": cache_dir, "device": device}
-        stock = partial(load_open_clip, **given)
+        stock = partial(loader_of(backbone), **given)
         model, transform, tokenizer = stock() if load is None else load(stock, *given.values())
+    except Vs2Error:
+        raise
     except Exception as error:  # whatever open_clip, the hub client or the network raised
         first = [*chain(error)][-1]  # what a network or a disk said, which open_clip and the hub wrap in words
         told = f"{reason_of(first)}; " if first is not error and isinstance(first, OSError) else ""
-        raise TowerError(f"{_not_loaded(backbone, pretrained)} ({_OFFLINE}): {told}{reason_of(error)}") from error
+        what = f"{_not_loaded(backbone, pretrained)} ({_offline(backbone)})"
+        raise TowerError(f"{what}: {told}{reason_of(error)}") from error
     _require_numbers(model, _not_loaded(backbone, pretrained))
     return Loaded(model.eval(), transform, tokenizer)
+
+
+def loader_of(backbone: str) -> Callable[..., tuple[Any, Any, Any]]:
+    """Return what loads a model, by the arguments of clip_benchmark's loader of open_clip."""
+    if backbone.startswith(TRANSFORMERS):
+        return load_library
+    from clip_benchmark.models.open_clip import load_open_clip  # patched once it is imported, which needs this module
+
+    loader: Callable[..., tuple[Any, Any, Any]] = load_open_clip
+    return loader
 
 
 def _require_numbers(model: Any, what: str) -> None:
@@ -196,5 +222,5 @@ def _require_numbers(model: Any, what: str) -> None:
         if not weights.isfinite().all():
             raise TowerError(
                 f"{what}: visual.{name} holds NaN or infinity; expected weights that are numbers: give another file or "
-                "tag as --pretrained, or another folder as local-dir:PATH"
+                f"tag as --pretrained, or another folder as {LOCAL}PATH or {TRANSFORMERS}PATH"
             )

@@ -29,7 +29,7 @@ Output = Tensor | tuple[Any, ...]
 
 
 class ClipModel(nn.Module):
-    """An open_clip model, for type checkers: torch does not tell that a module has these."""
+    """An open_clip model, or one with its interface, for type checkers: torch does not tell that a module has these."""
 
     visual: Any
     encode_image: Callable[..., Tensor]

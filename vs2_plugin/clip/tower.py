@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 __all__ = ["Tower"]
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # of a function in a transform: another one in each process
+#: Modules of activation functions.
+_FUNCTIONS = ("torch.nn.modules.activation", "transformers.activations")
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Tower:
         kinds = {
             type(module).__name__
             for module in visual.modules()
-            if type(module).__name__ == "QuickGELU" or type(module).__module__ == "torch.nn.modules.activation"
+            if type(module).__name__ == "QuickGELU" or type(module).__module__ in _FUNCTIONS
         }
         preprocessing = getattr(visual, "preprocess_cfg", None) or {"transform": _ADDRESS.sub("", str(transform))}
         return cls(

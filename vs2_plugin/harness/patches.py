@@ -2,8 +2,8 @@
 
 What is changed, and nothing else:
 
-- ``models.TYPE2FUNC`` and ``models.MODEL_TYPES``, in place: the open_clip loader sees steered names, and each method
-  is a model type of its own;
+- ``models.TYPE2FUNC`` and ``models.MODEL_TYPES``, in place: the open_clip loader sees steered names and those of
+  models of transformers, and each method is a model type of its own;
 - ``datasets.builder.build_dataset``: opens folders of images and listed shards; tells a model loaded before it which
   data set it is evaluated on; shards name the sample that cannot be read;
 - ``metrics.*.evaluate``: a steered model's facts join the metrics, and texts are kept;
@@ -13,8 +13,8 @@ What is changed, and nothing else:
 - ``cli.main_eval`` and ``cli.run``: everything is checked before the first model is loaded, this package's errors end
   the command with one line on stderr and exit code 2, and results of steered models get a digest of their own.
 
-A model that is not steered passes through all of them unchanged, but for the data sets that clip_benchmark does not
-have: folders of images, and listed shards. In one command with a steered one it reads the same
+A model that is not steered passes through all of them unchanged, but for what clip_benchmark does not have: models of
+transformers, and as data sets folders of images and listed shards. In one command with a steered one it reads the same
 data in the same way: as many loader workers as the shards can serve, and the same words for what cannot be read. It is
 loaded and encodes its texts as ever, and lends both to the steered models of its backbone that come after it.
 """
@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import DataError, HarnessError, Vs2Error
 from vs2_plugin.messages import complain
-from vs2_plugin.names import is_steered, with_method
+from vs2_plugin.names import TRANSFORMERS, file_stem, is_steered, split, weights_tag, with_method
 from vs2_plugin.plugins import registry
 from vs2_plugin.text import sentence_of
 
@@ -119,9 +119,12 @@ def _patch_models(module: Any) -> None:
                 from vs2_plugin.harness import loader
 
                 return loader.load(name, *others, shared=None if command is None else command.shared)
-            if command is None:
-                return stock(*args, **kwargs)
-            return command.shared.load(functools.partial(stock, *args, **kwargs), name, *others)
+            load_plain = functools.partial(stock, *args, **kwargs)
+            if name.startswith(TRANSFORMERS):
+                from vs2_plugin.clip.hf import load_library
+
+                load_plain = functools.partial(load_library, name, *others)
+            return load_plain() if command is None else command.shared.load(load_plain, name, *others)
 
         return load
 
@@ -285,7 +288,7 @@ def _patch_cli(module: Any) -> None:
 
     @functools.wraps(stock_run)
     def run(args: Namespace) -> Any:
-        return _run(stock_run, _with_workers(_as_named(_as_model_string(args))))
+        return _run(stock_run, _with_workers(_as_read(args)))
 
     @functools.wraps(stock_main_eval)
     def main_eval(base: Namespace) -> Any:
@@ -325,7 +328,7 @@ def _patch_cli(module: Any) -> None:
         planned: list[Namespace] = []
         quiet = copy(base)
         quiet.verbose = False
-        module.run = lambda args: planned.append(_as_named(_as_model_string(args)))
+        module.run = lambda args: planned.append(_as_read(args))
         try:
             stock_main_eval(quiet)
         except Vs2Error:
@@ -369,6 +372,21 @@ def _with_workers(args: Namespace) -> Namespace:
     if command is not None and args.dataset in command.fewer_workers:
         args = copy(args)
         args.num_workers = command.fewer_workers[args.dataset]
+    return args
+
+
+def _as_read(args: Namespace) -> Namespace:
+    """Return the settings of one evaluation as this package reads them."""
+    return _as_library(_as_named(_as_model_string(args)))
+
+
+def _as_library(args: Namespace) -> Namespace:
+    """Return the settings of a model of transformers without the tag of weights, which means nothing there, and with a
+    results file whose name holds no ``/`` of the model's."""
+    if args.model_type == "open_clip" and split(args.model).backbone.startswith(TRANSFORMERS):
+        args = copy(args)
+        args.pretrained = weights_tag(args.model, args.pretrained)
+        args.output = args.output.replace("{model}", file_stem(args.model).replace("{", "{{").replace("}", "}}"))
     return args
 
 

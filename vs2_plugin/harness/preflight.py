@@ -25,7 +25,7 @@ from vs2_plugin.errors import CheckpointNotFound, DataError, HarnessError, Model
 from vs2_plugin.host import Evaluation, build, unknown_data_set
 from vs2_plugin.model.automatic import read_prior
 from vs2_plugin.modelstring import GRAMMAR, ModelString, is_steered, parse
-from vs2_plugin.names import LOCAL
+from vs2_plugin.names import TRANSFORMERS
 from vs2_plugin.text import counted
 
 __all__ = ["check", "check_outputs", "check_pairs", "data_sets", "missing_checkpoint", "train_command"]
@@ -70,6 +70,7 @@ def check(evaluations: Sequence[Evaluation]) -> dict[str, int]:
         Vs2Error: the first thing that would go wrong.
     """
     parsed = [(parse(run.model), run) for run in _steered(evaluations)]
+    _check_library(evaluations)
     alone = len({run.model for run in evaluations}) == 1
     for model, run in parsed:
         check_backbone(model.backbone, run.pretrained)
@@ -85,6 +86,14 @@ def check(evaluations: Sequence[Evaluation]) -> dict[str, int]:
     if emulates_bfloat16() and any(run.amp for _, run in pending):
         _LOG.info(_EMULATED)
     return fewer
+
+
+def _check_library(evaluations: Sequence[Evaluation]) -> None:
+    """Refuse a plain model of transformers that cannot be loaded, as far as that can be told."""
+    for run in (run for run in evaluations if run.model_type == "open_clip" and run.model.startswith(TRANSFORMERS)):
+        check_backbone(run.model, run.pretrained)
+        if not _is_skipped(run):
+            require_weights(run.model, run.pretrained, run.model_cache_dir)
 
 
 def _check_checkpoints(pending: Sequence[tuple[ModelString, Evaluation]]) -> None:
@@ -106,7 +115,7 @@ def _steered(evaluations: Sequence[Evaluation]) -> Iterator[Evaluation]:
     for run in (run for run in evaluations if run.model_type == "open_clip"):
         if is_steered(run.model):
             yield run
-        elif ignores_pretrained(run.model) and "@" in run.model and not os.path.isdir(run.model.removeprefix(LOCAL)):
+        elif ignores_pretrained(run.model) and "@" in run.model and not os.path.isdir(run.model.partition(":")[2]):
             raise ModelStringError(
                 f"model {run.model!r}: no steering method before it, and an '@' in it; expected {GRAMMAR}, for example "
                 f"vs2:{run.model}"

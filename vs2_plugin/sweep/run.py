@@ -12,7 +12,7 @@ from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import DataError, HarnessError, SettingError
 from vs2_plugin.harness import preflight
 from vs2_plugin.host import Evaluation, default_task
-from vs2_plugin.names import file_stem, is_steered
+from vs2_plugin.names import file_stem, is_steered, weights_tag
 from vs2_plugin.results.runs import Run, read_run, write_run, write_table
 from vs2_plugin.sweep import evaluate
 from vs2_plugin.sweep.figures import draw
@@ -99,7 +99,8 @@ def plan(request: SweepRequest) -> Plan:
 
 
 def _file(request: SweepRequest, model: str) -> Path:
-    return Path(Evaluation.of(request, model=file_stem(model)).output_file)
+    weights = weights_tag(model, request.pretrained)
+    return Path(Evaluation.of(request, model=file_stem(model), pretrained=weights).output_file)
 
 
 def _check(planned: Plan) -> int:
@@ -160,7 +161,8 @@ def _evaluate(planned: Plan, backbone: str, points: Sequence[Point], quiet: bool
     request = planned.request
     for model, metrics in evaluate.evaluate(request, backbone, points, quiet):
         if model in planned.pending:
-            about = request.dataset, model, request.pretrained, request.task, request.language
+            weights = weights_tag(model, request.pretrained)
+            about = request.dataset, model, weights, request.task, request.language
             run = Run(planned.files[model], *about, dict(metrics))
             planned.results[model] = write_run(run)
 

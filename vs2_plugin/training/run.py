@@ -20,6 +20,7 @@ from vs2_plugin.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from vs2_plugin.checkpoint.records import FEW, GIVEN, RETRAIN, TrainingData
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.clip.backbone import check_backbone, ignores_pretrained, load_backbone
+from vs2_plugin.clip.hf import revision_of
 from vs2_plugin.clip.sites import Site
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.data.cache import require_space
@@ -31,7 +32,7 @@ from vs2_plugin.devices import emulates_bfloat16, own_device
 from vs2_plugin.distributed import ALONE, Processes
 from vs2_plugin.errors import DataError, SettingError
 from vs2_plugin.files import alone, json_digest
-from vs2_plugin.names import with_weights
+from vs2_plugin.names import library_place, with_weights
 from vs2_plugin.sae.foreign import read_foreign
 from vs2_plugin.text import reason_of
 from vs2_plugin.training.extract import Extraction, Part, Report, load_encoders
@@ -102,7 +103,7 @@ def train(
             "tower": extraction.tower,
             "data": data,
             "gallery": extraction.gallery(parts),
-            "created": created,
+            "created": {**created, **_origin(request)},
         }
         checkpoints = _save(plans, [[*stay, *new] for stay, new in zip(kept, trained, strict=True)], contents, report)
         shutil.rmtree(states, ignore_errors=True)
@@ -117,7 +118,7 @@ def _begin(request: TrainRequest, given: _Given | None) -> tuple[_Given | None, 
 
     Raises:
         DataError: a file of activations that cannot be read.
-        TowerError: open_clip does not know the model.
+        TowerError: the model is not known.
     """
     created = {"torch": version("torch"), "open_clip": version("open_clip_torch")}
     if given is None:
@@ -126,6 +127,14 @@ def _begin(request: TrainRequest, given: _Given | None) -> tuple[_Given | None, 
     if request.model or not isinstance(given, GivenActivations):
         check_backbone(request.model, request.pretrained)  # before the names of checkpoints, which hold its own
     return given, created
+
+
+def _origin(request: TrainRequest) -> dict[str, str]:
+    """Return what a checkpoint tells of a model of transformers: versions, and the commit of a repository."""
+    if library_place(request.model) is None:
+        return {}
+    commit = revision_of(request.model, request.model_cache_dir)
+    return {"transformers": version("transformers"), **({} if commit is None else {"model_revision": commit})}
 
 
 def _splits(request: TrainRequest, given: _Given | None) -> dict[DataSet, Split]:
@@ -347,7 +356,8 @@ def _evaluate_command(request: TrainRequest, plans: Sequence[Plan], amp: bool) -
     by_name = request.name or len(plans) > 1 or len(set(request.dataset)) > 1
     names = [f"@{plan.folder.name}" if by_name else "" for plan in plans]
     models = [f"{method}:{request.model}{name}" for name in names for method in methods]
-    words = ["clip_benchmark", "eval", "--model", request.model, *models, "--pretrained", request.pretrained]
+    words = ["clip_benchmark", "eval", "--model", request.model, *models]
+    words += ["--pretrained", request.pretrained] if library_place(request.model) is None else []
     words += ["--dataset", *request.dataset]
     words += [] if all(map(DataSet.is_path, request.dataset)) else ["--dataset_root", request.dataset_root]
     return shlex.join([*words, *_as_trained(request), *([] if amp else ["--no_amp"])])
