@@ -22,12 +22,12 @@ def store(tmp_path):
 def put(make_sae):
     """A function that saves a checkpoint in a folder."""
 
-    def write(folder, data=None):
+    def write(folder, data=None, pretrained=""):
         facts = SiteSAE("visual", "plain", "none", 4, [0.0] * 4, 0.5, {}, {}, {})
         return save_checkpoint(
             folder,
             backbone="RN50",
-            pretrained="",
+            pretrained=pretrained,
             tower=Tower("x", [], {}),
             data=data or TrainingData(("cifar100",), 7),
             created={},
@@ -128,6 +128,34 @@ def test_a_weights_file_has_one_name_from_wherever_it_is_named(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     for file in ("epoch_5.pt", "./epoch_5.pt", str(tmp_path / "epoch_5.pt")):
         assert checkpoint_name("RN50", file, "x") == "RN50_epoch-5_x"
+
+
+def test_files_of_weights_of_one_name_have_checkpoints_of_their_own(tmp_path, monkeypatch):
+    store, files = Store(tmp_path / "store"), [tmp_path / name / "epoch_5.pt" for name in ("a", "b", "moved")]
+    for file, content in zip(files, (b"one", b"two", b"one")):
+        file.parent.mkdir()
+        file.write_bytes(content)
+    names = [store.name_for("RN50", str(file), "x") for file in files]
+    assert names == ["RN50_epoch-5-7692c3_x", "RN50_epoch-5-3fc4cc_x", names[0]]
+    monkeypatch.chdir(tmp_path / "a")
+    assert store.name_for("RN50", "epoch_5.pt", "x") == names[0]
+    assert store.name_for("RN50", "openai", "x") == "RN50_openai_x"
+    assert store.name_for("local-dir:a", str(files[0]), "x") == "local-dir-a_x"
+    files[0].write_bytes(b"three")
+    assert store.name_for("RN50", str(files[0]), "x") not in names
+
+
+def test_the_checkpoint_of_a_file_from_before_is_found_by_that_file(store, put, tmp_path):
+    files = [tmp_path / name / "epoch_5.pt" for name in ("a", "b")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_bytes(file.parent.name.encode())
+    before = put(store.checkpoints / "RN50_epoch-5_x", pretrained=str(files[0])).folder
+    assert store.find_for("RN50", str(files[0]), "x").folder == before
+    with pytest.raises(CheckpointNotFound, match=r"no SAE checkpoint 'RN50_epoch-5-\w{6}_x'"):
+        store.find_for("RN50", str(files[1]), "x")
+    files[0].unlink()  # whose it was can no longer be told; the tower is compared when it is loaded
+    assert store.find_for("RN50", str(files[1]), "x").folder == before
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ CHECKED = [
     ("vit-b-32", "", "open_clip has no model 'vit-b-32'; did you mean "),
     ("qqqqqq", "", "open_clip has no model 'qqqqqq'; All names: "),
     ("ViT-B-32", "opena", "ViT-B-32 has no weights 'opena'; known tags: openai, "),
-    ("ViT-B-32", "/no/such/file.pt", "ViT-B-32 has no weights '/no/such/file.pt'"),
+    ("ViT-B-32", "/no/such/file.pt", "ViT-B-32 has no weights '/no/such/file.pt', and there is no such file; known"),
     (
         "ViT-S-16",
         "openai",
@@ -182,5 +182,5 @@ def test_weights_that_are_no_numbers_are_told_before_an_image_is_read(tmp_path):
 def test_weights_that_cannot_be_read_are_named(tmp_path):
     broken = tmp_path / "weights.pt"
     broken.write_bytes(os.urandom(64))
-    with pytest.raises(TowerError, match=r"could not load RN50 with weights '.*weights\.pt'.*: \w+Error"):
+    with pytest.raises(TowerError, match=r"with weights '.*weights\.pt': it is no file of weights \(\w+Error"):
         load_backbone("RN50", str(broken))

@@ -21,13 +21,14 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from vs2_plugin.checkpoint.checkpoint import MANIFEST, Checkpoint
 from vs2_plugin.documented import documented
 from vs2_plugin.errors import CheckpointError, CheckpointNotFound, DataError
-from vs2_plugin.files import LOCKS, LONGEST, alone, make_shared, settle
-from vs2_plugin.names import HUB, LOCAL, TRANSFORMERS, library_place, repository
+from vs2_plugin.files import LOCKS, LONGEST, alone, file_digest, make_shared, settle
+from vs2_plugin.names import HUB, LOCAL, SCHEMES, TRANSFORMERS, library_place, repository
 
 __all__ = ["ENVIRONMENT_VARIABLE", "Store", "checkpoint_name", "folder_size", "last_change"]
 
@@ -35,7 +36,7 @@ ENVIRONMENT_VARIABLE = "VS2_STORE"
 
 
 def checkpoint_name(backbone: str, pretrained: str, dataset: str) -> str:
-    """The name under which the checkpoint of a backbone, its weights and a data set is found.
+    """The name of the checkpoint of a backbone, its weights and a data set, files of one name not told apart.
 
     >>> checkpoint_name("ViT-B-32", "openai", "cifar100")
     'ViT-B-32_openai_cifar100'
@@ -54,6 +55,17 @@ def checkpoint_name(backbone: str, pretrained: str, dataset: str) -> str:
     elif backbone:
         parts = [backbone, Path(pretrained).stem if os.path.isfile(pretrained) else pretrained or "random"]
     return "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", part.replace("_", "-")) for part in (*parts, dataset))
+
+
+def _digest(weights: str) -> str:
+    stat = os.stat(weights)
+    return _digest_of(weights, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _digest_of(weights: str, size: int, changed: int) -> str:
+    """Return the SHA-256 of a file. A command asks for it several times."""
+    return file_digest(Path(weights))
 
 
 @documented
@@ -172,8 +184,27 @@ class Store:
             f"no SAE checkpoint {name!r} in the store {self.root} (there: {names}), and no such folder"
         )
 
+    def name_for(self, backbone: str, pretrained: str, dataset: str) -> str:
+        """The name under which the checkpoint of a model and a data set is found and written.
+
+        It is :func:`checkpoint_name`; for a file of weights with six digits of its SHA-256, so that each of several
+        files of one name has its own, wherever it lies, unless there is one without them, as before version 0.2.
+        """
+        before = checkpoint_name(backbone, pretrained, dataset)
+        if backbone.startswith(SCHEMES) or not os.path.isfile(pretrained):
+            return before
+        digest = _digest(pretrained)
+        name = checkpoint_name(backbone, f"{Path(pretrained).stem}-{digest[:6]}", dataset)
+        if _is_checkpoint(self.checkpoints / name) or not _is_checkpoint(self.checkpoints / before):
+            return name
+        with suppress(CheckpointError):  # told by whoever reads it
+            known = Checkpoint.load(self.checkpoints / before).pretrained
+            if os.path.isfile(known) and _digest(known) != digest:
+                return name
+        return before
+
     def find_for(self, backbone: str, pretrained: str, dataset: str, home: str = "") -> Checkpoint:
-        """The checkpoint that a model and a data set find by themselves: see :func:`checkpoint_name`.
+        """The checkpoint that a model and a data set find by themselves: see :meth:`name_for`.
 
         Args:
             backbone: open_clip's name of the model.
@@ -185,7 +216,7 @@ class Store:
             CheckpointNotFound: there is none.
             CheckpointError: it is damaged, or of another folder of that name.
         """
-        found = self.find(checkpoint_name(backbone, pretrained, dataset))
+        found = self.find(self.name_for(backbone, pretrained, dataset))
         if home and not found.data.is_of(home):
             of, other = " ".join(filter(None, found.data.folders)), found.free_name
             raise CheckpointError(

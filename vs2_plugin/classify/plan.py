@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
-from vs2_plugin.checkpoint.store import Store, checkpoint_name
+from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.classify.request import ClassifyRequest
 from vs2_plugin.classify.table import require_format
 from vs2_plugin.clip.backbone import check_backbone, ignores_pretrained
@@ -167,7 +167,7 @@ def _sae(request: ClassifyRequest, spec: ModelString, store: Store) -> tuple[Che
         return store.find(spec.checkpoint), None
     folders = dict.fromkeys(request.train_images or request.photos)
     sets = [_data_set(folder, bool(request.train_images)) for folder in folders]
-    name = checkpoint_name(spec.backbone, request.pretrained, "+".join(dict.fromkeys(one.name for one in sets)))
+    name = store.name_for(spec.backbone, request.pretrained, "+".join(dict.fromkeys(one.name for one in sets)))
     homes = [one.home for one in sets]
     for own in (name, f"{name[:_SHORTER]}-{json_digest(homes)[:8]}"):  # of another folder of that name
         try:

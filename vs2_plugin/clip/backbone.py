@@ -19,7 +19,7 @@ from vs2_plugin.clip.sites import ClipModel, Sites
 from vs2_plugin.errors import TowerError, Vs2Error
 from vs2_plugin.hub import chain, require_hub
 from vs2_plugin.names import HUB, LOCAL, SCHEMES, TRANSFORMERS, Repository, library_place
-from vs2_plugin.text import reason_of
+from vs2_plugin.text import one_line, reason_of
 
 __all__ = [
     "Load",
@@ -85,7 +85,8 @@ def check_backbone(backbone: str, pretrained: str) -> None:
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained.lower().replace("-", "_") not in tags and pretrained not in tags:
         offered = ", ".join(tags) or "none: use --pretrained '' for random weights, or a file"
-        raise TowerError(f"{backbone} has no weights {pretrained!r}; known tags: {offered}")
+        file = ", and there is no such file" if os.path.basename(pretrained) != pretrained else ""
+        raise TowerError(f"{backbone} has no weights {pretrained!r}{file}; known tags: {offered}")
 
 
 def _check_own_weights(backbone: str) -> None:
@@ -200,10 +201,22 @@ def load_backbone(
     except Exception as error:  # whatever open_clip, the hub client or the network raised
         first = [*chain(error)][-1]  # what a network or a disk said, which open_clip and the hub wrap in words
         told = f"{reason_of(first)}; " if first is not error and isinstance(first, OSError) else ""
-        what = f"{_not_loaded(backbone, pretrained)} ({_offline(backbone)})"
-        raise TowerError(f"{what}: {told}{reason_of(error)}") from error
+        what = _not_loaded(backbone, pretrained)
+        if os.path.isfile(pretrained) and not ignores_pretrained(backbone):
+            raise TowerError(f"{what}: {_of_file(backbone, error)}") from error
+        raise TowerError(f"{what} ({_offline(backbone)}): {told}{reason_of(error)}") from error
     _require_numbers(model, _not_loaded(backbone, pretrained))
     return Loaded(model.eval(), transform, tokenizer)
+
+
+def _of_file(backbone: str, error: Exception) -> str:
+    """Say what is wrong with a file of weights that open_clip could not load."""
+    other = "loading state_dict" in str(error)  # torch's words
+    found = "its weights are not those of this architecture" if other else "it is no file of weights"
+    return (
+        f"{found} ({one_line(reason_of(error), 160)}); expected what open_clip wrote for {backbone}, a state_dict or a "
+        "checkpoint of a training, as .pt or .safetensors"
+    )
 
 
 def loader_of(backbone: str) -> Callable[..., tuple[Any, Any, Any]]:

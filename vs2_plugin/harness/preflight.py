@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vs2_plugin.checkpoint.store import Store, checkpoint_name
+from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.clip.backbone import check_backbone, ignores_pretrained, require_weights, warn_about_quickgelu
 from vs2_plugin.data.evaluated import CLASSIFICATION, fewer_workers, look
 from vs2_plugin.data.folders import PICTURES
@@ -336,7 +336,7 @@ def missing_checkpoint(missing: Sequence[tuple[ModelString, Evaluation]], store:
             )
         else:
             weights = "" if ignores_pretrained(model.backbone) else f" ({run.pretrained or 'random weights'})"
-            name = checkpoint_name(model.backbone, run.pretrained, run.dataset)
+            name = store.name_for(model.backbone, run.pretrained, run.dataset)
             close = difflib.get_close_matches(name, store.names(), n=1, cutoff=0.8)
             sentences.append(
                 f"no SAE checkpoint for {model.backbone}{weights} on {run.dataset} in the store {store.root}"

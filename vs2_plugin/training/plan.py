@@ -11,7 +11,7 @@ from typing import Any
 
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.checkpoint.records import SiteSAE, TrainingData
-from vs2_plugin.checkpoint.store import Store, checkpoint_name
+from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.clip.sites import Site, Sites
 from vs2_plugin.errors import CheckpointError, DataError, SettingError
 from vs2_plugin.names import with_weights
@@ -77,7 +77,7 @@ def make_plans(request: TrainRequest, store: Store) -> list[Plan]:
     weights = request.pass_weight or (0.0,)
     passes = tuple(dict.fromkeys(filter(None, weights))) or (0.0,)
     dataset = "+".join(named.name for named in request.data_sets)
-    base = request.name or checkpoint_name(request.model, request.pretrained, dataset)
+    base = request.name or store.name_for(request.model, request.pretrained, dataset)
     plans = []
     for *values, weight in product(*(values or (None,) for values in grid.values()), passes):
         chosen = {name: value for name, value in zip(grid, values, strict=True) if value is not None}
