@@ -113,7 +113,7 @@ WHOLE = {
     "demo": {"notebook"},
     "gallery": {"own_images"},
     "gpu": {"commands", "demo", "processes", "search", "steering", "training"},
-    "harness": {"demo", "folders", "gallery", "towers"},
+    "harness": {"demo", "folders", "gallery", "library", "towers"},
     "inspection": {"browser", "init"},
     "performance": {"suite"},
     "report": {"browser"},

@@ -30,7 +30,7 @@ class Evaluation:
     """One evaluation that clip_benchmark makes of its command line, with its names for the settings."""
 
     model: str
-    """An open_clip model, or a model string."""
+    """A model of open_clip or transformers, or a model string."""
     pretrained: str
     """open_clip's weights tag, or a file."""
     dataset: str

@@ -15,7 +15,7 @@ from ..clip import library
 from .conftest import few_digits, metrics
 
 DATA = ("--dataset", "wds/few", "--dataset_root", "few", "--num_workers", "0", "--no_amp")
-SHORT = ("--samples", "2000", "--quiet")
+SHORT = ("--samples", "1000", "--quiet")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_it_is_loaded_in_python_and_told_in_the_card_and_by_the_doctor(place, tm
     card = (model.checkpoint.save(tmp_path / "copy").folder / "README.md").read_text()
     assert "`hf:./tiny` was a folder of the machine" in card and "base_model" not in card
     main.main(["doctor"])
-    assert "hf-tiny_wds-few: 100 images" in capsys.readouterr().out
+    assert "hf-tiny_wds-few: 75 images" in capsys.readouterr().out
 
 
 def test_a_siglip_is_steered_at_its_output(place, clip_benchmark):
@@ -115,7 +115,7 @@ def test_a_model_without_a_checkpoint_is_told_the_command(place, clip_benchmark,
 
 def test_the_commit_of_a_repository_is_kept_with_the_checkpoint(hub, place, capsys):
     commit = hub.commit("org/tiny", {path.name: path.read_bytes() for path in (place / "tiny").iterdir()})
-    assert train_sae.main(["--model", "hf:org/tiny", *DATA, "--samples", "2000"]) == 0
+    assert train_sae.main(["--model", "hf:org/tiny", *DATA, "--samples", "1000"]) == 0
     assert Store.default().find("hf-org-tiny_wds-few").created["model_revision"] == commit
     said = "evaluate with: clip_benchmark eval --model hf:org/tiny vs2:hf:org/tiny --dataset wds/few --dataset_root few"
     assert said in capsys.readouterr().out

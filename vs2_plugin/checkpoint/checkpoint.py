@@ -249,7 +249,7 @@ class Checkpoint:
 
         Args:
             tower: the one at hand.
-            backbone: what open_clip calls it.
+            backbone: its model's name.
             method: which evaluates it.
 
         Raises:

@@ -207,7 +207,7 @@ class Store:
         """The checkpoint that a model and a data set find by themselves: see :meth:`name_for`.
 
         Args:
-            backbone: open_clip's name of the model.
+            backbone: the model's name.
             pretrained: its weights.
             dataset: the name of the data set.
             home: where it lies, for a folder, whose name does not tell it from others.

@@ -23,7 +23,8 @@ from vs2_plugin.text import reason_of
 __all__ = ["Finding", "doctor"]
 
 _PACKAGES = (
-    "torch", "torchvision", "open_clip_torch", "clip-benchmark", "webdataset", "numpy", "pluggy", "safetensors",
+    "torch", "torchvision", "open_clip_torch", "transformers", "clip-benchmark", "webdataset", "numpy", "pluggy",
+    "safetensors",
 )  # fmt: skip
 _REINSTALL = "pip install --force-reinstall vs2-plugin"
 

@@ -1,1 +1,1 @@
-"""open_clip models: loading them, telling one tower from another, reading and editing activations at a site."""
+"""CLIP models: loading them, telling one tower from another, reading and editing activations at a site."""

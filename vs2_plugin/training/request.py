@@ -36,7 +36,7 @@ class TrainRequest:
         TowerError: the model is a steered one.
     """
 
-    model: str = setting("ViT-B-32-quickgelu", help="open_clip model name")
+    model: str = setting("ViT-B-32-quickgelu", help="model of open_clip, or of transformers (hf:NAME)")
     pretrained: str = setting("laion400m_e32", help="weights tag or file; '' for random weights")
     dataset: tuple[str, ...] = setting(
         (),
