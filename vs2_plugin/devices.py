@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from vs2_plugin.distributed import ALONE, Processes, gpu_of
 
-__all__ = ["add_at", "emulates_bfloat16", "has_bfloat16_units", "own_device"]
+__all__ = ["add_at", "emulates_bfloat16", "has_bfloat16_units", "own_device", "to_processor"]
 
 
 def own_device(processes: Processes = ALONE) -> str:
@@ -47,3 +48,19 @@ def add_at(sums: Tensor, places: Tensor, values: Tensor) -> Tensor:
     if sums.is_cuda:
         return sums.index_put_((places,), values, accumulate=True)
     return sums.index_add_(0, places, values)
+
+
+def to_processor(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy a tensor to the processor. What is returned waits for the copy, and gives it; a GPU goes on with
+    what it was told meanwhile."""
+    copy = tensor.to("cpu", non_blocking=tensor.is_cuda)
+    if not tensor.is_cuda:
+        return lambda: copy
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(tensor.device))
+
+    def waited() -> Tensor:
+        done.synchronize()
+        return copy
+
+    return waited

@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from vs2_plugin.arrays import Column, check_all, trust_all, whole_rows
 from vs2_plugin.clip.edits import reading
 from vs2_plugin.clip.sites import Site
 from vs2_plugin.data.images import Batch, TrainingImages
+from vs2_plugin.devices import to_processor
 from vs2_plugin.distributed import ALONE, Processes, wait
 from vs2_plugin.errors import DataError
 from vs2_plugin.files import alone, atomic_folder, hidden, json_digest, part_of, settle
@@ -321,28 +323,45 @@ def extract(
                 _LOG.info("%s of %s are there from an interrupted run", name, counted(writer.count, "image"))
             bar = tqdm(total=images.count, initial=first, desc=name, unit="img", disable=True if quiet else None)
             with bar:
-                for batch in images.batches(batch_size, num_workers, first):
-                    writer.leave_out(first, batch)
-                    if len(batch.images):
-                        found = encode(batch.images.to(device, non_blocking=True))
-                        _append(writer, _columns(found, widths, dtype), batch, first)
-                    first += batch.size
-                    bar.update(batch.size)
+                batches = images.batches(batch_size, num_workers, first)
+                for size in _fill(writer, widths, batches, first, encode, device, dtype):
+                    bar.update(size)
             if writer.count == 0 and "part" not in key:
                 raise DataError("there are no training images")
     return cache.written(key, widths, labels)
 
 
-def _append(writer: Writer, columns: Mapping[str, np.ndarray], batch: Batch, first: int) -> None:
+def _fill(
+    writer: Writer, names: Iterable[str], batches: Iterable[Batch], first: int, encode: Encode,
+    device: str | torch.device, dtype: np.dtype,
+) -> Iterator[int]:  # fmt: skip
+    """Encode batches, the number of whose first image is given, and write the columns of these names, of each batch
+    while the next one is encoded. Gives the batches' sizes."""
+    with ThreadPoolExecutor(1) as other:
+        written: Future[None] | None = None
+        for batch in batches:
+            found = encode(batch.images.to(device, non_blocking=True)) if len(batch.images) else {}
+            waiting = {name: to_processor(found[name].float()) for name in names if found}
+            if written is not None:
+                written.result()
+            written = other.submit(_append, writer, waiting, dtype, batch, first)
+            first += batch.size
+            yield batch.size
+        if written is not None:
+            written.result()
+
+
+def _append(
+    writer: Writer, waiting: Mapping[str, Callable[[], Tensor]], dtype: np.dtype, batch: Batch, first: int
+) -> None:
     """Add a batch, the number of whose first image is given, but for images that are there already."""
+    writer.leave_out(first, batch)
+    columns = {name: _storable(rows().numpy(), dtype, name) for name, rows in waiting.items()}
+    if not columns:
+        return
     there = slice(writer.count - first + sum(number < first for number in writer.left_out), None)
     labels = None if batch.labels is None else batch.labels[there]
     writer.append({name: rows[there] for name, rows in columns.items()}, batch.digests[there], labels)
-
-
-def _columns(found: Mapping[str, Tensor], widths: Mapping[str, int], dtype: np.dtype) -> dict[str, np.ndarray]:
-    """Return the columns of a batch, as they are stored."""
-    return {name: _storable(found[name].float().cpu().numpy(), dtype, name) for name in widths}
 
 
 def _storable(rows: np.ndarray, dtype: np.dtype, column: str) -> np.ndarray:
