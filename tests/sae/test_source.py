@@ -29,3 +29,12 @@ def test_mean_and_variance_are_those_of_float64_far_from_the_origin(dtype):
     torch.testing.assert_close(source.mean, torch.from_numpy(exact.mean(0)).float())
     assert source.variance == pytest.approx(((exact - exact.mean(0)) ** 2).sum(1).mean(), rel=1e-9)
     assert torch.equal(source.read(np.array([3, 1])), torch.from_numpy(exact[[3, 1]]).float())
+
+
+def test_the_moments_of_what_a_device_holds_are_summed_there_in_larger_parts(monkeypatch):
+    monkeypatch.setattr(module, "_SUMMED", 300)
+    rows = torch.from_numpy(np.random.default_rng(0).standard_normal((700, 5))).half() + 300
+    monkeypatch.setattr(module, "_on_gpu", lambda given, device: torch.from_numpy(given))
+    source = Source(rows.numpy(), "cpu")
+    torch.testing.assert_close(source.mean, rows.double().mean(0).float(), rtol=1e-7, atol=0)
+    assert source.variance == pytest.approx(float((rows.double() - rows.double().mean(0)).square().sum(1).mean()))

@@ -19,6 +19,7 @@ Rows = np.ndarray | Stack
 Device = str | torch.device
 CHUNK = 4096  # activations that are looked at together, where no batch says how many
 _CACHED = 256  # activations that stay in the processor's cache, in float64
+_SUMMED = 1 << 16  # activations that a GPU sums together
 
 
 class Source:
@@ -26,9 +27,9 @@ class Source:
 
     def __init__(self, rows: Rows, device: Device) -> None:
         self.shape, self.device = rows.shape, torch.device(device)
-        #: μ ``[d]``, the mean activation, on the CPU; and the total variance.
-        self.mean, self.variance = _moments(rows)
         self._rows, self._held = rows, _on_gpu(rows, self.device)
+        #: μ ``[d]``, the mean activation, on the CPU; and the total variance.
+        self.mean, self.variance = _moments(rows if self._held is None else self._held)
         #: Whether they are read from files that memory may not hold.
         self.on_disk = self._held is None and on_disk(rows)
 
@@ -112,13 +113,19 @@ def _on_gpu(rows: Rows, device: torch.device) -> Tensor | None:
     return held
 
 
-def _moments(rows: Rows) -> tuple[Tensor, float]:
-    """Mean ``[d]`` and total variance, in float64 and one pass."""
-    origin = torch.from_numpy(np.array(rows[0])).double()  # sums around it keep their digits
-    total, squares = torch.zeros_like(origin), 0.0
-    for start in range(0, len(rows), _CACHED):
-        block = torch.from_numpy(np.array(rows[start : start + _CACHED])).double() - origin
-        total, squares = total + block.sum(0), squares + block.square_().sum().item()
+def _moments(rows: Rows | Tensor) -> tuple[Tensor, float]:
+    """Mean ``[d]`` and total variance, in float64 and one pass: by the GPU where it holds them."""
+    size = _SUMMED if isinstance(rows, Tensor) else _CACHED
+
+    def read(start: int, count: int) -> Tensor:
+        part = rows[start : start + count]
+        return (part if isinstance(part, Tensor) else torch.from_numpy(np.array(part))).double()
+
+    origin = read(0, 1)[0]  # sums around it keep their digits
+    total, squares = torch.zeros_like(origin), origin.new_zeros(())
+    for start in range(0, len(rows), size):
+        block = read(start, size) - origin
+        total, squares = total + block.sum(0), squares + block.square_().sum()
     shift = total / len(rows)
-    variance = squares / len(rows) - shift.square().sum().item()
-    return (origin + shift).float(), max(0.0, variance)
+    variance = (squares / len(rows) - shift.square().sum()).item()
+    return (origin + shift).float().cpu(), max(0.0, variance)
