@@ -215,6 +215,31 @@ def write_shards():
     return write
 
 
+@pytest.fixture(scope="session")
+def interpreted():
+    """A context in which modules of Triton kernels, whose names are given, are imported anew, to be interpreted."""
+    import importlib
+    from contextlib import contextmanager
+
+    @contextmanager
+    def within(*names):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")  # which counts when Triton is imported
+            for name in [name for name in sys.modules if name.split(".")[0] == "triton" and "._C" not in name]:
+                patch.delitem(sys.modules, name)
+            for name in names:
+                package, _, own = name.rpartition(".")
+                patch.delitem(sys.modules, name, raising=False)
+                patch.delattr(importlib.import_module(package), own, raising=False)
+            yield importlib.import_module(names[-1])
+            for name in names:
+                package, _, own = name.rpartition(".")
+                sys.modules.pop(name, None)
+                vars(importlib.import_module(package)).pop(own, None)
+
+    return within
+
+
 @pytest.fixture
 def sparsify(monkeypatch):
     monkeypatch.setenv("SPARSIFY_DISABLE_TRITON", "1")  # it would ask for a GPU

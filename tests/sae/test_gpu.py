@@ -1,13 +1,10 @@
 """The step of a GPU, its kernels run on the processor by Triton's interpreter."""
 
 import contextlib
-import importlib
-import sys
 
 import pytest
 import torch
 
-import vs2_plugin.sae
 from vs2_plugin.sae.step import ClassMeans, set_gradients
 from vs2_plugin.sae.topk import SaeConfig, TopKSAE
 
@@ -17,20 +14,10 @@ D, LATENTS, K, BATCH = 24, 50, 6, 12
 
 
 @pytest.fixture(scope="module")
-def gpu():
+def gpu(interpreted):
     """The module, with interpreted kernels and float32 in place of bfloat16, which the interpreter does not round."""
-    own = ("vs2_plugin.sae.kernels", "vs2_plugin.sae.gpu")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")  # which counts when Triton is imported
-        for name in [name for name in sys.modules if name.split(".")[0] == "triton" and "._C" not in name]:
-            patch.delitem(sys.modules, name)
-        for name in own:
-            patch.delitem(sys.modules, name, raising=False)
-            patch.delattr(vs2_plugin.sae, name.rpartition(".")[2], raising=False)
-        yield importlib.import_module("vs2_plugin.sae.gpu")
-        for name in own:
-            sys.modules.pop(name, None)
-            vars(vs2_plugin.sae).pop(name.rpartition(".")[2], None)
+    with interpreted("vs2_plugin.sae.kernels", "vs2_plugin.sae.gpu") as module:
+        yield module
 
 
 @pytest.fixture

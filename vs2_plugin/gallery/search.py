@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from vs2_plugin.arrays import Array, Stack, check_all, check_file, sums_of, trus
 from vs2_plugin.errors import SettingError
 from vs2_plugin.files import atomic_file, file_digest
 from vs2_plugin.sae.topk import largest
+from vs2_plugin.text import sentence_of
 
 __all__ = ["ExactSearch", "FaissSearch", "ScreenedSearch", "Search", "blocks", "open_search"]
 
@@ -28,7 +30,7 @@ _SMALL = 50_000
 _BLOCK = 1 << 16
 #: Embeddings up to this many bytes (as float32) are kept in the processor's memory, larger ones read block by block.
 _RESIDENT = 2 << 30
-_GROUP = 64
+_PADDED = 512
 _QUERIES = 256  # at a time: their products take no more memory than the embeddings, of 512 numbers each
 
 
@@ -37,6 +39,11 @@ class Search(Protocol):
     row numbers ``[batch, n]``, best first."""
 
     def __call__(self, queries: Tensor, n: int) -> tuple[Tensor, Tensor]: ...
+
+
+#: Gives cosines, in float32, and row numbers ``[batch, m]``, of queries ``[batch, e]`` with the embeddings of the
+#: ``wanted`` largest products of half-precision numbers, at least.
+Candidates = Callable[..., tuple[Tensor, Tensor]]
 
 
 def blocks(embeddings: Array | Stack, device: str | torch.device) -> Iterator[Tensor]:
@@ -80,7 +87,7 @@ class ScreenedSearch:
     def __init__(self, embeddings: Array | Stack, device: str | torch.device) -> None:
         count, width = embeddings.shape
         self._count: int = count
-        padded = -(-self._count // _GROUP) * _GROUP  # the top-k works on groups
+        padded = -(-self._count // _PADDED) * _PADDED  # the top-k works on groups, a kernel on blocks
         self._half = torch.zeros(padded, width, dtype=torch.float16, device=device)
         stored = torch.from_numpy(np.asarray(embeddings[:1]).copy()).dtype
         self._rows = torch.empty(embeddings.shape, dtype=stored, device=device)
@@ -88,6 +95,21 @@ class ScreenedSearch:
             rows = torch.from_numpy(np.asarray(embeddings[start : start + _BLOCK]).copy()).to(device)
             self._rows[start : start + len(rows)] = rows
             self._half[start : start + len(rows)] = F.normalize(rows.float(), dim=-1)
+        self._candidates = self._by_kernels() or self._by_products
+
+    def _by_kernels(self) -> Candidates | None:
+        """What finds candidates by Triton kernels; None where these cannot be, as a query tells."""
+        if not self._rows.is_cuda:
+            return None
+        try:
+            from vs2_plugin.gallery.kernels import candidates
+
+            found = partial(candidates, half=self._half, rows=self._rows)
+            found(self._rows[:1].float(), wanted=1)
+        except Exception as error:  # whatever it is that a missing compiler, an older torch or GPU raises
+            _LOG.info("the gallery is searched by torch's own operators: %s", sentence_of(error))
+            return None
+        return found
 
     @staticmethod
     def fits(embeddings: Array | Stack, device: torch.device) -> bool:
@@ -104,12 +126,16 @@ class ScreenedSearch:
         return torch.cat([cosines for cosines, _ in parts]), torch.cat([rows for _, rows in parts])
 
     def _find(self, queries: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        cosines, rows = self._candidates(queries, wanted=min(2 * n + 32, self._count))
+        cosines, order = cosines.topk(min(n, self._count), dim=1)
+        return cosines, rows.gather(1, order)
+
+    def _by_products(self, queries: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
         products = _products(queries.half(), self._half.T)
         products[:, self._count :] = -torch.inf
-        chosen = largest(products, min(2 * n + 32, self._count))[1]
+        chosen = largest(products, wanted)[1]
         embeddings = F.normalize(self._rows[chosen].float(), dim=-1)
-        cosines, order = torch.bmm(embeddings, queries[:, :, None])[..., 0].topk(min(n, self._count), dim=1)
-        return cosines, chosen.gather(1, order)
+        return torch.bmm(embeddings, queries[:, :, None])[..., 0], chosen
 
 
 def _products(one: Tensor, other: Tensor) -> Tensor:

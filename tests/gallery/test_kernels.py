@@ -1,0 +1,35 @@
+"""Search by Triton kernels, run on the processor by Triton's interpreter."""
+
+import contextlib
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vs2_plugin.gallery.search import ExactSearch, ScreenedSearch
+
+pytest.importorskip("triton", reason="torch comes without Triton here")
+
+
+@pytest.fixture(scope="module")
+def kernels(interpreted):
+    with interpreted("vs2_plugin.gallery.kernels") as module:
+        yield module
+
+
+@pytest.mark.parametrize(
+    ("count", "width", "batch", "n", "dtype"),
+    [(530, 64, 2, 5, np.float16), (300, 40, 1, 3, np.float32), (7, 64, 2, 7, np.float16)],
+)
+def test_they_find_what_exact_search_does(kernels, count, width, batch, n, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: contextlib.nullcontext())
+    rows = np.random.default_rng(0).standard_normal((count, width)).astype(dtype)
+    queries = F.normalize(torch.randn(batch, width, generator=torch.Generator().manual_seed(0)), dim=-1)
+    search = ScreenedSearch(rows, "cpu")
+    search._candidates = partial(kernels.candidates, half=search._half, rows=search._rows)
+    cosines, found = search(queries, n)
+    expected, where = ExactSearch(rows, "cpu")(queries, n)
+    assert torch.equal(found, where)
+    torch.testing.assert_close(cosines, expected, rtol=0, atol=1e-6)
