@@ -134,14 +134,14 @@ def _neighbours(subject: Subject, image: Tensor) -> Neighbours | None:
 
     about = f"The {counted(int(valid.sum()), 'nearest training image')}, nearest first, each with its "
     about += "training label" if oracle else "zero-shot class"
-    own = labels[0][valid].tolist()
+    own = labels[0].cpu()[valid].tolist()
     sides = [""] * len(own)
     if (rule := model.spec.options.get("rule")) is not None:
-        chosen = retriever.classes(batch) if rule == "query" else majority(labels.to(retriever.device), hood)[0]
+        chosen = retriever.classes(batch) if rule == "query" else majority(labels, hood)[0]
         target = int(chosen[0])
         sides = ["S+" if label == target else "S-" for label in own]
         about += f". Steered towards the {sides.count('S+')} of {name(target)!r} (S+)"
         about += f", away from the {counted(sides.count('S-'), 'other')} (S-)"
-    rows = zip(hood.rows[0][valid].tolist(), hood.similarity[0].cpu()[valid].tolist(), own, sides, strict=True)
+    rows = zip(hood.rows[0].cpu()[valid].tolist(), hood.similarity[0].cpu()[valid].tolist(), own, sides, strict=True)
     images = [Neighbour(similarity, name(label), side, pictures(row)) for row, similarity, label, side in rows]
     return Neighbours(f"{about}.", images)

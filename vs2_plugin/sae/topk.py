@@ -171,4 +171,4 @@ def sample_fvu(x: Tensor, reconstruction: Tensor, mean: Tensor) -> Tensor:
     """
     variance = (x - mean).pow(2).sum(-1)
     ratio = (x - reconstruction).pow(2).sum(-1) / variance
-    return torch.where(variance == 0, torch.zeros_like(ratio), ratio)
+    return torch.where(variance == 0, 0.0, ratio)

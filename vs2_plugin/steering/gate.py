@@ -71,10 +71,9 @@ class Gate(nn.Module):
         batch = batch or Batch()
         # Detached: ratios outlive the batch, and must not keep all that they were computed from.
         ratio = sample_fvu(x, batch.code(self.sae, x).reconstruction, self.mean).detach()
-        opened = torch.ones_like(ratio, dtype=torch.bool) if self.tau is None else ratio <= self.tau
-        self._tally.add(coverage=opened, mean_fvu=ratio)
+        opened = None if self.tau is None else ratio <= self.tau
+        self._tally.add(coverage=torch.ones(len(x)) if opened is None else opened, mean_fvu=ratio)
         if self.recording:
             self._ratios.append(ratio)
-        if self.tau is None:
-            return steer(self.steering, x, batch)
-        return steer(self.steering, x, batch).where(opened[:, None], x)
+        steered = steer(self.steering, x, batch)
+        return steered if opened is None else steered.where(opened[:, None], x)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from vs2_plugin.documented import documented
@@ -19,8 +20,7 @@ def keep_norm(steered: Tensor, x: Tensor) -> Tensor:
     """Scale ``steered``, row by row, to the norm of ``x``; both ``[batch, d]``. A row of norm 0 stays as it is."""
     norm = steered.norm(dim=-1, keepdim=True)
     # Where nothing moved, both norms are the same number and the ratio is exactly 1.
-    ratio: Tensor = (x.norm(dim=-1, keepdim=True) / norm).where(norm > 0, norm.new_ones(()))
-    return steered * ratio
+    return steered * torch.where(norm > 0, x.norm(dim=-1, keepdim=True) / norm, 1.0)
 
 
 class Code:

@@ -49,7 +49,7 @@ class Activations:
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         """float32 ``[*rows.shape, d]``."""
-        found = torch.from_numpy(np.asarray(self._rows[rows.flatten().numpy()]))
+        found = torch.from_numpy(np.asarray(self._rows[rows.flatten().cpu().numpy()]))
         return found.to(self._device).float().view(*rows.shape, -1)
 
     def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
@@ -144,8 +144,8 @@ class _Voting(nn.Module):
         return self._tally.means()
 
     def _labels(self, kind: str, neighbours: Neighbours) -> Tensor:
-        """The neighbours' labels ``[batch, n]`` on the model's device."""
-        return self.retriever.labels(kind)[neighbours.rows].to(self.retriever.device)
+        """The neighbours' labels ``[batch, n]``."""
+        return self.retriever.labels(kind)[neighbours.rows]
 
 
 class _Contrast(NamedTuple):
@@ -188,7 +188,16 @@ class NeighbourSteering(_Voting):
         return {"alpha": self.alpha, **super().facts}
 
     def _contrast(self, batch: Batch) -> _Contrast:
-        neighbours = self.retriever.neighbours(batch)
+        likely = self.retriever.likely(batch)
+        if likely is not None:
+            found = self._towards(batch, likely)
+            if isinstance(found.direction, Code):
+                _ = found.direction.direction  # the GPU is told all of it before the processor waits
+            if self.retriever.neighbours(batch) is likely:
+                return found
+        return self._towards(batch, self.retriever.neighbours(batch))
+
+    def _towards(self, batch: Batch, neighbours: Neighbours) -> _Contrast:
         labels = self._labels(self.labels, neighbours)
         chosen = self._own_classes(batch) if self.rule == "query" else majority(labels, neighbours)[0]
         weights, shares = contrast(labels, chosen, neighbours.valid)
@@ -264,12 +273,13 @@ class PrototypeSteering(nn.Module):
 
     def prototypes(self) -> Code:
         """``c̄`` of each class: a row per class."""
-        pseudo, confidence = self.retriever.pseudo
+        pseudo = self.retriever.pseudo[0]
         if self._prototypes is None or self._prototypes[0] is not pseudo:
             count = self.retriever.classifier.shape[1]
+            own, confidence = (part.cpu() for part in self.retriever.pseudo)
             rows, weights = torch.zeros(count, _PER_CLASS, dtype=torch.long), torch.zeros(count, _PER_CLASS)
-            for label in pseudo.unique().tolist():
-                mine = (pseudo == label).nonzero()[:, 0]
+            for label in own.unique().tolist():
+                mine = (own == label).nonzero()[:, 0]
                 best = mine[confidence[mine].argsort(descending=True, stable=True)[:_PER_CLASS]]
                 rows[label, : len(best)], weights[label, : len(best)] = best, 1 / len(best)
             self._prototypes = pseudo, self.codes.combine(rows, weights.to(self.retriever.device))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vs2_plugin.devices import to_processor
 from vs2_plugin.errors import DataError, HarnessError, PluginError
 from vs2_plugin.gallery.gallery import CLIP, Gallery
 from vs2_plugin.gallery.search import Search, blocks
@@ -23,10 +24,10 @@ _SAME = 0.98
 
 
 class Neighbours(NamedTuple):
-    """The gallery's images that are nearest to each query, best first."""
+    """The gallery's images that are nearest to each query, best first; all on the model's device."""
 
     rows: Tensor
-    """int64 ``[batch, n]``, on the CPU: which images."""
+    """int64 ``[batch, n]``: which images."""
     similarity: Tensor
     """``[batch, n]``: cosines."""
     valid: Tensor
@@ -43,12 +44,25 @@ def majority(labels: Tensor, neighbours: Neighbours) -> tuple[Tensor, Tensor]:
         neighbours: whose labels they are.
     """
     valid = neighbours.valid.double()
-    known, numbers = labels.unique(return_inverse=True)  # as many as there are, whatever their values
-    counts = valid.new_zeros(len(labels), len(known)).scatter_add_(1, numbers, valid)
-    sums = torch.zeros_like(counts).scatter_add_(1, numbers, neighbours.similarity * valid)
+    ordered, order = labels.sort(dim=1, stable=True)
+    numbers = F.pad(ordered.diff(dim=1).ne(0).cumsum(1), (1, 0))  # of the labels in each row, from 0
+    counts = torch.zeros_like(valid).scatter_add_(1, numbers, valid.gather(1, order))
+    sums = torch.zeros_like(valid).scatter_add_(1, numbers, (neighbours.similarity * valid).gather(1, order))
     # A sum is within ± n, so that it can only decide between equal counts.
-    winner = (counts + sums / (2 * labels.shape[1] + 1)).argmax(1)
-    return known[winner], counts.gather(1, winner[:, None])[:, 0].float()
+    winner = (counts + sums / (2 * labels.shape[1] + 1)).argmax(1, keepdim=True)
+    first = (numbers < winner).sum(1, keepdim=True)
+    return ordered.gather(1, first)[:, 0], counts.gather(1, winner)[:, 0].float()
+
+
+class _Found(NamedTuple):
+    """What a search found, before the images themselves are left out."""
+
+    rows: Tensor
+    """int64 ``[batch, n + r]``, -1 after the last, with r as often as the gallery holds any one image."""
+    similarity: Tensor
+    """``[batch, n + r]``."""
+    near: Callable[[], Tensor]
+    """Waits for, and gives, which images may be in the gallery themselves: bool ``[batch]``, on the CPU."""
 
 
 class Retriever:
@@ -83,7 +97,7 @@ class Retriever:
         self._repeated = int(np.unique(gallery.digests, return_counts=True)[1].max()) if search else 0
         self._classifier: Tensor | None = None
         self._pseudo: tuple[Tensor, Tensor] | None = None
-        self._labels = None if gallery.labels is None else torch.from_numpy(np.array(gallery.labels))
+        self._labels = None if gallery.labels is None else torch.from_numpy(np.array(gallery.labels)).to(self.device)
 
     def shared(self, batch: Batch) -> dict[str, Tensor | None]:
         """The tensors that all steerings read, by their names in words."""
@@ -111,7 +125,7 @@ class Retriever:
 
     @property
     def pseudo(self) -> tuple[Tensor, Tensor]:
-        """The gallery's zero-shot classes, int64 ``[count]``, and the log-odds of each, ``[count]``; on the CPU.
+        """The gallery's zero-shot classes, int64 ``[count]``, and the log-odds of each, ``[count]``.
 
         The log-odds are those of a softmax at CLIP's logit scale of 100, as clip_benchmark has it. They order images as
         the probabilities do, many of which float32 would round to 1.
@@ -122,13 +136,13 @@ class Retriever:
                 logits = 100.0 * block @ self.classifier
                 best = logits.max(1, keepdim=True)
                 others = logits.scatter(1, best.indices, -torch.inf).logsumexp(1)
-                classes.append(best.indices[:, 0].cpu())
-                confidence.append((best.values[:, 0] - others).cpu())
+                classes.append(best.indices[:, 0])
+                confidence.append(best.values[:, 0] - others)
             self._pseudo = torch.cat(classes), torch.cat(confidence)
         return self._pseudo
 
     def labels(self, kind: str) -> Tensor:
-        """The gallery's labels, int64 ``[count]`` on the CPU: ``pseudo``, its zero-shot classes, or ``oracle``, the
+        """The gallery's labels, int64 ``[count]``: ``pseudo``, its zero-shot classes, or ``oracle``, the
         training labels. Raises DataError if there are none."""
         if kind == "pseudo":
             return self.pseudo[0]
@@ -154,6 +168,13 @@ class Retriever:
         """The N nearest images of each image, which is never its own neighbour."""
         return batch.once((self, "neighbours"), lambda: self._neighbours(batch))
 
+    def likely(self, batch: Batch) -> Neighbours | None:
+        """The same without a wait for the GPU, as long as no image is in the gallery itself: if so, :meth:`neighbours`
+        gives this very object. None where there is nothing to wait for."""
+        if self.device.type == "cpu" or batch.rows is not None or batch.known((self, "neighbours")) is not None:
+            return None
+        return self._nearest(batch)
+
     def _queries(self, batch: Batch) -> Tensor:
         encode, images, rows = self._encode, batch.images, batch.rows
         if encode is None:
@@ -165,31 +186,42 @@ class Retriever:
         # Retrievers of several N share an encoder.
         return batch.once(encode, lambda: F.normalize(encode(images), dim=-1))
 
-    def _neighbours(self, batch: Batch) -> Neighbours:
+    def _found(self, batch: Batch) -> _Found:
         if self._search is None:
             raise PluginError("this method looks up neighbours; declare it with gallery='neighbours'")
         # As many more as an image can be in the gallery, so that n are left without them.
-        wanted = min(len(self.gallery), self.n + self._repeated)
-        similarity, rows = self._search(self._queries(batch), wanted)
-        rows = rows.cpu()
-        valid = rows.ge(0) & ~self._same_image(batch, rows, similarity)
+        similarity, rows = self._search(self._queries(batch), min(len(self.gallery), self.n + self._repeated))
+        return _Found(rows, similarity, to_processor(similarity[:, 0].ge(_SAME)))
+
+    def _nearest(self, batch: Batch) -> Neighbours:
+        """The N nearest images of each image, itself among them."""
+
+        def made() -> Neighbours:
+            found = batch.once((self, "found"), lambda: self._found(batch))
+            rows, similarity = (part[:, : self.n].contiguous() for part in found[:2])
+            return Neighbours(rows.clamp_min(0), similarity, rows.ge(0))
+
+        return batch.once((self, "nearest"), made)
+
+    def _neighbours(self, batch: Batch) -> Neighbours:
+        rows, similarity, near = batch.once((self, "found"), lambda: self._found(batch))
+        same = self._same_image(batch, rows, near().nonzero()[:, 0].tolist())
+        if same is None:
+            return self._nearest(batch)
+        valid = rows.ge(0) & ~same
         # Stable: those that are valid first, still best first.
         order = (~valid).to(torch.uint8).sort(dim=1, stable=True).indices[:, : self.n]
-        on_device = order.to(self.device)
-        return Neighbours(
-            rows.gather(1, order).clamp_min(0),
-            similarity.gather(1, on_device),
-            valid.gather(1, order).to(self.device),
-        )
+        return Neighbours(*(part.gather(1, order) for part in (rows.clamp_min(0), similarity, valid)))
 
-    def _same_image(self, batch: Batch, rows: Tensor, similarity: Tensor) -> Tensor:
-        """Which of the rows found hold the very image that is looked up: bool, of their shape."""
-        same = torch.zeros_like(rows, dtype=torch.bool)
-        for index in similarity[:, 0].ge(_SAME).nonzero()[:, 0].tolist():
+    def _same_image(self, batch: Batch, rows: Tensor, near: list[int]) -> Tensor | None:
+        """Which of the rows found hold the very image that is looked up: bool, of their shape. None: none do, as told
+        by the bytes of those images that are ``near`` to one."""
+        same = torch.zeros(rows.shape, dtype=torch.bool)
+        for index in near:
             digest = self._digest_of(batch, index)
             if digest is not None:
-                same[index] = torch.from_numpy(self.gallery.digests[rows[index].numpy()] == np.uint64(digest))
-        return same
+                same[index] = torch.from_numpy(self.gallery.digests[rows[index].cpu().numpy()] == np.uint64(digest))
+        return same.to(rows.device) if same.any() else None
 
     def _digest_of(self, batch: Batch, index: int) -> int | None:
         if batch.rows is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 __all__ = ["Tally"]
@@ -21,7 +22,7 @@ class Tally:
     def add(self, **values: Tensor) -> None:
         """Count a batch: each value is bool or a number for every image, ``[batch]``."""
         for name, value in values.items():
-            total = value.detach().double().sum()
+            total = value.detach().sum(dtype=torch.double)
             known = self._sums.get(name)
             self._sums[name] = total if known is None else known.to(total) + total
         self._seen += len(value)
