@@ -48,6 +48,14 @@ def test_accuracies_are_those_of_the_cpu(evaluate, without_gpu):
         assert found[model].keys() - {"vs2_results_digest"} == metrics.keys() - {"vs2_results_digest"}
 
 
+def test_models_in_one_command_get_what_each_gets_alone(evaluate):
+    models = (TINY, f"vs2:{TINY}", f"vs2pp:{TINY}@n=10")
+    alone = {model: found for model in models for found in evaluate("alone", "--model", model).values()}
+    together = evaluate("together", "--model", *models)
+    for model in models:
+        assert together[model] == alone[model], model
+
+
 def test_per_image_results(evaluate, monkeypatch, here):
     monkeypatch.setenv("VS2_PER_IMAGE", "1")
     found = evaluate("recorded", "--model", TINY, f"vs2:{TINY}")

@@ -28,14 +28,19 @@ def test_exact_search_finds_what_it_finds_on_the_cpu(gallery, resident, monkeypa
     assert (found[1].cpu() == expected[1]).float().mean() > 0.99  # two may be equally near but for rounding
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_a_large_gallery_is_searched_as_on_the_cpu(dtype):
-    rows = np.random.default_rng(0).standard_normal((70_001, 64)).astype(dtype)
+@pytest.mark.parametrize(
+    ("dtype", "width", "batch"), [(np.float16, 64, 40), (np.float32, 64, 40), (np.float16, 200, 300)]
+)
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_large_gallery_is_searched_as_on_the_cpu(dtype, width, batch, kernels, monkeypatch):
+    rows = np.random.default_rng(0).standard_normal((70_001, width)).astype(dtype)
     torch.manual_seed(0)
-    queries = F.normalize(torch.randn(40, 64), dim=-1)
+    queries = F.normalize(torch.randn(batch, width), dim=-1)
     expected = search.ExactSearch(rows, "cpu")(queries, 50)
     found = search.open_search("exact", rows, None, "cuda")
-    assert isinstance(found, search.ScreenedSearch)
+    assert isinstance(found, search.ScreenedSearch) and found._candidates != found._by_products
+    if not kernels:
+        monkeypatch.setattr(found, "_candidates", found._by_products)
     cosines, where = found(queries.cuda(), 50)
     torch.testing.assert_close(cosines.cpu(), expected[0], rtol=0, atol=1e-6)
     assert (where.cpu() == expected[1]).float().mean() > 0.99

@@ -4,6 +4,7 @@ import copy
 import pickle
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,10 +12,13 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import vs2_plugin
+from vs2_plugin.data.images import image_digest, open_images
+from vs2_plugin.data.naming import DataSet
 from vs2_plugin.demo.digits import CLASSES
 from vs2_plugin.errors import PluginError
 from vs2_plugin.method import Method
 from vs2_plugin.plugins import registry
+from vs2_plugin.steering.batch import Batch
 
 from .conftest import NAME, TINY
 
@@ -40,10 +44,10 @@ class Steered:
     def __init__(self, digits, method, device):
         name, at, options = method.partition("@")
         string = f"{name}:{TINY}{at}{options}"
-        self.model, transform, tokenizer = vs2_plugin.load(string, dataset="wds/few", device=device)
+        self.model, self.transform, tokenizer = vs2_plugin.load(string, dataset="wds/few", device=device)
         plain, *_ = vs2_plugin.load(f"vs2:{TINY}", dataset="wds/few")
         pictures, self.targets = digits
-        self.images = torch.stack([transform(picture) for picture in pictures]).to(device)
+        self.images = torch.stack([self.transform(picture) for picture in pictures]).to(device)
         with torch.no_grad():  # the classes are the same numbers on every device
             texts = plain.encode_text(tokenizer([f"a photo of the digit {name}" for name in CLASSES]))
         self.model.set_classifier(F.normalize(texts, dim=-1).T.to(device), quiet=True)
@@ -115,8 +119,26 @@ def test_a_model_in_half_precision_is_steered_in_float32(steered):
     assert {weight.dtype for weight in found.model.places[0].gate.sae.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("method", ["vs2", "vs2@gate=0.5", "vs2@blocks=2+3", "pass", "rec", "amp"])
-def test_no_batch_waits_for_the_gpu(steered, method):
+@pytest.mark.parametrize("method", ["vs2pp", "vs2pp@blocks=2", "clipsteer", "knn"])
+def test_an_image_of_the_gallery_is_not_its_own_neighbour(steered, method):
+    expected, found = steered(method, "cpu"), steered(method)
+    train = open_images(DataSet.of("wds/few", "few"), "train", found.transform)
+    images = next(train.batches(32, 0)).images
+    for model in (expected, found):
+        model.images = torch.cat([images, model.images.cpu()[:32]]).to(model.images.device)  # the others are strangers
+    assert ((found.embed() - expected.embed()).abs().amax(1) > 1e-5).sum() <= 1
+    gallery = found.model.places.retriever.gallery
+    batch = Batch(found.images, embed=lambda: found.model.model.encode_image(found.images))
+    with torch.no_grad(), found.model.unsteered():
+        hood = found.model.places.retriever.neighbours(batch)
+    own = np.array([image_digest(image) for image in found.images])
+    assert hood.rows.is_cuda and np.isin(own, gallery.digests).sum() >= 32
+    assert not (gallery.digests[hood.rows.cpu().numpy()] == own[:, None]).any()
+
+
+@pytest.mark.parametrize("method", ["vs2", "vs2@gate=0.5", "vs2@blocks=2+3", "pass", "rec", "amp", "vs2pp", "knn"])
+def test_no_batch_waits_for_the_gpu(steered, method, monkeypatch):
+    monkeypatch.setattr("vs2_plugin.steering.retriever._SAME", 2.0)  # none is near enough to be looked at
     found = steered(method)
     found.embed()
     torch.cuda.set_sync_debug_mode("error")
@@ -128,7 +150,7 @@ def test_no_batch_waits_for_the_gpu(steered, method):
                 found.model.encode_image(found.images)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert found.model.vs2_facts()["vs2_mean_fvu"] > 0
+    assert method == "knn" or found.model.vs2_facts()["vs2_mean_fvu"] > 0
 
 
 def test_what_is_not_finite_is_told_before_results_are(here, digits, monkeypatch):

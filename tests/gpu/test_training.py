@@ -9,6 +9,7 @@ import torch
 
 from vs2_plugin.sae import train
 from vs2_plugin.sae.config import TrainConfig
+from vs2_plugin.sae.source import Source
 from vs2_plugin.sae.step import ClassMeans, set_gradients
 from vs2_plugin.sae.topk import SaeConfig, TopKSAE
 from vs2_plugin.sae.train import Job, train_sae, train_saes
@@ -128,6 +129,15 @@ def test_where_the_kernels_fail_torchs_operators_train(activations, monkeypatch,
     trained = train_sae(activations[0], WIDE, device="cuda", quiet=True)
     assert "torch's own operators" in caplog.text
     assert np.isfinite(trained.figures.fvu)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_the_moments_are_those_of_the_cpu(dtype):
+    rows = (np.random.default_rng(0).standard_normal((70_000, 33)) + 300).astype(dtype)  # in two parts
+    one, other = Source(rows, "cpu"), Source(rows, "cuda")
+    assert other.mean.device.type == "cpu"
+    torch.testing.assert_close(other.mean, one.mean, rtol=1e-7, atol=0)
+    assert other.variance == pytest.approx(one.variance, rel=1e-12)
 
 
 def test_activations_that_do_not_fit_are_read_batch_by_batch(activations, monkeypatch):
