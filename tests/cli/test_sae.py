@@ -40,6 +40,7 @@ def test_blocks_variants_and_checkpoints_without_a_gallery(folder, capsys):
         ([NAME, "--labels", "y.npy"], ["--labels are of --activations"]),
         ([NAME, "--activations", "none.npy"], ["cannot be read"]),
         ([NAME, "--elsewhere", "bare"], ["has no gallery"]),
+        ([NAME, "--elsewhere", "none.npy"], ["--elsewhere 'none.npy' cannot be read"]),
         ([NAME, "--block", "7"], ["no SAE at block 7"]),
     ],
 )

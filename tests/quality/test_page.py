@@ -39,6 +39,14 @@ def test_lines_say_what_is_there_and_what_is_not(quality):
     assert any(line.startswith("not measured: Class told by one latent (AUC): it needs labels") for line in lines)
 
 
+def test_a_figure_that_one_of_several_lacks_is_a_question_mark(trained):  # noqa: F811
+    store = Store(trained)
+    saes = [measure(open_subject("s0", store, activations=trained / "X.npy")), measure(open_subject("s1", store))]
+    lines = list(Quality(saes, *stability(saes)).lines())
+    [line] = [line for line in lines if line.startswith("  Monosemanticity (MS): ")]
+    assert line.partition("  (")[0].endswith(", ?") and "figures of s0, s1:" in lines
+
+
 def test_json_holds_values_and_reasons(quality):
     told = quality.to_json()
     assert [one["checkpoint"] for one in told["saes"]] == ["s0", "s1"] and told["saes"][0]["looked_at"] == 400

@@ -182,8 +182,8 @@ class GivenActivations:
         return cls(rows, digest.hexdigest())
 
 
-def read_activations(path: Path) -> GivenActivations:
-    """Open a file of activations, memory-mapped: ``.npy``, or ``.safetensors`` with a single matrix.
+def read_activations(path: Path, flag: str = "--activations") -> GivenActivations:
+    """Open a file of activations, memory-mapped: ``.npy``, or ``.safetensors`` with a single matrix. ``flag`` names it.
 
     Raises:
         DataError: there is none that can be read.
@@ -194,10 +194,10 @@ def read_activations(path: Path) -> GivenActivations:
         elif path.suffix == ".safetensors":
             rows = _safetensors(path)
         else:
-            raise DataError(f"--activations {str(path)!r}: expected a file NAME.npy or NAME.safetensors")
+            raise DataError(f"{flag} {str(path)!r}: expected a file NAME.npy or NAME.safetensors")
     except (OSError, ValueError, EOFError, LookupError, TypeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"--activations {str(path)!r} cannot be read: {reason}") from error
+        raise DataError(f"{flag} {str(path)!r} cannot be read: {reason}") from error
     return GivenActivations.of(rows)
 
 

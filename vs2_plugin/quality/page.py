@@ -75,13 +75,12 @@ class Quality:
             yield f"figures of {', '.join(one.subject.name for one in self.saes)}:"
         missing = []
         for row in self.rows():
-            shown = [cell for cell, _ in row.cells if cell]
-            if not shown:
+            if not any(cell for cell, _ in row.cells):
                 missing.append(f"not measured: {row.note.title}: {row.why}")
                 continue
             beside = [cell for _, cell in row.cells if cell]
             told = f"  ({row.note.beside}: {', '.join(beside)})" if beside else ""
-            yield f"  {row.note.title}: {', '.join(shown)}{told}"
+            yield f"  {row.note.title}: {', '.join(cell or '?' for cell, _ in row.cells)}{told}"
         yield from missing
 
 

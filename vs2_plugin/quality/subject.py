@@ -137,9 +137,9 @@ def _parted(site: SiteSAE, count: int) -> tuple[np.ndarray, np.ndarray]:
     return order[:HELD_OUT], order[:0]
 
 
-def read_rows(path: Path, site: SiteSAE) -> np.ndarray:
+def read_rows(path: Path, site: SiteSAE, flag: str = "--activations") -> np.ndarray:
     """Read a file of activations for an SAE. Raises DataError: it cannot be read, or is of another width."""
-    rows = read_activations(path).rows
+    rows = read_activations(path, flag).rows
     if rows.shape[1] != site.width:
         raise DataError(f"the activations in {path} have width {rows.shape[1]}; expected {site.width}, the SAE's")
     return rows
@@ -168,7 +168,7 @@ def open_elsewhere(name: str, store: Store, subject: Subject) -> Elsewhere:
     """
     site = subject.site
     if name.endswith(_FILES):
-        return Elsewhere(Path(name).name, read_rows(Path(name).expanduser(), site))
+        return Elsewhere(Path(name).name, read_rows(Path(name).expanduser(), site, "--elsewhere"))
     other = store.find(name)
     ours, theirs = subject.checkpoint.tower, other.tower
     difference = "" if ours is None or theirs is None else ours.difference(theirs)

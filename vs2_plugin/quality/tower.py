@@ -12,7 +12,7 @@ from vs2_plugin.quality.subject import Subject
 
 __all__ = ["NO_CLASSES", "open_zero_shot"]
 
-NO_CLASSES = "it needs classes: name the data set whose they are with --dataset, or --classes FILE"
+NO_CLASSES = "it needs classes: name a data set that has them with --dataset, or --classes FILE"
 
 
 def open_zero_shot(
