@@ -30,10 +30,11 @@ FORBIDDEN = {
     "harness": {"classify", "cli", "demo", "inspection", "quality", "report", "reproduce", "sweep", "training"},
     "inspection": {"classify", "cli", "demo", "quality", "reproduce", "sweep", "training"},
     "quality": {"classify", "cli", "demo", "reproduce", "sweep", "training"},
+    "testing": {"classify", "cli", "inspection", "quality", "report", "reproduce", "stress", "sweep"},
     "sweep": {"classify", "cli", "demo", "inspection", "quality", "report", "reproduce", "training"},
     "stress": {"classify", "cli", "demo", "inspection", "quality", "report", "reproduce", "training"},
     # The modules at the top.
-    "": {"classify", "cli", "demo", "inspection", "quality", "report", "reproduce", "stress", "sweep"},
+    "": {"classify", "cli", "demo", "inspection", "quality", "report", "reproduce", "stress", "sweep", "testing"},
     "reproduce": {"classify", "cli", "inspection", "quality", "sweep"},
     "classify": {"cli", "demo", "quality", "reproduce", "sweep"},
     "cli": set(),  # commands and the demo import everything, and nothing imports them

@@ -43,3 +43,10 @@ def test_crops_lie_within_the_image_and_cover_what_they_are_said_to():
         assert area.min() >= 0.08 - 1e-6 and area.max() <= 1
         assert ((ratio > 0.75 - 1e-4) & (ratio < 4 / 3 + 1e-4) | whole).all()
         assert area.std() > 0.1
+
+
+def test_autocast_changes_no_crop():
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    plain = list(views_of(images, 3, 0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(map(torch.equal, views_of(images, 3, 0), plain))

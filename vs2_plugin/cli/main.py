@@ -10,7 +10,7 @@ from pathlib import Path
 from vs2_plugin import __version__
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli.classify import add_classify
-from vs2_plugin.cli.common import add_store_option, end_well, make_folder
+from vs2_plugin.cli.common import add_store_option, end_well, load_torch, make_folder
 from vs2_plugin.cli.data import add_data
 from vs2_plugin.cli.inspect import add_inspect
 from vs2_plugin.cli.latents import add_latents
@@ -62,7 +62,12 @@ def parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo, interrupted="; nothing of it is kept: the same command starts again")
 
     methods = commands.add_parser(
-        "methods", help="every steering method with its options", epilog="example: vs2 methods | less"
+        "methods", help="every steering method with its options",
+        epilog="examples: vs2 methods | less; vs2 methods --check centre",
+    )
+    methods.add_argument(
+        "--check", metavar="METHOD",
+        help="check that method instead, as its author should: centre, or with options centre@alpha=1",
     )
     methods.set_defaults(run=_methods)
 
@@ -101,6 +106,23 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _methods(args: argparse.Namespace) -> int:
+    return _list_methods() if args.check is None else _check(args.check)
+
+
+def _check(method: str) -> int:
+    load_torch()
+    from vs2_plugin.testing import findings
+
+    found = findings(method)
+    for name, about, problem, skipped in found:
+        state = "!!" if problem else "--" if skipped else "ok"
+        say(f"  {state}  {name}: {problem or about}" + (f" (not checked: {skipped})" if skipped else ""))
+    failed = sum(finding.problem is not None for finding in found)
+    say(f"{method}: {failed} of {len(found)} checks failed" if failed else f"{method}: no check failed")
+    return 1 if failed else 0
+
+
+def _list_methods() -> int:
     from vs2_plugin.method import AUTOMATIC, COMMON, NEIGHBOURS, STREAM, UNLABELED, VIEWS, Method, Option
     from vs2_plugin.plugins import UNINSTALL, registry
 

@@ -32,8 +32,8 @@ def views_of(images: Tensor, count: int, seed: int) -> Iterator[Tensor]:
     """
     drawn = torch.stack([_crops(image_digest(image), count - 1, seed, images.shape[-2:]) for image in images])
     for theta in drawn.unbind(1):
-        grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
         with torch.autocast(images.device.type, enabled=False):
+            grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
             crop = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
         yield crop.to(images.dtype)
 

@@ -1,0 +1,210 @@
+"""What is checked: a method on the tiny CLIP, with a few digits and a small SAE that is trained for it once."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache, cached_property
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vs2_plugin.checkpoint.checkpoint import Checkpoint
+from vs2_plugin.clip.backbone import load_backbone
+from vs2_plugin.clip.edits import reading
+from vs2_plugin.demo.digits import CLASSES, MODEL, TEMPLATES, read_digits
+from vs2_plugin.harness.loader import load
+from vs2_plugin.harness.shared import Shared
+from vs2_plugin.method import Scalar
+from vs2_plugin.model.builder import Builder
+from vs2_plugin.model.predictions import Classifier
+from vs2_plugin.model.readout import Read, plain_gallery
+from vs2_plugin.model.steered import SteeredCLIP
+from vs2_plugin.modelstring import ModelString, parse
+from vs2_plugin.steering.batch import Batch, call
+from vs2_plugin.steering.context import Context
+from vs2_plugin.training import train
+
+__all__ = ["Act", "Subject"]
+
+#: Digits that the SAE is trained on and that make the gallery, and those that go through a method at a time.
+_TRAINED, _COUNT = 240, 8
+_SETTINGS = {"model": MODEL, "samples": 20_000, "k": 16, "amp": False, "quiet": True, "gallery_labels": True}
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Log no warnings, within a ``with`` block: an SAE of a second may be of no use elsewhere."""
+    logger = logging.getLogger("vs2_plugin")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@cache
+def _store() -> str:
+    """Return a folder that lasts as long as this process."""
+    folder = tempfile.mkdtemp(prefix="vs2-testing-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@cache
+def _checkpoint(sae: str) -> Checkpoint:
+    """Train the SAE on the first ask in a process, and for ``pass`` the one by PASS besides."""
+    if sae == "pass":
+        _checkpoint("plain")
+    pairs = list(zip(*(part[:_TRAINED] for part in read_digits("train")), strict=True))
+    with _quietly():
+        made = train(pairs, **_SETTINGS, store=_store(), **({"pass_weight": 0.8} if sae == "pass" else {}))
+    assert isinstance(made, Checkpoint)
+    return made
+
+
+class _Backbone:
+    """The tiny CLIP, which all models share, with the digits' classes and a few test digits."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self._shared = device, Shared()
+        loaded = load_backbone(MODEL, "", None, device, self._shared.twin)
+        self._classes = Classifier.of(loaded.model, loaded.tokenizer, CLASSES, TEMPLATES, amp=False)
+        pictures, labels = (part[: _COUNT + _COUNT // 2] for part in read_digits("test"))
+        #: ``[12, 3, height, width]``.
+        self.images = torch.stack(list(map(loaded.transform, pictures))).to(device)
+        self.targets = torch.tensor(labels, device=device)
+
+    def load(self, model: str, checkpoint: Checkpoint | None) -> SteeredCLIP:
+        """Load a steered model, and tell it the classes."""
+        with _quietly(), torch.random.fork_rng([]):
+            torch.manual_seed(0)  # those who share weights begin alike
+            steered, *_ = load(
+                model, "", None, self.device, dataset="images", checkpoint=checkpoint, amp=False, store=_store(),
+                shared=self._shared,
+            )  # fmt: skip
+            steered.set_classifier(self._classes, quiet=True)
+        return steered
+
+
+_backbone = cache(_Backbone)
+
+
+class Act(NamedTuple):
+    """What a method built, by itself."""
+
+    call: Callable[[Tensor], Any]
+    """From what it is called with to what it returns."""
+    x: Tensor
+    """What it is called with, of a few digits: activations or embeddings."""
+    returned: tuple[int, ...]
+    """The shape of what it is expected to return."""
+    held: Mapping[str, Tensor]
+    """The tensors that it may read and not edit, by their names in words."""
+    built: Any
+    """What the method built."""
+
+
+class Subject:
+    """A method with its options."""
+
+    def __init__(self, method: str) -> None:
+        """``method``: its name, and options as in a model string.
+
+        Raises:
+            ModelStringError: no such method or option.
+        """
+        name, *options = method.split("@")
+        self.asked = parse("@".join([f"{name}:{MODEL}", *options]))
+        self.method, self.protocol = self.asked.method, self.asked.protocol
+        self.on_logits = self.method.site == "logits"
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        # In place of what is automatic, its last value: the one that does most.
+        automatic: dict[str, Scalar] = {
+            one.name: one.auto[-1] for one in self.method.automatic(self.asked.options) if one.auto
+        }
+        #: The model string that is checked.
+        self.spec = replace(self.asked, given=self.asked.given | automatic)
+
+    @property
+    def identity(self) -> ModelString | None:
+        """The same with all options that can be automatic at their first value; None where there are none."""
+        first: dict[str, Scalar] = {option.name: option.auto[0] for option in self.method.options if option.auto}
+        unset = {name for option in self.method.options if option.auto for name in option.excludes}
+        given = {name: value for name, value in self.asked.given.items() if name not in unset}
+        return replace(self.asked, given=given | first) if first else None
+
+    def images(self, others: bool = False) -> tuple[Tensor, Tensor]:
+        """Eight digits ``[8, 3, height, width]`` with their true classes; with ``others``, the last four are."""
+        known, half = _backbone(self.device), _COUNT // 2
+        rows = [*range(half), *range(half + half * others, _COUNT + half * others)]
+        return known.images[rows], known.targets[rows]
+
+    @cached_property
+    def model(self) -> SteeredCLIP:
+        """The steered model that most checks look at."""
+        return self.load()
+
+    def load(self, spec: ModelString | None = None) -> SteeredCLIP:
+        """Load the steered model anew. Raises Vs2Error: it could not be built."""
+        spec = spec or self.spec
+        return _backbone(self.device).load(
+            str(spec), _checkpoint(self.method.sae) if spec.needs_checkpoint else None
+        )
+
+    def outcome(self, model: SteeredCLIP, images: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """What comes of images: embeddings ``[8, embed_dim]``, and of a method on logits logits ``[8, classes]``."""
+        pixels, targets = images or self.images()
+        model.reset_statistics()
+        model.set_targets(targets)
+        if model.readout is None:
+            return model.encode_image(pixels)
+        Read(model, model.readout).encode_image(pixels)
+        return model.readout.logits()
+
+    @contextmanager
+    def act(self) -> Iterator[Act]:
+        """Give what the method built, by itself, within a ``with`` block."""
+        model, (images, targets) = self.model, self.images()
+        model.set_targets(targets)
+        place = model.places[-1]
+        with torch.no_grad():
+            with model.unsteered(), reading(model.model, [place.site]) as seen:
+                plain = model.model.encode_image(images)
+            if self.on_logits:
+                yield self._reading(model, F.normalize(plain.float(), dim=-1), images)
+                return
+            with model.at_hand(images) as batch:
+                batch.embed = lambda: plain
+                x = seen[place.site].float()
+                held: dict[str, Tensor] = {"batch.images": images}
+                held |= {f"context.model.{name}": weight for name, weight in model.model.named_parameters()}
+                sae = () if place.gate is None else place.gate.sae.named_parameters()
+                held |= {f"context.sae.{name}": weight for name, weight in sae}
+                yield Act(lambda z: call(place.steering, z, batch), x, tuple(x.shape), held, place.steering)
+
+    def _reading(self, model: SteeredCLIP, x: Tensor, images: Tensor) -> Act:
+        """What a method on logits built, called as its protocol is."""
+        assert model.classifier is not None and model.readout is not None and self.spec.reading is not None
+        classifier, unlabeled = F.normalize(model.classifier.weights.float(), dim=0), None
+        if model.readout.views > 1:
+            noise = torch.randn(len(x), model.readout.views - 1, x.shape[1], generator=torch.Generator().manual_seed(0))
+            x = F.normalize(torch.cat([x[:, None], x[:, None] + 0.02 * noise.to(x)], dim=1), dim=-1)
+        if self.protocol == "unlabeled" and model.checkpoint is not None:
+            unlabeled = plain_gallery(model.checkpoint.open_gallery(), x.device)
+        if self.protocol == "transductive":
+            unlabeled = x.clone()
+        context = Context(model.model, "logits", x.shape[-1], classifier=classifier, unlabeled=unlabeled)
+        read = Builder(self.method, context)({one.name: self.spec.options[one.name] for one in self.method.options})
+        x = x[:1] if self.protocol == "stream" else x
+        batch = Batch(rows=torch.arange(len(x))) if self.protocol == "transductive" else Batch(images[: len(x)])
+        held = {"context.classifier": classifier, **({} if unlabeled is None else {"context.unlabeled": unlabeled})}
+        return Act(lambda z: call(read, z, batch), x, (len(x), classifier.shape[1]), held, read)
