@@ -14,6 +14,7 @@ from vs2_plugin.cli.common import add_store_option, end_well, load_torch, make_f
 from vs2_plugin.cli.data import add_data
 from vs2_plugin.cli.inspect import add_inspect
 from vs2_plugin.cli.latents import add_latents
+from vs2_plugin.cli.new_plugin import add_new_plugin
 from vs2_plugin.cli.report import add_report
 from vs2_plugin.cli.reproduce import add_reproduce
 from vs2_plugin.cli.sae import add_sae
@@ -87,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
     add_reproduce(commands)
     add_data(commands)
     add_store(commands)
+    add_new_plugin(commands)
     return command
 
 
@@ -116,7 +118,7 @@ def _check(method: str) -> int:
     found = findings(method)
     for name, about, problem, skipped in found:
         state = "!!" if problem else "--" if skipped else "ok"
-        say(f"  {state}  {name}: {problem or about}" + (f" (not checked: {skipped})" if skipped else ""))
+        say(f"  {state}  {name}: {problem or (f'not checked, {skipped}' if skipped else about)}")
     failed = sum(finding.problem is not None for finding in found)
     say(f"{method}: {failed} of {len(found)} checks failed" if failed else f"{method}: no check failed")
     return 1 if failed else 0

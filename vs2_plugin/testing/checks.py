@@ -166,7 +166,7 @@ def deterministic(subject: Subject) -> str | None:
 def independent(subject: Subject) -> str | None:
     """an image's result does not depend on the others in its batch"""
     if subject.protocol in ("stream", "transductive"):
-        raise _Skip(f"its protocol is {subject.protocol}")
+        raise _Skip(f"since its protocol is {subject.protocol}")
     model, half = subject.model, 4
     with torch.no_grad():
         first, other = subject.outcome(model)[:half], subject.outcome(model, subject.images(others=True))[:half]
@@ -181,7 +181,7 @@ def independent(subject: Subject) -> str | None:
 def automatic(subject: Subject) -> str | None:
     """with all automatic options at their first value it leaves images as they are, and auto can be chosen"""
     if subject.identity is None:
-        raise _Skip("none of its options can be auto")
+        raise _Skip("since none of its options can be auto")
     model = subject.load(subject.identity)
     with torch.no_grad():
         left = subject.outcome(model)
@@ -205,7 +205,7 @@ def pickles(subject: Subject) -> str | None:
     with subject.act() as act:
         within = not subject.on_logits and "<locals>" in getattr(act.built, "__qualname__", "")
     if within:
-        raise _Skip("it is a function within another, which no pickle holds; an nn.Module or an object can be pickled")
+        raise _Skip("since it is a function within another, which no pickle holds; an nn.Module or an object can be pickled")
     return _same(subject, lambda model: pickle.loads(pickle.dumps(model)), "a model from a pickle")
 
 

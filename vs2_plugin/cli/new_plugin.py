@@ -1,0 +1,31 @@
+"""``vs2 new-plugin``: the package of a method of one's own, to begin with."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+
+from vs2_plugin.messages import say
+
+__all__ = ["add_new_plugin"]
+
+
+def add_new_plugin(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the sub-command."""
+    command = commands.add_parser(
+        "new-plugin", help="write the package of a method of your own, to begin with",
+        epilog="example: vs2 new-plugin mine && cd vs2-mine && pip install -e '.[test]' && pytest",
+    )  # fmt: skip
+    command.add_argument("name", metavar="NAME", help="of the method: lower-case letters, digits and '_'")
+    command.add_argument("folder", metavar="DIR", nargs="?", type=Path, help="new or empty (default: vs2-NAME)")
+    command.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    from vs2_plugin.new_plugin import new_plugin
+
+    paths = new_plugin(args.name, args.folder)
+    for path in paths:
+        say(f"wrote {path}")
+    say(f"next: cd {shlex.quote(str(paths[0].parent))} && pip install -e '.[test]' && pytest")
