@@ -10,10 +10,11 @@ from pathlib import Path
 from vs2_plugin import __version__
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli.classify import add_classify
-from vs2_plugin.cli.common import add_store_option, end_well, load_torch, make_folder
+from vs2_plugin.cli.common import add_store_option, end_well, make_folder
 from vs2_plugin.cli.data import add_data
 from vs2_plugin.cli.inspect import add_inspect
 from vs2_plugin.cli.latents import add_latents
+from vs2_plugin.cli.methods import add_methods
 from vs2_plugin.cli.new_plugin import add_new_plugin
 from vs2_plugin.cli.report import add_report
 from vs2_plugin.cli.reproduce import add_reproduce
@@ -21,7 +22,6 @@ from vs2_plugin.cli.sae import add_sae
 from vs2_plugin.cli.store import add_store
 from vs2_plugin.cli.stress import add_stress
 from vs2_plugin.cli.sweep import add_sweep
-from vs2_plugin.messages import complain, say
 
 __all__ = ["main", "parser"]
 
@@ -62,22 +62,13 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--quiet", action="store_true", help="hide the output of the commands")
     demo.set_defaults(run=_demo, interrupted="; nothing of it is kept: the same command starts again")
 
-    methods = commands.add_parser(
-        "methods", help="every steering method with its options",
-        epilog="examples: vs2 methods | less; vs2 methods --check centre",
-    )
-    methods.add_argument(
-        "--check", metavar="METHOD",
-        help="check that method instead, as its author should: centre, or with options centre@alpha=1",
-    )
-    methods.set_defaults(run=_methods)
-
     doctor = commands.add_parser(
         "doctor", help="check the installation, the plugins and the store", epilog="example: vs2 doctor --store store"
     )
     add_store_option(doctor)
     doctor.set_defaults(run=_doctor)
 
+    add_methods(commands)
     add_classify(commands)
     add_report(commands)
     add_inspect(commands)
@@ -105,65 +96,6 @@ def _demo(args: argparse.Namespace) -> None:
     TrainRequest(dataset=("wds/digits",), seed=tuple(args.seed))  # told before anything is written
     make_folder(args.out)
     demo(args.out, args.quiet, list(dict.fromkeys(args.seed)))
-
-
-def _methods(args: argparse.Namespace) -> int:
-    return _list_methods() if args.check is None else _check(args.check)
-
-
-def _check(method: str) -> int:
-    load_torch()
-    from vs2_plugin.testing import findings
-
-    found = findings(method)
-    for name, about, problem, skipped in found:
-        state = "!!" if problem else "--" if skipped else "ok"
-        say(f"  {state}  {name}: {problem or (f'not checked, {skipped}' if skipped else about)}")
-    failed = sum(finding.problem is not None for finding in found)
-    say(f"{method}: {failed} of {len(found)} checks failed" if failed else f"{method}: no check failed")
-    return 1 if failed else 0
-
-
-def _list_methods() -> int:
-    from vs2_plugin.method import AUTOMATIC, COMMON, NEIGHBOURS, STREAM, UNLABELED, VIEWS, Method, Option
-    from vs2_plugin.plugins import UNINSTALL, registry
-
-    def show(option: Option) -> None:
-        excludes = f", not with {' or '.join(option.excludes)}" if option.excludes else ""
-        say(f"    @{option.name}={option.type.__name__:<6} {option.describe()}{excludes}. {option.help}")
-
-    def needs(method: Method) -> str:
-        if method.site == "logits":
-            return "reads embeddings as classes" + (", needs a checkpoint's gallery" if method.needs_checkpoint else "")
-        where = "steers the output embedding" if method.site == "output" else "steers at the sites of a checkpoint"
-        looks = {"none": "", "images": ", looks into its gallery", "neighbours": ", along an image's neighbours"}
-        return where + looks[method.gallery] if method.needs_checkpoint else "needs no checkpoint"
-
-    known = registry()
-    for name, method in known.methods.items():
-        aliases = f" (also {', '.join(method.aliases)})" if method.aliases else ""
-        say(f"{name}:{aliases}  {method.summary}")
-        sees = f"labels used: {method.labels}; protocol: {method.protocol}"
-        say(f"    from {known.owners[name]}; {sees}; {needs(method)}")
-        for option in method.options:
-            show(option)
-    groups = (
-        (COMMON, "steers at the sites of a checkpoint"),
-        (NEIGHBOURS, "steers along an image's neighbours"),
-        (AUTOMATIC, "has an option that can be auto"),
-        (UNLABELED, "reads embeddings as classes, and learns from unlabeled images"),
-        (STREAM, "reads embeddings as classes, and sees a stream of images"),
-        (VIEWS, "reads embeddings as classes, and sees views of each image"),
-    )
-    for group, which in groups:
-        say(f"every method that {which} has:")
-        for option in group:
-            show(option)
-    for name, claimants in known.conflicts.items():
-        complain(f"vs2: error: method {name!r} is claimed by {' and '.join(claimants)}; {UNINSTALL}")
-    for plugin, problem in known.broken.items():
-        complain(f"vs2: error: plugin {plugin} failed to load: {problem}")
-    return 1 if known.conflicts or known.broken else 0
 
 
 def _doctor(args: argparse.Namespace) -> int:

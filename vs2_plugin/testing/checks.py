@@ -205,7 +205,7 @@ def pickles(subject: Subject) -> str | None:
     with subject.act() as act:
         within = not subject.on_logits and "<locals>" in getattr(act.built, "__qualname__", "")
     if within:
-        raise _Skip("since it is a function within another, which no pickle holds; an nn.Module or an object can be pickled")
+        raise _Skip("since it is a function within another; an nn.Module or an object can be pickled")
     return _same(subject, lambda model: pickle.loads(pickle.dumps(model)), "a model from a pickle")
 
 

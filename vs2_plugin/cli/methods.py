@@ -1,0 +1,81 @@
+"""``vs2 methods``: every method with its options, or the checks of one."""
+
+from __future__ import annotations
+
+import argparse
+
+from vs2_plugin.cli.common import load_torch
+from vs2_plugin.messages import complain, say
+from vs2_plugin.method import AUTOMATIC, COMMON, NEIGHBOURS, STREAM, UNLABELED, VIEWS, Method, Option
+from vs2_plugin.plugins import UNINSTALL, registry
+
+__all__ = ["add_methods"]
+
+
+def add_methods(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the sub-command."""
+    command = commands.add_parser(
+        "methods", help="every method with its options, or (--check) what an author checks one with",
+        epilog="examples: vs2 methods | less; vs2 methods --check centre",
+    )  # fmt: skip
+    command.add_argument(
+        "--check", metavar="METHOD",
+        help="check that method instead, as its author should: centre, or with options centre@alpha=1",
+    )  # fmt: skip
+    command.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    return _list_methods() if args.check is None else _check(args.check)
+
+
+def _check(method: str) -> int:
+    load_torch()
+    from vs2_plugin.testing import findings
+
+    found = findings(method)
+    for name, about, problem, skipped in found:
+        state = "!!" if problem else "--" if skipped else "ok"
+        say(f"  {state}  {name}: {problem or (f'not checked, {skipped}' if skipped else about)}")
+    failed = sum(finding.problem is not None for finding in found)
+    say(f"{method}: {failed} of {len(found)} checks failed" if failed else f"{method}: no check failed")
+    return 1 if failed else 0
+
+
+def _list_methods() -> int:
+    def show(option: Option) -> None:
+        excludes = f", not with {' or '.join(option.excludes)}" if option.excludes else ""
+        say(f"    @{option.name}={option.type.__name__:<6} {option.describe()}{excludes}. {option.help}")
+
+    def needs(method: Method) -> str:
+        if method.site == "logits":
+            return "reads embeddings as classes" + (", needs a checkpoint's gallery" if method.needs_checkpoint else "")
+        where = "steers the output embedding" if method.site == "output" else "steers at the sites of a checkpoint"
+        looks = {"none": "", "images": ", looks into its gallery", "neighbours": ", along an image's neighbours"}
+        return where + looks[method.gallery] if method.needs_checkpoint else "needs no checkpoint"
+
+    known = registry()
+    for name, method in known.methods.items():
+        aliases = f" (also {', '.join(method.aliases)})" if method.aliases else ""
+        say(f"{name}:{aliases}  {method.summary}")
+        sees = f"labels used: {method.labels}; protocol: {method.protocol}"
+        say(f"    from {known.owners[name]}; {sees}; {needs(method)}")
+        for option in method.options:
+            show(option)
+    groups = (
+        (COMMON, "steers at the sites of a checkpoint"),
+        (NEIGHBOURS, "steers along an image's neighbours"),
+        (AUTOMATIC, "has an option that can be auto"),
+        (UNLABELED, "reads embeddings as classes, and learns from unlabeled images"),
+        (STREAM, "reads embeddings as classes, and sees a stream of images"),
+        (VIEWS, "reads embeddings as classes, and sees views of each image"),
+    )
+    for group, which in groups:
+        say(f"every method that {which} has:")
+        for option in group:
+            show(option)
+    for name, claimants in known.conflicts.items():
+        complain(f"vs2: error: method {name!r} is claimed by {' and '.join(claimants)}; {UNINSTALL}")
+    for plugin, problem in known.broken.items():
+        complain(f"vs2: error: plugin {plugin} failed to load: {problem}")
+    return 1 if known.conflicts or known.broken else 0
