@@ -128,3 +128,74 @@ def test_other_towers_look_up_neighbours_too(name, few, clip_benchmark, monkeypa
     assert images["fvu"].shape == images["target"].shape and len(images["target"]) == 100
     folder = Store.default().find("neighbours").gallery_folder / "0"
     assert (folder / "visual.npy").read_bytes() == (folder / "embedding.clip.npy").read_bytes()
+
+
+@pytest.fixture
+def architecture(tmp_path):
+    """The name of a tiny architecture that open_clip knows for the while."""
+    import open_clip
+    from open_clip import factory
+
+    paths, known = list(factory._MODEL_CONFIG_PATHS), dict(factory._MODEL_CONFIGS)
+    text = {**TEXT, "width": 16}
+    vision = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+    (tmp_path / "tiny-ViT.json").write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(tmp_path / "tiny-ViT.json")
+    yield "tiny-ViT"
+    factory._MODEL_CONFIG_PATHS[:] = paths
+    factory._MODEL_CONFIGS.clear()
+    factory._MODEL_CONFIGS.update(known)
+
+
+def test_files_of_weights_have_checkpoints_of_their_own_in_all_commands(few, architecture, clip_benchmark, capsys):
+    """One holds weights, the other of that name a checkpoint of open_clip's training by several processes."""
+    import open_clip
+    import torch
+
+    import vs2_plugin
+    from vs2_plugin.cli import main
+
+    files = [f"{folder}/epoch_5.pt" for folder in ("a", "b")]
+    for seed, file in enumerate(files):
+        (few / file).parent.mkdir(exist_ok=True)
+        torch.manual_seed(seed)
+        weights = open_clip.create_model(architecture).state_dict()
+        trained = {"epoch": 5, "state_dict": {f"module.{key}": value for key, value in weights.items()}}
+        torch.save(trained if seed else weights, few / file)
+    data = DATA[2:]
+    for file in files:
+        assert train_sae.main(["--model", architecture, "--pretrained", file, *data, "--samples", "500"]) == 0
+    names = sorted(name for name in Store.default().names() if name.startswith("tiny-ViT"))
+    assert len(names) == 2 and all(name.startswith("tiny-ViT_epoch-5-") for name in names)
+    words = ("--model", architecture, f"vs2:{architecture}", "--pretrained", *files, *data)
+    code, error = clip_benchmark("eval", *words, "--output", "w-{pretrained_full_path}-{model}.json")
+    assert code == 0, error
+    found = [metrics(few / f"w-{file.replace('/', '_')}-vs2:{architecture}.json")["vs2_checkpoint"] for file in files]
+    assert sorted(found) == names
+    swept = ["--model", f"vs2:{architecture}@alpha=1", "--pretrained", files[1], *data]
+    assert main.main(["sweep", *swept, "--output", "s/{model}.json"]) == 0
+    assert metrics(few / f"s/vs2:{architecture}@alpha=1.json")["vs2_checkpoint"] == found[1]
+    model, *_ = vs2_plugin.load(f"vs2:{architecture}", files[0], dataset="wds/few")
+    assert model.checkpoint.name == found[0]
+
+
+WRONG_FILES = [
+    (b"no weights" * 9, "it is no file of weights ("),
+    ("ViT", "its weights are not those of this architecture (RuntimeError: Error(s) in loading state_dict for CLIP"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), WRONG_FILES)
+def test_a_file_without_the_weights_is_told_in_a_sentence(content, message, few, architecture, capsys):
+    import torch
+
+    file = few / "wrong.pt"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save({"state_dict": {"visual.proj": torch.zeros(3)}}, file)
+    assert train_sae.main(["--model", architecture, "--pretrained", str(file), *DATA[2:], "--quiet"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"could not load {architecture} with weights '{file}': {message}" in said
+    assert said.endswith(f"open_clip wrote for {architecture}, a state_dict or a checkpoint of a training, as .pt or "
+                         ".safetensors")  # fmt: skip
