@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from vs2_plugin.steering.batch import Batch
     from vs2_plugin.steering.context import Context
 
 
@@ -22,13 +23,99 @@ def build_dn(context: Context, weight: float) -> Callable[[Tensor], Tensor]:
     return normalised(context.require_classifier(), context.require_unlabeled(), weight)
 
 
+def build_inmap(context: Context, steps: int, rate: float, sure: float, sinkhorn: int) -> Callable[[Tensor], Tensor]:
+    """InMaP."""
+    from vs2_plugin.logits.inmap import learned
+
+    return learned(context.require_classifier(), context.require_unlabeled(), steps, rate, sure, sinkhorn)
+
+
+def build_zlap(context: Context, edges: int, power: float, damping: float) -> Callable[[Tensor, Batch], Tensor]:
+    """ZLaP."""
+    from vs2_plugin.logits.zlap import propagated
+
+    return propagated(context.require_classifier(), context.require_unlabeled(), edges, power, damping)
+
+
+def build_tda(context: Context, **weights: float) -> Callable[[Tensor], Tensor]:
+    """TDA."""
+    from vs2_plugin.logits.tda import Stream
+
+    return Stream(context.require_classifier(), **weights)
+
+
+def build_zero(context: Context, keep: float) -> Callable[[Tensor], Tensor]:
+    """ZERO."""
+    from vs2_plugin.logits.zero import voted
+
+    return voted(context.require_classifier(), keep)
+
+
+def build_stata(context: Context, anchor: float, rounds: int) -> Callable[[Tensor], Tensor]:
+    """StatA."""
+    from vs2_plugin.logits.stata import mixture
+
+    return lambda x: mixture(context.require_classifier(), x, anchor, rounds)
+
+
 @hookimpl
 def vs2_methods() -> list[Method]:
-    """The methods on logits of this package."""
-    weight = Option("weight", float, 0.25, minimum=0, maximum=1, help="of the means that are taken off")
+    """The methods on logits of this package, with the options that their papers tune."""
     return [
         Method(
-            "dn", build_dn, [weight], site="logits", protocol="unlabeled",
+            "dn", build_dn,
+            [Option("weight", float, 0.25, minimum=0, maximum=1, help="of the means that are taken off")],
+            site="logits", protocol="unlabeled",
             summary="distribution normalisation: embeddings less a share of their mean, of images and of classes",
+        ),
+        Method(
+            "inmap", build_inmap,
+            [
+                Option("steps", int, 2000, minimum=0, maximum=1_000_000, help="of the gradient"),
+                Option("rate", float, 10.0, minimum=0, maximum=1000, help="of the first step"),
+                Option("sure", float, 0.6, minimum=0, maximum=1, help="probability above which a class is certain"),
+                Option(
+                    "sinkhorn", int, 0, minimum=0, maximum=1000,
+                    help="rounds that make classes equally frequent among the unlabeled images, 20 in the paper",
+                ),
+            ],
+            site="logits", protocol="unlabeled",
+            summary="InMaP: class embeddings learned among unlabeled images from their zero-shot classes",
+        ),
+        Method(
+            "zlap", build_zlap,
+            [
+                Option("edges", int, 5, minimum=2, maximum=1000, help="of an image to images, and to classes"),
+                Option("power", float, 5.0, minimum=0, maximum=100, help="to which cosines of classes are raised"),
+                Option("damping", float, 0.3, minimum=0, maximum=0.99, help="of what spreads from node to node"),
+            ],
+            site="logits", protocol="unlabeled",
+            summary="ZLaP: classes spread from texts over a graph of unlabeled images",
+        ),
+        Method(
+            "tda", build_tda,
+            [
+                Option("positive", float, 2.0, minimum=0, maximum=1000, help="weight of what sure images say"),
+                Option("sharpness", float, 5.0, minimum=0, maximum=1000, help="how like them an image has to be"),
+                Option("negative", float, 0.117, minimum=0, maximum=1000, help="weight of what unsure ones say"),
+                Option("negative_sharpness", float, 1.0, minimum=0, maximum=1000, help="the same for these"),
+            ],
+            site="logits", protocol="stream",
+            summary="TDA: two small caches of the surest images before, and of unsure ones",
+        ),
+        Method(
+            "zero", build_zero,
+            [Option("keep", float, 0.3, minimum=0, maximum=1, help="share of the views that vote, the most confident")],
+            site="logits", views=True,
+            summary="ZERO: a vote of the most confident views of an image",
+        ),
+        Method(
+            "stata", build_stata,
+            [
+                Option("anchor", float, 1.0, minimum=0.001, maximum=1e6, help="weight of a class's text, in images"),
+                Option("rounds", int, 10, minimum=1, maximum=1000, help="of the mixture"),
+            ],
+            site="logits", protocol="transductive",
+            summary="StatA: a mixture of Gaussians among all test images, anchored at the texts",
         ),
     ]  # fmt: skip
