@@ -19,7 +19,7 @@ def mixture(classifier: Tensor, unlabeled: Tensor, anchor: float, rounds: int) -
 
     Maximised in turn are z, μ and Σ (diagonal) in ``Σ_i z_i . log p(x_i | μ, Σ) + Σ_ij w_ij z_i . z_j
     - KL(z || y) - a Σ_c KL(N(μ'_c, Σ'_c) || N(μ_c, Σ_c))``, with y = softmax(100 x . t), and w the cosines of the
-    nearest images. The anchor's mean μ'_c is the class embedding, its variance Σ'_c that of the images around it, by y::
+    nearest images. The anchor's mean μ'_c is the class embedding, its variance Σ'_c that of images around it, by y::
 
         z_i ~ y_i exp(log p_i + Σ_j (w_ij + w_ji) z_j)
         μ_c = (Σ_i z_ic x_i + a μ'_c) / (Σ_i z_ic + a)
