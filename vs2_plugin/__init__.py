@@ -4,7 +4,7 @@ Importing this package is cheap: it is imported at every interpreter start (by t
 ``clip_benchmark`` know the steered models), so each public name is loaded when it is first used.
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 #: Public name -> the module that defines it.
 _HOME = {
