@@ -211,7 +211,7 @@ def test_the_python_of_the_chapter_on_images_writes_shards(tmp_path, monkeypatch
 def test_the_plugin_of_its_chapter_runs(make_sae):
     """tests/harness/test_autoload.py installs it as a package and evaluates with it."""
     page = REPOSITORY / "vs2_plugin/docs/plugins.md"
-    (code, along, reading), (toml,) = blocks(page, "python"), blocks(page, "toml")
+    (code, checking, along, reading), (toml,) = blocks(page, "python"), blocks(page, "toml")
     names = {}
     exec(compile(code, "plugins.md", "exec"), names)
     assert toml == '[project.entry-points.vs2_plugin]\naway = "vs2_away"\n'
@@ -219,6 +219,8 @@ def test_the_plugin_of_its_chapter_runs(make_sae):
     (method,) = names["vs2_methods"]()
     steer = method.build(SimpleNamespace(mean=torch.ones(3)), 0.5)
     assert torch.equal(steer(torch.full((2, 3), 3.0)), torch.full((2, 3), 4.0))
+    exec(compile(checking, "plugins.md", "exec"), names)
+    names["test_away"]()
     exec(compile(along, "plugins.md", "exec"), names)
     sae, x = make_sae(), torch.randn(2, 32)
     steer = names["build_along"](SimpleNamespace(sae=sae), 0.5)
