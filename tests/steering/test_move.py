@@ -164,6 +164,8 @@ def test_amounts_stand_beside_the_activations_they_are_of(sae, x):
         assert torch.equal(amounts, 2 * activations) and torch.equal(activations, plain.active(row)[1])
         assert sorted(dense.active(row)[0].tolist()) == sorted(where.tolist())
         assert torch.equal(where, plain.active(row)[0])
+    again = plain.scaled(torch.full((16, 1), 2.0)).active(5)
+    assert all(map(torch.equal, again, doubled.active(5)))
     part = dense[torch.tensor([5, 0])]
     torch.testing.assert_close(part.direction, plain.direction[[5, 0]])
     assert torch.equal(part.values[0], dense.values[5])

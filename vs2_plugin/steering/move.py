@@ -51,6 +51,11 @@ class Code:
         """The sparse code of activations ``[batch, d]``."""
         return cls(sae, *sae.encode(x), origin=sae.origin(x))
 
+    def scaled(self, factors: Tensor) -> Code:
+        """The same latents with amounts times ``factors``, which broadcast to ``[batch, k]``; the activations stay."""
+        known = self.values if self._activations is None else self._activations
+        return Code(self.sae, self.values * factors, self.indices, known, self.origin)
+
     @property
     def values(self) -> Tensor:
         """The amounts: ``[batch, k]``, or ``[batch, n]`` without :attr:`indices`."""
