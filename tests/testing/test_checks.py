@@ -17,7 +17,7 @@ from vs2_plugin.testing.checks import CHECKS, automatic, found_by
 from vs2_plugin.testing.subject import Subject
 
 #: What a method is asked with, where its name is not enough.
-WITH = {"latents": "latents@suppress=3+5@boost=7"}
+WITH = {"latents": "latents@suppress=3+5@boost=7", "zero": "zero@views=4", "inmap": "inmap@steps=20"}
 BY_NAME = {one.__name__.replace("_", " "): one for one in CHECKS}
 BUILT_IN = [name for name, owner in find_plugins().owners.items() if owner.startswith("vs2-plugin (built in")]
 

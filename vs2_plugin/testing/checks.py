@@ -211,6 +211,8 @@ def pickles(subject: Subject) -> str | None:
 
 def gradients(subject: Subject) -> str | None:
     """it gives the same with gradients and without, also after inference_mode, and gradients are finite"""
+    if subject.on_logits:
+        raise _Skip("since what reads embeddings is never asked for gradients")
     model, (pixels, targets) = subject.load(), subject.images()
     with torch.inference_mode():
         without = subject.outcome(model).clone()

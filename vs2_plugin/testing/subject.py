@@ -168,7 +168,8 @@ class Subject:
         if model.readout is None:
             return model.encode_image(pixels)
         Read(model, model.readout).encode_image(pixels)
-        return model.readout.logits()
+        with torch.autocast(self.device, enabled=False):  # as in an evaluation, which is over by then
+            return model.readout.logits()
 
     @contextmanager
     def act(self) -> Iterator[Act]:
