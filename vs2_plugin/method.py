@@ -110,11 +110,15 @@ COMMON = (
     ),
 )  # fmt: skip
 
-#: What a method on logits understands that learns from unlabeled images; its builder does not see it.
+#: What a method on logits understands that learns from unlabeled images; its builder does not see these.
 UNLABELED = (
     Option(
         "unlabeled", str, "train", choices=("train", "test"),
         help="the images it learns from: the checkpoint's gallery of training images, or all test images at once",
+    ),
+    Option(
+        "use", str, "always", choices=("always", AUTO),
+        help="auto: only where these images speak for it, by the rule for strengths, and else plain CLIP",
     ),
 )  # fmt: skip
 

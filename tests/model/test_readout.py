@@ -106,6 +106,25 @@ def test_all_test_images_are_shown_at_once_where_asked_for(add, in_demo, images)
     assert model.vs2_facts()["vs2_protocol"] == "transductive"
 
 
+def shifted(context):
+    return lambda x: (100 * x @ context.classifier).roll(1, dims=1)
+
+
+@pytest.mark.parametrize("method", ["inmap", "learns"])
+def test_it_is_used_only_where_unlabeled_images_speak_for_it_if_so_asked(method, add, in_demo, images):
+    add("learns", shifted, protocol="unlabeled")
+    options = "@steps=100@sinkhorn=20" if method == "inmap" else ""
+    always, auto = load(method, options), load(method, f"{options}@use=auto")
+    expected, found = always.classify(images), auto.classify(images)
+    used = method == "inmap"
+    torch.testing.assert_close(found.logits, expected.logits if used else found.plain_logits, rtol=0, atol=1e-4)
+    facts = auto.vs2_facts()
+    assert facts["vs2_used"] is used and "nats" in facts["vs2_use_reason"]
+    assert "vs2_used" not in always.vs2_facts()
+    seen = load(method, f"{options}@use=auto@unlabeled=test").classify(images)  # ten of noise speak for nothing
+    torch.testing.assert_close(seen.logits, seen.plain_logits, rtol=0, atol=1e-4)
+
+
 def test_a_stream_comes_image_by_image_in_the_order_of_its_seed(add, in_demo, images):
     seen = []
 

@@ -22,7 +22,7 @@ from vs2_plugin.data.images import image_digest
 from vs2_plugin.errors import HarnessError, PluginError
 from vs2_plugin.gallery.gallery import CLIP, Gallery
 from vs2_plugin.gallery.search import blocks
-from vs2_plugin.method import Scalar
+from vs2_plugin.method import AUTO, Scalar
 from vs2_plugin.model.builder import Builder, whose
 from vs2_plugin.model.facts import facts_of
 from vs2_plugin.model.views import views_of
@@ -31,6 +31,7 @@ from vs2_plugin.steering.batch import Batch, Steering, call, unchanged
 from vs2_plugin.steering.context import Context
 from vs2_plugin.steering.neighbours import Activations
 from vs2_plugin.steering.retriever import Retriever
+from vs2_plugin.strength import RULE, choose, neighbour_graph
 
 __all__ = ["Read", "Readout", "plain_gallery", "steered_gallery", "stream_order"]
 
@@ -72,6 +73,7 @@ class Readout:
         self._context, self._gallery = context, gallery
         self._read: Steering | None = None
         self._told: Mapping[str, Scalar] = {}
+        self._chosen: Mapping[str, Scalar] = {}
         self._classifier: Tensor | None = None
         self._known_for: str | None = None
         self.start()
@@ -95,8 +97,28 @@ class Readout:
     def _learned(self) -> Steering:
         """What reads each batch as it comes."""
         if self._read is None:
-            self._read = self._build(None if self._gallery is None else self._gallery())
+            self._read = self._build(None) if self._gallery is None else self._stood_up(self._gallery())
         return self._read
+
+    @torch.no_grad()
+    def _stood_up(self, unlabeled: Tensor) -> Steering:
+        """What the method learns from images ``[m, embed_dim]``; with ``@use=auto``, what reads as plain CLIP does
+        unless their classes fit their neighbours' better by it, as for strengths. Its reading of an image that it
+        learned from is compared, which hides what it only knows by heart, but never speaks for that."""
+        read, classifier = self._build(unlabeled), self._classifier
+        if self.options.get("use") != AUTO:
+            return read
+        assert classifier is not None
+        told = self._checked(read, unlabeled, Batch(rows=torch.arange(len(unlabeled), device=unlabeled.device)))
+        ways = [(unlabeled @ classifier).argmax(1).cpu(), told.argmax(1)]
+        choice = choose([{"use": 0.0}, {"use": 1.0}], ways, neighbour_graph(unlabeled).cpu(), classifier.shape[1])
+        plain, its = choice.scores.information
+        self._chosen = {
+            "used": bool(choice.index),
+            "use_reason": f"over {len(unlabeled)} images, a class tells {plain:.3f} nats of the neighbours' classes, "
+            f"and {its:.3f} by {self.method.name}: {RULE.objection(choice.candidates, choice.scores, 1) or 'enough'}",
+        }
+        return read if choice.index else lambda x: 100 * x @ classifier
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_read": None}  # a function within another cannot be pickled; it is built anew
@@ -141,7 +163,7 @@ class Readout:
         x = torch.cat(self._embeddings)
         x = x if rows is None else x[list(rows)]
         if self.protocol == "transductive":
-            return self._checked(self._build(x), x, Batch(rows=torch.arange(len(x), device=x.device)))
+            return self._checked(self._stood_up(x), x, Batch(rows=torch.arange(len(x), device=x.device)))
         read, found = self._build(None), [torch.empty(0)] * len(x)
         order = stream_order(self._digests, int(self.options["order"] or 0)) if rows is None else range(len(x))
         for row in order:
@@ -184,8 +206,8 @@ class Readout:
 
     @property
     def facts(self) -> Mapping[str, Scalar]:
-        """What the method says of itself."""
-        return self._told
+        """What the method says of itself, and whether it is used where that was left open."""
+        return {**self._told, **self._chosen}
 
 
 class Read:
