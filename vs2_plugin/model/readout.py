@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vs2_plugin.arrays import digest_of
+from vs2_plugin.arrays import digest_of, spread
 from vs2_plugin.clip.edits import in_float32
 from vs2_plugin.clip.sites import ClipModel, Site, embedding_from
 from vs2_plugin.data.images import image_digest
@@ -35,8 +35,8 @@ from vs2_plugin.strength import RULE, choose, neighbour_graph
 
 __all__ = ["Read", "Readout", "plain_gallery", "steered_gallery", "stream_order"]
 
-#: Images of the gallery at a time.
-_BATCH = 2048
+#: Images of the gallery at a time, and how many tell whether a method is used, evenly spread over more.
+_BATCH, _JUDGED = 2048, 10_000
 
 
 class _Place(Protocol):
@@ -109,13 +109,15 @@ class Readout:
         if self.options.get("use") != AUTO:
             return read
         assert classifier is not None
-        told = self._checked(read, unlabeled, Batch(rows=torch.arange(len(unlabeled), device=unlabeled.device)))
-        ways = [(unlabeled @ classifier).argmax(1).cpu(), told.argmax(1)]
-        choice = choose([{"use": 0.0}, {"use": 1.0}], ways, neighbour_graph(unlabeled).cpu(), classifier.shape[1])
+        rows = spread(len(unlabeled), _JUDGED).to(unlabeled.device)
+        judged = unlabeled[rows]
+        told = self._checked(read, judged, Batch(rows=rows))
+        ways = [(judged @ classifier).argmax(1).cpu(), told.argmax(1)]
+        choice = choose([{"use": 0.0}, {"use": 1.0}], ways, neighbour_graph(judged).cpu(), classifier.shape[1])
         plain, its = choice.scores.information
         self._chosen = {
             "used": bool(choice.index),
-            "use_reason": f"over {len(unlabeled)} images, a class tells {plain:.3f} nats of the neighbours' classes, "
+            "use_reason": f"over {len(judged)} images, a class tells {plain:.3f} nats of the neighbours' classes, "
             f"and {its:.3f} by {self.method.name}: {RULE.objection(choice.candidates, choice.scores, 1) or 'enough'}",
         }
         return read if choice.index else lambda x: 100 * x @ classifier
