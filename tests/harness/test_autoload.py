@@ -19,7 +19,7 @@ PLUGIN = {
         requires = ["hatchling"]
         build-backend = "hatchling.build"
         [project]
-        name = "vs2-centre"
+        name = "vs2-away"
         version = "0.3"
         [project.entry-points.vs2_plugin]
         away = "vs2_away"
@@ -140,16 +140,16 @@ def test_the_plugin_of_the_docs_works_as_a_package(environment, tmp_path, in_dem
     install(python, str(REPOSITORY), str(tmp_path))
     try:
         listing = subprocess.run([python.parent / "vs2", "methods"], capture_output=True, text=True)
-        assert listing.returncode == 0 and "vs2-centre 0.3 (entry point 'centre')" in listing.stdout
+        assert listing.returncode == 0 and "vs2-away 0.3 (entry point 'away')" in listing.stdout
         model = ["--model", f"away:{TINY}@strength=0.5", "--pretrained", ""]
-        script = [python, "-m", "clip_benchmark.cli", "eval", *model, *DIGITS, "--output", "centre.json"]
+        script = [python, "-m", "clip_benchmark.cli", "eval", *model, *DIGITS, "--output", "away.json"]
         done = subprocess.run(script, capture_output=True, text=True)  # in the demo's folder, with its store
         assert done.returncode == 0, done.stderr
-        found = metrics(in_demo / "centre.json")
+        found = metrics(in_demo / "away.json")
         assert found["vs2_method"] == "away" and found["vs2_strength"] == 0.5
         assert 0.1 < found["acc1"] <= 1
     finally:
-        pip(python, "uninstall", "--quiet", "--yes", "vs2-plugin", "vs2-centre")
+        pip(python, "uninstall", "--quiet", "--yes", "vs2-plugin", "vs2-away")
 
 
 def test_the_start_file_names_the_hook():

@@ -23,8 +23,8 @@ from vs2_plugin.training.request import TrainRequest
 
 __all__ = ["PAPER", "SAE_FLAGS", "read", "read_all"]
 
-#: The folder of the paper's tables: within the package where it was installed, beside it in a clone.
-PAPER = Path(__file__).parent / "paper"
+#: The folder of the paper's tables: beside the package where it was installed, of `benchmark_configs` in a clone.
+PAPER = Path(__file__).parents[2] / "vs2_plugin_paper"
 if not PAPER.is_dir():
     PAPER = Path(__file__).parents[2] / "benchmark_configs" / "paper"
 #: The word for all of them.
