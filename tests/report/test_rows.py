@@ -68,4 +68,4 @@ def test_rows_stand_by_labels_and_then_by_change(write_run, steered):
         path = write_run(f"{name}:B", accuracy, metrics=steered(name, labels))
     group = group_of(path.parent)
     assert [row.label for row in group.table] == ["zero-shot", "c", "a", "d", "b"]
-    assert {kind: len(rows) for kind, rows in group.kinds.items()} == {"none": 3, "train": 1, "oracle": 1}
+    assert {kind: len(rows) for kind, rows in group.kinds.items()} == {"": 1, "unlabeled": 2, "train": 1, "oracle": 1}

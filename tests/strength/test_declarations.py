@@ -87,6 +87,7 @@ def test_classes_are_needed_where_something_is_to_be_chosen():
 
 BUILT_IN = {method.name: method for method in vs2_methods()}
 CAN = {"vs2": ["alpha"], "pass": ["alpha"], "vs2s": ["p", "alpha"], "vs2pp": ["alpha"], "clipsteer": ["alpha"]}
+CAN |= {"centre": ["alpha"]}
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
