@@ -221,11 +221,14 @@ def interpreted():
     import importlib
     from contextlib import contextmanager
 
+    def of_triton():
+        return [name for name in sys.modules if name.split(".")[0] == "triton" and "._C" not in name]
+
     @contextmanager
     def within(*names):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "1")  # which counts when Triton is imported
-            for name in [name for name in sys.modules if name.split(".")[0] == "triton" and "._C" not in name]:
+            for name in of_triton():
                 patch.delitem(sys.modules, name)
             for name in names:
                 package, _, own = name.rpartition(".")
@@ -236,6 +239,8 @@ def interpreted():
                 package, _, own = name.rpartition(".")
                 sys.modules.pop(name, None)
                 vars(importlib.import_module(package)).pop(own, None)
+            for name in of_triton():  # those of before come back as a whole, or it is imported anew
+                del sys.modules[name]
 
     return within
 
