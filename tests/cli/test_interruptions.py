@@ -13,7 +13,7 @@ from vs2_plugin.cli.main import main
 def test_an_interruption_while_torch_is_loaded_ends_well(tmp_path):
     """In a process of its own, where a module in torch's place stands for the interrupted import."""
     (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nprint('imported')\n")
-    code = "import sys; from vs2_plugin.cli.train_sae import main; sys.exit(main(['--help']))"
+    code = "import sys; from vs2_plugin.cli.train_sae import main; sys.exit(main(['--model', 'B', '--dataset', 'd']))"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 130 and done.stdout == "imported\n"
