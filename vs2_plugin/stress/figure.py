@@ -50,10 +50,11 @@ def _panel(panel: Axes, axis: str, found: Mapping[tuple[str, str, str], Mean]) -
             continue
         heights = np.array([100 * mean.change for _, mean in line])
         low, high = 100 * np.array([mean.range for _, mean in line]).T
+        bars = [(heights - low).clip(0), (high - heights).clip(0)]  # rounding may put a mean beyond equal draws
         protocol = line[0][1].outcomes[0].protocol
         shown[f"{label_of(model)} ({protocol})"] = panel.errorbar(
-            [place + 0.05 * (number - len(models) / 2) for place, _ in line], heights, [heights - low, high - heights],
-            fmt="o", linestyle=_STYLES.get(protocol, "-"), color=f"C{number % 10}", markersize=4, capsize=2,
+            [place + 0.05 * (number - len(models) / 2) for place, _ in line], heights, bars, fmt="o",
+            linestyle=_STYLES.get(protocol, "-"), color=f"C{number % 10}", markersize=4, capsize=2,
             linewidth=1.2,
         )  # fmt: skip
     panel.set_xticks(range(len(values)), ["all", *(value for _, value in values[1:])])
