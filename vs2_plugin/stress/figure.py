@@ -58,6 +58,7 @@ def _panel(panel: Axes, axis: str, found: Mapping[tuple[str, str, str], Mean]) -
             linewidth=1.2,
         )  # fmt: skip
     panel.set_xticks(range(len(values)), ["all", *(value for _, value in values[1:])])
+    panel.set_xlim(-0.5, len(values) - 0.5)
     panel.set_xlabel(AXES[axis])
     panel.grid(alpha=0.3)
     return shown
