@@ -1,6 +1,8 @@
 import inspect
 import os
 import pickle
+import re
+from dataclasses import fields
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ from vs2_plugin.errors import ModelStringError, PluginError
 from vs2_plugin.hookspecs import hookimpl
 from vs2_plugin.method import Method
 from vs2_plugin.plugins import Registry, find_plugins
+from vs2_plugin.steering.context import Context
 
 GOOD = Method("good", print, aliases=("good++",))
 
@@ -339,3 +342,16 @@ def test_hooks_are_found_by_their_marker():
 def test_every_hook_has_a_docstring_and_a_place_in_the_docs(name):
     assert inspect.getdoc(getattr(hookspecs, name))
     assert name in CHAPTER.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", [one.name for one in fields(Context)])
+def test_every_field_of_the_context_stands_in_the_docs(name):
+    table = re.search(r"\| `context\.` .*?\n\n", CHAPTER.read_text(encoding="utf-8"), re.S).group()
+    assert f"`{name}`" in table
+
+
+@pytest.mark.parametrize("name", ["images", "targets", "rows", "embedding", "code", "once"])
+def test_what_a_batch_tells_stands_in_the_docs(name):
+    from vs2_plugin.steering.batch import Batch
+
+    assert hasattr(Batch(), name) and f"`batch.{name}" in CHAPTER.read_text(encoding="utf-8")
