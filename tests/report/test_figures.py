@@ -52,7 +52,7 @@ def test_accuracy_has_a_dot_with_its_interval_for_each_row(group):
     written = [text.get_text() for text in axes.texts]
     assert [text for text in written if text.replace(".", "").isdigit()] == [f"{100 * r.top1:.2f}" for r in group.main]
     legend = {text.get_text() for text in figure.legends[0].get_texts()}
-    assert legend == {"zero-shot", "no labels", "training labels used", "oracle: true labels used"}
+    assert legend == {"zero-shot", "no labels, unlabeled images", "training labels used", "oracle: true labels used"}
 
 
 def test_the_gate_stands_at_even_places_with_no_gate_last(group):

@@ -18,9 +18,13 @@ from vs2_plugin.results.statistics import Array, Calibration, Interval, interval
 __all__ = ["draw"]
 
 _MARKERS = "osD^vP"
-#: Labels used -> colour, marker, fill, words.
-_LABELS = {
-    "none": (LINES[0], "o", "full", "no labels"),
+#: Kind of result -> colour, marker, fill, words.
+_KINDS = {
+    "": (PLAIN, "s", "full", "zero-shot"),
+    "image": (LINES[5], "o", "none", "no labels, the image alone"),
+    "unlabeled": (LINES[0], "o", "full", "no labels, unlabeled images"),
+    "stream": (LINES[4], "P", "full", "no labels, a stream"),
+    "transductive": (LINES[2], "P", "none", "no labels, all test images"),
     "train": (LINES[1], "D", "none", "training labels used"),
     "oracle": (LINES[3], "^", "none", "oracle: true labels used"),
     "?": (LINES[2], "v", "none", "labels not stated"),
@@ -116,9 +120,7 @@ def _accuracy(rows: list[Row]) -> Figure:
     axes = figure.add_subplot()
     shown: dict[str, Any] = {}
     for row, name, place in zip(rows, names, places, strict=True):
-        colour, marker, fill, words = _LABELS.get(row.run.labels, _LABELS["?"])
-        if row.run.method is None:
-            colour, marker, fill, words = PLAIN, "s", "full", "zero-shot"
+        colour, marker, fill, words = _KINDS.get(row.run.kind, _KINDS["?"])
         spread = _spread([row.top1], [row.interval])
         shown[words] = axes.errorbar(
             100 * row.top1, place, xerr=spread, color=colour, marker=marker, fillstyle=fill, linestyle="", capsize=2.5
