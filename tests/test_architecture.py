@@ -113,7 +113,7 @@ WHOLE = {
     "cli": {"gallery", "interruptions"},
     "demo": {"notebook"},
     "gallery": {"own_images"},
-    "gpu": {"commands", "demo", "processes", "python", "search", "steering", "training"},
+    "gpu": {"commands", "demo", "processes", "python", "quality", "search", "steering", "training"},
     "harness": {"demo", "folders", "gallery", "library", "towers"},
     "inspection": {"browser", "init"},
     "performance": {"suite"},
