@@ -90,19 +90,28 @@ def test_kernels_train_as_well_as_torchs_operators(activations, settings, monkey
         assert torch.equal(again.sae.state_dict()[name], weight), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("n", "k"), [(1024, 1), (3072, 64), (10_240, 128), (49_152, 64), (5000, 300)])
-def test_the_largest_are_those_of_topk(n, k, dtype):
-    from vs2_plugin.sae.gpu import places_of_largest
+@pytest.mark.parametrize("activation", ["relu", "abs"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("n", "k"), [(1024, 1), (3072, 64), (10_240, 128), (49_152, 64), (5000, 300), (60, 60), (70, 40), (200_000, 32)]
+)
+def test_the_largest_are_those_of_topk(n, k, dtype, activation):
+    from vs2_plugin.sae.gpu import select
 
     torch.manual_seed(0)
     noise = torch.randn(200, n, device="cuda")
-    crowded = noise + 10 * (torch.arange(n, device="cuda") % 512 < k // 8 + 1)
-    for rows in (noise, noise.mul(2).round(), noise.relu(), crowded):
+    beside_each_other = noise + 10 * (torch.arange(n, device="cuda") < n // 3)
+    for rows in (noise, noise.mul(2).round(), noise.relu(), beside_each_other):
         x = rows.to(dtype)
-        found = places_of_largest(x, k)
+        values, found = latents = Latents(noise.new_empty(200, k), noise.new_empty(200, k, dtype=torch.long))
+        codes = torch.zeros_like(x)
+        select(x, activation, latents, codes)
         assert (found.sort(1).values.diff(dim=1) > 0).all()
-        assert torch.equal(x.gather(1, found).sort(1, descending=True).values, x.topk(k).values)
+        ranked = x.abs() if activation == "abs" else x
+        assert torch.equal(ranked.gather(1, found).sort(1, descending=True).values, ranked.topk(k).values)
+        own = x.gather(1, found) if activation == "abs" else x.gather(1, found).relu()
+        assert torch.equal(values, own.float())
+        assert torch.equal(codes, torch.zeros_like(x).scatter_(1, found, own))
 
 
 def test_a_training_that_was_interrupted_ends_with_the_same_bits(activations, tmp_path, monkeypatch):

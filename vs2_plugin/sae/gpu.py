@@ -1,7 +1,7 @@
-"""The training step on a GPU: products in bfloat16, and three Triton kernels for what lies between them.
+"""The training step on a GPU: products in bfloat16, and Triton kernels for what lies between them.
 
 A GPU multiplies matrices so fast that the rest takes most of a step: selecting the active latents, reading their rows
-of the decoder, and the passes over the weights that an update takes. Each of the three is one kernel here. What a
+of the decoder, and passes over batch, codes and weights. So whatever can share a pass does, in six kernels. What a
 product does best is left to torch: finding the latents, and the weights' gradients, from dense codes.
 
 The mathematics are those of :mod:`vs2_plugin.sae.step`. Weights, moments, gradients and sums are float32; what is
@@ -11,18 +11,24 @@ multiplied (activations, weights, codes) is rounded to bfloat16. The same step g
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import isqrt
 
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from vs2_plugin.distributed import alone, mean_row, total
+from vs2_plugin.distributed import alone, total
 from vs2_plugin.sae import kernels
 from vs2_plugin.sae.step import ClassMeans, add_auxk
 from vs2_plugin.sae.topk import Latents, TopKSAE
 
-__all__ = ["GpuStep", "Replayed", "places_of_largest"]
+__all__ = ["GpuStep", "Replayed", "select"]
+
+#: What is multiplied is rounded to this.
+_HALF = torch.bfloat16
+#: Activations, and latents, that one program sums; and numbers of a row that it looks at together.
+_SUMMED, _LOOKED_AT = 16, 2048
 
 
 class GpuStep:
@@ -31,108 +37,148 @@ class GpuStep:
     The moments are those of ``optimizer``, whose own ``step`` is not called. The weights are kept in bfloat16 too,
     anew with each step: whoever changes them by other means calls :meth:`read_weights`.
 
+    Args:
+        silent: for how many steps each latent has not been active, int64 ``[n]``; each step counts on.
+        scale: what activations are divided by.
+
     Raises:
         RuntimeError: a GPU without units for bfloat16; and whatever Triton raises where it cannot compile.
     """
 
-    def __init__(self, sae: TopKSAE, optimizer: torch.optim.Adam) -> None:
-        self._sae, self._optimizer = sae, optimizer
+    def __init__(self, sae: TopKSAE, optimizer: torch.optim.Adam, silent: Tensor, scale: float = 1.0) -> None:
+        self._sae, self._optimizer, self._silent, self._scale = sae, optimizer, silent, scale
         self._rates = sae.b_dec.detach().new_zeros(2)
         if torch.cuda.get_device_capability(sae.b_dec.device) < (8, 0):
             raise RuntimeError("it has no units for bfloat16")
+        self._sums = torch.zeros_like(silent)
+        self._active = torch.zeros_like(silent, dtype=torch.int32)
+        self._batch = self._rates.new_empty(0, 0)
         self.read_weights()
-        self._batch = torch.eye(2, sae.config.d_in, device=sae.b_dec.device)
+        self._take(torch.eye(2, sae.config.d_in, device=sae.b_dec.device))
         with torch.cuda.device_of(self._batch):
-            self._set_gradients(self._batch)  # whatever cannot be compiled is found here
+            self._set_gradients()  # whatever cannot be compiled is found here
+        self._sums.zero_()
+        self._active.zero_()
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                 optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
-        self._replayed = Replayed(lambda: self._set_gradients(self._batch)), Replayed(self._update)
+        self._replayed = Replayed(self._set_gradients), Replayed(self._update)
 
     def step(
-        self, x: Tensor, rate: float, number: int, dead: Tensor, auxk: float = 0.0,
+        self, x: Tensor, rate: float, number: int, dead: Tensor | None = None, auxk: float = 0.0,
         classes: ClassMeans | None = None, labels: Tensor | None = None,
     ) -> Latents:  # fmt: skip
-        """Take one step on a batch ``[batch, d]``; return its code.
+        """Take one step on a batch ``[batch, d]``; return its code, which the next step overwrites.
 
         Args:
             x: the batch, always of one size.
             rate: Adam's learning rate.
             number: the step's number, from 1.
-            dead: which latents are dead, bool ``[n]``.
+            dead: which latents are dead, bool ``[n]``, for AuxK.
             auxk: weight of AuxK; 0: none.
             classes: adds the term of PASS; needs ``labels``, int64 ``[batch]``.
         """
         self._rates[0].fill_(rate / (1 - kernels.BETA1.value**number))
         self._rates[1].fill_((1 - kernels.BETA2.value**number) ** -0.5)
         replayed = classes is None and alone()
+        set_gradients, update = self._replayed if replayed else (self._set_gradients, self._update)
         with torch.cuda.device_of(x):  # where Triton launches
-            if not replayed:
-                self._set_gradients(x, classes, labels)
+            self._take(x)
+            if classes is None:
+                set_gradients()
             else:
-                if self._batch.shape != x.shape:
-                    self._batch = torch.empty_like(x)
-                self._batch.copy_(x)
-                self._replayed[0]()
-            if auxk and dead.any():
+                self._set_gradients(classes, labels)
+            if auxk and dead is not None and dead.any():
                 self._add_auxk(dead, auxk)
-            if replayed:
-                self._replayed[1]()
-            else:
-                self._update()
+            update()
         return self._latents
 
     @torch.no_grad()
     def read_weights(self) -> None:
         """Copy the weights of the SAE."""
-        self._encoder, self._decoder = self._sae.encoder.weight.bfloat16(), self._sae.W_dec.bfloat16()
+        encoder = self._sae.encoder
+        self._encoder, self._decoder, self._bias = (
+            weight.detach().to(_HALF, copy=True) for weight in (encoder.weight, self._sae.W_dec, encoder.bias)
+        )
 
     @torch.no_grad()
-    def _set_gradients(self, x: Tensor, classes: ClassMeans | None = None, labels: Tensor | None = None) -> None:
-        """Set ``.grad`` of every parameter to that of the loss on a batch ``[batch, d]``, but for AuxK; see
+    def _take(self, x: Tensor) -> None:
+        """Make ``x`` the batch."""
+        if self._batch.shape != x.shape:
+            config, batch = self._sae.config, len(x)
+            self._batch = torch.empty_like(x)
+            #: Dense codes ``[batch, n]``: 0 but for the active latents of the last step.
+            self._codes = torch.zeros(batch, config.num_latents, dtype=_HALF, device=x.device)
+            self._latents = Latents(x.new_empty(batch, config.k), x.new_zeros(batch, config.k, dtype=torch.long))
+        torch.div(x, self._scale, out=self._batch)
+
+    @torch.no_grad()
+    def _set_gradients(self, classes: ClassMeans | None = None, labels: Tensor | None = None) -> None:
+        """Set ``.grad`` of every parameter to that of the loss on the batch, but for AuxK; see
         :func:`vs2_plugin.sae.step.set_gradients`. The part along the decoder's rows is left to the update."""
-        sae = self._sae
+        sae, codes, latents = self._sae, self._codes, self._latents
         config = sae.config
-        centered = x - sae.b_dec
-        rounded = centered.bfloat16()
-        codes = F.linear(rounded, self._encoder, sae.encoder.bias.bfloat16())
-        indices = places_of_largest(codes.abs() if config.activation == "abs" else codes, config.k)
-        values = codes.gather(-1, indices).float()
-        latents = Latents(values.relu_() if config.activation == "relu" else values, indices)
-        variance = total((x - mean_row(x)).pow(2).sum())
-        to_output, to_values = self._explain(centered, latents, variance)
+        rounded, moments = self._centre()
+        select(F.linear(rounded, self._encoder, self._bias), config.activation, latents, codes)
+        to_output, to_values, variance = self._explain(moments)
         if classes is not None and labels is not None:
             to_values += classes(latents, labels, config.num_latents)[1] / variance
-        if config.activation == "relu":
-            to_values *= latents.values > 0
-        codes.zero_().scatter_(1, indices, latents.values.bfloat16())
         sae.W_dec.grad = torch.mm(codes.T, to_output, out_dtype=torch.float32)
-        codes.scatter_(1, indices, to_values.bfloat16())  # at the same places
+        kernels.spread[(len(codes),)](
+            *latents, to_values, codes, self._sums, self._active, moments, variance, *_sizes(sae),
+            RELU=config.activation == "relu", K=triton.next_power_of_2(config.k), num_warps=1,
+        )  # fmt: skip
         sae.encoder.weight.grad = torch.mm(codes.T, rounded, out_dtype=torch.float32)
-        sae.encoder.bias.grad = codes.sum(0, dtype=torch.float32)
-        sae.b_dec.grad = to_output.sum(0, dtype=torch.float32) - sae.encoder.bias.grad @ sae.encoder.weight
-        self._latents, self._last = latents, (x, to_output, variance)
+        self._set_gradients_of_biases(to_output, moments, variance)
+        self._last = to_output, variance
 
-    def _explain(self, centered: Tensor, latents: Latents, variance: Tensor) -> tuple[Tensor, Tensor]:
-        """The derivatives ``-2 (centered - W_decᵀ c) / variance`` by the output ``[batch, d]``, bfloat16, and those by
-        the active latents' values, ``[batch, k]``."""
-        batch, d = centered.shape
-        k = latents.values.shape[1]
-        to_output, to_values = torch.empty_like(centered, dtype=torch.bfloat16), torch.empty_like(latents.values)
-        width = triton.next_power_of_2(d)
-        kernels.explain[(batch,)](
-            centered, self._decoder, *latents, variance, to_output, to_values, d, k,
+    def _centre(self) -> tuple[Tensor, Tensor]:
+        """The batch less ``b_dec``, bfloat16; and of all processes' batches the sum of such ``[d]``, the sum of their
+        squares, and how many they are."""
+        x, sae = self._batch, self._sae
+        batch, d = x.shape
+        programs = triton.cdiv(batch, _SUMMED // 2)
+        rounded, parts = torch.empty_like(x, dtype=_HALF), x.new_empty(programs, d + 2)
+        kernels.centre[(programs,)](
+            x, sae.b_dec, rounded, parts, self._codes, self._latents.indices, batch, *_sizes(sae),
+            ROWS=_SUMMED // 2, D=triton.next_power_of_2(d), K=triton.next_power_of_2(sae.config.k), num_warps=4,
+        )  # fmt: skip
+        return rounded, total(parts.sum(0))
+
+    def _explain(self, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The derivatives by the output, ``-2 (x - x̃) / variance`` ``[batch, d]``, bfloat16; those by the active
+        latents' values, ``[batch, k]``; and the variance."""
+        x, sae = self._batch, self._sae
+        width = triton.next_power_of_2(x.shape[1])
+        to_output, to_values = torch.empty_like(x, dtype=_HALF), torch.empty_like(self._latents.values)
+        variance = x.new_empty(())
+        kernels.explain[(len(x),)](
+            x, sae.b_dec, self._decoder, *self._latents, moments, variance, to_output, to_values, *_sizes(sae)[1:],
             D=width, TILE=max(1, 8192 // width), num_warps=4,
         )  # fmt: skip
-        return to_output, to_values
+        return to_output, to_values, variance
+
+    def _set_gradients_of_biases(self, to_output: Tensor, moments: Tensor, variance: Tensor) -> None:
+        """Set those of the encoder's bias, by the sums of derivatives, and of ``b_dec``."""
+        sae = self._sae
+        n, d, _ = _sizes(sae)
+        blocks = triton.cdiv(n, _SUMMED)
+        programs = blocks + triton.cdiv(len(to_output), _SUMMED)
+        parts, gradient = moments.new_empty(programs, d), moments.new_empty(n)
+        width = triton.next_power_of_2(d)
+        kernels.parts_of_base[(programs,)](
+            self._sums, moments, variance, gradient, self._encoder, to_output, parts, n, d, len(to_output), blocks,
+            ROWS=_SUMMED, TILE=max(1, min(_SUMMED, 8192 // width)), D=width, num_warps=4,
+        )  # fmt: skip
+        sae.encoder.bias.grad, sae.b_dec.grad = gradient, parts.sum(0)
 
     def _add_auxk(self, dead: Tensor, auxk: float) -> None:
         """Add the gradients of AuxK on the last batch."""
-        x, to_output, variance = self._last
+        to_output, variance = self._last
         residual = to_output.float() * (variance / -2)
         with torch.autocast("cuda", torch.bfloat16):
-            add_auxk(self._sae, x, residual, variance, dead.nonzero().squeeze(1), auxk)
+            add_auxk(self._sae, self._batch, residual, variance, dead.nonzero().squeeze(1), auxk)
 
     @torch.no_grad()
     def _update(self) -> None:
@@ -147,11 +193,15 @@ class GpuStep:
         for parameter in sae.parameters():
             if parameter.grad is not None:
                 total(parameter.grad)
-        n, d = sae.W_dec.shape
+        n, d, _ = _sizes(sae)
         kernels.update[(n + 1,)](
-            *tensors, self._decoder, self._encoder, self._rates, n, d,
-            BIASED=biased, D=triton.next_power_of_2(d), num_warps=4,
+            *tensors, self._decoder, self._encoder, self._bias, self._sums, total(self._active), self._silent,
+            self._rates, n, d, BIASED=biased, D=triton.next_power_of_2(d), num_warps=4,
         )  # fmt: skip
+
+
+def _sizes(sae: TopKSAE) -> tuple[int, int, int]:
+    return sae.config.num_latents, sae.config.d_in, sae.config.k
 
 
 class Replayed:
@@ -173,22 +223,18 @@ class Replayed:
         return self._graph.replay()
 
 
-def places_of_largest(rows: Tensor, k: int) -> Tensor:
-    """Where the k largest of each row of ``[batch, n]`` are, in no order: ``torch.topk(...).indices``.
-
-    One program per row. The k-th largest of the maxima of G groups is found by bisection of its bits; what is larger,
-    little more than k numbers, is collected, and the same bisection finds the k-th largest among them.
-    """
+def select(rows: Tensor, activation: str, latents: Latents, codes: Tensor) -> None:
+    """Write the active latents of pre-activations ``[batch, n]``, in no order, as ``TopKSAE.select`` gives them, and their
+    values to ``codes`` ``[batch, n]`` too. The groups that are looked at first are of about √(n/k) numbers."""
     batch, n = rows.shape
-    groups = max(512, triton.next_power_of_2(4 * k))
-    if n < 2 * groups:
-        return rows.topk(k, dim=-1, sorted=False).indices
-    candidates = triton.next_power_of_2(2 * k)
-    indices = rows.new_empty(batch, k, dtype=torch.long)
-    places = rows.new_empty(batch, candidates, dtype=torch.int32)
-    bits = 8 * rows.element_size()
+    k = latents.values.shape[1]
+    size = min(triton.next_power_of_2(isqrt(n // k)), 1 << ((n // k).bit_length() - 1))
+    groups, wanted = triton.cdiv(n, size), triton.next_power_of_2(k)
+    bits = rows.view({2: torch.int16, 4: torch.int32}[rows.element_size()])
+    padded = triton.next_power_of_2(groups)
     kernels.largest[(batch,)](
-        rows.view({16: torch.int16, 32: torch.int32}[bits]), indices, places, n, k,
-        GROUPS=groups, CANDIDATES=candidates, BITS=bits, EVEN=n % groups == 0, num_warps=max(1, groups // 1024),
+        rows, bits, bits.new_empty(batch, groups), bits.new_empty(batch, k, dtype=torch.int32),
+        latents.indices, latents.values, codes, n, groups, k,
+        SIZE=size, GROUPS=padded, TILE=min(padded, max(1, _LOOKED_AT // size)), K=wanted, BITS=8 * rows.element_size(),
+        ABS=activation == "abs", RELU=activation == "relu", num_warps=max(1, max(padded, wanted * size) // 1024),
     )  # fmt: skip
-    return indices

@@ -1,23 +1,50 @@
-"""Triton kernels of the training step on a GPU; :mod:`vs2_plugin.sae.gpu` says what for."""
+"""Triton kernels of the training step on a GPU, in the order in which it takes them; :mod:`vs2_plugin.sae.gpu` says
+what for. Sums over many programs are of integers, or of parts that are then added in one order: the same bits each time.
+"""
 
 import triton
 import triton.language as tl
 
-__all__ = ["BETA1", "BETA2", "explain", "largest", "update"]
+__all__ = ["BETA1", "BETA2", "centre", "explain", "largest", "parts_of_base", "spread", "update"]
 
 BETA1, BETA2, EPS = tl.constexpr(0.9), tl.constexpr(0.999), tl.constexpr(1e-8)  # of Adam: torch's defaults
 _LEAST = tl.constexpr(-(2**31))
+#: Derivatives are summed as integers: in units of this times the root of the mean squared norm, over the variance. A
+#: sum of 4,096 derivatives as large as 16,000 such norms fits into 64 bits; the largest is twice an activation's norm.
+_UNIT, _MOST = tl.constexpr(2.0**-36), tl.constexpr(2.0**50)
 
 
 @triton.jit
-def _chunk(bits, start, n, GROUPS: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr):
-    """Part of a row, as keys: integers in the order of the floating-point numbers with these bits."""
-    at = start + tl.arange(0, GROUPS)
-    keys = tl.load(bits + at, mask=None if EVEN else at < n, other=None if EVEN else 0).to(tl.int32)
-    keys ^= (keys >> 31) & ((1 << (BITS - 1)) - 1)
-    if not EVEN:
-        keys = tl.where(at < n, keys, _LEAST)
-    return keys
+def centre(
+    x, b_dec, rounded, parts, codes, indices, batch, n, d, k, ROWS: tl.constexpr, D: tl.constexpr, K: tl.constexpr
+):
+    """Write ``x - b_dec`` in half precision, and of each ROWS activations their sum, that of their squares and their
+    number: ``[programs, d + 2]``. Set to 0 what the step before wrote to ``codes``."""
+    program = tl.program_id(0)
+    columns, slots = tl.arange(0, D), tl.arange(0, K)
+    base = tl.load(b_dec + columns, mask=columns < d, other=0.0)
+    sums, squares = tl.zeros((D,), tl.float32), tl.zeros((D,), tl.float32)
+    for number in tl.static_range(ROWS):
+        row = (program * ROWS + number).to(tl.int64)
+        inside = (columns < d) & (row < batch)
+        centered = tl.where(inside, tl.load(x + row * d + columns, mask=inside, other=0.0) - base, 0.0)
+        tl.store(rounded + row * d + columns, centered.to(rounded.dtype.element_ty), mask=inside)
+        sums += centered
+        squares += centered * centered
+        there = (slots < k) & (row < batch)
+        latent = tl.load(indices + row * k + slots, mask=there, other=0)
+        tl.store(codes + row * n + latent, tl.zeros((K,), codes.dtype.element_ty), mask=there)
+    parts += program * (d + 2)
+    tl.store(parts + columns, sums, mask=columns < d)
+    tl.store(parts + d, tl.sum(squares, 0))
+    tl.store(parts + d + 1, tl.minimum(ROWS, batch - program * ROWS).to(tl.float32))
+
+
+@triton.jit
+def _keys(bits, BITS: tl.constexpr, ABS: tl.constexpr):
+    """Integers in the order of the floating-point numbers with these bits, or of their magnitudes."""
+    keys = bits.to(tl.int32)
+    return keys & ((1 << (BITS - 1)) - 1) if ABS else keys ^ ((keys >> 31) & ((1 << (BITS - 1)) - 1))
 
 
 @triton.jit
@@ -31,84 +58,70 @@ def _kth(keys, k, BITS: tl.constexpr):
 
 
 @triton.jit
-def _kth_of_row(bits, n, k, GROUPS: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr):
-    """The k-th largest key of a whole row: as many passes over it as a key has bits."""
-    found = tl.full((), -(1 << (BITS - 1)), tl.int64)
-    for bit in range(BITS):
-        tried = found + (tl.full((), 1, tl.int64) << (BITS - 1 - bit))
-        count = 0
-        for start in range(0, n, GROUPS):
-            count += tl.sum((_chunk(bits, start, n, GROUPS, BITS, EVEN) >= tried).to(tl.int32), 0)
-        found = tl.where(count >= k, tried, found)
-    return found.to(tl.int32)
-
-
-@triton.jit
-def _collect(
-    bits, places, least, n, GROUPS: tl.constexpr, CANDIDATES: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr
-):
-    """Write where a row's keys are larger than the given one, and return how many are; of too many, not all."""
-    count = 0
-    for start in range(0, n, GROUPS):
-        larger = (_chunk(bits, start, n, GROUPS, BITS, EVEN) > least).to(tl.int32)
-        found = tl.sum(larger, 0)
-        if found > 0:
-            at = count + tl.cumsum(larger, 0) - 1
-            tl.store(places + at, start + tl.arange(0, GROUPS), mask=(larger > 0) & (at < CANDIDATES))
-        count += found
-    tl.debug_barrier()  # all threads see what each wrote
-    return count
+def _places(keys, k, BITS: tl.constexpr):
+    """Where the k largest of some keys go in a list of k, and which they are."""
+    least = _kth(keys, k, BITS)
+    above, equal = (keys > least).to(tl.int32), (keys == least).to(tl.int32)
+    place = tl.where(above > 0, tl.cumsum(above, 0), tl.sum(above, 0) + tl.cumsum(equal, 0)) - 1
+    return place, ((above > 0) | (equal > 0)) & (place < k)
 
 
 @triton.jit
 def largest(
-    rows, indices, places, n, k, GROUPS: tl.constexpr, CANDIDATES: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr
-):
-    """Write where the k largest of a row of n numbers are, given their bits: ``indices`` ``[batch, k]``; one program
-    per row. ``places`` ``[batch, CANDIDATES]`` is room to work in."""
+    rows, bits, maxima, chosen, indices, values, codes, n, groups, k,
+    SIZE: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr,
+    ABS: tl.constexpr, RELU: tl.constexpr,
+):  # fmt: skip
+    """Write where the k largest of a row of n numbers are, ``indices`` ``[batch, k]``, and the numbers themselves, to
+    ``values`` ``[batch, k]`` and at their places of ``codes`` ``[batch, n]``: one program per row.
+
+    The k largest lie in the k groups of SIZE numbers each whose maxima are largest. ``maxima`` ``[batch, groups]`` and
+    ``chosen`` ``[batch, k]`` are room to work in; ``bits`` are those of ``rows``."""
     row = tl.program_id(0).to(tl.int64)
-    bits = rows + row * n
-    indices += row * k
-    places += row * CANDIDATES
-    maxima = _chunk(bits, 0, n, GROUPS, BITS, EVEN)
-    for start in range(GROUPS, n, GROUPS):
-        maxima = tl.maximum(maxima, _chunk(bits, start, n, GROUPS, BITS, EVEN))
-    least = _kth(maxima, k, BITS)
-    count = _collect(bits, places, least, n, GROUPS, CANDIDATES, BITS, EVEN)
-    if count > CANDIDATES:  # too many in the same few groups
-        least = _kth_of_row(bits, n, k, GROUPS, BITS, EVEN)
-        count = _collect(bits, places, least, n, GROUPS, CANDIDATES, BITS, EVEN)
-    slots = tl.arange(0, CANDIDATES)
-    place = tl.load(places + slots, mask=slots < count, other=0)
-    keys = tl.load(bits + place, mask=slots < count, other=0).to(tl.int32)
-    keys ^= (keys >> 31) & ((1 << (BITS - 1)) - 1)
-    keys = tl.where(slots < count, keys, _LEAST)
-    if count > k:
-        least = _kth(keys, k, BITS)
-    above = (slots < count) & (keys > least)
-    at = tl.cumsum(above.to(tl.int32), 0) - 1
-    tl.store(indices + at, place.to(tl.int64), mask=above)
-    taken = tl.sum(above.to(tl.int32), 0)
-    start = 0
-    while (taken < k) & (start < n):  # the rest are equal to the k-th largest
-        columns = start + tl.arange(0, GROUPS)
-        equal = ((_chunk(bits, start, n, GROUPS, BITS, EVEN) == least) & (columns < n)).to(tl.int32)
-        slot = taken + tl.cumsum(equal, 0) - 1
-        tl.store(indices + slot, columns.to(tl.int64), mask=(equal > 0) & (slot < k))
-        taken += tl.sum(equal, 0)
-        start += GROUPS
+    rows, bits, codes = rows + row * n, bits + row * n, codes + row * n
+    indices, values, chosen, maxima = indices + row * k, values + row * k, chosen + row * k, maxima + row * groups
+    inner = tl.arange(0, SIZE)
+    for start in range(0, groups, TILE):
+        group = start + tl.arange(0, TILE)
+        at = group[:, None] * SIZE + inner[None, :]
+        keys = tl.where(at < n, _keys(tl.load(bits + at, mask=at < n, other=0), BITS, ABS), _LEAST)
+        tl.store(maxima + group, tl.max(keys, 1).to(maxima.dtype.element_ty), mask=group < groups)
+    tl.debug_barrier()  # all threads see what each wrote
+    group = tl.arange(0, GROUPS)
+    best = tl.load(maxima + group, mask=group < groups, other=0).to(tl.int32)
+    place, taken = _places(tl.where(group < groups, best, _LEAST), k, BITS)
+    tl.store(chosen + place, group, mask=taken)
+    tl.debug_barrier()
+    slots = tl.arange(0, K)
+    group = tl.load(chosen + slots, mask=slots < k, other=groups)
+    at = tl.reshape(group[:, None] * SIZE + inner[None, :], (K * SIZE,))
+    keys = tl.where(at < n, _keys(tl.load(bits + at, mask=at < n, other=0), BITS, ABS), _LEAST)
+    place, taken = _places(keys, k, BITS)
+    value = tl.load(rows + at, mask=taken, other=0.0)
+    if RELU:
+        value = tl.maximum(value, 0.0)
+    tl.store(indices + place, at.to(tl.int64), mask=taken)
+    tl.store(values + place, value.to(tl.float32), mask=taken)
+    tl.store(codes + at, value, mask=taken)
 
 
 @triton.jit
 def explain(
-    centered, decoder, values, indices, variance, to_output, to_values, d, k, D: tl.constexpr, TILE: tl.constexpr
-):
-    """With ``r = centered - W_decᵀ c``, write ``-2 r / variance`` ``[batch, d]`` and its inner products with the active
-    rows of the decoder, ``[batch, k]``; one program per activation."""
+    x, b_dec, decoder, values, indices, moments, variance, to_output, to_values, d, k,
+    D: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """With ``r = x - b_dec - W_decᵀ c``, write ``-2 r / variance`` ``[batch, d]`` and its inner products with the active
+    rows of the decoder, ``[batch, k]``; one program per activation. Of ``moments`` ``[d + 2]``, the sum of all ``x -
+    b_dec``, that of their squares and their number, the variance is ``Σ‖x - batch mean‖²``; it is written too."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, D)
     inside = columns < d
-    residual = tl.load(centered + row * d + columns, mask=inside, other=0.0)
+    sums = tl.load(moments + columns, mask=inside, other=0.0)
+    total = tl.load(moments + d) - tl.sum(sums * sums, 0) / tl.load(moments + d + 1)
+    if row == 0:
+        tl.store(variance, total)
+    residual = tl.load(x + row * d + columns, mask=inside, other=0.0)
+    residual -= tl.load(b_dec + columns, mask=inside, other=0.0)
     for start in range(0, k, TILE):
         slots = start + tl.arange(0, TILE)
         value = tl.load(values + row * k + slots, mask=slots < k, other=0.0)
@@ -116,14 +129,69 @@ def explain(
         at = latent[:, None] * d + columns[None, :]
         block = tl.load(decoder + at, mask=(slots < k)[:, None] & inside[None, :], other=0.0).to(tl.float32)
         residual -= tl.sum(block * value[:, None], 0)
-    slope = residual * (-2 / tl.load(variance))
-    tl.store(to_output + row * d + columns, slope.to(tl.bfloat16), mask=inside)
+    slope = residual * (-2 / total)
+    tl.store(to_output + row * d + columns, slope.to(to_output.dtype.element_ty), mask=inside)
     for start in range(0, k, TILE):
         slots = start + tl.arange(0, TILE)
         latent = tl.load(indices + row * k + slots, mask=slots < k, other=0)
         at = latent[:, None] * d + columns[None, :]
         block = tl.load(decoder + at, mask=(slots < k)[:, None] & inside[None, :], other=0.0).to(tl.float32)
         tl.store(to_values + row * k + slots, tl.sum(block * slope[None, :], 1), mask=slots < k)
+
+
+@triton.jit
+def _unit(moments, variance, d):
+    """The unit of summed derivatives."""
+    norm = tl.sqrt(tl.load(moments + d) / tl.load(moments + d + 1))
+    return tl.maximum(norm, 1e-30) / tl.load(variance) * _UNIT
+
+
+@triton.jit
+def spread(
+    values, indices, to_values, codes, sums, active, moments, variance, n, d, k, RELU: tl.constexpr, K: tl.constexpr
+):
+    """Write the derivatives by the active latents' values at their places of ``codes``, add them up by latent in
+    ``sums``, int64, and tell which latents are ``active``, int32; one program per activation."""
+    row = tl.program_id(0).to(tl.int64)
+    slots = tl.arange(0, K)
+    there = slots < k
+    value = tl.load(values + row * k + slots, mask=there, other=0.0)
+    latent = tl.load(indices + row * k + slots, mask=there, other=0)
+    slope = tl.load(to_values + row * k + slots, mask=there, other=0.0)
+    if RELU:
+        slope = tl.where(value > 0, slope, 0.0)
+    tl.store(codes + row * n + latent, slope.to(codes.dtype.element_ty), mask=there)
+    scaled = tl.minimum(tl.maximum(slope / _unit(moments, variance, d), -_MOST), _MOST)
+    tl.atomic_add(sums + latent, scaled.to(tl.int64), mask=there)
+    tl.store(active + latent, tl.full((K,), 1, tl.int32), mask=there & (value != 0))
+
+
+@triton.jit
+def parts_of_base(
+    sums, moments, variance, bias_gradient, encoder, to_output, parts, n, d, batch, blocks,
+    ROWS: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Write what ROWS activations or latents add to the derivative by ``b_dec``, ``[programs, d]``: it is added to the
+    output, and subtracted from the encoder's input. The first ``blocks`` programs have the latents; they also turn the
+    ``sums`` of derivatives by their biases to ``bias_gradient``."""
+    program = tl.program_id(0)
+    columns = tl.arange(0, D)
+    inside = columns < d
+    total = tl.zeros((D,), tl.float32)
+    for start in tl.static_range(0, ROWS, TILE):
+        if program < blocks:
+            row = (program * ROWS + start + tl.arange(0, TILE)).to(tl.int64)
+            gradient = tl.load(sums + row, mask=row < n, other=0).to(tl.float32) * _unit(moments, variance, d)
+            tl.store(bias_gradient + row, gradient, mask=row < n)
+            there = (row < n)[:, None] & inside[None, :]
+            block = tl.load(encoder + row[:, None] * d + columns[None, :], mask=there, other=0.0).to(tl.float32)
+            total -= tl.sum(block * gradient[:, None], 0)
+        else:
+            row = ((program - blocks) * ROWS + start + tl.arange(0, TILE)).to(tl.int64)
+            there = (row < batch)[:, None] & inside[None, :]
+            block = tl.load(to_output + row[:, None] * d + columns[None, :], mask=there, other=0.0)
+            total += tl.sum(block.to(tl.float32), 0)
+    tl.store(parts + program * d + columns, total, mask=inside)
 
 
 @triton.jit
@@ -144,9 +212,10 @@ def update(
     W_enc, enc_gradient, enc_mean, enc_square,
     b_enc, bias_gradient, bias_mean, bias_square,
     b_dec, base_gradient, base_mean, base_square,
-    decoder, encoder, rates, n, d, BIASED: tl.constexpr, D: tl.constexpr,
+    decoder, encoder, bias, sums, active, silent, rates, n, d, BIASED: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Update by Adam a latent's rows of decoder and encoder, and its bias; the last of n + 1 programs: ``b_dec``."""
+    """Update by Adam a latent's rows of decoder and encoder and its bias, and for how many steps it has been silent; the
+    last of n + 1 programs: ``b_dec``. Set to 0 what of this step is summed by latent."""
     latent = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, D)
     inside = columns < d
@@ -163,15 +232,21 @@ def update(
         w = tl.where(inside, _adam(w, gradient, dec_mean, dec_square, at, inside, size, root), 0.0)
         w /= tl.maximum(tl.sqrt(tl.sum(w * w, 0)), 1e-38)
         tl.store(W_dec + at, w, mask=inside)
-        tl.store(decoder + at, w.to(tl.bfloat16), mask=inside)
+        tl.store(decoder + at, w.to(decoder.dtype.element_ty), mask=inside)
         w = tl.load(W_enc + at, mask=inside, other=0.0)
         gradient = tl.load(enc_gradient + at, mask=inside, other=0.0)
         w = _adam(w, gradient, enc_mean, enc_square, at, inside, size, root)
         tl.store(W_enc + at, w, mask=inside)
-        tl.store(encoder + at, w.to(tl.bfloat16), mask=inside)
+        tl.store(encoder + at, w.to(encoder.dtype.element_ty), mask=inside)
         if BIASED:
             one = columns == 0
             spot = latent + columns
             b = tl.load(b_enc + spot, mask=one, other=0.0)
             gradient = tl.load(bias_gradient + spot, mask=one, other=0.0)
-            tl.store(b_enc + spot, _adam(b, gradient, bias_mean, bias_square, spot, one, size, root), mask=one)
+            b = _adam(b, gradient, bias_mean, bias_square, spot, one, size, root)
+            tl.store(b_enc + spot, b, mask=one)
+            tl.store(bias + spot, b.to(bias.dtype.element_ty), mask=one)
+        steps = tl.load(silent + latent) + 1
+        tl.store(silent + latent, tl.where(tl.load(active + latent) > 0, 0, steps))
+        tl.store(active + latent, 0)
+        tl.store(sums + latent, tl.zeros((), tl.int64))

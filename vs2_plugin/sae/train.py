@@ -248,30 +248,32 @@ class _Run:
         self._silent = torch.zeros(self.sae.config.num_latents, dtype=torch.long, device=device)
         self._best: tuple[float, dict[str, Tensor]] = (math.inf, {})
         self._last = math.inf
-        self._gpu = _gpu_step(self.sae, self._optimizer)
+        self._gpu = _gpu_step(self.sae, self._optimizer, self._silent, self.scale)
         self._any_dead = False
 
     def step(self, x: Tensor, chosen: np.ndarray, step: int) -> None:
         """One step on activations ``[batch, d]``, whose row numbers are ``chosen``."""
         config, sae = self.job.config, self.sae
         own = None if self._labels is None else self._labels[chosen]
-        dead = self._silent >= config.dead_after
         warmup = max(1, round(config.warmup * self.steps))
         rate = config.lr * min(step / warmup, (self.steps - step + 1) / max(1, self.steps - warmup))
-        if self._gpu is None:
-            _, latents = set_gradients(sae, x / self.scale, dead, config.auxk, self._bfloat16, self._classes, own)
-            self._optimizer.param_groups[0]["lr"] = rate
-            self._optimizer.step()
-            sae.normalize_decoder()
-        else:
+        if self._gpu is not None:
             if step % _ASKED == 0:
-                self._any_dead = bool(dead.any())
-            auxk = config.auxk if self._any_dead else 0.0
-            latents = self._gpu.step(x / self.scale, rate, step, dead, auxk, self._classes, own)
+                self._any_dead = bool(self._dead().any())
+            self._gpu.step(x, rate, step, self._dead() if self._any_dead else None, config.auxk, self._classes, own)
+            return
+        dead = self._dead()
+        _, latents = set_gradients(sae, x / self.scale, dead, config.auxk, self._bfloat16, self._classes, own)
+        self._optimizer.param_groups[0]["lr"] = rate
+        self._optimizer.step()
+        sae.normalize_decoder()
         active = torch.zeros_like(self._silent)
         active.index_add_(0, latents.indices.flatten(), (latents.values != 0).long().flatten())
         self._silent += 1
         self._silent.masked_fill_(total(active) > 0, 0)
+
+    def _dead(self) -> Tensor:
+        return self._silent >= self.job.config.dead_after
 
     def look(self) -> tuple[float, float]:
         """FVU on the watched activations, and the share of dead latents. Keeps the weights if they are the best so
@@ -279,7 +281,7 @@ class _Run:
         self._last = held_out_fvu(self.sae, self.source, self.watched, self.scale)
         if self._last < self._best[0] or (self._classes is not None and math.isfinite(self._last)):
             self._best = (self._last, {key: value.clone() for key, value in self.sae.state_dict().items()})
-        return self._last, (self._silent >= self.job.config.dead_after).float().mean().item()
+        return self._last, self._dead().float().mean().item()
 
     def state(self, step: int) -> Iterator[tuple[str, Tensor]]:
         """Give everything that the steps after this one depend on, by name."""
@@ -304,7 +306,7 @@ class _Run:
             return {key.removeprefix(prefix): state[key].to(self.device) for key in state if key.startswith(prefix)}
 
         self._started -= float(state["seconds"])
-        self._silent = state["silent"].to(self.device)
+        self._silent.copy_(state["silent"])
         self._any_dead = bool(state.get("any_dead", False))
         self._last = float(state["last"])
         self._best = float(state["best"]), under("best.")
@@ -344,7 +346,7 @@ class _Run:
 
 
 @torch.no_grad()
-def _gpu_step(sae: TopKSAE, optimizer: torch.optim.Adam) -> GpuStep | None:
+def _gpu_step(sae: TopKSAE, optimizer: torch.optim.Adam, silent: Tensor, scale: float) -> GpuStep | None:
     """What trains ``sae`` fast on its GPU; None where it is on none, or torch's own operators have to do."""
     device = sae.W_dec.device
     if device.type != "cuda":
@@ -352,7 +354,7 @@ def _gpu_step(sae: TopKSAE, optimizer: torch.optim.Adam) -> GpuStep | None:
     try:
         from vs2_plugin.sae.gpu import GpuStep
 
-        return GpuStep(sae, optimizer)
+        return GpuStep(sae, optimizer, silent, scale)
     except Exception as error:  # whatever it is that a missing compiler, an older torch or GPU raises
         _LOG.warning(
             "on %s the SAE trains by torch's own operators, several times slower than by this package's kernels: %s",
