@@ -3,9 +3,10 @@
     python benchmark_configs/rivals/run.py digits vs2-demo          # the folder that "vs2 demo --out vs2-demo" left
     python benchmark_configs/rivals/run.py embeddings FILE.npz      # with image [n, d], label [n] and text [classes, d]
 
-prints a table. Time is that of reading all test images. On embeddings it holds what is learned for that; on the digits
-it holds the tower instead, twice, since each image is encoded without steering too. Memory is what the process took at
-most beyond what it held before. Nothing else should run meanwhile.
+prints a table; ``--device cuda`` has the embeddings on the GPU. Time is that of reading all test images. On embeddings it
+holds what is learned for that; on the digits it holds the tower instead, twice, since each image is encoded without
+steering too. Memory is what the process, or the GPU, took at most beyond what it held before. Nothing else should run
+meanwhile.
 """
 
 from __future__ import annotations
@@ -70,22 +71,22 @@ class Digits:
 class Embeddings:
     """Embeddings of a file, and an SAE of those that are taken as unlabeled; methods get no images."""
 
-    def __init__(self, path: Path, unlabeled: int) -> None:
+    def __init__(self, path: Path, unlabeled: int, device: str) -> None:
         with np.load(path) as file:
-            arrays = {name: torch.from_numpy(file[name]) for name in ("image", "label", "text")}
+            arrays = {name: torch.from_numpy(file[name]).to(device) for name in ("image", "label", "text")}
         images, labels = F.normalize(arrays["image"].float(), dim=1), arrays["label"].long()
         self.classifier = F.normalize(arrays["text"].float(), dim=1).T.contiguous()
         order = labels.argsort(stable=True)
         counts = labels.bincount()
-        place = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]
+        place = torch.arange(len(labels), device=device) - (counts.cumsum(0) - counts)[labels[order]]
         learned, test = order[place < unlabeled], order[place >= unlabeled]
         self.images, self.labels, self.unlabeled = images[test], labels[test], images[learned]
         sys.path.insert(0, str(Path(__file__).parents[1] / "strength"))
         from methods import Bench, train_plain
 
-        stored = self.unlabeled.numpy().astype(np.float16)
+        stored = self.unlabeled.cpu().numpy().astype(np.float16)
         gallery = Gallery({OUTPUT: stored}, {CLIP: stored}, np.arange(len(stored), dtype=np.uint64), None, {})
-        site, sae = Site(OUTPUT, stored.shape[1]), train_plain(stored, 0, 40_000)
+        site, sae = Site(OUTPUT, stored.shape[1]), train_plain(stored, 0, 40_000).to(device)
         own = (gallery, {"plain": sae}, self.images, self.labels)
         self.bench = Bench(nn.Identity(), site, site, self.classifier, *own)
 
@@ -104,7 +105,7 @@ class Embeddings:
             )
         if spec.reading is None:
             return 100 * x @ self.classifier
-        context = partial(Context, nn.Linear(1, 1), "logits", len(self.classifier))
+        context = partial(Context, nn.Linear(1, 1).to(x.device), "logits", len(self.classifier))
         learns = spec.reading.method.protocol_of(spec.reading.options) == "unlabeled"
         readout = Readout(spec.reading, context, (lambda: unlabeled) if learns else None)
         readout.set_classifier(self.classifier)
@@ -120,9 +121,8 @@ class _Encoded(nn.Module):
 
 
 @contextmanager
-def measured(row: dict[str, float]) -> Iterator[None]:
+def measured(row: dict[str, float], cuda: bool) -> Iterator[None]:
     """Write seconds, and MB beyond those before, where that can be known."""
-    cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() / 1e6
@@ -131,6 +131,8 @@ def measured(row: dict[str, float]) -> Iterator[None]:
         before = _held("VmRSS")
     started = time.perf_counter()
     yield
+    if cuda:
+        torch.cuda.synchronize()
     row["seconds"] = time.perf_counter() - started
     row["MB"] = (torch.cuda.max_memory_allocated() / 1e6 if cuda else _held("VmHWM")) - before
 
@@ -154,9 +156,10 @@ def main() -> None:
     parser.add_argument("path", type=Path)
     parser.add_argument("--unlabeled", type=int, default=2, help="of embeddings: images of a class, the first ones")
     parser.add_argument("--only", nargs="+", default=None, metavar="METHOD", help="such as inmap and tda:vs2s")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of embeddings")
     args = parser.parse_args()
     with torch.no_grad():
-        source = Digits(args.path) if args.kind == "digits" else Embeddings(args.path, args.unlabeled)
+        source = Digits(args.path) if args.kind == "digits" else Embeddings(args.path, args.unlabeled, args.device)
         print("| sees | method | accuracy, % | ECE, points | ms per image | MB |\n|---|---|---:|---:|---:|---:|")
         for before, after in METHODS:
             if (args.only and before not in args.only) or (before.startswith("zero") and args.kind == "embeddings"):
@@ -164,10 +167,10 @@ def main() -> None:
             sees = parse(f"{before}:x{after}").protocol if before else PROTOCOLS[0]
             row: dict[str, float] = {}
             read = source.prepare(before, after)
-            with measured(row):
+            with measured(row, args.device == "cuda"):
                 logits = read()
             right = 100 * (logits.argmax(1) == source.labels).double().mean().item()
-            numbers = f"{right:.2f} | {calibration_error(logits, source.labels):.1f}"
+            numbers = f"{right:.2f} | {calibration_error(logits.cpu(), source.labels.cpu()):.1f}"
             cost = f"{1000 * row['seconds'] / len(logits):.2f} | {row['MB']:.0f}"
             print(f"| {sees} | `{before}{after}` | {numbers} | {cost} |", flush=True)
 

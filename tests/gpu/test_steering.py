@@ -12,6 +12,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import vs2_plugin
+from vs2_plugin.clip.backbone import load_backbone
+from vs2_plugin.clip.edits import editing
 from vs2_plugin.data.images import image_digest, open_images
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.demo.digits import CLASSES
@@ -20,6 +22,7 @@ from vs2_plugin.method import Method
 from vs2_plugin.plugins import registry
 from vs2_plugin.steering.batch import Batch
 
+from ..clip import library
 from .conftest import NAME, TINY
 
 pytestmark = pytest.mark.gpu
@@ -196,3 +199,20 @@ def test_per_image_facts_come_to_the_cpu(steered):
         "fvu": ("cpu", IMAGES),
         "steered": ("cpu", IMAGES),
     }
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "siglip2"])
+@torch.no_grad()
+def test_a_tower_of_transformers_is_steered(kind, tmp_path):
+    name = getattr(library, f"write_{kind}")(tmp_path / kind)
+    embeddings = []
+    for device in ("cpu", "cuda"):
+        loaded = load_backbone(name, "", None, device)
+        pictures = [Image.effect_noise((40, 30), sigma).convert("RGB") for sigma in (20, 60)]
+        torch.manual_seed(0)
+        images = torch.rand(2, *loaded.transform(pictures[0]).shape).to(device)
+        with editing(loaded.model, loaded.sites.default, lambda x: x.flip(1)):
+            embeddings.append(F.normalize(loaded.model.encode_image(images).float(), dim=-1).cpu())
+        plain = F.normalize(loaded.model.encode_image(images).float(), dim=-1).cpu()
+        assert (plain - embeddings[-1]).abs().max() > 1e-3
+    assert (embeddings[0] - embeddings[1]).abs().max() < 1e-5

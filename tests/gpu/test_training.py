@@ -11,7 +11,7 @@ from vs2_plugin.sae import train
 from vs2_plugin.sae.config import TrainConfig
 from vs2_plugin.sae.source import Source
 from vs2_plugin.sae.step import ClassMeans, set_gradients
-from vs2_plugin.sae.topk import SaeConfig, TopKSAE
+from vs2_plugin.sae.topk import Latents, SaeConfig, TopKSAE
 from vs2_plugin.sae.train import Job, train_sae, train_saes
 
 from .conftest import NAME
@@ -49,9 +49,7 @@ def test_gradients_are_those_of_the_cpu(activations, activation, extra):
 def test_an_sae_comes_out_as_good_as_on_the_cpu(activations, settings):
     config = TrainConfig(expansion_factor=8, k=8, samples=60_000, **settings)
     rows, labels = activations
-    one, other = (
-        train_sae(rows, config, labels=labels, device=device, quiet=True) for device in ("cpu", "cuda")
-    )
+    one, other = (train_sae(rows, config, labels=labels, device=device, quiet=True) for device in ("cpu", "cuda"))
     assert other.figures.fvu == pytest.approx(one.figures.fvu, abs=0.02)
     assert other.figures.dead == pytest.approx(one.figures.dead, abs=0.05)
     assert other.figures.fvu_quantiles["0.5"] == pytest.approx(one.figures.fvu_quantiles["0.5"], abs=0.03)
@@ -60,9 +58,7 @@ def test_an_sae_comes_out_as_good_as_on_the_cpu(activations, settings):
 
 def test_a_training_that_was_saved_goes_on_with_the_same_bits(activations, tmp_path):
     jobs = [Job("SAE", activations[0], TrainConfig(expansion_factor=4, k=4, samples=20_000))]
-    first, again = (
-        train_saes(jobs, device="cuda", quiet=True, states=tmp_path, save_every=0)[0] for _ in range(2)
-    )
+    first, again = (train_saes(jobs, device="cuda", quiet=True, states=tmp_path, save_every=0)[0] for _ in range(2))
     assert again.figures.seconds != 0 and (tmp_path / "0.safetensors").is_file()
     for name, weight in first.sae.state_dict().items():
         assert torch.equal(again.sae.state_dict()[name], weight), name

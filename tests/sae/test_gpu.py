@@ -22,7 +22,7 @@ def gpu(interpreted):
 
 @pytest.fixture
 def here(gpu, monkeypatch):
-    """What only a GPU has, done without; with float32 for bfloat16, which the interpreter cuts off where a GPU rounds."""
+    """What only a GPU has, done without; and float32 for bfloat16, to which the interpreter does not round."""
     product = torch.mm
     monkeypatch.setattr(torch, "mm", lambda one, other, out_dtype=None: product(one.float(), other.float()))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -96,7 +96,9 @@ def test_where_it_cannot_be_the_optimizer_is_as_it_was(here, monkeypatch):
     assert not optimizer.state
 
 
-@pytest.mark.parametrize(("activation", "extra"), [("relu", "plain"), ("abs", "plain"), ("relu", "auxk"), ("abs", "pass")])
+@pytest.mark.parametrize(
+    ("activation", "extra"), [("relu", "plain"), ("abs", "plain"), ("relu", "auxk"), ("abs", "pass")]
+)
 def test_steps_are_those_of_the_plain_path_and_of_torchs_adam(here, activation, extra):
     (sae, optimizer), (other, adam) = make_sae(activation), make_sae(activation)
     silent, scale = torch.arange(LATENTS), 2.0

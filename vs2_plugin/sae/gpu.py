@@ -224,8 +224,8 @@ class Replayed:
 
 
 def select(rows: Tensor, activation: str, latents: Latents, codes: Tensor) -> None:
-    """Write the active latents of pre-activations ``[batch, n]``, in no order, as ``TopKSAE.select`` gives them, and their
-    values to ``codes`` ``[batch, n]`` too. The groups that are looked at first are of about √(n/k) numbers."""
+    """Write the active latents of pre-activations ``[batch, n]``, which ``TopKSAE.select`` gives, and their values to
+    ``codes`` ``[batch, n]`` too. The groups that are looked at first are of about √(n/k) numbers."""
     batch, n = rows.shape
     k = latents.values.shape[1]
     size = min(triton.next_power_of_2(isqrt(n // k)), 1 << ((n // k).bit_length() - 1))

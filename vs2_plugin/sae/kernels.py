@@ -1,5 +1,6 @@
-"""Triton kernels of the training step on a GPU, in the order in which it takes them; :mod:`vs2_plugin.sae.gpu` says
-what for. Sums over many programs are of integers, or of parts that are then added in one order: the same bits each time.
+"""Triton kernels of the training step on a GPU, in their order; :mod:`vs2_plugin.sae.gpu` says what for.
+
+Sums over many programs are of integers, or of parts that are then added in one order: the same bits each time.
 """
 
 import triton
@@ -110,9 +111,10 @@ def explain(
     x, b_dec, decoder, values, indices, moments, variance, to_output, to_values, d, k,
     D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """With ``r = x - b_dec - W_decᵀ c``, write ``-2 r / variance`` ``[batch, d]`` and its inner products with the active
-    rows of the decoder, ``[batch, k]``; one program per activation. Of ``moments`` ``[d + 2]``, the sum of all ``x -
-    b_dec``, that of their squares and their number, the variance is ``Σ‖x - batch mean‖²``; it is written too."""
+    """With ``r = x - b_dec - W_decᵀ c``, write ``-2 r / variance`` ``[batch, d]`` and its inner products with the rows
+    of the decoder that are active, ``[batch, k]``; one program per activation. The variance ``Σ‖x - batch mean‖²`` is
+    that of ``moments`` ``[d + 2]``: the sum of all ``x - b_dec``, that of their squares, their number. It is written
+    too."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, D)
     inside = columns < d
@@ -214,8 +216,8 @@ def update(
     b_dec, base_gradient, base_mean, base_square,
     decoder, encoder, bias, sums, active, silent, rates, n, d, BIASED: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Update by Adam a latent's rows of decoder and encoder and its bias, and for how many steps it has been silent; the
-    last of n + 1 programs: ``b_dec``. Set to 0 what of this step is summed by latent."""
+    """Update by Adam a latent's rows of decoder and encoder and its bias, and count for how many steps it is silent;
+    the last of n + 1 programs: ``b_dec``. Set to 0 what is summed by latent in a step."""
     latent = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, D)
     inside = columns < d
