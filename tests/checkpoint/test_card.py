@@ -39,11 +39,16 @@ def test_the_body_tells_tower_data_figures_and_use():
     assert "find none here" in body and "transductive" not in body.lower()
 
 
-def test_accuracy_recovered_is_told_where_it_was_measured():
-    known = replace(SITE, training={**FIGURES, "recovered": 0.912})
+def test_what_is_left_of_predictions_is_told_where_it_was_measured():
+    about = {"agreement": 0.875, "recovered_on": "90 images, with 10 classes of a|b"}
+    known, kept = (replace(SITE, training={**FIGURES, **told}) for told in ({"recovered": 0.912, **about}, about))
     _, body = made(sites=[known, SITE])
-    assert "| dense latents | accuracy recovered | labels used |" in body
-    assert "| 6.2% | 91.2% | none |" in body and "| 6.2% | ? | none |" in body and "recovered" not in made()[1]
+    assert "| dense latents | accuracy recovered | predictions kept | labels used |" in body
+    assert "| 6.2% | 91.2% | 87.5% | none |" in body and "| 6.2% | ? | ? | none |" in body
+    assert "labels were read" in body and r"stays: of 90 images, with 10 classes of a\|b." in body
+    _, body = made(sites=[kept])
+    assert "| 6.2% | 87.5% | none |" in body and "recovered" not in body and "labels were read" not in body
+    assert "recovered" not in made()[1] and "predictions kept" not in made()[1]
 
 
 def test_its_python_is_python():

@@ -51,6 +51,26 @@ def test_without_the_gallery_it_is_another_checkpoint(checkpoint, tmp_path):
     assert bare.gallery is None and bare.digest != checkpoint.digest and not bare.gallery_folder.exists()
 
 
+def test_what_is_noted_travels_and_leaves_the_digest(checkpoint, tmp_path, hub, monkeypatch):
+    copy = checkpoint.save(tmp_path / "copy")
+    first, *others = copy.sites
+    assert copy.note(first, {"recovered": 0.5, "recovered_on": "2 images"}) and copy.note(first, {"recovered": 0.75})
+    (copy.folder / "README.md").unlink()
+    copy.push_to_hub("me/sae", gallery=True)
+    found = Checkpoint.from_hub("me/sae")
+    assert found.sites[0].training == {**first.training, "recovered": 0.75, "recovered_on": "2 images"}
+    assert found.sites[1:] == others and found.digest == copy.digest
+    text = (found.folder / "README.md").read_text()
+    assert "| accuracy recovered |" in text and "of 2 images." in text
+    assert not found.note(found.sites[0], {"recovered": 0.25})  # the hub's cache is not ours
+    assert copy.note(first, {"recovered": None}) and "recovered" not in Checkpoint.load(copy.folder).sites[0].training
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.mkstemp", lambda **given: open(tmp_path / "none" / "x"))  # nothing can be written
+        assert not copy.note(first, {"recovered": 0.5}) and Checkpoint.load(copy.folder).digest == copy.digest
+    checkpoint.save(copy.folder, gallery=False, overwrite=True)
+    assert not copy.note(first, {"recovered": 0.5})  # it is another one now
+
+
 def test_a_folder_that_is_there_stays(checkpoint, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").touch()

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli.main import main
 
 NAME = "local-dir-tiny-clip_wds-digits"
@@ -18,6 +19,8 @@ def test_predictions_and_other_data_are_measured_where_they_are_named(folder, tm
     assert figures["explained_variance_elsewhere"]["value"] > figures["explained_variance"]["value"]
     assert sae["site"].endswith("resblocks.3") and sae["held_out"] == 30
     assert (tmp_path / "index.html").exists() and (tmp_path / "quality.json").exists()
+    of = Store.default().find(NAME).save(tmp_path / "saved").folder / "README.md"
+    assert "images of wds/digits, from the gallery), with 10 classes of wds/digits." in of.read_text()
 
 
 def test_blocks_variants_and_checkpoints_without_a_gallery(folder, capsys):

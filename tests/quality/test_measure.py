@@ -9,7 +9,7 @@ import torch
 import vs2_plugin
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.quality import measure as module
-from vs2_plugin.quality.measure import ZeroShot, measure, stability
+from vs2_plugin.quality.measure import ZeroShot, keep, measure, stability
 from vs2_plugin.quality.notes import NOTES
 from vs2_plugin.quality.subject import Elsewhere, open_subject
 
@@ -90,15 +90,33 @@ def test_without_activations_the_figures_of_the_training_are_shown(trained):
 
 def test_predictions_with_labels_without_them_and_before_the_towers_end(subject):
     weights = torch.randn(WIDTH, 4, generator=torch.Generator().manual_seed(0))
-    found = measure(subject, zero_shot=ZeroShot(lambda x: x, weights, True)).figures
+    found = measure(subject, zero_shot=ZeroShot(lambda x: x, weights, True, "4 classes")).figures
     assert found["agreement"].value > found["agreement"].beside
-    found = measure(subject, zero_shot=ZeroShot(lambda x: x, weights, False)).figures
+    found = measure(subject, zero_shot=ZeroShot(lambda x: x, weights, False, "4 classes")).figures
     assert found["recovered"].value is None and "not those of these classes" in found["recovered"].why
     bare = replace(subject, images=replace(subject.images, labels=None))
-    found = measure(bare, zero_shot=ZeroShot(lambda x: x, weights, False)).figures
+    found = measure(bare, zero_shot=ZeroShot(lambda x: x, weights, False, "4 classes")).figures
     assert "--gallery_labels" in found["recovered"].why and "--labels" in found["probe_5"].why
-    found = measure(subject, zero_shot=ZeroShot(None, weights, True)).figures
+    found = measure(subject, zero_shot=ZeroShot(None, weights, True, "4 classes")).figures
     assert "rec:" in found["agreement"].why
+
+
+def test_what_is_left_of_predictions_is_kept_in_the_record(trained, subject):
+    weights = torch.randn(WIDTH, 4, generator=torch.Generator().manual_seed(0))
+    zero_shot = ZeroShot(lambda x: x, weights, True, "4 classes")
+    found, before = measure(subject, zero_shot=zero_shot), subject.checkpoint
+    assert keep(found, zero_shot) and not keep(found, "no classes") and not keep(measure(subject), zero_shot)
+    bare = open_subject("s0", Store(trained))  # as it comes from a hub
+    assert bare.checkpoint.digest == before.digest
+    assert bare.site.training["recovered_on"] == (
+        "40 images that it was not trained on (400 activations of X.npy, those that it was trained on), with 4 classes"
+    )
+    figures = measure(bare).figures
+    assert figures["recovered"].value == pytest.approx(found.figures["recovered"].value, abs=1e-6)
+    assert figures["agreement"].value == pytest.approx(found.figures["agreement"].value, abs=1e-6)
+    unlabelled = measure(replace(subject, images=replace(subject.images, labels=None)), zero_shot=zero_shot)
+    assert keep(unlabelled, zero_shot)
+    assert "recovered" not in open_subject("s0", Store(trained)).site.training
 
 
 def test_two_seeds_are_compared_and_one_is_not(trained, monkeypatch):

@@ -69,8 +69,8 @@ def _about(backbone: str, pretrained: str, data: TrainingData, site: SiteSAE) ->
 
 def _saes(sites: Sequence[SiteSAE]) -> Iterator[str]:
     shares = {"dead": "dead latents", "dense": "dense latents"}
-    if any("recovered" in site.training for site in sites):  # it takes labels, so that most do not tell it
-        shares["recovered"] = "accuracy recovered"
+    by_hand = {"recovered": "accuracy recovered", "agreement": "predictions kept"}  # measured by vs2 sae
+    shares |= {name: words for name, words in by_hand.items() if any(name in site.training for site in sites)}
     head = ["width", "latents", "active (L0, at most)", "explained variance", *shares.values()]
     yield f"| SAE | {' | '.join(head)} | labels used |"
     yield f"|---|{'---:|' * len(head)}---|"
@@ -89,12 +89,27 @@ def _saes(sites: Sequence[SiteSAE]) -> Iterator[str]:
         "The explained variance is 1 - FVU, over activations that were held out; a latent is dead if no training "
         "activation activates it, and dense if more than a tenth of them do."
     )
+    yield from _zero_shot(sites)
     yield from (f"\nOf no use at {_code(site.folder)}: {_plain(site.warning)}." for site in sites if site.warning)
     listed = ("lr", "samples", "steps", "sae_batch_size", "seed", "recipe", "library")
     settings = [f"{name} {_code(sites[0].training[name])}" for name in listed if name in sites[0].training]
     if settings:
         yield ""
         yield f"Settings: {', '.join(settings)}; all of them are in `vs2.json`."
+
+
+def _zero_shot(sites: Sequence[SiteSAE]) -> Iterator[str]:
+    """Say what ``vs2 sae`` measured of predictions, and on which images and classes, where it did."""
+    measured = dict.fromkeys(site.training["recovered_on"] for site in sites if "recovered_on" in site.training)
+    if not measured:
+        return
+    recovered = "accuracy recovered is what is left of the zero-shot accuracy, above that of one constant activation "
+    recovered += "(labels were read for it), and "
+    told = recovered if any("recovered" in site.training for site in sites) else ""
+    yield (
+        f"\nWhere the reconstruction takes the activation's place, {told}predictions kept is the share of images whose "
+        f"zero-shot class stays: of {'; of '.join(map(_plain, measured))}."
+    )
 
 
 def _use(

@@ -20,8 +20,8 @@ import itertools
 import json
 import reprlib
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ from vs2_plugin.checkpoint.typed import typed
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.documented import documented
 from vs2_plugin.errors import CheckpointError, CheckpointNotFound, CheckpointReplaced, DataError
-from vs2_plugin.files import atomic_folder, file_digest, hidden, json_digest, settle
+from vs2_plugin.files import alone, atomic_file, atomic_folder, file_digest, hidden, json_digest, settle
 from vs2_plugin.gallery.contents import GalleryContents
 from vs2_plugin.names import Repository, with_weights
 from vs2_plugin.text import counted
@@ -374,6 +374,31 @@ class Checkpoint:
         except CheckpointError:
             return False
 
+    def note(self, site: SiteSAE, told: Mapping[str, float | str | None]) -> bool:
+        """Add figures to the record of an SAE. The digest is not of them, and stays.
+
+        Args:
+            site: whose record.
+            told: the figures; None takes one away.
+
+        Returns:
+            Whether they are kept: not in a hub's cache, nor where the checkpoint cannot be written, or was replaced.
+        """
+        if self.hub:
+            return False
+        with suppress(OSError, DataError), alone(self.folder, seconds=0):
+            values = json.loads((self.folder / MANIFEST).read_bytes())
+            if _digest(values) != self.digest:
+                return False
+            for record in values["sites"]:
+                if (record["hookpoint"], record["variant"]) == (site.hookpoint, site.variant):
+                    known = {name: value for name, value in record["training"].items() if name not in told}
+                    record["training"] = known | {name: value for name, value in told.items() if value is not None}
+            with atomic_file(self.folder / MANIFEST) as scratch:
+                scratch.write_text(json.dumps(values, indent=1) + "\n")
+            return True
+        return False
+
     def save(self, folder: Path | str, *, gallery: bool = True, overwrite: bool = False) -> Checkpoint:
         """Copy it into a new folder, with a model card: a repository for a hub.
 
@@ -444,7 +469,8 @@ class Checkpoint:
         if own.is_file() and license is None:
             shutil.copyfile(own, folder / CARD)
         else:
-            text = card(name, self.backbone, self.pretrained, self.data, self.sites, kept, license)
+            sites = Checkpoint.load(self.folder).sites  # what is noted there meanwhile is in the copy too
+            text = card(name, self.backbone, self.pretrained, self.data, sites, kept, license)
             (folder / CARD).write_text(text, encoding="utf-8")
 
     def verify(self) -> None:

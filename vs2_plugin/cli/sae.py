@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli.common import AGAIN, add_store_option, load_torch
 from vs2_plugin.cli.inspect import read_words
 from vs2_plugin.errors import SettingError
 from vs2_plugin.messages import say
+
+if TYPE_CHECKING:
+    from vs2_plugin.quality.page import Quality
 
 __all__ = ["add_sae"]
 
@@ -63,8 +67,8 @@ def _run(args: argparse.Namespace) -> None:
     load_torch()
     import torch
 
-    from vs2_plugin.quality.measure import measure, stability
-    from vs2_plugin.quality.page import Quality, json_of, write_page
+    from vs2_plugin.quality.measure import keep, measure, stability
+    from vs2_plugin.quality.page import Quality
     from vs2_plugin.quality.subject import open_elsewhere, open_subject, require_comparable
     from vs2_plugin.quality.tower import open_zero_shot
 
@@ -80,13 +84,23 @@ def _run(args: argparse.Namespace) -> None:
     )
     saes = [measure(subject, elsewhere, zero_shot, device) for subject in subjects]
     quality = Quality(saes, *stability(saes))
-    if not args.quiet:
-        for line in json_of(quality).splitlines() if args.json else quality.lines():
-            say(line)
-    if args.out is not None:
-        for path in write_page(quality, args.out):
-            if not args.quiet and not args.json:
-                say(f"wrote {path}")
+    kept = [one.subject.name for one in saes if keep(one, zero_shot)]
+    _tell(args, quality, kept)
+
+
+def _tell(args: argparse.Namespace, quality: Quality, kept: list[str]) -> None:
+    """Print the figures, and then write the page, which may fail."""
+    from vs2_plugin.quality.page import json_of, write_page
+
+    words = not args.quiet and not args.json
+    told = list(quality.lines()) if words else [] if args.quiet else json_of(quality).splitlines()
+    if words and kept:
+        told.append(f"what is left of zero-shot predictions is kept for the model card of {', '.join(kept)}")
+    for line in told:
+        say(line)
+    for path in [] if args.out is None else write_page(quality, args.out):
+        if words:
+            say(f"wrote {path}")
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -139,9 +139,10 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _shares(site: SiteSAE) -> str:
-    """Return the shares of dead and dense latents in words, as far as the checkpoint tells them."""
-    shares = ((name, site.training.get(name)) for name in ("dead", "dense"))
-    return "".join(f", {share:.1%} {name}" for name, share in shares if isinstance(share, float))
+    """Return the shares of dead and dense latents, and of accuracy recovered, as far as the checkpoint tells them."""
+    words = {"dead": "dead", "dense": "dense", "recovered": "of the accuracy recovered"}
+    shares = ((told, site.training.get(name)) for name, told in words.items())
+    return "".join(f", {share:.1%} {told}" for told, share in shares if isinstance(share, float))
 
 
 def _remove(args: argparse.Namespace) -> None:

@@ -19,8 +19,9 @@ from vs2_plugin.quality.recovered import recovered
 from vs2_plugin.quality.subject import Elsewhere, Images, Subject
 from vs2_plugin.sae.fit import PCA_MAX, held_out_fvu, pca_fvu
 from vs2_plugin.sae.source import Source
+from vs2_plugin.text import counted
 
-__all__ = ["STABLE", "Figure", "Measured", "ZeroShot", "measure", "stability"]
+__all__ = ["STABLE", "Figure", "Measured", "ZeroShot", "keep", "measure", "stability"]
 
 #: Images whose codes are looked at, at most.
 LOOKED_AT = 50_000
@@ -54,6 +55,8 @@ class ZeroShot:
     """``[e, classes]``."""
     labelled: bool
     """Whether the images' labels are those of these classes."""
+    about: str
+    """The classes, in words."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,9 @@ def measure(
     if images is None:
         recorded = subject.site.training
         figures["explained_variance"] = Figure(1 - subject.site.fvu, _one_less(recorded.get("pca_fvu")))
-        figures |= {name: _recorded(recorded.get(name)) for name in ("l0", "dead", "dense", "gamma")}
-        missing = ("recovered", "agreement", "probe_1", "probe_5", "monosemanticity", "monosemantic")
+        known = ("l0", "dead", "dense", "gamma", "recovered", "agreement")
+        figures |= {name: _recorded(recorded.get(name)) for name in known}
+        missing = ("probe_1", "probe_5", "monosemanticity", "monosemantic")
         figures |= {name: Figure(None, why=_NO_IMAGES) for name in missing}
     else:
         source = Source(images.activations, device)
@@ -170,6 +174,22 @@ def _zero_shot(
         why = "the plain model is no better than one constant activation"
     share = Figure(found.share, why="" if found.share is not None else why)
     return {"recovered": share, "agreement": Figure(found.agreement, found.by_mean)}
+
+
+def keep(measured: Measured, zero_shot: ZeroShot | str) -> bool:
+    """Keep what is left of zero-shot predictions in the checkpoint's record, for its model card, in place of what was
+    measured before; tell whether that could be done, and there was something to keep."""
+    subject, agreement = measured.subject, measured.figures["agreement"].value
+    if subject.images is None or agreement is None or isinstance(zero_shot, str):
+        return False
+    recovered = measured.figures["recovered"].value
+    held = counted(len(subject.images.held), "image")
+    told: dict[str, float | str | None] = {
+        "agreement": round(agreement, 6),
+        "recovered": None if recovered is None else round(recovered, 6),
+        "recovered_on": f"{held} that it was not trained on ({subject.images.about}), with {zero_shot.about}",
+    }
+    return subject.checkpoint.note(subject.site, told)
 
 
 def _probes(codes: Codes, images: Images, chosen: np.ndarray) -> dict[str, Figure]:

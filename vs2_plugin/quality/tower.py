@@ -6,6 +6,7 @@ from functools import partial
 
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.clip.sites import embedding_from
+from vs2_plugin.data.naming import DataSet
 from vs2_plugin.inspection.subject import open_subject
 from vs2_plugin.quality.measure import ZeroShot
 from vs2_plugin.quality.subject import Subject
@@ -47,7 +48,9 @@ def open_zero_shot(
     model = opened.model
     site = model.sites.find(subject.site.hookpoint)
     embed = partial(embedding_from, model.model, site) if model.sites.at_end(site) else None
-    return ZeroShot(embed, opened.class_texts.T, _is_labelled(subject, len(opened.classes)))
+    of = "given" if classes is not None else f"of {DataSet.of(dataset or '', dataset_root).name}"
+    about = f"{len(opened.classes):,} classes {of}"
+    return ZeroShot(embed, opened.class_texts.T, _is_labelled(subject, len(opened.classes)), about)
 
 
 def _is_labelled(subject: Subject, classes: int) -> bool:
