@@ -86,8 +86,8 @@ class Embeddings:
 
         stored = self.unlabeled.cpu().numpy().astype(np.float16)
         gallery = Gallery({OUTPUT: stored}, {CLIP: stored}, np.arange(len(stored), dtype=np.uint64), None, {})
-        site, sae = Site(OUTPUT, stored.shape[1]), train_plain(stored, 0, 40_000).to(device)
-        own = (gallery, {"plain": sae}, self.images, self.labels)
+        site, sae = Site(OUTPUT, stored.shape[1]), train_plain(stored, 0, 40_000)
+        own = (gallery, {"plain": sae._replace(sae=sae.sae.to(device), mean=sae.mean.to(device))}, self.images, self.labels)
         self.bench = Bench(nn.Identity(), site, site, self.classifier, *own)
 
     def prepare(self, before: str, after: str) -> Callable[[], Tensor]:

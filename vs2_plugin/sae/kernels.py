@@ -191,8 +191,8 @@ def parts_of_base(
         else:
             row = ((program - blocks) * ROWS + start + tl.arange(0, TILE)).to(tl.int64)
             there = (row < batch)[:, None] & inside[None, :]
-            block = tl.load(to_output + row[:, None] * d + columns[None, :], mask=there, other=0.0)
-            total += tl.sum(block.to(tl.float32), 0)
+            block = tl.load(to_output + row[:, None] * d + columns[None, :], mask=there, other=0.0).to(tl.float32)
+            total += tl.sum(block, 0)
     tl.store(parts + program * d + columns, total, mask=inside)
 
 
