@@ -1,7 +1,9 @@
 """The parts of the demo; tests/harness/test_demo.py runs the whole."""
 
 import json
+import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,8 +14,7 @@ from vs2_plugin.errors import DataError, Vs2Error
 
 def test_its_own_files_are_made_anew_and_a_strangers_left_alone(tmp_path):
     folder = tmp_path / "demo"
-    environment = prepare(folder)
-    assert environment["VS2_STORE"] == "store"
+    prepare(folder)
     assert {path.name for path in folder.iterdir()} == {"digits", "tiny-clip", "results"}
     (folder / "results/old.json").write_text("old")
     (folder / "benchmark.csv").write_text("old")
@@ -72,20 +73,27 @@ def test_the_table_of_several_seeds_has_mean_and_deviation_of_the_sample(write, 
     assert steered == "| VS2 | 65.0 (7.1) |  | 32.5 (3.5) | +15.0 (7.1) |  |"
 
 
-@pytest.mark.parametrize(
-    ("script", "error"),
-    [("echo a >&2; echo no luck >&2; exit 3", "exit code 3: no luck"), (None, "no-such is not installed beside")],
-)
-def test_a_command_that_fails_ends_the_demo(script, error, tmp_path, monkeypatch, capsys):
-    if script:
-        (tmp_path / "bin").mkdir()
-        file = tmp_path / "bin/no-such"
-        file.write_text(f"#!/bin/sh\n{script}\n")
-        file.chmod(0o755)
-        monkeypatch.setattr(sys, "executable", str(tmp_path / "bin/python"))
-    with pytest.raises(Vs2Error, match=error):
-        run._command(tmp_path, {}, True, "no-such", "a word")  # quiet: what it said last is told
-    assert "$ no-such 'a word'" in capsys.readouterr().out
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_command_that_fails_ends_the_demo(quiet, tmp_path, monkeypatch, capsys):
+    from clip_benchmark import cli
+
+    def fail():
+        assert sys.argv == ["clip_benchmark", "eval", "a word"]
+        assert Path.cwd() == tmp_path / "demo" and os.environ["VS2_STORE"] == "store" != before["VS2_STORE"]
+        print("said")
+        print("a\nno luck\n", file=sys.stderr)
+        raise SystemExit(3)
+
+    before, place = dict(os.environ), Path.cwd()
+    monkeypatch.setattr(cli, "main", fail)
+    monkeypatch.setattr(run, "_steps", lambda seeds: iter([["vs2", "b"], ["clip_benchmark", "eval", "a word"]]))
+    words = []
+    with pytest.raises(Vs2Error, match=r"exit code 3: no luck$" if quiet else r"exit code 3$"):
+        run.demo(tmp_path / "demo", {"vs2": words.append}, quiet)
+    said = capsys.readouterr()
+    assert words == [["b"]] and "$ vs2 b\n" in said.out and "$ clip_benchmark eval 'a word'\n" in said.out
+    assert ("said" in said.out) == ("no luck" in said.err) == (not quiet)
+    assert dict(os.environ) == before and Path.cwd() == place and sys.argv[0] != "clip_benchmark"
 
 
 def test_mistakes_are_told_before_anything_is_written(monkeypatch, tmp_path, capsys):
@@ -108,7 +116,8 @@ def test_seeds_are_those_that_were_asked_for_each_once(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "demo", lambda *given: asked.append(given))
     assert main(["demo", "--out", str(tmp_path), "--seed", "3", "1", "3", "--quiet"]) == 0
     assert main(["demo"]) == 0
-    assert asked[0] == (tmp_path, True, [3, 1]) and asked[1][1:] == (False, [0])
+    assert [given[2:] for given in asked] == [(True, [3, 1]), (False, [0])] and asked[0][0] == tmp_path
+    assert asked[0][1].keys() == {"vs2", "vs2-train-sae"}
 
 
 def test_its_models_are_ours_with_the_tiny_clip():

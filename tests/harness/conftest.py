@@ -5,19 +5,18 @@ from __future__ import annotations
 import io
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from vs2_plugin.cli import main, train_sae
+from vs2_plugin.cli import main
 from vs2_plugin.demo import run
 from vs2_plugin.demo.digits import CLASSES
 
@@ -42,34 +41,13 @@ def run_python(
     return subprocess.run([*program, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
-@contextmanager
-def commands_here() -> Iterator[pytest.MonkeyPatch]:
-    """Within the block, the demo runs its commands in this process; ``.ci/run`` has it start them."""
-
-    def command(folder: Path, environment: dict[str, str], quiet: bool, *words: str) -> None:
-        from clip_benchmark import cli
-
-        print(f"\n$ {shlex.join(words)}")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(folder)
-            patch.setattr(sys, "argv", list(words))
-            for name, value in environment.items():
-                patch.setenv(name, value)
-            mains = {"vs2-train-sae": train_sae.main, "vs2": main.main, "clip_benchmark": lambda _: cli.main()}
-            assert not mains[words[0]](words[1:])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "_command", command)
-        yield patch
-
-
 @pytest.fixture(scope="session")
 def demo(once: Callable[..., Path]) -> SimpleNamespace:
     """A copy of the folder that ``vs2 demo`` leaves, and what it printed. Its SAEs are trained for half as long."""
 
     def fill(folder: Path) -> None:
         output, errors = io.StringIO(), io.StringIO()
-        with commands_here() as patch, redirect_stdout(output), redirect_stderr(errors):
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
             patch.setattr(run, "SAMPLES", run.SAMPLES // 2)
             assert main.main(["demo", "--out", str(folder / "demo")]) == 0
         (folder / "said.json").write_text(json.dumps([output.getvalue(), errors.getvalue()]))

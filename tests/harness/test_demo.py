@@ -16,7 +16,7 @@ from vs2_plugin.cli import main
 from vs2_plugin.demo import run
 from vs2_plugin.demo.run import SYSTEMS
 
-from .conftest import DIGITS, TINY, commands_here, metrics
+from .conftest import DIGITS, TINY, metrics
 
 CHECKPOINT = "store/checkpoints/local-dir-tiny-clip_wds-digits"
 BLOCK = "visual.transformer.resblocks.3"
@@ -33,14 +33,16 @@ def test_demo_prints_the_accuracies_of_its_results(demo):
     assert [" ".join(words) for words in ran] == expected
 
 
-def test_with_several_seeds_the_table_gives_mean_and_spread(tmp_path, capsys):
+def test_with_several_seeds_the_table_gives_mean_and_spread(tmp_path, monkeypatch, capsys):
     """With few samples and rows: the SAEs do not have to be good."""
     rows = ("zero-shot CLIP", "VS2", "VS2, last two blocks", "VS2++, oracle (training labels)")
-    with commands_here() as patch:
-        patch.setattr(run, "SYSTEMS", {name: SYSTEMS[name] for name in rows})
-        patch.setattr(run, "SAMPLES", 1000)
-        run.demo(tmp_path / "seeds", quiet=True, seeds=[0, 3])
-    lines = capsys.readouterr().out.splitlines()
+    monkeypatch.setattr(run, "SYSTEMS", {name: SYSTEMS[name] for name in rows})
+    monkeypatch.setattr(run, "SAMPLES", 1000)
+    assert main.main(["demo", "--out", str(tmp_path / "seeds"), "--quiet", "--seed", "0", "3"]) == 0
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("$ ")] == ["vs2-train-sae", "vs2"]
+    assert "wrote" not in said.out and said.err == ""  # the commands' own output
     plain = metrics(tmp_path / f"seeds/results/{TINY}.json")["acc1"]
     (row,) = [line for line in lines if line.startswith("| zero-shot CLIP |")]
     assert row.split("|")[2].strip() == f"{100 * plain:.2f}"

@@ -89,13 +89,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return end_well("vs2", lambda: args.run(args), getattr(args, "interrupted", ""))
 
 
+def _run(words: Sequence[str]) -> int | None:
+    """Run the command within another, which tells how it ended."""
+    args = parser().parse_args(words)
+    code: int | None = args.run(args)
+    return code
+
+
 def _demo(args: argparse.Namespace) -> None:
+    from vs2_plugin.cli import train_sae
     from vs2_plugin.demo.run import demo
     from vs2_plugin.training.request import TrainRequest
 
     TrainRequest(dataset=("wds/digits",), seed=tuple(args.seed))  # told before anything is written
     make_folder(args.out)
-    demo(args.out, args.quiet, list(dict.fromkeys(args.seed)))
+    commands = {"vs2": _run, "vs2-train-sae": train_sae.run}
+    demo(args.out, commands, args.quiet, list(dict.fromkeys(args.seed)))
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from vs2_plugin.cli.common import add_flags, end_well, load_torch
 from vs2_plugin.messages import say
 from vs2_plugin.training.request import TrainRequest
 
-__all__ = ["main", "parser", "train"]
+__all__ = ["main", "parser", "run", "train"]
 
 # Training makes many short parallel steps. Where another process holds a core, threads that spin while they wait
 # for each other slow it down a hundredfold; sleeping ones cost a few microseconds. Read when torch is loaded.
@@ -77,17 +77,22 @@ def train(given: Mapping[str, Any]) -> None:
     load_torch()
     request = TrainRequest.of(**given)
     from vs2_plugin.distributed import joined
-    from vs2_plugin.training import run
+    from vs2_plugin.training.run import train as make
 
     with joined() as processes:
-        run.train(request, processes, say)
+        make(request, processes, say)
+
+
+def run(words: Sequence[str] | None = None) -> None:
+    """Run the command within another, which tells how it ended."""
+    train(vars(parser().parse_args(words)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command."""
     return end_well(
         "vs2-train-sae",
-        lambda: train(vars(parser().parse_args(argv))),
+        lambda: run(argv),
         "; what was extracted and trained so far is kept: run the same command to go on",
     )
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from statistics import mean, stdev
-from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, TypeAlias
 
 from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE
 from vs2_plugin.demo.digits import write_digits
@@ -59,12 +57,14 @@ SWEPT = {
 SYSTEMS = {**EVALUATED, **SWEPT}
 #: Activations that an SAE is trained on: a quarter of the default, which takes a minute for eight SAEs.
 SAMPLES = 50_000
+#: Name of a command -> what runs it, given the words behind its name, and returns an exit code or None.
+Commands: TypeAlias = Mapping[str, Callable[[Sequence[str]], "int | str | None"]]
 _TINY_CLIP = Path(__file__).parent / "tiny_clip"
 _MINE = ("digits", "tiny-clip", "store", "results", "report")  # the folders that the demo writes into its own
 
 
-def prepare(folder: Path) -> dict[str, str]:
-    """Write the digits and the tiny CLIP into ``folder``, and return the environment for commands that run in it.
+def prepare(folder: Path) -> None:
+    """Write the digits and the tiny CLIP into ``folder``.
 
     Raises:
         DataError: the folder holds something that is not the demo's.
@@ -85,52 +85,55 @@ def prepare(folder: Path) -> dict[str, str]:
     write_digits(folder / "digits")
     shutil.copytree(_TINY_CLIP, folder / "tiny-clip")
     (folder / "results").mkdir()
-    return {**os.environ, ENVIRONMENT_VARIABLE: "store"}
 
 
-def demo(folder: Path, quiet: bool = False, seeds: Sequence[int] = (0,)) -> None:
+def demo(folder: Path, commands: Commands, quiet: bool = False, seeds: Sequence[int] = (0,)) -> None:
     """Train, evaluate and print the table.
 
     Args:
         folder: where to work.
+        commands: ``vs2`` and ``vs2-train-sae``, which are run in this process, as ``clip_benchmark`` is.
         quiet: hide the output of the commands.
         seeds: of the SAEs. With several, the table gives mean and standard deviation over them.
 
     Raises:
-        Vs2Error: a command failed; its own output says why.
+        Vs2Error: a command failed.
     """
     started = time.monotonic()
-    environment = prepare(folder)
+    prepare(folder)
     print(
         f"# 1,797 real handwritten digits (scikit-learn) and a tiny CLIP, trained on printed glyphs only, in {folder}"
     )
     # Where loader and model share two cores, threads that spin while they wait slow each other down.
     settings = {ENVIRONMENT_VARIABLE: "store", PER_IMAGE: "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    environment |= settings
     exported = " ".join(f"{name}={value}" for name, value in settings.items())
     print(f"cd {shlex.quote(str(folder))}; export {exported}")
+    with _within(folder, settings):
+        for words in _steps(seeds):
+            _command(words, {**commands, "clip_benchmark": _clip_benchmark}, quiet)
+    there = "results/*.json, results/sweep.csv, the checkpoints in store/checkpoints"
+    if len(seeds) == 1:
+        there = "report/index.html, results/*.json, the checkpoint in store/checkpoints"
+    print(f"\n{table(folder / 'results', seeds)}")
+    print(f"\n{time.monotonic() - started:.0f} s. All of it is in {folder}: {there}.")
 
-    def run(*words: str) -> None:
-        _command(folder, environment, quiet, *words)
 
+def _steps(seeds: Sequence[int]) -> Iterator[list[str]]:
+    """Yield the words of each command."""
     data = ["--dataset", "wds/digits", "--dataset_root", "digits", "--num_workers", "1", "--no_amp"]
     evaluation = ["--pretrained", "", *data, "--output", "results/{model}.json", "--quiet"]
-    run(
+    yield [
         "vs2-train-sae", "--model", MODEL, *data, "--blocks", "all", "--pass_weight", "0", "0.8",
         "--samples", str(SAMPLES), "--seed", *map(str, seeds), *(["--name", "digits"] if len(seeds) > 1 else []),
-    )  # fmt: skip
+    ]  # fmt: skip
     if len(seeds) == 1:
-        run("clip_benchmark", "eval", "--model", *EVALUATED.values(), *evaluation)
-        run("vs2", "sweep", "--model", *SWEPT.values(), *evaluation, "--skip_existing")
-        run("vs2", "report", "results", "--out", "report")
-        there = "report/index.html, results/*.json, the checkpoint in store/checkpoints"
+        yield ["clip_benchmark", "eval", "--model", *EVALUATED.values(), *evaluation]
+        yield ["vs2", "sweep", "--model", *SWEPT.values(), *evaluation, "--skip_existing"]
+        yield ["vs2", "report", "results", "--out", "report"]
     else:
         saes = ",".join(f"digits-seed{seed}" for seed in seeds)
         strings = [with_checkpoint(model, saes) for model in SYSTEMS.values() if model != MODEL]
-        run("vs2", "sweep", "--model", *strings, *evaluation)
-        there = "results/*.json, results/sweep.csv, the checkpoints in store/checkpoints"
-    print(f"\n{table(folder / 'results', seeds)}")
-    print(f"\n{time.monotonic() - started:.0f} s. All of it is in {folder}: {there}.")
+        yield ["vs2", "sweep", "--model", *strings, *evaluation]
 
 
 def with_checkpoint(model: str, checkpoint: str) -> str:
@@ -169,35 +172,43 @@ def _cell(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
     return f"{100 * mean(values):{sign}.1f} ({100 * stdev(values):.1f})"
 
 
-def _command(folder: Path, environment: dict[str, str], quiet: bool, *words: str) -> None:
+def _command(words: Sequence[str], commands: Commands, quiet: bool) -> None:
+    """Print a command and run it, in this process: starting torch and the harness anew takes ten seconds."""
     print(f"\n$ {shlex.join(words)}", flush=True)
-    # The scripts installed beside this Python, whether or not its environment is the active one.
-    script = shutil.which(words[0], path=os.path.dirname(sys.executable)) or shutil.which(words[0])
-    if script is None:
-        raise Vs2Error(
-            f"the command {words[0]} is not installed beside {sys.executable}; install with: pip install vs2-plugin"
-        )
-    with TemporaryFile("w+", errors="replace") as kept:
-        hidden, said = (subprocess.DEVNULL, kept) if quiet else (None, None)
-        with _without_interruptions():
-            process = subprocess.Popen([script, *words[1:]], cwd=folder, env=environment, stdout=hidden, stderr=said)
-        with process:
-            try:
-                code = process.wait()
-            except BaseException:
-                process.terminate()
-                raise
-        kept.seek(0)
-        lines = [line for line in kept.read().splitlines() if line.strip()]
-    if code != 0:
-        raise Vs2Error(f"the command above ended with exit code {code}" + "".join(f": {line}" for line in lines[-1:]))
+    said = StringIO()
+    try:
+        with ExitStack() as stack:
+            if quiet:
+                stack.enter_context(redirect_stdout(StringIO()))
+                stack.enter_context(redirect_stderr(said))
+            code = commands[words[0]](words[1:])
+    except SystemExit as stop:
+        code = stop.code
+    if code:
+        last = [f": {line}" for line in said.getvalue().splitlines() if line.strip()][-1:]
+        raise Vs2Error(f"the command above ended with exit code {code}" + "".join(last))
+
+
+def _clip_benchmark(words: Sequence[str]) -> None:
+    """Run the stock command, as its script does."""
+    from clip_benchmark import cli
+
+    before, sys.argv = sys.argv, ["clip_benchmark", *words]
+    try:
+        cli.main()
+    finally:
+        sys.argv = before
 
 
 @contextmanager
-def _without_interruptions() -> Iterator[None]:
-    """Commands started within the block leave Ctrl-C to the demo, which ends them: each would print a traceback."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _within(folder: Path, settings: Mapping[str, str]) -> Iterator[None]:
+    """Work in a folder, with settings of the environment."""
+    place, environment = Path.cwd(), dict(os.environ)
+    os.chdir(folder)
+    os.environ.update(settings)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        os.chdir(place)
+        os.environ.clear()
+        os.environ.update(environment)
