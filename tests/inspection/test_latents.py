@@ -109,9 +109,9 @@ def test_chance_with_many_classes_is_finite():
     assert np.isfinite(table).all() and (table > -1e-12).all() and np.allclose(table.sum(1), 1)
 
 
-def test_kinds_are_relative_to_an_even_share():
+def test_a_latent_is_rare_by_an_even_share_and_dense_by_the_images():
     frequencies = np.zeros(100)
-    frequencies[:5] = [0.0039, 0.0041, 0.04, 0.39, 0.41]
+    frequencies[:5] = [0.0039, 0.0041, 0.04, 0.1, 0.11]
     assert kinds(frequencies, 4)[:6].tolist() == ["rare", "", "", "", "dense", "dead"]
 
 

@@ -25,7 +25,7 @@ MEANS = np.array([0, 1.0, 2.0, 3.0, 3.0])
 
 
 def test_dead_latents_are_in_no_figure(plotted):
-    axes, _ = plotted(FREQUENCIES, MEANS, 0.01, np.array([1, 2, 2]), np.array([0, 0.5, 0.5]))
+    axes, _ = plotted(FREQUENCIES, MEANS, 0.01, 0.1, np.array([1, 2, 2]), np.array([0, 0.5, 0.5]))
     assert list(axes) == ["frequency", "strength", "purity"]
     for name in ("frequency", "strength"):
         assert sum(bar.get_height() for bar in axes[name].patches) == 4
@@ -33,7 +33,7 @@ def test_dead_latents_are_in_no_figure(plotted):
 
 
 def test_purity_is_counted_beside_what_chance_gives(plotted):
-    axes, captions = plotted(FREQUENCIES, MEANS, 0.01, np.array([1, 2, 2, 3]), np.array([0, 0.25, 0.25, 0.5]))
+    axes, captions = plotted(FREQUENCIES, MEANS, 0.01, 0.1, np.array([1, 2, 2, 3]), np.array([0, 0.25, 0.25, 0.5]))
     assert [bar.get_height() for bar in axes["purity"].patches] == [1, 2, 1]
     [chance] = axes["purity"].lines
     assert list(chance.get_xdata()) == [1, 2, 3] and list(chance.get_ydata()) == [1, 1, 2]
@@ -41,5 +41,5 @@ def test_purity_is_counted_beside_what_chance_gives(plotted):
 
 
 def test_without_latents_that_have_all_top_images_there_is_no_purity(plotted):
-    axes, _ = plotted(FREQUENCIES, MEANS, 0.01, np.array([], int), np.array([0, 1.0]))
+    axes, _ = plotted(FREQUENCIES, MEANS, 0.01, 0.1, np.array([], int), np.array([0, 1.0]))
     assert list(axes) == ["frequency", "strength"]

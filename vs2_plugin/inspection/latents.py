@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vs2_plugin.arrays import Stack
+from vs2_plugin.sae.fit import DENSE
 from vs2_plugin.sae.topk import TopKSAE
 from vs2_plugin.text import counted
 
 __all__ = ["LatentStatistics", "chance", "choose", "kinds", "scan"]
 
 _BLOCK = 2048
-#: A latent is rare or dense where its frequency is this many times below or above k/n, the mean of all latents.
+#: A latent is rare where its frequency is this many times below k/n, the mean of all latents.
 _APART = 10
 
 
@@ -154,14 +155,13 @@ def _merge(best: tuple[np.ndarray, ...], latent: np.ndarray, block: tuple[np.nda
 
 
 def kinds(frequencies: np.ndarray, k: int) -> np.ndarray:
-    """Return ``dead`` (never active), ``rare`` (below k/n / 10), ``dense`` (above 10 k/n) or an empty word: ``[n]``.
+    """Return ``dead`` (never active), ``rare`` (below k/n / 10), ``dense`` (in more than a tenth of the images) or an
+    empty word: ``[n]``.
 
     k/n is what the frequency would be if all latents were active equally often.
     """
-    even = k / len(frequencies)
-    return np.select(
-        [frequencies == 0, frequencies < even / _APART, frequencies > even * _APART], ["dead", "rare", "dense"], ""
-    )
+    least = k / len(frequencies) / _APART
+    return np.select([frequencies == 0, frequencies < least, frequencies > DENSE], ["dead", "rare", "dense"], "")
 
 
 def chance(class_counts: np.ndarray, top: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from vs2_plugin.inspection.notes import ATTRIBUTION, GROUPS, PURITY, TOP_IMAGES,
 from vs2_plugin.inspection.survey import CSV_HEADER, LatentSurvey
 from vs2_plugin.report.latent_figures import draw_latents
 from vs2_plugin.report.rendering import render, save
+from vs2_plugin.sae.fit import DENSE
 
 __all__ = ["write_inspection", "write_survey"]
 
@@ -34,8 +35,8 @@ def write_survey(survey: LatentSurvey, folder: Path) -> list[Path]:
     """
     statistics = survey.statistics
     figures = draw_latents(
-        statistics.frequencies, statistics.means, survey.k / len(survey.kinds), statistics.purity[1][statistics.full],
-        statistics.chance[TOP_IMAGES],
+        statistics.frequencies, statistics.means, survey.k / len(survey.kinds), DENSE,
+        statistics.purity[1][statistics.full], statistics.chance[TOP_IMAGES],
     )  # fmt: skip
     context = {"survey": survey, "figures": figures, "notes": [GROUPS, WORDS]}
     files = {"index.html": render("latents.html", _SURVEY, context), "latents.csv": survey.csv().encode()}

@@ -83,7 +83,7 @@ class LatentSurvey:
             ("latents", f"{n:,}, of which {self.k} are active in an image; k/n = {even:.3%}"),
             ("dead", f"{share('dead')}: active in none of the images"),
             ("rare", f"{share('rare')}: in less than a tenth of k/n, {even / 10:.3%} of the images"),
-            ("dense", f"{share('dense')}: in more than ten times k/n, {10 * even:.3%} of the images"),
+            ("dense", f"{share('dense')}: in more than a tenth of the images"),
         ]
         full = statistics.full
         if full.any():

@@ -14,7 +14,8 @@ _BINS = 40
 _FREQUENCY = (
     "Latents by log10 of their activation frequency, the share of training images in which they are active. Dead "
     "latents are not in it. The dashed line is k/n, where all would be if they were equally active; left of the "
-    "first dotted line, at a tenth of it, they are called rare here, right of the second, at ten times, dense."
+    "first dotted line, at a tenth of it, they are called rare here, right of the second, at a tenth of the images, "
+    "dense."
 )
 _STRENGTH = "Latents by their mean activation over the images in which they are active. Dead latents are not in it."
 _PURITY = (
@@ -25,7 +26,7 @@ _PURITY = (
 
 
 def draw_latents(
-    frequencies: np.ndarray, means: np.ndarray, even: float, pure: np.ndarray, chance: np.ndarray
+    frequencies: np.ndarray, means: np.ndarray, even: float, dense: float, pure: np.ndarray, chance: np.ndarray
 ) -> list[Picture]:
     """Draw the figures of one SAE.
 
@@ -33,13 +34,14 @@ def draw_latents(
         frequencies: ``[n]``, 0 for dead latents.
         means: ``[n]``, mean activation where active.
         even: k/n.
+        dense: the frequency above which latents are called dense.
         pure: how many of its top images have their most frequent class, for each latent that has all top images.
         chance: the probability of each such number, 0 to top, for images drawn at random, ``[top + 1]``.
     """
     alive = frequencies > 0
     top = len(chance) - 1
     pictures = [
-        picture("frequency", "Activation frequency", _FREQUENCY, _frequency, frequencies[alive], even),
+        picture("frequency", "Activation frequency", _FREQUENCY, _frequency, frequencies[alive], even, dense),
         picture("strength", "Mean activation", _STRENGTH, _strength, means[alive]),
     ]
     if len(pure):
@@ -52,11 +54,11 @@ def _axes(height: float, xlabel: str) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot(xlabel=xlabel, ylabel="latents")
 
 
-def _frequency(frequencies: np.ndarray, even: float) -> Figure:
+def _frequency(frequencies: np.ndarray, even: float, dense: float) -> Figure:
     figure, axes = _axes(2.8, "log10 of the activation frequency")
     axes.hist(np.log10(frequencies), bins=_BINS, color=LINES[0])
     axes.axvline(np.log10(even), color=INK, linestyle="--", linewidth=1)
-    for apart in (even / 10, even * 10):
+    for apart in (even / 10, dense):
         axes.axvline(np.log10(apart), color=PLAIN, linestyle=":", linewidth=1.2)
     return figure
 
