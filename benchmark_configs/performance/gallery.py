@@ -5,8 +5,8 @@
 
 Prints a line of JSON after each search; the last one holds all. The embeddings are half-precision files, mapped into
 memory, of clustered directions: a thousand centres with noise around them, and so are the queries. Recall is the share
-of the exact neighbours that a search finds. Memory is what the search keeps of its own: on the GPU, or in this process
-without the pages of mapped files.
+that a search finds of the neighbours of the exact search before it. Memory is what the search keeps of its own: on the
+GPU, or in this process without the pages of mapped files.
 """
 
 from __future__ import annotations
@@ -102,9 +102,10 @@ def main() -> None:
                 rounds = args.rounds if own.type == device else 1
                 timed, found = measure(search, queries.to(own), args.batch, args.neighbours, rounds)
                 row |= {**timed, "memory_mb": own_memory(own) - before}
-                exact = found if exact is None else exact
-                pairs = zip(exact, found, strict=True)
-                row["recall"] = float(np.mean([len(np.intersect1d(*pair)) / args.neighbours for pair in pairs]))
+                exact = found if kind == "exact" else exact
+                if exact is not None:
+                    pairs = zip(exact, found, strict=True)
+                    row["recall"] = float(np.mean([len(np.intersect1d(*pair)) / args.neighbours for pair in pairs]))
                 del search
             except Exception as error:  # FAISS may be missing, memory short: the others are measured
                 row["failed"] = f"{type(error).__name__}: {error}"[:300]

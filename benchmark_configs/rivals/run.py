@@ -3,7 +3,7 @@
     python benchmark_configs/rivals/run.py digits vs2-demo          # the folder that "vs2 demo --out vs2-demo" left
     python benchmark_configs/rivals/run.py embeddings FILE.npz      # with image [n, d], label [n] and text [classes, d]
 
-prints a table; ``--device cuda`` has the embeddings on the GPU. Time is that of reading all test images. On embeddings it
+prints a table; ``--device cuda`` has embeddings on the GPU. Time is that of reading all test images. On embeddings it
 holds what is learned for that; on the digits it holds the tower instead, twice, since each image is encoded without
 steering too. Memory is what the process, or the GPU, took at most beyond what it held before. Nothing else should run
 meanwhile.
@@ -87,7 +87,8 @@ class Embeddings:
         stored = self.unlabeled.cpu().numpy().astype(np.float16)
         gallery = Gallery({OUTPUT: stored}, {CLIP: stored}, np.arange(len(stored), dtype=np.uint64), None, {})
         site, sae = Site(OUTPUT, stored.shape[1]), train_plain(stored, 0, 40_000)
-        own = (gallery, {"plain": sae._replace(sae=sae.sae.to(device), mean=sae.mean.to(device))}, self.images, self.labels)
+        trained = sae._replace(sae=sae.sae.to(device), mean=sae.mean.to(device))
+        own = (gallery, {"plain": trained}, self.images, self.labels)
         self.bench = Bench(nn.Identity(), site, site, self.classifier, *own)
 
     def prepare(self, before: str, after: str) -> Callable[[], Tensor]:
@@ -169,7 +170,7 @@ def main() -> None:
             read = source.prepare(before, after)
             with measured(row, args.device == "cuda"):
                 logits = read()
-            right = 100 * (logits.argmax(1) == source.labels).double().mean().item()
+            right = 100 * (logits.cpu().argmax(1) == source.labels.cpu()).double().mean().item()
             numbers = f"{right:.2f} | {calibration_error(logits.cpu(), source.labels.cpu()):.1f}"
             cost = f"{1000 * row['seconds'] / len(logits):.2f} | {row['MB']:.0f}"
             print(f"| {sees} | `{before}{after}` | {numbers} | {cost} |", flush=True)

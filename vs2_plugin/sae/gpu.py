@@ -155,7 +155,7 @@ class GpuStep:
         variance = x.new_empty(())
         kernels.explain[(len(x),)](
             x, sae.b_dec, self._decoder, *self._latents, moments, variance, to_output, to_values, *_sizes(sae)[1:],
-            D=width, TILE=max(1, 8192 // width), num_warps=4,
+            D=width, TILE=max(1, 8192 // width), num_warps=2,
         )  # fmt: skip
         return to_output, to_values, variance
 
