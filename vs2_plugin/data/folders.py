@@ -149,9 +149,11 @@ class FolderImages(Dataset[tuple[Any, int]]):
         try:
             picture = self.picture(index)
         except DataError as error:
-            if self.lenient and getattr(error.__cause__, "errno", None) is None:  # the file is to blame, and no disk
+            if getattr(error.__cause__, "errno", None) is not None:  # the disk is to blame, and no file
+                raise
+            if self.lenient:
                 return LeftOut(self.paths[index], str(error)), _NO_CLASS
-            raise
+            raise DataError(f"{error}; replace it, or take it out of the folder: nothing is left out here") from error
         return picture if self.transform is None else self.transform(picture), int(self.labels[index])
 
     def picture(self, index: int) -> Image.Image:
