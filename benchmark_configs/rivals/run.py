@@ -43,7 +43,7 @@ METHODS = (
     ("zlap", ""), ("dn:vs2s", ""), ("zlap:vs2s", ""),
     ("tda", ""), ("tda:vs2s", ""),
     ("inmap", "@unlabeled=test@sinkhorn=20"), ("zlap", "@unlabeled=test"), ("zlap:vs2s", "@unlabeled=test"),
-    ("stata", ""), ("stata:vs2s", ""),
+    ("stata", ""), ("stata:vs2s", ""), ("stata", "@density=64"),
 )  # fmt: skip
 _BINS = 15
 

@@ -164,7 +164,7 @@ def test_only_errors_of_this_package_come_out_of_a_damaged_checkpoint(start, sto
 
 
 @given(st.randoms())
-@settings(max_examples=6 * settings.default.max_examples)
+@settings(max_examples=15 * settings.default.max_examples)
 def test_any_facts_are_read_or_refused(folder, rng):
     (folder / MANIFEST).write_bytes(changed((GOOD / MANIFEST).read_bytes(), rng))
     try:
@@ -178,7 +178,7 @@ def test_any_facts_are_read_or_refused(folder, rng):
 
 
 @given(st.randoms())
-@settings(max_examples=5 * settings.default.max_examples)
+@settings(max_examples=10 * settings.default.max_examples)
 def test_any_configuration_of_an_sae_is_read_or_refused(folder, rng):
     (folder / CONFIG_FILE).write_bytes(changed((GOOD / SITE / CONFIG_FILE).read_bytes(), rng))
     (folder / WEIGHTS_FILE).write_bytes(WEIGHTS)
@@ -201,7 +201,7 @@ def headers(draw):
 
 
 @given(headers())
-@settings(max_examples=8 * settings.default.max_examples)
+@settings(max_examples=20 * settings.default.max_examples)
 def test_any_file_of_weights_is_read_or_refused(folder, data):
     shutil.copy(GOOD / SITE / CONFIG_FILE, folder)
     (folder / WEIGHTS_FILE).write_bytes(data)

@@ -51,11 +51,11 @@ def build_zero(context: Context, keep: float) -> Callable[[Tensor], Tensor]:
     return voted(context.require_classifier(), keep)
 
 
-def build_stata(context: Context, anchor: float, rounds: int) -> Callable[[Tensor], Tensor]:
+def build_stata(context: Context, anchor: float, density: float, rounds: int) -> Callable[[Tensor], Tensor]:
     """StatA."""
     from vs2_plugin.logits.stata import mixture
 
-    return lambda x: mixture(context.require_classifier(), x, anchor, rounds)
+    return lambda x: mixture(context.require_classifier(), x, anchor, density, rounds)
 
 
 @hookimpl
@@ -106,13 +106,13 @@ def vs2_methods() -> list[Method]:
         Method(
             "zero", build_zero,
             [Option("keep", float, 0.3, minimum=0, maximum=1, help="share of the views that vote, the most confident")],
-            site="logits", views=True,
-            summary="ZERO: a vote of the most confident views of an image",
+            site="logits", views=True, summary="ZERO: a vote of the most confident views of an image",
         ),
         Method(
             "stata", build_stata,
             [
                 Option("anchor", float, 1.0, minimum=0.001, maximum=1e6, help="weight of a class's text, in images"),
+                Option("density", float, 10.0, minimum=0, maximum=1e6, help="weight of the Gaussians beside the texts"),
                 Option("rounds", int, 10, minimum=1, maximum=1000, help="of the mixture"),
             ],
             site="logits", protocol="transductive",
