@@ -115,6 +115,14 @@ def workplace(once, prepare):
     return once("workplace", prepare)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_waiting_for_the_disk():
+    """Leave files to the system's memory: what becomes of them where the power fails, no test can see."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def own_store(tmp_path, monkeypatch):
     """Keep every test away from the user's own store."""
