@@ -21,19 +21,10 @@ import torch.nn.functional as F
 from vs2_plugin.plugins import registry
 from vs2_plugin.steering.batch import Batch, call
 from vs2_plugin.steering.context import Context
-from vs2_plugin.stress.subsets import few, of_classes, shuffled
+from vs2_plugin.stress.subsets import batch, few, of_classes, shuffled
 
 METHODS = ("dn", "zlap", "stata", "stata@density=512", "tda", "inmap@steps=100@sinkhorn=20")
 GROUPS = 50
-
-
-def batch(labels, draw, images, least, most):
-    """Rows of that many images at most, of a random number of random classes from least to most."""
-    random = np.random.default_rng(draw)
-    classes = random.permutation(np.unique(labels))
-    chosen = classes[: random.integers(min(least, len(classes)), min(most, len(classes)) + 1)]
-    return random.permutation(np.flatnonzero(np.isin(labels, chosen)))[:images]
-
 
 #: In words, with the number of draws.
 SUBSETS = {
@@ -42,11 +33,11 @@ SUBSETS = {
     "a tenth": (lambda labels, draw: of_classes(labels, 0.1, draw), 10),
     "a hundredth": (lambda labels, draw: of_classes(labels, 0.01, draw), 10),
     "200 images": (lambda labels, draw: few(labels, 200, draw), 10),
-    "64 images of 16 classes": (partial(batch, images=64, least=16, most=16), 10),
+    "64 images of 16 classes": (lambda labels, draw: batch(labels, 64, 16, 16, draw), 10),
 }
 BATCHES = {
     f"a batch of {images} images of {least} to {most} classes": (
-        partial(batch, images=images, least=least, most=most), draws
+        partial(lambda asked, labels, draw: batch(labels, *asked, draw), (images, least, most)), draws
     )
     for images, least, most, draws in (
         (64, 1, 4, 100), (64, 2, 10, 100), (64, 5, 25, 100), (64, GROUPS, GROUPS, 100), (1000, 5, 25, 10),

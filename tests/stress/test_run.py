@@ -39,7 +39,8 @@ def stubborn(monkeypatch):
 
 def test_models_on_subsets_against_zero_shot_on_the_same_images(stubborn, in_demo, capsys):
     models = [f"vs2:{TINY}@alpha=1", f"dn:{TINY}@unlabeled=test", f"stubborn:{TINY}"]
-    words = ["--present", "0.5", "--tail", "10", "--images", "60", "--draws", "2", "--output", "stressed"]
+    words = ["--present", "0.5", "--tail", "10", "--images", "60", "--batches", "3", "--draws", "2"]
+    words += ["--output", "stressed"]
     assert main(["stress", "--model", *models, "--pretrained", "", *DIGITS[:-2], "--no_amp", *words]) == 0
     said = capsys.readouterr().out
     with open(in_demo / "stressed/stress.csv", encoding="utf-8") as file:
@@ -57,6 +58,7 @@ def test_models_on_subsets_against_zero_shot_on_the_same_images(stubborn, in_dem
         assert all(row["zero_shot"] == zero["accuracy"] for row, zero in zip(wholes, found(TINY, "all"), strict=True))
         assert {int(row["images"]) for row in found(model, "images")} == {60}
         assert {int(row["classes"]) for row in found(model, "present")} == {5}
+        assert {(row["images"], row["classes"]) for row in found(model, "batch")} == {("64", "3")}
     # What does not depend on other images is the same in every draw of all images; a stream class by class is not.
     assert len({row["accuracy"] for row in found(models[0], "all")}) == 1
     ordered, mixed = (np.mean([float(row["accuracy"]) for row in found(models[2], axis)]) for axis in ("order", "all"))

@@ -15,6 +15,7 @@ AXES = {
     "present": "share of the classes present",
     "tail": "most frequent to rarest class",
     "images": "test images",
+    "batch": "classes in a batch of 64 images",
     "order": "order of the stream",
 }
 #: The axis of all test images.

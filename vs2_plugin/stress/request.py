@@ -26,5 +26,8 @@ class StressRequest(PassRequest):
         help="long tails: how many times as many images the most frequent class has as the rarest",
     )  # fmt: skip
     images: tuple[int, ...] = setting((200, 50), minimum=2, help="numbers of images")
+    batches: tuple[int, ...] = setting(
+        (), minimum=1, help="numbers of classes in random batches of 64 images, such as 2 10; they ask for more draws"
+    )
     draws: int = setting(3, minimum=1, maximum=100, help="random draws of each, or orders of a stream")
     output: str = setting("stress", help="folder for the table and the figure")

@@ -20,12 +20,16 @@ from vs2_plugin.names import is_steered
 from vs2_plugin.stress.figure import draw
 from vs2_plugin.stress.outcomes import ALL, Outcome
 from vs2_plugin.stress.request import StressRequest
-from vs2_plugin.stress.subsets import Rows, few, long_tail, of_classes, shuffled
+from vs2_plugin.stress.subsets import Rows, batch, few, long_tail, of_classes, shuffled
 from vs2_plugin.sweep.evaluate import OnePass, one_pass
 from vs2_plugin.sweep.request import SweepRequest
 from vs2_plugin.sweep.run import plan
 
 __all__ = ["stress"]
+
+#: Images of a batch, as in arXiv 2501.03729.
+_BATCH = 64
+
 
 def stress(request: StressRequest, quiet: bool = False) -> tuple[list[Outcome], list[Path]]:
     """Evaluate models on subsets of the test images, encoding each image once.
@@ -100,6 +104,8 @@ def _subsets(labels: Rows, request: StressRequest) -> Iterator[Subset]:
         for count in request.images:
             if count < len(labels):
                 yield "images", str(count), draw_number, few(labels, count, draw_number)
+        for classes in request.batches:
+            yield "batch", str(classes), draw_number, batch(labels, _BATCH, classes, classes, draw_number)
 
 
 def _orders(labels: Rows, request: StressRequest) -> Iterator[Subset]:

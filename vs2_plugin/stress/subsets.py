@@ -1,4 +1,4 @@
-"""Subsets of test images: some classes only, long tails, few images. NumPy only.
+"""Subsets of test images: some classes only, long tails, few images, batches of few classes. NumPy only.
 
 A subset is an int64 array of rows, in random order.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Rows", "few", "long_tail", "of_classes", "shuffled"]
+__all__ = ["Rows", "batch", "few", "long_tail", "of_classes", "shuffled"]
 
 Rows = NDArray[np.int64]
 
@@ -21,6 +21,17 @@ def shuffled(labels: Rows, seed: int) -> Rows:
 def few(labels: Rows, count: int, seed: int) -> Rows:
     """Return ``count`` rows, or all where there are fewer."""
     return shuffled(labels, seed)[:count]
+
+
+def batch(labels: Rows, images: int, least: int, most: int, seed: int) -> Rows:
+    """Return ``images`` rows, or all where there are fewer, of ``least`` to ``most`` random classes.
+
+    How many is random, both ends count, and neither is above the number of classes that there are.
+    """
+    random = np.random.default_rng(seed)
+    classes = random.permutation(np.unique(labels))
+    chosen = classes[: random.integers(min(least, len(classes)), min(most, len(classes)) + 1)]
+    return random.permutation(np.flatnonzero(np.isin(labels, chosen)))[:images]
 
 
 def of_classes(labels: Rows, share: float, seed: int) -> Rows:
