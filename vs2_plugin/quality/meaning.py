@@ -40,9 +40,12 @@ def monosemanticity(code: csr_array, embeddings: np.ndarray, seed: int = 0) -> M
         seed: of the other order.
     """
     scaled = _scaled(code)
+    squares = np.asarray(scaled.power(2).sum(0))
+    pairs = np.asarray(scaled.sum(0)) ** 2 - squares
     by_latent = csr_array(scaled.T)
-    images, weights = torch.from_numpy(by_latent.indices).long(), torch.from_numpy(by_latent.data)
-    starts = torch.from_numpy(by_latent.indptr[:-1]).long()
+    # In single precision it takes an eighth of the time; squares that outweigh the pairs would leave it few digits.
+    parts = [(which, csr_array(by_latent[which]), dtype)
+             for which, dtype in ((pairs >= squares, np.float32), (pairs < squares, np.float64))]  # fmt: skip
     norms = np.sqrt(np.einsum("ij,ij->i", embeddings, embeddings, dtype=np.float64))
     norms[norms == 0] = 1
     order = np.random.default_rng(seed).permutation(len(norms))
@@ -50,13 +53,19 @@ def monosemanticity(code: csr_array, embeddings: np.ndarray, seed: int = 0) -> M
     for start in range(0, embeddings.shape[1], _COLUMNS):
         part = np.asarray(embeddings[:, start : start + _COLUMNS], np.float64) / norms[:, None]
         for number, rows in enumerate((part, part[order])):
-            bags = F.embedding_bag(images, torch.from_numpy(rows), starts, mode="sum", per_sample_weights=weights)
-            sums[number] += bags.square().sum(1).numpy()  # of a product by a sparse matrix, on all cores
-    squares = np.asarray(scaled.power(2).sum(0))
-    pairs = np.asarray(scaled.sum(0)) ** 2 - squares
+            for which, matrix, dtype in parts:
+                sums[number, which] += _squared_norms(matrix, rows.astype(dtype))
     there = (np.diff(csc_array(scaled).indptr) >= _LEAST) & (pairs > 0)
     scores = np.where(there, (sums - squares) / np.where(there, pairs, 1), np.nan)
     return Monosemanticity(*scores)
+
+
+def _squared_norms(matrix: csr_array, rows: np.ndarray) -> np.ndarray:
+    """Return those of the rows of a product, float64 ``[m]``, on all cores and in the precision of ``rows``."""
+    places = torch.from_numpy(matrix.indices).long(), torch.from_numpy(matrix.indptr[:-1]).long()
+    weights = torch.from_numpy(matrix.data.astype(rows.dtype))
+    bags = F.embedding_bag(places[0], torch.from_numpy(rows), places[1], mode="sum", per_sample_weights=weights)
+    return bags.double().square().sum(1).numpy()
 
 
 def _scaled(code: csr_array) -> csr_array:
