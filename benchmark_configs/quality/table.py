@@ -14,22 +14,21 @@ COLUMNS = {
     "dense": ("dense", "{:.2f}"), "ms": ("MS", "{:.3f}"), "probe_1": ("probe 1", "{:.3f}"),
     "probe_5": ("probe 5", "{:.3f}"), "collinear": ("collinear", "{:.2f}"), "stability": ("stability", "{:.3f}"),
     "stability_random": ("random", "{:.3f}"), "stable": ("found again", "{:.2f}"), "kept": ("kept", "{:.3f}"),
-    "gain": ("VS2, points", "{:+.1f}"), "best": ("best VS2", "{:+.1f}"), "above": ("over centring", "{:+.1f}"),
+    "recovered": ("recovered", "{:.3f}"), **{f"{method} {strength}": (f"{method} {strength}", "{:+.1f}")
+    for method in ("VS2", "vs2s", "PASS") for strength in ("1.05", "best", "auto")},
 }  # fmt: skip
 
 
 def gains(line: dict[str, Any]) -> dict[str, Any]:
-    """Return a line with what steering gained, in points: at the default strength, at the best one in hindsight, and
-    over the best that centring gives."""
-    best, centred = (
-        max(value for key, value in line.items() if key.startswith(which)) for which in ("vs2_", "centring_")
-    )
-    zero = line["zero_shot"]
-    best, centred = max(best, zero), max(centred, zero)
-    return {
-        **line, "gain": 100 * (line["vs2_1.05"] - zero), "best": 100 * (best - zero),
-        "above": 100 * (best - centred), "above_default": 100 * (line["vs2_1.05"] - line["centring_1.05"]),
-    }  # fmt: skip
+    """Return a line with what steering gained, in points: at the default strength, at the best one in hindsight, and at
+    the one that unlabeled images tell; of centring too."""
+    zero, found = line["zero_shot"], dict(line)
+    along = "PASS" if line.get("training") == "PASS" else "VS2"
+    for key, method in {"vs2": along, "vs2s": "vs2s", "centring": "centring"}.items():
+        values = {name.rpartition("_")[2]: value for name, value in line.items() if name.startswith(f"{key}_")}
+        told = {"1.05": values["1.05"], "auto": values.pop("auto"), "best": max(zero, *values.values())}
+        found |= {f"{method} {strength}": 100 * (value - zero) for strength, value in told.items()}
+    return found
 
 
 def write(lines: Sequence[dict[str, Any]], path: Path, by: str) -> None:
@@ -42,13 +41,15 @@ def write(lines: Sequence[dict[str, Any]], path: Path, by: str) -> None:
         told += ["|---|" + "---:|" * len(COLUMNS)]
         for value in dict.fromkeys(line[by] for line in own):
             group = [line for line in own if line[by] == value]
-            cells = [_cell([line[key] for line in group], form) for key, (_, form) in COLUMNS.items()]
+            cells = [_cell([line[key] for line in group if key in line], form) for key, (_, form) in COLUMNS.items()]
             told.append("| " + " | ".join([str(value), *cells]) + " |")
         told.append("")
     path.write_text("\n".join(told))
 
 
 def _cell(values: Sequence[float], form: str) -> str:
+    if not values:
+        return ""
     spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
     plain = form.replace("+", "")
     return form.format(np.mean(values)) + (f" ({plain.format(spread)})" if spread > 1e-9 else "")
