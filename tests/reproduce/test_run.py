@@ -178,18 +178,18 @@ def test_a_missing_or_damaged_checkpoint_is_trained_again(copied, capsys):
 
 
 def test_after_an_interruption_nothing_is_evaluated_twice(tmp_path):
-    strengths = "".join(f'  "{number}": {{options: {{lam: {number}}}}}\n' for number in range(1, 9))
+    strengths = "".join(f'  "{number}": {{options: {{lam: {number}}}}}\n' for number in range(1, 6))
     text = SMALL.partition("columns:")[0].replace("seeds: [0, 1]", "seeds: [0]")
     text += f"columns:\n  accuracy: {{}}\nmodel: 'vs2:{{backbone}}@gate=0.9'\nrows:\n{strengths}"
     (tmp_path / "small.yaml").write_text(text)
     write_digits(tmp_path / "digits")
-    few_digits(tmp_path, "out/digits", 0)
+    few_digits(tmp_path, "out/digits", 0, count=64)
     env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
     command = words("vs2", *AGAIN)
     first = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                              start_new_session=True)  # fmt: skip
     deadline = time.monotonic() + 200
-    while len(list(tmp_path.glob("out/results/*/*.npz"))) < 3:
+    while len(list(tmp_path.glob("out/results/*/*.npz"))) < 2:
         assert time.monotonic() < deadline and first.poll() is None
         time.sleep(0.05)
     os.killpg(first.pid, signal.SIGINT)
@@ -200,14 +200,14 @@ def test_after_an_interruption_nothing_is_evaluated_twice(tmp_path):
     assert "nanobind" not in errors
     assert (tmp_path / "out/log.txt").read_text().startswith("\n$ clip_benchmark eval --model ")
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("out/results/*/*.npz")}
-    assert 3 <= len(before) < 8
+    assert 2 <= len(before) < 5
 
     second = run_here(*AGAIN[1:], cwd=tmp_path)
     assert second.returncode == 0, second.stderr
     assert commands(second.stdout, "vs2-train-sae") == []
-    assert len(evaluated(second.stdout)) == 8 - len(before)
+    assert len(evaluated(second.stdout)) == 5 - len(before)
     after = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("out/results/*/*.npz")}
-    assert len(after) == 8 and before.items() <= after.items()
+    assert len(after) == 5 and before.items() <= after.items()
     cells = json.loads((tmp_path / "out" / "small.json").read_text())["cells"]
     assert all(cell["measured"] > 0 for cell in cells)
 
