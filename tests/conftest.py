@@ -7,6 +7,9 @@ import signal
 
 # Read when torch is loaded: threads that sleep while they wait do not slow each other down on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # these processes, and commands that they start, share the cores
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a run in the background, which tests of Ctrl-C are to be as any
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # A developer's own wish for per-image results, which add to every results file, is none of the tests'; nor are methods.
@@ -32,10 +35,11 @@ settings.load_profile("quick")
 
 #: Files that take longest, longest first: they begin, so that no process is left with one of them at the end.
 LONGEST = ["gpu/test_demo", "gpu/test_commands", "gpu/test_steering"]
-LONGEST += ["harness/test_demo", "reproduce/test_run", "test_distributed", "test_strength_study", "sweep/test_evaluate"]
-LONGEST += ["model/test_automatic", "harness/test_autoload", "reproduce/test_paper", "sweep/test_automatic_sweep"]
-LONGEST += ["test_faults", "harness/test_patches", "training/test_resume", "harness/test_recorder"]
-LONGEST += ["harness/test_gallery"]
+LONGEST += ["test_faults", "harness/test_demo", "harness/test_patches", "model/test_automatic", "reproduce/test_run"]
+LONGEST += ["sweep/test_evaluate", "harness/test_recorder", "reproduce/test_paper", "training/test_resume"]
+LONGEST += ["harness/test_gallery", "test_strength_study", "model/test_places", "harness/test_autoload"]
+LONGEST += ["test_distributed", "performance/test_suite", "steering/test_reference", "model/test_readout"]
+LONGEST += ["harness/test_towers", "sae/test_gpu", "test_architecture", "checkpoint/test_mutations"]
 
 
 def pytest_collection_modifyitems(items):

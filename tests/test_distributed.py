@@ -5,10 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from clip_benchmark import cli
 
 from vs2_plugin.cli import train_sae
 from vs2_plugin.distributed import ALONE, Processes
@@ -27,12 +27,6 @@ def test_blocks_follow_each_other_and_hold_everything_once(count, unit, world):
 
 def test_one_process_has_everything():
     assert ALONE.first and ALONE.block(7, 3) == range(7)
-
-
-def torchrun(*words, cwd, **environment):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words]
-    env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=200)
 
 
 STEP = """
@@ -56,6 +50,22 @@ with joined() as processes:
 """
 
 
+#: What torchrun calls. Its processes begin where everything is loaded, which is what takes long.
+LAUNCH = """
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from vs2_plugin.cli import train_sae
+from vs2_plugin.training import run
+
+def work():
+    exec({step!r}, {{}})
+    assert train_sae.main({train}) == 0
+
+once = {{"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 2, "start_method": "fork"}}
+elastic_launch(LaunchConfig(**once, rdzv_backend="c10d", rdzv_endpoint="localhost:0"), work)()
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(workplace, tmp_path_factory):
     return shutil.copytree(workplace, tmp_path_factory.mktemp("processes"), dirs_exist_ok=True)
@@ -64,9 +74,11 @@ def folder(workplace, tmp_path_factory):
 @pytest.fixture(scope="module")
 def printed(folder):
     """What two processes print, that take a step and then train, into the store ``two``."""
-    train = f"from vs2_plugin.cli import train_sae\nraise SystemExit(train_sae.main({TRAIN}))\n"
-    (folder / "two.py").write_text(STEP + train)
-    done = torchrun("two.py", cwd=folder, VS2_STORE="two")
+    env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1", "VS2_STORE": "two"}
+    code = LAUNCH.format(step=STEP, train=TRAIN)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -99,14 +111,22 @@ def test_two_processes_extract_and_train_what_one_does(folder, printed, monkeypa
     assert two["training"]["train_count"] == one["training"]["train_count"] == 225
 
 
-def test_the_harness_divides_its_runs(folder):
-    """clip_benchmark's own --distributed gives each process some of the runs."""
-    script = Path(sys.executable).with_name("clip_benchmark")
+def test_the_harness_divides_its_runs(folder, monkeypatch):
+    """clip_benchmark's own --distributed gives each process some of the runs. They do not meet: here they are one after
+    the other."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("VS2_STORE", "one")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     models = ["local-dir:tiny-clip", "pass:local-dir:tiny-clip", "pass:local-dir:tiny-clip@alpha=0"]
     words = ["eval", "--model", *models, "--pretrained", "", "--dataset", "wds/digits", "--dataset_root", "digits"]
-    words += ["--num_workers", "1", "--no_amp", "--quiet", "--output", "results/{model}.json"]
-    done = torchrun("--no_python", str(script), *words, "--distributed", cwd=folder, VS2_STORE="one")
-    assert done.returncode == 0, done.stderr
+    words += ["--num_workers", "0", "--no_amp", "--quiet", "--output", "results/{model}.json", "--distributed"]
+    monkeypatch.setattr(sys, "argv", ["clip_benchmark", *words])
+    there = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        cli.main()
+        there.append(len(list((folder / "results").glob("*.json"))))
+    assert there == [2, 3]
     found = [json.loads((folder / "results" / f"{model}.json").read_text())["metrics"] for model in models]
     assert found[0]["acc1"] == found[2]["acc1"] != found[1]["acc1"]
     assert found[1]["vs2_method"] == "pass"

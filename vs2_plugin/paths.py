@@ -1,14 +1,31 @@
-"""Paths of many files, some tens of bytes each."""
+"""Paths of many files, some tens of bytes each, and how often a command lists them. No heavy imports."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import overload
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, overload
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
-__all__ = ["Paths"]
+__all__ = ["Paths", "listed", "listed_once"]
+
+#: What was listed in the present block of :func:`listed_once`: what was asked for -> the listing.
+listed: ContextVar[dict[Any, Any] | None] = ContextVar("listed", default=None)
+
+
+@contextmanager
+def listed_once() -> Iterator[None]:
+    """Within the block a folder is listed once, however often it is opened: a command reads what was there when it
+    began."""
+    token = listed.set({} if listed.get() is None else listed.get())
+    try:
+        yield
+    finally:
+        listed.reset(token)
 
 
 class Paths(Sequence[str]):

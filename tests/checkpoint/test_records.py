@@ -25,9 +25,10 @@ def test_a_link_to_a_folder_is_that_folder(tmp_path):
 @pytest.mark.parametrize(
     ("trained", "folder", "its"),
     [("/p", "/p", True), ("/p/Train", "/p", True), ("/p/val", "/p", True), ("/p/own", "/p", True),
-     ("/p/dogs", "/p", False), ("/p", "/p/train", False)],
+     ("/p/dogs", "/p", False), ("/p", "/p/train", False), ("/p/train-{0..9}.tar", "/p", True),
+     ("https://x/p/{0..9}.tar", "https://x/p", True), ("/p/x/{0..9}.tar", "/p", False)],
 )  # fmt: skip
-def test_a_folder_within_is_that_folder_where_it_is_a_split(trained, folder, its):
+def test_what_lies_within_is_of_a_folder_where_it_is_a_split_or_a_list_of_shards(trained, folder, its):
     assert TrainingData(("folder/p",), 7, ("own",), folders=(trained,)).is_of(folder) is its
 
 

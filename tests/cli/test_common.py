@@ -9,6 +9,7 @@ import pytest
 
 from vs2_plugin.cli.common import add_flags, end_well, load_torch
 from vs2_plugin.errors import DataError
+from vs2_plugin.paths import listed
 from vs2_plugin.settings import setting
 
 
@@ -23,6 +24,7 @@ def test_an_error_of_ours_is_one_line_and_anybody_elses_goes_on(capsys):
     with pytest.raises(KeyError):
         end_well("vs2 x", lambda: fail(KeyError("a")))
     assert [end_well("vs2 x", lambda code=code: code) for code in (None, 0, 3)] == [0, 0, 3]
+    assert listed.get() is None and end_well("vs2 x", lambda: len(listed.get())) == 0  # folders are listed once
 
 
 def test_a_closed_pipe_is_no_error(monkeypatch, tmp_path):

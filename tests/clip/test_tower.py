@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -104,21 +102,10 @@ def test_a_tower_survives_json(make_tower):
     assert tower.difference(again) is None
 
 
-SHIPPED = """
-import sys, torch
-from vs2_plugin.clip.backbone import load_backbone
-from vs2_plugin.clip.tower import Tower
-loaded = load_backbone(sys.argv[1], "")
-print(Tower.of(loaded.model, loaded.transform).to_json())
-"""
-
-
-def test_the_shipped_tower_is_the_same_in_another_process():
+def test_the_shipped_tower_is_the_same_in_every_process():
+    """As in the one that wrote it down here. Another training of the tiny CLIP is another tower."""
     loaded = load_backbone(TINY, "")
     tower = Tower.of(loaded.model, loaded.transform)
-    other = subprocess.run(
-        [sys.executable, "-c", SHIPPED, TINY], capture_output=True, text=True, check=True, timeout=120
-    )
-    assert other.stdout.splitlines()[-1] == str(tower.to_json())
+    assert tower.to_json()["parameters"] == "481745e54d7a923e0261c69e3bb1643eba208f5d410eb1fcb7a920fef8b60929"
     assert tower.activations == ["GELU"]
     assert tower.preprocessing["size"] in (32, [32, 32])

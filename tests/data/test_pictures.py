@@ -21,6 +21,12 @@ def test_16_bits_of_grey_are_scaled(tmp_path, kind, suffix):
     assert np.asarray(open_picture(tmp_path / f"x.{suffix}"))[0].tolist() == [[0] * 3, [128] * 3, [255] * 3]
 
 
+def test_numbers_of_which_nothing_says_what_is_white_are_refused(tmp_path):
+    Image.fromarray(np.array([[0, 0.5, 1]], dtype=np.float32)).save(tmp_path / "x.tif")
+    with pytest.raises(DataError, match="x.tif' is no readable image: it holds floating-point numbers"):
+        open_picture(tmp_path / "x.tif")
+
+
 @pytest.mark.parametrize("held", [b"", b"no picture", "cut"])
 def test_a_picture_that_cannot_be_read_is_named(tmp_path, held):
     file = tmp_path / "x\ny.jpg"

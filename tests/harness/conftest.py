@@ -29,26 +29,18 @@ def run_script(name: str, *words: str, cwd: Path, **environment: str) -> subproc
     """Run an installed script as a user would."""
     script = shutil.which(name, path=os.path.dirname(sys.executable))
     assert script, f"{name} is not installed beside {sys.executable}"
-    return run_python(script, *words, cwd=cwd, program=[], **environment)
-
-
-def run_python(
-    *words: str, cwd: Path, program: list[str] | None = None, **environment: str
-) -> subprocess.CompletedProcess:
-    """Run this Python in a process of its own."""
-    program = [sys.executable] if program is None else program
     env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **environment}
-    return subprocess.run([*program, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run([script, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="session")
 def demo(once: Callable[..., Path]) -> SimpleNamespace:
-    """A copy of the folder that ``vs2 demo`` leaves, and what it printed. Its SAEs are trained for half as long."""
+    """A copy of the folder that ``vs2 demo`` leaves, and what it printed. Its SAEs are trained for a tenth as long."""
 
     def fill(folder: Path) -> None:
         output, errors = io.StringIO(), io.StringIO()
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
-            patch.setattr(run, "SAMPLES", run.SAMPLES // 2)
+            patch.setattr(run, "SAMPLES", run.SAMPLES // 10)
             assert main.main(["demo", "--out", str(folder / "demo")]) == 0
         (folder / "said.json").write_text(json.dumps([output.getvalue(), errors.getvalue()]))
 

@@ -108,6 +108,7 @@ def test_an_image_that_cannot_be_read_is_left_out_of_training_and_ends_an_evalua
     assert broken.startswith("train/one/")
     code, error = clip_benchmark("eval", "--model", TINY, *EVALUATE, "--dataset", "photos/", "--split", "train")
     assert code == 2 and error.splitlines()[-1].startswith(f"vs2: error: 'photos/{broken}' is no readable image")
+    assert error.endswith("; replace it, or take it out of the folder: nothing is left out here\n")
 
 
 def test_the_sae_of_another_folder_of_the_same_name_is_refused_with_both_ways_out(here, clip_benchmark, capsys):

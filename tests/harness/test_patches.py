@@ -10,7 +10,7 @@ import pytest
 from vs2_plugin.cli import train_sae
 from vs2_plugin.results.runs import digest_of, read_run
 
-from .conftest import DIGITS, TINY, few_digits, metrics, rewrite, run_python, run_script
+from .conftest import DIGITS, TINY, few_digits, metrics, rewrite, run_script
 
 PROMPTS = "zeroshot_classification_templates.txt"
 
@@ -55,24 +55,6 @@ def test_results_of_steered_models_tell_their_digest(in_demo, clip_benchmark, mo
     for file in files:
         found = json.loads(file.read_text())
         assert found["metrics"]["vs2_results_digest"] == digest_of(found)
-
-
-def test_python_m_is_the_same_program(in_demo):
-    done = run_python(
-        "-m",
-        "clip_benchmark.cli",
-        "eval",
-        "--model",
-        f"vs2:{TINY}",
-        "--pretrained",
-        "",
-        *DIGITS,
-        "--output",
-        "m.json",
-        cwd=in_demo,
-    )
-    assert done.returncode == 0, done.stderr
-    assert metrics(in_demo / "m.json") == metrics(in_demo / f"results/vs2:{TINY}.json")
 
 
 def test_no_steering_is_the_stock_model_bit_for_bit(in_demo, clip_benchmark):

@@ -77,11 +77,13 @@ def test_pictures_files_tensors_and_arrays_give_the_same(load, tmp_path):
     expected = model.classify(pictures)
     pixels = [np.array(picture) for picture in pictures]
     ways = (paths, [str(path) for path in paths], tensor, tensor.numpy(), tensor.double().numpy(), list(tensor))
-    for images in (*ways, pixels, np.stack(pixels)):
+    for images in (*ways, pixels, np.stack(pixels), tmp_path, f"{tmp_path}/"):
         assert torch.equal(model.classify(images).logits, expected.logits)
     for image in (pictures[1], paths[1], tensor[1], tensor[1].numpy(), pixels[1]):
         torch.testing.assert_close(model.classify(image).logits, expected.logits[1:2])
-    assert model.classify(paths).images == tuple(map(str, paths)) and expected.images == ("0", "1", "2")
+    for images in (paths, tmp_path):
+        assert model.classify(images).images == tuple(map(str, paths))
+    assert expected.images == ("0", "1", "2")
 
 
 def test_they_are_told_as_a_table_and_in_words(load):
@@ -147,6 +149,14 @@ def test_wrong_classes_are_told(names, problem):
         class_names(names)
     with pytest.raises(SettingError, match=problem):  # before anything is loaded
         vs2_plugin.load("vs2:no-such-model", classes=names)
+
+
+def test_classes_that_the_model_cannot_tell_apart_are_named(load, caplog):
+    load(f"vs2:{TINY}", classes=["zero", "one", "Zero"])
+    (said,) = [record.message for record in caplog.records if "cannot tell them apart" in record.message]
+    assert said.startswith("the classes 'zero', 'Zero' have one and the same embedding")
+    load(f"vs2:{TINY}")
+    assert caplog.text.count("cannot tell them apart") == 1
 
 
 def test_prompts_have_a_place_for_the_name():

@@ -24,6 +24,12 @@ def test_rows_are_compared_with_zero_shot_of_their_backbone_and_weights(write_ru
     assert changes["L", "laion"] is None
 
 
+def test_a_tag_says_nothing_where_the_weights_come_with_the_name(write_run, steered):
+    write_run("local-dir:tiny", 0.4, pretrained="laion400m_e32")
+    group = group_of(write_run("vs2:local-dir:tiny", 0.6, pretrained="", metrics=steered()).parent)
+    assert group.title == "local-dir:tiny" and group.steered[0].change == pytest.approx(0.2)
+
+
 def test_data_sets_languages_and_tasks_are_kept_apart(write_run):
     write_run("B", name="1")
     write_run("B", name="2", dataset="cub")

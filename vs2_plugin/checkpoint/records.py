@@ -60,12 +60,13 @@ class TrainingData:
     is found by its name, and where all are."""
 
     def is_of(self, folder: str) -> bool:
-        """Tell whether its images, as far as they are of folders, lie in ``folder`` or in a split of it."""
+        """Tell whether its images, as far as they are of folders, lie in ``folder``, in a split of it or in shards of
+        it that are listed."""
         root = _real(folder)
 
         def is_split(path: str) -> bool:
             where, name = os.path.split(path)
-            return where == root and name.lower() in {*_SPLITS, *self.splits}
+            return where == root and (name.lower() in {*_SPLITS, *self.splits} or name.endswith(".tar"))
 
         return all(path == root or is_split(path) for path in map(_real, filter(None, self.folders)))
 

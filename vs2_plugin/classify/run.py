@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -85,7 +85,8 @@ def classify(plan: Plan, report: Report = _LOG.info, quiet: bool = False) -> Sum
     with part.opened():
         plan = _with_sae(plan, report, quiet)
         model, transform = _load(plan)
-        _tell_steering(plan, model, report)
+        facts = _facts(plan, model)
+        _tell_steering(model, dict(facts), report)
         paths = plan.images.paths
         done, different = part.settle(_settings(plan, model), paths, plan.request.batch_size)
         if different:
@@ -100,7 +101,7 @@ def classify(plan: Plan, report: Report = _LOG.info, quiet: bool = False) -> Sum
                 bar.update(len(batch.errors))
         summary = Summary()
         if plan.request.page is not None:
-            title = [("model", plan.request.model), *told(model.spec, model.places, model.classifier)]
+            title = [("model", plan.request.model), *facts]
             summary.written.append(str(Sheet.of(part.rows()).write(plan.request.page, title)))
         write_table(plan.out, columns(len(plan.classes)), summary.counting(part.rows()))
         summary.written.append(str(plan.out))
@@ -145,13 +146,20 @@ def _load(plan: Plan) -> tuple[SteeredCLIP, Callable[[Any], Tensor]]:
     return model, transform
 
 
-def _tell_steering(plan: Plan, model: SteeredCLIP, report: Report) -> None:
+def _facts(plan: Plan, model: SteeredCLIP) -> list[tuple[str, str]]:
+    """Return names and values that say how the model steers, and whether its SAE was trained on the photos."""
+    facts = told(model.spec, model.places, model.classifier)
+    folders = {os.path.abspath(one if os.path.isdir(one) else os.path.dirname(one)) for one in plan.request.photos}
+    if plan.checkpoint is None or not any(map(plan.checkpoint.data.holds, folders)):
+        return facts
+    among = "; photos that are classified are among them"
+    return [(name, value + among if name == "checkpoint" else value) for name, value in facts]
+
+
+def _tell_steering(model: SteeredCLIP, facts: Mapping[str, str], report: Report) -> None:
     """Say which SAE is used, and whether the model is left alone."""
-    facts = dict(told(model.spec, model.places, model.classifier))
-    if plan.checkpoint is not None:
-        folders = {os.path.abspath(one if os.path.isdir(one) else os.path.dirname(one)) for one in plan.request.photos}
-        among = "; photos that are classified are among them" if any(map(plan.checkpoint.data.holds, folders)) else ""
-        report(f"SAE: {facts['checkpoint']}{among}")
+    if "checkpoint" in facts:
+        report(f"SAE: {facts['checkpoint']}")
     choices = [place.steering.choice for place in model.places if isinstance(place.steering, Automatic)]
     if choices and all(choice is not None and choice.index == 0 for choice in choices):
         report("no strength surely helps on these classes, so that the model is left as it is: nothing is steered")

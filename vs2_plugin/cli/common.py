@@ -14,6 +14,7 @@ from typing import Any
 from vs2_plugin import messages
 from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE
 from vs2_plugin.errors import SettingError, Vs2Error
+from vs2_plugin.paths import listed_once
 from vs2_plugin.settings import flags_of
 from vs2_plugin.text import sentence_of
 
@@ -45,7 +46,8 @@ def end_well(program: str, action: Callable[[], int | None], interrupted: str = 
     """
     messages.show()
     try:
-        return action() or 0
+        with listed_once():
+            return action() or 0
     except BrokenPipeError:  # `vs2 methods | head`
         sys.stderr.close()
         return 0

@@ -21,6 +21,7 @@ from vs2_plugin.data.shards import (
     addresses,
     beside,
     contents,
+    failure,
     fetch,
     label_at,
     listed_shards,
@@ -29,7 +30,7 @@ from vs2_plugin.data.shards import (
     sample_of,
 )  # fmt: skip
 from vs2_plugin.errors import DataError, Vs2Error
-from vs2_plugin.text import one_line, reason_of
+from vs2_plugin.text import one_line
 
 __all__ = ["fewer_workers", "look", "name_samples"]
 
@@ -222,7 +223,7 @@ class _Naming:
             if extension in EXTENSIONS:
                 said = f"{self.place.key}.{extension} is not a readable image"
             else:
-                said = f"cannot read on at the sample {self.place.key!r}: {reason_of(error.__cause__ or error)}"
+                said = f"cannot read on at the sample {self.place.key!r}: {failure(error.__cause__ or error)}"
             raise DataError(one_line(f"{self.place.url}: {said}", 1000)) from None
 
 

@@ -15,8 +15,6 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -29,10 +27,10 @@ from torch.utils.data import Dataset
 from vs2_plugin.data.labels import CLASS_NAMES, PROMPT, TEMPLATES
 from vs2_plugin.data.pictures import open_picture
 from vs2_plugin.errors import DataError
-from vs2_plugin.paths import Paths
+from vs2_plugin.paths import Paths, listed
 from vs2_plugin.text import counted, printable
 
-__all__ = ["PICTURES", "FolderImages", "LeftOut", "in_words", "listed_once", "open_files", "open_folder"]
+__all__ = ["PICTURES", "FolderImages", "LeftOut", "in_words", "open_files", "open_folder"]
 
 _LOG = logging.getLogger(__name__)
 #: Extensions of pictures. Of a moving one, the first frame counts.
@@ -151,9 +149,11 @@ class FolderImages(Dataset[tuple[Any, int]]):
         try:
             picture = self.picture(index)
         except DataError as error:
-            if self.lenient and getattr(error.__cause__, "errno", None) is None:  # the file is to blame, and no disk
+            if getattr(error.__cause__, "errno", None) is not None:  # the disk is to blame, and no file
+                raise
+            if self.lenient:
                 return LeftOut(self.paths[index], str(error)), _NO_CLASS
-            raise
+            raise DataError(f"{error}; replace it, or take it out of the folder: nothing is left out here") from error
         return picture if self.transform is None else self.transform(picture), int(self.labels[index])
 
     def picture(self, index: int) -> Image.Image:
@@ -330,24 +330,10 @@ def _lines(file: str) -> list[str]:
 # -- listing
 
 
-#: Listings that were made in the present block of :func:`listed_once`.
-_made: ContextVar[dict[Any, _Listing] | None] = ContextVar("made", default=None)
-
-
-@contextmanager
-def listed_once() -> Iterator[None]:
-    """Within the block a folder is listed once, however often it is opened: a command reads what was there when it
-    began."""
-    token = _made.set({} if _made.get() is None else _made.get())
-    try:
-        yield
-    finally:
-        _made.reset(token)
-
-
 def _listing(root: str, part: str, folders: tuple[str, ...]) -> _Listing:
-    """List a folder, or return what the present block has listed."""
-    made, key = _made.get(), (os.path.abspath(root), part, folders)
+    """List a folder, or return what the present block of :func:`listed_once` has listed."""
+    made: dict[Any, _Listing] | None = listed.get()
+    key = (os.path.abspath(root), part, folders)
     if made is not None and key in made:
         return made[key]
     numbers = {name: number for number, name in enumerate(folders)}

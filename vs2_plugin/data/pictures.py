@@ -29,8 +29,12 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
             if image.mode.startswith("I"):  # 16 bits, or 32 that hold 16
                 grey = np.asarray(image).astype(np.int64) >> 8
                 return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+            if image.mode == "F":  # PIL would take 0 to 1 for black
+                raise DataError(f"{named} is no readable image: it holds floating-point numbers; expected whole ones")
             picture: Image.Image = image.convert("RGB")
             return picture
+    except DataError:
+        raise
     except FileNotFoundError as error:
         raise DataError(f"there is no file {named}; expected an image (png, jpg, webp)") from error
     except Exception as error:  # PIL's readers of damaged files raise about everything

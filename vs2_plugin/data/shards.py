@@ -302,6 +302,12 @@ def _remote_classes(url: str) -> Classes:
         return UNKNOWN
 
 
+def failure(error: BaseException) -> str:
+    """Return the reason of an error out of webdataset's pipeline, which adds to it what was read, as one line."""
+    said = next((said for said in error.args if isinstance(said, str)), str(error))
+    return f"{type(error).__name__}: {one_line(said)}"
+
+
 class RemoteShards(IterableDataset[Any]):
     """A stream of preprocessed images, or pairs of image and label, out of shards behind a URL."""
 
@@ -328,12 +334,18 @@ class RemoteShards(IterableDataset[Any]):
             .decode(wds.autodecode.ImageHandler("pil", extensions=list(EXTENSIONS)), only=list(EXTENSIONS))
             .to_tuple("__url__", "__key__", list(EXTENSIONS), *([] if self.classes is None else ["cls"]))
         )
-        for url, key, image, *label in pipeline:
-            prepared = self.transform(image)
-            if self.classes is None:
-                yield prepared
-            else:
-                yield prepared, read_label(label[0], self.classes, f"{url}: {key}.cls")
+        try:
+            for url, key, image, *label in pipeline:
+                prepared = self.transform(image)
+                if self.classes is None:
+                    yield prepared
+                else:
+                    yield prepared, read_label(label[0], self.classes, f"{url}: {key}.cls")
+        except (OSError, tarfile.TarError) as error:
+            shard = next((said for said in error.args if said in self.urls), None)
+            if shard is None:
+                raise
+            raise DataError(f"cannot read the shard {shard}: {failure(error)}") from error
 
     def fingerprint(self) -> list[str]:
         """Return the addresses: what lies behind them cannot be told apart without reading it."""

@@ -39,6 +39,7 @@ from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import DataError, HarnessError, Vs2Error
 from vs2_plugin.messages import complain
 from vs2_plugin.names import TRANSFORMERS, file_stem, is_steered, split, weights_tag, with_method
+from vs2_plugin.paths import listed_once
 from vs2_plugin.plugins import registry
 from vs2_plugin.text import sentence_of
 
@@ -293,7 +294,6 @@ def _patch_cli(module: Any) -> None:
     @functools.wraps(stock_main_eval)
     def main_eval(base: Namespace) -> Any:
         from vs2_plugin import messages
-        from vs2_plugin.data.folders import listed_once
         from vs2_plugin.harness import preflight
         from vs2_plugin.host import Evaluation
 

@@ -23,6 +23,7 @@ from vs2_plugin.inspection.notes import NO_GALLERY, NO_WORDS, TOP_IMAGES
 from vs2_plugin.inspection.pictures import Thumbnail, TrainingPictures
 from vs2_plugin.model.explanation import sae_at, words_of
 from vs2_plugin.model.places import Place
+from vs2_plugin.model.predictions import warn_of_equals
 from vs2_plugin.model.steered import SteeredCLIP
 from vs2_plugin.steering.context import Task
 
@@ -162,6 +163,7 @@ def open_subject(
         embed = partial(harness.zero_shot_classifier, steered.model, tokenizer, device=device, amp=False)
         class_texts = embed(classes, prompts).T.contiguous()
         word_texts = class_texts if concepts is None else embed(concepts, [_PROMPT]).T.contiguous()
+    warn_of_equals(classes, class_texts.T)
     steered.set_classifier(class_texts.T)
     if isinstance(prompts, dict):
         said = "prompts of their own"

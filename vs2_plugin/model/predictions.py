@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from vs2_plugin.data.folders import open_files
 from vs2_plugin.data.given import Prepare
 from vs2_plugin.data.labels import PROMPT
 from vs2_plugin.documented import documented
@@ -24,16 +27,20 @@ from vs2_plugin.text import counted
 
 __all__ = [
     "Classifier", "Images", "OneImage", "Predictions", "best_first", "class_names", "one_image", "predict",
-    "prompts_of",
+    "prompts_of", "warn_of_equals",
 ]  # fmt: skip
 
-#: What can be classified: a picture, a file, a list of either, or preprocessed images ``[batch, 3, h, w]``.
+_LOG = logging.getLogger(__name__)
+#: What can be classified: a picture, a file, a folder, a list of pictures or files, or preprocessed images
+#: ``[batch, 3, h, w]``.
 Images = Image.Image | str | Path | Sequence[Image.Image | str | Path | Tensor | np.ndarray] | Tensor | np.ndarray
 #: One of them.
 OneImage = Image.Image | str | Path | Tensor | np.ndarray
 _EXPECTED = "expected a PIL image, a path, a list of these, or preprocessed images [batch, 3, height, width]"
 #: Lines that a repr shows.
 _SHOWN = 10
+#: Names that a warning shows.
+_NAMED = 3
 
 
 def class_names(names: Sequence[str], what: str = "classes") -> tuple[str, ...]:
@@ -115,12 +122,27 @@ class Classifier:
         device = next(model.parameters()).device.type
         with zero_shot_classification() as harness:
             weights = harness.zero_shot_classifier(model, tokenizer, list(classes), list(templates), device, amp)
+        warn_of_equals(classes, weights)
         return cls(classes, weights, templates, amp)
 
     @classmethod
     def unnamed(cls, weights: Tensor) -> Classifier:
         """One whose classes have numbers for names."""
         return cls(tuple(map(str, range(weights.shape[1]))), weights)
+
+
+def warn_of_equals(names: Sequence[str], weights: Tensor) -> None:
+    """Warn of classes whose embeddings are equal, as they are for names that differ in capital letters, and for words
+    that are all new to the tokenizer."""
+    equals: dict[bytes, list[str]] = {}
+    for name, column in zip(names, weights.T.float().cpu().numpy(), strict=True):
+        equals.setdefault(column.tobytes(), []).append(name)
+    for same in (same for same in equals.values() if len(same) > 1):
+        more = f" and {len(same) - _NAMED:,} more" if len(same) > _NAMED else ""
+        _LOG.warning(
+            "the classes %s%s have one and the same embedding, so that the model cannot tell them apart; give them "
+            "names that it knows", ", ".join(map(repr, same[:_NAMED])), more,
+        )  # fmt: skip
 
 
 @documented
@@ -297,6 +319,8 @@ def one_image(image: OneImage, transform: Callable[[Any], Tensor]) -> Tensor:
 
 def _pictures(images: Any, transform: Callable[[Any], Tensor]) -> Sequence[Any]:
     """Return images one by one: pictures or paths in a list, or a tensor ``[batch, 3, height, width]``."""
+    if isinstance(images, (str, Path)) and os.path.isdir(images):
+        return open_files([images]).paths
     if isinstance(images, (Image.Image, str, Path)):
         return [images]
     if isinstance(images, np.ndarray) and images.dtype == np.uint8:  # pixels, as of a picture

@@ -133,8 +133,8 @@ class SteeredCLIP(nn.Module):
         eval`` with batches of that size, bit for bit.
 
         Args:
-            images: a PIL image, a path, a list of these, or preprocessed images ``[images, 3, height, width]``, as a
-                tensor or an array.
+            images: a PIL image, a path, a list of these, a folder, or preprocessed images ``[images, 3, height,
+                width]``, as a tensor or an array.
             batch_size: how many go through the tower at a time.
 
         Raises:

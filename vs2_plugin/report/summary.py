@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from vs2_plugin.names import LOCAL
+from vs2_plugin.names import LOCAL, SCHEMES
 from vs2_plugin.report.naming import base_of, facts_of, label_of, same_but_for_the_seed, seed_of, written
 from vs2_plugin.report.rows import Mean, Pairing, Row
 from vs2_plugin.results.images import Images
@@ -199,7 +199,7 @@ def summarise(runs: Iterable[Run]) -> list[Section]:
         # A linear probe or a multi-label data set has metrics of its own.
         ranked = [run for run in mine if run.task == "zeroshot_classification" and run.number("acc1") is not None]
         rest = [run for run in mine if run not in ranked]
-        backbones = _by(ranked, lambda run: (run.parts.backbone, run.pretrained))
+        backbones = _by(ranked, lambda run: (run.parts.backbone, _weights(run)))
         groups = []
         for key, members in backbones.items():
             parts = _by_prompts(members)
@@ -213,6 +213,11 @@ def _by(runs: Iterable[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
     for run in sorted(runs, key=lambda run: (key(run), _natural(run.model), str(run.path))):
         found.setdefault(key(run), []).append(run)
     return found
+
+
+def _weights(run: Run) -> str:
+    """Return the weights' tag, unless the weights come with the backbone's name: it says nothing then."""
+    return "" if run.parts.backbone.startswith(SCHEMES) else run.pretrained
 
 
 def _by_prompts(runs: list[Run]) -> list[list[Run]]:

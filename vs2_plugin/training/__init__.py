@@ -24,7 +24,7 @@ def train(
     Args:
         source: what to train on:
 
-            - the name of a data set, as ``--dataset`` takes it, or several;
+            - the name of a data set or a folder of images (``photos/``), as ``--dataset`` takes it, or several;
             - images: PIL images, paths of image files, uint8 arrays ``[height, width, 3]`` or tensors as the model's
               transform makes them, in a list, a torch data set, a generator, …; each may stand in a tuple with its
               label. What is read of a list or an array is cached, and found again by its content; what is read of

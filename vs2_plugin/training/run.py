@@ -24,7 +24,7 @@ from vs2_plugin.clip.hf import revision_of
 from vs2_plugin.clip.sites import Site
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.data.cache import require_space
-from vs2_plugin.data.folders import listed_once, open_folder
+from vs2_plugin.data.folders import open_folder
 from vs2_plugin.data.given import GivenActivations, GivenImages, read_activations
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.data.splits import Split, training_split
@@ -33,6 +33,7 @@ from vs2_plugin.distributed import ALONE, Processes
 from vs2_plugin.errors import DataError, SettingError
 from vs2_plugin.files import alone, json_digest
 from vs2_plugin.names import library_place, with_weights
+from vs2_plugin.paths import listed_once
 from vs2_plugin.sae.foreign import read_foreign
 from vs2_plugin.text import reason_of
 from vs2_plugin.training.extract import Extraction, Part, Report, load_encoders
