@@ -35,12 +35,12 @@ def run_script(name: str, *words: str, cwd: Path, **environment: str) -> subproc
 
 @pytest.fixture(scope="session")
 def demo(once: Callable[..., Path]) -> SimpleNamespace:
-    """A copy of the folder that ``vs2 demo`` leaves, and what it printed. Its SAEs are trained for a tenth as long."""
+    """A copy of the folder that ``vs2 demo`` leaves, and what it printed. Its SAEs are trained for half as long."""
 
     def fill(folder: Path) -> None:
         output, errors = io.StringIO(), io.StringIO()
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
-            patch.setattr(run, "SAMPLES", run.SAMPLES // 10)
+            patch.setattr(run, "SAMPLES", run.SAMPLES // 2)
             assert main.main(["demo", "--out", str(folder / "demo")]) == 0
         (folder / "said.json").write_text(json.dumps([output.getvalue(), errors.getvalue()]))
 
