@@ -27,7 +27,7 @@ DATA += ("--num_workers", "1", "--quiet", "--no_amp")
 @pytest.fixture
 def few(in_demo):
     """A quarter of the test digits, as ``wds/few``."""
-    few_digits(in_demo, "few", 0)
+    few_digits(in_demo, "few", 0, count=100)
     return in_demo
 
 
@@ -402,7 +402,7 @@ def test_an_oracle_by_the_query_rule_knows_the_data_set_under_evaluation(in_demo
     from clip_benchmark.metrics.zeroshot_classification import zero_shot_classifier
 
     for shard, name in enumerate(("one", "two")):
-        few_digits(in_demo, name, shard)
+        few_digits(in_demo, name, shard, count=60)
     train("union", "--dataset", "wds/one", "wds/two", "--dataset_root", "{dataset}", "--gallery_labels", "--no_amp")
     labels = torch.from_numpy(Store.default().find("union").open_gallery().labels)
     for dataset, start in (("wds/one", 0), ("wds/two", int(labels[:48].max()) + 1)):

@@ -79,7 +79,7 @@ def test_several_data_sets_in_one_call_each_with_its_own_checkpoint(in_demo, cli
     data = ("--dataset", "wds/first", "wds/second", "--dataset_root", "{dataset}", *DIGITS[4:])
     words = ("--model", TINY, f"vs2:{TINY}", "--pretrained", "", *data, "--output", "s-{dataset}-{model}.json")
     for shard, name in enumerate(("first", "second")):
-        few_digits(in_demo, name, shard)
+        few_digits(in_demo, name, shard, count=60)
     # One checkpoint is missing: nothing is evaluated, not even what could be.
     few = ("--dataset_root", "{dataset}", "--samples", "2000", *DIGITS[4:], "--overwrite")
     assert train_sae.main(["--model", TINY, "--dataset", "wds/first", *few]) == 0
@@ -96,7 +96,7 @@ def test_several_data_sets_in_one_call_each_with_its_own_checkpoint(in_demo, cli
 
 def test_stock_models_do_not_notice_the_plugin(in_demo, clip_benchmark, monkeypatch):
     """Random weights, several models in one call, in this process and in one without the hook."""
-    few_digits(in_demo, "few", 0, count=32)  # a ViT-S-32 takes its time
+    few_digits(in_demo, "few", 0, count=20)  # a ViT-S-32 takes its time
     data = ("--dataset", "wds/few", "--dataset_root", "few", *DIGITS[4:])
     words = ("eval", "--pretrained", "", *data)
     alone = ("--model", "ViT-S-32-alt", "--output", "off.json")
