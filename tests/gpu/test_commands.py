@@ -36,33 +36,26 @@ def evaluate(here, clip_benchmark):
     return run
 
 
-def test_accuracies_are_those_of_the_cpu(evaluate, without_gpu):
-    found = evaluate("gpu", "--model", *MODELS, "--no_amp")
-    mixed = evaluate("mixed", "--model", *MODELS)
-    without_gpu()
-    expected = evaluate("cpu", "--model", *MODELS, "--no_amp")
-    assert len(found) == len(mixed) == len(expected) == len(MODELS)
-    for model, metrics in expected.items():
-        assert found[model]["acc1"] == pytest.approx(metrics["acc1"], abs=FEW), model
-        assert mixed[model]["acc1"] == pytest.approx(metrics["acc1"], abs=SOME), model
-        assert found[model].keys() - {"vs2_results_digest"} == metrics.keys() - {"vs2_results_digest"}
-
-
-#: What each is allowed to be off by: a vote of views, and a stream, turn one rounding into several.
+#: Model -> how far off it may be: a vote of views, and a stream, turn one rounding into several.
 OTHERS = {f"dn:{TINY}": FEW, f"inmap:{TINY}@steps=50": FEW, f"inmap:{TINY}@unlabeled=test@sinkhorn=5@steps=50": SOME}
 OTHERS |= {f"zlap:{TINY}": FEW, f"tda:vs2:{TINY}": SOME, f"zero:{TINY}@views=8": SOME, f"stata:{TINY}": SOME}
 OTHERS |= {f"dn:vs2s:{TINY}@use=auto": SOME, f"centre:{TINY}": FEW, f"latents:{TINY}@suppress=12+99@boost=5": FEW}
 
 
-def test_methods_on_logits_and_latents_by_hand_are_those_of_the_cpu(evaluate, without_gpu):
-    found = evaluate("gpu", "--model", *OTHERS, "--no_amp")
-    mixed = evaluate("mixed", "--model", *OTHERS)
+@pytest.mark.parametrize(
+    ("models", "mixed_off"), [(dict.fromkeys(MODELS, FEW), SOME), (OTHERS, 0.05)], ids=["steered", "others"]
+)
+def test_accuracies_are_those_of_the_cpu(models, mixed_off, evaluate, without_gpu):
+    found = evaluate("gpu", "--model", *models, "--no_amp")
+    mixed = evaluate("mixed", "--model", *models)
     without_gpu()
-    expected = evaluate("cpu", "--model", *OTHERS, "--no_amp")
-    assert len(found) == len(mixed) == len(expected) == len(OTHERS)
-    for model, off in OTHERS.items():
-        assert found[model]["acc1"] == pytest.approx(expected[model]["acc1"], abs=off), model
-        assert mixed[model]["acc1"] == pytest.approx(expected[model]["acc1"], abs=0.05), model
+    expected = evaluate("cpu", "--model", *models, "--no_amp")
+    assert len(found) == len(mixed) == len(expected) == len(models)
+    for model, off in models.items():
+        metrics = expected[model]
+        assert found[model]["acc1"] == pytest.approx(metrics["acc1"], abs=off), model
+        assert mixed[model]["acc1"] == pytest.approx(metrics["acc1"], abs=mixed_off), model
+        assert found[model].keys() - {"vs2_results_digest"} == metrics.keys() - {"vs2_results_digest"}
 
 
 def test_models_in_one_command_get_what_each_gets_alone(evaluate):
