@@ -23,7 +23,7 @@ def dense_gradients(sae, x, dead=None, auxk=0.0):
     count = 0 if dead is None else int(dead.sum())
     if auxk and count:
         wanted = x.shape[1] // 2
-        places = pre.masked_fill(~dead, -torch.inf).topk(min(wanted, count)).indices
+        places = rank.masked_fill(~dead, -torch.inf).topk(min(wanted, count)).indices
         chosen = torch.zeros_like(pre).scatter(1, places, 1)
         guess = (act(pre) * chosen) @ sae.W_dec
         loss = loss + auxk * min(1, count / wanted) * (guess - residual.detach()).pow(2).sum() / variance

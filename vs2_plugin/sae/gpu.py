@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vs2_plugin.distributed import alone, total
 from vs2_plugin.sae import kernels
-from vs2_plugin.sae.step import ClassMeans, add_auxk
+from vs2_plugin.sae.step import ClassMeans, gradient_of
 from vs2_plugin.sae.topk import Latents, TopKSAE
 
 __all__ = ["GpuStep", "Replayed", "select"]
@@ -29,6 +29,8 @@ __all__ = ["GpuStep", "Replayed", "select"]
 _HALF = torch.bfloat16
 #: Activations, and latents, that one program sums; and numbers of a row that it looks at together.
 _SUMMED, _LOOKED_AT = 16, 2048
+#: The number of dead latents is rounded up to a multiple of this: products of odd sizes are slow.
+_ROUNDED_TO = 128
 
 
 class GpuStep:
@@ -84,13 +86,15 @@ class GpuStep:
         replayed = classes is None and alone()
         set_gradients, update = self._replayed if replayed else (self._set_gradients, self._update)
         with torch.cuda.device_of(x):  # where Triton launches
+            # The answer waits for the step before, and is asked for while nothing waits for it.
+            listed = dead.nonzero().squeeze(1) if auxk and dead is not None else self._silent[:0]
             self._take(x)
             if classes is None:
                 set_gradients()
             else:
                 self._set_gradients(classes, labels)
-            if auxk and dead is not None and dead.any():
-                self._add_auxk(dead, auxk)
+            if len(listed):
+                self._add_auxk(listed, auxk)
             update()
         return self._latents
 
@@ -131,7 +135,7 @@ class GpuStep:
         )  # fmt: skip
         sae.encoder.weight.grad = torch.mm(codes.T, rounded, out_dtype=torch.float32)
         self._set_gradients_of_biases(to_output, moments, variance)
-        self._last = to_output, variance
+        self._last = rounded, to_output, variance
 
     def _centre(self) -> tuple[Tensor, Tensor]:
         """The batch less ``b_dec``, bfloat16; and of all processes' batches the sum of such ``[d]``, the sum of their
@@ -173,12 +177,30 @@ class GpuStep:
         )  # fmt: skip
         sae.encoder.bias.grad, sae.b_dec.grad = gradient, parts.sum(0)
 
+    @torch.no_grad()
     def _add_auxk(self, dead: Tensor, auxk: float) -> None:
-        """Add the gradients of AuxK on the last batch."""
-        to_output, variance = self._last
-        residual = to_output.float() * (variance / -2)
-        with torch.autocast("cuda", torch.bfloat16):
-            add_auxk(self._sae, self._batch, residual, variance, dead.nonzero().squeeze(1), auxk)
+        """Add the gradients of AuxK on the last batch, for the latents ``dead``, int64 ``[count]``. Latents of zeros,
+        which add nothing, make a round number of them."""
+        sae, (rounded, to_output, variance) = self._sae, self._last
+        room = -len(dead) % _ROUNDED_TO
+        encoder, decoder = (F.pad(weight[dead], (0, 0, 0, room)) for weight in (self._encoder, self._decoder))
+        pre = F.linear(rounded, encoder, F.pad(self._bias[dead], (0, room)))
+        wanted, codes = sae.config.d_in // 2, torch.zeros_like(pre)
+        values = to_output.new_empty(len(pre), min(wanted, pre.shape[1]), dtype=torch.float32)
+        select(pre, sae.config.activation, Latents(values, torch.empty_like(values, dtype=torch.long)), codes)
+        weight = auxk * min(1.0, len(dead) / wanted)
+        guess = torch.mm(codes, decoder, out_dtype=torch.float32)
+        to_guess = (guess * (2 * weight / variance) + to_output * weight).to(_HALF)
+        to_values = (to_guess @ decoder.T).masked_fill_(codes == 0, 0.0)
+        sums = to_values.sum(0, dtype=torch.float32)
+        gradients = {
+            sae.W_dec: torch.mm(codes.T, to_guess, out_dtype=torch.float32),
+            sae.encoder.weight: torch.mm(to_values.T, rounded, out_dtype=torch.float32),
+            sae.encoder.bias: sums,
+        }
+        for parameter, gradient in gradients.items():
+            gradient_of(parameter).index_add_(0, dead, gradient[: len(dead)])
+        gradient_of(sae.b_dec).sub_(sums @ encoder.float())
 
     @torch.no_grad()
     def _update(self) -> None:

@@ -17,7 +17,7 @@ from vs2_plugin.devices import add_at, has_bfloat16_units
 from vs2_plugin.distributed import mean_row, total
 from vs2_plugin.sae.topk import Latents, TopKSAE
 
-__all__ = ["ClassMeans", "add_auxk", "finds_in_bfloat16", "set_gradients"]
+__all__ = ["ClassMeans", "finds_in_bfloat16", "gradient_of", "set_gradients"]
 
 
 class ClassMeans:
@@ -76,8 +76,8 @@ def set_gradients(
 
     The loss is ``Σ‖x - x̃‖² / V`` with ``V = Σ‖x - batch mean‖²``, plus AuxK for dead latents (arXiv 2406.04093,
     appendix A.2): ``auxk · min(1, dead / (d/2)) · Σ‖(x - x̃) - W_decᵀ z‖² / V``, where z holds the d/2 largest dead
-    latents and ``x - x̃`` is taken as constant. From the decoder's gradient the part parallel to the decoder's rows
-    is removed, since it would only change their norms, which are fixed at 1.
+    latents, for ``abs`` in magnitude, and ``x - x̃`` is taken as constant. From the decoder's gradient the part parallel
+    to the decoder's rows is removed, since it would only change their norms, which are fixed at 1.
 
     Several processes work on one batch, each on its share x of it: V, the batch mean and the class means are those of
     the whole batch, and the gradients are summed. That is what DistributedDataParallel does with autograd's gradients.
@@ -114,10 +114,10 @@ def set_gradients(
     sae.b_dec.grad = to_output.sum(0) - sae.encoder.bias.grad @ sae.encoder.weight
 
     if auxk and dead is not None and dead.any():
-        loss = loss + add_auxk(sae, x, residual, variance, dead.nonzero().squeeze(1), auxk)
+        loss = loss + _add_auxk(sae, x, residual, variance, dead.nonzero().squeeze(1), auxk)
     for parameter in sae.parameters():
-        total(_gradient(parameter))
-    to_decoder = _gradient(sae.W_dec)
+        total(gradient_of(parameter))
+    to_decoder = gradient_of(sae.W_dec)
     to_decoder.addcmul_((to_decoder * sae.W_dec).sum(1, keepdim=True), sae.W_dec, value=-1)
     return loss, latents
 
@@ -157,7 +157,7 @@ def _sum_by_latent(order: Tensor, starts: Tensor, weights: Tensor, rows: Tensor)
     return F.embedding_bag(order // k, rows, starts, per_sample_weights=weights.flatten()[order], mode="sum")
 
 
-def add_auxk(sae: TopKSAE, x: Tensor, residual: Tensor, variance: Tensor, dead: Tensor, auxk: float) -> Tensor:
+def _add_auxk(sae: TopKSAE, x: Tensor, residual: Tensor, variance: Tensor, dead: Tensor, auxk: float) -> Tensor:
     """Add the gradients of AuxK; returns its share of the loss. The dead latents are few, so this is dense.
 
     ``residual`` is ``x - x̃``, ``dead`` int64 ``[count]``.
@@ -168,18 +168,19 @@ def add_auxk(sae: TopKSAE, x: Tensor, residual: Tensor, variance: Tensor, dead: 
         parts = [parameter[dead].detach().requires_grad_() for parameter in parameters]
         b_dec = sae.b_dec.detach().requires_grad_()
         weight, bias, decoder = parts
-        values, chosen = F.linear(x - b_dec, weight, bias).topk(min(wanted, len(dead)), dim=-1, sorted=False)
-        if sae.config.activation == "relu":
-            values = values.relu()
+        pre = F.linear(x - b_dec, weight, bias)
+        ranked = pre.abs() if sae.config.activation == "abs" else pre.relu()
+        chosen = ranked.topk(min(wanted, len(dead)), dim=-1, sorted=False).indices
+        values = (pre if sae.config.activation == "abs" else ranked).gather(-1, chosen)
         guess = values.new_zeros(len(x), len(dead)).scatter(-1, chosen, values) @ decoder
         loss = auxk * min(1.0, len(dead) / wanted) * (guess - residual).pow(2).sum() / variance
     gradients = torch.autograd.grad(loss, [*parts, b_dec])
     for parameter, gradient in zip(parameters, gradients, strict=False):
-        _gradient(parameter).index_add_(0, dead, gradient)
-    _gradient(sae.b_dec).add_(gradients[-1])
+        gradient_of(parameter).index_add_(0, dead, gradient)
+    gradient_of(sae.b_dec).add_(gradients[-1])
     return loss.detach()
 
 
-def _gradient(parameter: Tensor) -> Tensor:
+def gradient_of(parameter: Tensor) -> Tensor:
     """Return the gradient of a parameter, which is there."""
     return cast("Tensor", parameter.grad)
