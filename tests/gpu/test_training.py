@@ -1,5 +1,6 @@
 """SAEs that are trained on a GPU."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -84,6 +85,26 @@ def test_kernels_train_as_well_as_torchs_operators(activations, settings, monkey
     assert kernels.figures.fvu == pytest.approx(plain.figures.fvu, rel=0.02, abs=0.01)
     for name, weight in kernels.sae.state_dict().items():
         assert torch.equal(again.sae.state_dict()[name], weight), name
+
+
+@pytest.mark.parametrize("activation", ["relu", "abs"])
+def test_gradients_of_dead_latents_are_those_of_torchs_operators(activations, activation):
+    """Told and replayed, of few and of many of them."""
+    from vs2_plugin.sae.gpu import GpuStep
+
+    torch.manual_seed(0)
+    sae = TopKSAE(SaeConfig(32, 1536, 16, activation)).cuda()
+    adam = torch.optim.Adam([weight for weight in sae.parameters() if weight.requires_grad])
+    step = GpuStep(sae, adam, torch.zeros(1536, dtype=torch.long, device="cuda"))
+    x = torch.from_numpy(activations[0][:512]).cuda()
+    for number, count in enumerate([3, 700, 700, 3, 700, 3, 650, 700], 1):
+        dead = torch.randperm(1536, device="cuda") < count
+        other = copy.deepcopy(sae)
+        set_gradients(other, x, dead, 0.5)
+        step.step(x, 1e-3, number, dead, 0.5)
+        for name in ("encoder.weight", "encoder.bias", "b_dec"):
+            found, expected = (model.get_parameter(name).grad.flatten() for model in (sae, other))
+            assert torch.cosine_similarity(found, expected, dim=0) > 0.99, (number, name)
 
 
 @pytest.mark.parametrize("activation", ["relu", "abs"])

@@ -11,7 +11,9 @@ multiplied (activations, weights, codes) is rounded to bfloat16. The same step g
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import isqrt
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +31,8 @@ __all__ = ["GpuStep", "Replayed", "select"]
 _HALF = torch.bfloat16
 #: Activations, and latents, that one program sums; and numbers of a row that it looks at together.
 _SUMMED, _LOOKED_AT = 16, 2048
-#: The number of dead latents is rounded up to a multiple of this: products of odd sizes are slow.
-_ROUNDED_TO = 128
+#: The least number of dead latents that AuxK is told for.
+_FEWEST = 128
 
 
 class GpuStep:
@@ -66,6 +68,11 @@ class GpuStep:
                 moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                 optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
         self._replayed = Replayed(self._set_gradients), Replayed(self._update)
+        most = _rounded_up(len(silent))
+        self._listed, self._is_listed = silent.new_zeros(most), self._rates.new_zeros(most)
+        self._weight_of_auxk = self._rates.new_zeros(())
+        self._auxk: dict[int, Replayed] = {}
+        self._room_of_auxk = torch.cuda.graph_pool_handle()
 
     def step(
         self, x: Tensor, rate: float, number: int, dead: Tensor | None = None, auxk: float = 0.0,
@@ -94,7 +101,7 @@ class GpuStep:
             else:
                 self._set_gradients(classes, labels)
             if len(listed):
-                self._add_auxk(listed, auxk)
+                self._add_auxk(listed, auxk, replayed)
             update()
         return self._latents
 
@@ -178,20 +185,34 @@ class GpuStep:
         sae.encoder.bias.grad, sae.b_dec.grad = gradient, parts.sum(0)
 
     @torch.no_grad()
-    def _add_auxk(self, dead: Tensor, auxk: float) -> None:
-        """Add the gradients of AuxK on the last batch, for the latents ``dead``, int64 ``[count]``. Latents of zeros,
-        which add nothing, make a round number of them."""
-        sae, (rounded, to_output, variance) = self._sae, self._last
-        room = -len(dead) % _ROUNDED_TO
-        encoder, decoder = (F.pad(weight[dead], (0, 0, 0, room)) for weight in (self._encoder, self._decoder))
-        pre = F.linear(rounded, encoder, F.pad(self._bias[dead], (0, room)))
-        wanted, codes = sae.config.d_in // 2, torch.zeros_like(pre)
-        values = to_output.new_empty(len(pre), min(wanted, pre.shape[1]), dtype=torch.float32)
+    def _add_auxk(self, dead: Tensor, auxk: float, replayed: bool) -> None:
+        """Add the gradients of AuxK on the last batch, for the latents ``dead``, int64 ``[count]``; ``replayed``, as
+        those of the loss are."""
+        count, wanted = len(dead), self._sae.config.d_in // 2
+        size = _rounded_up(count)
+        self._listed[:count] = dead
+        self._is_listed[:count], self._is_listed[count:] = 1.0, 0.0
+        self._weight_of_auxk.fill_(auxk * min(1.0, count / wanted))
+        if not replayed:
+            return self._add_auxk_of(size)
+        if size not in self._auxk:
+            self._auxk[size] = Replayed(partial(self._add_auxk_of, size), self._room_of_auxk)
+        return self._auxk[size]()
+
+    @torch.no_grad()
+    def _add_auxk_of(self, size: int) -> None:
+        """The same for the first ``size`` that are listed. Those that only fill the list up have no weights here: they
+        are not active, and their gradients are 0."""
+        sae, (rounded, to_output, variance), weight = self._sae, self._last, self._weight_of_auxk
+        relu, dead, real = sae.config.activation == "relu", self._listed[:size], self._is_listed[:size].to(_HALF)
+        encoder, decoder = self._encoder[dead] * real[:, None], self._decoder[dead]
+        pre = F.linear(rounded, encoder, self._bias[dead] * real)
+        codes = torch.zeros_like(pre)
+        values = to_output.new_empty(len(pre), min(sae.config.d_in // 2, size), dtype=torch.float32)
         select(pre, sae.config.activation, Latents(values, torch.empty_like(values, dtype=torch.long)), codes)
-        weight = auxk * min(1.0, len(dead) / wanted)
         guess = torch.mm(codes, decoder, out_dtype=torch.float32)
         to_guess = (guess * (2 * weight / variance) + to_output * weight).to(_HALF)
-        to_values = (to_guess @ decoder.T).masked_fill_(codes == 0, 0.0)
+        to_values = torch.ops.aten.threshold_backward(to_guess @ decoder.T, codes if relu else codes.abs(), 0.0)
         sums = to_values.sum(0, dtype=torch.float32)
         gradients = {
             sae.W_dec: torch.mm(codes.T, to_guess, out_dtype=torch.float32),
@@ -199,7 +220,7 @@ class GpuStep:
             sae.encoder.bias: sums,
         }
         for parameter, gradient in gradients.items():
-            gradient_of(parameter).index_add_(0, dead, gradient[: len(dead)])
+            gradient_of(parameter).index_add_(0, dead, gradient)
         gradient_of(sae.b_dec).sub_(sums @ encoder.float())
 
     @torch.no_grad()
@@ -222,6 +243,12 @@ class GpuStep:
         )  # fmt: skip
 
 
+def _rounded_up(count: int) -> int:
+    """The number of dead latents that stands for ``count``: a power of 2, or one and a half."""
+    size: int = triton.next_power_of_2(max(count, _FEWEST))
+    return 3 * size // 4 if _FEWEST < 3 * size // 4 >= count else size
+
+
 def _sizes(sae: TopKSAE) -> tuple[int, int, int]:
     return sae.config.num_latents, sae.config.d_in, sae.config.k
 
@@ -230,8 +257,9 @@ class Replayed:
     """Work on a GPU that is told once and replayed from then on, with the same tensors: to tell a training step, of
     fifty kernels, takes the processor longer than the step takes (H100, d 768, n 3072, batch 4096: 1.2 and 0.5 ms)."""
 
-    def __init__(self, work: Callable[[], None]) -> None:
-        self._work, self._calls = work, 0
+    def __init__(self, work: Callable[[], None], room: Any = None) -> None:
+        """``room`` is memory to work in, shared with others that leave nothing there."""
+        self._work, self._room, self._calls = work, room, 0
         self._graph = torch.cuda.CUDAGraph()
 
     def __call__(self) -> None:
@@ -240,7 +268,7 @@ class Replayed:
         if self._calls < 3:
             return self._work()
         if self._calls == 3:
-            with torch.cuda.graph(self._graph):  # which does not do it
+            with torch.cuda.graph(self._graph, pool=self._room):  # which does not do it
                 self._work()
         return self._graph.replay()
 
