@@ -244,9 +244,10 @@ class GpuStep:
 
 
 def _rounded_up(count: int) -> int:
-    """The number of dead latents that stands for ``count``: a power of 2, or one and a half."""
-    size: int = triton.next_power_of_2(max(count, _FEWEST))
-    return 3 * size // 4 if _FEWEST < 3 * size // 4 >= count else size
+    """The number of dead latents that stands for ``count``, at most a quarter more."""
+    count = max(count, _FEWEST)
+    part: int = triton.next_power_of_2(count) // 8
+    return part * triton.cdiv(count, part)
 
 
 def _sizes(sae: TopKSAE) -> tuple[int, int, int]:
