@@ -64,11 +64,9 @@ class ZeroShot:
         products = torch.cat([directions @ self._weights, self._shift.expand(len(z), 1, -1)], dim=1)
         logits = torch.bmm(F.pad(amounts, (0, 1), value=1.0), products)
         doubt = (rest + _ROUNDING * lengths) * self._longest
-        near = logits >= (logits.amax(2) - 2 * doubt)[..., None]
-        rows, columns = near.view(-1, near.shape[2]).nonzero(as_tuple=True)
-        classes = torch.zeros_like(rest, dtype=torch.long)
-        classes.view(-1)[rows] = columns
-        return classes, (torch.bincount(rows, minlength=classes.numel()) == 1).view_as(classes)  # 0: not a number
+        largest, classes = logits.topk(min(2, logits.shape[2]), dim=2)
+        sure = (largest[..., 1:] < (largest[..., 0] - 2 * doubt)[..., None]).all(2)  # not where one is no number
+        return classes[..., 0], sure
 
 
 def _spanning(z: Tensor) -> list[int]:

@@ -247,7 +247,8 @@ def _rounded_up(count: int) -> int:
     """The number of dead latents that stands for ``count``, at most a quarter more."""
     count = max(count, _FEWEST)
     part: int = triton.next_power_of_2(count) // 8
-    return part * triton.cdiv(count, part)
+    rounded: int = part * triton.cdiv(count, part)
+    return rounded
 
 
 def _sizes(sae: TopKSAE) -> tuple[int, int, int]:

@@ -17,7 +17,7 @@ from vs2_plugin.devices import add_at, has_bfloat16_units
 from vs2_plugin.distributed import mean_row, total
 from vs2_plugin.sae.topk import Latents, TopKSAE
 
-__all__ = ["ClassMeans", "finds_in_bfloat16", "gradient_of", "set_gradients"]
+__all__ = ["ClassMeans", "by_latent", "finds_in_bfloat16", "gradient_of", "set_gradients", "sum_by_latent"]
 
 
 class ClassMeans:
@@ -106,9 +106,9 @@ def set_gradients(
         loss, to_values = loss + term / variance, to_values + by_values / variance
     if sae.config.activation == "relu":
         to_values *= latents.values > 0
-    order, starts = _by_latent(latents.indices, sae.config.num_latents)
-    sae.W_dec.grad = _sum_by_latent(order, starts, latents.values, to_output)
-    sae.encoder.weight.grad = _sum_by_latent(order, starts, to_values, centered)
+    order, starts = by_latent(latents.indices, sae.config.num_latents)
+    sae.W_dec.grad = sum_by_latent(order, starts, latents.values, to_output)
+    sae.encoder.weight.grad = sum_by_latent(order, starts, to_values, centered)
     sae.encoder.bias.grad = F.embedding_bag(order, to_values.reshape(-1, 1), starts, mode="sum").squeeze(1)
     # The bias is added to the output and subtracted from the encoder's input.
     sae.b_dec.grad = to_output.sum(0) - sae.encoder.bias.grad @ sae.encoder.weight
@@ -142,7 +142,7 @@ def _products(vectors: Tensor, indices: Tensor, table: Tensor) -> Tensor:
     return products.view(batch, k)
 
 
-def _by_latent(indices: Tensor, num_latents: int) -> tuple[Tensor, Tensor]:
+def by_latent(indices: Tensor, num_latents: int) -> tuple[Tensor, Tensor]:
     """Where in ``indices`` ``[batch, k]``, read as one list, each latent occurs: the places sorted by latent, and
     where each latent's places start."""
     listed = indices.flatten()
@@ -150,7 +150,7 @@ def _by_latent(indices: Tensor, num_latents: int) -> tuple[Tensor, Tensor]:
     return listed.argsort(stable=True), counts.cumsum(0) - counts
 
 
-def _sum_by_latent(order: Tensor, starts: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
+def sum_by_latent(order: Tensor, starts: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
     """``Σ weights · row`` over the activations in which a latent is active: ``[n, d]``, from ``[batch, k]`` and
     ``[batch, d]``."""
     k = weights.shape[1]

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vs2_plugin.arrays import spread
+from vs2_plugin.devices import add_at
 from vs2_plugin.gallery.gallery import CLIP
+from vs2_plugin.sae.step import by_latent, sum_by_latent
 from vs2_plugin.sae.topk import Latents, TopKSAE
 from vs2_plugin.steering.batch import Batch
 from vs2_plugin.steering.move import Code, Move
@@ -39,15 +41,14 @@ def class_selectivity(batches: Iterator[tuple[Latents, Tensor]], num_latents: in
     """
     count, sums, mass, squares = 0, torch.empty(0), torch.empty(0), torch.empty(0)
     for latents, probabilities in batches:
-        dense = probabilities.new_zeros(len(probabilities), num_latents)
-        dense.scatter_add_(1, latents.indices, latents.values)
         if count == 0:
-            sums = torch.zeros(probabilities.shape[1], num_latents, dtype=torch.float64, device=dense.device)
+            sums = probabilities.new_zeros(probabilities.shape[1], num_latents, dtype=torch.float64)
             mass, squares = sums.new_zeros(len(sums)), sums.new_zeros(num_latents)
-        sums += probabilities.T @ dense
+        order, starts = by_latent(latents.indices, num_latents)
+        sums += sum_by_latent(order, starts, latents.values, probabilities).T
         mass += probabilities.double().sum(0)
-        squares += dense.double().square().sum(0)
-        count += len(dense)
+        add_at(squares, latents.indices.flatten(), latents.values.flatten().double().square())
+        count += len(probabilities)
     present = mass >= 1
     classes, within = int(present.sum()), max(count - int(present.sum()), 1)
     mean = sums.sum(0) / count

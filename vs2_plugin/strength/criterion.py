@@ -33,14 +33,24 @@ def neighbour_graph(embeddings: Tensor, k: int = NEIGHBOURS) -> Tensor:
         embeddings: ``[n, e]``, n at least 2; any scale.
         k: neighbours per image.
     """
-    unit = F.normalize(embeddings.float(), dim=-1)
-    k = min(k, len(unit) - 1)
+    parts = F.normalize(embeddings.float(), dim=-1).split(_BLOCK)
+    k = min(k, len(embeddings) - 1)
+    best: list[list[tuple[Tensor, Tensor]]] = [[] for _ in parts]
+
+    def look(cosines: Tensor, ours: int, theirs: int) -> None:
+        values, columns = cosines.topk(min(k, cosines.shape[1]), dim=1)
+        best[ours].append((values, columns + theirs * _BLOCK))
+
+    for one, part in enumerate(parts):
+        look((part @ part.T).fill_diagonal_(-torch.inf), one, one)
+        for other in range(one + 1, len(parts)):  # what one is to the other, that is to it
+            cosines = part @ parts[other].T
+            look(cosines, one, other)
+            look(cosines.T.contiguous(), other, one)
     found = []
-    for start in range(0, len(unit), _BLOCK):
-        cosines = unit[start : start + _BLOCK] @ unit.T
-        rows = torch.arange(len(cosines), device=unit.device)
-        cosines[rows, rows + start] = -torch.inf
-        found.append(cosines.topk(k, dim=1).indices)
+    for each in best:
+        values, columns = (torch.cat(tensors, dim=1) for tensors in zip(*each, strict=True))
+        found.append(columns.gather(1, values.topk(k, dim=1).indices))
     return torch.cat(found)
 
 
