@@ -135,7 +135,7 @@ def parse(text: str, known: Registry | None = None) -> ModelString:
     parts = split(text)
     try:
         if parts.method is None:
-            example = text if _BACKBONE.match(text) and text.isprintable() else "ViT-B-32"
+            example = text if _BACKBONE.match(parts.backbone) and text.isprintable() else "ViT-B-32"
             raise ModelStringError(f"no steering method before a ':'; expected {GRAMMAR}, for example vs2:{example}")
         outer, method = _methods(parts.method, known or registry())
         _check_backbone(parts)
