@@ -71,6 +71,7 @@ def set_gradients(
     bfloat16: bool = False,
     classes: ClassMeans | None = None,
     labels: Tensor | None = None,
+    room: Tensor | None = None,
 ) -> tuple[Tensor, Latents]:
     """Set ``.grad`` of every parameter of ``sae`` to that of the loss on a batch.
 
@@ -89,17 +90,25 @@ def set_gradients(
         bfloat16: find the active latents in bfloat16; their values are float32 all the same.
         classes: adds the term of PASS; needs ``labels``.
         labels: the batch's classes, int64 ``[batch]``.
+        room: memory for the pre-activations, ``[batch, n]``, where the caller keeps it from step to step, bfloat16 if
+            they are.
 
     Returns:
         This process's share of the loss, and its sparse code.
     """
     centered = x - sae.b_dec
-    latents = _encode_in_bfloat16(sae, centered) if bfloat16 else sae.encode(x)
-    residual = x - sae.decode(latents)
-    variance = total((x - mean_row(x)).pow(2).sum())
-    loss = residual.pow(2).sum() / variance
+    if bfloat16:
+        latents = _encode_in_bfloat16(sae, centered, room)
+    else:
+        latents = sae.select(_pre_activations(sae, centered, room))
+    # In place where it can be: to get new memory for such tensors takes longer than to compute them.
+    residual = sae.combine(latents).add_(sae.b_dec)
+    torch.sub(x, residual, out=residual)
+    apart = (x - mean_row(x)).square_()
+    variance = total(apart.sum())
+    loss = torch.linalg.vector_norm(residual).square() / variance
 
-    to_output = residual * (-2 / variance)  # d loss / d x̃
+    to_output = torch.mul(residual, -2 / variance, out=apart)  # d loss / d x̃
     to_values = _products(to_output, latents.indices, sae.W_dec)
     if classes is not None and labels is not None:
         term, by_values = classes(latents, labels, sae.config.num_latents)
@@ -122,10 +131,15 @@ def set_gradients(
     return loss, latents
 
 
-def _encode_in_bfloat16(sae: TopKSAE, centered: Tensor) -> Latents:
+def _pre_activations(sae: TopKSAE, centered: Tensor, room: Tensor | None) -> Tensor:
+    """Those of ``x - b_dec``, in its dtype; in ``room``, if there is some."""
+    weight, bias = (weight.to(centered.dtype) for weight in (sae.encoder.weight, sae.encoder.bias))
+    return torch.addmm(bias, centered, weight.T, out=room)
+
+
+def _encode_in_bfloat16(sae: TopKSAE, centered: Tensor, room: Tensor | None) -> Latents:
     """The code, its latents found in bfloat16 and their values computed in float32."""
-    encoder = sae.encoder
-    pre = F.linear(centered.bfloat16(), encoder.weight.bfloat16(), encoder.bias.bfloat16())
+    encoder, pre = sae.encoder, _pre_activations(sae, centered.bfloat16(), room)
     indices = sae.select(pre).indices
     values = _products(centered, indices, encoder.weight) + encoder.bias[indices]
     return Latents(values.relu() if sae.config.activation == "relu" else values, indices)

@@ -151,11 +151,11 @@ def largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     size = next((g for g in sizes if n % g == 0 and n >= 3 * g * k), 1)
     if size == 1:
         return rows.topk(k, dim=-1, sorted=False)
-    groups = rows.unflatten(-1, (size, n // size)).amax(-2).topk(k, dim=-1, sorted=False).indices
-    starts = torch.arange(0, n, n // size, device=rows.device)
-    candidates = (groups.unsqueeze(-2) + starts.unsqueeze(-1)).flatten(-2)
-    values, chosen = rows.gather(-1, candidates).topk(k, dim=-1, sorted=False)
-    return values, candidates.gather(-1, chosen)
+    parts = rows.unflatten(-1, (size, n // size))
+    groups = parts.amax(-2).topk(k, dim=-1, sorted=False).indices
+    candidates = parts.gather(-1, groups.unsqueeze(-2).expand(*groups.shape[:-1], size, k))
+    values, chosen = candidates.flatten(-2).topk(k, dim=-1, sorted=False)
+    return values, groups.gather(-1, chosen % k) + chosen.div(k, rounding_mode="floor") * (n // size)
 
 
 def fvu(x: Tensor, reconstruction: Tensor) -> Tensor:

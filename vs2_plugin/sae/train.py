@@ -250,6 +250,7 @@ class _Run:
         self._last = math.inf
         self._gpu = _gpu_step(self.sae, self._optimizer, self._silent, self.scale)
         self._any_dead = False
+        self._room: Tensor | None = None
 
     def step(self, x: Tensor, chosen: np.ndarray, step: int) -> None:
         """One step on activations ``[batch, d]``, whose row numbers are ``chosen``."""
@@ -263,7 +264,11 @@ class _Run:
             self._gpu.step(x, rate, step, self._dead() if self._any_dead else None, config.auxk, self._classes, own)
             return
         dead = self._dead()
-        _, latents = set_gradients(sae, x / self.scale, dead, config.auxk, self._bfloat16, self._classes, own)
+        if self._room is None or len(self._room) != len(x):  # the share of a process may be one more or less
+            self._room = x.new_empty(len(x), sae.config.num_latents, dtype=torch.bfloat16 if self._bfloat16 else None)
+        _, latents = set_gradients(
+            sae, x / self.scale, dead, config.auxk, self._bfloat16, self._classes, own, self._room
+        )  # fmt: skip
         self._optimizer.param_groups[0]["lr"] = rate
         self._optimizer.step()
         sae.normalize_decoder()
