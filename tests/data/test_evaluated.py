@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vs2_plugin.data.evaluated import fewer_workers, look, name_samples
+from vs2_plugin.data.loading import read
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import DataError
 from vs2_plugin.host import build
@@ -204,13 +205,13 @@ def test_as_many_workers_as_the_shards_serve_and_no_fewer(counts, asked, folder,
 
 
 def read_with(root, workers):
-    """How many labels a loader with so many workers reads, or what it says. (pytest.raises would keep them waiting.)"""
+    """How many labels a loader with so many workers reads, or what it says."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dataset = name_samples(build(DataSet("wds/x", str(root)), "test", transform=transform))
         loader = torch.utils.data.DataLoader(dataset.batched(2), batch_size=None, num_workers=workers)
         try:
-            return sum(len(labels) for _, labels in loader)
+            return sum(len(labels) for _, labels in read(loader))
         except DataError as error:
             return str(error)
 

@@ -306,7 +306,7 @@ class Damaged(Labelled):
 
 
 def complaint(num_workers):
-    """What opening or reading the images is refused with. (pytest.raises would keep the loader's workers waiting.)"""
+    """What opening or reading the images is refused with."""
     try:
         numbers(open_any(), num_workers=num_workers)
     except DataError as error:

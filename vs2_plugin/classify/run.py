@@ -19,7 +19,7 @@ from vs2_plugin.classify.page import Sheet
 from vs2_plugin.classify.plan import Plan
 from vs2_plugin.classify.table import Part, Row, columns, rows_of, write_table
 from vs2_plugin.data.folders import FolderImages
-from vs2_plugin.data.images import leave_interruptions
+from vs2_plugin.data.loading import leave_interruptions, read
 from vs2_plugin.devices import emulates_bfloat16, own_device
 from vs2_plugin.errors import DataError
 from vs2_plugin.harness.loader import load
@@ -227,4 +227,4 @@ def _batches(plan: Plan, transform: Callable[[Any], Tensor], first: int) -> Iter
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=leave_interruptions,
     )
-    yield from loader
+    yield from read(loader)

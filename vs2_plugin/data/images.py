@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, defau
 
 from vs2_plugin.data.folders import FolderImages, LeftOut, open_folder
 from vs2_plugin.data.labels import UNKNOWN, Classes
+from vs2_plugin.data.loading import leave_interruptions, read
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.data.shards import LocalShards, open_shards
 from vs2_plugin.distributed import Processes
@@ -25,15 +25,7 @@ from vs2_plugin.errors import DataError, Vs2Error
 from vs2_plugin.host import build, default_task
 from vs2_plugin.text import one_line, reason_of, said_by
 
-__all__ = [
-    "Batch", "TrainingImages", "image_digest", "leave_interruptions", "open_images", "place_of", "subset",
-]  # fmt: skip
-
-
-def leave_interruptions(worker: int) -> None:
-    """For a loader's ``worker_init_fn``: Ctrl-C is the main process's, which ends its workers. They would each print a
-    traceback, or be missed while they end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+__all__ = ["Batch", "TrainingImages", "image_digest", "open_images", "place_of", "subset"]
 
 
 class Batch(NamedTuple):
@@ -128,7 +120,7 @@ class TrainingImages:
         )
         left = self.limit - first if streamed and self.limit is not None else None
         try:
-            for batch in loader:
+            for batch in read(loader):
                 wanted = batch if left is None else batch.first(left)
                 if len(wanted.images) or wanted.left_out:
                     yield wanted

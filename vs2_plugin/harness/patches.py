@@ -26,7 +26,7 @@ import inspect
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from contextvars import ContextVar
 from copy import copy
@@ -35,6 +35,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from vs2_plugin.data.loading import read
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import DataError, HarnessError, Vs2Error
 from vs2_plugin.messages import complain
@@ -277,7 +278,7 @@ class _Telling:
         return len(self._dataloader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        batches: Iterable[tuple[Tensor, Tensor]] = self._dataloader
+        batches: Iterator[tuple[Tensor, Tensor]] = read(self._dataloader)
         for images, target in batches if self._recorder is None else self._recorder.watch(batches):
             if self._model is not None:
                 self._model.set_targets(target)

@@ -90,17 +90,13 @@ def set_gradients(
         bfloat16: find the active latents in bfloat16; their values are float32 all the same.
         classes: adds the term of PASS; needs ``labels``.
         labels: the batch's classes, int64 ``[batch]``.
-        room: memory for the pre-activations, ``[batch, n]``, where the caller keeps it from step to step, bfloat16 if
-            they are.
+        room: memory for pre-activations that a caller keeps, ``[batch, n]``, in their dtype.
 
     Returns:
         This process's share of the loss, and its sparse code.
     """
     centered = x - sae.b_dec
-    if bfloat16:
-        latents = _encode_in_bfloat16(sae, centered, room)
-    else:
-        latents = sae.select(_pre_activations(sae, centered, room))
+    latents = _encode(sae, centered, bfloat16, room)
     # In place where it can be: to get new memory for such tensors takes longer than to compute them.
     residual = sae.combine(latents).add_(sae.b_dec)
     torch.sub(x, residual, out=residual)
@@ -124,23 +120,26 @@ def set_gradients(
 
     if auxk and dead is not None and dead.any():
         loss = loss + _add_auxk(sae, x, residual, variance, dead.nonzero().squeeze(1), auxk)
+    _finish(sae)
+    return loss, latents
+
+
+def _finish(sae: TopKSAE) -> None:
+    """Sum the gradients over all processes, and leave that along the decoder's rows out."""
     for parameter in sae.parameters():
         total(gradient_of(parameter))
     to_decoder = gradient_of(sae.W_dec)
     to_decoder.addcmul_((to_decoder * sae.W_dec).sum(1, keepdim=True), sae.W_dec, value=-1)
-    return loss, latents
 
 
-def _pre_activations(sae: TopKSAE, centered: Tensor, room: Tensor | None) -> Tensor:
-    """Those of ``x - b_dec``, in its dtype; in ``room``, if there is some."""
-    weight, bias = (weight.to(centered.dtype) for weight in (sae.encoder.weight, sae.encoder.bias))
-    return torch.addmm(bias, centered, weight.T, out=room)
-
-
-def _encode_in_bfloat16(sae: TopKSAE, centered: Tensor, room: Tensor | None) -> Latents:
-    """The code, its latents found in bfloat16 and their values computed in float32."""
-    encoder, pre = sae.encoder, _pre_activations(sae, centered.bfloat16(), room)
-    indices = sae.select(pre).indices
+def _encode(sae: TopKSAE, centered: Tensor, bfloat16: bool, room: Tensor | None) -> Latents:
+    """The code of ``x - b_dec``, its latents found in bfloat16, if told so, and their values computed in float32."""
+    encoder, given = sae.encoder, centered.bfloat16() if bfloat16 else centered
+    weight, bias = encoder.weight.to(given.dtype), encoder.bias.to(given.dtype)
+    latents = sae.select(torch.addmm(bias, given, weight.T, out=room))
+    if not bfloat16:
+        return latents
+    indices = latents.indices
     values = _products(centered, indices, encoder.weight) + encoder.bias[indices]
     return Latents(values.relu() if sae.config.activation == "relu" else values, indices)
 

@@ -25,7 +25,8 @@ from vs2_plugin.clip.edits import edit, in_float32, outputs
 from vs2_plugin.clip.sites import ClipModel, Output, Site, embedding_from, finish
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.data.evaluated import name_samples
-from vs2_plugin.data.images import image_digest, leave_interruptions, place_of
+from vs2_plugin.data.images import image_digest, place_of
+from vs2_plugin.data.loading import leave_interruptions, read
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import DataError, HarnessError, ModelStringError
 from vs2_plugin.harness.autoload import DISABLE
@@ -394,7 +395,7 @@ class _Showing:
         except TypeError:  # shards
             total = None
         for images, targets in tqdm(
-            self._loader, "encoding", total, unit="batch", disable=self._quiet or None, leave=False
+            read(self._loader), "encoding", total, unit="batch", disable=self._quiet or None, leave=False
         ):
             self._model.targets = targets
             yield images, targets
