@@ -1,6 +1,7 @@
 """The shipped tables: what they say is what was published, and all of them run."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -135,7 +136,9 @@ def test_all_of_them_run_on_the_stand_in(tmp_path, monkeypatch):
     with two seeds at most and SAEs that are little trained."""
     monkeypatch.setattr("vs2_plugin.reproduce.stand_in._SAMPLES", 4000)
     write_digits(tmp_path / "digits")
-    few_digits(tmp_path, "out/digits", 0, count=110)  # no fewer than neighbours that a table asks for
+    few_digits(tmp_path, "out/digits", 0, count=110)  # no fewer to train on than neighbours that a table asks for
+    few_digits(tmp_path, "fewer", 0, count=30)
+    shutil.copytree(tmp_path / "fewer/test", tmp_path / "out/digits/test", dirs_exist_ok=True)
     (tmp_path / "paper").mkdir()
     for file in FOLDER.glob("*.yaml"):
         text = file.read_text(encoding="utf-8").replace("\nseeds: [0, 1, 2]\n", "\nseeds: [0]\n")
