@@ -4,6 +4,7 @@ import ast
 import inspect
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -42,10 +43,16 @@ FORBIDDEN = {
 }
 
 
+@cache
+def nodes_of(path):
+    """The syntax tree of a file and all that is in it."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
 def imported_by(path):
     """The modules of this package that a file imports, wherever the statement stands."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -92,16 +99,15 @@ KNOW_ARGPARSE = {f"harness/{name}.py" for name in ("loader", "patches", "preflig
 
 @pytest.mark.parametrize("module", MODULES)
 def test_only_commands_know_argparse(module):
-    tree = ast.parse((ROOT / module).read_text(encoding="utf-8"))
-    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    nodes = nodes_of(ROOT / module)
+    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     assert "argparse" not in imported or module.startswith("cli/") or module in KNOW_ARGPARSE
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_functions_have_at_most_60_lines(module):
-    tree = ast.parse((ROOT / module).read_text(encoding="utf-8"))
-    functions = (node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+    functions = (node for node in nodes_of(ROOT / module) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
     assert [node.name for node in functions if node.end_lineno - node.lineno + 1 > 60] == []
 
 
@@ -137,8 +143,7 @@ def complexity(function):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_no_function_is_too_complex(module):
-    nodes = ast.walk(ast.parse((ROOT / module).read_text(encoding="utf-8")))
-    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    functions = [node for node in nodes_of(ROOT / module) if isinstance(node, ast.FunctionDef)]
     assert {function.name: complexity(function) for function in functions if complexity(function) > 15} == {}
 
 
@@ -224,8 +229,7 @@ def defined_in(tree):
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name != "__init__.py"])
 def test_what_a_module_lists_is_there_and_documented(module):
-    tree = ast.parse((ROOT / module).read_text(encoding="utf-8"))
-    defined = dict(defined_in(tree))
+    defined = dict(defined_in(nodes_of(ROOT / module)[0]))
     listed = ast.literal_eval(defined["__all__"].value) if "__all__" in defined else []
     assert set(listed) <= defined.keys()
     for name in listed:
@@ -236,8 +240,7 @@ def test_what_a_module_lists_is_there_and_documented(module):
 def test_what_is_printed_is_ascii():
     """A terminal that knows no UTF-8 would turn a help text or an error into a traceback."""
     for path in sorted(ROOT.rglob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-        for node in ast.walk(tree):
+        docstrings = {id(node.value) for node in nodes_of(path) if isinstance(node, ast.Expr)}
+        for node in nodes_of(path):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
                 assert node.value.isascii(), f"{path}:{node.lineno}: {node.value!r}"

@@ -24,7 +24,7 @@ from vs2_plugin.cli import train_sae
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
 KILLS = int(os.environ.get("VS2_KILLS", "2"))
 WORDS = ["--model", "local-dir:tiny-clip", "--dataset", "wds/digits", "--dataset_root", "digits", "--no_amp"]
-WORDS += ["--samples", "12000", "--pass_weight", "0", "0.8", "--batch_size", "48", "--num_workers", "2"]
+WORDS += ["--samples", "8000", "--pass_weight", "0", "0.8", "--batch_size", "48", "--num_workers", "2"]
 WORDS += ["--save_every", "0", "--name", "mine"]
 
 
