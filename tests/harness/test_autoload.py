@@ -120,6 +120,7 @@ def test_a_leftover_or_broken_hook_harms_nobody(environment):
 
 def test_a_failing_patch_is_said_once_and_stock_models_work(monkeypatch, capsys):
     import clip_benchmark.datasets.builder
+    import clip_benchmark.models
 
     from vs2_plugin.harness import autoload, patches
 
