@@ -15,9 +15,9 @@ from torch import Tensor
 
 from vs2_plugin.devices import add_at, has_bfloat16_units
 from vs2_plugin.distributed import mean_row, total
-from vs2_plugin.sae.topk import Latents, TopKSAE
+from vs2_plugin.sae.topk import Latents, TopKSAE, by_latent, sum_by_latent
 
-__all__ = ["ClassMeans", "by_latent", "finds_in_bfloat16", "gradient_of", "set_gradients", "sum_by_latent"]
+__all__ = ["ClassMeans", "finds_in_bfloat16", "gradient_of", "set_gradients"]
 
 
 class ClassMeans:
@@ -120,11 +120,11 @@ def set_gradients(
 
     if auxk and dead is not None and dead.any():
         loss = loss + _add_auxk(sae, x, residual, variance, dead.nonzero().squeeze(1), auxk)
-    _finish(sae)
+    _join_and_project(sae)
     return loss, latents
 
 
-def _finish(sae: TopKSAE) -> None:
+def _join_and_project(sae: TopKSAE) -> None:
     """Sum the gradients over all processes, and leave that along the decoder's rows out."""
     for parameter in sae.parameters():
         total(gradient_of(parameter))
@@ -153,21 +153,6 @@ def _products(vectors: Tensor, indices: Tensor, table: Tensor) -> Tensor:
         vectors, table, indices.flatten(), bags * k, bags.repeat_interleave(k), 0
     )
     return products.view(batch, k)
-
-
-def by_latent(indices: Tensor, num_latents: int) -> tuple[Tensor, Tensor]:
-    """Where in ``indices`` ``[batch, k]``, read as one list, each latent occurs: the places sorted by latent, and
-    where each latent's places start."""
-    listed = indices.flatten()
-    counts = torch.bincount(listed, minlength=num_latents)
-    return listed.argsort(stable=True), counts.cumsum(0) - counts
-
-
-def sum_by_latent(order: Tensor, starts: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
-    """``Σ weights · row`` over the activations in which a latent is active: ``[n, d]``, from ``[batch, k]`` and
-    ``[batch, d]``."""
-    k = weights.shape[1]
-    return F.embedding_bag(order // k, rows, starts, per_sample_weights=weights.flatten()[order], mode="sum")
 
 
 def _add_auxk(sae: TopKSAE, x: Tensor, residual: Tensor, variance: Tensor, dead: Tensor, auxk: float) -> Tensor:

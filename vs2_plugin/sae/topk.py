@@ -13,7 +13,7 @@ from vs2_plugin.documented import documented
 from vs2_plugin.errors import SettingError
 from vs2_plugin.settings import setting, validate
 
-__all__ = ["Latents", "SaeConfig", "TopKSAE", "fvu", "largest", "sample_fvu"]
+__all__ = ["Latents", "SaeConfig", "TopKSAE", "by_latent", "fvu", "largest", "sample_fvu", "sum_by_latent"]
 
 
 #: What SAELens and Prisma add to the standard deviation that they divide by.
@@ -156,6 +156,21 @@ def largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     candidates = parts.gather(-1, groups.unsqueeze(-2).expand(*groups.shape[:-1], size, k))
     values, chosen = candidates.flatten(-2).topk(k, dim=-1, sorted=False)
     return values, groups.gather(-1, chosen % k) + chosen.div(k, rounding_mode="floor") * (n // size)
+
+
+def by_latent(indices: Tensor, num_latents: int) -> tuple[Tensor, Tensor]:
+    """Where in ``indices`` ``[batch, k]``, read as one list, each latent occurs: the places sorted by latent, and
+    where each latent's places start."""
+    listed = indices.flatten()
+    counts = torch.bincount(listed, minlength=num_latents)
+    return listed.argsort(stable=True), counts.cumsum(0) - counts
+
+
+def sum_by_latent(order: Tensor, starts: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
+    """``Σ weights · row`` over the activations in which a latent is active: ``[n, d]``, from ``[batch, k]`` and
+    ``[batch, d]``."""
+    k = weights.shape[1]
+    return F.embedding_bag(order // k, rows, starts, per_sample_weights=weights.flatten()[order], mode="sum")
 
 
 def fvu(x: Tensor, reconstruction: Tensor) -> Tensor:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from vs2_plugin.arrays import spread
 from vs2_plugin.devices import add_at
 from vs2_plugin.gallery.gallery import CLIP
-from vs2_plugin.sae.step import by_latent, sum_by_latent
-from vs2_plugin.sae.topk import Latents, TopKSAE
+from vs2_plugin.sae.topk import Latents, TopKSAE, by_latent, sum_by_latent
 from vs2_plugin.steering.batch import Batch
 from vs2_plugin.steering.move import Code, Move
 from vs2_plugin.steering.neighbours import Activations
