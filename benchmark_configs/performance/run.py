@@ -40,8 +40,8 @@ OWN = {
 PEERS = ("sparsify", "sparsify_adam", "saelens", "overcomplete", "dictionary_learning", "latentsae")
 #: Options of theirs that are for a GPU, and a library that is made for one.
 GPU_PEERS = ("saelens_autocast", "overcomplete_amp", "dictionary_learning_autocast", "saev")
-AT_OTHER_SHAPES = ("floor", "floor_bfloat16", "vs2", "dense", "sparsify")
 AT_DEFAULTS = ("sparsify", "saelens", "overcomplete", "dictionary_learning", "latentsae")
+AT_OTHER_SHAPES = ("floor", "floor_bfloat16", "vs2", "vs2_float32", "dense", *AT_DEFAULTS)
 KNOWN = tuple(dict.fromkeys([*OWN["cpu"], *OWN["cuda"], *PEERS, *GPU_PEERS]))
 PACKAGES = (
     "torch triton open_clip_torch numpy vs2-plugin eai-sparsify sae-lens overcomplete dictionary-learning latentsae "

@@ -1,5 +1,7 @@
 """The sparse-aware step against autograd of the dense form."""
 
+import functools
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -85,36 +87,42 @@ def test_auxk_reaches_the_dead_latents_and_no_others():
         assert difference.nonzero().flatten().tolist() == [7], name
 
 
-@pytest.mark.parametrize("activation", ["relu", "abs"])
-def test_training_follows_the_dense_form(activation):
+def fvu_after_training(activation, gradients_of):
     torch.manual_seed(1)
     factors = torch.rand(1000, 40).pow(6)
     data = factors @ torch.randn(40, D_IN)
-    fvus = []
-    for gradients_of in (dense_gradients, set_gradients):
-        torch.manual_seed(0)
-        sae = TopKSAE(SaeConfig(D_IN, LATENTS, K, activation))
-        with torch.no_grad():
-            sae.b_dec.copy_(data.mean(0))
-        optimizer = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr=1e-3)
-        for step in range(200):
-            gradients_of(sae, data[torch.arange(step * 100, step * 100 + 100) % 1000])
-            optimizer.step()
-            sae.normalize_decoder()
-        with torch.no_grad():
-            fvus.append(fvu(data, sae(data)).item())
-    assert fvus[0] < 0.3  # it learns something
-    assert fvus[1] == pytest.approx(fvus[0], abs=1e-4)
+    torch.manual_seed(0)
+    sae = TopKSAE(SaeConfig(D_IN, LATENTS, K, activation))
+    with torch.no_grad():
+        sae.b_dec.copy_(data.mean(0))
+    optimizer = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr=1e-3)
+    for step in range(200):
+        gradients_of(sae, data[torch.arange(step * 100, step * 100 + 100) % 1000])
+        optimizer.step()
+        sae.normalize_decoder()
+    with torch.no_grad():
+        return fvu(data, sae(data)).item()
 
 
-def test_bfloat16_finds_nearly_the_same_latents_and_keeps_their_values_exact():
+@pytest.mark.parametrize("activation", ["relu", "abs"])
+def test_training_follows_the_dense_form(activation):
+    expected = fvu_after_training(activation, dense_gradients)
+    assert expected < 0.3  # it learns something
+    assert fvu_after_training(activation, set_gradients) == pytest.approx(expected, abs=1e-4)
+    in_bfloat16 = fvu_after_training(activation, functools.partial(set_gradients, bfloat16=True))
+    assert in_bfloat16 == pytest.approx(expected, rel=0.01)
+
+
+def test_bfloat16_finds_nearly_the_same_latents_and_values():
     sae, x = make_sae("relu", torch.float32)
     _, exact = set_gradients(sae, x)
     _, found = set_gradients(sae, x, bfloat16=True)
+    assert found.values.dtype == torch.float32
     code = torch.zeros(len(x), LATENTS).scatter(1, exact.indices, exact.values)
     same = code.gather(1, found.indices) > 0
     assert same.sum() > 0.97 * (exact.values > 0).sum()
-    torch.testing.assert_close(found.values[same], code.gather(1, found.indices)[same])
+    # Off by rounding x, W_enc and the result to 8 bits each; a sum of d products more where they cancel.
+    torch.testing.assert_close(found.values[same], code.gather(1, found.indices)[same], rtol=0.01, atol=0.03)
 
 
 def test_one_step_takes_one_dense_product():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vs2_plugin.errors import SettingError
-from vs2_plugin.sae.topk import Latents, SaeConfig, TopKSAE, fvu, sample_fvu
+from vs2_plugin.sae.topk import Latents, SaeConfig, TopKSAE, fvu, largest, sample_fvu
 
 SHAPES = [(6, 24, 3), (16, 64, 4), (16, 128, 1), (7, 21, 21), (8, 200, 8), (8, 64, 12)]  # in one round or two
 
@@ -71,6 +71,18 @@ def test_encoder_and_decoder_start_equal_and_are_trained_apart(activation):
     assert sae.W_dec.data_ptr() != sae.encoder.weight.data_ptr()
     trained = {name for name, parameter in sae.named_parameters() if parameter.requires_grad}
     assert trained == {"W_dec", "b_dec", "encoder.weight"} | ({"encoder.bias"} if activation == "relu" else set())
+
+
+@pytest.mark.parametrize(("columns", "k"), [(3072, 64), (64, 16), (100, 7), (9, 9), (1 << 16, 5), ((1 << 16) + 8, 5)])
+def test_bfloat16_numbers_are_selected_in_the_order_of_torch(columns, k):
+    torch.manual_seed(0)
+    rows = (torch.randn(20, columns) - 1).bfloat16()
+    rows[:7] = -rows[:7].abs()  # nothing positive
+    rows[3, 5:9] = torch.tensor([torch.inf, -torch.inf, -0.0, 0.0])
+    values, places = largest(rows, k)
+    assert torch.equal(values.sort(descending=True).values, rows.topk(k).values)
+    assert torch.equal(rows.gather(1, places), values)
+    assert all(len(set(row)) == k for row in places.tolist())
 
 
 @torch.no_grad()

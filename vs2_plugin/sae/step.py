@@ -7,6 +7,8 @@ encoder's is needed: it finds the active ones. The rest are sums over k rows in 
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import cast
 
 import torch
@@ -17,7 +19,7 @@ from vs2_plugin.devices import add_at, has_bfloat16_units
 from vs2_plugin.distributed import mean_row, total
 from vs2_plugin.sae.topk import Latents, TopKSAE, by_latent, sum_by_latent
 
-__all__ = ["ClassMeans", "finds_in_bfloat16", "gradient_of", "set_gradients"]
+__all__ = ["ClassMeans", "encodes_in_bfloat16", "gradient_of", "set_gradients"]
 
 
 class ClassMeans:
@@ -55,11 +57,9 @@ class ClassMeans:
         return means
 
 
-def finds_in_bfloat16(sae: TopKSAE) -> bool:
-    """Tell whether finding the active latents of ``sae`` in bfloat16 pays: on processors with bfloat16 products, where
-    the encoder's product outweighs the second look at k latents that it costs."""
-    on_cpu = sae.W_dec.device.type == "cpu"
-    return on_cpu and sae.config.num_latents >= 16 * sae.config.k and bool(has_bfloat16_units())
+def encodes_in_bfloat16(sae: TopKSAE) -> bool:
+    """Tell whether the encoder's product is faster in bfloat16: on processors with units for it."""
+    return sae.W_dec.device.type == "cpu" and bool(has_bfloat16_units())
 
 
 @torch.no_grad()
@@ -87,7 +87,7 @@ def set_gradients(
         x: the batch, ``[batch, d]``, float32; this process's share of it.
         dead: which latents count as dead, bool ``[n]``.
         auxk: weight of AuxK; 0 switches it off.
-        bfloat16: find the active latents in bfloat16; their values are float32 all the same.
+        bfloat16: multiply with the encoder in bfloat16, which rounds the code to 0.4 %; all else is float32.
         classes: adds the term of PASS; needs ``labels``.
         labels: the batch's classes, int64 ``[batch]``.
         room: memory for pre-activations that a caller keeps, ``[batch, n]``, in their dtype.
@@ -129,30 +129,44 @@ def _join_and_project(sae: TopKSAE) -> None:
     for parameter in sae.parameters():
         total(gradient_of(parameter))
     to_decoder = gradient_of(sae.W_dec)
-    to_decoder.addcmul_((to_decoder * sae.W_dec).sum(1, keepdim=True), sae.W_dec, value=-1)
+    own = torch.arange(len(to_decoder), device=to_decoder.device)[:, None]
+    to_decoder.addcmul_(_products(to_decoder, own, sae.W_dec), sae.W_dec, value=-1)
 
 
 def _encode(sae: TopKSAE, centered: Tensor, bfloat16: bool, room: Tensor | None) -> Latents:
-    """The code of ``x - b_dec``, its latents found in bfloat16, if told so, and their values computed in float32."""
+    """The code of ``x - b_dec``, its values in the dtype of x."""
     encoder, given = sae.encoder, centered.bfloat16() if bfloat16 else centered
     weight, bias = encoder.weight.to(given.dtype), encoder.bias.to(given.dtype)
     latents = sae.select(torch.addmm(bias, given, weight.T, out=room))
-    if not bfloat16:
-        return latents
-    indices = latents.indices
-    values = _products(centered, indices, encoder.weight) + encoder.bias[indices]
-    return Latents(values.relu() if sae.config.activation == "relu" else values, indices)
+    return Latents(latents.values.to(centered.dtype), latents.indices)
 
 
 def _products(vectors: Tensor, indices: Tensor, table: Tensor) -> Tensor:
     """Inner products of each vector with its own k rows of a table: ``[batch, k]``, from ``[batch, d]``,
-    ``[batch, k]`` and ``[n, d]``. It is what torch calls the derivative of a bag by its weights."""
+    ``[batch, k]`` and ``[n, d]``."""
     batch, k = indices.shape
-    bags = torch.arange(batch, device=indices.device)
-    products: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        vectors, table, indices.flatten(), bags * k, bags.repeat_interleave(k), 0
-    )
+    listed, starts = indices.flatten(), torch.arange(0, batch * k + 1, k, device=indices.device)
+    products: Tensor
+    if vectors.device.type == "cpu":  # a product of matrices, where a sparse one has values
+        _expect_beta()
+        own = torch.sparse_csr_tensor(
+            starts, listed, vectors.new_zeros(batch * k), (batch, len(table)), check_invariants=False
+        )
+        products = torch.sparse.sampled_addmm(own, vectors, table.T, beta=0).values()
+    else:  # what torch calls the derivative of a bag by its weights
+        bags = torch.arange(batch, device=indices.device).repeat_interleave(k)
+        products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            vectors, table, listed, starts[:-1], bags, 0
+        )
     return products.view(batch, k)
+
+
+@functools.cache
+def _expect_beta() -> None:
+    """Let torch warn, unheard, that its sparse matrices are in beta, which it does once in a process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
 
 
 def _add_auxk(sae: TopKSAE, x: Tensor, residual: Tensor, variance: Tensor, dead: Tensor, auxk: float) -> Tensor:

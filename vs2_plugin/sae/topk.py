@@ -150,12 +150,29 @@ def largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     sizes = (8, 4) if rows.device.type == "cpu" else (64,) if n >= 1 << 16 else ()
     size = next((g for g in sizes if n % g == 0 and n >= 3 * g * k), 1)
     if size == 1:
-        return rows.topk(k, dim=-1, sorted=False)
+        indices = _places_of_largest(rows, k)
+        return rows.gather(-1, indices), indices
     parts = rows.unflatten(-1, (size, n // size))
-    groups = parts.amax(-2).topk(k, dim=-1, sorted=False).indices
-    candidates = parts.gather(-1, groups.unsqueeze(-2).expand(*groups.shape[:-1], size, k))
-    values, chosen = candidates.flatten(-2).topk(k, dim=-1, sorted=False)
-    return values, groups.gather(-1, chosen % k) + chosen.div(k, rounding_mode="floor") * (n // size)
+    groups = _places_of_largest(parts.amax(-2), k)
+    candidates = parts.gather(-1, groups.unsqueeze(-2).expand(*groups.shape[:-1], size, k)).flatten(-2)
+    chosen = _places_of_largest(candidates, k)
+    places = groups.gather(-1, chosen % k) + chosen.div(k, rounding_mode="floor") * (n // size)
+    return candidates.gather(-1, chosen), places
+
+
+def _places_of_largest(rows: Tensor, k: int) -> Tensor:
+    """Where the k largest of each row of ``[batch, n]`` are, in no order.
+
+    On one thread numpy partitions 32-bit integers as fast as torch selects on eight; and one holds a bfloat16 number,
+    as an integer of the same order, above its place.
+    """
+    n = rows.shape[-1]
+    if rows.dtype is not torch.bfloat16 or rows.device.type != "cpu" or n > 1 << 16:
+        return rows.topk(k, dim=-1, sorted=False).indices
+    bits = rows.view(torch.int16)
+    keys = (bits ^ ((bits >> 15) & 0x7FFF)).int().mul_(1 << 16).add_(torch.arange(n, dtype=torch.int32))
+    keys.numpy().partition(n - k)  # in place
+    return (keys[..., n - k :] & 0xFFFF).long()
 
 
 def by_latent(indices: Tensor, num_latents: int) -> tuple[Tensor, Tensor]:
@@ -163,14 +180,15 @@ def by_latent(indices: Tensor, num_latents: int) -> tuple[Tensor, Tensor]:
     where each latent's places start."""
     listed = indices.flatten()
     counts = torch.bincount(listed, minlength=num_latents)
-    return listed.argsort(stable=True), counts.cumsum(0) - counts
+    return listed.int().argsort(stable=True), counts.cumsum(0) - counts
 
 
 def sum_by_latent(order: Tensor, starts: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
     """``Σ weights · row`` over the activations in which a latent is active: ``[n, d]``, from ``[batch, k]`` and
     ``[batch, d]``."""
     k = weights.shape[1]
-    return F.embedding_bag(order // k, rows, starts, per_sample_weights=weights.flatten()[order], mode="sum")
+    sorted_weights = weights.flatten().index_select(0, order)  # three times as fast as by brackets
+    return F.embedding_bag(order // k, rows, starts, per_sample_weights=sorted_weights, mode="sum")
 
 
 def fvu(x: Tensor, reconstruction: Tensor) -> Tensor:
