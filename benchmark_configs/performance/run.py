@@ -29,8 +29,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 #: What is measured on a device, in this order.
 PARTS = {
-    "cpu": ("training", "shapes", "quality", "steering", "extraction", "gallery"),
-    "cuda": ("training", "steering", "extraction", "gallery"),
+    "cpu": ("training", "shapes", "quality", "steering", "strength", "extraction", "gallery"),
+    "cuda": ("training", "steering", "strength", "extraction", "gallery"),
 }
 #: What competes: of this machine and this package, of other libraries, at other shapes, and in FVU.
 OWN = {
@@ -71,6 +71,7 @@ SETTINGS = {
     "galleries": ([50_000], [1_000]),
     "steering_batches": ([64], [2]),
     "looked_up": (1_000_000, 2_000),
+    "chosen_on": ((10_000, 1_000), (100, 10)),
 }
 #: The same where they differ on a GPU.
 GPU_SETTINGS = {
@@ -78,7 +79,7 @@ GPU_SETTINGS = {
     "steps": (20, 3),
     "seconds": (0.15, 0.05),
     "patience": (120.0, 120.0),  # seconds for an answer, and a process that gives none is ended
-    "limits": ({"training": 150.0, "steering": 75.0, "extraction": 60.0, "gallery": 45.0}, {}),
+    "limits": ({"training": 150.0, "steering": 75.0, "strength": 30.0, "extraction": 60.0, "gallery": 45.0}, {}),
     "stored": (8 * 4096, 2_048),  # 100 MB and more of batches, larger than a GPU's L2 cache
     "images": (4096, 64),
     "workers": (16, 2),
@@ -333,6 +334,15 @@ class Suite:
         file.unlink(missing_ok=True)
         self.save()
 
+    def strength(self) -> None:
+        """The choice of a strength."""
+        self.say("strength")
+        images, classes = self.settings["chosen_on"]
+        words = ["--device", self.device, "--images", images, "--classes", classes, "--rounds", self.args.rounds]
+        self.results["strength"] = self.run("strength.py", *words)
+        self.say(f"strength: {self.results['strength']}")
+        self.save()
+
     def gallery(self) -> None:
         """Queries of a large gallery."""
         self.say("gallery")
@@ -501,6 +511,8 @@ def tables(results: dict) -> str:
         lines += ["", *quality_table(results["quality"])]
     if "results" in results.get("steering", {}):
         lines += ["", *steering_table(results["steering"])]
+    if "strength" in results:
+        lines += ["", *strength_lines(results["strength"])]
     if "extraction" in results:
         lines += ["", *extraction_lines(results["extraction"])]
     if "gallery" in results:
@@ -566,6 +578,20 @@ def steering_table(found: dict) -> Iterator[str]:
             f"| {row['method']} | {gallery} | {row['batch_size']} | {row['precision']} | "
             f"{row['ratio']:.3f} [{low:.3f}, {high:.3f}] | {1e3 * row['plain_s']:.2f} | {1e3 * row['more_s']:.2f} |"
         )
+
+
+def strength_lines(found: dict) -> Iterator[str]:
+    """The choice of a strength."""
+    if "failed" in found:
+        yield f"Strength: not measured ({found['failed']})."
+        return
+    yield f"The choice of a strength on {found['images']:,} images and {found['classes']:,} classes:"
+    yield ""
+    yield "| method | seconds, median [min, max] |"
+    yield "|---|---:|"
+    for row in found["methods"]:
+        low, high = row["spread_s"]
+        yield f"| {row['method']} | {row['s']:.2f} [{low:.2f}, {high:.2f}] |"
 
 
 def gallery_lines(found: dict) -> Iterator[str]:

@@ -57,26 +57,35 @@ def neighbour_graph(embeddings: Tensor, k: int = NEIGHBOURS) -> Tensor:
 def information(classes: Tensor, graph: Tensor, count: int) -> Tensor:
     """Mutual information of class and neighbour's class, in nats, as its influence function: float64 ``[n]``.
 
-    With J the joint distribution of the classes at both ends of an edge and m its margin, an edge tells
-    ``log J[a, b] / (m[a] m[b])``. The mean over images is the mean over edges, which is the plug-in mutual information.
+    An image is at one end of its own k edges, and at the other end of those of the images that it is a neighbour of:
+    it counts at both. The mean over images is the mean over edges, which is the plug-in mutual information.
 
     Args:
         classes: int64 ``[n]``.
         graph: int64 ``[n, k]``, as from :func:`neighbour_graph`.
         count: classes are below this.
     """
+    edges = _told(classes, graph, count)
+    mean = edges.mean()
+    parts = (edges - mean) / graph.shape[1]
+    return parts.sum(1).index_add(0, graph.flatten(), parts.flatten()) + mean
+
+
+def _told(classes: Tensor, graph: Tensor, count: int) -> Tensor:
+    """What each edge tells: float64 ``[n, k]``. With J the joint distribution of the classes at both ends of an edge
+    and m its margin, it is ``log J[a, b] / (m[a] m[b])``."""
     ours, theirs = classes[:, None].expand_as(graph), classes[graph]
     margin = torch.bincount(torch.stack([ours, theirs]).flatten(), minlength=count).double() / (2 * graph.numel())
     # Each edge is counted both ways, which for a pair of equal classes is the same one.
     pairs = torch.minimum(ours, theirs) * count + torch.maximum(ours, theirs)
     joint = _times(pairs, count) * torch.where(ours == theirs, 2, 1) / (2 * graph.numel())
-    return _influence((joint / (margin[ours] * margin[theirs])).log(), graph)
+    return (joint / (margin[ours] * margin[theirs])).log()
 
 
 def _times(pairs: Tensor, count: int) -> Tensor:
     """How often each number, of those below count squared, occurs: float64, of their shape."""
     if count <= _TABLE:
-        return torch.bincount(pairs.flatten(), minlength=count * count)[pairs].double()
+        return torch.bincount(pairs.flatten(), minlength=count * count).take(pairs).double()
     _, place, times = pairs.unique(return_inverse=True, return_counts=True)
     counted: Tensor = times.double()[place]
     return counted
@@ -98,17 +107,6 @@ def divergence(classes: Tensor, prior: Tensor) -> Tensor:
 
 def _shares(classes: Tensor, count: int) -> Tensor:
     return torch.bincount(classes, minlength=count).double() / len(classes)
-
-
-def _influence(edges: Tensor, graph: Tensor) -> Tensor:
-    """That of each image on the mean of values of the edges, ``[n, k]``: ``[n]``, with the same mean.
-
-    An image is at one end of its own k edges, and at the other end of those of the images that it is a neighbour of:
-    it counts at both.
-    """
-    mean = edges.mean()
-    parts = (edges - mean) / graph.shape[1]
-    return parts.sum(1).index_add(0, graph.flatten(), parts.flatten()) + mean
 
 
 class Scores(NamedTuple):
@@ -143,7 +141,7 @@ def scores(ways: Sequence[Tensor], graph: Tensor, count: int, prior: Tensor | No
     orders = [torch.randperm(len(graph), generator=generator).to(graph.device) for _ in range(_SHUFFLES)]
     expected = torch.full((count,), 1 / count, dtype=torch.float64) if prior is None else prior
     told = torch.stack([information(way, graph, count) for way in ways])
-    chance = [torch.stack([information(way[order], graph, count).mean() for order in orders]).mean() for way in ways]
+    chance = [torch.stack([_told(way[order], graph, count).mean() for order in orders]).mean() for way in ways]
     apart = torch.stack([divergence(way, expected.to(graph.device)) for way in ways])
     gained = told.mean(1) - torch.stack(chance)
     columns = (
