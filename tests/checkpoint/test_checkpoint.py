@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from vs2_plugin.checkpoint import checkpoint as manifest
-from vs2_plugin.checkpoint.checkpoint import MANIFEST, Checkpoint, save_checkpoint
+from vs2_plugin.checkpoint.checkpoint import Checkpoint, save_checkpoint
+from vs2_plugin.checkpoint.manifest import MANIFEST
 from vs2_plugin.checkpoint.records import SiteSAE, TrainingData
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.errors import CheckpointError, CheckpointNotFound, CheckpointReplaced

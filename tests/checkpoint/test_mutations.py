@@ -17,7 +17,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vs2_plugin.checkpoint.checkpoint import MANIFEST, Checkpoint
+from vs2_plugin.checkpoint.checkpoint import Checkpoint
+from vs2_plugin.checkpoint.manifest import MANIFEST
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli.doctor import _checkpoints
 from vs2_plugin.cli.main import main

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vs2_plugin.checkpoint.checkpoint import MANIFEST, save_checkpoint
+from vs2_plugin.checkpoint.checkpoint import save_checkpoint
+from vs2_plugin.checkpoint.manifest import MANIFEST
 from vs2_plugin.checkpoint.records import SiteSAE, TrainingData
 from vs2_plugin.checkpoint.store import Store, checkpoint_name, folder_size
 from vs2_plugin.clip.tower import Tower

@@ -9,7 +9,8 @@ import pytest
 
 from vs2_plugin import arrays
 from vs2_plugin.arrays import Column, Stack, trust_all
-from vs2_plugin.checkpoint.checkpoint import MANIFEST, Checkpoint, save_checkpoint
+from vs2_plugin.checkpoint.checkpoint import Checkpoint, save_checkpoint
+from vs2_plugin.checkpoint.manifest import MANIFEST
 from vs2_plugin.checkpoint.records import SiteSAE, TrainingData
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.errors import CheckpointError

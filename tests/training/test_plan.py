@@ -4,7 +4,8 @@ import shlex
 
 import pytest
 
-from vs2_plugin.checkpoint.checkpoint import MANIFEST, save_checkpoint
+from vs2_plugin.checkpoint.checkpoint import save_checkpoint
+from vs2_plugin.checkpoint.manifest import MANIFEST
 from vs2_plugin.checkpoint.records import SiteSAE, TrainingData
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli import train_sae

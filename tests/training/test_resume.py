@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from vs2_plugin.checkpoint.checkpoint import MANIFEST, Checkpoint
+from vs2_plugin.checkpoint.checkpoint import Checkpoint
+from vs2_plugin.checkpoint.manifest import MANIFEST
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli import train_sae
 

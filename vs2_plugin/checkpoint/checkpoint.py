@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import reprlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -28,13 +27,14 @@ from typing import TYPE_CHECKING, Any
 
 from vs2_plugin import __version__
 from vs2_plugin.checkpoint.card import CARD, card
+from vs2_plugin.checkpoint.manifest import AGAIN, MANIFEST, manifest_digest, read_manifest, write_manifest
 from vs2_plugin.checkpoint.records import GIVEN, SiteSAE, TrainingData, problems
-from vs2_plugin.checkpoint.sharing import GALLERY, MANIFEST, PATTERNS, are_there, copy_files
+from vs2_plugin.checkpoint.sharing import GALLERY, PATTERNS, are_there, copy_files
 from vs2_plugin.checkpoint.typed import typed
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.documented import documented
 from vs2_plugin.errors import CheckpointError, CheckpointNotFound, CheckpointReplaced, DataError
-from vs2_plugin.files import alone, atomic_file, atomic_folder, file_digest, hidden, json_digest, settle
+from vs2_plugin.files import alone, atomic_folder, file_digest, hidden, settle
 from vs2_plugin.gallery.contents import GalleryContents
 from vs2_plugin.names import Repository, with_weights
 from vs2_plugin.text import counted
@@ -46,11 +46,7 @@ if TYPE_CHECKING:
     from vs2_plugin.gallery.gallery import Gallery
     from vs2_plugin.sae.topk import TopKSAE
 
-__all__ = ["MANIFEST", "Checkpoint", "save_checkpoint"]
-
-_FORMAT = "vs2-checkpoint"
-_VERSION = 1
-_AGAIN = "train the checkpoint again"
+__all__ = ["Checkpoint", "save_checkpoint"]
 
 
 @documented
@@ -112,36 +108,17 @@ class Checkpoint:
         """
         folder = Path(folder)
         settle(folder)
-        path = folder / MANIFEST
-        try:
-            raw = path.read_bytes()
-        except OSError as error:
-            if told := hidden(error, path):
-                raise CheckpointError(told) from error
-            raise CheckpointNotFound(
-                f"no SAE checkpoint in {folder}: no readable {MANIFEST} ({error.strerror})"
-            ) from error
-        try:
-            values = json.loads(raw)
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} is damaged: {type(error).__name__} {error}; {_AGAIN}") from error
-        if not isinstance(values, dict) or values.get("format") != _FORMAT:
-            raise CheckpointError(f"{path} is no {_FORMAT} file")
-        if values.get("format_version") != _VERSION:
-            raise CheckpointError(
-                f"{path} has format version {reprlib.repr(values.get('format_version'))}, this vs2-plugin "
-                f"({__version__}) reads {_VERSION}; {_AGAIN} or install the version that wrote it"
-            )
+        values = read_manifest(folder)
         try:
             checkpoint: Checkpoint = typed(cls, {**values, "folder": folder, "digest": "", "hub": ""})
             for problem in problems(checkpoint.data, checkpoint.sites, checkpoint.gallery):
                 raise ValueError(problem)
-            checkpoint = replace(checkpoint, digest=_digest(values))
+            checkpoint = replace(checkpoint, digest=manifest_digest(values))
             if values.get("digest", checkpoint.digest) != checkpoint.digest:  # none before version 0.2
                 raise ValueError("it is not what was written: its digest is that of other values")
             return checkpoint
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}; {_AGAIN}") from error
+            raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}; {AGAIN}") from error
 
     @classmethod
     def from_hub(cls, repository: str, revision: str | None = None, *, refresh: bool = False) -> Checkpoint:
@@ -238,7 +215,7 @@ class Checkpoint:
             all_blocks = " ".join(map(str, sorted({*wanted, *at_block}))) or "all"
             raise CheckpointError(
                 f"checkpoint {self.name!r} has no SAE at block {' '.join(missing) or blocks} (its blocks: {there}); "
-                f"{_AGAIN} by the same vs2-train-sae command with --overwrite --blocks {all_blocks}"
+                f"{AGAIN} by the same vs2-train-sae command with --overwrite --blocks {all_blocks}"
             )
         return [at_block[number] for number in wanted]
 
@@ -281,7 +258,7 @@ class Checkpoint:
         Raises:
             CheckpointError: there is none, or it lacks something.
         """
-        again = f"; {_AGAIN} by the same vs2-train-sae command with --overwrite"
+        again = f"; {AGAIN} by the same vs2-train-sae command with --overwrite"
         if self.gallery is None:
             again = "; train one on images, with their gallery" if GIVEN in self.data.splits else again
             raise CheckpointError(f"checkpoint {self.name!r} has no gallery of training images{again}")
@@ -366,7 +343,7 @@ class Checkpoint:
             if command is None or isinstance(error.__cause__, PermissionError):
                 raise
             again = command if "--overwrite" in command else f"{command} --overwrite"
-            raise CheckpointError(f"{str(error).removesuffix(f'; {_AGAIN}')}; make it again with: {again}") from error
+            raise CheckpointError(f"{str(error).removesuffix(f'; {AGAIN}')}; make it again with: {again}") from error
 
     def _is_replaced(self) -> bool:
         try:
@@ -388,14 +365,13 @@ class Checkpoint:
             return False
         with suppress(OSError, DataError), alone(self.folder, seconds=0):
             values = json.loads((self.folder / MANIFEST).read_bytes())
-            if _digest(values) != self.digest:
+            if manifest_digest(values) != self.digest:
                 return False
             for record in values["sites"]:
                 if (record["hookpoint"], record["variant"]) == (site.hookpoint, site.variant):
                     known = {name: value for name, value in record["training"].items() if name not in told}
                     record["training"] = known | {name: value for name, value in told.items() if value is not None}
-            with atomic_file(self.folder / MANIFEST) as scratch:
-                scratch.write_text(json.dumps(values, indent=1) + "\n")
+            write_manifest(self.folder, values)
             return True
         return False
 
@@ -463,8 +439,7 @@ class Checkpoint:
         if away:
             values["created"].pop("command", None)
             values["data"].pop("folders", None)
-        values["digest"] = _digest(values)
-        (folder / MANIFEST).write_text(json.dumps(values, indent=1) + "\n")
+        write_manifest(folder, values)
         own = self.folder / CARD
         if own.is_file() and license is None:
             shutil.copyfile(own, folder / CARD)
@@ -495,7 +470,7 @@ def _are_there(checkpoint: Checkpoint) -> bool:
 
 def _fetch_again(hub: str, error: CheckpointError) -> CheckpointError:
     """Return an error in a checkpoint of a hub, with what mends it."""
-    return CheckpointError(f"{str(error).removesuffix(f'; {_AGAIN}')}; fetch it again by vs2 store pull {hub}")
+    return CheckpointError(f"{str(error).removesuffix(f'; {AGAIN}')}; fetch it again by vs2 store pull {hub}")
 
 
 def save_checkpoint(
@@ -522,8 +497,6 @@ def save_checkpoint(
             digests = {name: file_digest(scratch / site.folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
             sites.append({**asdict(site), "files": digests})
         values: dict[str, Any] = {
-            "format": _FORMAT,
-            "format_version": _VERSION,
             "backbone": backbone,
             "pretrained": pretrained,
             "tower": None if tower is None else tower.to_json(),
@@ -534,13 +507,6 @@ def save_checkpoint(
         if gallery is not None:
             gallery.write(scratch / saes[0][0].folder / GALLERY)
             values["gallery"] = gallery.contents.to_json()
-        values["digest"] = _digest(values)
-        (scratch / MANIFEST).write_text(json.dumps(values, indent=1) + "\n")
+        write_manifest(scratch, values)
     return Checkpoint.load(folder)
 
-
-def _digest(values: dict[str, Any]) -> str:
-    # Without times, versions and commands: the same training gives the same digest.
-    sites = [{key: value for key, value in site.items() if key != "training"} for site in values["sites"]]
-    whole = [values["tower"], values["data"], sites, values.get("gallery")]
-    return json_digest(whole)

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vs2_plugin.checkpoint.card import CARD
+from vs2_plugin.checkpoint.manifest import MANIFEST
 from vs2_plugin.checkpoint.records import SiteSAE
 from vs2_plugin.gallery.contents import GalleryContents
 
-__all__ = ["GALLERY", "MANIFEST", "PATTERNS", "are_there", "copy_files"]
+__all__ = ["GALLERY", "PATTERNS", "are_there", "copy_files"]
 
-MANIFEST = "vs2.json"
 #: The folder of the gallery, beside the first SAE's files.
 GALLERY = "gallery"
 #: All that is fetched of a repository: nothing there that a program could run.

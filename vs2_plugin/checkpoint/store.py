@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from vs2_plugin.checkpoint.checkpoint import MANIFEST, Checkpoint
+from vs2_plugin.checkpoint.checkpoint import Checkpoint
+from vs2_plugin.checkpoint.manifest import MANIFEST
 from vs2_plugin.documented import documented
 from vs2_plugin.errors import CheckpointError, CheckpointNotFound, DataError
 from vs2_plugin.files import LOCKS, LONGEST, alone, file_digest, make_shared, settle

@@ -1,0 +1,68 @@
+"""``vs2.json``, in which a checkpoint keeps this package's own facts: its plain values, as JSON.
+
+No heavy imports, since the harness looks a checkpoint up before it loads anything.
+"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vs2_plugin import __version__
+from vs2_plugin.errors import CheckpointError, CheckpointNotFound
+from vs2_plugin.files import atomic_file, hidden, json_digest
+
+__all__ = ["AGAIN", "MANIFEST", "manifest_digest", "read_manifest", "write_manifest"]
+
+MANIFEST = "vs2.json"
+#: What mends a checkpoint.
+AGAIN = "train the checkpoint again"
+_FORMAT = "vs2-checkpoint"
+_VERSION = 1
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the values of the checkpoint in ``folder``. Only their format is looked at.
+
+    Raises:
+        CheckpointNotFound: there is none.
+        CheckpointError: it is no JSON, or of another format or version.
+    """
+    path = folder / MANIFEST
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        if told := hidden(error, path):
+            raise CheckpointError(told) from error
+        raise CheckpointNotFound(
+            f"no SAE checkpoint in {folder}: no readable {MANIFEST} ({error.strerror})"
+        ) from error
+    try:
+        values = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__} {error}; {AGAIN}") from error
+    if not isinstance(values, dict) or values.get("format") != _FORMAT:
+        raise CheckpointError(f"{path} is no {_FORMAT} file")
+    if values.get("format_version") != _VERSION:
+        raise CheckpointError(
+            f"{path} has format version {reprlib.repr(values.get('format_version'))}, this vs2-plugin "
+            f"({__version__}) reads {_VERSION}; {AGAIN} or install the version that wrote it"
+        )
+    return values
+
+
+def write_manifest(folder: Path, values: Mapping[str, Any]) -> None:
+    """Write the values, with their format and digest."""
+    whole = {"format": _FORMAT, "format_version": _VERSION, **values, "digest": manifest_digest(values)}
+    with atomic_file(folder / MANIFEST) as scratch:
+        scratch.write_text(json.dumps(whole, indent=1) + "\n")
+
+
+def manifest_digest(values: Mapping[str, Any]) -> str:
+    """Return the digest of what results depend on. Without times, versions and commands: the same training gives the
+    same one."""
+    sites = [{key: value for key, value in site.items() if key != "training"} for site in values["sites"]]
+    return json_digest([values["tower"], values["data"], sites, values.get("gallery")])
