@@ -105,7 +105,9 @@ class TopKSAE(nn.Module):
 
     def combine(self, latents: Latents) -> Tensor:
         """``W_decᵀ c``, without the bias: ``[batch, d]``. Reads only the k active rows of the decoder."""
-        return F.embedding_bag(latents.indices, self.W_dec, per_sample_weights=latents.values, mode="sum")
+        # Of a weight that requires gradients, a bag prepares for them, even where none are asked for.
+        decoder = self.W_dec if torch.is_grad_enabled() else self.W_dec.detach()
+        return F.embedding_bag(latents.indices, decoder, per_sample_weights=latents.values, mode="sum")
 
     def decode(self, latents: Latents) -> Tensor:
         """The reconstruction ``x̃ = W_decᵀ c + b_dec``: ``[batch, d]``. Raises SettingError where activations are
