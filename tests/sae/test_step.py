@@ -125,6 +125,21 @@ def test_bfloat16_finds_nearly_the_same_latents_and_values():
     torch.testing.assert_close(found.values[same], code.gather(1, found.indices)[same], rtol=0.01, atol=0.03)
 
 
+@pytest.mark.parametrize("activation", ["relu", "abs"])
+@pytest.mark.parametrize("dead_count", [0, 20, 200])
+def test_gradients_in_bfloat16_are_nearly_those_of_float32(activation, dead_count):
+    """Of latents that are equally active but for rounding, others may be taken."""
+    sae, x = make_sae(activation, torch.float32)
+    dead = torch.randperm(LATENTS) < dead_count
+    expected_loss = dense_gradients(sae, x, dead, auxk=0.5)
+    expected = gradients(sae)
+    loss, _ = set_gradients(sae, x, dead, auxk=0.5, bfloat16=True)
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=5e-3)
+    for name, gradient in gradients(sae).items():
+        apart = (gradient - expected[name]).norm() / expected[name].norm()
+        assert apart <= 0.15, (name, apart)
+
+
 def test_one_step_takes_one_dense_product():
     sae, x = make_sae("relu", torch.float32)
     product = 2 * len(x) * D_IN * LATENTS

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vs2_plugin.devices import add_at, has_bfloat16_units
 from vs2_plugin.distributed import mean_row, total
-from vs2_plugin.sae.topk import Latents, TopKSAE, by_latent, sum_by_latent
+from vs2_plugin.sae.topk import Latents, TopKSAE, by_latent, largest, sum_by_latent
 
 __all__ = ["ClassMeans", "encodes_in_bfloat16", "gradient_of", "set_gradients"]
 
@@ -87,7 +87,8 @@ def set_gradients(
         x: the batch, ``[batch, d]``, float32; this process's share of it.
         dead: which latents count as dead, bool ``[n]``.
         auxk: weight of AuxK; 0 switches it off.
-        bfloat16: multiply with the encoder in bfloat16, which rounds the code to 0.4 %; all else is float32.
+        bfloat16: multiply with the encoder in bfloat16, which rounds the code to 0.4 %, and all of AuxK; the rest is
+            float32.
         classes: adds the term of PASS; needs ``labels``.
         labels: the batch's classes, int64 ``[batch]``.
         room: memory for pre-activations that a caller keeps, ``[batch, n]``, in their dtype.
@@ -119,7 +120,7 @@ def set_gradients(
     sae.b_dec.grad = to_output.sum(0) - sae.encoder.bias.grad @ sae.encoder.weight
 
     if auxk and dead is not None and dead.any():
-        loss = loss + _add_auxk(sae, x, residual, variance, dead.nonzero().squeeze(1), auxk)
+        loss = loss + _add_auxk(sae, centered, residual, variance, dead.nonzero().squeeze(1), auxk, bfloat16)
     _join_and_project(sae)
     return loss, latents
 
@@ -169,28 +170,36 @@ def _expect_beta() -> None:
         torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
 
 
-def _add_auxk(sae: TopKSAE, x: Tensor, residual: Tensor, variance: Tensor, dead: Tensor, auxk: float) -> Tensor:
-    """Add the gradients of AuxK; returns its share of the loss. The dead latents are few, so this is dense.
+def _add_auxk(
+    sae: TopKSAE, centered: Tensor, residual: Tensor, variance: Tensor, dead: Tensor, auxk: float, bfloat16: bool
+) -> Tensor:
+    """Add the gradients of AuxK; returns its share of the loss. Of the dead latents alone, this is dense.
 
-    ``residual`` is ``x - x̃``, ``dead`` int64 ``[count]``.
+    ``centered`` is ``x - b_dec``, ``residual`` is ``x - x̃``, ``dead`` int64 ``[count]``.
     """
-    wanted = x.shape[1] // 2
-    parameters = (sae.encoder.weight, sae.encoder.bias, sae.W_dec)
-    with torch.enable_grad():
-        parts = [parameter[dead].detach().requires_grad_() for parameter in parameters]
-        b_dec = sae.b_dec.detach().requires_grad_()
-        weight, bias, decoder = parts
-        pre = F.linear(x - b_dec, weight, bias)
-        ranked = pre.abs() if sae.config.activation == "abs" else pre.relu()
-        chosen = ranked.topk(min(wanted, len(dead)), dim=-1, sorted=False).indices
-        values = (pre if sae.config.activation == "abs" else ranked).gather(-1, chosen)
-        guess = values.new_zeros(len(x), len(dead)).scatter(-1, chosen, values) @ decoder
-        loss = auxk * min(1.0, len(dead) / wanted) * (guess - residual).pow(2).sum() / variance
-    gradients = torch.autograd.grad(loss, [*parts, b_dec])
-    for parameter, gradient in zip(parameters, gradients, strict=False):
-        gradient_of(parameter).index_add_(0, dead, gradient)
-    gradient_of(sae.b_dec).add_(gradients[-1])
-    return loss.detach()
+    given = centered.bfloat16() if bfloat16 else centered
+    encoder, bias, decoder = (of[dead].to(given.dtype) for of in (sae.encoder.weight, sae.encoder.bias, sae.W_dec))
+    codes, wanted = torch.addmm(bias, given, encoder.T), centered.shape[1] // 2
+    if sae.config.activation == "relu":
+        codes.relu_()
+    if wanted < len(dead):
+        chosen = largest(codes.abs() if sae.config.activation == "abs" else codes, wanted)[1]
+        codes = torch.zeros_like(codes).scatter_(1, chosen, codes.gather(1, chosen))
+    error = (codes @ decoder).to(residual.dtype).sub_(residual)
+    scale = auxk * min(1.0, len(dead) / wanted) / variance
+    loss: Tensor = scale * torch.linalg.vector_norm(error).square()
+
+    to_guess = error.mul_(2 * scale).to(given.dtype)
+    to_codes = (to_guess @ decoder.T).mul_(codes != 0)
+    to_bias = to_codes.sum(0, dtype=residual.dtype)
+    for parameter, gradient in (
+        (sae.encoder.weight, to_codes.T @ given),
+        (sae.encoder.bias, to_bias),
+        (sae.W_dec, codes.T @ to_guess),
+    ):
+        gradient_of(parameter).index_add_(0, dead, gradient.to(residual.dtype))
+    gradient_of(sae.b_dec).sub_(to_bias @ sae.encoder.weight[dead])
+    return loss
 
 
 def gradient_of(parameter: Tensor) -> Tensor:
