@@ -149,7 +149,7 @@ def largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     them. With groups of g ≈ √(n/k) both are far smaller than n. On a GPU it takes a large n for that to pay.
     """
     n = rows.shape[-1]
-    sizes = (8, 4) if rows.device.type == "cpu" else (64,) if n >= 1 << 16 else ()
+    sizes = (16, 8, 4) if rows.device.type == "cpu" else (64,) if n >= 1 << 16 else ()
     size = next((g for g in sizes if n % g == 0 and n >= 3 * g * k), 1)
     if size == 1:
         indices = _places_of_largest(rows, k)
