@@ -73,7 +73,10 @@ def test_encoder_and_decoder_start_equal_and_are_trained_apart(activation):
     assert trained == {"W_dec", "b_dec", "encoder.weight"} | ({"encoder.bias"} if activation == "relu" else set())
 
 
-@pytest.mark.parametrize(("columns", "k"), [(3072, 64), (64, 16), (100, 7), (9, 9), (1 << 16, 5), ((1 << 16) + 8, 5)])
+@pytest.mark.parametrize(
+    ("columns", "k"),
+    [(3072, 64), (3072, 8), (64, 16), (100, 7), (9, 9), (1 << 16, 5), ((1 << 16) + 8, 5), ((1 << 16) + 1, 5)],
+)
 def test_bfloat16_numbers_are_selected_in_the_order_of_torch(columns, k):
     torch.manual_seed(0)
     rows = (torch.randn(20, columns) - 1).bfloat16()
