@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vs2_plugin.checkpoint import checkpoint as manifest
+from vs2_plugin.checkpoint import checkpoint as module
+from vs2_plugin.checkpoint import manifest
 from vs2_plugin.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from vs2_plugin.checkpoint.manifest import MANIFEST
 from vs2_plugin.checkpoint.records import SiteSAE, TrainingData
@@ -498,12 +499,11 @@ def fails(*args, **kwargs):
 
 
 @pytest.mark.parametrize("existing", [False, True], ids=["nothing there", "old one there"])
-@pytest.mark.parametrize("step", ["file_digest", "json.dumps"])
+@pytest.mark.parametrize("step", [(module, "file_digest"), (manifest.json, "dumps")], ids=["file_digest", "json.dumps"])
 def test_a_failure_while_saving_leaves_the_old_one(step, existing, save, monkeypatch, tmp_path):
     old = save() if existing else None
-    owner, _, name = step.rpartition(".")
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
-        patch.setattr(getattr(manifest, owner) if owner else manifest, name, fails)
+        patch.setattr(*step, fails)
         save(mean=0.75)
     if existing:
         assert Checkpoint.load(old.folder) == old

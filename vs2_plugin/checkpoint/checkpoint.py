@@ -17,7 +17,6 @@ No heavy imports: the harness looks a checkpoint up before it loads anything.
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -363,8 +362,8 @@ class Checkpoint:
         """
         if self.hub:
             return False
-        with suppress(OSError, DataError), alone(self.folder, seconds=0):
-            values = json.loads((self.folder / MANIFEST).read_bytes())
+        with suppress(OSError, DataError, CheckpointError), alone(self.folder, seconds=0):
+            values = read_manifest(self.folder)
             if manifest_digest(values) != self.digest:
                 return False
             for record in values["sites"]:
@@ -433,7 +432,7 @@ class Checkpoint:
         nothing of where things lie on this machine."""
         kept = self.gallery if gallery else None
         copy_files(self.folder, self.sites, None if kept is None else self.gallery_folder, folder)
-        values = json.loads((self.folder / MANIFEST).read_bytes())
+        values = read_manifest(self.folder)
         if kept is None:
             values.pop("gallery", None)
         if away:

@@ -152,36 +152,30 @@ def largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     # Sizes of groups, and the n/k from which on they were the fastest.
     sizes = {16: 256, 8: 24, 4: 12} if rows.device.type == "cpu" else {64: 192} if n >= 1 << 16 else {}
     size = next((g for g, least in sizes.items() if n % g == 0 and n >= least * k), 1)
-    if size == 1 and not _fits_keys(rows):
-        values, places = rows.topk(k, dim=-1, sorted=False)
-        return values, places
     if size == 1:
-        places = _places_of_largest(rows, k)
-        return rows.gather(-1, places), places
+        return _select(rows, k)
     parts = rows.unflatten(-1, (size, n // size))
-    groups = _places_of_largest(parts.amax(-2), k)
-    candidates = parts.gather(-1, groups.unsqueeze(-2).expand(*groups.shape[:-1], size, k)).flatten(-2)
-    chosen = _places_of_largest(candidates, k)
-    places = groups.gather(-1, chosen % k) + chosen.div(k, rounding_mode="floor") * (n // size)
-    return candidates.gather(-1, chosen), places
+    groups = _select(parts.amax(-2), k)[1]
+    candidates = parts.gather(-1, groups.unsqueeze(-2).expand(*groups.shape[:-1], size, k))
+    values, chosen = _select(candidates.flatten(-2), k)
+    return values, groups.gather(-1, chosen % k) + chosen.div(k, rounding_mode="floor") * (n // size)
 
 
-def _fits_keys(rows: Tensor) -> bool:
-    return rows.dtype is torch.bfloat16 and rows.device.type == "cpu" and rows.shape[-1] <= 1 << 16
-
-
-def _places_of_largest(rows: Tensor, k: int) -> Tensor:
-    """Where the k largest of each row of ``[batch, n]`` are, in no order.
+def _select(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The same in one round.
 
     On one thread numpy partitions 32-bit integers as fast as torch selects on eight; and one holds a bfloat16 number,
     as an integer of the same order, above its place.
     """
-    if not _fits_keys(rows):
-        return rows.topk(k, dim=-1, sorted=False).indices
-    n, bits = rows.shape[-1], rows.view(torch.int16)
+    n = rows.shape[-1]
+    if rows.dtype is not torch.bfloat16 or rows.device.type != "cpu" or n > 1 << 16:
+        values, places = rows.topk(k, dim=-1, sorted=False)
+        return values, places
+    bits = rows.view(torch.int16)
     keys = (bits ^ ((bits >> 15) & 0x7FFF)).int().mul_(1 << 16).add_(torch.arange(n, dtype=torch.int32))
     keys.numpy().partition(n - k)  # in place
-    return (keys[..., n - k :] & 0xFFFF).long()
+    places = (keys[..., n - k :] & 0xFFFF).long()
+    return rows.gather(-1, places), places
 
 
 def by_latent(indices: Tensor, num_latents: int) -> tuple[Tensor, Tensor]:
