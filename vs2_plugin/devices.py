@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vs2_plugin.distributed import ALONE, Processes, gpu_of
 
-__all__ = ["add_at", "emulates_bfloat16", "has_bfloat16_units", "own_device", "to_processor"]
+__all__ = ["Replayed", "add_at", "emulates_bfloat16", "has_bfloat16_units", "own_device", "to_processor"]
 
 
 def own_device(processes: Processes = ALONE) -> str:
@@ -43,11 +44,13 @@ def add_at(sums: Tensor, places: Tensor, values: Tensor) -> Tensor:
     """Add each value to the sum at its place, in place, and return the sums: ``[n]``, from int64 and numbers ``[m]``.
 
     A GPU's own ``index_add_`` adds in whatever order its threads come by, so that the last bits change from run to run;
-    this sorts first.
+    this adds whole numbers there, of units of 2^-40 of the largest value, which takes a tenth of the time of sorting.
     """
-    if sums.is_cuda:
-        return sums.index_put_((places,), values, accumulate=True)
-    return sums.index_add_(0, places, values)
+    if not sums.is_cuda:
+        return sums.index_add_(0, places, values)
+    unit = values.abs().amax().double().clamp_min(1e-200) * 2.0**-40  # not finite where a value is not
+    whole = torch.zeros_like(sums, dtype=torch.long).scatter_add_(0, places, (values / unit).round().long())
+    return sums.add_(whole * unit)
 
 
 def to_processor(tensor: Tensor) -> Callable[[], Tensor]:
@@ -64,3 +67,23 @@ def to_processor(tensor: Tensor) -> Callable[[], Tensor]:
         return copy
 
     return waited
+
+
+class Replayed:
+    """Work on a GPU that is told once and replayed from then on, with the same tensors: to tell a training step, of
+    fifty kernels, takes the processor longer than the step takes (H100, d 768, n 3072, batch 4096: 1.2 and 0.5 ms)."""
+
+    def __init__(self, work: Callable[[], None], room: Any = None) -> None:
+        """``room`` is memory to work in, shared with others that leave nothing there."""
+        self._work, self._room, self._calls = work, room, 0
+        self._graph = torch.cuda.CUDAGraph()
+
+    def __call__(self) -> None:
+        """Do the work; twice as it is told, for what a library sets up at first."""
+        self._calls += 1
+        if self._calls < 3:
+            return self._work()
+        if self._calls == 3:  # another thread may pin memory meanwhile
+            with torch.cuda.graph(self._graph, pool=self._room, capture_error_mode="thread_local"):  # does not do it
+                self._work()
+        return self._graph.replay()

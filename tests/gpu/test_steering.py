@@ -17,6 +17,7 @@ from vs2_plugin.clip.edits import editing
 from vs2_plugin.data.images import image_digest, open_images
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.demo.digits import CLASSES
+from vs2_plugin.devices import add_at
 from vs2_plugin.errors import PluginError
 from vs2_plugin.method import Method
 from vs2_plugin.plugins import registry
@@ -143,7 +144,10 @@ def test_an_image_of_the_gallery_is_not_its_own_neighbour(steered, method):
 def test_no_batch_waits_for_the_gpu(steered, method, monkeypatch):
     monkeypatch.setattr("vs2_plugin.steering.retriever._SAME", 2.0)  # none is near enough to be looked at
     found = steered(method)
-    found.embed()
+    for _ in range(3):  # what a GPU is told once, it is told by then
+        found.embed()
+        with torch.autocast("cuda"):
+            found.embed()
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.no_grad():
@@ -154,6 +158,51 @@ def test_no_batch_waits_for_the_gpu(steered, method, monkeypatch):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert method == "knn" or found.model.vs2_facts()["vs2_mean_fvu"] > 0
+
+
+REPLAYED = [method for method in METHODS if not method.startswith(("clipsteer", "rag", "proto", "vs2pp@blocks"))]
+REPLAYED.remove("vs2pp@search=faiss")
+REPLAYED += ["centre", "latents@boost=3+5@factor=2"]
+
+
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("method", REPLAYED)
+@torch.no_grad()
+def test_replayed_steerings_give_the_same_bits(steered, method, amp, monkeypatch):
+    monkeypatch.setattr("vs2_plugin.steering.retriever._SAME", 2.0)
+    found = steered(method)
+    some = [found.images.roll(by, 3) for by in range(6)] + [found.images[:20]] * 4
+    results = []
+    for on in (False, True):
+        found.model.reset_statistics()
+        with monkeypatch.context() as patch, torch.autocast("cuda", enabled=amp):
+            if not on:
+                patch.setattr("vs2_plugin.model.places.can_replay", lambda x: False)
+            results.append([found.model.encode_image(images).clone() for images in some])
+        results.append(found.model.vs2_facts())
+    for place in found.model.places:
+        assert [one._replayed._calls for one in place.replays._told.values()] == [6, 4]
+    anew, facts, again, same = results
+    for name, value in facts.items():
+        assert same[name] == (pytest.approx(value, rel=1e-9) if isinstance(value, float) else value), name
+    assert all(map(torch.equal, anew, again))
+
+
+@torch.no_grad()
+def test_replays_follow_the_classes_and_the_device(steered):
+    found = steered("vs2pp@rule=query")
+    for _ in range(4):
+        expected = found.embed()
+    classifier = found.model.classifier.weights
+    found.model.set_classifier(classifier.roll(1, 0), quiet=True)
+    others = [found.embed() for _ in range(4)]
+    assert all(torch.equal(one, others[0]) for one in others) and not torch.equal(others[0], expected)
+    found.model.set_classifier(classifier, quiet=True)
+    assert all(torch.equal(found.embed(), expected) for _ in range(4))
+    plain = steered("vs2")
+    expected = plain.embed()
+    plain.model.cpu().cuda()
+    assert all(torch.equal(plain.embed(), expected) for _ in range(4))
 
 
 def test_what_is_not_finite_is_told_before_results_are(here, digits, monkeypatch):
@@ -167,6 +216,22 @@ def test_what_is_not_finite_is_told_before_results_are(here, digits, monkeypatch
         model.model.vs2_facts()
     model.model.reset_statistics()
     assert model.model.vs2_facts()["vs2_method"] == "wild"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_are_those_of_the_cpu_and_the_same_each_time(dtype):
+    torch.manual_seed(0)
+    values = torch.randn(300_000, dtype=dtype) * 100
+    places = torch.randint(0, 500, values.shape)
+    expected = torch.zeros(500, dtype=torch.float64).index_add_(0, places, values.double())
+    found = [add_at(torch.zeros(500, dtype=dtype).cuda(), places.cuda(), values.cuda()).cpu() for _ in range(3)]
+    assert all(torch.equal(one, found[0]) for one in found)
+    torch.testing.assert_close(found[0].double(), expected, rtol=1e-6, atol=1e-5)
+    nothing = add_at(torch.ones(2).cuda(), torch.tensor([1]).cuda(), torch.zeros(1).cuda())
+    assert torch.equal(nothing.cpu(), torch.ones(2))
+    for wrong in (torch.inf, torch.nan):
+        sums = add_at(torch.zeros(2).cuda(), torch.tensor([0, 1, 1]).cuda(), torch.tensor([1.0, wrong, 1.0]).cuda())
+        assert not sums[1].isfinite()
 
 
 def test_a_model_moves_between_devices(steered):

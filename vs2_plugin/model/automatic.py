@@ -94,6 +94,11 @@ class Automatic(nn.Module):
         """Those of the steering, and of the choice."""
         return {**getattr(self.steering, "facts", {}), **({} if self.choice is None else self.choice.facts)}
 
+    @property
+    def replayable(self) -> bool:
+        """Whether the steering is."""
+        return bool(getattr(self.steering, "replayable", False))
+
     def reset(self) -> None:
         """Forget the images seen so far."""
         if self.steering is not None and hasattr(self.steering, "reset"):

@@ -10,22 +10,21 @@ multiplied (activations, weights, codes) is rounded to bfloat16. The same step g
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from math import isqrt
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from vs2_plugin.devices import Replayed
 from vs2_plugin.distributed import alone, total
 from vs2_plugin.sae import kernels
 from vs2_plugin.sae.step import ClassMeans, gradient_of
 from vs2_plugin.sae.topk import Latents, TopKSAE
 
-__all__ = ["GpuStep", "Replayed", "select"]
+__all__ = ["GpuStep", "select"]
 
 #: What is multiplied is rounded to this.
 _HALF = torch.bfloat16
@@ -253,26 +252,6 @@ def _rounded_up(count: int) -> int:
 
 def _sizes(sae: TopKSAE) -> tuple[int, int, int]:
     return sae.config.num_latents, sae.config.d_in, sae.config.k
-
-
-class Replayed:
-    """Work on a GPU that is told once and replayed from then on, with the same tensors: to tell a training step, of
-    fifty kernels, takes the processor longer than the step takes (H100, d 768, n 3072, batch 4096: 1.2 and 0.5 ms)."""
-
-    def __init__(self, work: Callable[[], None], room: Any = None) -> None:
-        """``room`` is memory to work in, shared with others that leave nothing there."""
-        self._work, self._room, self._calls = work, room, 0
-        self._graph = torch.cuda.CUDAGraph()
-
-    def __call__(self) -> None:
-        """Do the work; twice as it is told, for what a library sets up at first."""
-        self._calls += 1
-        if self._calls < 3:
-            return self._work()
-        if self._calls == 3:
-            with torch.cuda.graph(self._graph, pool=self._room):  # which does not do it
-                self._work()
-        return self._graph.replay()
 
 
 def select(rows: Tensor, activation: str, latents: Latents, codes: Tensor) -> None:

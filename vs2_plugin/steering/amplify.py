@@ -19,6 +19,8 @@ class Amplify(nn.Module):
     arXiv 2506.01247. With base b_dec, a strength of 1 is the plain reconstruction REC_F, 0 and -1 are its controls.
     """
 
+    replayable = True
+
     def __init__(self, sae: TopKSAE, strength: float, base: Literal["x", "b_dec"] = "x") -> None:
         super().__init__()
         self.sae, self.strength, self.base = sae, strength, base

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vs2_plugin.devices import to_processor
 from vs2_plugin.errors import HarnessError, PluginError
 from vs2_plugin.sae.topk import TopKSAE
 from vs2_plugin.steering.move import Code, Move
@@ -42,6 +43,8 @@ class Batch:
             embed: gives the plain CLIP embedding ``[batch, embed_dim]``; called at most once.
         """
         self.images, self.targets, self.rows, self.embed = images, targets, rows, embed
+        #: Where nobody waits for a GPU: what was taken to be False of every image, bool ``[batch]`` each.
+        self.assumed: list[Tensor] | None = None
         self._known: dict[Hashable, Any] = {}
         self._codes: dict[Hashable, tuple[Tensor, Code]] = {}
 
@@ -67,6 +70,14 @@ class Batch:
             raise HarnessError("methods with a gallery steer within encode_image only; call model.encode_image")
         embed = self.embed
         return self.once("embedding", lambda: F.normalize(embed().float(), dim=-1))
+
+    def ask(self, of_images: Tensor) -> Callable[[], Tensor]:
+        """Begin to copy what is known of each image, bool ``[batch]``, to the processor. What is returned waits for it,
+        and gives it; where nobody waits, it gives False of every image, and :attr:`assumed` keeps what was asked."""
+        if self.assumed is None:
+            return to_processor(of_images)
+        self.assumed.append(of_images)
+        return lambda: torch.zeros(len(of_images), dtype=torch.bool)
 
     def code(self, sae: TopKSAE, x: Tensor) -> Code:
         """The sparse code of activations ``[batch, d]``, computed once for the same tensor."""

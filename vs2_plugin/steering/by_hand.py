@@ -86,6 +86,7 @@ class ByHand(nn.Module):
 
     factors: Tensor
     chosen: Tensor
+    replayable = True
 
     def __init__(self, sae: TopKSAE, factors: Mapping[int, float]) -> None:
         """``factors``: latent -> f. Raises ModelStringError for a latent that the SAE does not have."""

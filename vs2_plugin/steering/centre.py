@@ -13,6 +13,7 @@ class Centring(nn.Module):
     """``x + alpha (x - mu)`` at the norm of x: VS2 with an SAE that reconstructs x itself and has mu for a bias."""
 
     mean: Tensor
+    replayable = True
 
     def __init__(self, mean: Tensor, alpha: float) -> None:
         """``mean``: ``[d]``, over the unlabeled training images."""

@@ -49,12 +49,13 @@ class Gate(nn.Module):
         self.register_buffer("mean", mean)
         #: Whether to keep what :meth:`per_image` tells.
         self.recording = False
-        self.reset()
+        self._tally = Tally()
+        self._ratios: list[Tensor] = []
 
     def reset(self) -> None:
         """Forget the images seen so far."""
-        self._tally = Tally()
-        self._ratios: list[Tensor] = []
+        self._tally.reset()
+        self._ratios = []
 
     def per_image(self) -> dict[str, Tensor]:
         """``fvu`` (float32) and ``steered`` (bool) of each image seen since :meth:`reset`, if :attr:`recording`."""
@@ -64,7 +65,10 @@ class Gate(nn.Module):
     @property
     def facts(self) -> dict[str, float]:
         """``coverage``, the share of images steered, and ``mean_fvu``, over the images seen since :meth:`reset`."""
-        return {**({} if self.tau is None else {"gate_threshold": self.tau}), **self._tally.means()}
+        seen = self._tally.means()
+        if self.tau is None:
+            return {"coverage": 1.0, **seen} if seen else {}
+        return {"gate_threshold": self.tau, **seen}
 
     def forward(self, x: Tensor, batch: Batch | None = None) -> Tensor:
         """Steer ``[batch, d]`` where the gate is open."""
@@ -72,7 +76,7 @@ class Gate(nn.Module):
         # Detached: ratios outlive the batch, and must not keep all that they were computed from.
         ratio = sample_fvu(x, batch.code(self.sae, x).reconstruction, self.mean).detach()
         opened = None if self.tau is None else ratio <= self.tau
-        self._tally.add(coverage=torch.ones(len(x)) if opened is None else opened, mean_fvu=ratio)
+        self._tally.add(**({} if opened is None else {"coverage": opened}), mean_fvu=ratio)
         if self.recording:
             self._ratios.append(ratio)
         steered = steer(self.steering, x, batch)

@@ -65,17 +65,18 @@ class Codes:
 
     def __init__(self, sae: TopKSAE, activations: Activations, count: int) -> None:
         self._sae, self._activations, self._count = sae, activations, count
-        self._fits = count * sae.config.k * 8 <= _RESIDENT
-        self._kept: Latents | None = None
+        #: Whether they stay on the device.
+        self.kept = count * sae.config.k * 8 <= _RESIDENT
+        self._all: Latents | None = None
 
     def __getitem__(self, rows: Tensor) -> Latents:
         """Values and indices ``[*rows.shape, k]``."""
-        if not self._fits:
+        if not self.kept:
             return self._sae.encode(self._activations[rows])
-        if self._kept is None:
-            self._kept = self._encode_all()
-        rows = rows.to(self._kept.values.device)
-        return Latents(self._kept.values[rows], self._kept.indices[rows].long())
+        if self._all is None:
+            self._all = self._encode_all()
+        rows = rows.to(self._all.values.device)
+        return Latents(self._all.values[rows], self._all.indices[rows].long())
 
     def _encode_all(self) -> Latents:
         parts = []
@@ -132,11 +133,11 @@ class _Voting(nn.Module):
     def __init__(self, retriever: Retriever) -> None:
         super().__init__()
         self.retriever = retriever
-        self.reset()
+        self._tally = Tally()
 
     def reset(self) -> None:
         """Forget the images seen so far."""
-        self._tally = Tally()
+        self._tally.reset()
 
     @property
     def facts(self) -> dict[str, float]:
@@ -186,6 +187,11 @@ class NeighbourSteering(_Voting):
     def facts(self) -> dict[str, float]:
         """Flat scalars for the results' metrics; ``braked`` is the share of images that the brake left alone."""
         return {"alpha": self.alpha, **super().facts}
+
+    @property
+    def replayable(self) -> bool:
+        """Whether it reads nothing but what is on the device."""
+        return isinstance(self.directions, Codes) and self.directions.kept and self.retriever.replayable
 
     def _contrast(self, batch: Batch) -> _Contrast:
         likely = self.retriever.likely(batch)
@@ -302,6 +308,11 @@ class VoteSteering(_Voting):
     A query without neighbours is left alone. In bfloat16 (clip_benchmark's default) the winner's logit cannot be told
     from that of a class whose embedding has a cosine above about 0.997 with its own; ``--no_amp`` can.
     """
+
+    @property
+    def replayable(self) -> bool:
+        """Whether it reads nothing but what is on the device."""
+        return self.retriever.replayable
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """Replace embeddings ``[batch, e]``."""

@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vs2_plugin.devices import to_processor
 from vs2_plugin.errors import DataError, HarnessError, PluginError
 from vs2_plugin.gallery.gallery import CLIP, Gallery
-from vs2_plugin.gallery.search import Search, blocks
+from vs2_plugin.gallery.search import ScreenedSearch, Search, blocks
 from vs2_plugin.steering.batch import Batch
 
 __all__ = ["Neighbours", "Retriever", "majority"]
@@ -150,6 +149,11 @@ class Retriever:
             raise DataError("the gallery holds no training labels, which an oracle reads")
         return self._labels
 
+    @property
+    def replayable(self) -> bool:
+        """Whether a GPU finds neighbours by itself, of the CLIP embedding."""
+        return self._encode is None and isinstance(self._search, ScreenedSearch)
+
     # -- the images at hand
 
     def own(self, rows: Tensor) -> Batch:
@@ -191,7 +195,7 @@ class Retriever:
             raise PluginError("this method looks up neighbours; declare it with gallery='neighbours'")
         # As many more as an image can be in the gallery, so that n are left without them.
         similarity, rows = self._search(self._queries(batch), min(len(self.gallery), self.n + self._repeated))
-        return _Found(rows, similarity, to_processor(similarity[:, 0].ge(_SAME)))
+        return _Found(rows, similarity, batch.ask(similarity[:, 0].ge(_SAME)))
 
     def _nearest(self, batch: Batch) -> Neighbours:
         """The N nearest images of each image, itself among them."""

@@ -102,11 +102,11 @@ class Selectivity:
         if self._known_for is not self._retriever.classifier:
             self._known_for = self._retriever.classifier
             self._r = class_selectivity(self._batches(), self._sae.config.num_latents)
-            self._scales: dict[float, float] = {}
-        weights = latent_weights(self._r, p)
-        if p not in self._scales:
-            self._scales[p] = 1.0 if (weights == 1).all() else self._scale(weights)
-        return weights, self._scales[p]
+            self._weights: dict[float, tuple[Tensor, float]] = {}
+        if p not in self._weights:
+            weights = latent_weights(self._r, p)
+            self._weights[p] = weights, 1.0 if (weights == 1).all() else self._scale(weights)
+        return self._weights[p]
 
     def _scale(self, weights: Tensor) -> float:
         lengths = torch.zeros(2, dtype=torch.float64)
@@ -123,6 +123,8 @@ def weighted(latents: Latents, weights: Tensor) -> Latents:
 
 class SelectiveSteering(nn.Module):
     """``x + α s W_decᵀ (w ⊙ c)`` at the norm of x, with the weights w and the factor s of :class:`Selectivity`."""
+
+    replayable = True
 
     def __init__(self, sae: TopKSAE, selectivity: Selectivity, alpha: float, p: float) -> None:
         super().__init__()

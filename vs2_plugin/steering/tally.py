@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 
-__all__ = ["Tally"]
+__all__ = ["Counted", "Tally", "counted"]
+
+#: A tally, the sums over a batch that it was told, and the number of images.
+Counted = tuple["Tally", Mapping[str, Tensor], int]
+
+_COUNTED: ContextVar[list[Counted] | None] = ContextVar("counted", default=None)
 
 
 class Tally:
@@ -17,16 +26,40 @@ class Tally:
     def reset(self) -> None:
         """Forget the images seen so far."""
         self._seen = 0
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, list[Tensor]] = {}
 
     def add(self, **values: Tensor) -> None:
         """Count a batch: each value is bool or a number for every image, ``[batch]``."""
-        for name, value in values.items():
-            total = value.detach().sum(dtype=torch.double)
-            known = self._sums.get(name)
-            self._sums[name] = total if known is None else known.to(total) + total
-        self._seen += len(value)
+        sums = {name: value.detach().sum(dtype=torch.double) for name, value in values.items()}
+        count = max(map(len, values.values()), default=0)
+        apart = _COUNTED.get()
+        if apart is None:
+            self.keep(sums, count)
+        else:
+            apart.append((self, sums, count))
+
+    def keep(self, sums: Mapping[str, Tensor], count: int) -> None:
+        """Count a batch of so many images by its sums."""
+        for name, total in sums.items():
+            self._sums.setdefault(name, []).append(total)  # adding them up takes a GPU's time once, not with each batch
+        self._seen += count
 
     def means(self) -> dict[str, float]:
         """The mean of each value; nothing before the first batch."""
-        return {name: float(total) / self._seen for name, total in self._sums.items()} if self._seen else {}
+        return {name: _total(sums) / self._seen for name, sums in self._sums.items()} if self._seen else {}
+
+
+def _total(sums: list[Tensor]) -> float:
+    sums[:] = [torch.stack([one.to(sums[-1].device) for one in sums]).sum()]
+    return float(sums[0])
+
+
+@contextmanager
+def counted() -> Iterator[list[Counted]]:
+    """Give what tallies are told within a ``with`` block, in place of counting it."""
+    told: list[Counted] = []
+    token = _COUNTED.set(told)
+    try:
+        yield told
+    finally:
+        _COUNTED.reset(token)
