@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -44,12 +45,12 @@ def add_at(sums: Tensor, places: Tensor, values: Tensor) -> Tensor:
     """Add each value to the sum at its place, in place, and return the sums: ``[n]``, from int64 and numbers ``[m]``.
 
     A GPU's own ``index_add_`` adds in whatever order its threads come by, so that the last bits change from run to run;
-    this adds whole numbers there, of units of 2^-40 of the largest value, which takes a tenth of the time of sorting.
+    this adds whole numbers there, of units of 2^-40 of the largest value, which takes a quarter of the time of sorting.
     """
     if not sums.is_cuda:
         return sums.index_add_(0, places, values)
     unit = values.abs().amax().double().clamp_min(1e-200) * 2.0**-40  # not finite where a value is not
-    whole = torch.zeros_like(sums, dtype=torch.long).scatter_add_(0, places, (values / unit).round().long())
+    whole = torch.zeros_like(sums, dtype=torch.long).scatter_add_(0, places, (values.double() / unit).round().long())
     return sums.add_(whole * unit)
 
 
@@ -75,15 +76,36 @@ class Replayed:
 
     def __init__(self, work: Callable[[], None], room: Any = None) -> None:
         """``room`` is memory to work in, shared with others that leave nothing there."""
-        self._work, self._room, self._calls = work, room, 0
-        self._graph = torch.cuda.CUDAGraph()
+        self._work, self._calls = work, 0
+        self._room = room or torch.cuda.graph_pool_handle()
+        self._parts: list[tuple[torch.cuda.CUDAGraph, Callable[[], None]]] = []
+        self._capturing = ExitStack()
 
     def __call__(self) -> None:
         """Do the work; twice as it is told, for what a library sets up at first."""
         self._calls += 1
         if self._calls < 3:
             return self._work()
-        if self._calls == 3:  # another thread may pin memory meanwhile
-            with torch.cuda.graph(self._graph, pool=self._room, capture_error_mode="thread_local"):  # does not do it
+        if self._calls == 3:
+            with self._capturing:  # which does not do it
+                self._begin()
                 self._work()
-        return self._graph.replay()
+        for graph, then in self._parts:
+            graph.replay()
+            then()
+        return None
+
+    def _begin(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        # Another thread may pin memory meanwhile.
+        capture = torch.cuda.graph(graph, pool=self._room, capture_error_mode="thread_local")
+        self._capturing.enter_context(capture)
+        self._parts.append((graph, lambda: None))
+
+    def pause(self, then: Callable[[], None]) -> None:
+        """Within the work: do ``then`` here each time, as it is told, and then the rest of the work."""
+        if self._calls < 3:
+            return then()
+        self._capturing.close()
+        self._parts[-1] = self._parts[-1][0], then
+        return self._begin()

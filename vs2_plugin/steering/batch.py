@@ -43,8 +43,8 @@ class Batch:
             embed: gives the plain CLIP embedding ``[batch, embed_dim]``; called at most once.
         """
         self.images, self.targets, self.rows, self.embed = images, targets, rows, embed
-        #: Where nobody waits for a GPU: what was taken to be False of every image, bool ``[batch]`` each.
-        self.assumed: list[Tensor] | None = None
+        #: Where nobody waits for a GPU: told what is taken to be False of every image, bool ``[batch]``.
+        self.assume: Callable[[Tensor], None] | None = None
         self._known: dict[Hashable, Any] = {}
         self._codes: dict[Hashable, tuple[Tensor, Code]] = {}
 
@@ -73,10 +73,10 @@ class Batch:
 
     def ask(self, of_images: Tensor) -> Callable[[], Tensor]:
         """Begin to copy what is known of each image, bool ``[batch]``, to the processor. What is returned waits for it,
-        and gives it; where nobody waits, it gives False of every image, and :attr:`assumed` keeps what was asked."""
-        if self.assumed is None:
+        and gives it; where nobody waits, it gives False of every image."""
+        if self.assume is None:
             return to_processor(of_images)
-        self.assumed.append(of_images)
+        self.assume(of_images)
         return lambda: torch.zeros(len(of_images), dtype=torch.bool)
 
     def code(self, sae: TopKSAE, x: Tensor) -> Code:

@@ -67,25 +67,31 @@ class _Told:
     def __init__(self, steer: Steer, x: Tensor) -> None:
         with torch.inference_mode(False):
             self._given = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        self._steered, self._sums, self._assumed = self._given, torch.empty(0), torch.empty(0)
+        self._steered, self._sums = self._given, torch.empty(0)
         self._counted: list[Counted] = []
+        #: Each waits for, and gives, whether what was assumed is wrong.
+        self._answers: list[Callable[[], Tensor]] = []
         self._replayed = Replayed(partial(self._steer, steer))
 
     def _steer(self, steer: Steer) -> None:
         batch = Batch()
-        batch.assumed = []
+        batch.assume = self._assume
         with torch.autocast(self._given.device.type, enabled=False), counted() as told:
             self._steered = steer(self._given.float(), batch).to(self._given.dtype)
             self._counted = told
             self._sums = torch.stack([total for _, sums, _ in told for total in sums.values()])
-            self._assumed = torch.stack(batch.assumed).any() if batch.assumed else torch.empty(0)
+
+    def _assume(self, of_images: Tensor) -> None:
+        wrong = of_images.any()
+        self._replayed.pause(lambda: self._answers.append(to_processor(wrong)))
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor | None:
         with torch.inference_mode(False):
             self._given.copy_(x)
+            self._answers.clear()
             self._replayed()
-            if self._assumed.numel() and to_processor(self._assumed)():
+            if any(answer() for answer in self._answers):  # asked in between, they wait for no more than that
                 return None
             numbers = iter(self._sums.clone().unbind())
             for tally, sums, count in self._counted:
