@@ -39,7 +39,7 @@ def test_gradients_are_those_of_the_cpu(activations, activation, extra):
         labels = torch.from_numpy(activations[1][:256]).to(device)
         classes = ClassMeans(0.8, 5, extra == "running") if extra in ("pass", "running") else None
         dead = torch.arange(128, device=device) % 7 == 0 if extra == "auxk" else None
-        loss, _ = set_gradients(sae, x, dead, 0.5 if extra == "auxk" else 0.0, False, classes, labels)
+        loss, _ = set_gradients(sae, x, dead, 0.5 if extra == "auxk" else 0.0, classes=classes, labels=labels)
         gradients.append({"loss": loss, **{name: weight.grad for name, weight in sae.named_parameters()}})
     for name, expected in gradients[0].items():
         if expected is not None:

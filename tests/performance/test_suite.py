@@ -17,7 +17,7 @@ from vs2_plugin.clip.sites import Sites
 from vs2_plugin.data.cache import ActivationCache, activations_at, extract
 from vs2_plugin.data.images import TrainingImages
 from vs2_plugin.sae.config import TrainConfig
-from vs2_plugin.sae.step import set_gradients
+from vs2_plugin.sae.step import FLOAT32, InBfloat16, set_gradients
 from vs2_plugin.sae.topk import SaeConfig, TopKSAE
 from vs2_plugin.sae.train import train_sae
 from vs2_plugin.steering.amplify import Amplify
@@ -91,7 +91,7 @@ def products(step):
     return seen.counted.count(BATCH * D * LATENTS)
 
 
-@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("bfloat16", [FLOAT32, InBfloat16(rows=True), InBfloat16(True, True)])
 def test_a_training_step_takes_one_dense_product(sae, bfloat16):
     x = torch.randn(BATCH, D)
     assert products(lambda: set_gradients(sae, x, bfloat16=bfloat16)) == 1

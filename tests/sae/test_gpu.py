@@ -112,7 +112,7 @@ def test_steps_are_those_of_the_plain_path_and_of_torchs_adam(here, activation, 
         before = sae.W_dec.detach().clone()
         counted = silent.clone()
         latents = step.step(x * scale, 1e-2, number, dead, auxk, classes, labels)
-        _, expected = set_gradients(other, x, dead, auxk, False, same, labels)
+        _, expected = set_gradients(other, x, dead, auxk, classes=same, labels=labels)
         assert torch.equal(latents.indices.sort().values, expected.indices.sort().values)
         active = expected.indices[expected.values != 0].unique()
         assert torch.equal(silent, (counted + 1).index_fill(0, active, 0))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from vs2_plugin.devices import add_at, has_bfloat16_units
 from vs2_plugin.distributed import mean_row, total
 from vs2_plugin.sae.topk import Latents, TopKSAE, by_latent, largest, sum_by_latent
 
-__all__ = ["ClassMeans", "encodes_in_bfloat16", "gradient_of", "set_gradients"]
+__all__ = ["FLOAT32", "ClassMeans", "InBfloat16", "gradient_of", "set_gradients"]
 
 
 class ClassMeans:
@@ -57,9 +57,23 @@ class ClassMeans:
         return means
 
 
-def encodes_in_bfloat16(sae: TopKSAE) -> bool:
-    """Tell whether the encoder's product is faster in bfloat16: on processors with units for it."""
-    return sae.W_dec.device.type == "cpu" and bool(has_bfloat16_units())
+class InBfloat16(NamedTuple):
+    """What of a step is in bfloat16; the rest is float32."""
+
+    product: bool = False
+    """The encoder's product, which rounds the code to 0.4 %, and all of AuxK."""
+    rows: bool = False
+    """Rows that are summed, of decoder and batch, their weights, and the sums."""
+
+    @classmethod
+    def fastest(cls, device: torch.device) -> InBfloat16:
+        """What is faster so: on a processor with units for bfloat16 the product, and on every x86 processor the rows,
+        which are read from its caches. (That is so by FBGEMM, which torch has there.)"""
+        units = has_bfloat16_units() if device.type == "cpu" else None
+        return cls(bool(units), units is not None)
+
+
+FLOAT32 = InBfloat16()
 
 
 @torch.no_grad()
@@ -68,7 +82,7 @@ def set_gradients(
     x: Tensor,
     dead: Tensor | None = None,
     auxk: float = 0.0,
-    bfloat16: bool = False,
+    bfloat16: InBfloat16 = FLOAT32,
     classes: ClassMeans | None = None,
     labels: Tensor | None = None,
     room: Tensor | None = None,
@@ -87,8 +101,7 @@ def set_gradients(
         x: the batch, ``[batch, d]``, float32; this process's share of it.
         dead: which latents count as dead, bool ``[n]``.
         auxk: weight of AuxK; 0 switches it off.
-        bfloat16: multiply with the encoder in bfloat16, which rounds the code to 0.4 %, and all of AuxK; the rest is
-            float32.
+        bfloat16: what is computed in bfloat16.
         classes: adds the term of PASS; needs ``labels``.
         labels: the batch's classes, int64 ``[batch]``.
         room: memory for pre-activations that a caller keeps, ``[batch, n]``, in their dtype.
@@ -97,10 +110,12 @@ def set_gradients(
         This process's share of the loss, and its sparse code.
     """
     centered = x - sae.b_dec
-    pre, latents = _encode(sae, centered, bfloat16, room)
+    rounded = centered.bfloat16() if any(bfloat16) else centered
+    pre, latents = _encode(sae, rounded if bfloat16.product else centered, room)
+    latents = Latents(latents.values.to(x.dtype), latents.indices)
+    rows = rounded if bfloat16.rows else centered
+    residual = centered - _decoded(latents, sae.W_dec.detach().to(rows.dtype))
     # In place where it can be: to get new memory for such tensors takes longer than to compute them.
-    residual = sae.combine(latents).add_(sae.b_dec)
-    torch.sub(x, residual, out=residual)
     apart = (x - mean_row(x)).square_()
     variance = total(apart.sum())
     loss = torch.linalg.vector_norm(residual).square() / variance
@@ -112,10 +127,11 @@ def set_gradients(
         loss, to_values = loss + term / variance, to_values + by_values / variance
     if sae.config.activation == "relu":
         to_values *= latents.values > 0
-    order, starts = by_latent(latents.indices, sae.config.num_latents)
-    sae.W_dec.grad = sum_by_latent(order, starts, latents.values, to_output)
-    sae.encoder.weight.grad = sum_by_latent(order, starts, to_values, centered)
-    sae.encoder.bias.grad = F.embedding_bag(order, to_values.reshape(-1, 1), starts, mode="sum").squeeze(1)
+    places = by_latent(latents.indices, sae.config.num_latents)
+    _set_gradient(sae.W_dec, sum_by_latent(places, latents.values, to_output.to(rows.dtype)))
+    _set_gradient(sae.encoder.weight, sum_by_latent(places, to_values, rows))
+    to_bias = F.embedding_bag(places.order, to_values.reshape(-1, 1), places.starts, mode="sum")
+    sae.encoder.bias.grad = to_bias.squeeze(1)
     # The bias is added to the output and subtracted from the encoder's input.
     sae.b_dec.grad = to_output.sum(0) - sae.encoder.bias.grad @ sae.encoder.weight
 
@@ -134,13 +150,17 @@ def _join_and_project(sae: TopKSAE) -> None:
     to_decoder.addcmul_(_products(to_decoder, own, sae.W_dec), sae.W_dec, value=-1)
 
 
-def _encode(sae: TopKSAE, centered: Tensor, bfloat16: bool, room: Tensor | None) -> tuple[Tensor, Latents]:
-    """Pre-activations of ``x - b_dec``, and the code, its values in the dtype of x."""
-    encoder, given = sae.encoder, centered.bfloat16() if bfloat16 else centered
-    weight, bias = encoder.weight.to(given.dtype), encoder.bias.to(given.dtype)
-    pre = torch.addmm(bias, given, weight.T, out=room)
-    values, indices = sae.select(pre)
-    return pre, Latents(values.to(centered.dtype), indices)
+def _encode(sae: TopKSAE, centered: Tensor, room: Tensor | None) -> tuple[Tensor, Latents]:
+    """Pre-activations of ``x - b_dec``, and the code, in its dtype."""
+    weight, bias = (parameter.to(centered.dtype) for parameter in (sae.encoder.weight, sae.encoder.bias))
+    pre = torch.addmm(bias, centered, weight.T, out=room)
+    return pre, sae.select(pre)
+
+
+def _decoded(latents: Latents, decoder: Tensor) -> Tensor:
+    """``W_decᵀ c`` in the dtype of the decoder: ``[batch, d]``."""
+    weights = latents.values.to(decoder.dtype)
+    return F.embedding_bag(latents.indices, decoder, per_sample_weights=weights, mode="sum")
 
 
 def _products(vectors: Tensor, indices: Tensor, table: Tensor) -> Tensor:
@@ -201,6 +221,13 @@ def _add_auxk(
         gradient_of(parameter).index_add_(0, dead, gradient.to(residual.dtype))
     gradient_of(sae.b_dec).sub_(to_bias @ sae.encoder.weight[dead])
     return loss
+
+
+def _set_gradient(parameter: Tensor, gradient: Tensor) -> None:
+    if parameter.grad is None:
+        parameter.grad = gradient.to(parameter.dtype)
+    else:  # new memory for it takes longer than the copy
+        parameter.grad.copy_(gradient)
 
 
 def gradient_of(parameter: Tensor) -> Tensor:

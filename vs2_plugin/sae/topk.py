@@ -13,7 +13,17 @@ from vs2_plugin.documented import documented
 from vs2_plugin.errors import SettingError
 from vs2_plugin.settings import setting, validate
 
-__all__ = ["Latents", "SaeConfig", "TopKSAE", "by_latent", "fvu", "largest", "sample_fvu", "sum_by_latent"]
+__all__ = [
+    "ByLatent",
+    "Latents",
+    "SaeConfig",
+    "TopKSAE",
+    "by_latent",
+    "fvu",
+    "largest",
+    "sample_fvu",
+    "sum_by_latent",
+]
 
 
 #: What SAELens and Prisma add to the standard deviation that they divide by.
@@ -178,20 +188,30 @@ def _select(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return rows.gather(-1, places), places
 
 
-def by_latent(indices: Tensor, num_latents: int) -> tuple[Tensor, Tensor]:
-    """Where in ``indices`` ``[batch, k]``, read as one list, each latent occurs: the places sorted by latent, and
-    where each latent's places start."""
+class ByLatent(NamedTuple):
+    """Where in the indices of a code ``[batch, k]``, read as one list, each latent occurs; int64."""
+
+    order: Tensor
+    """``[batch · k]``: the places, sorted by latent."""
+    activations: Tensor
+    """``[batch · k]``: of which activation each of them is."""
+    starts: Tensor
+    """``[n]``: where the places of each latent start."""
+
+
+def by_latent(indices: Tensor, num_latents: int) -> ByLatent:
+    """Sort the indices ``[batch, k]`` of a code by latent."""
     listed = indices.flatten()
     counts = torch.bincount(listed, minlength=num_latents)
-    return listed.int().argsort(stable=True), counts.cumsum(0) - counts
+    order = listed.int().argsort(stable=True)
+    return ByLatent(order, order // indices.shape[1], counts.cumsum(0) - counts)
 
 
-def sum_by_latent(order: Tensor, starts: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
+def sum_by_latent(places: ByLatent, weights: Tensor, rows: Tensor) -> Tensor:
     """``Σ weights · row`` over the activations in which a latent is active: ``[n, d]``, from ``[batch, k]`` and
-    ``[batch, d]``."""
-    k = weights.shape[1]
-    sorted_weights = weights.flatten().index_select(0, order)  # three times as fast as by brackets
-    return F.embedding_bag(order // k, rows, starts, per_sample_weights=sorted_weights, mode="sum")
+    ``[batch, d]``, in the dtype of the rows."""
+    ordered = weights.to(rows.dtype).flatten().index_select(0, places.order)  # three times as fast as by brackets
+    return F.embedding_bag(places.activations, rows, places.starts, per_sample_weights=ordered, mode="sum")
 
 
 def fvu(x: Tensor, reconstruction: Tensor) -> Tensor:

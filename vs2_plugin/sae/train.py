@@ -24,7 +24,7 @@ from vs2_plugin.sae.config import TrainConfig
 from vs2_plugin.sae.fit import fit_of, held_out_fvu, parted
 from vs2_plugin.sae.source import Device, Rows, Source, ahead, batches_of, chunks
 from vs2_plugin.sae.state import SavedState
-from vs2_plugin.sae.step import ClassMeans, encodes_in_bfloat16, set_gradients
+from vs2_plugin.sae.step import ClassMeans, InBfloat16, set_gradients
 from vs2_plugin.sae.topk import SaeConfig, TopKSAE
 from vs2_plugin.text import sentence_of
 
@@ -244,7 +244,7 @@ class _Run:
             self._classes = ClassMeans(config.pass_weight, len(known), config.pass_means == "running")
             self._labels = torch.from_numpy(labels).to(device)
         self._optimizer = torch.optim.Adam([p for p in self.sae.parameters() if p.requires_grad], fused=True)
-        self._bfloat16 = encodes_in_bfloat16(self.sae)
+        self._bfloat16 = InBfloat16.fastest(self.sae.b_dec.device)
         self._silent = torch.zeros(self.sae.config.num_latents, dtype=torch.long, device=device)
         self._best: tuple[float, dict[str, Tensor]] = (math.inf, {})
         self._last = math.inf
@@ -265,7 +265,8 @@ class _Run:
             return
         dead = self._dead()
         if self._room is None or len(self._room) != len(x):  # the share of a process may be one more or less
-            self._room = x.new_empty(len(x), sae.config.num_latents, dtype=torch.bfloat16 if self._bfloat16 else None)
+            dtype = torch.bfloat16 if self._bfloat16.product else x.dtype
+            self._room = x.new_empty(len(x), sae.config.num_latents, dtype=dtype)
         _, latents = set_gradients(
             sae, x / self.scale, dead, config.auxk, self._bfloat16, self._classes, own, self._room
         )  # fmt: skip

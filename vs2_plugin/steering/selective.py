@@ -43,8 +43,7 @@ def class_selectivity(batches: Iterator[tuple[Latents, Tensor]], num_latents: in
         if count == 0:
             sums = probabilities.new_zeros(probabilities.shape[1], num_latents, dtype=torch.float64)
             mass, squares = sums.new_zeros(len(sums)), sums.new_zeros(num_latents)
-        order, starts = by_latent(latents.indices, num_latents)
-        sums += sum_by_latent(order, starts, latents.values, probabilities).T
+        sums += sum_by_latent(by_latent(latents.indices, num_latents), latents.values, probabilities).T
         mass += probabilities.double().sum(0)
         add_at(squares, latents.indices.flatten(), latents.values.flatten().double().square())
         count += len(probabilities)
