@@ -2,6 +2,7 @@
 
 import threading
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from vs2_plugin.method import Method, Option
 from vs2_plugin.plugins import find_plugins, registry
 from vs2_plugin.steering.move import Move
 from vs2_plugin.testing import check, findings
-from vs2_plugin.testing.checks import CHECKS, automatic, found_by
+from vs2_plugin.testing.checks import CHECKS, automatic, found_by, replays
 from vs2_plugin.testing.subject import Subject
 
 #: What a method is asked with, where its name is not enough.
@@ -126,7 +127,33 @@ def test_automatic_options_have_to_begin_with_nothing(declare):
 
 
 def test_every_check_is_tried():
-    assert {*STEERINGS, "automatic"} == BY_NAME.keys()
+    assert {*STEERINGS, "automatic", "replays"} == BY_NAME.keys()
+
+
+class Graph:
+    """What stands for a CUDA graph: of one that is broken, the results stay what they were."""
+
+    def __init__(self, work, broken):
+        self.work, self.broken, self.calls = work, broken, 0
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls < 4 or not self.broken:
+            self.work()
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_what_cannot_be_replayed_is_told(broken, declare, monkeypatch):
+    for module in ("vs2_plugin.testing.checks", "vs2_plugin.model.places"):
+        monkeypatch.setattr(f"{module}.can_replay", lambda x: not torch.is_grad_enabled())
+    monkeypatch.setattr("vs2_plugin.steering.replay.Replayed", lambda work: Graph(work, broken))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    steering = Of(lambda of, x, batch: x + 1)
+    finding = found_by(replays, Subject(declare(steering)))
+    assert finding.skipped == "since it does not say that it is replayable"
+    steering.replayable = True
+    finding = found_by(replays, Subject(declare(steering)))
+    assert "replayed it gives other numbers" in finding.problem if broken else finding[2:] == (None, "")
 
 
 def vote(context):
@@ -186,13 +213,14 @@ def test_all_that_is_wrong_is_told_at_once(declare, capsys):
     assert main(["methods", "--check", name]) == 1
     text = capsys.readouterr().out
     assert "  ok  builds: it is built" in text and "  !!  dtype: it returned torch.float64; expected" in text
-    assert "  --  images: not checked, since dtype fails" in text and text.endswith("bad: 1 of 16 checks failed\n")
+    assert "  --  images: not checked, since dtype fails" in text and text.endswith("bad: 1 of 17 checks failed\n")
 
 
 def test_the_command_prints_a_line_for_each_check(capsys):
     assert main(["methods", "--check", "centre@alpha=2"]) == 0
     text = capsys.readouterr().out
-    assert text.count("\n  ok  ") == len(CHECKS) - 1 and text.endswith("centre@alpha=2: no check failed\n")
+    assert "  --  replays: not checked, since there is no GPU" in text
+    assert text.count("\n  ok  ") == len(CHECKS) - 2 and text.endswith("centre@alpha=2: no check failed\n")
 
 
 @pytest.mark.parametrize("name", ["nope", "centre@nope=1", "latents"])

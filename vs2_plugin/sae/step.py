@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from vs2_plugin.devices import add_at, has_bfloat16_units
 from vs2_plugin.distributed import mean_row, total
 from vs2_plugin.sae.topk import Latents, TopKSAE, by_latent, largest, sum_by_latent
 
-__all__ = ["FLOAT32", "ClassMeans", "InBfloat16", "gradient_of", "set_gradients"]
+__all__ = ["FLOAT32", "ClassMeans", "InBfloat16", "Room", "gradient_of", "set_gradients"]
 
 
 class ClassMeans:
@@ -76,6 +76,28 @@ class InBfloat16(NamedTuple):
 FLOAT32 = InBfloat16()
 
 
+class Room:
+    """Memory for tensors of a step that is kept for the next one: to get it anew takes as long as to compute them."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+        # For what is not kept here: the C library of Linux holds on to about twice the largest memory that was ever
+        # freed, if that was below 32 MB, and would give the rest back to the system, and ask for it, in each step.
+        torch.empty(31 << 20, dtype=torch.uint8)
+
+    def like(self, tensor: Tensor, name: str, shape: tuple[int, ...] | None = None, dtype: Any = None) -> Tensor:
+        """The tensor of that name, with whatever was in it: as another one, but for what is told."""
+        shape, dtype = shape or tensor.shape, dtype or tensor.dtype
+        kept = self._kept.get(name)
+        if kept is None or (*kept.shape,) != (*shape,) or kept.dtype != dtype:
+            kept = self._kept[name] = tensor.new_empty(shape, dtype=dtype)
+        return kept
+
+    def cast(self, tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+        """A tensor in another dtype; itself, where it has that."""
+        return tensor.detach() if tensor.dtype == dtype else self.like(tensor, name, dtype=dtype).copy_(tensor)
+
+
 @torch.no_grad()
 def set_gradients(
     sae: TopKSAE,
@@ -85,7 +107,7 @@ def set_gradients(
     bfloat16: InBfloat16 = FLOAT32,
     classes: ClassMeans | None = None,
     labels: Tensor | None = None,
-    room: Tensor | None = None,
+    room: Room | None = None,
 ) -> tuple[Tensor, Latents]:
     """Set ``.grad`` of every parameter of ``sae`` to that of the loss on a batch.
 
@@ -104,19 +126,21 @@ def set_gradients(
         bfloat16: what is computed in bfloat16.
         classes: adds the term of PASS; needs ``labels``.
         labels: the batch's classes, int64 ``[batch]``.
-        room: memory for pre-activations that a caller keeps, ``[batch, n]``, in their dtype.
+        room: memory that a caller keeps for the next step.
 
     Returns:
         This process's share of the loss, and its sparse code.
     """
-    centered = x - sae.b_dec
-    rounded = centered.bfloat16() if any(bfloat16) else centered
-    pre, latents = _encode(sae, rounded if bfloat16.product else centered, room)
+    room = room or Room()
+    product, rows = (torch.bfloat16 if half else x.dtype for half in bfloat16)
+    centered = torch.sub(x, sae.b_dec, out=room.like(x, "centered"))
+    rounded = room.cast(centered, "rounded", product)
+    pre, latents = _encode(sae, rounded, room)
     latents = Latents(latents.values.to(x.dtype), latents.indices)
-    rows = rounded if bfloat16.rows else centered
-    residual = centered - _decoded(latents, sae.W_dec.detach().to(rows.dtype))
-    # In place where it can be: to get new memory for such tensors takes longer than to compute them.
-    apart = (x - mean_row(x)).square_()
+    decoded = _decoded(latents, room.cast(sae.W_dec, "decoder", rows))
+    residual = room.like(x, "residual").copy_(decoded)
+    torch.sub(centered, residual, out=residual)
+    apart = torch.sub(x, mean_row(x), out=room.like(x, "apart")).square_()
     variance = total(apart.sum())
     loss = torch.linalg.vector_norm(residual).square() / variance
 
@@ -128,8 +152,9 @@ def set_gradients(
     if sae.config.activation == "relu":
         to_values *= latents.values > 0
     places = by_latent(latents.indices, sae.config.num_latents)
-    _set_gradient(sae.W_dec, sum_by_latent(places, latents.values, to_output.to(rows.dtype)))
-    _set_gradient(sae.encoder.weight, sum_by_latent(places, to_values, rows))
+    _set_gradient(sae.W_dec, sum_by_latent(places, latents.values, room.cast(to_output, "to output", rows)))
+    given = rounded if rows == product else room.cast(centered, "given", rows)
+    _set_gradient(sae.encoder.weight, sum_by_latent(places, to_values, given))
     to_bias = F.embedding_bag(places.order, to_values.reshape(-1, 1), places.starts, mode="sum")
     sae.encoder.bias.grad = to_bias.squeeze(1)
     # The bias is added to the output and subtracted from the encoder's input.
@@ -150,10 +175,11 @@ def _join_and_project(sae: TopKSAE) -> None:
     to_decoder.addcmul_(_products(to_decoder, own, sae.W_dec), sae.W_dec, value=-1)
 
 
-def _encode(sae: TopKSAE, centered: Tensor, room: Tensor | None) -> tuple[Tensor, Latents]:
+def _encode(sae: TopKSAE, centered: Tensor, room: Room) -> tuple[Tensor, Latents]:
     """Pre-activations of ``x - b_dec``, and the code, in its dtype."""
-    weight, bias = (parameter.to(centered.dtype) for parameter in (sae.encoder.weight, sae.encoder.bias))
-    pre = torch.addmm(bias, centered, weight.T, out=room)
+    weight = room.cast(sae.encoder.weight, "encoder", centered.dtype)
+    pre = room.like(centered, "pre-activations", (len(centered), len(weight)))
+    torch.addmm(sae.encoder.bias.to(centered.dtype), centered, weight.T, out=pre)
     return pre, sae.select(pre)
 
 

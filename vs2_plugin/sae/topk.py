@@ -168,7 +168,8 @@ def largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     groups = _select(parts.amax(-2), k)[1]
     candidates = parts.gather(-1, groups.unsqueeze(-2).expand(*groups.shape[:-1], size, k))
     values, chosen = _select(candidates.flatten(-2), k)
-    return values, groups.gather(-1, chosen % k) + chosen.div(k, rounding_mode="floor") * (n // size)
+    within = chosen.div(k, rounding_mode="floor").mul_(n // size)
+    return values, within.add_(groups.gather(-1, chosen % k))
 
 
 def _select(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -182,7 +183,8 @@ def _select(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         values, places = rows.topk(k, dim=-1, sorted=False)
         return values, places
     bits = rows.view(torch.int16)
-    keys = (bits ^ ((bits >> 15) & 0x7FFF)).int().mul_(1 << 16).add_(torch.arange(n, dtype=torch.int32))
+    ordered = (bits >> 15).bitwise_and_(0x7FFF).bitwise_xor_(bits)
+    keys = ordered.int().mul_(1 << 16).add_(torch.arange(n, dtype=torch.int32))
     keys.numpy().partition(n - k)  # in place
     places = (keys[..., n - k :] & 0xFFFF).long()
     return rows.gather(-1, places), places

@@ -24,7 +24,7 @@ from vs2_plugin.sae.config import TrainConfig
 from vs2_plugin.sae.fit import fit_of, held_out_fvu, parted
 from vs2_plugin.sae.source import Device, Rows, Source, ahead, batches_of, chunks
 from vs2_plugin.sae.state import SavedState
-from vs2_plugin.sae.step import ClassMeans, InBfloat16, set_gradients
+from vs2_plugin.sae.step import ClassMeans, InBfloat16, Room, set_gradients
 from vs2_plugin.sae.topk import SaeConfig, TopKSAE
 from vs2_plugin.text import sentence_of
 
@@ -250,7 +250,7 @@ class _Run:
         self._last = math.inf
         self._gpu = _gpu_step(self.sae, self._optimizer, self._silent, self.scale)
         self._any_dead = False
-        self._room: Tensor | None = None
+        self._room = Room()
 
     def step(self, x: Tensor, chosen: np.ndarray, step: int) -> None:
         """One step on activations ``[batch, d]``, whose row numbers are ``chosen``."""
@@ -264,12 +264,8 @@ class _Run:
             self._gpu.step(x, rate, step, self._dead() if self._any_dead else None, config.auxk, self._classes, own)
             return
         dead = self._dead()
-        if self._room is None or len(self._room) != len(x):  # the share of a process may be one more or less
-            dtype = torch.bfloat16 if self._bfloat16.product else x.dtype
-            self._room = x.new_empty(len(x), sae.config.num_latents, dtype=dtype)
-        _, latents = set_gradients(
-            sae, x / self.scale, dead, config.auxk, self._bfloat16, self._classes, own, self._room
-        )  # fmt: skip
+        x = torch.div(x, self.scale, out=self._room.like(x, "batch"))
+        _, latents = set_gradients(sae, x, dead, config.auxk, self._bfloat16, self._classes, own, self._room)
         self._optimizer.param_groups[0]["lr"] = rate
         self._optimizer.step()
         sae.normalize_decoder()

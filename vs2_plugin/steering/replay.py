@@ -79,7 +79,8 @@ class _Told:
         with torch.autocast(self._given.device.type, enabled=False), counted() as told:
             self._steered = steer(self._given.float(), batch).to(self._given.dtype)
             self._counted = told
-            self._sums = torch.stack([total for _, sums, _ in told for total in sums.values()])
+            totals = [total for _, sums, _ in told for total in sums.values()]
+            self._sums = torch.stack(totals) if totals else torch.empty(0)
 
     def _assume(self, of_images: Tensor) -> None:
         wrong = of_images.any()

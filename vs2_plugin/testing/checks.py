@@ -14,6 +14,7 @@ from vs2_plugin.errors import PluginError, Vs2Error
 from vs2_plugin.model.facts import facts_of
 from vs2_plugin.steering.batch import unchanged
 from vs2_plugin.steering.move import Move
+from vs2_plugin.steering.replay import can_replay
 from vs2_plugin.testing.subject import Act, Subject
 from vs2_plugin.text import reason_of, sentence_of
 
@@ -235,6 +236,23 @@ def autocast(subject: Subject) -> str | None:
     return None if found.isfinite().all() else "it gave NaN or infinity under autocast; expected finite numbers"
 
 
+def replays(subject: Subject) -> str | None:
+    """on a GPU, if it says that it is replayable, a CUDA graph of it gives the same bits"""
+    model = subject.load()
+    if not any(getattr(place.steering, "replayable", False) for place in model.places):
+        raise _Skip("since it does not say that it is replayable")
+    with torch.no_grad():
+        if not can_replay(subject.images()[0]):
+            raise _Skip("since there is no GPU")
+        for _ in range(4):  # by then it is one
+            subject.outcome(model)
+        for images in (subject.images(), subject.images(others=True)):
+            anew, found = subject.outcome(subject.load(), images), subject.outcome(model, images)
+            if not torch.equal(anew, found):
+                return f"replayed it gives other numbers, {_apart(anew, found)}; expected replayable = False"
+    return None
+
+
 def facts(subject: Subject) -> str | None:
     """what it says of itself can stand in results, after images too"""
     with subject.act() as act:
@@ -266,7 +284,7 @@ CHECKS: dict[Callable[[Subject], str | None], tuple[str, ...]] = {
     **dict.fromkeys((shape, dtype, device), ("builds", "runs")),
     **dict.fromkeys((finite, in_place, facts), ("builds", "runs", "shape", "dtype", "device")),
     images: ("builds", "runs", "shape", "dtype", "device", "in place"),
-    **dict.fromkeys((deterministic, independent, automatic, copies, pickles, gradients, autocast), (
+    **dict.fromkeys((deterministic, independent, automatic, copies, pickles, gradients, autocast, replays), (
         "builds", "runs", "shape", "dtype", "device", "in place", "images",
     )),
 }  # fmt: skip
