@@ -245,7 +245,7 @@ def test_images_with_several_labels(here, monkeypatch):
         classes, templates = ["one", "two", "three"], ["a photo of a {c}"]
 
         def __len__(self):
-            return 10
+            return 40
 
         def __getitem__(self, index):
             generator = torch.Generator().manual_seed(index)

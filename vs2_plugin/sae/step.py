@@ -151,19 +151,25 @@ def set_gradients(
         loss, to_values = loss + term / variance, to_values + by_values / variance
     if sae.config.activation == "relu":
         to_values *= latents.values > 0
-    places = by_latent(latents.indices, sae.config.num_latents)
-    _set_gradient(sae.W_dec, sum_by_latent(places, latents.values, room.cast(to_output, "to output", rows)))
     given = rounded if rows == product else room.cast(centered, "given", rows)
-    _set_gradient(sae.encoder.weight, sum_by_latent(places, to_values, given))
-    to_bias = F.embedding_bag(places.order, to_values.reshape(-1, 1), places.starts, mode="sum")
-    sae.encoder.bias.grad = to_bias.squeeze(1)
-    # The bias is added to the output and subtracted from the encoder's input.
-    sae.b_dec.grad = to_output.sum(0) - sae.encoder.bias.grad @ sae.encoder.weight
-
+    _sum_up(sae, latents, to_values, given, to_output, room.cast(to_output, "to output", rows))
     if auxk and dead is not None and dead.any():
         loss = loss + _add_auxk(sae, pre, centered, residual, variance, dead.nonzero().squeeze(1), auxk)
     _join_and_project(sae)
     return loss, latents
+
+
+def _sum_up(
+    sae: TopKSAE, latents: Latents, to_values: Tensor, centered: Tensor, to_output: Tensor, rows: Tensor
+) -> None:
+    """Set the gradients, from those by the code and by the output; ``rows`` are these in the dtype of ``centered``."""
+    places = by_latent(latents.indices, sae.config.num_latents)
+    _set_gradient(sae.W_dec, sum_by_latent(places, latents.values, rows))
+    _set_gradient(sae.encoder.weight, sum_by_latent(places, to_values, centered))
+    to_bias = F.embedding_bag(places.order, to_values.reshape(-1, 1), places.starts, mode="sum")
+    sae.encoder.bias.grad = to_bias.squeeze(1)
+    # The bias is added to the output and subtracted from the encoder's input.
+    sae.b_dec.grad = to_output.sum(0) - sae.encoder.bias.grad @ sae.encoder.weight
 
 
 def _join_and_project(sae: TopKSAE) -> None:
