@@ -5,7 +5,6 @@ import gc
 import json
 import pickle
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -301,24 +300,9 @@ REPLAYED = ["vs2:{}", "vs2:{}@gate=0.5", "vs2:{}@blocks=2+3", "vs2:{}@alpha=auto
 REPLAYED += ["latents:{}@boost=3+5@factor=2", "vs2pp:{}", "vs2pp:{}@rule=query@brake=0.5", "knn:{}"]
 
 
-class Again:
-    """The work in place of a graph of it."""
-
-    def __init__(self, work):
-        self.work = work
-
-    def __call__(self):
-        self.work()
-
-    def pause(self, then):
-        then()
-
-
 @pytest.fixture
-def replaying(monkeypatch):
+def replaying(again, monkeypatch):
     """A function that has steerings replayed as if on a GPU, or told anew."""
-    monkeypatch.setattr("vs2_plugin.steering.replay.Replayed", Again)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr("vs2_plugin.steering.retriever.ScreenedSearch", ExactSearch)
     return lambda on: monkeypatch.setattr("vs2_plugin.model.places.can_replay", lambda x: on)
 

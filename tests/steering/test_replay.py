@@ -3,7 +3,6 @@
 import copy
 import logging
 import pickle
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,24 +12,7 @@ from vs2_plugin.steering import replay
 from vs2_plugin.steering.replay import Replays, can_replay
 from vs2_plugin.steering.tally import Tally
 
-
-class Again:
-    """The work in place of a graph of it."""
-
-    def __init__(self, work):
-        self.work = work
-
-    def __call__(self):
-        self.work()
-
-    def pause(self, then):
-        then()
-
-
-@pytest.fixture(autouse=True)
-def without_gpu(monkeypatch):
-    monkeypatch.setattr(replay, "Replayed", Again)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+pytestmark = pytest.mark.usefixtures("again")
 
 
 class Doubling:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vs2_plugin.devices import add_at, has_bfloat16_units
 from vs2_plugin.distributed import mean_row, total
-from vs2_plugin.sae.topk import Latents, TopKSAE, by_latent, largest, sum_by_latent
+from vs2_plugin.sae.topk import Latents, TopKSAE, by_latent, combine, largest, sum_by_latent
 
 __all__ = ["FLOAT32", "ClassMeans", "InBfloat16", "Room", "gradient_of", "set_gradients"]
 
@@ -137,8 +137,7 @@ def set_gradients(
     rounded = room.cast(centered, "rounded", product)
     pre, latents = _encode(sae, rounded, room)
     latents = Latents(latents.values.to(x.dtype), latents.indices)
-    decoded = _decoded(latents, room.cast(sae.W_dec, "decoder", rows))
-    residual = room.like(x, "residual").copy_(decoded)
+    residual = room.like(x, "residual").copy_(combine(latents, room.cast(sae.W_dec, "decoder", rows)))
     torch.sub(centered, residual, out=residual)
     apart = torch.sub(x, mean_row(x), out=room.like(x, "apart")).square_()
     variance = total(apart.sum())
@@ -187,12 +186,6 @@ def _encode(sae: TopKSAE, centered: Tensor, room: Room) -> tuple[Tensor, Latents
     pre = room.like(centered, "pre-activations", (len(centered), len(weight)))
     torch.addmm(sae.encoder.bias.to(centered.dtype), centered, weight.T, out=pre)
     return pre, sae.select(pre)
-
-
-def _decoded(latents: Latents, decoder: Tensor) -> Tensor:
-    """``W_decᵀ c`` in the dtype of the decoder: ``[batch, d]``."""
-    weights = latents.values.to(decoder.dtype)
-    return F.embedding_bag(latents.indices, decoder, per_sample_weights=weights, mode="sum")
 
 
 def _products(vectors: Tensor, indices: Tensor, table: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ __all__ = [
     "SaeConfig",
     "TopKSAE",
     "by_latent",
+    "combine",
     "fvu",
     "largest",
     "sample_fvu",
@@ -116,8 +117,7 @@ class TopKSAE(nn.Module):
     def combine(self, latents: Latents) -> Tensor:
         """``W_decᵀ c``, without the bias: ``[batch, d]``. Reads only the k active rows of the decoder."""
         # Of a weight that requires gradients, a bag prepares for them, even where none are asked for.
-        decoder = self.W_dec if torch.is_grad_enabled() else self.W_dec.detach()
-        return F.embedding_bag(latents.indices, decoder, per_sample_weights=latents.values, mode="sum")
+        return combine(latents, self.W_dec if torch.is_grad_enabled() else self.W_dec.detach())
 
     def decode(self, latents: Latents) -> Tensor:
         """The reconstruction ``x̃ = W_decᵀ c + b_dec``: ``[batch, d]``. Raises SettingError where activations are
@@ -150,6 +150,12 @@ class TopKSAE(nn.Module):
     def normalize_decoder(self) -> None:
         """Scale every decoder direction to unit norm."""
         self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.W_dec.dtype).tiny))
+
+
+def combine(latents: Latents, decoder: Tensor) -> Tensor:
+    """``W_decᵀ c`` in the dtype of the decoder: ``[batch, d]``."""
+    weights = latents.values.to(decoder.dtype)
+    return F.embedding_bag(latents.indices, decoder, per_sample_weights=weights, mode="sum")
 
 
 def largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
