@@ -177,7 +177,7 @@ def test_replayed_steerings_give_the_same_bits(steered, method, amp, monkeypatch
         found.model.reset_statistics()
         with monkeypatch.context() as patch, torch.autocast("cuda", enabled=amp):
             if not on:
-                patch.setattr("vs2_plugin.model.places.can_replay", lambda x: False)
+                patch.setattr("vs2_plugin.model.place.can_replay", lambda x: False)
             results.append([found.model.encode_image(images).clone() for images in some])
         results.append(found.model.vs2_facts())
     for place in found.model.places:

@@ -304,7 +304,7 @@ REPLAYED += ["latents:{}@boost=3+5@factor=2", "vs2pp:{}", "vs2pp:{}@rule=query@b
 def replaying(again, monkeypatch):
     """A function that has steerings replayed as if on a GPU, or told anew."""
     monkeypatch.setattr("vs2_plugin.steering.retriever.ScreenedSearch", ExactSearch)
-    return lambda on: monkeypatch.setattr("vs2_plugin.model.places.can_replay", lambda x: on)
+    return lambda on: monkeypatch.setattr("vs2_plugin.model.place.can_replay", lambda x: on)
 
 
 def told(model):

@@ -131,7 +131,7 @@ def test_every_check_is_tried():
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_what_cannot_be_replayed_is_told(broken, declare, again, monkeypatch):
-    for module in ("vs2_plugin.testing.checks", "vs2_plugin.model.places"):
+    for module in ("vs2_plugin.testing.checks", "vs2_plugin.model.place"):
         monkeypatch.setattr(f"{module}.can_replay", lambda x: not torch.is_grad_enabled())
     if broken:  # results stay what they were when it was told
         calls = count()

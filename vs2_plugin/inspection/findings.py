@@ -12,7 +12,7 @@ from torch import Tensor
 from vs2_plugin.inspection.pictures import ImageFile, Thumbnail, thumbnail
 from vs2_plugin.inspection.subject import Card, Subject
 from vs2_plugin.model.explanation import Explanation, PlaceChange, explain, require_explainable
-from vs2_plugin.model.places import Place
+from vs2_plugin.model.place import Place
 from vs2_plugin.steering.batch import Batch
 from vs2_plugin.steering.retriever import majority
 from vs2_plugin.text import counted

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from vs2_plugin.clip.sites import ClipModel, Sites, embedding_from
 from vs2_plugin.errors import DataError
-from vs2_plugin.model.places import Place, Places
+from vs2_plugin.model.place import Place
+from vs2_plugin.model.places import Places
 from vs2_plugin.steering.batch import Batch
 
 __all__ = ["Activations", "steer_activations"]

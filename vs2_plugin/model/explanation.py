@@ -16,7 +16,8 @@ from vs2_plugin.clip.sites import ClipModel, Sites
 from vs2_plugin.documented import documented
 from vs2_plugin.errors import HarnessError
 from vs2_plugin.model.attribution import Attribution, Movement, attribute, movement, tail
-from vs2_plugin.model.places import Place, Places
+from vs2_plugin.model.place import Place
+from vs2_plugin.model.places import Places
 from vs2_plugin.model.words import latent_embeddings, nearest
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.names import Parts

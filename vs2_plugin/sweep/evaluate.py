@@ -33,7 +33,8 @@ from vs2_plugin.harness.autoload import DISABLE
 from vs2_plugin.host import build, zero_shot_classification
 from vs2_plugin.method import Scalar
 from vs2_plugin.model.parts import Parts
-from vs2_plugin.model.places import Current, Place, build_places
+from vs2_plugin.model.place import Current, Place
+from vs2_plugin.model.places import build_places
 from vs2_plugin.model.readout import Readout
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.steering.batch import Batch

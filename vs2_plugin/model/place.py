@@ -1,0 +1,160 @@
+"""One site at which a model is steered, and by what."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor, nn
+
+from vs2_plugin.checkpoint.records import SiteSAE
+from vs2_plugin.clip.sites import ClipModel, Site, embedding_from
+from vs2_plugin.errors import PluginError
+from vs2_plugin.method import Scalar
+from vs2_plugin.model.builder import read_by_all, whose
+from vs2_plugin.steering.batch import Batch, Steering, call, steer, unchanged
+from vs2_plugin.steering.gate import Gate
+from vs2_plugin.steering.move import Move
+from vs2_plugin.steering.replay import Replays, can_replay
+from vs2_plugin.steering.retriever import Retriever
+from vs2_plugin.steering.tally import Tally
+
+__all__ = ["Current", "Place"]
+
+
+class Current:
+    """The batch that a tower is running on. One object is shared by a model and its places, also in a copy of both."""
+
+    batch: Batch | None = None
+
+
+class Place(nn.Module):
+    """One site at which a model is steered."""
+
+    def __init__(
+        self,
+        name: str,
+        site: Site,
+        facts: SiteSAE | None,
+        steering: Steering,
+        gate: Gate | None,
+        retriever: Retriever | None,
+        current: Current,
+    ) -> None:
+        super().__init__()
+        #: Of the method.
+        self.name = name
+        self.site = site
+        self.retriever = retriever
+        #: What the checkpoint tells of the SAE there, if the method steers along one.
+        self.facts = facts
+        #: The method's own steering, without the gate.
+        self.steering = steering
+        #: Around it, where there is an SAE. It holds the SAE and its mean.
+        self.gate = gate
+        self.current = current
+        #: Of the first place, at the tower's end: the model, whose plain embedding is what the rest of the tower makes
+        #: of the activation here. In a tuple: the model is no part of its own steering.
+        self.shows: tuple[ClipModel, ...] = ()
+        self.replays = Replays()
+        self._tally = Tally()
+
+    @property
+    def of_sae(self) -> dict[str, Scalar]:
+        """What tells the SAE here from others, for the results; empty where there is none."""
+        if self.gate is None:
+            return {}
+        config, trained = self.gate.sae.config, {} if self.facts is None else self.facts.training
+        facts: dict[str, Scalar] = {"k": config.k, "latents": config.num_latents}
+        facts["expansion"] = round(config.num_latents / config.d_in, 3)
+        told = {"seed": trained.get("seed"), "pass_weight": trained.get("pass_weight") or None}
+        return facts | {name: value for name, value in told.items() if value is not None}
+
+    def steer(self, x: Tensor, batch: Batch, wait: bool = True) -> Tensor:
+        """The steered activations ``[batch, d]``, float32, of the images at hand.
+
+        Raises:
+            PluginError: they are no such activations; or not finite though x is, and accuracy would be computed of
+                them all the same; or the method edited what is not its own. Without ``wait``, a GPU is not waited for,
+                and :meth:`require_finite` tells of activations that are not finite.
+        """
+        return self._checked(self.gate or partial(steer, self.steering), x, batch, wait)
+
+    def steer_all(self, x: Tensor, batch: Batch) -> Tensor:
+        """The same without the gate."""
+        return self._checked(partial(steer, self.steering), x, batch, True)
+
+    def _checked(self, steer: Callable[[Tensor, Batch], Tensor], x: Tensor, batch: Batch, wait: bool) -> Tensor:
+        sae = None if self.gate is None else self.gate.sae
+        try:
+            with unchanged(lambda: {"its activations": x, **read_by_all(sae, self.retriever, batch)}):
+                steered = steer(x, batch)
+        except PluginError as error:
+            raise PluginError(f"{self.whose} failed at {self.site}: {error}") from error
+        if not wait and x.device.type != "cpu":
+            self._tally.add(steered=steered.detach(), given=x.detach())
+        elif not steered.isfinite().all() and x.isfinite().all():
+            raise self._not_finite()
+        return steered
+
+    def require_finite(self) -> None:
+        """Raise PluginError if activations that were finite have been steered to others since :meth:`reset`.
+
+        It is for those that :meth:`steer` did not wait for.
+        """
+        means = self._tally.means()
+        if means and not math.isfinite(means["steered"]) and math.isfinite(means["given"]):
+            raise self._not_finite()
+
+    def _not_finite(self) -> PluginError:
+        return PluginError(
+            f"{self.whose} steered to NaN or infinity at {self.site}; expected finite activations (a division by "
+            "0, or a strength beyond float32?)"
+        )
+
+    def reset(self) -> None:
+        """Forget the images seen so far."""
+        for part in (self._tally, self.gate, self.steering):
+            getattr(part, "reset", lambda: None)()
+
+    @property
+    def whose(self) -> str:
+        """The method with its plugin, in words."""
+        return whose(self.name)
+
+    def move(self, x: Tensor, batch: Batch) -> Move | None:
+        """How the method moves ``[batch, d]`` along latents, without the gate; None for a method that tells no move."""
+        moved = call(self.steering, x, batch)
+        return moved if isinstance(moved, Move) else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Steer ``[batch, d]`` in the tower that is running."""
+        batch = self.current.batch
+        if batch is None:  # the tower runs by itself
+            return self.steer(x, Batch(), wait=False)
+        return self._steer_in(x, batch)
+
+    def _steer_in(self, x: Tensor, batch: Batch) -> Tensor:
+        if self.shows and batch.embed is None:
+            batch.embed = lambda: embedding_from(self.shows[0], self.site, x)
+        return self.steer(x, batch, wait=False)
+
+    def replay(self, x: Tensor) -> Tensor | None:
+        """The same on a GPU, in the dtype of ``[batch, d]``, as a CUDA graph; None where it has to be told anew: only a
+        steering with an attribute ``replayable`` does the same with all batches, and asks nothing but the GPU."""
+        if not can_replay(x) or getattr(self, "_is_replica", False) or (self.gate is not None and self.gate.recording):
+            return None
+        batch = self.current.batch
+        if self.retriever is not None and (not self.shows or batch is None or batch.embed is not None):
+            return None
+        if not getattr(self.steering, "replayable", False):
+            return None
+        steered = self.replays(self._steer_in, x)
+        # What is written among other tokens is copied there.
+        return steered.clone() if steered is not None and self.site.token_dim is None else steered
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Place:
+        self.replays.forget()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
