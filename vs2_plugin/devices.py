@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vs2_plugin.distributed import ALONE, Processes, gpu_of
 
-__all__ = ["Replayed", "add_at", "emulates_bfloat16", "has_bfloat16_units", "own_device", "to_processor"]
+__all__ = [
+    "Replayed",
+    "add_at",
+    "emulates_bfloat16",
+    "has_bfloat16_units",
+    "own_device",
+    "partitions_fast",
+    "to_processor",
+]
 
 
 def own_device(processes: Processes = ALONE) -> str:
@@ -27,9 +37,20 @@ def has_bfloat16_units() -> bool | None:
     It is asked of x86 processors (AVX512-BF16 or AMX), where torch tells it.
     """
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # absent in older torch
-    if platform.machine().lower() not in ("x86_64", "amd64") or not capabilities:
+    if not _is_x86() or not capabilities:
         return None
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def _is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+@functools.cache
+def partitions_fast() -> bool:
+    """Return whether numpy partitions integers by vector instructions, some times as fast as without. It does on x86
+    processors from version 2.0 on."""
+    return _is_x86() and int(np.__version__.partition(".")[0]) >= 2
 
 
 def emulates_bfloat16() -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vs2_plugin.devices import add_at, has_bfloat16_units
 from vs2_plugin.distributed import mean_row, total
-from vs2_plugin.sae.topk import Latents, TopKSAE, by_latent, combine, largest, sum_by_latent
+from vs2_plugin.sae.topk import Latents, TopKSAE, by_latent, combine, largest_above_zero, sum_by_latent
 
 __all__ = ["FLOAT32", "ClassMeans", "InBfloat16", "Room", "gradient_of", "set_gradients"]
 
@@ -229,7 +229,7 @@ def _add_auxk(
     if sae.config.activation == "relu":
         codes.relu_()
     if wanted < len(dead):
-        chosen = largest(codes.abs() if sae.config.activation == "abs" else codes, wanted)[1]
+        chosen = largest_above_zero(codes.abs() if sae.config.activation == "abs" else codes, wanted)[1]
         codes = torch.zeros_like(codes).scatter_(1, chosen, codes.gather(1, chosen))
     error = (codes @ decoder).to(residual.dtype).sub_(residual)
     scale = auxk * min(1.0, len(dead) / wanted) / variance

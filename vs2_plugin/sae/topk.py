@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vs2_plugin.devices import partitions_fast
 from vs2_plugin.documented import documented
 from vs2_plugin.errors import SettingError
 from vs2_plugin.settings import setting, validate
@@ -22,6 +23,7 @@ __all__ = [
     "combine",
     "fvu",
     "largest",
+    "largest_above_zero",
     "sample_fvu",
     "sum_by_latent",
 ]
@@ -29,6 +31,21 @@ __all__ = [
 
 #: What SAELens and Prisma add to the standard deviation that they divide by.
 _EPSILON = 1e-5
+
+
+class _Integers(NamedTuple):
+    """Integers by which numbers are selected: of the size of one, and of twice that."""
+
+    bits: torch.dtype
+    keys: torch.dtype
+
+
+_INTEGERS = {
+    torch.bfloat16: _Integers(torch.int16, torch.int32),
+    torch.float32: _Integers(torch.int32, torch.int64),
+}
+_PLACE = (1 << 16) - 1  # the bits of a key that are a place
+_AT_ONCE = 1 << 22  # bytes of rows that are looked at before the next ones, so that they are still in a cache
 
 
 @documented
@@ -100,10 +117,10 @@ class TopKSAE(nn.Module):
     def select(self, pre: Tensor) -> Latents:
         """The k active latents of pre-activations ``[batch, n]``."""
         if self.config.activation == "abs":
-            indices = largest(pre.abs(), self.config.k)[1]
+            indices = largest_above_zero(pre.abs(), self.config.k)[1]
             return Latents(pre.gather(-1, indices), indices)
         # Selecting before the ReLU picks the same latents, and zeroes what is not positive.
-        values, indices = largest(pre, self.config.k)
+        values, indices = largest_above_zero(pre, self.config.k)
         return Latents(F.relu(values), indices)
 
     def encode(self, x: Tensor) -> Latents:
@@ -167,38 +184,70 @@ def largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     n = rows.shape[-1]
     # Sizes of groups, and the n/k from which on they were the fastest.
     sizes = {16: 256, 8: 24, 4: 12} if rows.device.type == "cpu" else {64: 192} if n >= 1 << 16 else {}
-    size = next((g for g, least in sizes.items() if n % g == 0 and n >= least * k), 1)
+    size = _size(sizes, n, k)
     if size == 1:
-        return _select(rows, k)
+        return _topk(rows, k)
     parts = rows.unflatten(-1, (size, n // size))
-    groups = _select(parts.amax(-2), k)[1]
+    groups = _topk(parts.amax(-2), k)[1]
     candidates = parts.gather(-1, groups.unsqueeze(-2).expand(*groups.shape[:-1], size, k))
-    values, chosen = _select(candidates.flatten(-2), k)
+    values, chosen = _topk(candidates.flatten(-2), k)
     within = _quotient(chosen, k)
     return values, groups.gather(-1, chosen - within * k).add_(within.mul_(n // size))
+
+
+def _size(sizes: dict[int, int], n: int, k: int) -> int:
+    """Of how many a group of n is: the first that divides n, if n/k is large enough for it."""
+    return next((size for size, least in sizes.items() if n % size == 0 and n >= least * k), 1)
+
+
+def _topk(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    values, places = rows.topk(k, dim=-1, sorted=False)
+    return values, places
+
+
+def largest_above_zero(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of ``[batch, n]``, in no order, and where they are. Where fewer than k are above 0, the
+    others are any of the row.
+
+    On few threads numpy is the fastest, which partitions integers. The bits of a number that is not negative, read as
+    an integer, are in order; a key has them in its upper half and the place in its lower, so that it says both.
+    """
+    size, integers = rows.element_size(), _INTEGERS.get(rows.dtype)
+    fast = torch.get_num_threads() * size <= 16 and partitions_fast()  # on more, torch is as fast
+    if integers is None or rows.is_cuda or not fast or rows.shape[-1] > _PLACE:
+        return largest(rows, k)
+    bits = rows.detach().view(integers.bits).reshape(-1, rows.shape[-1])
+    keys = torch.empty(*rows.shape[:-1], k, dtype=integers.keys)
+    at_once = max(1, _AT_ONCE // (rows.shape[-1] * size))
+    for some, found in zip(bits.split(at_once), keys.view(-1, k).split(at_once), strict=True):
+        found.copy_(_largest_keys(some, k, integers.keys))
+    places = (keys & _PLACE).long()
+    values = rows.gather(-1, places) if rows.requires_grad else (keys >> 8 * size).to(integers.bits).view(rows.dtype)
+    return values, places
+
+
+def _largest_keys(bits: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    """The keys of the k largest of each row, in no order: ``[batch, k]``. In two rounds, as above."""
+    upper = 1 << 8 * bits.element_size()
+
+    def last(bits: Tensor, places: Tensor) -> Tensor:
+        keys = bits.to(dtype).mul_(upper).add_(places).flatten(1)
+        keys.numpy().partition(keys.shape[-1] - k)  # in place
+        return keys[:, -k:]
+
+    n = bits.shape[-1]
+    size, places = _size({16: 256, 8: 32}, n, k), torch.arange(n, dtype=dtype)
+    if size == 1:
+        return last(bits, places)
+    parts = bits.unflatten(-1, (size, n // size))
+    groups = last(parts.amax(-2), places[: n // size]) & _PLACE
+    candidates = parts.gather(-1, groups.long().unsqueeze(1).expand(-1, size, -1))
+    return last(candidates, groups.unsqueeze(1) + places[:: n // size, None])
 
 
 def _quotient(places: Tensor, k: int) -> Tensor:
     """``places // k`` of numbers that are not negative; where k is a power of two, in a tenth of the time."""
     return places >> (k.bit_length() - 1) if k & (k - 1) == 0 else places // k
-
-
-def _select(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The same in one round.
-
-    On one thread numpy partitions 32-bit integers as fast as torch selects on eight; and one holds a bfloat16 number,
-    as an integer of the same order, above its place.
-    """
-    n = rows.shape[-1]
-    if rows.dtype is not torch.bfloat16 or rows.device.type != "cpu" or n > 1 << 16:
-        values, places = rows.topk(k, dim=-1, sorted=False)
-        return values, places
-    bits = rows.view(torch.int16)
-    ordered = (bits >> 15).bitwise_and_(0x7FFF).bitwise_xor_(bits)
-    keys = ordered.int().mul_(1 << 16).add_(torch.arange(n, dtype=torch.int32))
-    keys.numpy().partition(n - k)  # in place
-    places = (keys[..., n - k :] & 0xFFFF).long()
-    return rows.gather(-1, places), places
 
 
 class ByLatent(NamedTuple):
