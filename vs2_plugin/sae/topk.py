@@ -214,7 +214,7 @@ def largest_above_zero(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     size, integers = rows.element_size(), _INTEGERS.get(rows.dtype)
     fast = torch.get_num_threads() * size <= 16 and partitions_fast()  # on more, torch is as fast
-    if integers is None or rows.is_cuda or not fast or rows.shape[-1] > _PLACE:
+    if integers is None or rows.is_cuda or not fast or rows.shape[-1] > _PLACE or torch.compiler.is_compiling():
         return largest(rows, k)
     bits = rows.detach().view(integers.bits).reshape(-1, rows.shape[-1])
     keys = torch.empty(*rows.shape[:-1], k, dtype=integers.keys)
