@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vs2_plugin.errors import SettingError
 from vs2_plugin.sae.topk import Latents, SaeConfig, TopKSAE, fvu, largest, largest_above_zero, sample_fvu
@@ -121,6 +122,16 @@ def test_an_activation_is_encoded_without_a_batch_and_with_gradients():
     values.sum().backward()
     expected = sum(sae.encoder.weight[latents].sum(0) for latents in indices[:1])
     torch.testing.assert_close(x.grad[0], expected)
+
+
+@torch.no_grad()
+def test_what_was_recorded_of_an_sae_selects_the_latents_of_another_batch():
+    sae, x = make_sae(16, 64, 4, "relu")
+    sae, x = sae.float(), x.float()
+    for recorded in (torch.jit.trace(sae, x), torch.export.export(sae, (x,)).module()):
+        torch.testing.assert_close(recorded(x.flip(1)), sae(x.flip(1)))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert sae(torch.empty(11, 16)).shape == x.shape
 
 
 @torch.no_grad()

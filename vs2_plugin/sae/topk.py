@@ -197,7 +197,10 @@ def largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _size(sizes: dict[int, int], n: int, k: int) -> int:
     """Of how many a group of n is: the first that divides n, if n/k is large enough for it."""
-    return next((size for size, least in sizes.items() if n % size == 0 and n >= least * k), 1)
+    for size, least in sizes.items():
+        if n % size == 0 and n >= least * k:
+            return size
+    return 1
 
 
 def _topk(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -213,10 +216,13 @@ def largest_above_zero(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     negative, read as an integer, are in order; a key has them in its upper half and the place in its lower, so that it
     says both.
     """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        # What numpy does would not be recorded.
+        return largest(rows, k)
     n, size, integers = rows.shape[-1], rows.element_size(), _INTEGERS.get(rows.dtype)
     few = torch.get_num_threads() * size <= 16  # 8 in bfloat16, 4 in float32: more of them make torch faster
-    fast = few and partitions_fast() and not torch.compiler.is_compiling()
-    if integers is None or rows.device.type != "cpu" or n > _PLACE + 1 or not fast:
+    has_data = rows.device.type == "cpu" and type(rows) is Tensor
+    if integers is None or n > _PLACE + 1 or not (few and has_data and partitions_fast()):
         return largest(rows, k)
     bits = rows.detach().view(integers.bits).reshape(-1, n)
     keys = torch.empty(*rows.shape[:-1], k, dtype=integers.keys)
