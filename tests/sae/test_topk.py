@@ -100,6 +100,7 @@ def test_numbers_are_selected_in_the_order_of_torch(columns, k, dtype):
 @pytest.mark.parametrize(("columns", "k"), COLUMNS)
 def test_numbers_above_zero_are_selected_in_the_order_of_torch(columns, k, dtype, fast, monkeypatch):
     monkeypatch.setattr("vs2_plugin.sae.topk.partitions_fast", lambda: fast)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr("vs2_plugin.sae.topk._AT_ONCE", 30_000)  # some rows at once, and the last few
     rows = some_rows(columns, dtype)
     values, places = largest_above_zero(rows, k)
