@@ -232,9 +232,10 @@ def write_shards():
 def again(monkeypatch):
     """What stands for a CUDA graph: it does the work again, with the same tensors."""
     monkeypatch.setattr("torch.cuda.current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
 
     class Again:
-        def __init__(self, work):
+        def __init__(self, work, room=None):
             self.work = work
 
         def __call__(self):
@@ -243,7 +244,7 @@ def again(monkeypatch):
         def pause(self, then):
             then()
 
-    monkeypatch.setattr("vs2_plugin.steering.replay.Replayed", Again)
+    monkeypatch.setattr("vs2_plugin.model.replay.Replayed", Again)
     return Again
 
 

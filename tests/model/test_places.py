@@ -10,10 +10,7 @@ import pytest
 import torch
 
 import vs2_plugin
-from vs2_plugin.data.images import open_images
-from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import HarnessError, PluginError
-from vs2_plugin.gallery.search import ExactSearch
 from vs2_plugin.method import Method
 from vs2_plugin.plugins import registry
 from vs2_plugin.steering.batch import Batch
@@ -294,88 +291,3 @@ def test_an_sae_of_no_use_is_told_when_a_model_is_bound_and_in_its_results(in_de
         model, *_ = vs2_plugin.load(f"vs2:{TINY}@{folder}")
         assert model.vs2_facts().get("vs2_sae_warning") == (told and f"block 3: {told}")
         assert caplog.text.count("of no use") == (told is not None)
-
-
-REPLAYED = ["vs2:{}", "vs2:{}@gate=0.5", "vs2:{}@blocks=2+3", "vs2:{}@alpha=auto", "rec:{}", "centre:{}", "vs2s:{}"]
-REPLAYED += ["latents:{}@boost=3+5@factor=2", "vs2pp:{}", "vs2pp:{}@rule=query@brake=0.5", "knn:{}"]
-
-
-@pytest.fixture
-def replaying(again, monkeypatch):
-    """A function that has steerings replayed as if on a GPU, or told anew."""
-    monkeypatch.setattr("vs2_plugin.steering.retriever.ScreenedSearch", ExactSearch)
-    return lambda on: monkeypatch.setattr("vs2_plugin.model.place.can_replay", lambda x: on)
-
-
-def told(model):
-    """The shapes that each place was told."""
-    return [len(place.replays._told) for place in model.places]
-
-
-@pytest.mark.parametrize("amp", [False, True])
-@pytest.mark.parametrize("text", REPLAYED)
-@torch.no_grad()
-def test_replayed_steerings_give_the_same_bits_and_figures(text, amp, in_demo, images, classifier, replaying):
-    found = []
-    for on in (False, True):
-        replaying(on)
-        model = load(text, classifier)
-        with torch.autocast("cpu", enabled=amp):
-            embeddings = [model.encode_image(some).clone() for some in (images, -images, images[:2])]
-        found.append((embeddings, model.vs2_facts()))
-        assert told(model) == ([2] if on else [0]) * len(model.places)
-    (anew, facts), (again, same) = found
-    assert facts == same and all(map(torch.equal, anew, again))
-    model.reset_statistics()
-    assert told(model) == [2] * len(model.places) and model.vs2_facts() != facts
-
-
-@pytest.mark.parametrize("text", ["vs2pp:{}@blocks=2", "clipsteer:{}", "rag:{}", "vs2pp:{}@encoder=none"])
-@torch.no_grad()
-def test_what_asks_more_than_the_gpu_is_told_anew(text, in_demo, images, classifier, replaying):
-    replaying(True)
-    model = load(text.removesuffix("@encoder=none"), classifier)
-    if text.endswith("none"):
-        model.places.retriever._encode = lambda images: images.flatten(1)[:, :64]
-    model.encode_image(images)
-    assert told(model) == [0]
-
-
-@torch.no_grad()
-def test_an_image_of_the_gallery_is_told_anew(in_demo, classifier, replaying):
-    found = []
-    for on in (False, True):
-        replaying(on)
-        model = load("vs2pp:{}@n=3", classifier)
-        train = next(open_images(DataSet.of("wds/digits", "digits"), "train", model.transform).batches(4, 0)).images
-        mixed = torch.cat([train[:1], torch.ones_like(train[1:])])
-        embeddings = [model.encode_image(some) for some in (train, torch.ones_like(train), mixed)]
-        found.append((embeddings, model.vs2_facts()))
-        assert told(model) == [on]
-    (anew, facts), (again, same) = found
-    assert facts == same and all(map(torch.equal, anew, again))
-
-
-@torch.no_grad()
-def test_they_are_told_anew_for_other_classes_and_other_weights(in_demo, images, classifier, replaying):
-    replaying(True)
-    model = load("vs2pp:{}@rule=query", classifier)
-    before = model.encode_image(images).clone()
-    model.set_classifier(classifier.roll(1, 0))
-    assert told(model) == [0]
-    rolled = model.encode_image(images).clone()
-    assert not torch.equal(rolled, before)
-    model.double().float()
-    assert told(model) == [0]
-    assert torch.allclose(model.encode_image(images), rolled, atol=1e-5)
-    replaying(False)
-    assert torch.equal(load("vs2pp:{}@rule=query", classifier.roll(1, 0)).encode_image(images), rolled)
-
-
-@torch.no_grad()
-def test_what_is_told_of_each_image_is_not_replayed(in_demo, images, classifier, replaying):
-    replaying(True)
-    model = load("vs2:{}@gate=0.5", classifier)
-    model.record_images(True)
-    model.encode_image(images)
-    assert told(model) == [0] and len(model.per_image()["fvu"]) == len(images)

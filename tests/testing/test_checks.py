@@ -1,6 +1,7 @@
 """What an author checks a method with: the built-in methods pass, and each check can fail."""
 
 import threading
+from collections import defaultdict
 from itertools import count
 
 import pytest
@@ -131,11 +132,11 @@ def test_every_check_is_tried():
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_what_cannot_be_replayed_is_told(broken, declare, again, monkeypatch):
-    for module in ("vs2_plugin.testing.checks", "vs2_plugin.model.place"):
+    for module in ("vs2_plugin.testing.checks", "vs2_plugin.model.steered"):
         monkeypatch.setattr(f"{module}.can_replay", lambda x: not torch.is_grad_enabled())
     if broken:  # results stay what they were when it was told
-        calls = count()
-        monkeypatch.setattr(again, "__call__", lambda told: told.work() if next(calls) < 3 else None)
+        calls = defaultdict(count)
+        monkeypatch.setattr(again, "__call__", lambda told: told.work() if next(calls[told]) < 3 else None)
     steering = Of(lambda of, x, batch: x + 1)
     finding = found_by(replays, Subject(declare(steering)))
     assert finding.skipped == "since it does not say that it is replayable"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vs2_plugin.clip.sites import Output, Site
 
-__all__ = ["Edit", "edit", "editing", "in_float32", "outputs", "paused", "reading"]
+__all__ = ["Edit", "edit", "editing", "in_float32", "is_hooked", "outputs", "paused", "reading"]
 
 T = TypeVar("T")
 #: Name, before a number, under which an edit is attached to the module whose output it changes.
@@ -30,9 +30,6 @@ class Edit(nn.Module):
 
     As a child it moves between devices with the model, is replicated by ``DataParallel`` and copied with the model.
     It keeps its dtype when the model is cast, and adds nothing to the model's ``state_dict``.
-
-    A steering may have a method ``replay``, a quicker way, which is tried first: it takes and gives activations in the
-    tower's dtype, or gives None.
     """
 
     def __init__(self, module: nn.Module, site: Site, steer: Callable[[Tensor], Tensor]) -> None:
@@ -49,7 +46,7 @@ class Edit(nn.Module):
         self._parent = (module,)  # in a tuple: a module that is an attribute would be a child
         self._register_state_dict_hook(_leave_out)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_do_not_miss)  # type: ignore[no-untyped-call]
-        module.add_module(self.name, self)
+        module.add_module(self.name, self.train(module.training))
         self._handle = module.register_forward_hook(_Hook(self.name))
 
     @property
@@ -63,9 +60,7 @@ class Edit(nn.Module):
         activation = self.site.read(output)
         if self.keeping:
             self.before = activation.detach()
-        replay = getattr(self.steer, "replay", None)
-        steered = None if replay is None else replay(activation)
-        return self.site.write(output, in_float32(self.steer, activation) if steered is None else steered)
+        return self.site.write(output, in_float32(self.steer, activation))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Edit:
         super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
@@ -87,6 +82,11 @@ class _Hook:
         edit = module._modules[self.name]
         assert edit is not None
         return output if edit.paused else edit(output)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether anything but edits is called whenever a module runs."""
+    return bool(module._forward_pre_hooks) or not all(isinstance(one, _Hook) for one in module._forward_hooks.values())
 
 
 def _leave_out(edit: nn.Module, destination: dict[str, Any], prefix: str, metadata: object) -> None:

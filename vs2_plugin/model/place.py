@@ -16,7 +16,6 @@ from vs2_plugin.model.builder import read_by_all, whose
 from vs2_plugin.steering.batch import Batch, Steering, call, steer, unchanged
 from vs2_plugin.steering.gate import Gate
 from vs2_plugin.steering.move import Move
-from vs2_plugin.steering.replay import Replays, can_replay
 from vs2_plugin.steering.retriever import Retriever
 from vs2_plugin.steering.tally import Tally
 
@@ -57,7 +56,6 @@ class Place(nn.Module):
         #: Of the first place, at the tower's end: the model, whose plain embedding is what the rest of the tower makes
         #: of the activation here. In a tuple: the model is no part of its own steering.
         self.shows: tuple[ClipModel, ...] = ()
-        self.replays = Replays()
         self._tally = Tally()
 
     @property
@@ -128,33 +126,18 @@ class Place(nn.Module):
         moved = call(self.steering, x, batch)
         return moved if isinstance(moved, Move) else None
 
+    @property
+    def replayable(self) -> bool:
+        """Whether a GPU can be told once for all batches what is done here: it tells nothing of each image, and the
+        steering has an attribute ``replayable``, since it does the same with all, and asks nothing but the GPU."""
+        told = self.gate is not None and self.gate.recording
+        return bool(getattr(self.steering, "replayable", False)) and not told
+
     def forward(self, x: Tensor) -> Tensor:
         """Steer ``[batch, d]`` in the tower that is running."""
         batch = self.current.batch
         if batch is None:  # the tower runs by itself
             return self.steer(x, Batch(), wait=False)
-        return self._steer_in(x, batch)
-
-    def _steer_in(self, x: Tensor, batch: Batch) -> Tensor:
         if self.shows and batch.embed is None:
             batch.embed = lambda: embedding_from(self.shows[0], self.site, x)
         return self.steer(x, batch, wait=False)
-
-    def replay(self, x: Tensor) -> Tensor | None:
-        """The same on a GPU, in the dtype of ``[batch, d]``, as a CUDA graph; None where it has to be told anew: only a
-        steering with an attribute ``replayable`` does the same with all batches, and asks nothing but the GPU."""
-        if not can_replay(x) or getattr(self, "_is_replica", False) or (self.gate is not None and self.gate.recording):
-            return None
-        batch = self.current.batch
-        if self.retriever is not None and (not self.shows or batch is None or batch.embed is not None):
-            return None
-        if not getattr(self.steering, "replayable", False):
-            return None
-        steered = self.replays(self._steer_in, x)
-        # What is written among other tokens is copied there.
-        return steered.clone() if steered is not None and self.site.token_dim is None else steered
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Place:
-        self.replays.forget()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self

@@ -140,7 +140,6 @@ class Places(Sequence[Place]):
             self.retriever.set_classifier(classifier)
         classifier = classifier.detach()
         for place in self:
-            place.replays.forget()
             # A sweep tells them twice; the steering keeps what it has seen in between.
             if isinstance(place.steering, Automatic) and not place.steering.is_settled(classifier):
                 self._choose(place, place.steering, classifier, quiet)
@@ -277,6 +276,9 @@ def _place(
 def as_it_is(x: Tensor, batch: Batch) -> Tensor:
     """What a method on logits does to activations: nothing."""
     return x
+
+
+as_it_is.replayable = True  # type: ignore[attr-defined]
 
 
 def _steering(spec: ModelString, context: Context) -> Steering:

@@ -25,6 +25,7 @@ from vs2_plugin.model.places import Places, build_places
 from vs2_plugin.model.plain import PlainEmbedding
 from vs2_plugin.model.predictions import Classifier, Images, OneImage, Predictions, one_image, predict
 from vs2_plugin.model.readout import Readout
+from vs2_plugin.model.replay import Replays, can_replay
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.steering.batch import Batch
 from vs2_plugin.steering.context import Task
@@ -65,6 +66,7 @@ class SteeredCLIP(nn.Module):
         self._targets: Tensor | None = None
         self._plain: PlainEmbedding | None = None
         self._show: ShowPlain | None = None
+        self._replays = Replays()
         self.eval()
 
     def __getattr__(self, name: str) -> Any:
@@ -95,6 +97,7 @@ class SteeredCLIP(nn.Module):
         while self._edits:
             self._edits.pop().remove()
         self._places, self.classifier = places, None
+        self._replays.forget()
         self._edits = [edit(self.model, place.site, place) for place in places]
 
     @property
@@ -126,6 +129,7 @@ class SteeredCLIP(nn.Module):
         so, and :func:`vs2_plugin.load` with ``classes``; elsewhere it is up to the caller, before the first image is
         encoded. Options that are ``auto`` are chosen now, and the choice is logged unless ``quiet``."""
         told = classifier if isinstance(classifier, Classifier) else Classifier.unnamed(classifier)
+        self._replays.forget()
         self.places.set_classifier(told.weights, quiet)
         self.classifier = told
 
@@ -230,21 +234,40 @@ class SteeredCLIP(nn.Module):
         Raises:
             HarnessError: the tower ran without its steering.
         """
-        with self.at_hand(image) as batch, self._all_steered():
-            embedding = self.model.encode_image(image, *args, **kwargs)
+        if self._can_replay(image) and not args and not kwargs:
+            embedding = self._replays(self.model, self._encode, image)
+            if embedding is not None:
+                return embedding
+        batch = Batch(image, self._targets)
+        embedding = self._encode(batch, *args, **kwargs)
         if self._show is not None and self._plain is not None:
             plain = self._plain
             known = batch.embed if self.places.inside else None
             self._show(known or (lambda: plain.of(image)))
         return embedding
 
-    @contextmanager
-    def at_hand(self, image: Tensor) -> Iterator[Batch]:
+    def _can_replay(self, image: Tensor) -> bool:
+        """Whether these images need nothing but a GPU, which knows from others what is to be done."""
+        if not can_replay(image) or self._show is not None or getattr(self, "_is_replica", False):
+            return False
+        paused = any(one.paused or one.keeping for one in self._edits)
+        return not paused and all(place.replayable for place in self.places)
+
+    def _encode(self, batch: Batch, *args: Any, **kwargs: Any) -> Tensor:
+        with self._running(batch), self._all_steered():
+            embedding: Tensor = self.model.encode_image(batch.images, *args, **kwargs)
+        return embedding
+
+    def at_hand(self, image: Tensor) -> AbstractContextManager[Batch]:
         """Within the ``with`` block the tower runs on these images, which steerings may ask about."""
-        places, batch = self.places, Batch(image, self._targets)
+        return self._running(Batch(image, self._targets))
+
+    @contextmanager
+    def _running(self, batch: Batch) -> Iterator[Batch]:
+        places = self.places
         if places.retriever is not None and places.inside:
             with self.unsteered():
-                plain = self.model.encode_image(image)
+                plain = self.model.encode_image(batch.images)
             batch.embed = lambda: plain
         self._current.batch = batch
         try:

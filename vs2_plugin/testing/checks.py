@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from vs2_plugin.errors import PluginError, Vs2Error
 from vs2_plugin.model.facts import facts_of
+from vs2_plugin.model.replay import can_replay
 from vs2_plugin.steering.batch import unchanged
 from vs2_plugin.steering.move import Move
-from vs2_plugin.steering.replay import can_replay
 from vs2_plugin.testing.subject import Act, Subject
 from vs2_plugin.text import reason_of, sentence_of
 

@@ -1,0 +1,144 @@
+"""The forward pass of a steered tower on a GPU as a CUDA graph: its hundreds of small kernels take longer to tell than
+to do."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks_of_all
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from vs2_plugin.clip.edits import is_hooked
+from vs2_plugin.devices import Replayed, to_processor
+from vs2_plugin.steering.batch import Batch
+from vs2_plugin.steering.tally import Counted, counted
+from vs2_plugin.text import sentence_of
+
+__all__ = ["Replays", "can_replay"]
+
+_LOG = logging.getLogger(__name__)
+#: Shapes of images that are told apart: a data set has two, its batches and the last one.
+_MOST = 4
+
+#: Gives steered embeddings ``[batch, embed_dim]`` of the images at hand.
+Encode = Callable[[Batch], Tensor]
+
+
+def can_replay(images: Tensor) -> bool:
+    """Whether what is done to a tensor could be replayed: on a GPU, where nothing looks at each operation."""
+    if not images.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return False
+    anywhere = (getattr(hooks_of_all, f"_global_forward_{kind}", None) for kind in ("hooks", "pre_hooks"))
+    return not any(anywhere) and not torch.cuda.is_current_stream_capturing()
+
+
+class Replays:
+    """A model's forward pass, as it was told for each shape of images. It goes on with the tensors that it was told:
+    other weights of the model it finds by itself, for others :meth:`forget`. A copy of it has been told nothing."""
+
+    def __init__(self) -> None:
+        self._told: dict[Hashable, _Told | None] = {}
+        self._parts: tuple[object, ...] | None = None
+        #: Memory to work in, by stream: no two passes of one stream are made at a time.
+        self._rooms: dict[int, Any] = {}
+
+    def __reduce__(self) -> tuple[type[Replays], tuple[()]]:
+        return Replays, ()
+
+    def forget(self) -> None:
+        """Be told anew."""
+        self._told.clear()
+        self._rooms.clear()
+
+    def __call__(self, model: nn.Module, encode: Encode, images: Tensor) -> Tensor | None:
+        """What ``encode`` gives of images, by way of this model. None where that has to be asked of ``encode`` itself:
+        it has hooks, which are to be called each time, trains, or asks more than a GPU knows."""
+        parts = _parts(model)
+        if parts is None:
+            return None
+        if parts != self._parts:
+            self.forget()
+            self._parts = parts
+        key, stream = _setting(images), torch.cuda.current_stream(images.device).cuda_stream
+        if (key, stream) not in self._told:
+            if stream not in self._rooms:
+                self._rooms[stream] = torch.cuda.graph_pool_handle()
+            told = _Told(encode, images, self._rooms[stream]) if len(self._told) < _MOST else None
+            self._told[key, stream] = told
+        told = self._told[key, stream]
+        try:
+            return None if told is None else told(images)
+        except Exception as error:  # if it is no matter of graphs, encoding itself will raise it
+            _LOG.info("the model is told to the GPU anew for each batch: %s", sentence_of(error))
+            self._told[key, stream] = None
+            return None
+
+
+def _parts(model: nn.Module) -> tuple[object, ...] | None:
+    """What a forward pass is of: modules, and where their weights are. None if it is to be made each time."""
+    parts: list[object] = []
+    for module in model.modules():
+        if module.training or is_hooked(module):
+            return None
+        parts += [module, vars(module).get("forward")]
+        for tensors in (module._parameters, module._buffers):
+            parts += [tensor.data_ptr() for tensor in tensors.values() if tensor is not None]
+    return tuple(parts)
+
+
+def _setting(images: Tensor) -> tuple[Hashable, ...]:
+    """What decides which kernels run."""
+    device = images.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    kinds = [torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv", torch.backends.cudnn)]
+    # Of torch 2.9 and later the second raises where the first was set.
+    precisions = [kind.fp32_precision if hasattr(kind, "fp32_precision") else kind.allow_tf32 for kind in kinds]
+    same = torch.are_deterministic_algorithms_enabled()
+    return images.shape, images.stride(), images.dtype, images.device, autocast, *precisions, same
+
+
+class _Told:
+    """The same for one shape."""
+
+    def __init__(self, encode: Encode, images: Tensor, room: Any) -> None:
+        with torch.inference_mode(False):
+            self._images = torch.empty_like(images)
+        self._embeddings, self._sums = self._images, torch.empty(0)
+        self._counted: list[Counted] = []
+        #: Each waits for, and gives, whether what was assumed is wrong.
+        self._answers: list[Callable[[], Tensor]] = []
+        self._replayed = Replayed(partial(self._encode, encode), room)
+
+    def _encode(self, encode: Encode) -> None:
+        batch = Batch(self._images)
+        batch.assume = self._assume
+        device = self._images.device.type
+        # Weights that autocast has cast before are not there when the graph is replayed.
+        dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        with torch.autocast(device, dtype, enabled, cache_enabled=False), counted() as told:
+            self._embeddings = encode(batch)
+            self._counted = told
+            totals = [total for _, sums, _ in told for total in sums.values()]
+            self._sums = torch.stack(totals) if totals else torch.empty(0)
+
+    def _assume(self, of_images: Tensor) -> None:
+        wrong = of_images.any()
+        self._replayed.pause(lambda: self._answers.append(to_processor(wrong)))
+
+    def __call__(self, images: Tensor) -> Tensor | None:
+        # To leave the inference mode asks for gradients.
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device_of(images):
+            self._images.copy_(images)
+            self._answers.clear()
+            self._replayed()
+            if any(answer() for answer in self._answers):  # asked in between, they wait for no more than that
+                return None
+            numbers = iter(self._sums.clone().unbind())
+            for tally, sums, count in self._counted:
+                tally.keep(dict(zip(sums, numbers, strict=False)), count)
+            return self._embeddings.clone()  # the next batch overwrites them
