@@ -21,7 +21,10 @@ def kernels(interpreted):
 
 @pytest.mark.parametrize(
     ("count", "width", "batch", "n", "dtype"),
-    [(530, 64, 2, 5, np.float16), (300, 40, 1, 3, np.float32), (7, 64, 2, 7, np.float16)],
+    [
+        (530, 64, 2, 5, np.float16), (300, 40, 1, 3, np.float32), (7, 64, 2, 7, np.float16),
+        (6000, 32, 2, 3, np.float16),
+    ],
 )
 def test_they_find_what_exact_search_does(kernels, count, width, batch, n, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: contextlib.nullcontext())

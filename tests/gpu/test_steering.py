@@ -160,7 +160,7 @@ def test_no_batch_waits_for_the_gpu(steered, method, monkeypatch):
     assert method == "knn" or found.model.vs2_facts()["vs2_mean_fvu"] > 0
 
 
-REPLAYED = [method for method in METHODS if not method.startswith(("clipsteer", "rag", "proto", "vs2pp@blocks"))]
+REPLAYED = [method for method in METHODS if not method.startswith(("clipsteer", "rag", "proto"))]
 REPLAYED.remove("vs2pp@search=faiss")
 REPLAYED += ["centre", "latents@boost=3+5@factor=2"]
 
@@ -168,7 +168,7 @@ REPLAYED += ["centre", "latents@boost=3+5@factor=2"]
 @pytest.mark.parametrize("amp", [False, True])
 @pytest.mark.parametrize("method", REPLAYED)
 @torch.no_grad()
-def test_replayed_steerings_give_the_same_bits(steered, method, amp, monkeypatch):
+def test_replayed_models_give_the_same_bits(steered, method, amp, monkeypatch):
     monkeypatch.setattr("vs2_plugin.steering.retriever._SAME", 2.0)
     found = steered(method)
     some = [found.images.roll(by, 3) for by in range(6)] + [found.images[:20]] * 4
@@ -177,11 +177,10 @@ def test_replayed_steerings_give_the_same_bits(steered, method, amp, monkeypatch
         found.model.reset_statistics()
         with monkeypatch.context() as patch, torch.autocast("cuda", enabled=amp):
             if not on:
-                patch.setattr("vs2_plugin.model.place.can_replay", lambda x: False)
-            results.append([found.model.encode_image(images).clone() for images in some])
+                patch.setattr("vs2_plugin.model.steered.can_replay", lambda x: False)
+            results.append([found.model.encode_image(images) for images in some])
         results.append(found.model.vs2_facts())
-    for place in found.model.places:
-        assert [one._replayed._calls for one in place.replays._told.values()] == [6, 4]
+    assert [one._replayed._calls for one in found.model._replays._told.values()] == [6, 4]
     anew, facts, again, same = results
     for name, value in facts.items():
         assert same[name] == (pytest.approx(value, rel=1e-9) if isinstance(value, float) else value), name
@@ -200,9 +199,34 @@ def test_replays_follow_the_classes_and_the_device(steered):
     found.model.set_classifier(classifier, quiet=True)
     assert all(torch.equal(found.embed(), expected) for _ in range(4))
     plain = steered("vs2")
-    expected = plain.embed()
+    *_, expected = (plain.embed() for _ in range(4))
     plain.model.cpu().cuda()
     assert all(torch.equal(plain.embed(), expected) for _ in range(4))
+    with torch.no_grad():
+        plain.model.model.visual.proj.mul_(-1)  # in place
+    assert all(torch.equal(plain.embed(), -expected) for _ in range(2))
+
+
+@torch.no_grad()
+def test_replays_read_nothing_that_the_surrounding_autocast_has_cast(steered):
+    found, others = steered("vs2"), steered("vs2")
+    with torch.autocast("cuda"):
+        expected = others.embed()
+        for _ in range(4):
+            assert torch.equal(found.embed(), expected)
+    junk = [torch.full((1 << 20,), float("nan"), device="cuda") for _ in range(8)]  # where the casts were
+    with torch.autocast("cuda"):
+        assert torch.equal(found.embed(), expected) and len(junk) == 8
+
+
+@torch.no_grad()
+def test_hooks_of_others_are_called_each_time(steered):
+    found, seen = steered("vs2"), []
+    *_, expected = (found.embed() for _ in range(4))
+    handle = found.model.model.visual.register_forward_hook(lambda *_: seen.append(1))
+    assert all(torch.equal(found.embed(), expected) for _ in range(4)) and len(seen) == 4
+    handle.remove()
+    assert torch.equal(found.embed(), expected) and len(seen) == 4
 
 
 def test_what_is_not_finite_is_told_before_results_are(here, digits, monkeypatch):
