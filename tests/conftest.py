@@ -236,9 +236,14 @@ def again(monkeypatch):
 
     class Again:
         def __init__(self, work, room=None):
-            self.work = work
+            self.work, self.calls = work, 0
+
+        @property
+        def is_told(self):
+            return self.calls > 1
 
         def __call__(self):
+            self.calls += 1
             self.work()
 
         def pause(self, then):

@@ -102,10 +102,15 @@ class Replayed:
         self._parts: list[tuple[torch.cuda.CUDAGraph, Callable[[], None]]] = []
         self._capturing = ExitStack()
 
+    @property
+    def is_told(self) -> bool:
+        """Whether the GPU does it by itself from now on."""
+        return self._calls > 2
+
     def __call__(self) -> None:
         """Do the work; twice as it is told, for what a library sets up at first."""
         self._calls += 1
-        if self._calls < 3:
+        if not self.is_told:
             return self._work()
         if self._calls == 3:
             with self._capturing:  # which does not do it
@@ -125,7 +130,7 @@ class Replayed:
 
     def pause(self, then: Callable[[], None]) -> None:
         """Within the work: do ``then`` here each time, as it is told, and then the rest of the work."""
-        if self._calls < 3:
+        if not self.is_told:
             return then()
         self._capturing.close()
         self._parts[-1] = self._parts[-1][0], then

@@ -123,26 +123,40 @@ def test_a_copy_is_told_anew():
         assert len(other._told) == 1
 
 
+@pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize("change", ["weights", "module", "forward"])
-def test_a_model_that_was_changed_is_told_anew(change):
+def test_a_model_that_was_changed_is_told_anew(change, told):
     model, replays = copy.deepcopy(MODEL), Replays()
 
     def once():
         replays(model, Doubling(), torch.ones(1, 3))
-        return next(iter(replays._told.values()))
+        return next(iter(replays._told.values()), None)
 
     first = once()
     with torch.no_grad():
         model[0].weight.mul_(2)  # in place: a graph reads it there
     assert once() is first
+    if told:
+        assert once() is first
     if change == "weights":
         model[0].weight = nn.Parameter(torch.ones(3, 3))
     elif change == "module":
         model.append(nn.Identity().eval())
     else:
         model[0].forward = lambda x: x
+    assert once() is None  # that batch is encoded anew
     second = once()
-    assert second is not first and once() is second
+    assert second not in (first, None) and once() is second
+
+
+def test_weights_that_are_elsewhere_are_found_before_a_gpu_looks_for_them(again):
+    model, encode, replays, x = copy.deepcopy(MODEL), Doubling(), Replays(), torch.ones(1, 3)
+    for _ in range(3):
+        replays(model, encode, x)
+    (before,) = replays._told.values()
+    model[0].weight.data = model[0].weight.data.clone()
+    assert replays(model, encode, x) is not None and len(encode.seen) == 4
+    assert before not in replays._told.values() and before._replayed.calls == 3
 
 
 def test_a_model_with_hooks_or_in_training_is_asked_itself():

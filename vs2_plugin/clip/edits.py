@@ -86,6 +86,8 @@ class _Hook:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether anything but edits is called whenever a module runs."""
+    if not module._forward_hooks and not module._forward_pre_hooks:
+        return False
     return bool(module._forward_pre_hooks) or not all(isinstance(one, _Hook) for one in module._forward_hooks.values())
 
 

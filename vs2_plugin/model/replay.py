@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable
 from functools import partial
+from operator import is_
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class Replays:
 
     def __init__(self) -> None:
         self._told: dict[Hashable, _Told | None] = {}
-        self._parts: tuple[object, ...] | None = None
+        self._parts: _Parts | None = None
         #: Memory to work in, by stream: no two passes of one stream are made at a time.
         self._rooms: dict[int, Any] = {}
 
@@ -52,18 +53,19 @@ class Replays:
 
     def forget(self) -> None:
         """Be told anew."""
+        self._parts = None
         self._told.clear()
         self._rooms.clear()
 
     def __call__(self, model: nn.Module, encode: Encode, images: Tensor) -> Tensor | None:
         """What ``encode`` gives of images, by way of this model. None where that has to be asked of ``encode`` itself:
         it has hooks, which are to be called each time, trains, or asks more than a GPU knows."""
-        parts = _parts(model)
-        if parts is None:
-            return None
-        if parts != self._parts:
+        if self._parts is None or self._parts.have_moved():
             self.forget()
-            self._parts = parts
+            found = _parts_of(model)
+            if found is None:
+                return None
+            self._parts = _Parts(model, found)
         key, stream = _setting(images), torch.cuda.current_stream(images.device).cuda_stream
         if (key, stream) not in self._told:
             if stream not in self._rooms:
@@ -72,23 +74,54 @@ class Replays:
             self._told[key, stream] = told
         told = self._told[key, stream]
         try:
-            return None if told is None else told(images)
+            return None if told is None else told(images, self._are_the_same)
         except Exception as error:  # if it is no matter of graphs, encoding itself will raise it
             _LOG.info("the model is told to the GPU anew for each batch: %s", sentence_of(error))
             self._told[key, stream] = None
             return None
 
+    def _are_the_same(self) -> bool:
+        same = self._parts is not None and self._parts.are_the_same()
+        if not same:
+            self.forget()
+        return same
 
-def _parts(model: nn.Module) -> tuple[object, ...] | None:
-    """What a forward pass is of: modules, and where their weights are. None if it is to be made each time."""
-    parts: list[object] = []
-    for module in model.modules():
-        if module.training or is_hooked(module):
-            return None
-        parts += [module, vars(module).get("forward")]
-        for tensors in (module._parameters, module._buffers):
-            parts += [tensor.data_ptr() for tensor in tensors.values() if tensor is not None]
-    return tuple(parts)
+
+class _Parts:
+    """What a forward pass is of: modules, and their weights, which stay where they are as long as this does."""
+
+    def __init__(self, model: nn.Module, found: list[object]) -> None:
+        self._model, self._found = model, found
+        self._tensors = [part for part in found if isinstance(part, Tensor)]
+        self._places = self._where()
+
+    def _where(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in self._tensors]
+
+    def have_moved(self) -> bool:
+        """Whether weights are elsewhere now: to be asked before a GPU looks for them."""
+        return self._where() != self._places
+
+    def are_the_same(self) -> bool:
+        """Whether it would be the same forward pass now, and none that is to be made each time."""
+        found = _parts_of(self._model)
+        return found is not None and len(found) == len(self._found) and all(map(is_, found, self._found))
+
+
+def _parts_of(module: nn.Module) -> list[object] | None:
+    """Modules, their weights, and what takes the place of their forward pass; None where hooks are called in it, or it
+    is one of training. It is looked up for every batch, hence by dictionaries."""
+    own = vars(module)
+    if own["training"] or is_hooked(module):
+        return None
+    parts = [module, own.get("forward"), *own["_parameters"].values(), *own["_buffers"].values()]
+    for child in own["_modules"].values():
+        if child is not None:
+            inner = _parts_of(child)
+            if inner is None:
+                return None
+            parts += inner
+    return parts
 
 
 def _setting(images: Tensor) -> tuple[Hashable, ...]:
@@ -130,12 +163,18 @@ class _Told:
         wrong = of_images.any()
         self._replayed.pause(lambda: self._answers.append(to_processor(wrong)))
 
-    def __call__(self, images: Tensor) -> Tensor | None:
+    def __call__(self, images: Tensor, same: Callable[[], bool]) -> Tensor | None:
+        """``same``: whether it still is what it was told; a GPU that works by itself is not kept waiting for that."""
         # To leave the inference mode asks for gradients.
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device_of(images):
+            works_by_itself = self._replayed.is_told
+            if not works_by_itself and not same():
+                return None
             self._images.copy_(images)
             self._answers.clear()
             self._replayed()
+            if works_by_itself and not same():
+                return None
             if any(answer() for answer in self._answers):  # asked in between, they wait for no more than that
                 return None
             numbers = iter(self._sums.clone().unbind())
