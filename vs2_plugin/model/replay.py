@@ -39,8 +39,8 @@ def can_replay(images: Tensor) -> bool:
 
 
 class Replays:
-    """A model's forward pass, as it was told for each shape of images. It goes on with the tensors that it was told:
-    other weights of the model it finds by itself, for others :meth:`forget`. A copy of it has been told nothing."""
+    """A tower's forward pass, as it was told for each shape of images. It goes on with the tensors that it was told:
+    other weights of the tower it finds by itself, for others :meth:`forget`. A copy of it has been told nothing."""
 
     def __init__(self) -> None:
         self._told: dict[Hashable, _Told | None] = {}
@@ -57,15 +57,15 @@ class Replays:
         self._told.clear()
         self._rooms.clear()
 
-    def __call__(self, model: nn.Module, encode: Encode, images: Tensor) -> Tensor | None:
-        """What ``encode`` gives of images, by way of this model. None where that has to be asked of ``encode`` itself:
+    def __call__(self, tower: nn.Module, encode: Encode, images: Tensor) -> Tensor | None:
+        """What ``encode`` gives of images, by way of this tower. None where that has to be asked of ``encode`` itself:
         it has hooks, which are to be called each time, trains, or asks more than a GPU knows."""
         if self._parts is None or self._parts.have_moved():
             self.forget()
-            found = _parts_of(model)
+            found = _parts_of(tower)
             if found is None:
                 return None
-            self._parts = _Parts(model, found)
+            self._parts = _Parts(tower, found)
         key, stream = _setting(images), torch.cuda.current_stream(images.device).cuda_stream
         if (key, stream) not in self._told:
             if stream not in self._rooms:
@@ -90,8 +90,8 @@ class Replays:
 class _Parts:
     """What a forward pass is of: modules, and their weights, which stay where they are as long as this does."""
 
-    def __init__(self, model: nn.Module, found: list[object]) -> None:
-        self._model, self._found = model, found
+    def __init__(self, tower: nn.Module, found: list[object]) -> None:
+        self._tower, self._found = tower, found
         self._tensors = [part for part in found if isinstance(part, Tensor)]
         self._places = self._where()
 
@@ -104,7 +104,7 @@ class _Parts:
 
     def are_the_same(self) -> bool:
         """Whether it would be the same forward pass now, and none that is to be made each time."""
-        found = _parts_of(self._model)
+        found = _parts_of(self._tower)
         return found is not None and len(found) == len(self._found) and all(map(is_, found, self._found))
 
 

@@ -235,7 +235,7 @@ class SteeredCLIP(nn.Module):
             HarnessError: the tower ran without its steering.
         """
         if self._can_replay(image) and not args and not kwargs:
-            embedding = self._replays(self.model, self._encode, image)
+            embedding = self._replays(self.model.visual, self._encode, image)
             if embedding is not None:
                 return embedding
         batch = Batch(image, self._targets)
