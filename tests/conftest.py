@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
@@ -41,6 +40,23 @@ LONGEST += ["sweep/test_evaluate", "harness/test_recorder", "reproduce/test_pape
 LONGEST += ["harness/test_gallery", "test_strength_study", "model/test_places", "harness/test_autoload"]
 LONGEST += ["test_distributed", "performance/test_suite", "steering/test_reference", "model/test_readout"]
 LONGEST += ["harness/test_towers", "sae/test_gpu", "test_architecture", "checkpoint/test_mutations"]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--replayed", action="store_true", help="replay models as on a GPU; see tests/tape.py")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def replayed(request):
+    """With ``--replayed``, have all models replayed."""
+    if not request.config.getoption("--replayed"):
+        yield
+        return
+    from .tape import replay_all
+
+    with pytest.MonkeyPatch.context() as patch:
+        replay_all(patch)
+        yield
 
 
 def pytest_collection_modifyitems(items):
@@ -230,27 +246,11 @@ def write_shards():
 
 @pytest.fixture
 def again(monkeypatch):
-    """What stands for a CUDA graph: it does the work again, with the same tensors."""
-    monkeypatch.setattr("torch.cuda.current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
+    """What stands for a CUDA graph."""
+    from .tape import Tape, stand_in
 
-    class Again:
-        def __init__(self, work, room=None):
-            self.work, self.calls = work, 0
-
-        @property
-        def is_told(self):
-            return self.calls > 1
-
-        def __call__(self):
-            self.calls += 1
-            self.work()
-
-        def pause(self, then):
-            then()
-
-    monkeypatch.setattr("vs2_plugin.model.replay.Replayed", Again)
-    return Again
+    stand_in(monkeypatch)
+    return Tape
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """What an author checks a method with: the built-in methods pass, and each check can fail."""
 
 import threading
-from collections import defaultdict
 from itertools import count
 
 import pytest
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from vs2_plugin.cli.main import main
 from vs2_plugin.errors import ModelStringError
 from vs2_plugin.method import Method, Option
+from vs2_plugin.model.replay import can_replay
 from vs2_plugin.plugins import find_plugins, registry
 from vs2_plugin.steering.move import Move
 from vs2_plugin.testing import check, findings
@@ -131,13 +131,12 @@ def test_every_check_is_tried():
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_what_cannot_be_replayed_is_told(broken, declare, again, monkeypatch):
-    for module in ("vs2_plugin.testing.checks", "vs2_plugin.model.steered"):
-        monkeypatch.setattr(f"{module}.can_replay", lambda x: not torch.is_grad_enabled())
-    if broken:  # results stay what they were when it was told
-        calls = defaultdict(count)
-        monkeypatch.setattr(again, "__call__", lambda told: told.work() if next(calls[told]) < 3 else None)
-    steering = Of(lambda of, x, batch: x + 1)
+def test_what_cannot_be_replayed_is_told(broken, declare, monkeypatch):
+    from ..tape import replay_all
+
+    replay_all(monkeypatch)
+    # A number that was read once stays what it was.
+    steering = Of(lambda of, x, batch: x + float(x[-1, 0]) if broken else x + x[-1, 0])
     finding = found_by(replays, Subject(declare(steering)))
     assert finding.skipped == "since it does not say that it is replayable"
     steering.replayable = True
@@ -205,7 +204,8 @@ def test_all_that_is_wrong_is_told_at_once(declare, capsys):
     assert "  --  images: not checked, since dtype fails" in text and text.endswith("bad: 1 of 17 checks failed\n")
 
 
-def test_the_command_prints_a_line_for_each_check(capsys):
+def test_the_command_prints_a_line_for_each_check(capsys, monkeypatch):
+    monkeypatch.setattr("vs2_plugin.testing.checks.can_replay", can_replay)  # with --replayed, another
     assert main(["methods", "--check", "centre@alpha=2"]) == 0
     text = capsys.readouterr().out
     assert "  --  replays: not checked, since there is no GPU" in text
