@@ -46,7 +46,8 @@ class Tape:
     operations are done again without its Python, so that what this decides stays as it was."""
 
     def __init__(self, work: Callable[[], None], room: Any = None) -> None:
-        self.work, self.calls = work, 0
+        self.work: Callable[[], None] | None = work
+        self.calls = 0
         self._done: list[tuple[Any, Any, Any, Any]] = []
         self._thens: list[tuple[int, Callable[[], None]]] = []
         self._recorder: _Recorder | None = None
@@ -57,12 +58,13 @@ class Tape:
 
     def __call__(self) -> None:
         self.calls += 1
-        if not self.is_told:
-            return self.work()
-        if not self._done:
-            self._recorder = _Recorder()
+        work = self.work
+        if work is not None and not self.is_told:
+            return work()
+        if work is not None:
+            self.work, self._recorder = None, _Recorder()
             with self._recorder:
-                self.work()
+                work()
             self._done, self._recorder = self._recorder.done, None
         at = 0
         for until, then in [*self._thens, (len(self._done), lambda: None)]:

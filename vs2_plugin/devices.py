@@ -97,7 +97,8 @@ class Replayed:
 
     def __init__(self, work: Callable[[], None], room: Any = None) -> None:
         """``room`` is memory to work in, shared with others that leave nothing there."""
-        self._work, self._calls = work, 0
+        self._work: Callable[[], None] | None = work
+        self._calls = 0
         self._room = room or torch.cuda.graph_pool_handle()
         self._parts: list[tuple[torch.cuda.CUDAGraph, Callable[[], None]]] = []
         self._capturing = ExitStack()
@@ -110,12 +111,14 @@ class Replayed:
     def __call__(self) -> None:
         """Do the work; twice as it is told, for what a library sets up at first."""
         self._calls += 1
-        if not self.is_told:
-            return self._work()
-        if self._calls == 3:
+        work = self._work
+        if work is not None and not self.is_told:
+            return work()
+        if work is not None:
+            self._work = None  # whose it is may hold this: without it, both go at once, and a GPU's memory with them
             with self._capturing:  # which does not do it
                 self._begin()
-                self._work()
+                work()
         for graph, then in self._parts:
             graph.replay()
             then()

@@ -2,8 +2,10 @@
 same tensors."""
 
 import copy
+import gc
 import logging
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -77,6 +79,19 @@ def test_a_batch_for_which_the_answer_is_yes_counts_only_where_it_is_told_anew()
         found = replays(MODEL, encode, batch)
         assert found is None if batch is special else torch.equal(found, 2 * batch)
     assert encode.tally.means() == {"first": 2.5} and len(encode.seen) == 3
+
+
+def test_nothing_stays_of_what_was_forgotten():
+    encode, replays = Doubling(), Replays()
+    for _ in range(4):
+        replays(MODEL, encode, torch.ones(2, 3))
+    gone = [weakref.ref(one) for one in (next(iter(replays._told.values())), replays._parts)]
+    gc.disable()  # a GPU's memory would wait for it
+    try:
+        replays.forget()
+        assert [one() for one in gone] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_every_shape_is_told_and_of_many_the_first(monkeypatch):

@@ -160,8 +160,8 @@ class _Told:
             self._sums = torch.stack(totals) if totals else torch.empty(0)
 
     def _assume(self, of_images: Tensor) -> None:
-        wrong = of_images.any()
-        self._replayed.pause(lambda: self._answers.append(to_processor(wrong)))
+        wrong, answers = of_images.any(), self._answers
+        self._replayed.pause(lambda: answers.append(to_processor(wrong)))
 
     def __call__(self, images: Tensor, same: Callable[[], bool]) -> Tensor | None:
         """``same``: whether it still is what it was told; a GPU that works by itself is not kept waiting for that."""
