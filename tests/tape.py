@@ -45,7 +45,7 @@ class Tape:
     """Stands for :class:`vs2_plugin.devices.Replayed`. As there, work is called three times; from then on its
     operations are done again without its Python, so that what this decides stays as it was."""
 
-    def __init__(self, work: Callable[[], None], room: Any = None) -> None:
+    def __init__(self, work: Callable[[], None], room: Any) -> None:
         self.work: Callable[[], None] | None = work
         self.calls = 0
         self._done: list[tuple[Any, Any, Any, Any]] = []
@@ -97,6 +97,9 @@ def stand_in(patch: pytest.MonkeyPatch) -> None:
     """Have tapes stand for graphs."""
     patch.setattr("torch.cuda.current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     patch.setattr("torch.cuda.graph_pool_handle", lambda: None)
+    patch.setattr("torch.cuda.Stream", lambda device: None)
+    patch.setattr("torch.cuda.get_sync_debug_mode", lambda: 0)
+    patch.setattr("torch.cuda.set_sync_debug_mode", lambda mode: None)
     patch.setattr("vs2_plugin.sae.topk.partitions_fast", lambda: False)  # numpy's selection is no operation of torch's
     patch.setattr("vs2_plugin.model.replay.Replayed", Tape)
 

@@ -17,7 +17,7 @@ from vs2_plugin.clip.edits import editing
 from vs2_plugin.data.images import image_digest, open_images
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.demo.digits import CLASSES
-from vs2_plugin.devices import add_at
+from vs2_plugin.devices import Replayed, Room, add_at
 from vs2_plugin.errors import PluginError
 from vs2_plugin.method import Method
 from vs2_plugin.plugins import registry
@@ -217,6 +217,40 @@ def test_replays_read_nothing_that_the_surrounding_autocast_has_cast(steered):
     junk = [torch.full((1 << 20,), float("nan"), device="cuda") for _ in range(8)]  # where the casts were
     with torch.autocast("cuda"):
         assert torch.equal(found.embed(), expected) and len(junk) == 8
+
+
+class Waiting:
+    """A steering that says of itself that it can be replayed, and cannot."""
+
+    replayable = True
+
+    def __call__(self, x):
+        return x + float(x[0, 0])
+
+
+@torch.no_grad()
+def test_a_steering_that_waits_for_the_gpu_is_asked_each_time(here, digits, monkeypatch, caplog):
+    known = registry()
+    method = Method("waiting", lambda context: Waiting(), needs_checkpoint=False)
+    monkeypatch.setitem(known.methods, method.name, method)
+    monkeypatch.setitem(known.owners, method.name, "a test")
+    caplog.set_level("INFO", "vs2_plugin")
+    found, others = Steered(digits, "waiting", "cuda"), Steered(digits, "waiting", "cpu")
+    for by in range(5):
+        found.images, others.images = (one.images.roll(by, 0) for one in (found, others))
+        assert (found.embed() - others.embed()).abs().max() < 1e-5
+    assert "waits for the GPU" in caplog.text
+    assert torch.cuda.current_stream() == torch.cuda.default_stream() and torch.cuda.get_sync_debug_mode() == 0
+
+
+@torch.no_grad()
+def test_a_graph_that_cannot_be_made_leaves_the_stream_as_it_was():
+    work = Replayed(lambda: torch.ones(3, device="cuda").sum().item(), Room.on(torch.device("cuda")))
+    work(), work()
+    with pytest.raises(RuntimeError, match="captur"):
+        work()
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.ones(3, device="cuda").sum().item() == 3
 
 
 @torch.no_grad()

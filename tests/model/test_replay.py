@@ -3,8 +3,10 @@ same tensors."""
 
 import copy
 import gc
+import itertools
 import logging
 import pickle
+import warnings
 import weakref
 
 import pytest
@@ -131,6 +133,35 @@ def test_what_cannot_be_told_is_asked_of_encoding_itself(caplog):
     assert replays(MODEL, encode, torch.ones(1, 3)) is None and not caplog.records
 
 
+def test_what_waits_for_the_gpu_is_asked_itself_before_a_graph_is_made_of_it(caplog, monkeypatch):
+    modes, number = [], itertools.count(1)
+    monkeypatch.setattr("torch.cuda.set_sync_debug_mode", modes.append)
+
+    def encode(batch):
+        if next(number) in waits:
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("Synchronization debug mode does not yet detect all synchronizing operations", stacklevel=1)
+        return batch.images + 1
+
+    caplog.set_level(logging.INFO, "vs2_plugin")
+    replays, waits, x = Replays(), (1,), torch.ones(1, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert all(replays(MODEL, encode, x) is not None for _ in range(5))  # when it is set up, it may
+        waits = (5,)
+        assert [replays(MODEL, encode, x[:, :2]) is None for _ in range(3)] == [False, True, True]
+    assert modes == ["warn", 0] * 2 and "waits for the GPU" in caplog.text
+
+
+def test_weights_of_other_kinds_are_left_alone():
+    class Packed(Tensor):
+        """Has no place of its own."""
+
+    model = copy.deepcopy(MODEL)
+    model[0].register_buffer("packed", torch.ones(2).as_subclass(Packed))
+    assert Replays()(model, Doubling(), torch.ones(1, 3)) is None
+
+
 def test_a_copy_is_told_anew():
     encode, replays = Doubling(), Replays()
     replays(MODEL, encode, torch.ones(1, 3))
@@ -200,6 +231,7 @@ def test_nothing_is_replayed_on_a_processor_or_where_somebody_looks_on(monkeypat
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
     can_replay = replay.can_replay
     on_gpu = torch.ones(1).as_subclass(type("OnGpu", (Tensor,), {"is_cuda": True}))
+    monkeypatch.setattr(replay, "Tensor", type(on_gpu))
     assert not can_replay(on_gpu)  # gradients are asked for
     with torch.no_grad():
         assert can_replay(on_gpu) and not can_replay(torch.ones(1))
@@ -209,6 +241,8 @@ def test_nothing_is_replayed_on_a_processor_or_where_somebody_looks_on(monkeypat
         assert not can_replay(on_gpu)
         handle.remove()
         assert can_replay(on_gpu)
+        monkeypatch.setattr("torch.jit.is_tracing", lambda: True)
+        assert not can_replay(on_gpu)
 
 
 @pytest.fixture

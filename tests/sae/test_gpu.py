@@ -1,6 +1,7 @@
 """The step of a GPU, its kernels run on the processor by Triton's interpreter."""
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,8 +29,8 @@ def here(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: contextlib.nullcontext())
     monkeypatch.setattr(gpu, "_HALF", torch.float32)
-    monkeypatch.setattr(gpu, "Replayed", lambda work, room=None: work)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(gpu, "Replayed", lambda work, room: work)
+    monkeypatch.setattr(gpu, "Room", SimpleNamespace(on=lambda device: None))
     return gpu
 
 

@@ -4,10 +4,11 @@ to do."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from operator import is_
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch.nn.modules import module as hooks_of_all
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from vs2_plugin.clip.edits import is_hooked
-from vs2_plugin.devices import Replayed, to_processor
+from vs2_plugin.devices import Replayed, Room, to_processor
 from vs2_plugin.steering.batch import Batch
 from vs2_plugin.steering.tally import Counted, counted
 from vs2_plugin.text import sentence_of
@@ -26,13 +27,18 @@ _LOG = logging.getLogger(__name__)
 #: Shapes of images that are told apart: a data set has two, its batches and the last one.
 _MOST = 4
 
+#: What weights are; others, quantized ones say, may lie nowhere.
+_PLAIN = (Tensor, nn.Parameter)
+
 #: Gives steered embeddings ``[batch, embed_dim]`` of the images at hand.
 Encode = Callable[[Batch], Tensor]
 
 
 def can_replay(images: Tensor) -> bool:
     """Whether what is done to a tensor could be replayed: on a GPU, where nothing looks at each operation."""
-    if not images.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+    if type(images) is not Tensor or not images.is_cuda or torch.is_grad_enabled() or is_in_torch_dispatch_mode():
+        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return False
     anywhere = (getattr(hooks_of_all, f"_global_forward_{kind}", None) for kind in ("hooks", "pre_hooks"))
     return not any(anywhere) and not torch.cuda.is_current_stream_capturing()
@@ -46,7 +52,7 @@ class Replays:
         self._told: dict[Hashable, _Told | None] = {}
         self._parts: _Parts | None = None
         #: Memory to work in, by stream: no two passes of one stream are made at a time.
-        self._rooms: dict[int, Any] = {}
+        self._rooms: dict[int, Room] = {}
 
     def __reduce__(self) -> tuple[type[Replays], tuple[()]]:
         return Replays, ()
@@ -63,13 +69,13 @@ class Replays:
         if self._parts is None or self._parts.have_moved():
             self.forget()
             found = _parts_of(tower)
-            if found is None:
+            if found is None or not all(type(part) in _PLAIN for part in found if isinstance(part, Tensor)):
                 return None
             self._parts = _Parts(tower, found)
         key, stream = _setting(images), torch.cuda.current_stream(images.device).cuda_stream
         if (key, stream) not in self._told:
             if stream not in self._rooms:
-                self._rooms[stream] = torch.cuda.graph_pool_handle()
+                self._rooms[stream] = Room.on(images.device)
             told = _Told(encode, images, self._rooms[stream]) if len(self._told) < _MOST else None
             self._told[key, stream] = told
         told = self._told[key, stream]
@@ -138,7 +144,7 @@ def _setting(images: Tensor) -> tuple[Hashable, ...]:
 class _Told:
     """The same for one shape."""
 
-    def __init__(self, encode: Encode, images: Tensor, room: Any) -> None:
+    def __init__(self, encode: Encode, images: Tensor, room: Room) -> None:
         with torch.inference_mode(False):
             self._images = torch.empty_like(images)
         self._embeddings, self._sums = self._images, torch.empty(0)
@@ -146,6 +152,7 @@ class _Told:
         #: Each waits for, and gives, whether what was assumed is wrong.
         self._answers: list[Callable[[], Tensor]] = []
         self._replayed = Replayed(partial(self._encode, encode), room)
+        self._batches = 0
 
     def _encode(self, encode: Encode) -> None:
         batch = Batch(self._images)
@@ -172,7 +179,9 @@ class _Told:
                 return None
             self._images.copy_(images)
             self._answers.clear()
-            self._replayed()
+            self._batches += 1
+            with _without_waits() if self._batches == 2 else nullcontext():  # at first, things are set up
+                self._replayed()
             if works_by_itself and not same():
                 return None
             if any(answer() for answer in self._answers):  # asked in between, they wait for no more than that
@@ -181,3 +190,19 @@ class _Told:
             for tally, sums, count in self._counted:
                 tally.keep(dict(zip(sums, numbers, strict=False)), count)
             return self._embeddings.clone()  # the next batch overwrites them
+
+
+@contextmanager
+def _without_waits() -> Iterator[None]:
+    """Raise RuntimeError if the processor waited for the GPU in the block: as a graph that fails, and not without
+    traces. Waits of other threads count too, as nobody can tell."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    if any("called a synchronizing CUDA operation" in str(one.message) for one in said):
+        raise RuntimeError("something in it waits for the GPU")
