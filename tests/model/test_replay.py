@@ -206,6 +206,14 @@ def test_weights_that_are_elsewhere_are_found_before_a_gpu_looks_for_them(again)
     assert before not in replays._told.values() and before._replayed.calls == 3
 
 
+def test_another_model_is_told_anew():
+    replays, x, told = Replays(), torch.ones(1, 3), []
+    for model in (MODEL, copy.deepcopy(MODEL), MODEL):
+        assert replays(model, Doubling(), x) is not None
+        told += replays._told.values()
+    assert len(set(told)) == 3
+
+
 def test_a_model_with_hooks_or_in_training_is_asked_itself():
     model, replays, x = copy.deepcopy(MODEL), Replays(), torch.ones(1, 3)
     assert replays(model, Doubling(), x) is not None

@@ -66,7 +66,7 @@ class Replays:
     def __call__(self, tower: nn.Module, encode: Encode, images: Tensor) -> Tensor | None:
         """What ``encode`` gives of images, by way of this tower. None where that has to be asked of ``encode`` itself:
         it has hooks, which are to be called each time, trains, or asks more than a GPU knows."""
-        if self._parts is None or self._parts.have_moved():
+        if self._parts is None or self._parts.tower is not tower or self._parts.have_moved():
             self.forget()
             found = _parts_of(tower)
             if found is None or not all(type(part) in _PLAIN for part in found if isinstance(part, Tensor)):
@@ -97,7 +97,7 @@ class _Parts:
     """What a forward pass is of: modules, and their weights, which stay where they are as long as this does."""
 
     def __init__(self, tower: nn.Module, found: list[object]) -> None:
-        self._tower, self._found = tower, found
+        self.tower, self._found = tower, found
         self._tensors = [part for part in found if isinstance(part, Tensor)]
         self._places = self._where()
 
@@ -110,7 +110,7 @@ class _Parts:
 
     def are_the_same(self) -> bool:
         """Whether it would be the same forward pass now, and none that is to be made each time."""
-        found = _parts_of(self._tower)
+        found = _parts_of(self.tower)
         return found is not None and len(found) == len(self._found) and all(map(is_, found, self._found))
 
 
