@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vs2_plugin.devices import Replayed, Room, emulates_bfloat16, has_bfloat16_units, own_device
+from vs2_plugin.devices import GraphRoom, Replayed, emulates_bfloat16, has_bfloat16_units, own_device
 from vs2_plugin.distributed import Processes
 
 
@@ -75,7 +75,7 @@ def test_work_is_told_twice_recorded_in_parts_and_replayed(monkeypatch):
         replayed.pause(lambda: gpu.done.append("then"))
         gpu.done.append(("two", gpu.stream))
 
-    replayed, told = Replayed(work, Room("pool", "side")), []
+    replayed, told = Replayed(work, GraphRoom("pool", "side")), []
     for _ in range(4):
         replayed()
         told.append(replayed.is_told)
@@ -88,7 +88,7 @@ def test_work_is_told_twice_recorded_in_parts_and_replayed(monkeypatch):
 def test_work_that_cannot_be_recorded_leaves_the_stream_as_it_was(monkeypatch):
     gpu = Gpu(monkeypatch)
     gpu.fails = True
-    replayed = Replayed(lambda: None, Room("pool", "side"))
+    replayed = Replayed(lambda: None, GraphRoom("pool", "side"))
     replayed(), replayed()
     with pytest.raises(RuntimeError, match="previous error"):
         replayed()

@@ -16,7 +16,7 @@ from vs2_plugin.distributed import ALONE, Processes, gpu_of
 
 __all__ = [
     "Replayed",
-    "Room",
+    "GraphRoom",
     "add_at",
     "emulates_bfloat16",
     "has_bfloat16_units",
@@ -92,14 +92,14 @@ def to_processor(tensor: Tensor) -> Callable[[], Tensor]:
     return waited
 
 
-class Room(NamedTuple):
+class GraphRoom(NamedTuple):
     """Memory for work on a GPU, shared with other work that leaves nothing there; and what tells the GPU of it."""
 
     pool: Any
     stream: torch.cuda.Stream
 
     @classmethod
-    def on(cls, device: torch.device) -> Room:
+    def on(cls, device: torch.device) -> GraphRoom:
         """Return room on a GPU. Of itself, torch tells all of them by a stream of the first that was asked for."""
         return cls(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))
 
@@ -108,7 +108,7 @@ class Replayed:
     """Work on a GPU that is told once and replayed from then on, with the same tensors: to tell a training step, of
     fifty kernels, takes the processor longer than the step takes (H100, d 768, n 3072, batch 4096: 1.2 and 0.5 ms)."""
 
-    def __init__(self, work: Callable[[], None], room: Room) -> None:
+    def __init__(self, work: Callable[[], None], room: GraphRoom) -> None:
         self._work: Callable[[], None] | None = work
         self._room, self._calls = room, 0
         self._parts: list[tuple[torch.cuda.CUDAGraph, Callable[[], None]]] = []

@@ -17,7 +17,7 @@ from vs2_plugin.clip.edits import editing
 from vs2_plugin.data.images import image_digest, open_images
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.demo.digits import CLASSES
-from vs2_plugin.devices import Replayed, Room, add_at
+from vs2_plugin.devices import GraphRoom, Replayed, add_at
 from vs2_plugin.errors import PluginError
 from vs2_plugin.method import Method
 from vs2_plugin.plugins import registry
@@ -245,7 +245,7 @@ def test_a_steering_that_waits_for_the_gpu_is_asked_each_time(here, digits, monk
 
 @torch.no_grad()
 def test_a_graph_that_cannot_be_made_leaves_the_stream_as_it_was():
-    work = Replayed(lambda: torch.ones(3, device="cuda").sum().item(), Room.on(torch.device("cuda")))
+    work = Replayed(lambda: torch.ones(3, device="cuda").sum().item(), GraphRoom.on(torch.device("cuda")))
     work(), work()
     with pytest.raises(RuntimeError, match="captur"):
         work()

@@ -30,7 +30,7 @@ def here(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: contextlib.nullcontext())
     monkeypatch.setattr(gpu, "_HALF", torch.float32)
     monkeypatch.setattr(gpu, "Replayed", lambda work, room: work)
-    monkeypatch.setattr(gpu, "Room", SimpleNamespace(on=lambda device: None))
+    monkeypatch.setattr(gpu, "GraphRoom", SimpleNamespace(on=lambda device: None))
     return gpu
 
 

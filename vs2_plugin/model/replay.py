@@ -16,7 +16,7 @@ from torch.nn.modules import module as hooks_of_all
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from vs2_plugin.clip.edits import is_hooked
-from vs2_plugin.devices import Replayed, Room, to_processor
+from vs2_plugin.devices import GraphRoom, Replayed, to_processor
 from vs2_plugin.steering.batch import Batch
 from vs2_plugin.steering.tally import Counted, counted
 from vs2_plugin.text import sentence_of
@@ -52,7 +52,7 @@ class Replays:
         self._told: dict[Hashable, _Told | None] = {}
         self._parts: _Parts | None = None
         #: Memory to work in, by stream: no two passes of one stream are made at a time.
-        self._rooms: dict[int, Room] = {}
+        self._rooms: dict[int, GraphRoom] = {}
 
     def __reduce__(self) -> tuple[type[Replays], tuple[()]]:
         return Replays, ()
@@ -75,7 +75,7 @@ class Replays:
         key, stream = _setting(images), torch.cuda.current_stream(images.device).cuda_stream
         if (key, stream) not in self._told:
             if stream not in self._rooms:
-                self._rooms[stream] = Room.on(images.device)
+                self._rooms[stream] = GraphRoom.on(images.device)
             told = _Told(encode, images, self._rooms[stream]) if len(self._told) < _MOST else None
             self._told[key, stream] = told
         told = self._told[key, stream]
@@ -144,7 +144,7 @@ def _setting(images: Tensor) -> tuple[Hashable, ...]:
 class _Told:
     """The same for one shape."""
 
-    def __init__(self, encode: Encode, images: Tensor, room: Room) -> None:
+    def __init__(self, encode: Encode, images: Tensor, room: GraphRoom) -> None:
         with torch.inference_mode(False):
             self._images = torch.empty_like(images)
         self._embeddings, self._sums = self._images, torch.empty(0)

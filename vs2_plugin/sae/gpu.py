@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from vs2_plugin.devices import Replayed, Room
+from vs2_plugin.devices import GraphRoom, Replayed
 from vs2_plugin.distributed import alone, total
 from vs2_plugin.sae import kernels
 from vs2_plugin.sae.step import ClassMeans, gradient_of
@@ -67,12 +67,12 @@ class GpuStep:
                 moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                 optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
         device = sae.b_dec.device
-        self._replayed = [Replayed(work, Room.on(device)) for work in (self._set_gradients, self._update)]
+        self._replayed = [Replayed(work, GraphRoom.on(device)) for work in (self._set_gradients, self._update)]
         most = _rounded_up(len(silent))
         self._listed, self._is_listed = silent.new_zeros(most), self._rates.new_zeros(most)
         self._weight_of_auxk = self._rates.new_zeros(())
         self._auxk: dict[int, Replayed] = {}
-        self._room_of_auxk = Room.on(device)
+        self._room_of_auxk = GraphRoom.on(device)
 
     def step(
         self, x: Tensor, rate: float, number: int, dead: Tensor | None = None, auxk: float = 0.0,
