@@ -15,8 +15,8 @@ from torch import Tensor
 from vs2_plugin.distributed import ALONE, Processes, gpu_of
 
 __all__ = [
-    "Replayed",
     "GraphRoom",
+    "Replayed",
     "add_at",
     "emulates_bfloat16",
     "has_bfloat16_units",
