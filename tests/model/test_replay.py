@@ -120,6 +120,9 @@ def test_other_products_and_another_order_in_memory_are_told_apart(name):
     assert len(replays._told) == 2
     replays(MODEL, encode, x.T)
     assert [one._images.stride() for one in replays._told.values()] == [(3, 1), (3, 1), (1, 3)]
+    with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+        replays(MODEL, encode, x)
+    assert len(replays._told) == 4
 
 
 def test_what_cannot_be_told_is_asked_of_encoding_itself(caplog):
@@ -348,6 +351,18 @@ def test_they_are_told_anew_for_other_classes_and_other_weights(in_demo, images,
     assert first not in model._replays._told.values()
     replaying(False)
     assert torch.equal(load("vs2pp:{}@rule=query", classifier.roll(1, 0)).encode_image(images), rolled)
+
+
+@torch.no_grad()
+def test_a_steering_that_was_changed_is_told_anew(in_demo, images, classifier, replaying):
+    replaying(True)
+    model = load("vs2:{}", classifier)
+    *_, before = (model.encode_image(images) for _ in range(4))
+    model.places[0].steering.strength = 3.0
+    found = [model.encode_image(images) for _ in range(4)]
+    replaying(False)
+    assert all(torch.equal(one, model.encode_image(images)) for one in found)
+    assert not torch.equal(found[0], before)
 
 
 @torch.no_grad()

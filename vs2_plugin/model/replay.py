@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from vs2_plugin.clip.edits import is_hooked
+from vs2_plugin.clip.edits import Edit, is_hooked
 from vs2_plugin.devices import GraphRoom, Replayed, to_processor
 from vs2_plugin.steering.batch import Batch
 from vs2_plugin.steering.tally import Counted, counted
@@ -29,6 +29,9 @@ _MOST = 4
 
 #: What weights are; others, quantized ones say, may lie nowhere.
 _PLAIN = (Tensor, nn.Parameter)
+
+#: Ways to compute attention, each of which may be switched off.
+_ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
 
 #: Gives steered embeddings ``[batch, embed_dim]`` of the images at hand.
 Encode = Callable[[Batch], Tensor]
@@ -114,16 +117,18 @@ class _Parts:
         return found is not None and len(found) == len(self._found) and all(map(is_, found, self._found))
 
 
-def _parts_of(module: nn.Module) -> list[object] | None:
-    """Modules, their weights, and what takes the place of their forward pass; None where hooks are called in it, or it
-    is one of training. It is looked up for every batch, hence by dictionaries."""
+def _parts_of(module: nn.Module, of_steering: bool = False) -> list[object] | None:
+    """Modules, their weights, what takes the place of their forward pass, and the numbers and words of steerings; None
+    where hooks are called in it, or it is one of training. It is looked up for every batch, hence by dictionaries."""
     own = vars(module)
     if own["training"] or is_hooked(module):
         return None
     parts = [module, own.get("forward"), *own["_parameters"].values(), *own["_buffers"].values()]
+    if of_steering:
+        parts += [value for value in own.values() if isinstance(value, (int, float, str))]
     for child in own["_modules"].values():
         if child is not None:
-            inner = _parts_of(child)
+            inner = _parts_of(child, of_steering or isinstance(module, Edit))
             if inner is None:
                 return None
             parts += inner
@@ -137,8 +142,9 @@ def _setting(images: Tensor) -> tuple[Hashable, ...]:
     kinds = [torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv", torch.backends.cudnn)]
     # Of torch 2.9 and later the second raises where the first was set.
     precisions = [kind.fp32_precision if hasattr(kind, "fp32_precision") else kind.allow_tf32 for kind in kinds]
+    attention = [getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in _ATTENTION]
     same = torch.are_deterministic_algorithms_enabled()
-    return images.shape, images.stride(), images.dtype, images.device, autocast, *precisions, same
+    return images.shape, images.stride(), images.dtype, images.device, autocast, *precisions, *attention, same
 
 
 class _Told:
