@@ -42,11 +42,10 @@ def _tensors(found: Any) -> Iterator[Tensor]:
 
 
 class Tape:
-    """Stands for :class:`vs2_plugin.devices.Replayed`. As there, work is called three times; from then on its
+    """Stands for :class:`vs2_plugin.devices.Replayed`. As there, work is done twice and recorded; from then on its
     operations are done again without its Python, so that what this decides stays as it was."""
 
-    def __init__(self, work: Callable[[], None], room: Any) -> None:
-        self.work: Callable[[], None] | None = work
+    def __init__(self, room: Any = None) -> None:
         self.calls = 0
         self._done: list[tuple[Any, Any, Any, Any]] = []
         self._thens: list[tuple[int, Callable[[], None]]] = []
@@ -54,15 +53,14 @@ class Tape:
 
     @property
     def is_told(self) -> bool:
-        return self.calls > 2
+        return bool(self._done)
 
-    def __call__(self) -> None:
+    def __call__(self, work: Callable[[], None]) -> None:
         self.calls += 1
-        work = self.work
-        if work is not None and not self.is_told:
+        if self.calls < 3:
             return work()
-        if work is not None:
-            self.work, self._recorder = None, _Recorder()
+        if not self.is_told:
+            self._recorder = _Recorder()
             with self._recorder:
                 work()
             self._done, self._recorder = self._recorder.done, None
@@ -97,7 +95,6 @@ def stand_in(patch: pytest.MonkeyPatch) -> None:
     """Have tapes stand for graphs."""
     patch.setattr("torch.cuda.current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     patch.setattr("torch.cuda.graph_pool_handle", lambda: None)
-    patch.setattr("torch.cuda.Stream", lambda device: None)
     patch.setattr("torch.cuda.get_sync_debug_mode", lambda: 0)
     patch.setattr("torch.cuda.set_sync_debug_mode", lambda mode: None)
     patch.setattr("vs2_plugin.sae.topk.partitions_fast", lambda: False)  # numpy's selection is no operation of torch's

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vs2_plugin.devices import GraphRoom, Replayed, emulates_bfloat16, has_bfloat16_units, own_device
+from vs2_plugin import devices
+from vs2_plugin.devices import Replayed, emulates_bfloat16, has_bfloat16_units, own_device
 from vs2_plugin.distributed import Processes
 
 
@@ -50,12 +51,16 @@ class Gpu:
         self.done, self.stream, self.fails = [], "own", False
         patch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: self.done.append("replay")))
         patch.setattr(torch.cuda, "graph", self.graph)
+        patch.setattr(torch.cuda, "current_device", lambda: 3)
         patch.setattr(torch.cuda, "current_stream", lambda: self.stream)
         patch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "stream", stream))
+        patch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+        patch.setattr(devices, "_capture_stream", lambda device: f"side {device}")
+        patch.setattr(Replayed, "failed", False)
 
     @contextmanager
     def graph(self, graph, pool, stream, capture_error_mode):
-        assert (pool, stream, capture_error_mode) == ("pool", "side", "thread_local")
+        assert (pool, stream, capture_error_mode) == ("pool", "side 3", "thread_local")
         before, self.stream = self.stream, stream
         self.done.append("begin")
         try:
@@ -67,29 +72,63 @@ class Gpu:
             self.stream = before
 
 
-def test_work_is_told_twice_recorded_in_parts_and_replayed(monkeypatch):
-    gpu = Gpu(monkeypatch)
+@pytest.fixture
+def gpu(monkeypatch):
+    return Gpu(monkeypatch)
+
+
+def work_of(gpu, replayed, stops=()):
+    """Work in two parts; and what it raises, call by call."""
+    stops = iter(stops)
 
     def work():
         gpu.done.append(("one", gpu.stream))
         replayed.pause(lambda: gpu.done.append("then"))
+        if stop := next(stops, None):
+            raise stop
         gpu.done.append(("two", gpu.stream))
 
-    replayed, told = Replayed(work, GraphRoom("pool", "side")), []
+    return work
+
+
+ONCE, AGAIN = [("one", "own"), "then", ("two", "own")], ["replay", "then", "replay"]
+RECORDED = ["begin", ("one", "side 3"), "end", "begin", ("two", "side 3"), "end"]
+
+
+def test_work_is_done_twice_recorded_in_parts_and_replayed(gpu):
+    replayed, told = Replayed(), []
+    work = work_of(gpu, replayed)
     for _ in range(4):
-        replayed()
+        replayed(work)
         told.append(replayed.is_told)
-    assert told == [False, False, True, True]
-    first, again = [("one", "own"), "then", ("two", "own")], ["replay", "then", "replay"]
-    recorded = ["begin", ("one", "side"), "end", "begin", ("two", "side"), "end"]
-    assert gpu.done == first * 2 + recorded + again * 2
+    assert told == [False, False, True, True] and gpu.done == ONCE * 2 + RECORDED + AGAIN * 2
 
 
-def test_work_that_cannot_be_recorded_leaves_the_stream_as_it_was(monkeypatch):
-    gpu = Gpu(monkeypatch)
-    gpu.fails = True
-    replayed = Replayed(lambda: None, GraphRoom("pool", "side"))
-    replayed(), replayed()
-    with pytest.raises(RuntimeError, match="previous error"):
-        replayed()
-    assert gpu.stream == "own" and gpu.done == ["begin", "end"]
+@pytest.mark.parametrize("ends", ["in the work", "at the end"])
+def test_work_that_cannot_be_recorded_is_done_each_time_and_no_other_recorded(gpu, ends):
+    replayed = Replayed("pool")
+    work = work_of(gpu, replayed, [None, None, RuntimeError("waits")] if ends == "in the work" else [])
+    replayed(work), replayed(work)
+    gpu.fails = ends == "at the end"
+    gpu.done.clear()
+    for _ in range(2):
+        replayed(work)
+        assert gpu.stream == "own" and not replayed.is_told
+    assert gpu.done[-6:] == ONCE * 2 and gpu.done[0] == "begin" and gpu.done.count("begin") < 3
+    other = Replayed()
+    gpu.done.clear()
+    for _ in range(4):
+        other(work_of(gpu, other))
+    assert gpu.done == ONCE * 4
+
+
+def test_what_was_interrupted_is_recorded_anew(gpu):
+    replayed = Replayed()
+    work = work_of(gpu, replayed, [None, None, KeyboardInterrupt()])
+    replayed(work), replayed(work)
+    with pytest.raises(KeyboardInterrupt):
+        replayed(work)
+    assert not replayed.is_told and gpu.stream == "own"
+    gpu.done.clear()
+    replayed(work), replayed(work)
+    assert gpu.done == RECORDED + AGAIN * 2

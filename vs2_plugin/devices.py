@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
+import logging
 import platform
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vs2_plugin.distributed import ALONE, Processes, gpu_of
+from vs2_plugin.text import sentence_of
 
 __all__ = [
-    "GraphRoom",
     "Replayed",
     "add_at",
     "emulates_bfloat16",
@@ -24,6 +25,8 @@ __all__ = [
     "partitions_fast",
     "to_processor",
 ]
+
+_LOG = logging.getLogger(__name__)
 
 
 def own_device(processes: Processes = ALONE) -> str:
@@ -92,67 +95,70 @@ def to_processor(tensor: Tensor) -> Callable[[], Tensor]:
     return waited
 
 
-class GraphRoom(NamedTuple):
-    """Memory for work on a GPU, shared with other work that leaves nothing there; and what tells the GPU of it."""
-
-    pool: Any
-    stream: torch.cuda.Stream
-
-    @classmethod
-    def on(cls, device: torch.device) -> GraphRoom:
-        """Return room on a GPU. Of itself, torch tells all of them by a stream of the first that was asked for."""
-        return cls(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))
-
-
 class Replayed:
     """Work on a GPU that is told once and replayed from then on, with the same tensors: to tell a training step, of
     fifty kernels, takes the processor longer than the step takes (H100, d 768, n 3072, batch 4096: 1.2 and 0.5 ms)."""
 
-    def __init__(self, work: Callable[[], None], room: GraphRoom) -> None:
-        self._work: Callable[[], None] | None = work
-        self._room, self._calls = room, 0
+    #: Whether a graph could not be made in this process. Torch may not be able to make another one then.
+    failed = False
+
+    def __init__(self, room: Any = None) -> None:
+        """``room`` is memory to work in, shared with others that leave nothing there: a pool of torch's."""
+        self._room, self._calls, self._capturing = room, 0, False
         self._parts: list[tuple[torch.cuda.CUDAGraph, Callable[[], None]]] = []
-        self._capturing = ExitStack()
+        self._open = ExitStack()
 
     @property
     def is_told(self) -> bool:
         """Whether the GPU does it by itself from now on."""
-        return self._calls > 2
+        return bool(self._parts) and not self._capturing
 
-    def __call__(self) -> None:
-        """Do the work; twice as it is told, for what a library sets up at first."""
+    def __call__(self, work: Callable[[], None]) -> None:
+        """Do the work, the same each time; twice as it is told, for what a library sets up at first."""
         self._calls += 1
-        work = self._work
-        if work is not None and not self.is_told:
+        if not self.is_told and (self._calls < 3 or Replayed.failed or not self._capture(work)):
             return work()
-        if work is not None:
-            self._work = None  # whose it is may hold this: without it, both go at once, and a GPU's memory with them
-            self._capture(work)
         for graph, then in self._parts:
             graph.replay()
             then()
         return None
 
-    def _capture(self, work: Callable[[], None]) -> None:
-        before = torch.cuda.current_stream()
+    def _capture(self, work: Callable[[], None]) -> bool:
+        """Make a graph of the work, which is not done; give whether that went well."""
+        before, self._capturing, made = torch.cuda.current_stream(), True, False
         try:
-            with self._capturing:  # which does not do it
+            with self._open:
                 self._begin()
                 work()
+            made = True
+        except Exception as error:  # if it is no matter of graphs, the work itself raises it
+            Replayed.failed = True
+            _LOG.info("the GPU is told each time: %s", sentence_of(error))
         finally:
+            self._capturing = False
             torch.cuda.set_stream(before)  # where it fails, torch does not
+            if not made:
+                self._parts.clear()
+        return made
 
     def _begin(self) -> None:
-        graph, (pool, stream) = torch.cuda.CUDAGraph(), self._room
+        self._room = self._room or torch.cuda.graph_pool_handle()
+        graph, stream = torch.cuda.CUDAGraph(), _capture_stream(torch.cuda.current_device())
         # Another thread may pin memory meanwhile.
-        capture = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
-        self._capturing.enter_context(capture)
+        capture = torch.cuda.graph(graph, pool=self._room, stream=stream, capture_error_mode="thread_local")
+        self._open.enter_context(capture)
         self._parts.append((graph, lambda: None))
 
     def pause(self, then: Callable[[], None]) -> None:
         """Within the work: do ``then`` here each time, as it is told, and then the rest of the work."""
-        if not self.is_told:
+        if not self._capturing:
             return then()
-        self._capturing.close()
+        self._open.close()
         self._parts[-1] = self._parts[-1][0], then
         return self._begin()
+
+
+@functools.cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """What tells a GPU of graphs. Of itself, torch tells all GPUs by a stream of the first that was asked for."""
+    return torch.cuda.Stream(device)

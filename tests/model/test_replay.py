@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vs2_plugin
-from vs2_plugin.clip.edits import editing
+from vs2_plugin.clip.edits import editing, paused
 from vs2_plugin.clip.sites import Site
 from vs2_plugin.data.images import open_images
 from vs2_plugin.data.naming import DataSet
@@ -227,8 +227,79 @@ def test_a_model_with_hooks_or_in_training_is_asked_itself():
     model[0].train()
     assert replays(model, Doubling(), x) is None
     model[0].eval()
-    with editing(model, Site("0", 3), lambda x: x):  # a steering is no reason
+    with editing(model, Site("0", 3), lambda x: x):
+        assert replays(model, Doubling(), x) is None
+    same = Same()
+    with editing(model, Site("0", 3), same):  # a steering that says so is no reason
         assert replays(model, Doubling(), x) is not None
+        with paused([model[0].vs2_steering_0]):
+            assert replays(model, Doubling(), x) is None
+        assert replays(model, Doubling(), x) is not None
+
+
+class Same(nn.Module):
+    """A steering that does nothing, and says that it does the same with all batches."""
+
+    replayable = True
+
+    def __init__(self):
+        super().__init__()
+        self.number, self.direction = 1.0, torch.ones(3)
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize("change", [{"number": 2.0}, {"direction": torch.ones(3)}, {"eps": 1e-3}])
+def test_what_modules_were_told_is_told_anew(change):
+    model, replays, told = nn.Sequential(nn.LayerNorm(3)).eval(), Replays(), []
+    with editing(model, Site("0", 3), Same()):
+        (of,) = [one for one in model.modules() if isinstance(one, nn.LayerNorm if "eps" in change else Same)]
+        for number in range(6):
+            if number == 3:
+                vars(of).update(change)
+            told.append(replays(model, Doubling(), torch.ones(1, 3)) is not None)
+    assert told == [True, True, True, False, True, True]
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, lambda model: torch.jit.trace(model, torch.ones(1, 3))])
+def test_compiled_modules_are_asked_themselves(wrap):
+    model = nn.Sequential(wrap(copy.deepcopy(MODEL))).eval()
+    assert Replays()(model, Doubling(), torch.ones(1, 3)) is None
+
+
+def test_a_pass_that_was_interrupted_is_told_anew(monkeypatch):
+    replays, encode, x = Replays(), Doubling(), torch.ones(1, 3)
+    assert replays(MODEL, encode, x) is not None
+    with pytest.raises(KeyboardInterrupt):
+        replays(MODEL, lambda batch: interrupted(), x)
+    assert [replays(MODEL, encode, batch) is None for batch in (x, x[:, :2], x[:, :2])] == [True, False, False]
+
+
+def interrupted():
+    raise KeyboardInterrupt
+
+
+def test_of_two_threads_one_is_asked_itself():
+    replays, x = Replays(), torch.ones(1, 3)
+
+    def encode(batch):  # as if another thread came by
+        found.append(replays(MODEL, Doubling(), x))
+        return batch.images
+
+    found = []
+    assert replays(MODEL, encode, x) is not None and found == [None]
+    assert replays(MODEL, Doubling(), x[:, :2]) is not None
+
+
+def test_a_gallery_that_holds_the_images_is_not_asked_twice_for_ever(monkeypatch):
+    replays, encode, special = Replays(), Doubling(), torch.full((2, 3), 7.0)
+    for _ in range(2):
+        assert replays(MODEL, encode, special) is None
+    assert replays(MODEL, encode, -special) is not None
+    for _ in range(9):
+        assert replays(MODEL, encode, special) is None
+    assert len(encode.seen) == 3 and list(replays._told.values()) == [None]
 
 
 class Watching(TorchDispatchMode):

@@ -1,7 +1,6 @@
 """The step of a GPU, its kernels run on the processor by Triton's interpreter."""
 
 import contextlib
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,8 +28,8 @@ def here(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: contextlib.nullcontext())
     monkeypatch.setattr(gpu, "_HALF", torch.float32)
-    monkeypatch.setattr(gpu, "Replayed", lambda work, room: work)
-    monkeypatch.setattr(gpu, "GraphRoom", SimpleNamespace(on=lambda device: None))
+    monkeypatch.setattr(gpu, "Replayed", lambda room=None: lambda work: work())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     return gpu
 
 

@@ -130,17 +130,26 @@ def test_every_check_is_tried():
     assert {*STEERINGS, "automatic", "replays"} == BY_NAME.keys()
 
 
+class Adding:
+    """Adds a number of the batch, or, where it reads it, that of another batch when it is replayed."""
+
+    def __init__(self, reads):
+        self.reads = reads
+
+    def __call__(self, x):
+        return x + float(x[-1, 0]) if self.reads else x + x[-1, 0]
+
+
 @pytest.mark.parametrize("broken", [False, True])
 def test_what_cannot_be_replayed_is_told(broken, declare, monkeypatch):
     from ..tape import replay_all
 
     replay_all(monkeypatch)
-    # A number that was read once stays what it was.
-    steering = Of(lambda of, x, batch: x + float(x[-1, 0]) if broken else x + x[-1, 0])
-    finding = found_by(replays, Subject(declare(steering)))
+    steering = Adding(broken)
+    finding = found_by(replays, Subject(declare(lambda context: steering)))
     assert finding.skipped == "since it does not say that it is replayable"
     steering.replayable = True
-    finding = found_by(replays, Subject(declare(steering)))
+    finding = found_by(replays, Subject(declare(lambda context: steering)))
     assert "replayed it gives other numbers" in finding.problem if broken else finding[2:] == (None, "")
 
 

@@ -85,10 +85,15 @@ class _Hook:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether anything but edits is called whenever a module runs."""
-    if not module._forward_hooks and not module._forward_pre_hooks:
-        return False
-    return bool(module._forward_pre_hooks) or not all(isinstance(one, _Hook) for one in module._forward_hooks.values())
+    """Whether anything is to be called whenever a module runs: hooks, but for edits that are the same for all batches,
+    as a steering with an attribute ``replayable`` says of itself."""
+    if module._forward_pre_hooks:
+        return True
+    for hook in module._forward_hooks.values():
+        edit = module._modules[hook.name] if isinstance(hook, _Hook) else None
+        if not isinstance(edit, Edit) or edit.paused or edit.keeping or not getattr(edit.steer, "replayable", False):
+            return True
+    return False
 
 
 def _leave_out(edit: nn.Module, destination: dict[str, Any], prefix: str, metadata: object) -> None:

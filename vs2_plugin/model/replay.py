@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from operator import is_
+from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from torch.nn.modules import module as hooks_of_all
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from vs2_plugin.clip.edits import Edit, is_hooked
-from vs2_plugin.devices import GraphRoom, Replayed, to_processor
+from vs2_plugin.devices import Replayed, to_processor
 from vs2_plugin.steering.batch import Batch
 from vs2_plugin.steering.tally import Counted, counted
 from vs2_plugin.text import sentence_of
@@ -26,6 +28,9 @@ __all__ = ["Replays", "can_replay"]
 _LOG = logging.getLogger(__name__)
 #: Shapes of images that are told apart: a data set has two, its batches and the last one.
 _MOST = 4
+
+#: After so many batches in a row that have to be asked of the steering itself, all are.
+_REFUSED = 3
 
 #: What weights are; others, quantized ones say, may lie nowhere.
 _PLAIN = (Tensor, nn.Parameter)
@@ -55,7 +60,8 @@ class Replays:
         self._told: dict[Hashable, _Told | None] = {}
         self._parts: _Parts | None = None
         #: Memory to work in, by stream: no two passes of one stream are made at a time.
-        self._rooms: dict[int, GraphRoom] = {}
+        self._rooms: dict[int, Any] = {}
+        self._one = Lock()
 
     def __reduce__(self) -> tuple[type[Replays], tuple[()]]:
         return Replays, ()
@@ -68,26 +74,41 @@ class Replays:
 
     def __call__(self, tower: nn.Module, encode: Encode, images: Tensor) -> Tensor | None:
         """What ``encode`` gives of images, by way of this tower. None where that has to be asked of ``encode`` itself:
-        it has hooks, which are to be called each time, trains, or asks more than a GPU knows."""
+        it has hooks, which are to be called each time, trains, or asks more than a GPU knows; or another thread is at
+        it."""
+        if not self._one.acquire(blocking=False):
+            return None
+        try:
+            return self._embeddings(tower, encode, images)
+        except Exception as error:  # if it is no matter of graphs, encoding itself will raise it
+            _LOG.info("the model is told to the GPU anew for each batch: %s", sentence_of(error))
+            return None
+        finally:
+            self._one.release()
+
+    def _embeddings(self, tower: nn.Module, encode: Encode, images: Tensor) -> Tensor | None:
         if self._parts is None or self._parts.tower is not tower or self._parts.have_moved():
             self.forget()
             found = _parts_of(tower)
             if found is None or not all(type(part) in _PLAIN for part in found if isinstance(part, Tensor)):
                 return None
             self._parts = _Parts(tower, found)
-        key, stream = _setting(images), torch.cuda.current_stream(images.device).cuda_stream
-        if (key, stream) not in self._told:
-            if stream not in self._rooms:
-                self._rooms[stream] = GraphRoom.on(images.device)
-            told = _Told(encode, images, self._rooms[stream]) if len(self._told) < _MOST else None
-            self._told[key, stream] = told
-        told = self._told[key, stream]
-        try:
-            return None if told is None else told(images, self._are_the_same)
-        except Exception as error:  # if it is no matter of graphs, encoding itself will raise it
-            _LOG.info("the model is told to the GPU anew for each batch: %s", sentence_of(error))
-            self._told[key, stream] = None
+        stream = torch.cuda.current_stream(images.device).cuda_stream
+        key = stream, _setting(images)
+        if key not in self._told:
+            room = self._rooms.get(stream) or torch.cuda.graph_pool_handle()
+            self._rooms[stream] = room
+            self._told[key] = _Told(images, room) if len(self._told) < _MOST else None
+        told, embeddings, useful = self._told[key], None, False
+        if told is None:
             return None
+        try:
+            embeddings = told(encode, images, self._are_the_same)
+            useful = told.refused < _REFUSED
+        finally:
+            if not useful and key in self._told:
+                self._told[key] = None
+        return embeddings
 
     def _are_the_same(self) -> bool:
         same = self._parts is not None and self._parts.are_the_same()
@@ -118,13 +139,17 @@ class _Parts:
 
 
 def _parts_of(module: nn.Module, of_steering: bool = False) -> list[object] | None:
-    """Modules, their weights, what takes the place of their forward pass, and the numbers and words of steerings; None
-    where hooks are called in it, or it is one of training. It is looked up for every batch, hence by dictionaries."""
+    """Modules, their weights, what takes the place of their forward pass, and what else they were told: numbers and
+    words, of steerings all that is public. None where others' hooks are called in it, or it is one of training. It is
+    looked up for every batch, hence by dictionaries."""
     own = vars(module)
-    if own["training"] or is_hooked(module):
+    if own.get("training", True) or is_hooked(module):  # compiled modules have no such entry
         return None
     parts = [module, own.get("forward"), *own["_parameters"].values(), *own["_buffers"].values()]
     if of_steering:
+        parts += _public(own)
+        parts += _public(getattr(own.get("steering"), "__dict__", {}))  # one that is no module
+    elif not isinstance(module, Edit):
         parts += [value for value in own.values() if isinstance(value, (int, float, str))]
     for child in own["_modules"].values():
         if child is not None:
@@ -133,6 +158,10 @@ def _parts_of(module: nn.Module, of_steering: bool = False) -> list[object] | No
                 return None
             parts += inner
     return parts
+
+
+def _public(own: Mapping[str, object]) -> list[object]:
+    return [value for name, value in own.items() if name[0] != "_"]
 
 
 def _setting(images: Tensor) -> tuple[Hashable, ...]:
@@ -150,15 +179,16 @@ def _setting(images: Tensor) -> tuple[Hashable, ...]:
 class _Told:
     """The same for one shape."""
 
-    def __init__(self, encode: Encode, images: Tensor, room: GraphRoom) -> None:
+    def __init__(self, images: Tensor, room: Any) -> None:
         with torch.inference_mode(False):
             self._images = torch.empty_like(images)
         self._embeddings, self._sums = self._images, torch.empty(0)
         self._counted: list[Counted] = []
         #: Each waits for, and gives, whether what was assumed is wrong.
         self._answers: list[Callable[[], Tensor]] = []
-        self._replayed = Replayed(partial(self._encode, encode), room)
-        self._batches = 0
+        self._replayed, self._batches = Replayed(room), 0
+        #: Batches in a row of which something that was assumed was wrong.
+        self.refused = 0
 
     def _encode(self, encode: Encode) -> None:
         batch = Batch(self._images)
@@ -176,7 +206,7 @@ class _Told:
         wrong, answers = of_images.any(), self._answers
         self._replayed.pause(lambda: answers.append(to_processor(wrong)))
 
-    def __call__(self, images: Tensor, same: Callable[[], bool]) -> Tensor | None:
+    def __call__(self, encode: Encode, images: Tensor, same: Callable[[], bool]) -> Tensor | None:
         """``same``: whether it still is what it was told; a GPU that works by itself is not kept waiting for that."""
         # To leave the inference mode asks for gradients.
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device_of(images):
@@ -187,10 +217,12 @@ class _Told:
             self._answers.clear()
             self._batches += 1
             with _without_waits() if self._batches == 2 else nullcontext():  # at first, things are set up
-                self._replayed()
+                self._replayed(partial(self._encode, encode))
             if works_by_itself and not same():
                 return None
-            if any(answer() for answer in self._answers):  # asked in between, they wait for no more than that
+            wrong = any(answer() for answer in self._answers)  # asked in between, they wait for no more than that
+            self.refused = self.refused + 1 if wrong else 0
+            if wrong:
                 return None
             numbers = iter(self._sums.clone().unbind())
             for tally, sums, count in self._counted:

@@ -66,6 +66,8 @@ class SteeredCLIP(nn.Module):
         self._targets: Tensor | None = None
         self._plain: PlainEmbedding | None = None
         self._show: ShowPlain | None = None
+        #: Whether a GPU may replay what it was told of other batches, where that is the same. Results are.
+        self.replaying = True
         self._replays = Replays()
         self.eval()
 
@@ -74,6 +76,11 @@ class SteeredCLIP(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("model"), name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SteeredCLIP:
+        self._replays.forget()  # for its memory, where it goes to another device
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def __repr__(self) -> str:
         return describe(self.spec, self._places, self.classifier)
@@ -203,6 +210,7 @@ class SteeredCLIP(nn.Module):
         ``show`` is called after each batch, under the autocast of the moment, with a function that gives the plain
         model's embedding of the same images ``[batch, embed_dim]``, bit for bit.
         """
+        self._replays.forget()  # for its memory
         for gate in self.places.gates:
             gate.recording = recording
         if self._plain is not None:
@@ -247,11 +255,9 @@ class SteeredCLIP(nn.Module):
         return embedding
 
     def _can_replay(self, image: Tensor) -> bool:
-        """Whether these images need nothing but a GPU, which knows from others what is to be done."""
-        if not can_replay(image) or self._show is not None or getattr(self, "_is_replica", False):
+        if not self.replaying or self._show is not None or getattr(self, "_is_replica", False):
             return False
-        paused = any(one.paused or one.keeping for one in self._edits)
-        return not paused and all(place.replayable for place in self.places)
+        return can_replay(image)
 
     def _encode(self, batch: Batch, *args: Any, **kwargs: Any) -> Tensor:
         with self._running(batch), self._all_steered():

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from vs2_plugin.devices import GraphRoom, Replayed
+from vs2_plugin.devices import Replayed
 from vs2_plugin.distributed import alone, total
 from vs2_plugin.sae import kernels
 from vs2_plugin.sae.step import ClassMeans, gradient_of
@@ -66,13 +66,12 @@ class GpuStep:
             for parameter in group["params"]:
                 moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                 optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
-        device = sae.b_dec.device
-        self._replayed = [Replayed(work, GraphRoom.on(device)) for work in (self._set_gradients, self._update)]
+        self._replayed = Replayed(), Replayed()
         most = _rounded_up(len(silent))
         self._listed, self._is_listed = silent.new_zeros(most), self._rates.new_zeros(most)
         self._weight_of_auxk = self._rates.new_zeros(())
         self._auxk: dict[int, Replayed] = {}
-        self._room_of_auxk = GraphRoom.on(device)
+        self._room_of_auxk = torch.cuda.graph_pool_handle()
 
     def step(
         self, x: Tensor, rate: float, number: int, dead: Tensor | None = None, auxk: float = 0.0,
@@ -91,18 +90,20 @@ class GpuStep:
         self._rates[0].fill_(rate / (1 - kernels.BETA1.value**number))
         self._rates[1].fill_((1 - kernels.BETA2.value**number) ** -0.5)
         replayed = classes is None and alone()
-        set_gradients, update = self._replayed if replayed else (self._set_gradients, self._update)
         with torch.cuda.device_of(x):  # where Triton launches
             # The answer waits for the step before, and is asked for while nothing waits for it.
             listed = dead.nonzero().squeeze(1) if auxk and dead is not None else self._silent[:0]
             self._take(x)
-            if classes is None:
-                set_gradients()
+            if replayed:
+                self._replayed[0](self._set_gradients)
             else:
                 self._set_gradients(classes, labels)
             if len(listed):
                 self._add_auxk(listed, auxk, replayed)
-            update()
+            if replayed:
+                self._replayed[1](self._update)
+            else:
+                self._update()
         return self._latents
 
     @torch.no_grad()
@@ -196,8 +197,8 @@ class GpuStep:
         if not replayed:
             return self._add_auxk_of(size)
         if size not in self._auxk:
-            self._auxk[size] = Replayed(partial(self._add_auxk_of, size), self._room_of_auxk)
-        return self._auxk[size]()
+            self._auxk[size] = Replayed(self._room_of_auxk)
+        return self._auxk[size](partial(self._add_auxk_of, size))
 
     @torch.no_grad()
     def _add_auxk_of(self, size: int) -> None:
