@@ -11,10 +11,12 @@ import weakref
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vs2_plugin
+from vs2_plugin.clip.backbone import load_backbone
 from vs2_plugin.clip.edits import editing, paused
 from vs2_plugin.clip.sites import Site
 from vs2_plugin.data.images import open_images
@@ -24,6 +26,7 @@ from vs2_plugin.model import replay
 from vs2_plugin.model.replay import Replays
 from vs2_plugin.steering.tally import Tally
 
+from ..clip import library
 from .conftest import TINY
 
 pytestmark = pytest.mark.usefixtures("again")
@@ -325,6 +328,17 @@ def test_nothing_is_replayed_on_a_processor_or_where_somebody_looks_on(monkeypat
         assert can_replay(on_gpu)
         monkeypatch.setattr("torch.jit.is_tracing", lambda: True)
         assert not can_replay(on_gpu)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "siglip2"])
+@torch.no_grad()
+def test_towers_of_transformers_are_replayed(kind, tmp_path):
+    loaded = load_backbone(getattr(library, f"write_{kind}")(tmp_path / kind), "", None, "cpu")
+    size, replays = loaded.transform(Image.new("RGB", (9, 9))).shape, Replays()
+    for images in torch.randn(5, 2, *size):
+        found = replays(loaded.model.visual, lambda batch: loaded.model.encode_image(batch.images), images)
+        assert torch.equal(found, loaded.model.encode_image(images))
+    assert [one._replayed.is_told for one in replays._told.values()] == [True]
 
 
 @pytest.fixture

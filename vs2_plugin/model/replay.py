@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from operator import is_
@@ -138,30 +138,23 @@ class _Parts:
         return found is not None and len(found) == len(self._found) and all(map(is_, found, self._found))
 
 
-def _parts_of(module: nn.Module, of_steering: bool = False) -> list[object] | None:
-    """Modules, their weights, what takes the place of their forward pass, and what else they were told: numbers and
-    words, of steerings all that is public. None where others' hooks are called in it, or it is one of training. It is
-    looked up for every batch, hence by dictionaries."""
+def _parts_of(module: nn.Module) -> list[object] | None:
+    """Modules, their weights, and all else that is an attribute of theirs, which is compared by identity. None where
+    others' hooks are called in it, or it is one of training. It is looked up for every batch, hence by dictionaries."""
     own = vars(module)
     if own.get("training", True) or is_hooked(module):  # compiled modules have no such entry
         return None
-    parts = [module, own.get("forward"), *own["_parameters"].values(), *own["_buffers"].values()]
-    if of_steering:
-        parts += _public(own)
-        parts += _public(getattr(own.get("steering"), "__dict__", {}))  # one that is no module
-    elif not isinstance(module, Edit):
-        parts += [value for value in own.values() if isinstance(value, (int, float, str))]
+    parts = [module, *own["_parameters"].values(), *own["_buffers"].values()]
+    if not isinstance(module, Edit):  # which keeps what changes, and is asked by is_hooked
+        parts += own.values()
+        parts += getattr(own.get("steering"), "__dict__", {}).values()  # one that is no module
     for child in own["_modules"].values():
         if child is not None:
-            inner = _parts_of(child, of_steering or isinstance(module, Edit))
+            inner = _parts_of(child)
             if inner is None:
                 return None
             parts += inner
     return parts
-
-
-def _public(own: Mapping[str, object]) -> list[object]:
-    return [value for name, value in own.items() if name[0] != "_"]
 
 
 def _setting(images: Tensor) -> tuple[Hashable, ...]:

@@ -55,7 +55,7 @@ class Gate(nn.Module):
     def reset(self) -> None:
         """Forget the images seen so far."""
         self._tally.reset()
-        self._ratios = []
+        self._ratios.clear()
 
     def per_image(self) -> dict[str, Tensor]:
         """``fvu`` (float32) and ``steered`` (bool) of each image seen since :meth:`reset`, if :attr:`recording`."""
