@@ -278,6 +278,15 @@ def test_a_steered_model_can_be_cast_to_half_precision(dtype, make_clip, batch, 
     assert encode(model, batch.to(dtype)).dtype == dtype
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_steering_module_is_in_the_mode_of_the_model(training, make_clip):
+    model = build("batch first", make_clip).train(training)
+    steering = nn.Dropout(0.5)
+    with editing(model, Sites.of(model).default, steering):
+        assert steering.training is training
+        assert {module.training for module in model.modules()} == {training}
+
+
 def test_a_copied_model_steers_with_its_own_copy(make_clip, batch):
     model, steering = make_clip(), Counting()
     edit(model, Sites.of(model).default, steering)
