@@ -89,10 +89,9 @@ class Replays:
     def _embeddings(self, tower: nn.Module, encode: Encode, images: Tensor) -> Tensor | None:
         if self._parts is None or self._parts.tower is not tower or self._parts.have_moved():
             self.forget()
-            found = _parts_of(tower)
-            if found is None or not all(type(part) in _PLAIN for part in found if isinstance(part, Tensor)):
+            self._parts = _Parts.of(tower)
+            if self._parts is None:
                 return None
-            self._parts = _Parts(tower, found)
         stream = torch.cuda.current_stream(images.device).cuda_stream
         key = stream, _setting(images)
         if key not in self._told:
@@ -120,10 +119,16 @@ class Replays:
 class _Parts:
     """What a forward pass is of: modules, and their weights, which stay where they are as long as this does."""
 
-    def __init__(self, tower: nn.Module, found: list[object]) -> None:
-        self.tower, self._found = tower, found
-        self._tensors = [part for part in found if isinstance(part, Tensor)]
+    def __init__(self, tower: nn.Module, found: list[object], tensors: list[Tensor]) -> None:
+        self.tower, self._found, self._tensors = tower, found, tensors
         self._places = self._where()
+
+    @classmethod
+    def of(cls, tower: nn.Module) -> _Parts | None:
+        """What a pass through a tower is of; None if it is to be made each time."""
+        found = _parts_of(tower)
+        tensors = [part for part in found or () if isinstance(part, Tensor)]
+        return cls(tower, found, tensors) if found and all(type(one) in _PLAIN for one in tensors) else None
 
     def _where(self) -> list[int]:
         return [tensor.data_ptr() for tensor in self._tensors]

@@ -66,7 +66,7 @@ class SteeredCLIP(nn.Module):
         self._targets: Tensor | None = None
         self._plain: PlainEmbedding | None = None
         self._show: ShowPlain | None = None
-        #: Whether a GPU may replay what it was told of other batches, where that is the same. Results are.
+        #: Whether a GPU may replay what it was told of other batches; results are the same either way.
         self.replaying = True
         self._replays = Replays()
         self.eval()
