@@ -37,10 +37,10 @@ def test_a_large_gallery_is_searched_as_on_the_cpu(dtype, width, batch, kernels,
     torch.manual_seed(0)
     queries = F.normalize(torch.randn(batch, width), dim=-1)
     expected = search.ExactSearch(rows, "cpu")(queries, 50)
-    found = search.open_search("exact", rows, None, "cuda")
-    assert isinstance(found, search.ScreenedSearch) and found._candidates != found._by_products
     if not kernels:
-        monkeypatch.setattr(found, "_candidates", found._by_products)
+        monkeypatch.setattr(search.ScreenedSearch, "_rounded", lambda rows: None)
+    found = search.open_search("exact", rows, None, "cuda")
+    assert isinstance(found, search.ScreenedSearch) and isinstance(found._candidates, search._Halves) != kernels
     cosines, where = found(queries.cuda(), 50)
     torch.testing.assert_close(cosines.cpu(), expected[0], rtol=0, atol=1e-6)
     assert (where.cpu() == expected[1]).float().mean() > 0.99

@@ -1,28 +1,31 @@
-"""Exact search on a GPU by Triton kernels: products that are not written down, and cosines of what they single out."""
+"""Exact search on a GPU by Triton kernels: products of 8-bit integers, which are not written down, and cosines of what
+these single out."""
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vs2_plugin.sae.topk import largest
 
-__all__ = ["ROWS", "candidates"]
+__all__ = ["ROWS", "Rounded"]
 
 #: Embeddings that a program multiplies; and those of them that are singled out together, each so many after the last
 #: that one thread has the products of all.
 ROWS, GROUP = 128, 8
 _GROUPS = ROWS // GROUP
+_AT_ONCE = 1 << 16  # embeddings that are rounded
 
 
 @triton.jit
 def _maxima(
-    queries, rows, maxima, tops, batch, count, blocks, parts, width,
+    queries, query_units, rows, row_units, maxima, tops, batch, count, blocks, parts, width,
     QUERIES: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Write the largest product of each query with a group of embeddings, ``[batch, blocks, groups]``, and with a
     block, ``[blocks, batch]``: one program per block of embeddings and part of the queries, those of one block beside
-    each other. ``count`` embeddings are any."""
+    each other. Both are integers, in units of their own. ``count`` embeddings are any."""
     program = tl.program_id(0)
     block = (program // parts).to(tl.int64)
     line = (program % parts) * QUERIES + tl.arange(0, QUERIES)
@@ -30,22 +33,24 @@ def _maxima(
     inner = tl.arange(0, INNER)
     left = queries + line[:, None] * width + inner[None, :]
     right = rows + row[:, None] * width + inner[None, :]
-    products = tl.zeros((QUERIES, ROWS), tl.float32)
+    products = tl.zeros((QUERIES, ROWS), tl.int32)
     for start in range(0, width, INNER):
         inside = inner[None, :] < width - start
         if EVEN:
-            one = tl.load(left + start, mask=line[:, None] < batch, other=0.0)
+            one = tl.load(left + start, mask=line[:, None] < batch, other=0)
             other = tl.load(right + start)
         else:
-            one = tl.load(left + start, mask=(line[:, None] < batch) & inside, other=0.0)
-            other = tl.load(right + start, mask=inside, other=0.0)
-        products = tl.dot(one, tl.trans(other), products)
-    products = tl.where(row[None, :] < count, products, float("-inf"))
-    best = tl.max(tl.reshape(products, (QUERIES, GROUP, ROWS // GROUP)), 1)
+            one = tl.load(left + start, mask=(line[:, None] < batch) & inside, other=0)
+            other = tl.load(right + start, mask=inside, other=0)
+        products = tl.dot(one, tl.trans(other), products, out_dtype=tl.int32)
+    scaled = products.to(tl.float32) * tl.load(row_units + row)[None, :]
+    scaled = tl.where(row[None, :] < count, scaled, float("-inf"))
+    best = tl.max(tl.reshape(scaled, (QUERIES, GROUP, ROWS // GROUP)), 1)
+    best *= tl.load(query_units + line, mask=line < batch, other=1.0)[:, None]
     group = block * (ROWS // GROUP) + tl.arange(0, ROWS // GROUP)
     at = line.to(tl.int64)[:, None] * blocks * (ROWS // GROUP) + group[None, :]
-    tl.store(maxima + at, best, mask=line[:, None] < batch)
-    tl.store(tops + block * batch + line, tl.max(best, 1), mask=line < batch)
+    tl.store(maxima + at, best.to(maxima.dtype.element_ty), mask=line[:, None] < batch)
+    tl.store(tops + block * batch + line, tl.max(best, 1).to(tops.dtype.element_ty), mask=line < batch)
 
 
 @triton.jit
@@ -72,34 +77,59 @@ def _cosines(
     tl.store(cosines + query * wanted * GROUP + place, tl.where(row < count, cosine, float("-inf")), mask=there)
 
 
-def candidates(queries: Tensor, half: Tensor, rows: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
-    """The embeddings among which are those of the ``wanted`` largest products of half-precision numbers: their cosines,
-    float32 and -inf beyond the last embedding, and their row numbers, ``[batch, m]`` each.
+class Rounded:
+    """Embeddings as integers of 8 bits, among which those of largest cosines are found.
+
+    Their mean is subtracted first, which changes a query's cosines with all by the same. Then they are rotated at
+    random, so that no coordinate is much larger than the others: those of CLIP have some that hold most of an
+    embedding, beside which the rest would be rounded away. Each is in a unit of its own.
 
     Args:
-        queries: ``[batch, e]``, float32, of unit norm.
-        half: the embeddings, half precision, of unit norm: ``[padded, e]``, a multiple of :data:`ROWS`.
-        rows: the same as they are stored, without padding.
-        wanted: how many, at least.
+        rows: the embeddings, ``[count, e]``, on a GPU.
     """
-    batch, width = queries.shape
-    blocks, small = len(half) // ROWS, batch <= 64
-    parts = triton.cdiv(batch, 64 if small else 128)
-    maxima, tops = queries.new_empty(batch, blocks, _GROUPS), queries.new_empty(blocks, batch)
-    with torch.cuda.device_of(half):
-        _maxima[(parts * blocks,)](
-            queries.half(), half, maxima, tops, batch, len(rows), blocks, parts, width,
-            QUERIES=64 if small else 128, ROWS=ROWS, GROUP=GROUP, INNER=64, EVEN=width % 64 == 0,
-            num_warps=4 if small else 8, num_stages=4 if small else 3,
-        )  # fmt: skip
-        chosen = _first_of(maxima, tops, wanted)
-        places = (chosen[:, :, None] + _GROUPS * torch.arange(GROUP, device=half.device)).flatten(1)
-        cosines = queries.new_empty(places.shape)
-        _cosines[(batch, triton.cdiv(places.shape[1], 16))](
-            queries, rows, chosen, cosines, len(rows), chosen.shape[1], width,
-            GROUP=GROUP, GROUPS=_GROUPS, TILE=16, INNER=256,
-        )  # fmt: skip
-    return cosines, places
+
+    def __init__(self, rows: Tensor) -> None:
+        count, width = rows.shape
+        padded = triton.cdiv(count, ROWS) * ROWS
+        rotation = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(0)))[0]
+        self._stored, self._rotation = rows, rotation.to(rows.device)
+        self._rows = torch.zeros(padded, width, dtype=torch.int8, device=rows.device)
+        self._units = torch.zeros(padded, device=rows.device)
+        parts = rows.split(_AT_ONCE)
+        mean = torch.stack([F.normalize(part.float(), dim=-1).sum(0) for part in parts]).sum(0) / count
+        for number, part in enumerate(parts):
+            within = slice(number * _AT_ONCE, number * _AT_ONCE + len(part))
+            self._rows[within], self._units[within] = self._round(F.normalize(part.float(), dim=-1) - mean)
+
+    def _round(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Integers ``[count, e]``, and their units ``[count]``."""
+        rotated = embeddings @ self._rotation
+        units = rotated.abs().amax(1).clamp_min(1e-12) / 127
+        return (rotated / units[:, None]).round().to(torch.int8), units
+
+    def __call__(self, queries: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
+        """See :data:`vs2_plugin.gallery.search.Candidates`."""
+        batch, width = queries.shape
+        blocks, small = len(self._rows) // ROWS, batch <= 64
+        parts = triton.cdiv(batch, 64 if small else 128)
+        maxima = queries.new_empty(batch, blocks, _GROUPS, dtype=torch.float16)
+        tops = maxima.new_empty(blocks, batch)
+        count = len(self._stored)
+        with torch.cuda.device_of(queries):
+            rounded, units = self._round(queries)
+            _maxima[(parts * blocks,)](
+                rounded, units, self._rows, self._units, maxima, tops, batch, count, blocks, parts, width,
+                QUERIES=64 if small else 128, ROWS=ROWS, GROUP=GROUP, INNER=128, EVEN=width % 128 == 0,
+                num_warps=4 if small else 8, num_stages=4 if small else 3,
+            )  # fmt: skip
+            chosen = _first_of(maxima, tops, wanted)
+            places = (chosen[:, :, None] + _GROUPS * torch.arange(GROUP, device=queries.device)).flatten(1)
+            cosines = queries.new_empty(places.shape)
+            _cosines[(batch, triton.cdiv(places.shape[1], 16))](
+                queries, self._stored, chosen, cosines, count, chosen.shape[1], width,
+                GROUP=GROUP, GROUPS=_GROUPS, TILE=16, INNER=256,
+            )  # fmt: skip
+        return cosines, places
 
 
 def _first_of(maxima: Tensor, tops: Tensor, wanted: int) -> Tensor:

@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,9 +40,9 @@ class Search(Protocol):
     def __call__(self, queries: Tensor, n: int) -> tuple[Tensor, Tensor]: ...
 
 
-#: Gives cosines, in float32, and row numbers ``[batch, m]``, of queries ``[batch, e]`` with the embeddings of the
-#: ``wanted`` largest products of half-precision numbers, at least.
-Candidates = Callable[..., tuple[Tensor, Tensor]]
+#: Gives cosines, float32 and -inf for what is no embedding, and row numbers, ``[batch, m]`` each, of queries
+#: ``[batch, e]``, float32 and of unit norm, with what has the ``wanted`` largest rounded cosines, and maybe others.
+Candidates = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 def blocks(embeddings: Array | Stack, device: str | torch.device) -> Iterator[Tensor]:
@@ -78,34 +77,32 @@ class ExactSearch:
 
 
 class ScreenedSearch:
-    """Every query against every embedding, on a GPU that has room for them: products of half-precision numbers, with
-    sums in float32, choose more than twice as many embeddings as are asked for, whose cosines in float32 then decide.
+    """Every query against every embedding, on a GPU that has room for them: cosines of rounded embeddings choose more
+    than twice as many as are asked for, whose cosines in float32 then decide.
 
-    Rounded so, a cosine is off by less than 1e-4; an embedding is missed if n + 32 others are that close to it.
+    Triton kernels round to 8 bits: a cosine of real CLIP embeddings is off by 4e-4, at most by 2e-3. Without them it is
+    half precision, off by less than 1e-4. An embedding is missed if n + 32 others are that close to it.
     """
 
     def __init__(self, embeddings: Array | Stack, device: str | torch.device) -> None:
-        count, width = embeddings.shape
-        self._count: int = count
-        padded = -(-self._count // _PADDED) * _PADDED  # the top-k works on groups, a kernel on blocks
-        self._half = torch.zeros(padded, width, dtype=torch.float16, device=device)
         stored = torch.from_numpy(np.asarray(embeddings[:1]).copy()).dtype
-        self._rows = torch.empty(embeddings.shape, dtype=stored, device=device)
-        for start in range(0, self._count, _BLOCK):
-            rows = torch.from_numpy(np.asarray(embeddings[start : start + _BLOCK]).copy()).to(device)
-            self._rows[start : start + len(rows)] = rows
-            self._half[start : start + len(rows)] = F.normalize(rows.float(), dim=-1)
-        self._candidates = self._by_kernels() or self._by_products
+        rows = torch.empty(embeddings.shape, dtype=stored, device=device)
+        for start in range(0, len(rows), _BLOCK):
+            some = np.asarray(embeddings[start : start + _BLOCK])
+            rows[start : start + len(some)] = torch.from_numpy(some.copy())
+        self._count = len(rows)
+        self._candidates: Candidates = self._rounded(rows) or _Halves(rows)
 
-    def _by_kernels(self) -> Candidates | None:
+    @staticmethod
+    def _rounded(rows: Tensor) -> Candidates | None:
         """What finds candidates by Triton kernels; None where these cannot be, as a query tells."""
-        if not self._rows.is_cuda:
+        if not rows.is_cuda:
             return None
         try:
-            from vs2_plugin.gallery.kernels import candidates
+            from vs2_plugin.gallery.kernels import Rounded
 
-            found = partial(candidates, half=self._half, rows=self._rows)
-            found(self._rows[:1].float(), wanted=1)
+            found = Rounded(rows)
+            found(rows[:1].float(), 1)
         except Exception as error:  # whatever it is that a missing compiler, an older torch or GPU raises
             _LOG.info("the gallery is searched by torch's own operators: %s", sentence_of(error))
             return None
@@ -126,13 +123,30 @@ class ScreenedSearch:
         return torch.cat([cosines for cosines, _ in parts]), torch.cat([rows for _, rows in parts])
 
     def _find(self, queries: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        cosines, rows = self._candidates(queries, wanted=min(2 * n + 32, self._count))
+        cosines, rows = self._candidates(queries, min(2 * n + 32, self._count))
         cosines, order = cosines.topk(min(n, self._count), dim=1)
         return cosines, rows.gather(1, order)
 
-    def _by_products(self, queries: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
+
+class _Halves:
+    """Candidates by torch's own operators: products of half-precision numbers, with sums in float32.
+
+    Args:
+        rows: the embeddings, ``[count, e]``.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self._rows = rows
+        padded = -(-len(rows) // _PADDED) * _PADDED  # the top-k works on groups
+        self._half = torch.zeros(padded, rows.shape[1], dtype=torch.float16, device=rows.device)
+        for start in range(0, len(rows), _BLOCK):
+            some = rows[start : start + _BLOCK]
+            self._half[start : start + len(some)] = F.normalize(some.float(), dim=-1)
+
+    def __call__(self, queries: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
+        """See :data:`Candidates`."""
         products = _products(queries.half(), self._half.T)
-        products[:, self._count :] = -torch.inf
+        products[:, len(self._rows) :] = -torch.inf
         chosen = largest(products, wanted)[1]
         embeddings = F.normalize(self._rows[chosen].float(), dim=-1)
         return torch.bmm(embeddings, queries[:, :, None])[..., 0], chosen
