@@ -1,6 +1,9 @@
 """What is known of the processor, and graphs, without a GPU."""
 
+import os
 import platform
+import subprocess
+import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -132,3 +135,34 @@ def test_what_was_interrupted_is_recorded_anew(gpu):
     gpu.done.clear()
     replayed(work), replayed(work)
     assert gpu.done == RECORDED + AGAIN * 2
+
+
+LEAVES = """
+import gc, os
+from vs2_plugin import devices
+
+class Cycle:
+    def __init__(self):
+        self.own = self
+    def __del__(self):
+        print(name, flush=True)
+
+gc.disable()
+name = "the first's"
+Cycle()
+child = os.fork()
+if not child:
+    gc.collect()
+    name = "its own"
+    Cycle()
+    gc.collect()
+    os._exit(0)
+os.waitpid(child, 0)
+gc.collect()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_forked_process_frees_nothing_that_another_left():
+    done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["its own", "the first's"]

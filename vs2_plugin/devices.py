@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import logging
+import os
 import platform
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -27,6 +29,11 @@ __all__ = [
 ]
 
 _LOG = logging.getLogger(__name__)
+
+if hasattr(os, "register_at_fork"):
+    # A process that is forked off, to load images say, cannot free what lies on a GPU or was pinned for one: it would be
+    # aborted as soon as it collected the garbage that it was left by this one.
+    os.register_at_fork(after_in_child=gc.freeze)
 
 
 def own_device(processes: Processes = ALONE) -> str:

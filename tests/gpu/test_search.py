@@ -38,7 +38,7 @@ def test_a_large_gallery_is_searched_as_on_the_cpu(dtype, width, batch, kernels,
     queries = F.normalize(torch.randn(batch, width), dim=-1)
     expected = search.ExactSearch(rows, "cpu")(queries, 50)
     if not kernels:
-        monkeypatch.setattr(search.ScreenedSearch, "_rounded", lambda rows: None)
+        monkeypatch.setattr(search.ScreenedSearch, "_rounded", staticmethod(lambda rows: None))
     found = search.open_search("exact", rows, None, "cuda")
     assert isinstance(found, search.ScreenedSearch) and isinstance(found._candidates, search._Halves) != kernels
     cosines, where = found(queries.cuda(), 50)

@@ -262,6 +262,33 @@ def test_a_graph_that_cannot_be_made_leaves_the_stream_as_it_was():
     subprocess.run([sys.executable, "-c", FAILS], check=True)
 
 
+FORKS = """
+import gc, os, torch
+from vs2_plugin.devices import Replayed, to_processor
+
+def leave_garbage():
+    replayed, numbers = Replayed(), torch.ones(3, device="cuda")
+    for _ in range(4):
+        replayed(lambda: numbers.add_(1))
+    assert replayed.is_told
+    garbage = [replayed, to_processor(numbers)]
+    garbage.append(garbage)
+
+gc.disable()
+leave_garbage()
+child = os.fork()
+if not child:
+    gc.collect()
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert gc.collect() > 0
+"""
+
+
+def test_what_lies_on_a_gpu_is_not_freed_by_processes_without_one():
+    subprocess.run([sys.executable, "-c", FORKS], check=True)
+
+
 @torch.no_grad()
 def test_hooks_of_others_are_called_each_time(steered):
     found, seen = steered("vs2"), []
