@@ -31,8 +31,8 @@ __all__ = [
 _LOG = logging.getLogger(__name__)
 
 if hasattr(os, "register_at_fork"):
-    # A process that is forked off, to load images say, cannot free what lies on a GPU or was pinned for one: it would be
-    # aborted as soon as it collected the garbage that it was left by this one.
+    # A process that is forked off, to load images say, cannot free what lies on a GPU or was pinned for one: it would
+    # be aborted as soon as it collected the garbage that this one left it.
     os.register_at_fork(after_in_child=gc.freeze)
 
 
