@@ -97,7 +97,7 @@ def stand_in(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("torch.cuda.graph_pool_handle", lambda: None)
     patch.setattr("torch.cuda.get_sync_debug_mode", lambda: 0)
     patch.setattr("torch.cuda.set_sync_debug_mode", lambda mode: None)
-    patch.setattr("vs2_plugin.sae.topk.partitions_fast", lambda: False)  # numpy's selection is no operation of torch's
+    patch.setattr("vs2_plugin.selection.partitions_fast", lambda: False)  # numpy's selection is no operation of torch's
     patch.setattr("vs2_plugin.model.replay.Replayed", Tape)
 
 

@@ -17,7 +17,7 @@ PARTS = {path.name for path in ROOT.iterdir() if (path / "__init__.py").is_file(
 #: Part -> the parts that nothing in it imports, within functions or for type checking either.
 FORBIDDEN = {
     "sae": PARTS - {"sae"},
-    "gallery": PARTS - {"gallery", "sae"},
+    "gallery": PARTS - {"gallery"},
     "steering": PARTS - {"steering", "gallery", "sae"},
     "strength": PARTS - {"strength"},
     "logits": PARTS - {"logits", "steering"},

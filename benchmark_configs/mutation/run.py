@@ -23,6 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TESTS = {
+    "selection": "test_selection.py",
     "sae/topk": "sae/test_topk.py",
     "sae/step": "sae/test_step.py",
     **{f"steering/{x}": f"steering/test_{x}.py steering/test_reference.py" for x in ("move", "gate", "neighbours")},

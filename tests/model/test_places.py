@@ -242,6 +242,15 @@ def test_activations_of_another_dtype_are_refused_by_name(dtype, gate, in_demo, 
         model.encode_image(images)
 
 
+@torch.no_grad()
+def test_large_activations_are_finite_though_their_sum_is_not(in_demo, offer):
+    place = offer(lambda context: lambda x: x.sign() * 3e38).places[0]
+    for x in (torch.ones(6, 128), torch.tensor([[1.0, -1.0]]).repeat(6, 64)):
+        assert torch.equal(place.steer(x, Batch()), x * 3e38)
+    with pytest.raises(PluginError, match="steered to NaN or infinity"):
+        offer(lambda context: lambda x: x * 3e38 * 10).places[0].steer(x, Batch())
+
+
 class Told(torch.nn.Module):
     """A steering that tells one thing before its first batch, and another thing after."""
 

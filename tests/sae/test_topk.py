@@ -6,7 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vs2_plugin.errors import SettingError
-from vs2_plugin.sae.topk import Latents, SaeConfig, TopKSAE, fvu, largest, largest_above_zero, sample_fvu
+from vs2_plugin.sae.topk import Latents, SaeConfig, TopKSAE, fvu, sample_fvu
 
 SHAPES = [(6, 24, 3), (16, 64, 4), (16, 128, 1), (7, 21, 21), (8, 200, 8), (8, 64, 12)]  # in one round or two
 
@@ -72,43 +72,6 @@ def test_encoder_and_decoder_start_equal_and_are_trained_apart(activation):
     assert sae.W_dec.data_ptr() != sae.encoder.weight.data_ptr()
     trained = {name for name, parameter in sae.named_parameters() if parameter.requires_grad}
     assert trained == {"W_dec", "b_dec", "encoder.weight"} | ({"encoder.bias"} if activation == "relu" else set())
-
-
-def some_rows(columns, dtype, count=20):
-    torch.manual_seed(0)
-    rows = (torch.randn(count, columns) - 1).to(dtype)
-    rows[:7] = -rows[:7].abs()  # nothing positive
-    rows[3, 5:9] = torch.tensor([torch.inf, -torch.inf, -0.0, 0.0])
-    return rows
-
-
-COLUMNS = [(3072, 64), (3072, 8), (64, 16), (100, 7), (9, 9), (1 << 16, 5), ((1 << 16) + 8, 5), ((1 << 16) + 1, 5)]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize(("columns", "k"), COLUMNS)
-def test_numbers_are_selected_in_the_order_of_torch(columns, k, dtype):
-    rows = some_rows(columns, dtype)
-    values, places = largest(rows, k)
-    assert torch.equal(values.sort(descending=True).values, rows.topk(k).values)
-    assert torch.equal(rows.gather(1, places), values)
-    assert all(len(set(row)) == k for row in places.tolist())
-
-
-@pytest.mark.parametrize("fast", [True, False], ids=["by numpy", "by torch"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("columns", "k"), COLUMNS)
-def test_numbers_above_zero_are_selected_in_the_order_of_torch(columns, k, dtype, fast, monkeypatch):
-    monkeypatch.setattr("vs2_plugin.sae.topk.partitions_fast", lambda: fast)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr("vs2_plugin.sae.topk._AT_ONCE", 30_000)  # some rows at once, and the last few
-    rows = some_rows(columns, dtype)
-    values, places = largest_above_zero(rows, k)
-    assert torch.equal(values.relu().sort(descending=True).values, rows.relu().topk(k).values)
-    assert torch.equal(rows.gather(1, places), values)
-    assert all(len(set(row)) == k for row in places.tolist())
-    for count in (0, 1):
-        assert [found.shape for found in largest_above_zero(rows[:count], k)] == [(count, k)] * 2
 
 
 def test_an_activation_is_encoded_without_a_batch_and_with_gradients():

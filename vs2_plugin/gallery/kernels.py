@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vs2_plugin.sae.topk import largest
+from vs2_plugin.selection import largest
 
 __all__ = ["ROWS", "Rounded"]
 

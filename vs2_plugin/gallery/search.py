@@ -17,7 +17,7 @@ from torch import Tensor
 from vs2_plugin.arrays import Array, Stack, check_all, check_file, sums_of, trust_all
 from vs2_plugin.errors import SettingError
 from vs2_plugin.files import atomic_file, file_digest
-from vs2_plugin.sae.topk import largest
+from vs2_plugin.selection import largest
 from vs2_plugin.text import sentence_of
 
 __all__ = ["ExactSearch", "FaissSearch", "ScreenedSearch", "Search", "blocks", "open_search"]

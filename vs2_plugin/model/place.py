@@ -92,7 +92,7 @@ class Place(nn.Module):
             raise PluginError(f"{self.whose} failed at {self.site}: {error}") from error
         if not wait and x.device.type != "cpu":
             self._tally.add(steered=steered.detach(), given=x.detach())
-        elif not steered.isfinite().all() and x.isfinite().all():
+        elif not _is_finite(steered) and _is_finite(x):
             raise self._not_finite()
         return steered
 
@@ -141,3 +141,8 @@ class Place(nn.Module):
         if self.shows and batch.embed is None:
             batch.embed = lambda: embedding_from(self.shows[0], self.site, x)
         return self.steer(x, batch, wait=False)
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Whether all numbers are. A sum that is tells so in a twentieth of the time."""
+    return bool(x.sum().isfinite() or x.isfinite().all())

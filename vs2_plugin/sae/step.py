@@ -17,7 +17,8 @@ from torch import Tensor
 
 from vs2_plugin.devices import add_at, has_bfloat16_units
 from vs2_plugin.distributed import mean_row, total
-from vs2_plugin.sae.topk import Latents, TopKSAE, by_latent, combine, largest_above_zero, sum_by_latent
+from vs2_plugin.sae.topk import Latents, TopKSAE, by_latent, combine, sum_by_latent
+from vs2_plugin.selection import largest_above_zero
 
 __all__ = ["FLOAT32", "ClassMeans", "InBfloat16", "Room", "gradient_of", "set_gradients"]
 

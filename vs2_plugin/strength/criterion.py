@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vs2_plugin.selection import largest
+
 __all__ = ["NEIGHBOURS", "Scores", "divergence", "information", "neighbour_graph", "scores"]
 
 #: Neighbours of each image in the graph.
@@ -38,7 +40,7 @@ def neighbour_graph(embeddings: Tensor, k: int = NEIGHBOURS) -> Tensor:
     best: list[list[tuple[Tensor, Tensor]]] = [[] for _ in parts]
 
     def look(cosines: Tensor, ours: int, theirs: int) -> None:
-        values, columns = cosines.topk(min(k, cosines.shape[1]), dim=1)
+        values, columns = largest(cosines, min(k, cosines.shape[1]))
         best[ours].append((values, columns + theirs * _BLOCK))
 
     for one, part in enumerate(parts):
