@@ -20,7 +20,7 @@ __all__ = ["NEIGHBOURS", "Scores", "divergence", "information", "neighbour_graph
 
 #: Neighbours of each image in the graph.
 NEIGHBOURS = 10
-_BLOCK = 2048
+_BLOCK = 1024  # images whose cosines with as many others are still in a cache when the largest are looked up
 _SHUFFLES = 4
 #: Classes up to which pairs are counted in a table of all, of 8 MB at most: of more, only those that occur, by sorting.
 _TABLE = 1024
