@@ -25,7 +25,7 @@ def _maxima(
 ):  # fmt: skip
     """Write the largest product of each query with a group of embeddings, ``[batch, blocks, groups]``, and with a
     block, ``[blocks, batch]``: one program per block of embeddings and part of the queries, those of one block beside
-    each other. Both are integers, in units of their own. ``count`` embeddings are any."""
+    each other. Queries and embeddings are integers, in units of their own; ``count`` embeddings are any."""
     program = tl.program_id(0)
     block = (program // parts).to(tl.int64)
     line = (program % parts) * QUERIES + tl.arange(0, QUERIES)

@@ -80,7 +80,7 @@ class ScreenedSearch:
     """Every query against every embedding, on a GPU that has room for them: cosines of rounded embeddings choose more
     than twice as many as are asked for, whose cosines in float32 then decide.
 
-    Triton kernels round to 8 bits: a cosine of real CLIP embeddings is off by 4e-4, at most by 2e-3. Without them it is
+    Triton kernels round to 8 bits: a cosine of real CLIP embeddings is off by 3e-4, at most by 2e-3. Without them it is
     half precision, off by less than 1e-4. An embedding is missed if n + 32 others are that close to it.
     """
 
