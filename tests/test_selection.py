@@ -46,3 +46,15 @@ def test_numbers_above_zero_are_selected_in_the_order_of_torch(columns, k, dtype
     assert all(len(set(row)) == k for row in places.tolist())
     for count in (0, 1):
         assert [found.shape for found in largest_above_zero(rows[:count], k)] == [(count, k)] * 2
+
+
+@pytest.mark.parametrize("select", [largest, largest_above_zero])
+@pytest.mark.parametrize("columns", [64, 3072])
+def test_rows_have_any_shape_and_values_gradients(select, columns, chosen):
+    rows = torch.randn(2, 3, columns)
+    expected = rows.topk(4, sorted=True)
+    for some, best in ((rows, expected), (rows[0, 1], tuple(part[0, 1] for part in expected))):
+        values, places = select(some.clone().requires_grad_(), 4)
+        order = values.argsort(descending=True)
+        assert torch.equal(values.gather(-1, order), best[0]) and torch.equal(places.gather(-1, order), best[1])
+        assert values.requires_grad
