@@ -28,20 +28,7 @@ _AT_ONCE = 1 << 22  # bytes of rows that are looked at before the next ones, so 
 
 
 def largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row of ``[batch, n]``, in no order, and where they are."""
-    found = _by_integers(rows, k)
-    # Of those below zero, integers may have missed some.
-    return _by_torch(rows, k) if found is None or (found[0] < 0).any() else found
-
-
-def largest_above_zero(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The same, but where fewer than k are above 0, the others are any of the row."""
-    found = _by_integers(rows, k)
-    return _by_torch(rows, k) if found is None else found
-
-
-def _by_torch(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest by ``torch.topk``, in two rounds.
+    """The k largest of each row of ``[batch, n]``, in no order, and where they are: ``torch.topk``, in two rounds.
 
     The k largest lie in the k groups of largest maximum, so a top-k of n/g maxima and one of k·g candidates find
     them. With groups of g ≈ √(n/k) both are far smaller than n. On a GPU it takes a large n for that to pay.
@@ -73,8 +60,9 @@ def _topk(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, places
 
 
-def _by_integers(rows: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
-    """The k largest as :func:`largest_above_zero` has them; None where torch is faster, or this cannot be done.
+def largest_above_zero(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of ``[batch, n]``, in no order, and where they are. Where fewer than k are above 0, the
+    others are any of the row.
 
     On few threads of a processor numpy is the fastest, which partitions integers. The bits of a number that is not
     negative, read as an integer, are in order; a key has them in its upper half and the place in its lower, so that it
@@ -82,12 +70,12 @@ def _by_integers(rows: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         # What numpy does would not be recorded.
-        return None
+        return largest(rows, k)
     n, size, integers = rows.shape[-1], rows.element_size(), _INTEGERS.get(rows.dtype)
     few = torch.get_num_threads() * size <= 16  # 8 in bfloat16, 4 in float32: more of them make torch faster
     has_data = rows.device.type == "cpu" and type(rows) is Tensor
     if integers is None or n > _PLACE + 1 or not (few and has_data and partitions_fast()):
-        return None
+        return largest(rows, k)
     bits = rows.detach().view(integers.bits).reshape(-1, n)
     keys = torch.empty(*rows.shape[:-1], k, dtype=integers.keys)
     at_once = max(1, _AT_ONCE // (n * size))

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from vs2_plugin.selection import largest
 
-__all__ = ["ROWS", "Rounded"]
+__all__ = ["Rounded"]
 
 #: Embeddings that a program multiplies; and those of them that are singled out together, each so many after the last
 #: that one thread has the products of all.
-ROWS, GROUP = 128, 8
-_GROUPS = ROWS // GROUP
+_ROWS, _GROUP = 128, 8
+_GROUPS = _ROWS // _GROUP
 _AT_ONCE = 1 << 16  # embeddings that are rounded
 
 
@@ -90,7 +90,7 @@ class Rounded:
 
     def __init__(self, rows: Tensor) -> None:
         count, width = rows.shape
-        padded = triton.cdiv(count, ROWS) * ROWS
+        padded = triton.cdiv(count, _ROWS) * _ROWS
         rotation = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(0)))[0]
         self._stored, self._rotation = rows, rotation.to(rows.device)
         self._rows = torch.zeros(padded, width, dtype=torch.int8, device=rows.device)
@@ -110,7 +110,7 @@ class Rounded:
     def __call__(self, queries: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
         """See :data:`vs2_plugin.gallery.search.Candidates`."""
         batch, width = queries.shape
-        blocks, small = len(self._rows) // ROWS, batch <= 64
+        blocks, small = len(self._rows) // _ROWS, batch <= 64
         parts = triton.cdiv(batch, 64 if small else 128)
         maxima = queries.new_empty(batch, blocks, _GROUPS, dtype=torch.float16)
         tops = maxima.new_empty(blocks, batch)
@@ -119,15 +119,15 @@ class Rounded:
             rounded, units = self._round(queries)
             _maxima[(parts * blocks,)](
                 rounded, units, self._rows, self._units, maxima, tops, batch, count, blocks, parts, width,
-                QUERIES=64 if small else 128, ROWS=ROWS, GROUP=GROUP, INNER=128, EVEN=width % 128 == 0,
+                QUERIES=64 if small else 128, ROWS=_ROWS, GROUP=_GROUP, INNER=128, EVEN=width % 128 == 0,
                 num_warps=4 if small else 8, num_stages=4 if small else 3,
             )  # fmt: skip
             chosen = _first_of(maxima, tops, wanted)
-            places = (chosen[:, :, None] + _GROUPS * torch.arange(GROUP, device=queries.device)).flatten(1)
+            places = (chosen[:, :, None] + _GROUPS * torch.arange(_GROUP, device=queries.device)).flatten(1)
             cosines = queries.new_empty(places.shape)
             _cosines[(batch, triton.cdiv(places.shape[1], 16))](
                 queries, self._stored, chosen, cosines, count, chosen.shape[1], width,
-                GROUP=GROUP, GROUPS=_GROUPS, TILE=16, INNER=256,
+                GROUP=_GROUP, GROUPS=_GROUPS, TILE=16, INNER=256,
             )  # fmt: skip
         return cosines, places
 
@@ -138,4 +138,4 @@ def _first_of(maxima: Tensor, tops: Tensor, wanted: int) -> Tensor:
     blocks = largest(tops.T.contiguous(), min(wanted, len(tops)))[1]
     groups = maxima.gather(1, blocks[:, :, None].expand(-1, -1, _GROUPS)).flatten(1)
     chosen = largest(groups, min(wanted, groups.shape[1]))[1]
-    return blocks.gather(1, chosen // _GROUPS) * ROWS + chosen % _GROUPS
+    return blocks.gather(1, chosen // _GROUPS) * _ROWS + chosen % _GROUPS

@@ -14,13 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vs2_plugin.selection import largest
-
 __all__ = ["NEIGHBOURS", "Scores", "divergence", "information", "neighbour_graph", "scores"]
 
 #: Neighbours of each image in the graph.
 NEIGHBOURS = 10
-_BLOCK = 1024  # images whose cosines with as many others are still in a cache when the largest are looked up
+_BLOCK = 2048
 _SHUFFLES = 4
 #: Classes up to which pairs are counted in a table of all, of 8 MB at most: of more, only those that occur, by sorting.
 _TABLE = 1024
@@ -40,7 +38,7 @@ def neighbour_graph(embeddings: Tensor, k: int = NEIGHBOURS) -> Tensor:
     best: list[list[tuple[Tensor, Tensor]]] = [[] for _ in parts]
 
     def look(cosines: Tensor, ours: int, theirs: int) -> None:
-        values, columns = largest(cosines, min(k, cosines.shape[1]))
+        values, columns = cosines.topk(min(k, cosines.shape[1]), dim=1)
         best[ours].append((values, columns + theirs * _BLOCK))
 
     for one, part in enumerate(parts):
