@@ -55,3 +55,10 @@ def test_help(words, capsys):
     with pytest.raises(SystemExit) as stop:
         main(words)
     assert stop.value.code == 0 and capsys.readouterr().out
+
+
+def test_words_too_many_are_told_with_the_help_of_their_command(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["classify", "photos", "--model", "vs2:ViT-B-32", "--classes", "cat", "dog"])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "vs2: error: classify: unrecognized arguments: dog; see: vs2 classify --help"

@@ -85,13 +85,22 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit code."""
-    args = parser().parse_args(argv)
+    args = _parsed(argv)
     return end_well("vs2", lambda: args.run(args), getattr(args, "interrupted", ""))
+
+
+def _parsed(words: Sequence[str] | None) -> argparse.Namespace:
+    """What the words say. Of some too many, the command's own help tells more than that of all."""
+    command = parser()
+    args, more = command.parse_known_args(words)
+    if more:
+        command.error(f"{args.command}: unrecognized arguments: {' '.join(more)}; see: vs2 {args.command} --help")
+    return args
 
 
 def _run(words: Sequence[str]) -> int | None:
     """Run the command within another, which tells how it ended."""
-    args = parser().parse_args(words)
+    args = _parsed(words)
     code: int | None = args.run(args)
     return code
 
