@@ -74,15 +74,18 @@ def emulates_bfloat16() -> bool:
 
 
 def add_at(sums: Tensor, places: Tensor, values: Tensor) -> Tensor:
-    """Add each value to the sum at its place, in place, and return the sums: ``[n]``, from int64 and numbers ``[m]``.
+    """Add each value to the sum of its row at its place, in place, and return the sums: ``[…, n]``, from int64 and
+    numbers ``[…, m]``.
 
-    A GPU's own ``index_add_`` adds in whatever order its threads come by, so that the last bits change from run to run;
-    this adds whole numbers there, of units of 2^-40 of the largest value, which takes a quarter of the time of sorting.
+    A GPU's own ``scatter_add_`` adds in whatever order its threads come by, so that the last bits change from run to
+    run; this adds whole numbers there, of units of 2^-40 of the largest value, which takes a quarter of the time of
+    sorting.
     """
     if not sums.is_cuda:
-        return sums.index_add_(0, places, values)
-    unit = values.abs().amax().double().clamp_min(1e-200) * 2.0**-40  # not finite where a value is not
-    whole = torch.zeros_like(sums, dtype=torch.long).scatter_add_(0, places, (values.double() / unit).round().long())
+        return sums.scatter_add_(-1, places, values)
+    norm = torch.linalg.vector_norm(values, torch.inf, dtype=torch.double)  # not finite where a value is not
+    unit = norm.clamp_min(1e-200)[None] * 2.0**-40
+    whole = torch.zeros_like(sums, dtype=torch.long).scatter_add_(-1, places, (values / unit).round().long())
     return sums.add_(whole * unit)
 
 

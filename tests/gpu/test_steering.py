@@ -321,6 +321,10 @@ def test_sums_are_those_of_the_cpu_and_the_same_each_time(dtype):
     found = [add_at(torch.zeros(500, dtype=dtype).cuda(), places.cuda(), values.cuda()).cpu() for _ in range(3)]
     assert all(torch.equal(one, found[0]) for one in found)
     torch.testing.assert_close(found[0].double(), expected, rtol=1e-6, atol=1e-5)
+    rows, own = values.view(3, -1), places.view(3, -1)
+    expected = torch.zeros(3, 500, dtype=torch.float64).scatter_add_(1, own, rows.double())
+    found = add_at(torch.zeros(3, 500, dtype=dtype).cuda(), own.cuda(), rows.cuda()).cpu()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-5)
     nothing = add_at(torch.ones(2).cuda(), torch.tensor([1]).cuda(), torch.zeros(1).cuda())
     assert torch.equal(nothing.cpu(), torch.ones(2))
     for wrong in (torch.inf, torch.nan):

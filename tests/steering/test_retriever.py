@@ -9,6 +9,7 @@ from vs2_plugin.errors import DataError, HarnessError, PluginError
 from vs2_plugin.gallery.gallery import Gallery
 from vs2_plugin.gallery.search import ExactSearch
 from vs2_plugin.steering.batch import Batch
+from vs2_plugin.steering.neighbours import contrast
 from vs2_plugin.steering.retriever import Neighbours, Retriever, majority
 
 
@@ -21,7 +22,7 @@ def hood(similarity, valid=None):
 # ---- the majority
 
 MAJORITIES = [
-    # labels, similarities, the winner, its count
+    # labels, similarities, the winner, how many have it
     ([3, 3, 1], [0.5, 0.4, 0.9], 3, 2),
     ([1, 2, 2, 1], [0.9, 0.5, 0.4, 0.3], 1, 2),
     ([2, 1, 1, 2], [0.9, 0.5, 0.4, 0.3], 2, 2),
@@ -35,8 +36,10 @@ MAJORITIES = [
 
 @pytest.mark.parametrize(("labels", "similarity", "winner", "count"), MAJORITIES)
 def test_the_majority_and_its_size(labels, similarity, winner, count):
-    found = majority(torch.tensor([labels]), hood([similarity]))
-    assert [part.tolist() for part in found] == [[winner], [count]]
+    labels, neighbours = torch.tensor([labels]), hood([similarity])
+    found = majority(labels, neighbours)
+    assert found.tolist() == [winner]
+    assert contrast(labels, found, neighbours.valid)[1].item() == pytest.approx(count / labels.shape[1])
 
 
 @pytest.mark.parametrize("labels", [[1, 2], [2, 1]])
@@ -45,18 +48,19 @@ def test_a_small_difference_of_similarity_decides_between_equal_counts(each, lab
     """However many neighbours there are, and in whatever order the classes stand."""
     similarity = [[0.7 + 1e-4] + [0.7] * (2 * each - 1)]
     votes = torch.tensor([[labels[0]] * each + [labels[1]] * each])
-    assert majority(votes, hood(similarity))[0].tolist() == [labels[0]]
+    assert majority(votes, hood(similarity)).tolist() == [labels[0]]
 
 
 def test_the_memory_of_a_majority_does_not_grow_with_the_labels():
     found = majority(torch.tensor([[7, 10**15, 10**15], [10**15, 7, 7]]), hood([[0.9, 0.8, 0.7]] * 2))
-    assert [part.tolist() for part in found] == [[10**15, 7], [2, 2]]
+    assert found.tolist() == [10**15, 7]
 
 
 def test_what_is_no_neighbour_has_no_vote():
     neighbours = hood([[0.9, 0.8, 0.7], [0.9, 0.8, 0.7]], [[True, False, False], [False, False, False]])
-    winner, count = majority(torch.tensor([[1, 2, 2], [1, 2, 2]]), neighbours)
-    assert winner.tolist()[0] == 1 and count.tolist() == [1, 0]
+    labels = torch.tensor([[1, 2, 2], [1, 2, 2]])
+    winner = majority(labels, neighbours)
+    assert winner.tolist()[0] == 1 and contrast(labels, winner, neighbours.valid)[1].tolist() == [1, 0]
 
 
 # ---- the neighbours of a batch

@@ -95,6 +95,9 @@ class Rounded:
         self._stored, self._rotation = rows, rotation.to(rows.device)
         self._rows = torch.zeros(padded, width, dtype=torch.int8, device=rows.device)
         self._units = torch.zeros(padded, device=rows.device)
+        #: How far a block's groups are from its first embedding, by their first; and a group's members from that.
+        self._groups = torch.arange(_GROUPS, device=rows.device)
+        self._members = torch.arange(0, _ROWS, _GROUPS, device=rows.device)
         parts = rows.split(_AT_ONCE)
         mean = torch.stack([F.normalize(part.float(), dim=-1).sum(0) for part in parts]).sum(0) / count
         for number, part in enumerate(parts):
@@ -104,7 +107,7 @@ class Rounded:
     def _round(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """Integers ``[count, e]``, and their units ``[count]``."""
         rotated = embeddings @ self._rotation
-        units = rotated.abs().amax(1).clamp_min(1e-12) / 127
+        units = torch.linalg.vector_norm(rotated, torch.inf, dim=1).clamp_min(1e-12) / 127
         return (rotated / units[:, None]).round().to(torch.int8), units
 
     def __call__(self, queries: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
@@ -122,8 +125,8 @@ class Rounded:
                 QUERIES=64 if small else 128, ROWS=_ROWS, GROUP=_GROUP, INNER=128, EVEN=width % 128 == 0,
                 num_warps=4 if small else 8, num_stages=4 if small else 3,
             )  # fmt: skip
-            chosen = _first_of(maxima, tops, wanted)
-            places = (chosen[:, :, None] + _GROUPS * torch.arange(_GROUP, device=queries.device)).flatten(1)
+            chosen = self._first_of(maxima, tops, wanted)
+            places = (chosen[:, :, None] + self._members).flatten(1)
             cosines = queries.new_empty(places.shape)
             _cosines[(batch, triton.cdiv(places.shape[1], 16))](
                 queries, self._stored, chosen, cosines, count, chosen.shape[1], width,
@@ -131,11 +134,10 @@ class Rounded:
             )  # fmt: skip
         return cosines, places
 
-
-def _first_of(maxima: Tensor, tops: Tensor, wanted: int) -> Tensor:
-    """The first embedding of each of the ``wanted`` groups of largest maxima, or of all: they are in as many blocks of
-    largest maxima."""
-    blocks = largest(tops.T.contiguous(), min(wanted, len(tops)))[1]
-    groups = maxima.gather(1, blocks[:, :, None].expand(-1, -1, _GROUPS)).flatten(1)
-    chosen = largest(groups, min(wanted, groups.shape[1]))[1]
-    return blocks.gather(1, chosen // _GROUPS) * _ROWS + chosen % _GROUPS
+    def _first_of(self, maxima: Tensor, tops: Tensor, wanted: int) -> Tensor:
+        """The first embedding of each of the ``wanted`` groups of largest maxima, or of all: they are in as many blocks
+        of largest maxima."""
+        blocks = largest(tops.T.contiguous(), min(wanted, len(tops)))[1][:, :, None]
+        groups = maxima.gather(1, blocks.expand(-1, -1, _GROUPS)).flatten(1)
+        chosen = largest(groups, min(wanted, groups.shape[1]))[1]
+        return torch.add(self._groups, blocks, alpha=_ROWS).flatten(1).gather(1, chosen)

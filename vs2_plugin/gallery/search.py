@@ -119,8 +119,10 @@ class ScreenedSearch:
 
     def __call__(self, queries: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """See :class:`Search`."""
-        parts = [self._find(some, n) for some in queries.split(_QUERIES)]
-        return torch.cat([cosines for cosines, _ in parts]), torch.cat([rows for _, rows in parts])
+        if len(queries) <= _QUERIES:
+            return self._find(queries, n)
+        cosines, rows = zip(*(self._find(some, n) for some in queries.split(_QUERIES)), strict=True)
+        return torch.cat(cosines), torch.cat(rows)
 
     def _find(self, queries: Tensor, n: int) -> tuple[Tensor, Tensor]:
         cosines, rows = self._candidates(queries, min(2 * n + 32, self._count))

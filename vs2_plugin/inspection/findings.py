@@ -137,7 +137,7 @@ def _neighbours(subject: Subject, image: Tensor) -> Neighbours | None:
     own = labels[0].cpu()[valid].tolist()
     sides = [""] * len(own)
     if (rule := model.spec.options.get("rule")) is not None:
-        chosen = retriever.classes(batch) if rule == "query" else majority(labels, hood)[0]
+        chosen = retriever.classes(batch) if rule == "query" else majority(labels, hood)
         target = int(chosen[0])
         sides = ["S+" if label == target else "S-" for label in own]
         about += f". Steered towards the {sides.count('S+')} of {name(target)!r} (S+)"

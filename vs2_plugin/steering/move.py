@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from vs2_plugin.documented import documented
@@ -15,12 +14,15 @@ from vs2_plugin.sae.topk import Latents, TopKSAE
 
 __all__ = ["Code", "Move", "keep_norm", "vs2_steer"]
 
+#: No norm but 0 is below it: in float32, the squares of such numbers would be 0.
+_LEAST = 1e-30
+
 
 def keep_norm(steered: Tensor, x: Tensor) -> Tensor:
     """Scale ``steered``, row by row, to the norm of ``x``; both ``[batch, d]``. A row of norm 0 stays as it is."""
-    norm = steered.norm(dim=-1, keepdim=True)
     # Where nothing moved, both norms are the same number and the ratio is exactly 1.
-    return steered * torch.where(norm > 0, x.norm(dim=-1, keepdim=True) / norm, 1.0)
+    ratio: Tensor = x.norm(dim=-1, keepdim=True) / steered.norm(dim=-1, keepdim=True).clamp_min(_LEAST)
+    return steered * ratio
 
 
 class Code:

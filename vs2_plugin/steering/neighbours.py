@@ -94,10 +94,7 @@ class Codes:
         latents = self[rows]
         code = weights.new_zeros(len(rows), self._sae.config.num_latents)
         places, values = latents.indices.flatten(1), (latents.values * weights[..., None]).flatten(1)
-        if not code.is_cuda:
-            return code.scatter_add_(1, places, values)
-        starts = torch.arange(len(code), device=code.device)[:, None] * code.shape[1]
-        return add_at(code.view(-1), (starts + places).flatten(), values.flatten()).view_as(code)
+        return add_at(code, places, values)
 
     def combine(self, rows: Tensor, weights: Tensor) -> Code:
         """``Σ_j w_j c_j``, from row numbers and weights ``[batch, n]``."""
@@ -117,11 +114,10 @@ def contrast(labels: Tensor, chosen: Tensor, valid: Tensor) -> tuple[Tensor, Ten
     Returns:
         The weights ``[batch, n]``, and the share of neighbours in S⁺, ``[batch]``.
     """
-    same = labels == chosen[:, None]
-    positive, negative = (valid & same).float(), (valid & ~same).float()
-    size = positive.sum(1, keepdim=True)
-    weights = positive / size.clamp_min(1) - negative / negative.sum(1, keepdim=True).clamp_min(1)
-    return weights, size[:, 0] / valid.sum(1).clamp_min(1)
+    same = valid & (labels == chosen[:, None])
+    size, number = same.sum(1, keepdim=True), valid.sum(1, keepdim=True)
+    weights = valid / size.where(same, (size - number).clamp_max(-1))
+    return weights, (size / number.clamp_min(1))[:, 0]
 
 
 class _Voting(nn.Module):
@@ -205,7 +201,7 @@ class NeighbourSteering(_Voting):
 
     def _towards(self, batch: Batch, neighbours: Neighbours) -> _Contrast:
         labels = self._labels(self.labels, neighbours)
-        chosen = self._own_classes(batch) if self.rule == "query" else majority(labels, neighbours)[0]
+        chosen = self._own_classes(batch) if self.rule == "query" else majority(labels, neighbours)
         weights, shares = contrast(labels, chosen, neighbours.valid)
         if self.brake is not None:
             weights = weights * (shares >= self.brake)[:, None]
@@ -253,7 +249,7 @@ class MixedSteering(_Voting):
         members = neighbours.valid
         if self.labels != "none":
             labels = self._labels(self.labels, neighbours)
-            members = members & (labels == majority(labels, neighbours)[0][:, None])
+            members = members & (labels == majority(labels, neighbours)[:, None])
             self._tally.add(agreement=members.sum(1) / neighbours.valid.sum(1).clamp_min(1))
         weights = neighbours.similarity.clamp_min(0) * members
         total = weights.sum(1, keepdim=True)
@@ -317,7 +313,7 @@ class VoteSteering(_Voting):
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """Replace embeddings ``[batch, e]``."""
         neighbours = self.retriever.neighbours(batch)
-        winner, votes = majority(self._labels("pseudo", neighbours), neighbours)
-        number = neighbours.valid.sum(1)
-        self._tally.add(agreement=votes / number.clamp_min(1))
-        return self.retriever.classifier.T[winner].where(number[:, None] > 0, x)
+        labels = self._labels("pseudo", neighbours)
+        winner = majority(labels, neighbours)
+        self._tally.add(agreement=contrast(labels, winner, neighbours.valid)[1])
+        return self.retriever.classifier.T[winner].where(neighbours.valid.any(1, keepdim=True), x)

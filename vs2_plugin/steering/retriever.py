@@ -33,8 +33,8 @@ class Neighbours(NamedTuple):
     """bool ``[batch, n]``: False in places that hold no neighbour, since fewer were found."""
 
 
-def majority(labels: Tensor, neighbours: Neighbours) -> tuple[Tensor, Tensor]:
-    """The most frequent of the neighbours' labels, and the number of neighbours that have it: ``[batch]`` each.
+def majority(labels: Tensor, neighbours: Neighbours) -> Tensor:
+    """The most frequent of the neighbours' labels: ``[batch]``.
 
     Of equally frequent ones, that with the greater sum of similarities is taken.
 
@@ -42,15 +42,13 @@ def majority(labels: Tensor, neighbours: Neighbours) -> tuple[Tensor, Tensor]:
         labels: int64 ``[batch, n]``.
         neighbours: whose labels they are.
     """
-    valid = neighbours.valid.double()
-    ordered, order = labels.sort(dim=1, stable=True)
-    numbers = F.pad(ordered.diff(dim=1).ne(0).cumsum(1), (1, 0))  # of the labels in each row, from 0
-    counts = torch.zeros_like(valid).scatter_add_(1, numbers, valid.gather(1, order))
-    sums = torch.zeros_like(valid).scatter_add_(1, numbers, (neighbours.similarity * valid).gather(1, order))
-    # A sum is within ± n, so that it can only decide between equal counts.
-    winner = (counts + sums / (2 * labels.shape[1] + 1)).argmax(1, keepdim=True)
-    first = (numbers < winner).sum(1, keepdim=True)
-    return ordered.gather(1, first)[:, 0], counts.gather(1, winner)[:, 0].float()
+    # A sum of similarities is within ± n, so that in such a unit it can only decide between equal numbers of votes.
+    unit = 0.5 ** (2 * labels.shape[1]).bit_length()
+    votes = (1 + unit * neighbours.similarity.double()) * neighbours.valid
+    ordered = labels.sort(dim=1).values
+    firsts = torch.searchsorted(ordered, labels)  # where each label stands first
+    winner = torch.zeros_like(votes).scatter_add_(1, firsts, votes).argmax(1, keepdim=True)
+    return ordered.gather(1, winner)[:, 0]
 
 
 class _Found(NamedTuple):
@@ -202,7 +200,7 @@ class Retriever:
 
         def made() -> Neighbours:
             found = batch.once((self, "found"), lambda: self._found(batch))
-            rows, similarity = (part[:, : self.n].contiguous() for part in found[:2])
+            rows, similarity = (part[:, : self.n] for part in found[:2])
             return Neighbours(rows.clamp_min(0), similarity, rows.ge(0))
 
         return batch.once((self, "nearest"), made)
