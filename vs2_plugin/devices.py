@@ -85,7 +85,7 @@ def add_at(sums: Tensor, places: Tensor, values: Tensor) -> Tensor:
         return sums.scatter_add_(-1, places, values)
     norm = torch.linalg.vector_norm(values, torch.inf, dtype=torch.double)  # not finite where a value is not
     unit = norm.clamp_min(1e-200)[None] * 2.0**-40
-    whole = torch.zeros_like(sums, dtype=torch.long).scatter_add_(-1, places, (values / unit).round().long())
+    whole = torch.zeros_like(sums, dtype=torch.long).scatter_add_(-1, places, (values / unit).long())
     return sums.add_(whole * unit)
 
 

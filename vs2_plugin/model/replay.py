@@ -216,16 +216,17 @@ class _Told:
             self._batches += 1
             with _without_waits() if self._batches == 2 else nullcontext():  # at first, things are set up
                 self._replayed(partial(self._encode, encode))
+            embeddings, totals = self._embeddings.clone(), self._sums.clone()  # the next batch overwrites them
             if works_by_itself and not same():
                 return None
             wrong = any(answer() for answer in self._answers)  # asked in between, they wait for no more than that
             self.refused = self.refused + 1 if wrong else 0
             if wrong:
                 return None
-            numbers = iter(self._sums.clone().unbind())
+            numbers = iter(totals.unbind())
             for tally, sums, count in self._counted:
                 tally.keep(dict(zip(sums, numbers, strict=False)), count)
-            return self._embeddings.clone()  # the next batch overwrites them
+            return embeddings
 
 
 @contextmanager

@@ -44,7 +44,8 @@ def majority(labels: Tensor, neighbours: Neighbours) -> Tensor:
     """
     # A sum of similarities is within ± n, so that in such a unit it can only decide between equal numbers of votes.
     unit = 0.5 ** (2 * labels.shape[1]).bit_length()
-    votes = (1 + unit * neighbours.similarity.double()) * neighbours.valid
+    valid = neighbours.valid.double()
+    votes = valid.addcmul(valid, neighbours.similarity, value=unit)
     ordered = labels.sort(dim=1).values
     firsts = torch.searchsorted(ordered, labels)  # where each label stands first
     winner = torch.zeros_like(votes).scatter_add_(1, firsts, votes).argmax(1, keepdim=True)
