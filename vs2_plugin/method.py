@@ -17,7 +17,7 @@ from vs2_plugin.settings import Scalar, Setting
 
 __all__ = [
     "AUTO", "AUTOMATIC", "COMMON", "ENCODER_NAME", "LABELS", "LABELS_USED", "NEIGHBOURS", "PROTOCOLS", "STREAM",
-    "UNLABELED", "VIEWS", "Method", "Option", "Scalar", "widest",
+    "TOLD_OF_ALL", "UNLABELED", "VIEWS", "Method", "Option", "Scalar", "widest",
 ]  # fmt: skip
 
 #: In place of a number: to be chosen from unlabeled training images.
@@ -130,6 +130,14 @@ VIEWS = (
     Option("views", int, 64, minimum=2, maximum=1024, help="the image and random crops of it, all together"),
     Option("crops", int, 0, minimum=0, maximum=2**31 - 1, help="seed of the crops"),
 )  # fmt: skip
+
+#: What results say of every method, under these names with ``vs2_`` before them; so that no option has one of them.
+TOLD_OF_ALL = frozenset(
+    {"method", "version", "site", "protocol", "checkpoint", "checkpoint_digest", "transductive", "labels"}
+    | {"neighbour_labels", "sae_warning", "coverage", "mean_fvu", "gate_threshold", "seconds", "peak_memory"}
+    | {f"ece{before}{bins}" for before in ("", "_before") for bins in ("", "_bins")}
+    | {"mended", "broken", "results_digest"}
+)
 
 #: What a method sees beside the image at hand, from least to most: nothing; unlabeled images of the domain, such as an
 #: SAE's training images; the images that came before; all test images.
@@ -266,6 +274,11 @@ class Method:
                 f"({', '.join(option.name for option in self.all_options[len(self.options) :])})"
             )
         for option in self.options:
+            if option.name in TOLD_OF_ALL - {LABELS.name}:
+                raise PluginError(
+                    f"method {self.name!r}: an option named {option.name!r}, which results say of every method; "
+                    "expected another name"
+                )
             if option.auto_needs is not None and option.auto_needs[0] not in by_name:
                 raise PluginError(
                     f"method {self.name!r}: auto of {option.name!r} needs {option.auto_needs[0]!r}, which is no option"

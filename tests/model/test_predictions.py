@@ -30,6 +30,38 @@ def load(in_demo):
     return load
 
 
+def test_a_model_that_was_cast_is_not_asked(load):
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        model = load(f"vs2:{TINY}@{NAME}")[0].to(dtype)
+        for ask in (model.classify, model.explain):
+            with pytest.raises(HarnessError, match=rf"weights of {dtype}; expected float32.*call model\.float\(\)"):
+                ask(torch.zeros(1, 3, 32, 32))
+        assert len(model.float().classify(torch.zeros(1, 3, 32, 32))) == 1
+
+
+def test_images_that_are_not_finite_are_refused_by_number(load):
+    model = load(f"vs2:{TINY}@{NAME}")[0]
+    images = torch.zeros(5, 3, 32, 32)
+    for wrong in (torch.nan, torch.inf):
+        images[3, 0, 1, 2] = wrong
+        for given in (images, list(images), images.numpy()):
+            with pytest.raises(DataError, match="image number 3 holds NaN or infinity"):
+                model.classify(given, batch_size=2)
+        with pytest.raises(DataError, match="image number 0 holds NaN or infinity"):
+            model.explain(images[3])
+
+
+def test_numbers_below_one_are_refused(load):
+    model = load(f"vs2:{TINY}@{NAME}")[0]
+    found = model.classify(torch.zeros(1, 3, 32, 32))
+    for wrong in (lambda: found.top(0), lambda: found.top(-1)):
+        with pytest.raises(SettingError, match="expected a number of classes, at least 1"):
+            wrong()
+    for told in ({"top": 0}, {"latents": 0}, {"latents": -2}):
+        with pytest.raises(SettingError, match="expected whole numbers, at least 1"):
+            model.explain(torch.zeros(3, 32, 32), **told)
+
+
 @pytest.mark.parametrize(
     ("model", "amp"),
     [

@@ -283,18 +283,6 @@ def interrupted():
     raise KeyboardInterrupt
 
 
-def test_of_two_threads_one_is_asked_itself():
-    replays, x = Replays(), torch.ones(1, 3)
-
-    def encode(batch):  # as if another thread came by
-        found.append(replays(MODEL, Doubling(), x))
-        return batch.images
-
-    found = []
-    assert replays(MODEL, encode, x) is not None and found == [None]
-    assert replays(MODEL, Doubling(), x[:, :2]) is not None
-
-
 def test_a_gallery_that_holds_the_images_is_not_asked_twice_for_ever(monkeypatch):
     replays, encode, special = Replays(), Doubling(), torch.full((2, 3), 7.0)
     for _ in range(2):

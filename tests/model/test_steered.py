@@ -1,12 +1,15 @@
 """SteeredCLIP: what the harness and Python callers touch."""
 
 import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 import vs2_plugin
-from vs2_plugin.errors import ModelStringError, PluginError
+from vs2_plugin.demo.digits import CLASSES, read_digits
+from vs2_plugin.errors import ModelStringError, PluginError, SettingError
 from vs2_plugin.method import Method, Option
 from vs2_plugin.plugins import registry
 
@@ -62,6 +65,43 @@ def test_an_image_does_not_depend_on_its_batch(in_demo, images):
     with torch.no_grad():
         assert torch.equal(model.encode_image(images)[0], model.encode_image(others)[0])
         torch.testing.assert_close(model.encode_image(images)[:1], model.encode_image(images[:1]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", ["vs2pp:{}", "vs2:{}@blocks=2+3", "knn:{}", "vs2pp:{}@blocks=1"])
+def test_threads_may_share_a_model(in_demo, options):
+    model, transform, _ = vs2_plugin.load(options.format(TINY), dataset="wds/digits", classes=CLASSES, amp=False)
+    pictures = torch.stack([transform(picture) for picture in read_digits("test")[0][:48]])
+    batches = pictures.split(8)
+
+    def embed(batch):
+        with torch.no_grad():
+            return model.encode_image(batch), model.classify(batch).logits
+
+    alone = [embed(batch) for batch in batches]
+    with ThreadPoolExecutor(4) as threads:
+        for expected, found in zip(alone * 4, threads.map(embed, batches * 4), strict=True):
+            assert all(map(torch.equal, expected, found))
+
+
+def test_a_copy_and_what_was_pickled_know_nothing_of_whose_turn_it_is(in_demo, images):
+    model, *_ = vs2_plugin.load(f"vs2:{TINY}", dataset="wds/digits")
+    embed = torch.no_grad()(lambda model: model.encode_image(images))
+    with model._current.turn:
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert all(place.current is other._current is not model._current for place in other.places)
+            with ThreadPoolExecutor(1) as thread:  # which does not wait for the model's
+                assert torch.equal(thread.submit(embed, other).result(60), embed(model))
+
+
+def test_what_is_no_classifier_is_refused(in_demo):
+    model, *_ = vs2_plugin.load(f"vs2:{TINY}", dataset="wds/digits", classes=CLASSES, amp=False)
+    weights = model.classifier.weights
+    wrong = {"of type ndarray": weights.numpy(), "of type torch.int64": weights.long(), "NaN": weights / 0 * 0}
+    wrong |= {r"of shape \[10, 64\]": weights.T, r"of shape \[64\]": weights[:, 0], r"of shape \[\]": weights.sum()}
+    for said, classifier in wrong.items():
+        with pytest.raises(SettingError, match=f"the classifier (is|holds) {said}.*expected"):
+            model.set_classifier(classifier)
+    assert torch.equal(model.classifier.weights, weights)  # the one before stays
 
 
 def test_without_a_data_set_it_says_so(in_demo, images):

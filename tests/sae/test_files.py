@@ -71,6 +71,21 @@ def test_we_read_sparsifys(sparsify, tmp_path, size):
     torch.testing.assert_close(ours(x), theirs(x).sae_out, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_a_signed_one_of_early_sparsify_keeps_negative_latents(tmp_path):
+    made, x = make_sae("relu"), torch.randn(20, 16)
+    made.encoder.bias.normal_()
+    save_sae(made, tmp_path)
+    edit(tmp_path, signed=True)
+    drop(tmp_path, "activation")
+    pre = (x - made.b_dec) @ made.encoder.weight.T + made.encoder.bias
+    places = pre.abs().topk(made.config.k).indices
+    code = torch.zeros_like(pre).scatter(1, places, pre.gather(1, places))
+    torch.testing.assert_close(load_sae(tmp_path)(x), code @ made.W_dec + made.b_dec, atol=1e-5, rtol=1e-5)
+    edit(tmp_path, signed=False)
+    assert load_sae(tmp_path).config.activation == "relu"
+
+
 def test_sparsify_refuses_an_abs_sae(sparsify, tmp_path):
     # read as "topk" it would drop every negative latent without a word
     save_sae(make_sae("abs"), tmp_path)

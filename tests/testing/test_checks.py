@@ -56,6 +56,11 @@ def edit_images(of, x, batch):
     return x + 1
 
 
+def edit_embedding(of, x, batch):
+    batch.embedding().sub_(0.1)
+    return x + 1
+
+
 def refuses_rounded(of, x, batch):
     return raises() if torch.equal(x, x.bfloat16().float()) else x + 1
 
@@ -79,7 +84,8 @@ STEERINGS = {
     "dtype": [(Of(lambda of, x, batch: x.double()), "it returned torch.float64; expected torch.float32")],
     "device": [(Of(lambda of, x, batch: x.to("meta")), "it returned a tensor on meta; expected one on")],
     "finite": [(Of(lambda of, x, batch: x / x.norm(dim=1, keepdim=True)), "NaN or infinity for digits of which")],
-    "in place": [(Of(add_in_place), "edited what it was given in place"), (Of(edit_images), "edited batch.images")],
+    "in place": [(Of(add_in_place), "edited what it was given in place"), (Of(edit_images), "edited batch.images"),
+                 (Of(edit_embedding), "edited batch.embedding() in place")],
     "facts": [(Of(lambda of, x, batch: x + 1, share=float("nan")), "it has the fact 'share' = nan")],
     "images": [(Of(raises), "ZeroDivisionError: no luck")],
     "deterministic": [(Of(lambda of, x, batch: x + torch.rand_like(x)), "other numbers a second time, by up to"),
@@ -117,6 +123,18 @@ def test_each_check_can_fail(name, built, fragment, declare):
     finding = found_by(BY_NAME[name], Subject(declare(built)))
     assert fragment in finding.problem and "\n" not in finding.problem
     assert finding.check == name and finding.about
+
+
+def test_neighbours_are_not_to_be_edited(declare):
+    def build(context):
+        def steer(x, batch):
+            context.retriever.neighbours(batch).rows.zero_()
+            return x + 1
+
+        return steer
+
+    finding = found_by(BY_NAME["in place"], Subject(declare(build, gallery="neighbours", needs_checkpoint=True)))
+    assert "edited neighbours.rows in place" in finding.problem
 
 
 def test_automatic_options_have_to_begin_with_nothing(declare):

@@ -27,6 +27,7 @@ from vs2_plugin.model.automatic import Automatic
 from vs2_plugin.model.description import told
 from vs2_plugin.model.predictions import Classifier
 from vs2_plugin.model.steered import SteeredCLIP
+from vs2_plugin.seeds import seeded
 from vs2_plugin.steering.context import Task
 from vs2_plugin.text import counted, reason_of
 from vs2_plugin.training.run import train
@@ -136,10 +137,10 @@ def _load(plan: Plan) -> tuple[SteeredCLIP, Callable[[Any], Tensor]]:
     request, spec = plan.request, plan.spec
     if plan.checkpoint is not None and spec.checkpoint is None:
         spec = replace(spec, checkpoint=plan.checkpoint.name)
-    torch.manual_seed(request.seed)  # random weights
-    model, transform, tokenizer = load(
-        str(spec), request.pretrained, request.model_cache_dir, own_device(), store=plan.store
-    )
+    with seeded(request.seed):  # random weights
+        model, transform, tokenizer = load(
+            str(spec), request.pretrained, request.model_cache_dir, own_device(), store=plan.store
+        )
     if plan.checkpoint is not None:
         model.bind(Task(plan.checkpoint.data.datasets[0], classes=list(plan.classes), templates=list(plan.prompts)))
     model.set_classifier(Classifier.of(model, tokenizer, plan.classes, plan.prompts, _amp(plan)))

@@ -16,6 +16,7 @@ from vs2_plugin.arrays import digest_of
 from vs2_plugin.errors import CheckpointError, DataError
 from vs2_plugin.gallery.contents import RetrievalEncoder
 from vs2_plugin.hub import require_hub
+from vs2_plugin.seeds import seeded
 from vs2_plugin.text import reason_of
 
 __all__ = ["TimmEncoder", "load_encoder"]
@@ -109,8 +110,7 @@ def _create(name: str, weights: str | None) -> nn.Module:
     source: dict[str, Any] = {"pretrained": weights != ""}
     if weights:  # timm knows its own files, with or without a classifier, in older formats and newer ones
         source["pretrained_cfg_overlay"] = {"file": weights}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # random weights are the same ones every time
+    with seeded(0):  # random weights are the same ones every time
         model: nn.Module = timm.create_model(name, num_classes=0, **source)
     return model
 

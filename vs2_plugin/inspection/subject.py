@@ -25,6 +25,7 @@ from vs2_plugin.model.explanation import sae_at, words_of
 from vs2_plugin.model.place import Place
 from vs2_plugin.model.predictions import warn_of_equals
 from vs2_plugin.model.steered import SteeredCLIP
+from vs2_plugin.seeds import seeded
 from vs2_plugin.steering.context import Task
 
 __all__ = ["Card", "Subject", "open_subject"]
@@ -156,8 +157,8 @@ def open_subject(
         if words is not None and len(set(words)) < 2:
             raise DataError(f"{name}: {', '.join(map(repr, words)) or 'none'}; expected at least two different words")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)  # random weights: as clip_benchmark has them
-    steered, transform, tokenizer = load(model, pretrained, model_cache_dir, device)
+    with seeded(0):  # random weights: as clip_benchmark has them
+        steered, transform, tokenizer = load(model, pretrained, model_cache_dir, device)
     steered.bind(Task(named.name, named.root, "test", classes, prompts))
     with zero_shot_classification() as harness:
         embed = partial(harness.zero_shot_classifier, steered.model, tokenizer, device=device, amp=False)

@@ -5,16 +5,11 @@ from __future__ import annotations
 import re
 import reprlib
 
-from vs2_plugin.method import Scalar
+from vs2_plugin.method import TOLD_OF_ALL, Scalar
 from vs2_plugin.text import reason_of
 
 __all__ = ["facts_of"]
 
-#: What the framework says itself, and no method.
-_OWN = {"method", "version", "site", "protocol", "checkpoint", "checkpoint_digest", "transductive", "labels"}
-_OWN |= {"neighbour_labels", "sae_warning", "coverage", "mean_fvu", "gate_threshold", "seconds", "peak_memory"}
-_OWN |= {"mended", "broken"}
-_OWN |= {f"ece{before}{bins}" for before in ("", "_before") for bins in ("", "_bins")} | {"results_digest"}
 _LONGEST = 10_000
 
 
@@ -35,7 +30,7 @@ def _problem(name: object, value: object) -> str | None:
     """Return in words why that cannot stand in results."""
     if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,99}", name):
         return f"a fact named {reprlib.repr(name)}; expected lower-case letters, digits and '_'"
-    if name in _OWN:
+    if name in TOLD_OF_ALL:
         return f"a fact named {name!r}, which is said of every method; expected another name"
     number = isinstance(value, (int, float)) and abs(value) < 2**63  # not NaN
     if not number and not (isinstance(value, str) and len(value) <= _LONGEST and value.isprintable()):

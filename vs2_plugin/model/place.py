@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from threading import RLock
 
 from torch import Tensor, nn
 
@@ -23,9 +24,15 @@ __all__ = ["Current", "Place"]
 
 
 class Current:
-    """The batch that a tower is running on. One object is shared by a model and its places, also in a copy of both."""
+    """The batch that a tower is running on, and whose turn it is: threads that call a model wait for each other. One
+    object is shared by a model and its places, also in a copy of both."""
 
-    batch: Batch | None = None
+    def __init__(self) -> None:
+        self.batch: Batch | None = None
+        self.turn = RLock()
+
+    def __reduce__(self) -> tuple[type[Current], tuple[()]]:
+        return Current, ()
 
 
 class Place(nn.Module):

@@ -128,7 +128,7 @@ class Classifier:
     @classmethod
     def unnamed(cls, weights: Tensor) -> Classifier:
         """One whose classes have numbers for names."""
-        return cls(tuple(map(str, range(weights.shape[1]))), weights)
+        return cls(tuple(map(str, range(weights.shape[-1]))), weights)
 
 
 def warn_of_equals(names: Sequence[str], weights: Tensor) -> None:
@@ -206,7 +206,9 @@ class Predictions:
         return self.labels != self.plain_labels
 
     def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
-        """The ``k`` best classes of each image with their probabilities, best first."""
+        """The ``k`` best classes of each image with their probabilities, best first. Raises SettingError: k below 1."""
+        if k < 1:
+            raise SettingError(f"k is {k}; expected a number of classes, at least 1")
         order = best_first(self.logits, max(k, 5))[:, :k]
         chances = self.probabilities.gather(1, order)
         return [
@@ -346,7 +348,9 @@ def _pictures(images: Any, transform: Callable[[Any], Tensor]) -> Sequence[Any]:
 
 def _batch(pictures: Sequence[Any], transform: Callable[[Any], Tensor], first: int = 0) -> Tensor:
     """Return preprocessed images ``[batch, 3, height, width]``, of which the first has that number."""
-    if isinstance(pictures, Tensor):
-        return pictures.float()
     prepare = Prepare(transform)
-    return torch.stack([prepare(number, picture) for number, picture in enumerate(pictures, first)])
+    batch = torch.stack([prepare(number, picture) for number, picture in enumerate(pictures, first)])
+    wrong = ~batch.flatten(1).sum(1, dtype=torch.double).isfinite()
+    if wrong.any():
+        raise DataError(f"image number {first + int(wrong.int().argmax())} holds NaN or infinity; {_EXPECTED}")
+    return batch

@@ -9,7 +9,6 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from operator import is_
-from threading import Lock
 from typing import Any
 
 import torch
@@ -61,7 +60,6 @@ class Replays:
         self._parts: _Parts | None = None
         #: Memory to work in, by stream: no two passes of one stream are made at a time.
         self._rooms: dict[int, Any] = {}
-        self._one = Lock()
 
     def __reduce__(self) -> tuple[type[Replays], tuple[()]]:
         return Replays, ()
@@ -74,17 +72,12 @@ class Replays:
 
     def __call__(self, tower: nn.Module, encode: Encode, images: Tensor) -> Tensor | None:
         """What ``encode`` gives of images, by way of this tower. None where that has to be asked of ``encode`` itself:
-        it has hooks, which are to be called each time, trains, or asks more than a GPU knows; or another thread is at
-        it."""
-        if not self._one.acquire(blocking=False):
-            return None
+        it has hooks, which are to be called each time, trains, or asks more than a GPU knows."""
         try:
             return self._embeddings(tower, encode, images)
         except Exception as error:  # if it is no matter of graphs, encoding itself will raise it
             _LOG.info("the model is told to the GPU anew for each batch: %s", sentence_of(error))
             return None
-        finally:
-            self._one.release()
 
     def _embeddings(self, tower: nn.Module, encode: Encode, images: Tensor) -> Tensor | None:
         if self._parts is None or self._parts.tower is not tower or self._parts.have_moved():

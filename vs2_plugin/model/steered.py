@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from vs2_plugin.clip.backbone import Loaded
 from vs2_plugin.clip.edits import Edit, edit, paused
 from vs2_plugin.clip.sites import ClipModel, Sites
 from vs2_plugin.clip.tower import Tower
-from vs2_plugin.errors import CheckpointReplaced, HarnessError, ModelStringError
+from vs2_plugin.errors import CheckpointReplaced, HarnessError, ModelStringError, SettingError
 from vs2_plugin.method import Scalar
 from vs2_plugin.model.activations import Activations, steer_activations
 from vs2_plugin.model.description import describe
@@ -34,6 +35,34 @@ __all__ = ["SteeredCLIP"]
 
 #: Called after each batch with a function that gives the plain model's embedding of the same images.
 ShowPlain = Callable[[Callable[[], Tensor]], None]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _in_turn(method: Callable[Concatenate[SteeredCLIP, P], R]) -> Callable[Concatenate[SteeredCLIP, P], R]:
+    """Have threads that call a model wait for each other: what is known of a batch lies in the model meanwhile."""
+
+    @functools.wraps(method)
+    def called(model: SteeredCLIP, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return method(model, *args, **kwargs)
+        with model._current.turn:
+            return method(model, *args, **kwargs)
+
+    return called
+
+
+def _require_classifier(weights: object, width: int) -> None:
+    """Raise SettingError if these are no class embeddings of that width."""
+    expected = f"expected a tensor [{width}, classes] of floats, as clip_benchmark's zero_shot_classifier gives it"
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        raise SettingError(f"the classifier is of type {kind}; {expected}")
+    if weights.ndim != 2 or len(weights) != width or weights.shape[1] == 0:
+        raise SettingError(f"the classifier is of shape {list(weights.shape)}; {expected}")
+    if not weights.isfinite().all():
+        raise SettingError("the classifier holds NaN or infinity; expected finite class embeddings")
 
 
 class SteeredCLIP(nn.Module):
@@ -85,6 +114,7 @@ class SteeredCLIP(nn.Module):
     def __repr__(self) -> str:
         return describe(self.spec, self._places, self.classifier)
 
+    @_in_turn
     def bind(self, task: Task | None) -> None:
         """Find the checkpoint for ``task`` (None: the one that the model string names) and start steering.
 
@@ -131,15 +161,23 @@ class SteeredCLIP(nn.Module):
         """The method on logits that reads what comes out of the tower, if there is one."""
         return self.places.readout
 
+    @_in_turn
     def set_classifier(self, classifier: Tensor | Classifier, quiet: bool = False) -> None:
         """Tell a method that needs the classes the zero-shot classifier ``[embed_dim, classes]``. The harness glue does
         so, and :func:`vs2_plugin.load` with ``classes``; elsewhere it is up to the caller, before the first image is
-        encoded. Options that are ``auto`` are chosen now, and the choice is logged unless ``quiet``."""
-        told = classifier if isinstance(classifier, Classifier) else Classifier.unnamed(classifier)
+        encoded. Options that are ``auto`` are chosen now, and the choice is logged unless ``quiet``.
+
+        Raises:
+            SettingError: it is no such matrix, or holds NaN or infinity.
+        """
+        weights = classifier.weights if isinstance(classifier, Classifier) else classifier
+        _require_classifier(weights, self.sites.output.width)
+        told = classifier if isinstance(classifier, Classifier) else Classifier.unnamed(weights)
         self._replays.forget()
         self.places.set_classifier(told.weights, quiet)
         self.classifier = told
 
+    @_in_turn
     def classify(self, images: Images, batch_size: int = 64) -> Predictions:
         """Return what the steered model, and the plain one beside it, make of images: the numbers of ``clip_benchmark
         eval`` with batches of that size, bit for bit.
@@ -150,11 +188,12 @@ class SteeredCLIP(nn.Module):
             batch_size: how many go through the tower at a time.
 
         Raises:
-            HarnessError: no classes are known.
+            HarnessError: no classes are known, or the model was cast to another dtype.
             DataError: something is no image.
         """
         return predict(self, self._require_classes(), images, self.transform, batch_size)
 
+    @_in_turn
     def explain(self, image: OneImage, *, top: int = 5, latents: int = 8) -> Explanation:
         """Return what steering did to one image, latent by latent, in float32: what ``vs2 inspect`` says of it.
 
@@ -164,15 +203,19 @@ class SteeredCLIP(nn.Module):
             latents: latents shown for each place, those that contributed most to the change.
 
         Raises:
-            HarnessError: no classes are known, or the method reads the true class.
+            HarnessError: no classes are known, the method reads the true class, or the model was cast to another dtype.
             DataError: it is no image, or more than one.
+            SettingError: fewer than one class or latent.
         """
+        if min(top, latents) < 1:
+            raise SettingError(f"top is {top} and latents {latents}; expected whole numbers, at least 1")
         classifier = self._require_classes()
         with torch.inference_mode(False), torch.enable_grad():  # latents are told by gradients, whoever calls
             prepared = one_image(image, self.transform).to(classifier.weights.device)
             texts = classifier.weights.float().T.contiguous()
             return explain(self, prepared, classifier.names, texts, top=top, latents=latents)
 
+    @_in_turn
     def steer(self, activations: Activations, block: int | None = None) -> Activations:
         """Steer activations ``[batch, d]`` by themselves, gate included, as the tower does on its way.
 
@@ -190,6 +233,12 @@ class SteeredCLIP(nn.Module):
     def _require_classes(self) -> Classifier:
         if self.classifier is None:
             raise HarnessError(f"model {str(self.spec)!r} knows no classes; load it with classes=['cat', 'dog']")
+        dtype = next(self.model.parameters()).dtype
+        if dtype != torch.float32:
+            raise HarnessError(
+                f"model {str(self.spec)!r} has weights of {dtype}; expected float32, as fast under autocast; call "
+                "model.float()"
+            )
         return self.classifier
 
     def set_targets(self, targets: Tensor | None) -> None:
@@ -236,6 +285,7 @@ class SteeredCLIP(nn.Module):
         """The last site's gate on each image since :meth:`reset_statistics`: ``fvu`` and ``steered``."""
         return self.places.per_image()
 
+    @_in_turn
     def encode_image(self, image: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The steered image embedding ``[batch, embed_dim]``, in the dtype of the model inside.
 
@@ -304,6 +354,7 @@ class SteeredCLIP(nn.Module):
         """The text embedding; steering leaves it alone."""
         return self.model.encode_text(text, *args, **kwargs)
 
+    @_in_turn
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The forward pass of the model inside, of images and texts."""
         image = kwargs.get("image", args[0] if args else None)

@@ -79,6 +79,8 @@ def load_sae(folder: Path | str) -> TopKSAE:
 
 def _config(folder: Path, facts: dict[str, Any]) -> SaeConfig:
     activation = facts.get("activation", "topk")
+    if facts.get("signed") and activation == "topk":  # as early versions of sparsify have it
+        activation = "abs"
     unsupported = [key for key in ("skip_connection", "transcode") if facts.get(key)]
     known = {name: ours for ours, name in _NAMES.items()}
     if unsupported or not isinstance(activation, str) or activation not in known:

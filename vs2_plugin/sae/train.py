@@ -26,6 +26,7 @@ from vs2_plugin.sae.source import Device, Rows, Source, ahead, batches_of, chunk
 from vs2_plugin.sae.state import SavedState
 from vs2_plugin.sae.step import ClassMeans, InBfloat16, Room, set_gradients
 from vs2_plugin.sae.topk import SaeConfig, TopKSAE
+from vs2_plugin.seeds import seeded
 from vs2_plugin.text import sentence_of
 
 if TYPE_CHECKING:
@@ -229,8 +230,8 @@ class _Run:
         source.check()
         self.scale = (variance / width) ** 0.5 if config.rescale else 1.0
 
-        torch.manual_seed(config.seed)
-        self.sae = TopKSAE(SaeConfig(width, config.expansion_factor * width, config.k, config.activation))
+        with seeded(config.seed):
+            self.sae = TopKSAE(SaeConfig(width, config.expansion_factor * width, config.k, config.activation))
         self.work = self.batch_size * width * self.sae.config.num_latents
         with torch.no_grad():
             self.sae.b_dec.copy_(mean / self.scale)

@@ -23,11 +23,12 @@ from vs2_plugin.demo.digits import CLASSES, MODEL, TEMPLATES, read_digits
 from vs2_plugin.harness.loader import load
 from vs2_plugin.harness.shared import Shared
 from vs2_plugin.method import Scalar
-from vs2_plugin.model.builder import Builder
+from vs2_plugin.model.builder import Builder, read_by_all
 from vs2_plugin.model.predictions import Classifier
 from vs2_plugin.model.readout import Read, plain_gallery
 from vs2_plugin.model.steered import SteeredCLIP
 from vs2_plugin.modelstring import ModelString, parse
+from vs2_plugin.seeds import seeded
 from vs2_plugin.steering.batch import Batch, call
 from vs2_plugin.steering.context import Context
 from vs2_plugin.training import train
@@ -85,8 +86,7 @@ class _Backbone:
 
     def load(self, model: str, checkpoint: Checkpoint | None) -> SteeredCLIP:
         """Load a steered model, and tell it the classes."""
-        with _quietly(), torch.random.fork_rng([]):
-            torch.manual_seed(0)  # those who share weights begin alike
+        with _quietly(), seeded(0):  # those who share weights begin alike
             steered, *_ = load(
                 model, "", None, self.device, dataset="images", checkpoint=checkpoint, amp=False, store=_store(),
                 shared=self._shared,
@@ -107,8 +107,8 @@ class Act(NamedTuple):
     """What it is called with, of a few digits: activations or embeddings."""
     returned: tuple[int, ...]
     """The shape of what it is expected to return."""
-    held: Mapping[str, Tensor]
-    """The tensors that it may read and not edit, by their names in words."""
+    held: Callable[[], Mapping[str, Tensor | None]]
+    """Gives the tensors that it may read and not edit, by their names in words; those that it asks for itself too."""
     built: Any
     """What the method built."""
 
@@ -186,10 +186,12 @@ class Subject:
             with model.at_hand(images) as batch:
                 batch.embed = lambda: plain
                 x = seen[place.site].float()
-                held: dict[str, Tensor] = {"batch.images": images}
-                held |= {f"context.model.{name}": weight for name, weight in model.model.named_parameters()}
-                sae = () if place.gate is None else place.gate.sae.named_parameters()
-                held |= {f"context.sae.{name}": weight for name, weight in sae}
+                tower = {f"context.model.{name}": weight for name, weight in model.model.named_parameters()}
+                sae = None if place.gate is None else place.gate.sae
+
+                def held() -> dict[str, Tensor | None]:
+                    return {**tower, **read_by_all(sae, place.retriever, batch)}
+
                 yield Act(lambda z: call(place.steering, z, batch), x, tuple(x.shape), held, place.steering)
 
     def _reading(self, model: SteeredCLIP, x: Tensor, images: Tensor) -> Act:
@@ -208,4 +210,4 @@ class Subject:
         x = x[:1] if self.protocol == "stream" else x
         batch = Batch(rows=torch.arange(len(x))) if self.protocol == "transductive" else Batch(images[: len(x)])
         held = {"context.classifier": classifier, **({} if unlabeled is None else {"context.unlabeled": unlabeled})}
-        return Act(lambda z: call(read, z, batch), x, (len(x), classifier.shape[1]), held, read)
+        return Act(lambda z: call(read, z, batch), x, (len(x), classifier.shape[1]), lambda: held, read)

@@ -13,8 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vs2_plugin import __version__
 from vs2_plugin.checkpoint.checkpoint import Checkpoint, save_checkpoint
 from vs2_plugin.checkpoint.records import FEW, GIVEN, RETRAIN, TrainingData
@@ -35,6 +33,7 @@ from vs2_plugin.files import alone, json_digest
 from vs2_plugin.names import library_place, with_weights
 from vs2_plugin.paths import listed_once
 from vs2_plugin.sae.foreign import read_foreign
+from vs2_plugin.seeds import seeded
 from vs2_plugin.text import reason_of
 from vs2_plugin.training.extract import Extraction, Part, Report, load_encoders
 from vs2_plugin.training.plan import Plan, chosen_sites, fitted, make_plans
@@ -291,8 +290,8 @@ def _prepare(
     What the galleries of checkpoints that stay hold already, the new ones hold too.
     """
     device = own_device(processes)
-    torch.manual_seed((request.seed or (0,))[0])  # random weights are those that clip_benchmark draws for this seed
-    loaded = load_backbone(request.model, request.pretrained, request.model_cache_dir, device)
+    with seeded((request.seed or (0,))[0]):  # random weights are those that clip_benchmark draws for this seed
+        loaded = load_backbone(request.model, request.pretrained, request.model_cache_dir, device)
     tower = Tower.of(loaded.model, loaded.transform)
     sites = chosen_sites(loaded.sites, request.blocks)
     existing = [plan.existing for plan in plans if plan.existing is not None and plan.kept]
