@@ -19,6 +19,13 @@ def logger():
     found.handlers, found.level = before, level
 
 
+def test_what_was_closed_is_not_written_to(monkeypatch):
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, None)
+    messages.say("said")
+    messages.complain("told")
+
+
 def test_a_message_is_one_line_however_often_they_are_shown(logger, capsys):
     messages.show()
     messages.show()

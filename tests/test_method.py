@@ -25,6 +25,9 @@ BAD_METHODS = [
     {"name": "m", "site": "logits", "options": [Option("a", float, 1.0, auto=(0.0, 1.0))]},
     {"name": "m", "site": "logits", "protocol": "stream", "options": [Option("order")]},
     {"name": "m", "options": [Option("protocol")]},
+    {"name": "m", "options": Option("a")},
+    {"name": "m", "options": {"a": 1.0}},
+    {"name": "m", "options": ["a"]},
     {"name": "m", "options": [Option("checkpoint")]},
 ]
 

@@ -52,7 +52,8 @@ BROKEN = [
     ("raising hook", raising(RuntimeError("boom")), "RuntimeError: boom"),
     ("raising a generator's way", half_way(), "OSError: disk gone"),
     ("SystemExit", raising(SystemExit(3)), "SystemExit: 3"),
-    ("one method, not a list", SimpleNamespace(vs2_methods=hookimpl(lambda: GOOD)), "TypeError"),
+    ("one method, not a list", SimpleNamespace(vs2_methods=hookimpl(lambda: GOOD)),
+     "vs2_methods() returned Method; expected a list of vs2_plugin.Method"),
     (
         "names, not methods",
         SimpleNamespace(vs2_methods=hookimpl(lambda: ["vs3"])),

@@ -30,6 +30,7 @@ __all__ = [
     "SettingError",
     "TowerError",
     "Vs2Error",
+    "is_interruption",
 ]
 
 
@@ -75,3 +76,10 @@ class SettingError(Vs2Error):
 
 class HarnessError(Vs2Error):
     """A clip_benchmark version that is not supported, or an output file that could not be written."""
+
+
+def is_interruption(error: BaseException | None) -> bool:
+    """Return whether an exception is Ctrl-C, or was raised while that was handled."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None

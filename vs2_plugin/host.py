@@ -41,6 +41,8 @@ class Evaluation:
     """The split under evaluation."""
     num_workers: int = 4
     """Processes that load images."""
+    batch_size: int = 64
+    """Images that go through the tower at a time."""
     custom_classname_file: str | None = None
     """Class names in place of the data set's own."""
     custom_template_file: str | None = None

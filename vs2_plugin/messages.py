@@ -12,13 +12,16 @@ __all__ = ["complain", "say", "show"]
 
 def say(line: str) -> None:
     """Print one line on stdout, also where it holds what the terminal cannot write or must not be told."""
+    if sys.stdout is None:  # it was closed before the command began
+        return
     encoding = sys.stdout.encoding or "ascii"
     print(printable(line).encode(encoding, "replace").decode(encoding), flush=True)
 
 
 def complain(line: str) -> None:
     """Print one line on stderr: spaces and line breaks become single spaces."""
-    print(printable(" ".join(line.split())), file=sys.stderr)
+    if sys.stderr is not None:
+        print(printable(" ".join(line.split())), file=sys.stderr)
 
 
 class _Handler(logging.Handler):

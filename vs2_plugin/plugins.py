@@ -9,7 +9,7 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -91,6 +91,8 @@ class Registry:
         answer: Any = hooks[0].function()
         if answer is None:
             raise PluginError("vs2_methods() returned nothing; expected a list of vs2_plugin.Method")
+        if not isinstance(answer, Iterable):
+            raise PluginError(f"vs2_methods() returned {type(answer).__name__}; expected a list of vs2_plugin.Method")
         methods: list[Method] = list(answer)
         for method in methods:
             if not isinstance(method, Method):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from vs2_plugin.cli.common import add_flags, end_well, load_torch
+from vs2_plugin.cli.common import add_flags, end_well, load_torch, unrecognized
 from vs2_plugin.errors import DataError
 from vs2_plugin.paths import listed
 from vs2_plugin.settings import setting
@@ -27,14 +27,22 @@ def test_an_error_of_ours_is_one_line_and_anybody_elses_goes_on(capsys):
     assert listed.get() is None and end_well("vs2 x", lambda: len(listed.get())) == 0  # folders are listed once
 
 
-def test_a_closed_pipe_is_no_error(monkeypatch, tmp_path):
+def test_a_closed_pipe_ends_a_command_as_any_other(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stderr", open(tmp_path / "stderr", "w"))
 
     def fail():
         raise BrokenPipeError
 
-    assert end_well("vs2 x", fail) == 0
+    assert end_well("vs2 x", fail) == 141
     assert sys.stderr.closed  # or Python would complain of the pipe when it ends
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["dog"], "dog"), (["--modle", "1", "a.png"], "--modle; did you mean --model?"), (["--xyz=1", "b"], "--xyz")],
+)
+def test_flags_are_to_blame_for_words_too_many(words, said):
+    assert unrecognized(words, ["--model", "--dataset"]) == f"unrecognized arguments: {said}"
 
 
 def test_an_interruption_while_torch_is_loaded_comes_afterwards(monkeypatch):

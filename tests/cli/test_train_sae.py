@@ -30,6 +30,7 @@ def train(*words: str) -> int:
         (["--lr", "-1"], ["lr is -1"]),
         (["--name", "a/b"], ["checkpoint name 'a/b'"]),
         (["--max_images", "5"], ["5 activations are too few"]),
+        (["--expantion_factor", "8"], ["unrecognized arguments: --expantion_factor; did you mean --expansion_factor?"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -41,6 +42,12 @@ def test_mistakes_end_with_one_line(words, fragments, capsys):
     for fragment in fragments:
         assert fragment in error[0]
     assert Store.default().names() == []
+
+
+@pytest.mark.usefixtures("folder")
+def test_an_sae_that_cannot_be_is_refused_before_images_are_encoded(capsys):
+    assert train("--k", "600") == 2
+    assert "activations of" not in capsys.readouterr().out
 
 
 def test_help_is_written_as_it_is_meant(capsys):

@@ -167,6 +167,20 @@ def test_a_folder_that_must_not_be_read_is_named(draw):
     (root / "b").chmod(0o700)
 
 
+def test_a_pipe_is_named_and_not_waited_for(draw, tmp_path):
+    root = draw("a/1.png")
+    os.mkfifo(os.path.join(root, "a", "2.png"))
+    for read in (lambda: open_folder(root), lambda: open_files([root])):
+        with pytest.raises(DataError, match=r"2\.png: it is a pipe or a device; expected files"):
+            read()
+
+
+def test_shards_in_a_folder_are_told_how_they_are_named(tmp_path):
+    (tmp_path / "0.tar").touch()
+    with pytest.raises(DataError, match=r"\(1 .tar\); shards are named --dataset wds/NAME --dataset_root FOLDER"):
+        open_folder(tmp_path)
+
+
 def test_a_folder_without_images_says_what_is_there(tmp_path):
     with pytest.raises(DataError, match=r"no images \(bmp, gif, .* in .*"):
         open_folder(tmp_path)

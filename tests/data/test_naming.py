@@ -28,6 +28,19 @@ def test_a_folder_has_one_name_whatever_way_it_is_typed(dataset, root, here):
     assert DataSet.of(str(here / "photos")).name == "folder/photos"
 
 
+def test_a_named_folder_may_lie_in_the_root(here):
+    (here / "deep" / "photos").mkdir(parents=True)
+    assert DataSet.of("folder/photos", "deep") == DataSet("folder/photos", os.path.join("deep", "photos"))
+    assert DataSet.of("folder/photos", ".") == DataSet("folder/photos", os.path.join(".", "photos"))
+
+
+def test_a_folder_of_another_name_is_refused(here):
+    for root in ("photos", "deep"):
+        (here / root).mkdir(exist_ok=True)
+        with pytest.raises(DataError, match=f"folder/cats --dataset_root '{root}': that is no folder called cats"):
+            DataSet.of("folder/cats", root)
+
+
 def test_the_folder_at_hand_is_called_as_it_is(monkeypatch):
     monkeypatch.chdir("photos")
     assert DataSet.of(".").name == "folder/photos"

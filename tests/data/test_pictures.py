@@ -21,6 +21,24 @@ def test_16_bits_of_grey_are_scaled(tmp_path, kind, suffix):
     assert np.asarray(open_picture(tmp_path / f"x.{suffix}"))[0].tolist() == [[0] * 3, [128] * 3, [255] * 3]
 
 
+def test_32_bits_that_hold_8_are_as_they_are(tmp_path):
+    Image.fromarray(np.array([[0, 128, 255]], dtype=np.int32)).save(tmp_path / "x.tif")
+    assert np.asarray(open_picture(tmp_path / "x.tif"))[0].tolist() == [[0] * 3, [128] * 3, [255] * 3]
+    Image.fromarray(np.array([[0, 128, 255]], dtype=np.uint16)).save(tmp_path / "x.png")  # all but black
+    assert np.asarray(open_picture(tmp_path / "x.png")).max() == 0
+
+
+def test_of_a_picture_that_is_too_large_the_reason_is_told(tmp_path, monkeypatch):
+    Image.new("L", (40, 40)).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)
+    with pytest.raises(DataError, match=r"x.png' has more than 1,400 pixels, which PIL takes for an attack; scale it"):
+        open_picture(tmp_path / "x.png")
+    monkeypatch.setattr(Image.Image, "convert", lambda *given: bytearray(1 << 60))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    with pytest.raises(DataError, match="x.png' takes more memory than there is; scale it down"):
+        open_picture(tmp_path / "x.png")
+
+
 def test_numbers_of_which_nothing_says_what_is_white_are_refused(tmp_path):
     Image.fromarray(np.array([[0, 0.5, 1]], dtype=np.float32)).save(tmp_path / "x.tif")
     with pytest.raises(DataError, match="x.tif' is no readable image: it holds floating-point numbers"):

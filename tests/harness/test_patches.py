@@ -398,3 +398,22 @@ def test_python_callers_get_the_exception(in_demo):
         clip_benchmark.models.load_clip("open_clip", f"vs2:{TINY}@x=1", "", None, "cpu")
     with pytest.raises(CheckpointNotFound, match="no SAE checkpoint 'nope'"):
         clip_benchmark.models.load_clip("vs2", f"{TINY}@nope", "", None, "cpu")
+
+
+def test_an_interruption_of_steered_models_is_one_line(in_demo, clip_benchmark, monkeypatch):
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vs2_plugin.model.steered.SteeredCLIP.encode_image", interrupted)
+    code, error = clip_benchmark("eval", "--model", f"vs2:{TINY}", *DIGITS, "--output", "interrupted.json")
+    assert code == 130 and "Traceback" not in error
+    assert error.endswith("vs2: interrupted; finished results are kept, and --skip_existing passes over them\n")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "least"), [("batch_size", 0, 1), ("batch_size", -3, 1), ("num_workers", -1, 0)]
+)
+def test_numbers_below_the_least_are_told(flag, value, least, in_demo, clip_benchmark):
+    words = ("--model", f"vs2:{TINY}", *DIGITS, "--output", "x.json", f"--{flag}", str(value))
+    code, error = clip_benchmark("eval", *words)
+    assert code == 2 and f"vs2: error: --{flag} is {value}; expected a whole number, at least {least}" in error

@@ -196,6 +196,8 @@ def with_value(value):
         (with_value(-np.inf).astype(np.float16), "not finite"),
         (np.full((50, D_IN), 0.1, np.float32), "all activations are equal"),
         (np.zeros((50, D_IN), np.float16), "all activations are equal"),
+        (make_activations() * np.float32(1e18), "total variance of .*e\\+3.; expected 1e-30 to 1e\\+30.*divide them"),
+        (make_activations() * np.float32(1e-18), "total variance of .*e-3.; expected 1e-30 to 1e\\+30.*divide them"),
         (np.eye(50, D_IN)[[0] + [1] * 49], "all 5 held-out activations are equal"),
     ],
 )

@@ -225,6 +225,19 @@ def test_transductive_training_is_marked_everywhere(folder, capsys, monkeypatch,
 SETTINGS = {"model": "local-dir:tiny-clip", "dataset_root": "digits", "samples": 2000, "num_workers": 0, "amp": False}
 
 
+def test_random_numbers_of_the_caller_go_on_as_they_were(folder):
+    def drawn(seed, source, **settings):
+        torch.manual_seed(seed)
+        vs2_plugin.train(source, k=4, name="x", overwrite=True, quiet=True, **settings)
+        return torch.rand(3)
+
+    found = drawn(7, np.random.default_rng(0).normal(size=(60, 8)), samples=100)
+    torch.manual_seed(7)
+    assert torch.equal(found, torch.rand(3))
+    # Torch's own loaders of images draw a number or two.
+    assert not torch.equal(*(drawn(seed, "wds/digits", pretrained="", **SETTINGS) for seed in (7, 8)))
+
+
 def test_from_python_it_is_the_checkpoint_of_the_command(folder, train, capsys):
     """The same digest: of the same files, tower, data and gallery."""
     assert train("--name", "typed", "--k", "8") == 0

@@ -130,6 +130,8 @@ def test_settings_that_activations_do_not_go_with_are_refused(activations, setti
     (({"x": 1},), DataError, r"train\(\) got \{'x': 1\}"),
     ((["a.jpg", "b.jpg"],), DataError, "'a.jpg'"),
     ((np.zeros(5),), DataError, r"of shape \[5\]"),
+    (([[0.5, 1], [1, 2]],), DataError, r"a list of numbers; expected activations as an array"),
+    (([0.5, 1],), DataError, r"a list of numbers; expected activations as an array"),
 ])  # fmt: skip
 def test_what_nothing_can_be_trained_on_is_refused(folder, source, error, problem):
     with pytest.raises(error, match=problem):

@@ -6,6 +6,7 @@ import os
 import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -71,7 +72,8 @@ class TrainingData:
         return all(path == root or is_split(path) for path in map(_real, filter(None, self.folders)))
 
     def holds(self, folder: str) -> bool:
-        """Tell whether images in ``folder``, which is given as in :attr:`folders`, are among them."""
+        """Tell whether images in ``folder``, which is given as in :attr:`folders`, are among them. Links to files and
+        folders are followed; copies are not found."""
         return bool(folder) and any(_share(_real(folder), path) for path in map(_real, filter(None, self.folders)))
 
     def to_json(self) -> dict[str, Any]:
@@ -98,7 +100,33 @@ def _share(one: str, other: str) -> bool:
     """Tell whether one folder lies in the other, or two lists of shards have one in common."""
     if one.endswith(".tar") and other.endswith(".tar"):
         return not set(expanded(one)).isdisjoint(expanded(other))
-    return f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/")
+    ours, theirs = _places(one), _places(other)
+    return _has_within(ours, theirs) or _has_within(theirs, ours)
+
+
+def _places(folder: str) -> set[str]:
+    """Return where a folder's files lie: in itself, and where links in it lead."""
+    places, pending = {folder}, [folder]
+    while pending:
+        with suppress(OSError), os.scandir(pending.pop()) as entries:  # none where it is a URL, or gone
+            for entry in entries:
+                if entry.is_symlink():
+                    places.add(os.path.realpath(entry.path))
+                elif entry.is_dir():
+                    pending.append(entry.path)
+    return places
+
+
+def _has_within(places: set[str], others: set[str]) -> bool:
+    """Tell whether one of ``others`` is one of the places, or lies in it."""
+    return any(not places.isdisjoint(_upwards(other)) for other in others)
+
+
+def _upwards(path: str) -> Iterator[str]:
+    """Give a path, and all folders that it lies in."""
+    yield path
+    while (above := os.path.dirname(path)) not in ("", path):
+        yield (path := above)
 
 
 @documented

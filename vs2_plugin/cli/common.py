@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import signal
 import sys
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vs2_plugin import messages
 from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE
-from vs2_plugin.errors import SettingError, Vs2Error
+from vs2_plugin.errors import SettingError, Vs2Error, is_interruption
 from vs2_plugin.paths import listed_once
 from vs2_plugin.settings import flags_of
 from vs2_plugin.text import sentence_of
 
-__all__ = ["AGAIN", "add_flags", "add_store_option", "end_well", "is_interruption", "load_torch", "make_folder"]
+__all__ = ["AGAIN", "add_flags", "add_store_option", "end_well", "load_torch", "make_folder", "unrecognized"]
 
 #: How to go on after an interruption of a command that writes all of its files at its end.
 AGAIN = "; nothing is kept of it: run the same command again"
@@ -42,7 +43,8 @@ def add_store_option(parser: argparse.ArgumentParser) -> None:
 def end_well(program: str, action: Callable[[], int | None], interrupted: str = "") -> int:
     """Run ``action``, show its log messages, and return the exit code.
 
-    An error of this package, or of the system (a full disk), becomes one line on stderr and exit code 2; Ctrl-C 130.
+    An error of this package, or of the system (a full disk), becomes one line on stderr and exit code 2; Ctrl-C 130;
+    where nobody reads what is printed any more, 141, as of any program.
     """
     messages.show()
     try:
@@ -50,7 +52,7 @@ def end_well(program: str, action: Callable[[], int | None], interrupted: str = 
             return action() or 0
     except BrokenPipeError:  # `vs2 methods | head`
         sys.stderr.close()
-        return 0
+        return 128 + 13  # SIGPIPE
     except (Vs2Error, OSError) as error:
         messages.complain(f"{program}: error: {sentence_of(error)}")
         return 2
@@ -62,11 +64,12 @@ def end_well(program: str, action: Callable[[], int | None], interrupted: str = 
         return 130
 
 
-def is_interruption(error: BaseException | None) -> bool:
-    """Return whether an exception is Ctrl-C, or was raised while that was handled."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__context__
-    return error is not None
+def unrecognized(words: Sequence[str], known: Sequence[str] = ()) -> str:
+    """Say which of the words that a command does not know are to blame, its flags if there are some, and which of those
+    that it knows may be meant."""
+    flags = [word.partition("=")[0] for word in words if word.startswith("-")]
+    near = difflib.get_close_matches(flags[0], known, 1) if flags else []
+    return f"unrecognized arguments: {' '.join(flags or words)}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def load_torch() -> None:

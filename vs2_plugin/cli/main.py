@@ -10,7 +10,7 @@ from pathlib import Path
 from vs2_plugin import __version__
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli.classify import add_classify
-from vs2_plugin.cli.common import add_store_option, end_well, make_folder
+from vs2_plugin.cli.common import add_store_option, end_well, make_folder, unrecognized
 from vs2_plugin.cli.data import add_data
 from vs2_plugin.cli.inspect import add_inspect
 from vs2_plugin.cli.latents import add_latents
@@ -94,7 +94,7 @@ def _parsed(words: Sequence[str] | None) -> argparse.Namespace:
     command = parser()
     args, more = command.parse_known_args(words)
     if more:
-        command.error(f"{args.command}: unrecognized arguments: {' '.join(more)}; see: vs2 {args.command} --help")
+        command.error(f"{args.command}: {unrecognized(more)}; see: vs2 {args.command} --help")
     return args
 
 

@@ -7,7 +7,8 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from vs2_plugin.cli.common import add_flags, is_interruption, load_torch
+from vs2_plugin.cli.common import add_flags, load_torch
+from vs2_plugin.errors import is_interruption
 from vs2_plugin.messages import complain, say
 from vs2_plugin.settings import settings_of
 from vs2_plugin.sweep.request import SweepRequest

@@ -6,9 +6,11 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
-from vs2_plugin.cli.common import add_flags, end_well, load_torch
+from vs2_plugin.cli.common import add_flags, end_well, load_torch, unrecognized
+from vs2_plugin.errors import SettingError
 from vs2_plugin.messages import say
 from vs2_plugin.training.request import TrainRequest
 
@@ -85,7 +87,11 @@ def train(given: Mapping[str, Any]) -> None:
 
 def run(words: Sequence[str] | None = None) -> None:
     """Run the command within another, which tells how it ended."""
-    train(vars(parser().parse_args(words)))
+    given, more = parser().parse_known_args(words)
+    if more:
+        said = unrecognized(more, [f"--{field.name}" for field in fields(TrainRequest)])
+        raise SettingError(f"{said}; see: vs2-train-sae --help")
+    train(vars(given))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import re
+import stat
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -367,6 +368,9 @@ class _Rows:
             status = os.stat(os.path.join(self.root, path))
         except OSError as error:
             raise _unreadable(os.path.join(self.root, path), error) from None
+        if not stat.S_ISREG(status.st_mode):  # which would be waited for
+            named = printable(os.path.join(self.root, path))
+            raise DataError(f"cannot read {named}: it is a pipe or a device; expected files")
         encoded = os.fsencode(path)
         self._text += encoded
         self._ends.append(len(self._text))
@@ -429,7 +433,9 @@ def _passed_over(passed: dict[str, int]) -> str:
         return ""
     most = Counter(passed).most_common(4)
     kinds = ", ".join(f"{count:,} {printable(extension) or 'without extension'}" for extension, count in most)
-    return f"; {counted(sum(passed.values()), 'other file')} passed over ({kinds}{', ...' if len(passed) > 4 else ''})"
+    shards = "; shards are named --dataset wds/NAME --dataset_root FOLDER" if ".tar" in passed else ""
+    more = ", ..." if len(passed) > 4 else ""
+    return f"; {counted(sum(passed.values()), 'other file')} passed over ({kinds}{more}){shards}"
 
 
 def _extensions() -> str:

@@ -58,8 +58,7 @@ class DataSet:
             return cls(_FOLDER + _last(path), _folder(path, "--dataset"))
         root = _filled_in(os.fspath(dataset_root), path)
         if path.startswith(_FOLDER) or path == _FOLDER.rstrip("/"):
-            root = _folder(root, "--dataset_root")
-            return cls(path if path.startswith(_FOLDER) else _FOLDER + _last(root), root)
+            return _in_root(path.removeprefix(_FOLDER.rstrip("/")).lstrip("/"), _folder(root, "--dataset_root"))
         return cls(path, root)
 
     @staticmethod
@@ -119,6 +118,19 @@ class DataSet:
         if self.is_folder:
             return ["--dataset", self.root if self.root.endswith(os.sep) else self.root + os.sep]
         return ["--dataset", self.root if self.is_listed else self.name]
+
+
+def _in_root(name: str, root: str) -> DataSet:
+    """Return the folder of that name, if it has one, in a ``--dataset_root``: this itself, or one in it."""
+    if name and name != _last(root):
+        inner = os.path.join(root, name)
+        if not os.path.isdir(inner):
+            raise DataError(
+                f"--dataset {_FOLDER}{name} --dataset_root {root!r}: that is no folder called {name}, and holds none; "
+                f"expected its path, such as --dataset {os.path.join('data', name)}/"
+            )
+        root = inner
+    return DataSet(_FOLDER + _last(root), root)
 
 
 def _filled_in(root: str, name: str) -> str:

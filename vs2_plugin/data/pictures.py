@@ -2,7 +2,8 @@
 
 That is by ``convert("RGB")``: it reads CMYK and palettes, drops transparency, and does not turn a picture that its
 camera says is to be turned (EXIF). One thing is done otherwise: 16 bits of grey are scaled to 8, where they would be
-cut off at white.
+cut off at white. So are 32
+bits of grey that hold more than 255.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from vs2_plugin.errors import DataError
 
 __all__ = ["open_picture"]
 
+#: Formats whose whole numbers are of 16 bits at most, though older versions of PIL make 32 of them.
+_OF_16_BITS = ("PNG", "PPM")
+
 
 def open_picture(path: str | os.PathLike[str]) -> Image.Image:
     """Read and decode an image file, of several frames the first, as RGB.
@@ -26,8 +30,10 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
     named = repr(os.fspath(path))  # one line, whatever the name
     try:
         with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16 bits, or 32 that hold 16
-                grey = np.asarray(image).astype(np.int64) >> 8
+            if image.mode.startswith("I"):  # 16 bits, or 32 that may hold 16
+                grey = np.asarray(image).astype(np.int64)
+                if image.mode != "I" or image.format in _OF_16_BITS or grey.max() > 255:
+                    grey >>= 8
                 return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
             if image.mode == "F":  # PIL would take 0 to 1 for black
                 raise DataError(f"{named} is no readable image: it holds floating-point numbers; expected whole ones")
@@ -37,6 +43,11 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
         raise
     except FileNotFoundError as error:
         raise DataError(f"there is no file {named}; expected an image (png, jpg, webp)") from error
+    except Image.DecompressionBombError as error:
+        most = f"{2 * (Image.MAX_IMAGE_PIXELS or 0):,}"
+        raise DataError(f"{named} has more than {most} pixels, which PIL takes for an attack; scale it down") from error
+    except MemoryError as error:
+        raise DataError(f"{named} takes more memory than there is; scale it down") from error
     except Exception as error:  # PIL's readers of damaged files raise about everything
         reason = getattr(error, "strerror", None) or "it is damaged or of another format"
         raise DataError(f"{named} is no readable image (png, jpg, webp): {reason}") from error

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 from vs2_plugin.data.loading import read
 from vs2_plugin.data.naming import DataSet
-from vs2_plugin.errors import DataError, HarnessError, Vs2Error
+from vs2_plugin.errors import DataError, HarnessError, Vs2Error, is_interruption
 from vs2_plugin.messages import complain
 from vs2_plugin.names import TRANSFORMERS, file_stem, is_steered, split, weights_tag, with_method
 from vs2_plugin.paths import listed_once
@@ -285,6 +285,18 @@ class _Telling:
             yield images, target
 
 
+def _code_of(error: BaseException, steered: bool) -> int | None:
+    """Say in a line how a command ended by an exception, and return its exit code. None for what is clip_benchmark's
+    own to tell: of ``steered`` models everything is ours."""
+    if isinstance(error, Vs2Error) or (steered and isinstance(error, OSError)):
+        complain(f"vs2: error: {sentence_of(error)}")
+        return 2
+    if steered and is_interruption(error):
+        complain("vs2: interrupted; finished results are kept, and --skip_existing passes over them")
+        return 130
+    return None
+
+
 def _patch_cli(module: Any) -> None:
     stock_main_eval, stock_run = module.main_eval, module.run
 
@@ -315,11 +327,11 @@ def _patch_cli(module: Any) -> None:
 
                 _command.set(_Command(fewer, Shared()))
             return stock_main_eval(base)
-        except (Vs2Error, OSError) as error:
-            if isinstance(error, OSError) and not steered:
+        except (Vs2Error, OSError, KeyboardInterrupt, RuntimeError) as error:
+            code = _code_of(error, steered)
+            if code is None:
                 raise
-            complain(f"vs2: error: {sentence_of(error)}")
-            raise SystemExit(2) from None
+            raise SystemExit(code) from None
         finally:
             stack.close()
             _command.reset(token)

@@ -21,7 +21,7 @@ from vs2_plugin.data.folders import PICTURES
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.data.splits import without_training_split
 from vs2_plugin.devices import emulates_bfloat16
-from vs2_plugin.errors import CheckpointNotFound, DataError, HarnessError, ModelStringError
+from vs2_plugin.errors import CheckpointNotFound, DataError, HarnessError, ModelStringError, SettingError
 from vs2_plugin.host import Evaluation, build, unknown_data_set
 from vs2_plugin.model.automatic import read_prior
 from vs2_plugin.modelstring import GRAMMAR, ModelString, is_steered, parse
@@ -70,6 +70,10 @@ def check(evaluations: Sequence[Evaluation]) -> dict[str, int]:
         Vs2Error: the first thing that would go wrong.
     """
     parsed = [(parse(run.model), run) for run in _steered(evaluations)]
+    for flag, least in (("batch_size", 1), ("num_workers", 0)):
+        told = min((getattr(run, flag) for _, run in parsed), default=least)
+        if told < least:
+            raise SettingError(f"--{flag} is {told}; expected a whole number, at least {least}")
     _check_library(evaluations)
     alone = len({run.model for run in evaluations}) == 1
     for model, run in parsed:

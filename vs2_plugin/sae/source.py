@@ -18,6 +18,7 @@ __all__ = ["CHUNK", "Device", "Rows", "Source", "ahead", "batches_of", "chunks"]
 Rows = np.ndarray | Stack
 Device = str | torch.device
 CHUNK = 4096  # activations that are looked at together, where no batch says how many
+_LEAST, _MOST = 1e-30, 1e30  # of the total variance
 _CACHED = 256  # activations that stay in the processor's cache, in float64
 _SUMMED = 1 << 16  # activations that a GPU sums together
 
@@ -39,6 +40,11 @@ class Source:
             raise DataError("some activations are not finite; extract them again with --cache_dtype float32")
         if self.variance == 0:
             raise DataError("all activations are equal; are all images the same?")
+        if not _LEAST < self.variance < _MOST:
+            raise DataError(
+                f"activations of a total variance of {self.variance:.3g}; expected {_LEAST:g} to {_MOST:g}, of which "
+                "float32 holds the squares: divide them by a number"
+            )
 
     def read(self, numbers: np.ndarray) -> Tensor:
         """The activations of these numbers, float32."""

@@ -17,7 +17,7 @@ from vs2_plugin.errors import CheckpointError, DataError, SettingError
 from vs2_plugin.names import with_weights
 from vs2_plugin.sae.config import RECIPES, TrainConfig
 from vs2_plugin.sae.foreign import ForeignSAE
-from vs2_plugin.sae.topk import TopKSAE
+from vs2_plugin.sae.topk import SaeConfig, TopKSAE
 from vs2_plugin.settings import whole
 from vs2_plugin.training.request import TrainRequest
 
@@ -61,9 +61,11 @@ class Plan:
         return [(site, existing.sae(site)[0]) for site in kept]
 
     def config(self, variant: str, width: int) -> TrainConfig:
-        """Return the settings for activations of a width. Raises SettingError."""
+        """Return the settings for activations of a width. Raises SettingError: they make no SAE of that width."""
         usual = {"k": min(64, max(1, width // 8))}
-        return TrainConfig(**{**usual, **self.settings, "pass_weight": self.variants[variant]})
+        config = TrainConfig(**{**usual, **self.settings, "pass_weight": self.variants[variant]})
+        SaeConfig(width, config.expansion_factor * width, config.k, config.activation)
+        return config
 
 
 def make_plans(request: TrainRequest, store: Store) -> list[Plan]:
