@@ -216,6 +216,9 @@ class Method:
             raise PluginError(
                 f"method name {self.name!r}: expected lower-case letters, digits and '_', and none of {reserved}"
             )
+        if not isinstance(self.options, (tuple, list)) or not all(isinstance(one, Option) for one in self.options):
+            what = f"{self.options!r:.80}"
+            raise PluginError(f"method {self.name!r}: options is {what}; expected a list of vs2_plugin.Option")
         self._check_declarations()
         object.__setattr__(self, "options", tuple(self.options))
         object.__setattr__(self, "_by_name", self._checked_options())
@@ -226,9 +229,6 @@ class Method:
         for alias in self.aliases:
             if not re.match(r"[a-z][a-z0-9_+-]*\Z", alias) or alias in RESERVED:
                 raise PluginError(f"method {self.name!r}: alias {alias!r} is not a usable name")
-        if not isinstance(self.options, (tuple, list)) or not all(isinstance(one, Option) for one in self.options):
-            what = f"{self.options!r:.80}"
-            raise PluginError(f"method {self.name!r}: options is {what}; expected a list of vs2_plugin.Option")
         if not callable(self.build):
             raise PluginError(f"method {self.name!r}: build is {self.build!r}; expected a function")
         for name, choices in _CHOICES.items():

@@ -147,17 +147,23 @@ class Setting:
             return self.pattern[1]
         words = f"a {_TYPES[self.type]}" if self.type is not bool else _TYPES[bool]
         if self.minimum is not None and self.maximum is not None:
-            return f"{words} from {self.minimum:g} to {self.maximum:g}"
+            return f"{words} from {_in_digits(self.minimum)} to {_in_digits(self.maximum)}"
         if self.minimum is not None:
-            return f"{words}, at least {self.minimum:g}"
+            return f"{words}, at least {_in_digits(self.minimum)}"
         if self.maximum is not None:
-            return f"{words}, at most {self.maximum:g}"
+            return f"{words}, at most {_in_digits(self.maximum)}"
         return words
 
     def describe(self) -> str:
         """Return the accepted values and the default in words."""
         default = "not set" if self.default is None else f"default {self.default}"
         return f"{self.accepted()} ({default})"
+
+
+def _in_digits(value: float) -> str:
+    """Return a number without an exponent, where it is large."""
+    text = f"{value:g}"
+    return f"{value:,.0f}" if "e+" in text else text
 
 
 def whole(text: object) -> int | None:

@@ -99,7 +99,7 @@ def _given(source: Any) -> GivenImages | GivenActivations:
         )
     first = source[0] if isinstance(source, (list, tuple)) and source else None
     if isinstance(first, (int, float)) or (isinstance(first, list) and all(isinstance(n, (int, float)) for n in first)):
-        raise DataError("train() got a list of numbers; expected activations as an array, as numpy.array(…) makes it")
+        raise DataError("train() got a list of numbers; expected activations as an array, as numpy.array() makes it")
     return GivenImages(source)
 
 
