@@ -25,14 +25,16 @@ def test_a_link_to_a_folder_is_that_folder(tmp_path):
 @pytest.mark.parametrize("swap", [False, True])
 @pytest.mark.parametrize(
     ("link", "shared"),
-    [("train/dog", True), ("train/dog/1.png", True), ("pool/1.png", True), ("pool/2.png", False), ("pool", True)],
+    [("train/dog", True), ("train/dog/1.png", True), ("pool/1.png", True), ("pool/2.png", False), ("pool", True), ("train/.", True),
+     ("train/dog/2.png", True)],
 )
 def test_links_are_followed_to_where_they_lead(tmp_path, link, shared, swap):
     """``train`` has an image of its own and one that is a link into a pool; ``test``, a link."""
     for name in ("train/dog/1.png", "pool/1.png", "pool/2.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    (tmp_path / "train/dog/2.png").symlink_to("../../pool/1.png")
+    (tmp_path / "pool/link.png").symlink_to("1.png")
+    (tmp_path / "train/dog/2.png").symlink_to("../../pool/link.png")
     (tmp_path / "test/cat").mkdir(parents=True)
     (tmp_path / "test/cat/x.png").symlink_to(tmp_path / link)
     folders = [str(tmp_path / "train"), str(tmp_path / "test")]
