@@ -25,9 +25,9 @@ def test_a_link_to_a_folder_is_that_folder(tmp_path):
 @pytest.mark.parametrize("swap", [False, True])
 @pytest.mark.parametrize(
     ("link", "shared"),
-    [("train/dog", True), ("train/dog/1.png", True), ("pool/1.png", True), ("pool/2.png", False), ("pool", True), ("train/.", True),
-     ("train/dog/2.png", True)],
-)
+    [("train/dog", True), ("train/dog/1.png", True), ("pool/1.png", True), ("pool/2.png", False), ("pool", True),
+     ("train/.", True), ("train/dog/2.png", True)],
+)  # fmt: skip
 def test_links_are_followed_to_where_they_lead(tmp_path, link, shared, swap):
     """``train`` has an image of its own and one that is a link into a pool; ``test``, a link."""
     for name in ("train/dog/1.png", "pool/1.png", "pool/2.png"):
