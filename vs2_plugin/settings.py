@@ -161,9 +161,8 @@ class Setting:
 
 
 def _in_digits(value: float) -> str:
-    """Return a number without an exponent, where it is large."""
-    text = f"{value:g}"
-    return f"{value:,.0f}" if "e+" in text else text
+    """Return a number, a large one without an exponent."""
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:g}"
 
 
 def whole(text: object) -> int | None:

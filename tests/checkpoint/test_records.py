@@ -42,6 +42,34 @@ def test_links_are_followed_to_where_they_lead(tmp_path, link, shared, swap):
     assert TrainingData(("folder/train",), 7, folders=(trained,)).holds(evaluated) is shared
 
 
+def test_links_to_what_holds_no_image_share_none(tmp_path):
+    for name in ("train/.cache", "test/.cache", "pool"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "pool/notes.txt").touch()
+    (tmp_path / "pool/1.png").touch()
+    for split in ("train", "test"):
+        (tmp_path / split / "classnames.txt").symlink_to("../pool/notes.txt")
+        (tmp_path / split / ".cache/1.png").symlink_to("../../pool/1.png")
+    assert not TrainingData(("folder/p",), 7, folders=(str(tmp_path / "train"),)).holds(str(tmp_path / "test"))
+
+
+def test_a_folder_that_is_linked_may_hold_links_and_lead_back(tmp_path):
+    for name in ("train/cat", "test/cat", "links", "pool"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "pool/1.png").touch()
+    (tmp_path / "links/1.png").symlink_to("../pool/1.png")
+    (tmp_path / "links/back").symlink_to("..")
+    (tmp_path / "train/cat/sub").symlink_to("../../links")
+    (tmp_path / "test/cat/1.png").symlink_to("../../pool/1.png")
+    (tmp_path / "links/back").unlink()
+    data = TrainingData(("folder/p",), 7, folders=(str(tmp_path / "train"),))
+    assert data.holds(str(tmp_path / "test")) and data.holds(str(tmp_path / "pool"))
+    (tmp_path / "links/1.png").unlink()
+    assert not data.holds(str(tmp_path / "test"))
+    (tmp_path / "links/back").symlink_to("../links")
+    assert not data.holds(str(tmp_path / "test"))
+
+
 @pytest.mark.parametrize(
     ("trained", "folder", "its"),
     [("/p", "/p", True), ("/p/Train", "/p", True), ("/p/val", "/p", True), ("/p/own", "/p", True),

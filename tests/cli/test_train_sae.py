@@ -30,6 +30,7 @@ def train(*words: str) -> int:
         (["--lr", "-1"], ["lr is -1"]),
         (["--name", "a/b"], ["checkpoint name 'a/b'"]),
         (["--max_images", "5"], ["5 activations are too few"]),
+        (["--no_galery"], ["unrecognized arguments: --no_galery; did you mean --no_gallery?"]),
         (["--expantion_factor", "8"], ["unrecognized arguments: --expantion_factor; did you mean --expansion_factor?"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vs2_plugin.data.folders import PICTURES, open_files, open_folder
+from vs2_plugin.data.folders import open_files, open_folder
 from vs2_plugin.data.images import open_images
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import DataError
-from vs2_plugin.paths import listed_once
+from vs2_plugin.paths import PICTURES, listed_once
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ def test_a_folder_has_one_name_whatever_way_it_is_typed(dataset, root, here):
 def test_a_named_folder_may_lie_in_the_root(here):
     (here / "deep" / "photos").mkdir(parents=True)
     assert DataSet.of("folder/photos", "deep") == DataSet("folder/photos", os.path.join("deep", "photos"))
+    assert DataSet.of("folder/photos/", "deep") == DataSet.of("folder/photos", "deep")
     assert DataSet.of("folder/photos", ".") == DataSet("folder/photos", os.path.join(".", "photos"))
 
 

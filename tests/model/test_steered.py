@@ -9,7 +9,7 @@ import torch
 
 import vs2_plugin
 from vs2_plugin.demo.digits import CLASSES, read_digits
-from vs2_plugin.errors import ModelStringError, PluginError, SettingError
+from vs2_plugin.errors import HarnessError, ModelStringError, PluginError, SettingError
 from vs2_plugin.method import Method, Option
 from vs2_plugin.plugins import registry
 
@@ -81,6 +81,27 @@ def test_threads_may_share_a_model(in_demo, options):
     with ThreadPoolExecutor(4) as threads:
         for expected, found in zip(alone * 4, threads.map(embed, batches * 4), strict=True):
             assert all(map(torch.equal, expected, found))
+
+
+@pytest.mark.parametrize("options", ["vs2pp:{}", "vs2pp:{}@blocks=1", "knn:{}"])
+def test_the_tower_in_another_thread_is_not_steered_by_this_ones_images(in_demo, options):
+    model, *_ = vs2_plugin.load(options.format(TINY), dataset="wds/digits", classes=CLASSES, amp=False)
+    with ThreadPoolExecutor(1) as thread, model.at_hand(torch.zeros(2, 3, 32, 32)):
+        with pytest.raises(HarnessError, match="methods with a gallery steer within encode_image only"):
+            thread.submit(model.model.encode_image, torch.ones(2, 3, 32, 32)).result(60)
+
+
+def test_images_may_be_given_by_who_waits_for_a_turn(in_demo):
+    model, transform, _ = vs2_plugin.load(f"vs2:{TINY}", dataset="wds/digits", classes=CLASSES, amp=False)
+    pictures = read_digits("test")[0][:3]
+    with ThreadPoolExecutor(1) as thread:
+
+        def images():
+            for picture in pictures:
+                thread.submit(model.encode_image, transform(picture)[None]).result(60)
+                yield picture
+
+        assert torch.equal(model.classify(images()).logits, model.classify(list(pictures)).logits)
 
 
 def test_a_copy_and_what_was_pickled_know_nothing_of_whose_turn_it_is(in_demo, images):

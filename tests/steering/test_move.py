@@ -74,7 +74,9 @@ def test_the_zero_vector_stays_zero(sae):
 def test_keep_norm_leaves_rows_of_norm_zero():
     x = torch.tensor([[3.0, 4.0], [3.0, 4.0], [0.0, 0.0], [0.0, 0.0]])
     steered = torch.tensor([[0.0, 1.0], [0.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
-    assert torch.equal(keep_norm(steered, x), torch.tensor([[0.0, 5.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]))
+    for scale, dtype in ((1, torch.float32), (1, torch.float16), (1, torch.float64), (1e8, torch.float32)):
+        expected = scale * torch.tensor([[0.0, 5.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+        assert torch.equal(keep_norm(steered.to(dtype), (scale * x).to(dtype)), expected.to(dtype))
 
 
 def test_a_result_does_not_depend_on_its_companions(sae, x):

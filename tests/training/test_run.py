@@ -231,11 +231,33 @@ def test_random_numbers_of_the_caller_go_on_as_they_were(folder):
         vs2_plugin.train(source, k=4, name="x", overwrite=True, quiet=True, **settings)
         return torch.rand(3)
 
-    found = drawn(7, np.random.default_rng(0).normal(size=(60, 8)), samples=100)
-    torch.manual_seed(7)
-    assert torch.equal(found, torch.rand(3))
-    # Torch's own loaders of images draw a number or two.
-    assert not torch.equal(*(drawn(seed, "wds/digits", pretrained="", **SETTINGS) for seed in (7, 8)))
+    rows, of_images = np.random.default_rng(0).normal(size=(60, 8)), {**SETTINGS, "pretrained": ""}
+    for source, settings in ((rows, {"samples": 100}), ("wds/digits", of_images)):
+        found = drawn(7, source, **settings)
+        torch.manual_seed(7)
+        assert torch.equal(found, torch.rand(3))
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Draws another image each time."""
+
+    def __len__(self):
+        return 30
+
+    def __getitem__(self, number):
+        if number >= len(self):
+            raise IndexError
+        return torch.randn(3, 32, 32)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_that_are_drawn_are_drawn_by_the_seed(folder, workers):
+    def mean(state, seed):
+        torch.manual_seed(state)
+        settings = {**SETTINGS, "num_workers": workers, "pretrained": "", "samples": 50, "k": 4, "quiet": True}
+        return vs2_plugin.train(Noisy(), name="x", overwrite=True, seed=seed, **settings).sites[-1].mean
+
+    assert mean(1, 5) == mean(2, 5) != mean(2, 6)
 
 
 def test_from_python_it_is_the_checkpoint_of_the_command(folder, train, capsys):

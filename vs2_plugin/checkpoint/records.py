@@ -6,15 +6,13 @@ import os
 import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from typing import Any
 
 from vs2_plugin.documented import documented
 from vs2_plugin.gallery.contents import GalleryContents
 from vs2_plugin.method import ENCODER_NAME
-from vs2_plugin.paths import listed
+from vs2_plugin.paths import share_files
 from vs2_plugin.settings import whole
 from vs2_plugin.text import counted, expanded
 
@@ -99,43 +97,10 @@ def _real(path: str) -> str:
 
 
 def _share(one: str, other: str) -> bool:
-    """Tell whether one folder lies in the other, or two lists of shards have one in common."""
+    """Tell whether two folders have files in common, or two lists of shards one of them."""
     if one.endswith(".tar") and other.endswith(".tar"):
         return not set(expanded(one)).isdisjoint(expanded(other))
-    ours, theirs = _places(one), _places(other)
-    return _has_within(ours, theirs) or _has_within(theirs, ours)
-
-
-def _places(folder: str) -> set[str]:
-    """Return where a folder's files lie: in itself, and where links in it lead."""
-    made: dict[Any, set[str]] = {} if (known := listed.get()) is None else known
-    if ("places", folder) in made:
-        return made["places", folder]
-    places, pending, real = {folder}, [folder], cache(os.path.realpath)
-    made["places", folder] = places
-    while pending:
-        with suppress(OSError), os.scandir(pending.pop()) as entries:  # none where it is a URL, or gone
-            for entry in entries:
-                if entry.is_symlink():  # there may be a million, into few folders
-                    where, name = os.path.split(os.path.join(os.path.dirname(entry.path), os.readlink(entry.path)))
-                    path = os.path.join(real(where), name)
-                    places.add(real(path) if name in ("", ".", "..") or os.path.islink(path) else path)
-                elif entry.is_dir():
-                    pending.append(entry.path)
-    return places
-
-
-def _has_within(places: set[str], others: set[str]) -> bool:
-    """Tell whether one of ``others`` is one of the places, or lies in it."""
-    above = {os.path.dirname(other) for other in others}
-    return not places.isdisjoint(others) or any(not places.isdisjoint(_upwards(folder)) for folder in above)
-
-
-def _upwards(path: str) -> Iterator[str]:
-    """Give a path, and all folders that it lies in."""
-    yield path
-    while (above := os.path.dirname(path)) not in ("", path):
-        yield (path := above)
+    return share_files(one, other)
 
 
 @documented

@@ -51,7 +51,8 @@ def end_well(program: str, action: Callable[[], int | None], interrupted: str = 
         with listed_once():
             return action() or 0
     except BrokenPipeError:  # `vs2 methods | head`
-        sys.stderr.close()
+        if sys.stderr is not None:
+            sys.stderr.close()
         return 128 + 13  # SIGPIPE
     except (Vs2Error, OSError) as error:
         messages.complain(f"{program}: error: {sentence_of(error)}")
@@ -67,7 +68,7 @@ def end_well(program: str, action: Callable[[], int | None], interrupted: str = 
 def unrecognized(words: Sequence[str], known: Sequence[str] = ()) -> str:
     """Say which of the words that a command does not know are to blame, its flags if there are some, and which of those
     that it knows may be meant."""
-    flags = [word.partition("=")[0] for word in words if word.startswith("-")]
+    flags = [word.partition("=")[0] for word in words if word.startswith("-") and word.strip("-")]
     near = difflib.get_close_matches(flags[0], known, 1) if flags else []
     return f"unrecognized arguments: {' '.join(flags or words)}" + (f"; did you mean {near[0]}?" if near else "")
 

@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 from vs2_plugin.cli.common import add_flags, end_well, load_torch, unrecognized
@@ -87,10 +86,10 @@ def train(given: Mapping[str, Any]) -> None:
 
 def run(words: Sequence[str] | None = None) -> None:
     """Run the command within another, which tells how it ended."""
-    given, more = parser().parse_known_args(words)
+    command = parser()
+    given, more = command.parse_known_args(words)
     if more:
-        said = unrecognized(more, [f"--{field.name}" for field in fields(TrainRequest)])
-        raise SettingError(f"{said}; see: vs2-train-sae --help")
+        raise SettingError(f"{unrecognized(more, [*command._option_string_actions])}; see: vs2-train-sae --help")
     train(vars(given))
 
 

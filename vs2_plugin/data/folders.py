@@ -28,14 +28,12 @@ from torch.utils.data import Dataset
 from vs2_plugin.data.labels import CLASS_NAMES, PROMPT, TEMPLATES
 from vs2_plugin.data.pictures import open_picture
 from vs2_plugin.errors import DataError
-from vs2_plugin.paths import Paths, listed
+from vs2_plugin.paths import PICTURES, Paths, listed
 from vs2_plugin.text import counted, printable
 
-__all__ = ["PICTURES", "FolderImages", "LeftOut", "in_words", "open_files", "open_folder"]
+__all__ = ["FolderImages", "LeftOut", "in_words", "open_files", "open_folder"]
 
 _LOG = logging.getLogger(__name__)
-#: Extensions of pictures. Of a moving one, the first frame counts.
-PICTURES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 #: Names of folders that stand for a split, those looked for first first.
 _SPLITS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
 _KNOWN = {*_SPLITS["train"], *_SPLITS["test"]}

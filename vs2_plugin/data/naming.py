@@ -58,7 +58,7 @@ class DataSet:
             return cls(_FOLDER + _last(path), _folder(path, "--dataset"))
         root = _filled_in(os.fspath(dataset_root), path)
         if path.startswith(_FOLDER) or path == _FOLDER.rstrip("/"):
-            return _in_root(path.removeprefix(_FOLDER.rstrip("/")).lstrip("/"), _folder(root, "--dataset_root"))
+            return _in_root(path.removeprefix(_FOLDER.rstrip("/")).strip("/"), _folder(root, "--dataset_root"))
         return cls(path, root)
 
     @staticmethod
@@ -127,7 +127,7 @@ def _in_root(name: str, root: str) -> DataSet:
         if not os.path.isdir(inner):
             raise DataError(
                 f"--dataset {_FOLDER}{name} --dataset_root {root!r}: that is no folder called {name}, and holds none; "
-                f"expected its path, such as --dataset {os.path.join('data', name)}/"
+                f"expected the path of a folder, such as --dataset {root}/"
             )
         root = inner
     return DataSet(_FOLDER + _last(root), root)

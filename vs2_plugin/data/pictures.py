@@ -1,9 +1,8 @@
 """Image files, read as pictures, as clip_benchmark reads those in shards.
 
 That is by ``convert("RGB")``: it reads CMYK and palettes, drops transparency, and does not turn a picture that its
-camera says is to be turned (EXIF). One thing is done otherwise: 16 bits of grey are scaled to 8, where they would be
-cut off at white. So are 32
-bits of grey that hold more than 255.
+camera says is to be turned (EXIF). Two things are done otherwise: 16 bits of grey are scaled to 8, where they would be
+cut off at white, and so are 32 that hold more than 255; and floating-point numbers are refused.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ __all__ = ["open_picture"]
 
 #: Formats whose whole numbers are of 16 bits at most, though older versions of PIL make 32 of them.
 _OF_16_BITS = ("PNG", "PPM")
+_BITS_PER_SAMPLE = 258  # a tag of TIFF
 
 
 def open_picture(path: str | os.PathLike[str]) -> Image.Image:
@@ -32,7 +32,8 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
         with Image.open(path) as image:
             if image.mode.startswith("I"):  # 16 bits, or 32 that may hold 16
                 grey = np.asarray(image).astype(np.int64)
-                if image.mode != "I" or image.format in _OF_16_BITS or grey.max() > 255:
+                bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, ())
+                if image.mode != "I" or image.format in _OF_16_BITS or 16 in bits or grey.max() > 255:
                     grey >>= 8
                 return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
             if image.mode == "F":  # PIL would take 0 to 1 for black

@@ -17,7 +17,6 @@ import torch
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.clip.backbone import check_backbone, ignores_pretrained, require_weights, warn_about_quickgelu
 from vs2_plugin.data.evaluated import CLASSIFICATION, fewer_workers, look
-from vs2_plugin.data.folders import PICTURES
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.data.splits import without_training_split
 from vs2_plugin.devices import emulates_bfloat16
@@ -26,6 +25,7 @@ from vs2_plugin.host import Evaluation, build, unknown_data_set
 from vs2_plugin.model.automatic import read_prior
 from vs2_plugin.modelstring import GRAMMAR, ModelString, is_steered, parse
 from vs2_plugin.names import TRANSFORMERS
+from vs2_plugin.paths import PICTURES
 from vs2_plugin.text import counted
 
 __all__ = ["check", "check_outputs", "check_pairs", "data_sets", "missing_checkpoint", "train_command"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from threading import RLock
+from threading import RLock, get_ident
 
+import torch
 from torch import Tensor, nn
 
 from vs2_plugin.checkpoint.records import SiteSAE
@@ -28,8 +29,20 @@ class Current:
     object is shared by a model and its places, also in a copy of both."""
 
     def __init__(self) -> None:
-        self.batch: Batch | None = None
         self.turn = RLock()
+        self._batch: Batch | None = None
+        self._thread = 0
+
+    @property
+    def batch(self) -> Batch | None:
+        """The batch; None in a thread that runs the tower by itself meanwhile."""
+        return self._batch if torch.compiler.is_compiling() or self._thread == get_ident() else None
+
+    @batch.setter
+    def batch(self, batch: Batch | None) -> None:
+        self._batch = batch
+        if not torch.compiler.is_compiling():
+            self._thread = get_ident()
 
     def __reduce__(self) -> tuple[type[Current], tuple[()]]:
         return Current, ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor
@@ -71,7 +71,7 @@ class Places(Sequence[Place]):
         """The gates; none for a method that steers along no SAE."""
         return [place.gate for place in self if place.gate is not None]
 
-    @property
+    @cached_property
     def transductive(self) -> bool:
         """Whether images that are evaluated were trained on, as far as that is known."""
         if self.checkpoint is None:

@@ -177,7 +177,6 @@ class SteeredCLIP(nn.Module):
         self.places.set_classifier(told.weights, quiet)
         self.classifier = told
 
-    @_in_turn
     def classify(self, images: Images, batch_size: int = 64) -> Predictions:
         """Return what the steered model, and the plain one beside it, make of images: the numbers of ``clip_benchmark
         eval`` with batches of that size, bit for bit.
@@ -191,7 +190,10 @@ class SteeredCLIP(nn.Module):
             HarnessError: no classes are known, or the model was cast to another dtype.
             DataError: something is no image.
         """
-        return predict(self, self._require_classes(), images, self.transform, batch_size)
+        if isinstance(images, Iterator):  # before the turn, for which somebody may wait who is to give them
+            images = list(images)
+        with self._current.turn:
+            return predict(self, self._require_classes(), images, self.transform, batch_size)
 
     @_in_turn
     def explain(self, image: OneImage, *, top: int = 5, latents: int = 8) -> Explanation:

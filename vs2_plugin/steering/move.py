@@ -14,14 +14,12 @@ from vs2_plugin.sae.topk import Latents, TopKSAE
 
 __all__ = ["Code", "Move", "keep_norm", "vs2_steer"]
 
-#: No norm but 0 is below it: in float32, the squares of such numbers would be 0.
-_LEAST = 1e-30
-
 
 def keep_norm(steered: Tensor, x: Tensor) -> Tensor:
     """Scale ``steered``, row by row, to the norm of ``x``; both ``[batch, d]``. A row of norm 0 stays as it is."""
+    norm = steered.norm(dim=-1, keepdim=True)
     # Where nothing moved, both norms are the same number and the ratio is exactly 1.
-    ratio: Tensor = x.norm(dim=-1, keepdim=True) / steered.norm(dim=-1, keepdim=True).clamp_min(_LEAST)
+    ratio: Tensor = x.norm(dim=-1, keepdim=True) / (norm + (norm == 0))
     return steered * ratio
 
 

@@ -71,6 +71,13 @@ def train(
     Raises:
         Vs2Error: what is wrong, before any image is read where that can be told.
     """
+    with seeded((request.seed or (0,))[0]):  # loaders, and data sets of others, draw numbers too
+        return _train(request, processes, report, given)
+
+
+def _train(
+    request: TrainRequest, processes: Processes, report: Report, given: _Given | None
+) -> list[Checkpoint]:
     given, created = _begin(request, given)
     request = replace(
         request,
