@@ -266,6 +266,16 @@ def test_removing_deletes_the_checkpoint_alone_and_says_how_much(store, put):
         store.remove("mine")
 
 
+def test_what_others_share_is_not_freed(store, put, tmp_path):
+    folder = put(store.checkpoints / "mine").folder
+    shared = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    (tmp_path / "another").hardlink_to(shared)
+    (folder / "twice").hardlink_to(next(path for path in folder.rglob("*.json")))
+    size = folder_size(folder)
+    freed = size - shared.stat().st_size - (folder / "twice").stat().st_size
+    assert store.remove("mine") == freed > 0
+
+
 def test_a_damaged_checkpoint_can_be_removed(store, put):
     folder = put(store.checkpoints / "mine").folder
     (folder / MANIFEST).unlink()

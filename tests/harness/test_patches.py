@@ -135,10 +135,6 @@ MISTAKES = [
         ],
     ),
     (("--model", f"vs2:{TINY}@other"), ["no SAE checkpoint 'other'", "local-dir-tiny-clip_wds-digits"]),
-    (
-        ("--model", "vs2:hf-hub:org/name"),
-        ["holds '/'", "--output '{dataset}_{pretrained}_vs2-hf-hub-org-name_{language}_{task}.json'"],
-    ),
     (("--model", f"vs2:{TINY}", "--output", "no/such/folder.json"), ["no folder 'no/such'", "mkdir -p no/such"]),
     (("--pretrained_model", "vs2:ViT-B-32"), ["expected MODEL,WEIGHTS", "vs2:ViT-B-32,openai"]),
     (("--model_type", "vs2", "--model", "ViT-B-32@x=1"), ["unknown option 'x'"]),
@@ -398,6 +394,19 @@ def test_python_callers_get_the_exception(in_demo):
         clip_benchmark.models.load_clip("open_clip", f"vs2:{TINY}@x=1", "", None, "cpu")
     with pytest.raises(CheckpointNotFound, match="no SAE checkpoint 'nope'"):
         clip_benchmark.models.load_clip("vs2", f"{TINY}@nope", "", None, "cpu")
+
+
+def test_results_of_a_steered_model_whose_name_holds_slashes_have_a_name_without(in_demo, clip_benchmark):
+    code, error = clip_benchmark("eval", "--model", f"vs2:{TINY}@./store/checkpoints/x", *DIGITS)
+    assert code == 2 and "holds '/'" not in error
+    shutil.copytree("tiny-clip", "deep/tiny-clip")
+    model = "vs2:local-dir:deep/tiny-clip@local-dir-tiny-clip_wds-digits"
+    words = ("--model", model, *DIGITS, "--output", "{dataset}_{model}.json")
+    for again in ((), ("--skip_existing",)):
+        code, error = clip_benchmark("eval", *words, *again)
+        assert code == 0, error
+    written = "digits_vs2:local-dir:deep-tiny-clip@local-dir-tiny-clip_wds-digits.json"
+    assert json.loads(open(written).read())["model"] == model
 
 
 def test_an_interruption_of_steered_models_is_one_line(in_demo, clip_benchmark, monkeypatch):

@@ -73,7 +73,8 @@ def test_figures_are_those_of_plain_computations(trained, subject):
 
 def test_other_activations_than_those_of_the_training_are_told(trained):
     subject = open_subject("s0", Store(trained), activations=trained / "other.npy")
-    assert "none that it was trained on" in subject.images.about
+    assert "whose mean is not that of those that it was trained on" in subject.images.about
+    assert measure(subject).figures["explained_variance"].beside is None  # principal components are of others
     assert len(subject.images.held) == COUNT and not len(subject.images.others)
     found = measure(replace(subject, images=replace(subject.images, labels=np.load(trained / "y.npy"))))
     assert found.figures["probe_1"].value is not None  # fitted on half of what is new
@@ -127,5 +128,10 @@ def test_two_seeds_are_compared_and_one_is_not(trained, monkeypatch):
     assert figures["stable"].value == pytest.approx((found.cosines >= 0.7).mean())
     assert len(found.cosines) == min(one.codes.alive.sum() for one in saes)
     assert "--seed 0 1 2" in stability(saes[:1])[0]["stability"].why
+    copied = replace(saes[0], subject=replace(saes[0].subject, site=replace(saes[0].subject.site, training={})))
+    for others in ([saes[0]], [copied]):  # of one seed, and the same by another way
+        figures, pairs = stability([saes[0], *others])
+        assert not pairs and figures["stable"].value is None and "several seeds" in figures["stability"].why
+    assert len(stability([*saes, copied])[1]) == 2
     monkeypatch.setattr(module, "LOOKED_AT", 100)
     assert measure(saes[0].subject).codes.matrix.shape[0] == 100

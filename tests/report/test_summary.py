@@ -135,6 +135,19 @@ def test_results_of_other_prompts_are_not_compared_with_each_other(write_run, ma
 ACCURACIES = (49.5, 39.0, 28.83)
 
 
+def test_without_predictions_other_prompts_are_told_by_accuracies_and_folders(write_run, make_images, steered):
+    for folder, before, after in (("one", 0.47, 0.6), ("two", 0.46, 0.7)):
+        write_run("B", before, folder=folder)
+        path = write_run("vs2:B", after, folder=folder, metrics=steered())
+    sections = summarise(read([path.parent.parent])[0])
+    changes = [row.change for group in sections[0].groups for row in group.steered]
+    assert sorted(changes) == pytest.approx([0.13, 0.24])
+    write_run("B", 0.2, folder="two", name="again")  # now nothing tells whose the second folder's is
+    groups = summarise(read([path.parent.parent])[0])[0].groups
+    changes = [row.change for group in groups for row in group.steered]
+    assert None in changes and [change for change in changes if change is not None] == pytest.approx([0.13])
+
+
 def test_a_few_other_predictions_are_not_other_prompts(write_run, make_images, steered):
     """So much changes with the batch size and under autocast."""
     zero, images = make_images(0.5, 1), make_images(0.6, 2, sae=True, before=0.5)
@@ -166,8 +179,8 @@ def test_confidences_that_are_all_one_have_no_calibration(write_run, make_images
 
 
 def test_zero_shot_with_per_image_results_is_preferred(write_run, make_images):
-    write_run("B", 0.4, name="1")
     path = write_run("B", images=make_images(0.5), name="2")
+    write_run("B", read([path])[0][0].number("acc1") + 0.004, name="1")  # as under autocast
     group = group_of(path.parent)
     assert group.zero.run.path == path
     assert [row.title for row in group.rows] == ["zero-shot (results/2.json)", "zero-shot (results/1.json)"]

@@ -44,6 +44,13 @@ def test_the_best_row_without_labels_is_named(write_run, make_images, steered):
     assert found.short == "vs2 +9.83; best without labels vs2 @gate=0.9 +14.33"
 
 
+def test_vs2_leads_whatever_others_see(write_run, make_images, steered):
+    write_run("B", images=make_images(0.5))
+    write_run("zero:B", images=make_images(0.4, 1), metrics=steered("zero", protocol="image"))
+    path = write_run("vs2:B@gate=0.9", images=make_images(0.6, 1), metrics=steered(protocol="unlabeled"))
+    assert told(path.parent).sentences[0].startswith("vs2 @gate=0.9 raises top-1 accuracy")
+
+
 def test_where_no_row_gains_that_is_said(write_run, steered):
     write_run("B", 0.5)
     for gate in (0.9, 0.99):

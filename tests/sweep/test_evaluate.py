@@ -230,6 +230,12 @@ def test_lists_of_checkpoints(here, capsys):
     assert "tuning on test data" in output and "best of 4:" in output and f"zero-shot {TINY}:" in output
 
 
+def test_an_oracle_is_not_the_best_of_a_sweep(here, capsys):
+    name = f"{TINY.replace(':', '-')}_wds-few"
+    assert sweep(f"vs2:{TINY}@{name}", f"proto:{TINY}@{name}", output="o/{model}.json") == 0
+    assert f"by vs2:{TINY}@{name}" in capsys.readouterr().out
+
+
 def test_names_with_slashes(here):
     assert sweep(f"vs2:local-dir:./tiny-clip@{TINY.replace(':', '-')}_wds-few@lam=1,2", output="s/{model}.json") == 0
     files = sorted(path.name for path in (here / "s").glob("*.json"))

@@ -312,8 +312,20 @@ def _inside(folder: Path, pattern: str) -> Iterator[Path]:
     return (path for path in folder.glob(pattern) if path.is_dir())
 
 
+def _freed_by(folder: Path) -> int:
+    """Bytes that are free once a folder is gone: galleries and the cache share files."""
+    found: dict[tuple[int, int], list[os.stat_result]] = {}
+    with suppress(OSError):
+        for path in folder.rglob("*"):
+            with suppress(OSError):
+                if path.is_file() and not path.is_symlink():
+                    status = path.stat()
+                    found.setdefault((status.st_dev, status.st_ino), []).append(status)
+    return sum(links[0].st_size for links in found.values() if len(links) >= links[0].st_nlink)
+
+
 def _delete(folder: Path) -> int:
-    size = folder_size(folder)
+    size = _freed_by(folder)
     aside = folder.with_name(f".{folder.name.removeprefix('.')}.gone") if len(folder.name) <= LONGEST else folder
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(folder, aside)  # at once: nothing of half a folder is found under its name

@@ -137,7 +137,7 @@ def _is_signed(subject: Subject) -> bool:
 
 def _reconstruction(subject: Subject, source: Source, images: Images) -> dict[str, Figure]:
     held = np.sort(images.held)
-    told = subject.site.training.get("pca_fvu")
+    told = subject.site.training.get("pca_fvu") if len(images.others) else None  # it is of the training's own images
     beside = _one_less(told)
     if beside is None and len(images.others):
         beside = 1 - pca_fvu(source, np.sort(images.others[:PCA_MAX]), held, subject.sae.config.k)
@@ -237,8 +237,13 @@ def stability(measured: Sequence[Measured]) -> tuple[dict[str, Figure], list[tup
         return {name: Figure(None, why=why) for name in ("stability", "stable")}, []
     pairs = []
     for one, other in combinations(measured, 2):
+        if _are_of_one_seed(one.subject, other.subject):
+            continue
         found = agreement(_living(one), _living(other), _is_signed(one.subject))
         pairs.append((one.subject.name, other.subject.name, found))
+    if not pairs:
+        why = "these SAEs begin with the same random numbers: expected those of several seeds"
+        return {name: Figure(None, why=why) for name in ("stability", "stable")}, []
     cosines, random = (
         [getattr(found, which) for _, _, found in pairs] for which in ("cosines", "random")
     )
@@ -250,6 +255,13 @@ def stability(measured: Sequence[Measured]) -> tuple[dict[str, Figure], list[tup
         "stability": Figure(mean(cosines), mean(random)),
         "stable": Figure(mean(cosines, STABLE), mean(random, STABLE)),
     }, pairs
+
+
+def _are_of_one_seed(one: Subject, other: Subject) -> bool:
+    """Tell whether two SAEs were trained by one seed, or are the same."""
+    seeds = [subject.site.training.get("seed") for subject in (one, other)]
+    same = one.sae.W_dec.shape == other.sae.W_dec.shape and torch.equal(one.sae.W_dec, other.sae.W_dec)
+    return same or (seeds[0] is not None and seeds[0] == seeds[1])
 
 
 def _living(measured: Measured) -> Tensor:

@@ -119,7 +119,7 @@ def _given(site: SiteSAE, path: Path, labels: Path | None) -> Images:
     if not own:
         order = np.random.default_rng(0).permutation(len(rows))
         held, rest = order[:HELD_OUT], order[:0]
-    told = "those that it was trained on" if own else "none that it was trained on, as their mean tells"
+    told = "those that it was trained on" if own else "whose mean is not that of those that it was trained on"
     about = f"{counted(len(rows), 'activation')} of {path.name}, {told}"
     known = None if labels is None else _labels(labels, len(rows))
     return Images(about, rows, rows, "the activations themselves", held, rest, known)

@@ -24,6 +24,8 @@ _KINDS = ("", "image", "unlabeled", "stream", "transductive", "train", "oracle")
 #: Two zero-shot results that agree on fewer images than this were made with other prompts. Precision and batch size
 #: change fewer predictions.
 _SAME_PROMPTS = 0.98
+#: How far apart zero-shot accuracies of the same prompts may be: autocast moves some images.
+_SAME_ACCURACY = 0.005
 #: Data set and backbone of the demo, and of tables that are run on the stand-in.
 _STAND_IN = ("wds/digits", "tiny-clip")
 #: No setting is larger than this, and an axis to it could not be drawn.
@@ -223,14 +225,15 @@ def _weights(run: Run) -> str:
 def _by_prompts(runs: list[Run]) -> list[list[Run]]:
     """Put runs together whose zero-shot predictions are nearly the same.
 
-    Results do not name their prompts: zero-shot's predictions tell, of a plain model or recorded in a steered run. Runs
-    of which none are known are with the others if these are all alike, else by themselves.
+    Results do not name their prompts: zero-shot's predictions tell, of a plain model or recorded in a steered run, and
+    where none are kept, the plain model's accuracy. Steered runs that recorded none are with the others if these are
+    all alike, else with the plain model of their folder, if one alone is there, else by themselves.
     """
     parts: list[tuple[Run, list[Run]]] = []
     unknown = []
     for run in sorted(runs, key=lambda run: run.method is not None):
         plain = run if run.method is None else run.plain
-        if plain is None or plain.images is None:
+        if plain is None or (plain.images is None and run.method is not None):
             unknown.append(run)
             continue
         place = _alike_in(plain, [other for other, _ in parts])
@@ -241,15 +244,23 @@ def _by_prompts(runs: list[Run]) -> list[list[Run]]:
     told = [members for _, members in parts]
     if len(told) == 1:
         return [told[0] + unknown]
-    return told + [unknown] * bool(unknown)
+    homes = [{run.path.parent for run in members if run.method is None} for members in told]
+    left: list[Run] = []
+    for run in unknown:
+        beside = [members for members, home in zip(told, homes, strict=True) if run.path.parent in home]
+        (beside[0] if len(beside) == 1 else left).append(run)
+    return told + [left] * bool(left)
 
 
 def _alike_in(plain: Run, others: list[Run]) -> int | None:
     """Return which of some zero-shot results agrees most with ``plain``; None if none has the same prompts."""
     agreed = [_agreement(plain, other) for other in others]
     most = max((share for share in agreed if share is not None), default=None)
-    if most is None:  # with other images, there is no telling
-        return 0 if others else None
+    if most is None and all(other.images is not None for other in (plain, *others)):
+        return 0 if others else None  # with other images, there is no telling
+    if most is None:
+        apart = [abs((plain.number("acc1") or 0.0) - (other.number("acc1") or 0.0)) for other in others]
+        return apart.index(min(apart)) if apart and min(apart) <= _SAME_ACCURACY else None
     return agreed.index(most) if most >= _SAME_PROMPTS else None
 
 
