@@ -244,6 +244,11 @@ def _by_prompts(runs: list[Run]) -> list[list[Run]]:
     told = [members for _, members in parts]
     if len(told) == 1:
         return [told[0] + unknown]
+    return _with_folders(told, unknown)
+
+
+def _with_folders(told: list[list[Run]], unknown: Sequence[Run]) -> list[list[Run]]:
+    """Put runs to the one part that has a plain model in their folder; those that have none are one of their own."""
     homes = [{run.path.parent for run in members if run.method is None} for members in told]
     left: list[Run] = []
     for run in unknown:

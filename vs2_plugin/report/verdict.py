@@ -35,7 +35,7 @@ def verdict(group: Group) -> Verdict | None:
     """Return the verdict on a group; None where there is no steered result."""
     unlabeled = [row for row in group.steered if row.run.labels == "none"]
     free = _own_images_only(unlabeled)
-    usual = next((row for row in free if row.run.method == "vs2"), None) or next(iter([*free, *group.steered]), None)
+    usual = next(iter(sorted(free, key=lambda row: row.run.method != "vs2") or group.steered), None)
     if usual is None:
         return None
     before = usual.members[0].zero
