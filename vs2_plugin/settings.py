@@ -162,7 +162,7 @@ class Setting:
 
 def _in_digits(value: float) -> str:
     """Return a number, a large one without an exponent."""
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:g}"
+    return f"{value:,.0f}" if abs(value) >= 1_000_000 else f"{value:g}"
 
 
 def whole(text: object) -> int | None:
