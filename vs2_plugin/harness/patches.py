@@ -395,9 +395,9 @@ def _as_read(args: Namespace) -> Namespace:
 
 def _as_library(args: Namespace) -> Namespace:
     """Return the settings of a model of transformers without the tag of weights, which means nothing there; and for
-    such, and for steered ones, a results file whose name holds no ``/`` of the model's."""
+    such, and for steered ones, a results file whose name holds nothing of the model's that a file's cannot."""
     of_library = args.model_type == "open_clip" and split(args.model).backbone.startswith(TRANSFORMERS)
-    if of_library or ("/" in args.model and is_steered(args.model)):
+    if of_library or is_steered(args.model):
         args = copy(args)
         args.output = args.output.replace("{model}", file_stem(args.model).replace("{", "{{").replace("}", "}}"))
     if of_library:

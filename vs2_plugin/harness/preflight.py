@@ -6,7 +6,6 @@ import difflib
 import errno
 import logging
 import os
-import re
 import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -75,10 +74,9 @@ def check(evaluations: Sequence[Evaluation]) -> dict[str, int]:
         if told < least:
             raise SettingError(f"--{flag} is {told}; expected a whole number, at least {least}")
     _check_library(evaluations)
-    alone = len({run.model for run in evaluations}) == 1
     for model, run in parsed:
         check_backbone(model.backbone, run.pretrained)
-        _check_output(run, run.output_file, alone)
+        _check_output(run, run.output_file)
     pending = [(model, run) for model, run in parsed if not _is_skipped(run)]
     for model, run in pending:
         warn_about_quickgelu(model.backbone, run.pretrained)
@@ -133,10 +131,9 @@ def check_outputs(evaluations: Sequence[Evaluation]) -> None:
         ModelStringError: a model string that cannot be read.
         HarnessError: a file that will not do.
     """
-    alone = len({run.model for run in evaluations}) == 1
     for run in _steered(evaluations):
         parse(run.model)
-        _check_output(run, run.output_file, alone)
+        _check_output(run, run.output_file)
     files: dict[str, Evaluation] = {}
     ours = [is_steered(run.model) or bool(_named(run).home) for run in evaluations]
     for run in evaluations if any(ours) else ():
@@ -187,20 +184,12 @@ def _check_probe(model: ModelString, run: Evaluation) -> None:
         raise HarnessError(f"{run.model}: clip_benchmark's linear probe needs a CUDA device, and there is none")
 
 
-def _check_output(run: Evaluation, output: str, alone: bool) -> None:
+def _check_output(run: Evaluation, output: str) -> None:
     """Refuse an output file that could not be written once the evaluation is over."""
     folder, name = os.path.split(output)
     if os.path.isdir(output) or not name:
         example = os.path.join(run.output, os.path.basename(Evaluation.output))
         raise HarnessError(f"--output {output!r} is a folder; expected a file: --output {shlex.quote(example)}")
-    bad = "/" if "/" in run.model else ":" if os.name == "nt" else ""
-    if "{model}" in run.output and bad and (bad == ":" or not os.path.isdir(folder)):
-        mended = run.output.replace("{model}", re.sub(r"[^A-Za-z0-9.@=+-]+", "-", run.model))
-        call = "" if alone else ", in a call of its own,"
-        raise HarnessError(
-            f"the model name {run.model!r} holds {bad!r}, so the results could not be written to {output!r}; run "
-            f"it{call} with --output {shlex.quote(mended)}"
-        )
     if folder and not os.path.isdir(folder):
         raise HarnessError(
             f"the results could not be written to {output!r}: no folder {folder!r}; make it with: mkdir -p "

@@ -75,9 +75,8 @@ def train(
         return _train(request, processes, report, given)
 
 
-def _train(
-    request: TrainRequest, processes: Processes, report: Report, given: _Given | None
-) -> list[Checkpoint]:
+def _train(request: TrainRequest, processes: Processes, report: Report, given: _Given | None) -> list[Checkpoint]:
+    """The same, by the random numbers at hand."""
     given, created = _begin(request, given)
     request = replace(
         request,
