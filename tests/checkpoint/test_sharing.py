@@ -141,7 +141,7 @@ def test_what_was_changed_on_the_hub_is_refused(pushed, name):
     pushed.commit("me/sae", {**files, name: changed})
     with pytest.raises(CheckpointError, match="damaged.*; fetch it again by vs2 store pull hf:me/sae"):
         Checkpoint.from_hub("me/sae").verify()
-    with pytest.raises(CheckpointError, match="damaged"):
+    with pytest.raises(CheckpointError, match=r"damaged[^;]*; so it is on the hub: tell whoever pushed it$"):
         Checkpoint.from_hub("me/sae", refresh=True)
 
 
@@ -156,6 +156,22 @@ def test_a_cache_that_was_damaged_is_fetched_again(pushed):
     file.unlink()
     (found.folder / FIRST / "sae.safetensors").unlink(missing_ok=True)
     Checkpoint.from_hub("me/sae").verify()  # an interrupted download
+
+
+def test_what_lacks_something_is_not_told_to_be_trained_again(checkpoint, hub):
+    checkpoint.push_to_hub("me/bare")
+    checkpoint.push_to_hub("me/sae", gallery=True)
+    bare, whole = Checkpoint.from_hub("me/bare"), Checkpoint.from_hub("me/sae")
+    own = "train one of your own by vs2-train-sae"
+    for lacking, problem in [
+        (bare.require_gallery, f"whoever pushed it may add theirs by vs2 store push --gallery, or {own}"),
+        (lambda: whole.require_gallery(encoder="dino"), f"{own} --retrieval_encoder dino"),
+        (lambda: whole.select("7", "plain"), f"{own} --blocks 0 1 7"),
+        (lambda: whole.select(None, "other"), f"{own} with its --model"),
+    ]:
+        with pytest.raises(CheckpointError) as told:
+            lacking()
+        assert problem in str(told.value) and "again" not in str(told.value)
 
 
 def test_what_is_no_checkpoint_is_told(hub):

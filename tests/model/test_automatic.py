@@ -708,6 +708,14 @@ def test_a_first_candidate_that_moves_activations_is_refused(few, clip_benchmark
     assert "with share=0; expected that its automatic options" in said[0] and not Path("b.json").exists()
 
 
+def test_a_number_that_leaves_no_plain_model_to_compare_with_is_told_as_such(few, clip_benchmark):
+    code, error = clip_benchmark("eval", "--model", f"vs2s:{TINY}@{NAME}@alpha=1", *DATA, "--output", "b.json")
+    assert code == 2 and error.splitlines()[-1] == (
+        "vs2: error: with alpha=1, method 'vs2s' steers whatever p is, and auto chooses between steering and the model "
+        "as it is; expected auto for alpha too, or numbers for all"
+    )
+
+
 def test_rounding_is_no_move(run, sae, add_method):
     def build(context, share):
         return lambda x: (x * 3) / 3 - share * context.mean

@@ -141,12 +141,24 @@ class Checkpoint:
         found = str(Repository(repository, revision))
         if not refresh:
             return cls._of_hub(download(repository, revision, PATTERNS, _is_whole), found)
-        checkpoint = cls._of_hub(download(repository, revision, PATTERNS), found)
         try:
-            checkpoint.verify()
-        except CheckpointError:
-            checkpoint = cls._of_hub(download(repository, revision, PATTERNS, again=True), found)
-            checkpoint.verify()
+            return cls._fetched(repository, revision, found)
+        except CheckpointError as error:
+            if not str(error).endswith(_fetching(found)):
+                raise
+        try:
+            return cls._fetched(repository, revision, found, again=True)
+        except CheckpointError as error:
+            told = str(error).removesuffix(_fetching(found))
+            raise CheckpointError(f"{told}; so it is on the hub: tell whoever pushed it") from error
+
+    @classmethod
+    def _fetched(cls, repository: str, revision: str | None, found: str, again: bool = False) -> Checkpoint:
+        """Fetch what is newer, or (again) everything, and read it in full."""
+        from vs2_plugin.hub import download
+
+        checkpoint = cls._of_hub(download(repository, revision, PATTERNS, again=again), found)
+        checkpoint.verify()
         return checkpoint
 
     @classmethod
@@ -199,8 +211,9 @@ class Checkpoint:
         if not sites:
             there = " and ".join(sorted({site.variant for site in self.sites}))
             how = " and --pass_weight 0.8 (it reads the training labels)" if variant == "pass" else ""
+            again = "train one of your own by" if self.hub else "add one to it by"
             raise CheckpointError(
-                f"checkpoint {self.name!r} has no {variant} SAE, only {there}; add one to it by vs2-train-sae with its "
+                f"checkpoint {self.name!r} has no {variant} SAE, only {there}; {again} vs2-train-sae with its "
                 f"--model, --pretrained and --dataset{how}"
             )
         return [sites[-1]] if blocks is None else self._at_blocks(blocks, sites)
@@ -214,9 +227,15 @@ class Checkpoint:
             all_blocks = " ".join(map(str, sorted({*wanted, *at_block}))) or "all"
             raise CheckpointError(
                 f"checkpoint {self.name!r} has no SAE at block {' '.join(missing) or blocks} (its blocks: {there}); "
-                f"{AGAIN} by the same vs2-train-sae command with --overwrite --blocks {all_blocks}"
+                f"{self._again(f'--blocks {all_blocks}')}"
             )
         return [at_block[number] for number in wanted]
+
+    def _again(self, flags: str = "") -> str:
+        """What makes it again, with these flags. Whoever fetched it did not train it."""
+        if self.hub:
+            return f"train one of your own by vs2-train-sae {flags}".rstrip()
+        return f"{AGAIN} by the same vs2-train-sae command with --overwrite {flags}".rstrip()
 
     def require_tower(self, tower: Tower, backbone: str, method: str = "vs2") -> None:
         """Refuse a tower other than the one that the SAEs were trained on.
@@ -257,18 +276,19 @@ class Checkpoint:
         Raises:
             CheckpointError: there is none, or it lacks something.
         """
-        again = f"; {AGAIN} by the same vs2-train-sae command with --overwrite"
         if self.gallery is None:
-            again = "; train one on images, with their gallery" if GIVEN in self.data.splits else again
-            raise CheckpointError(f"checkpoint {self.name!r} has no gallery of training images{again}")
+            again = "train one on images, with their gallery" if GIVEN in self.data.splits else self._again()
+            pushed = "whoever pushed it may add theirs by vs2 store push --gallery, or " if self.hub else ""
+            raise CheckpointError(f"checkpoint {self.name!r} has no gallery of training images; {pushed}{again}")
         if labels and not self.gallery.labels:
             raise CheckpointError(
-                f"checkpoint {self.name!r} keeps no training labels, which an oracle reads{again} --gallery_labels"
+                f"checkpoint {self.name!r} keeps no training labels, which an oracle reads; "
+                f"{self._again('--gallery_labels')}"
             )
         if encoder not in self.gallery.encoders:
             raise CheckpointError(
                 f"checkpoint {self.name!r} has no embeddings by {encoder!r} (there: {', '.join(self.gallery.encoders)})"
-                f"{again} --retrieval_encoder {encoder}"
+                f"; {self._again(f'--retrieval_encoder {encoder}')}"
             )
         if n > self.gallery.count:
             raise CheckpointError(
@@ -469,7 +489,11 @@ def _are_there(checkpoint: Checkpoint) -> bool:
 
 def _fetch_again(hub: str, error: CheckpointError) -> CheckpointError:
     """Return an error in a checkpoint of a hub, with what mends it."""
-    return CheckpointError(f"{str(error).removesuffix(f'; {AGAIN}')}; fetch it again by vs2 store pull {hub}")
+    return CheckpointError(f"{str(error).removesuffix(f'; {AGAIN}')}{_fetching(hub)}")
+
+
+def _fetching(hub: str) -> str:
+    return f"; fetch it again by vs2 store pull {hub}"
 
 
 def save_checkpoint(

@@ -18,7 +18,7 @@ import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -289,14 +289,9 @@ def _is_checkpoint(folder: Path) -> bool:
         return False
 
 
-def folder_size(folder: Path) -> int:
-    """Bytes in the files below ``folder``, but for those that vanish while they are counted."""
-    size = 0
-    with suppress(OSError):
-        for path in folder.rglob("*"):
-            with suppress(OSError):
-                size += path.stat().st_size if path.is_file() else 0
-    return size
+def folder_size(*folders: Path) -> int:
+    """Bytes in the files below ``folders``, each file once, but for those that vanish while they are counted."""
+    return sum(links[0].st_size for links in _links(*folders))
 
 
 def last_change(folder: Path) -> float:
@@ -312,22 +307,23 @@ def _inside(folder: Path, pattern: str) -> Iterator[Path]:
     return (path for path in folder.glob(pattern) if path.is_dir())
 
 
-def _freed_by(folder: Path) -> int:
-    """Bytes that are free once a folder is gone: galleries and the cache share files."""
+def _links(*folders: Path) -> Collection[list[os.stat_result]]:
+    """The files below ``folders``: of each what its names there say. Galleries and the cache share files."""
     found: dict[tuple[int, int], list[os.stat_result]] = {}
-    with suppress(OSError):
-        for path in folder.rglob("*"):
-            with suppress(OSError):
-                if path.is_file() and not path.is_symlink():
-                    status = path.stat()
-                    found.setdefault((status.st_dev, status.st_ino), []).append(status)
-    return sum(links[0].st_size for links in found.values() if len(links) >= links[0].st_nlink)
+    for folder in folders:
+        with suppress(OSError):
+            for path in folder.rglob("*"):
+                with suppress(OSError):
+                    if path.is_file() and not path.is_symlink():
+                        status = path.stat()
+                        found.setdefault((status.st_dev, status.st_ino), []).append(status)
+    return found.values()
 
 
 def _delete(folder: Path) -> int:
-    size = _freed_by(folder)
+    freed = sum(links[0].st_size for links in _links(folder) if len(links) >= links[0].st_nlink)
     aside = folder.with_name(f".{folder.name.removeprefix('.')}.gone") if len(folder.name) <= LONGEST else folder
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(folder, aside)  # at once: nothing of half a folder is found under its name
     shutil.rmtree(aside)
-    return size
+    return freed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import time
+from collections.abc import Collection, Iterable
 from dataclasses import fields
 from itertools import zip_longest
 from pathlib import Path
@@ -122,13 +123,16 @@ def _list(args: argparse.Namespace) -> None:
         say(
             f"  {name}  {checkpoint.backbone} {checkpoint.pretrained or ''} on "
             f"{' '.join(names)} ({data.images:,} images), "
-            f"{len(sites)} site(s), FVU {sites[-1].fvu:.4f}{_shares(sites[-1])}, "
+            f"{counted(len(sites), 'SAE')}, FVU {_span([site.fvu for site in sites], '.4f')}{_shares(sites)}, "
             f"{gigabytes(folder_size(folder))}{marks}"
         )
     if not store.names():
         say(f"  no checkpoints; train one with {shlex.join(['vs2-train-sae', *store.words])}")
     cached = list(store.cached())
-    say(f"  cached activations: {len(cached)} set(s), {gigabytes(sum(map(folder_size, cached)))}")
+    say(f"  cached activations: {counted(len(cached), 'set')}, {gigabytes(folder_size(*cached))}")
+    kept = [*(store.checkpoints / name for name in store.names()), *cached]
+    if folder_size(*kept) < sum(map(folder_size, kept)):
+        say(f"  both together: {gigabytes(folder_size(*kept))}, since galleries share files with the cache")
     for left in store.unfinished():
         age = int((time.time() - last_change(left)) / 3600)
         say(
@@ -138,11 +142,16 @@ def _list(args: argparse.Namespace) -> None:
         )
 
 
-def _shares(site: SiteSAE) -> str:
+def _shares(sites: Iterable[SiteSAE]) -> str:
     """Return the shares of dead and dense latents, and of accuracy recovered, as far as the checkpoint tells them."""
     words = {"dead": "dead", "dense": "dense", "recovered": "of the accuracy recovered"}
-    shares = ((told, site.training.get(name)) for name, told in words.items())
-    return "".join(f", {share:.1%} {told}" for told, share in shares if isinstance(share, float))
+    told = {name: [share for site in sites if isinstance(share := site.training.get(name), float)] for name in words}
+    return "".join(f", {_span(shares, '.1%')} {words[name]}" for name, shares in told.items() if shares)
+
+
+def _span(figures: Collection[float], form: str) -> str:
+    """Return the least and the largest figure; one where they read the same."""
+    return " to ".join(dict.fromkeys(format(figure, form) for figure in (min(figures), max(figures))))
 
 
 def _remove(args: argparse.Namespace) -> None:

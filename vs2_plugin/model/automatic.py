@@ -29,7 +29,7 @@ from vs2_plugin.clip.sites import ClipModel, Site
 from vs2_plugin.errors import HarnessError, ModelStringError, PluginError
 from vs2_plugin.files import atomic_file, json_digest
 from vs2_plugin.gallery.gallery import CLIP, Gallery
-from vs2_plugin.method import Option, Scalar
+from vs2_plugin.method import Method, Scalar
 from vs2_plugin.model.candidates import ZeroShot
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.steering.batch import Batch, Steering, call, steer
@@ -54,15 +54,15 @@ class Automatic(nn.Module):
 
     def __init__(
         self,
-        name: str,
+        method: Method,
         build: Callable[[Mapping[str, Scalar | None]], Steering],
         given: Mapping[str, Scalar | None],
-        options: Sequence[Option],
     ) -> None:
-        """``build`` makes the steering of method ``name`` of all options: some automatic, and the others ``given``."""
+        """``build`` makes the steering of ``method`` of all its options, of which some are automatic in ``given``."""
         super().__init__()
-        self.name = name
+        self.method = method
         self._build, self._given = build, given
+        options = method.automatic(given)
         #: Every combination of values; the first leaves activations as they are.
         self.candidates = [
             dict(zip([option.name for option in options], values, strict=True))
@@ -70,6 +70,12 @@ class Automatic(nn.Module):
         ]
         self.choice: Choice | None = None
         self.steering: Steering | None = None
+
+    @property
+    def fixed(self) -> dict[str, float]:
+        """The numbers given for options that accept auto."""
+        given = ((option.name, self._given[option.name]) for option in self.method.options if option.auto)
+        return {name: value for name, value in given if isinstance(value, (int, float))}
 
     def build(self, values: Mapping[str, Scalar]) -> Steering:
         """The steering with these values."""
@@ -216,11 +222,18 @@ def _check_first(automatic: Automatic, batches: Sequence[tuple[Tensor, Batch]]) 
     for x, batch in batches:
         moved = (in_float32(partial(steer, automatic, batch=batch), x) - x).norm(dim=-1)
         if not (moved <= _STILL * x.norm(dim=-1)).all():
+            chosen = ", ".join(automatic.candidates[0])
             told = ", ".join(f"{name}={value:g}" for name, value in automatic.candidates[0].items())
+            if fixed := automatic.fixed:
+                raise ModelStringError(
+                    f"with {', '.join(f'{name}={value:g}' for name, value in fixed.items())}, method "
+                    f"{automatic.method.name!r} steers whatever {chosen} is, and auto chooses between steering and the "
+                    f"model as it is; expected auto for {', '.join(fixed)} too, or numbers for all"
+                )
             raise PluginError(
-                f"method {automatic.name!r} moves activations by up to {float(moved.max()):.3g} with {told}; expected "
-                "that its automatic options, all at their first value, leave activations as they are, since auto "
-                "compares the others with that; leave out numbers for other options that accept auto"
+                f"method {automatic.method.name!r} moves activations by up to {float(moved.max()):.3g} with {told}; "
+                "expected that its automatic options, all at their first value, leave activations as they are, since "
+                "auto compares the others with that"
             )
 
 

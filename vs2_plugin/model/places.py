@@ -283,5 +283,5 @@ as_it_is.replayable = True  # type: ignore[attr-defined]
 
 def _steering(spec: ModelString, context: Context) -> Steering:
     options = {option.name: spec.options[option.name] for option in spec.method.options}
-    build, automatic = Builder(spec.method, context), spec.method.automatic(options)
-    return Automatic(spec.method.name, build, options, automatic) if automatic else build(options)
+    build = Builder(spec.method, context)
+    return Automatic(spec.method, build, options) if spec.method.automatic(options) else build(options)
