@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from vs2_plugin.cli.common import add_flags, end_well, load_torch, unrecognized
-from vs2_plugin.errors import DataError
+from vs2_plugin.cli.common import Command, add_flags, end_well, load_torch
+from vs2_plugin.errors import DataError, SettingError
 from vs2_plugin.paths import listed
 from vs2_plugin.settings import setting
 
@@ -42,7 +42,12 @@ def test_a_closed_pipe_ends_a_command_as_any_other(monkeypatch, tmp_path):
     [(["dog"], "dog"), (["--modle", "1", "a.png"], "--modle; did you mean --model?"), (["--xyz=1", "b"], "--xyz")],
 )
 def test_flags_are_to_blame_for_words_too_many(words, said):
-    assert unrecognized(words, ["--model", "--dataset"]) == f"unrecognized arguments: {said}"
+    command = Command(prog="x")
+    command.add_argument("--model")
+    command.add_argument("--dataset")
+    with pytest.raises(SettingError) as told:
+        command.parse_args(words)
+    assert str(told.value) == f"unrecognized arguments: {said}; see: x --help"
 
 
 def test_an_interruption_while_torch_is_loaded_comes_afterwards(monkeypatch):

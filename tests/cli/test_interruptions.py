@@ -31,7 +31,7 @@ def test_what_a_loader_says_of_its_interrupted_workers_is_an_interruption(capsys
     def failed():
         raise RuntimeError("DataLoader worker (pid(s) 1) exited unexpectedly")
 
-    assert end_well("vs2", interrupted, "; go on") == 130
+    assert end_well("vs2", interrupted, lambda: "; go on") == 130
     assert capsys.readouterr().err == "\nvs2: interrupted; go on\n"
     with pytest.raises(RuntimeError):
         end_well("vs2", failed)

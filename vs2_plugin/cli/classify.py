@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 
 from vs2_plugin.classify.request import ClassifyRequest
-from vs2_plugin.cli.common import add_flags, load_torch
+from vs2_plugin.cli.common import Commands, add_flags, load_torch, request_of
 from vs2_plugin.messages import complain, say
-from vs2_plugin.settings import settings_of
 from vs2_plugin.text import counted
 
 __all__ = ["add_classify"]
@@ -34,14 +33,13 @@ The same from Python: model.classify(images); see help(vs2_plugin.load).
 """
 
 
-def add_classify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_classify(commands: Commands) -> None:
     """Add the sub-command."""
     command = commands.add_parser(
         "classify",
         help="folders of photos in, a table of predictions out, with steering and without",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
     command.add_argument("photos", nargs="+", metavar="PHOTOS", help="image files, and folders, however deep")
@@ -51,8 +49,7 @@ def add_classify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _classify(args: argparse.Namespace) -> None:
-    given = {name: value for name, value in vars(args).items() if name in settings_of(ClassifyRequest)}
-    request = ClassifyRequest(photos=tuple(args.photos), **given)
+    request = request_of(ClassifyRequest, args, photos=tuple(args.photos))
     load_torch()
     from vs2_plugin.classify.plan import make_plan
     from vs2_plugin.classify.run import classify

@@ -8,21 +8,49 @@ import difflib
 import signal
 import sys
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 from vs2_plugin import messages
 from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE
 from vs2_plugin.errors import SettingError, Vs2Error, is_interruption
 from vs2_plugin.paths import listed_once
-from vs2_plugin.settings import flags_of
+from vs2_plugin.settings import flags_of, settings_of
 from vs2_plugin.text import sentence_of
 
-__all__ = ["AGAIN", "add_flags", "add_store_option", "end_well", "load_torch", "make_folder", "unrecognized"]
+__all__ = [
+    "AGAIN", "Command", "Commands", "add_flags", "add_store_option", "end_well", "load_torch", "make_folder",
+    "request_of",
+]  # fmt: skip
 
+T = TypeVar("T")
+
+#: What a sub-command is added to.
+Commands: TypeAlias = "argparse._SubParsersAction[Command]"
 #: How to go on after an interruption of a command that writes all of its files at its end.
 AGAIN = "; nothing is kept of it: run the same command again"
+
+
+class Command(argparse.ArgumentParser):
+    """A command line that refuses what it does not know, as do those of its commands: each names its own flag that
+    may be meant. A description or examples of several lines are shown as they are written."""
+
+    def __init__(self, **words: Any) -> None:
+        if "\n" in f"{words.get('description')}{words.get('epilog')}":
+            words["formatter_class"] = argparse.RawDescriptionHelpFormatter
+        super().__init__(**words)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parse as ever. Raises SettingError: words are left, of which flags are to blame, if there are some."""
+        found, words = super().parse_known_args(args, namespace)
+        if words:
+            flags = [word.partition("=")[0] for word in words if word.startswith("-") and word.strip("-")]
+            known = [flag.strip("-") for flag in self._option_string_actions]
+            near = difflib.get_close_matches(flags[0].strip("-"), known, 1) if flags else []
+            meant = f"; did you mean --{near[0]}?" if near else ""
+            raise SettingError(f"unrecognized arguments: {' '.join(flags or words)}{meant}; see: {self.prog} --help")
+        return found, words
 
 
 def make_folder(path: Path) -> None:
@@ -40,8 +68,13 @@ def add_store_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def end_well(program: str, action: Callable[[], int | None], interrupted: str = "") -> int:
-    """Run ``action``, show its log messages, and return the exit code.
+def request_of(owner: type[T], args: argparse.Namespace, **more: Any) -> T:
+    """Return a request of the settings that the command line gives."""
+    return owner(**{name: value for name, value in vars(args).items() if name in settings_of(owner)}, **more)
+
+
+def end_well(program: str, action: Callable[[], int | None], interrupted: Callable[[], str] = str) -> int:
+    """Run ``action``, show its log messages, and return the exit code. What was ``interrupted`` says how to go on.
 
     An error of this package, or of the system (a full disk), becomes one line on stderr and exit code 2; Ctrl-C 130;
     where nobody reads what is printed any more, 141, as of any program.
@@ -61,16 +94,8 @@ def end_well(program: str, action: Callable[[], int | None], interrupted: str = 
         # Ctrl-C ends a data loader's workers too, and the loader raises RuntimeError while the interruption is handled.
         if not is_interruption(error):
             raise
-        print(f"\n{program}: interrupted{interrupted}", file=sys.stderr)
+        print(f"\n{program}: interrupted{interrupted()}", file=sys.stderr)
         return 130
-
-
-def unrecognized(words: Sequence[str], known: Sequence[str] = ()) -> str:
-    """Say which of the words that a command does not know are to blame, its flags if there are some, and which of those
-    that it knows may be meant."""
-    flags = [word.partition("=")[0] for word in words if word.startswith("-") and word.strip("-")]
-    near = difflib.get_close_matches(flags[0], known, 1) if flags else []
-    return f"unrecognized arguments: {' '.join(flags or words)}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def load_torch() -> None:

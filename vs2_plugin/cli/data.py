@@ -6,7 +6,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from vs2_plugin.cli.common import AGAIN
+from vs2_plugin.cli.common import AGAIN, Commands
 from vs2_plugin.messages import say
 
 __all__ = ["add_data"]
@@ -27,14 +27,13 @@ _HELP = {
 }
 
 
-def add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_data(commands: Commands) -> None:
     """Add the command to those of ``vs2``."""
     data = commands.add_parser(
         "data",
         help="make shards of the archives of CUB-200 and Tiny-ImageNet",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sets = data.add_subparsers(dest="official", metavar="DATASET", required=True)
     for word, text in _HELP.items():

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vs2_plugin.cli.common import AGAIN, load_torch
+from vs2_plugin.cli.common import AGAIN, Commands, load_torch
 from vs2_plugin.errors import DataError, SettingError
 from vs2_plugin.inspection.notes import ATTRIBUTION, TOP_IMAGES, WORDS
 from vs2_plugin.messages import complain, say
@@ -32,14 +32,13 @@ examples:
 """
 
 
-def add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_inspect(commands: Commands) -> None:
     """Add the sub-command."""
     command = commands.add_parser(
         "inspect",
         help="what steering did to images, latent by latent",
         description=_DESCRIPTION,
         epilog=f"{_EXAMPLES}\n{ATTRIBUTION}\n\n{WORDS}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = command.add_argument
     add("images", nargs="+", type=Path, metavar="IMAGE", help="image files")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vs2_plugin.cli.common import AGAIN, load_torch
+from vs2_plugin.cli.common import AGAIN, Commands, load_torch
 from vs2_plugin.cli.inspect import add_subject, positive, say_problems, subject_of
 from vs2_plugin.inspection.notes import GROUPS, WORDS
 from vs2_plugin.messages import say
@@ -26,14 +26,13 @@ examples:
 """
 
 
-def add_latents(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_latents(commands: Commands) -> None:
     """Add the sub-command."""
     command = commands.add_parser(
         "latents",
         help="a page and a table of all latents of an SAE",
         description=_DESCRIPTION,
         epilog=f"{_EXAMPLES}\n{GROUPS}\n\n{WORDS}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_subject(command)
     add = command.add_argument

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vs2_plugin import __version__
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli.classify import add_classify
-from vs2_plugin.cli.common import add_store_option, end_well, make_folder, unrecognized
+from vs2_plugin.cli.common import Command, add_store_option, end_well, make_folder
 from vs2_plugin.cli.data import add_data
 from vs2_plugin.cli.inspect import add_inspect
 from vs2_plugin.cli.latents import add_latents
@@ -28,7 +28,7 @@ __all__ = ["main", "parser"]
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    command = argparse.ArgumentParser(
+    command = Command(
         prog="vs2",
         description="SAE-steered CLIP models for clip_benchmark. Evaluate with clip_benchmark itself; "
         "train SAEs with vs2-train-sae.",
@@ -41,7 +41,6 @@ def parser() -> argparse.ArgumentParser:
         "  vs2 reproduce main_accuracy --stand_in digits\n"
         "  vs2 data cub CUB_200_2011.tgz root/cub200\n"
         "each command's --help shows more\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("--version", action="version", version=f"vs2-plugin {__version__}")
     commands = command.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -85,22 +84,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit code."""
-    args = _parsed(argv)
-    return end_well("vs2", lambda: args.run(args), getattr(args, "interrupted", ""))
+    args = argparse.Namespace(interrupted="")
+    return end_well("vs2", lambda: _run(argv, args), lambda: args.interrupted)
 
 
-def _parsed(words: Sequence[str] | None) -> argparse.Namespace:
-    """What the words say. Of some too many, the command's own help tells more than that of all."""
-    command = parser()
-    args, more = command.parse_known_args(words)
-    if more:
-        command.error(f"{args.command}: {unrecognized(more)}; see: vs2 {args.command} --help")
-    return args
-
-
-def _run(words: Sequence[str]) -> int | None:
-    """Run the command within another, which tells how it ended."""
-    args = _parsed(words)
+def _run(words: Sequence[str] | None, into: argparse.Namespace | None = None) -> int | None:
+    """Run the command, perhaps within another, which tells how it ended. What the words say is put ``into`` there."""
+    args = parser().parse_args(words, into)
     code: int | None = args.run(args)
     return code
 
@@ -112,7 +102,7 @@ def _demo(args: argparse.Namespace) -> None:
 
     TrainRequest(dataset=("wds/digits",), seed=tuple(args.seed))  # told before anything is written
     make_folder(args.out)
-    commands = {"vs2": _run, "vs2-train-sae": train_sae.run}
+    commands: dict[str, Callable[[Sequence[str]], int | None]] = {"vs2": _run, "vs2-train-sae": train_sae.run}
     demo(args.out, commands, args.quiet, list(dict.fromkeys(args.seed)))
 
 

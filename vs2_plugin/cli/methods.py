@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from vs2_plugin.cli.common import load_torch
+from vs2_plugin.cli.common import Commands, load_torch
 from vs2_plugin.messages import complain, say
 from vs2_plugin.method import AUTOMATIC, COMMON, NEIGHBOURS, STREAM, UNLABELED, VIEWS, Method, Option
 from vs2_plugin.plugins import UNINSTALL, registry
@@ -12,7 +12,7 @@ from vs2_plugin.plugins import UNINSTALL, registry
 __all__ = ["add_methods"]
 
 
-def add_methods(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_methods(commands: Commands) -> None:
     """Add the sub-command."""
     command = commands.add_parser(
         "methods", help="every method with its options, or (--check) what an author checks one with",

@@ -6,12 +6,13 @@ import argparse
 import shlex
 from pathlib import Path
 
+from vs2_plugin.cli.common import Commands
 from vs2_plugin.messages import say
 
 __all__ = ["add_new_plugin"]
 
 
-def add_new_plugin(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_new_plugin(commands: Commands) -> None:
     """Add the sub-command."""
     command = commands.add_parser(
         "new-plugin", help="write the package of a method of your own, to begin with",

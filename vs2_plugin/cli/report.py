@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vs2_plugin.cli.common import AGAIN
+from vs2_plugin.cli.common import AGAIN, Commands
 from vs2_plugin.messages import complain, say
 
 __all__ = ["add_report"]
@@ -26,14 +26,13 @@ examples:
 """
 
 
-def add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_report(commands: Commands) -> None:
     """Add the sub-command."""
     report = commands.add_parser(
         "report",
         help="a page, a Markdown table and figures from clip_benchmark's result files",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     report.add_argument(
         "results", nargs="+", type=Path, metavar="RESULTS", help="result files, or folders that are searched for *.json"

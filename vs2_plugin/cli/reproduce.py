@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE
-from vs2_plugin.cli.common import load_torch, make_folder
+from vs2_plugin.cli.common import Commands, load_torch, make_folder
 from vs2_plugin.messages import complain, say
 
 if TYPE_CHECKING:
@@ -43,14 +43,13 @@ The store of checkpoints is $VS2_STORE, else in the platform's cache folder; tha
 """
 
 
-def add_reproduce(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_reproduce(commands: Commands) -> None:
     """Add the sub-command."""
     parser = commands.add_parser(
         "reproduce",
         help="the paper's tables: train what is missing, evaluate, compare with the published numbers",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add(

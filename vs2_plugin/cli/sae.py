@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vs2_plugin.checkpoint.store import Store
-from vs2_plugin.cli.common import AGAIN, add_store_option, load_torch
+from vs2_plugin.cli.common import AGAIN, Commands, add_store_option, load_torch
 from vs2_plugin.cli.inspect import read_words
 from vs2_plugin.errors import SettingError
 from vs2_plugin.messages import say
@@ -32,14 +32,13 @@ examples:
 """
 
 
-def add_sae(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_sae(commands: Commands) -> None:
     """Add the sub-command."""
     command = commands.add_parser(
         "sae",
         help="what an SAE is worth: its figures, what they mean and what is usual",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = command.add_argument
     add("names", nargs="+", metavar="NAME", help="checkpoints, their folders, or hf:OWNER/NAME; several are compared")

@@ -14,7 +14,7 @@ from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.checkpoint.exporting import FORMATS, export
 from vs2_plugin.checkpoint.records import SiteSAE
 from vs2_plugin.checkpoint.store import Store, folder_size, last_change
-from vs2_plugin.cli.common import add_flags, add_store_option
+from vs2_plugin.cli.common import Commands, add_flags, add_store_option
 from vs2_plugin.errors import CheckpointError, DataError, SettingError
 from vs2_plugin.messages import say
 from vs2_plugin.names import Repository, repository
@@ -25,7 +25,7 @@ from vs2_plugin.training.request import TrainRequest
 __all__ = ["add_store"]
 
 
-def add_store(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_store(commands: Commands) -> None:
     """Add the command to those of ``vs2``."""
     store = commands.add_parser(
         "store",
@@ -50,7 +50,7 @@ def add_store(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     _add_foreign(actions)
 
 
-def _add_sharing(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_sharing(actions: Commands) -> None:
     push = actions.add_parser(
         "push",
         help="put a checkpoint on a model hub",
@@ -79,7 +79,7 @@ def _add_sharing(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -
     pull.set_defaults(run=_pull)
 
 
-def _add_foreign(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_foreign(actions: Commands) -> None:
     taking = actions.add_parser(
         "import",
         help="make a checkpoint of an SAE by sparsify, SAELens or Prisma",

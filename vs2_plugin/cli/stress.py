@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from vs2_plugin.cli.common import add_flags, load_torch
+from vs2_plugin.cli.common import Commands, add_flags, load_torch, request_of
 from vs2_plugin.messages import say
-from vs2_plugin.settings import settings_of
 from vs2_plugin.stress.request import StressRequest
 
 __all__ = ["add_stress"]
@@ -25,14 +24,13 @@ example:
 """
 
 
-def add_stress(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_stress(commands: Commands) -> None:
     """Add the sub-command. Settings have clip_benchmark's names and defaults."""
     stress = commands.add_parser(
         "stress",
         help="evaluate models where classes are absent, imbalanced or few, or a stream is ordered",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
     add_flags(stress, StressRequest)
@@ -45,8 +43,7 @@ def _stress(args: argparse.Namespace) -> None:
     from vs2_plugin.stress.outcomes import AXES, label_of, means
     from vs2_plugin.stress.run import stress
 
-    given = {name: value for name, value in vars(args).items() if name in settings_of(StressRequest)}
-    outcomes, written = stress(StressRequest(**given), args.quiet)
+    outcomes, written = stress(request_of(StressRequest, args), args.quiet)
     if args.quiet:
         return
     found = means(outcomes)

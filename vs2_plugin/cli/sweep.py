@@ -7,10 +7,9 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from vs2_plugin.cli.common import add_flags, load_torch
+from vs2_plugin.cli.common import Commands, add_flags, load_torch, request_of
 from vs2_plugin.errors import is_interruption
 from vs2_plugin.messages import complain, say
-from vs2_plugin.settings import settings_of
 from vs2_plugin.sweep.request import SweepRequest
 from vs2_plugin.text import counted
 
@@ -58,14 +57,13 @@ The store of checkpoints is $VS2_STORE, else in the platform's cache folder.
 """
 
 
-def add_sweep(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_sweep(commands: Commands) -> None:
     """Add the sub-command. Settings have clip_benchmark's names and defaults."""
     sweep = commands.add_parser(
         "sweep",
         help="evaluate a grid of strengths, neighbours, gates, blocks or checkpoints, encoding the images once",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
     add_flags(sweep, SweepRequest)
@@ -79,8 +77,7 @@ def _sweep(args: argparse.Namespace) -> int:
     from vs2_plugin.harness.patches import PER_IMAGE
     from vs2_plugin.sweep.run import plan, sweep
 
-    given = {name: value for name, value in vars(args).items() if name in settings_of(SweepRequest)}
-    request = SweepRequest(**given)
+    request = request_of(SweepRequest, args)
     planned = plan(request)
     if not args.quiet and os.environ.get(PER_IMAGE, "") not in ("", "0"):
         complain(

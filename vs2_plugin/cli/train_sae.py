@@ -8,8 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vs2_plugin.cli.common import add_flags, end_well, load_torch, unrecognized
-from vs2_plugin.errors import SettingError
+from vs2_plugin.cli.common import Command, add_flags, end_well, load_torch
 from vs2_plugin.messages import say
 from vs2_plugin.training.request import TrainRequest
 
@@ -59,14 +58,13 @@ _GROUPS = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Command:
     """Return the command line: the settings of a training. Those that clip_benchmark has too have its names."""
-    command = argparse.ArgumentParser(
+    command = Command(
         prog="vs2-train-sae",
         description="Train the sparse autoencoders that steered models use, on the unlabeled training "
         "images of a data set.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
     add_flags(command, TrainRequest, _GROUPS)
@@ -86,11 +84,7 @@ def train(given: Mapping[str, Any]) -> None:
 
 def run(words: Sequence[str] | None = None) -> None:
     """Run the command within another, which tells how it ended."""
-    command = parser()
-    given, more = command.parse_known_args(words)
-    if more:
-        raise SettingError(f"{unrecognized(more, [*command._option_string_actions])}; see: vs2-train-sae --help")
-    train(vars(given))
+    train(vars(parser().parse_args(words)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return end_well(
         "vs2-train-sae",
         lambda: run(argv),
-        "; what was extracted and trained so far is kept: run the same command to go on",
+        lambda: "; what was extracted and trained so far is kept: run the same command to go on",
     )
 
 
