@@ -43,6 +43,11 @@ class Reading:
         """Every option of the method, defaults filled in."""
         return self.method.fill(self.given)
 
+    @property
+    def protocol(self) -> str:
+        """What it sees beside the image at hand."""
+        return self.method.protocol_of(self.options)
+
 
 @dataclass(frozen=True)
 class ModelString:

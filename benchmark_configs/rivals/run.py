@@ -107,7 +107,7 @@ class Embeddings:
         if spec.reading is None:
             return 100 * x @ self.classifier
         context = partial(Context, nn.Linear(1, 1).to(x.device), "logits", len(self.classifier))
-        learns = spec.reading.method.protocol_of(spec.reading.options) == "unlabeled"
+        learns = spec.reading.protocol == "unlabeled"
         readout = Readout(spec.reading, context, (lambda: unlabeled) if learns else None)
         readout.set_classifier(self.classifier)
         for some in x.split(64):

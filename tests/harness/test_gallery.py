@@ -206,6 +206,14 @@ def test_what_the_gallery_lacks_is_said_before_anything_is_loaded(
     assert all(fragment in said[0] for fragment in fragments)
 
 
+@pytest.mark.parametrize("method", ["tda:vs2", "stata:vs2", "inmap:vs2", "tda:centre"])
+def test_methods_that_learn_nothing_from_a_gallery_need_none(method, lacking, in_demo, clip_benchmark):
+    model = f"{method}:{TINY}@bare" + ("@unlabeled=test" if method.startswith("inmap") else "")
+    code, error = clip_benchmark("eval", "--model", model, "--pretrained", "", *DIGITS, "--output", "without.json")
+    assert code == 0, error
+    assert metrics(in_demo / "without.json")["acc1"] > 0.3
+
+
 # ---- other tasks
 
 

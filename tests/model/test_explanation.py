@@ -38,6 +38,13 @@ def test_an_explanation_reads_as_a_table():
     assert repr(Explanation(classes, "cat over dog", places)) == TABLE
 
 
+def test_one_class_leads_over_none(in_demo, image):
+    model, *_ = vs2_plugin.load(f"vs2:{TINY}@{NAME}", amp=False)
+    model.set_classifier(torch.ones(64, 1) / 8)
+    with pytest.raises(HarnessError, match="expected two classes or more"):
+        model.explain(image)
+
+
 @pytest.fixture
 def image():
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8), dtype=np.uint8))

@@ -46,6 +46,17 @@ def test_a_steered_model_pickles_and_copies_also_after_use_with_gradients(text, 
         assert other.vs2_facts() != {} and other.model is not model.model
 
 
+def test_a_method_without_a_checkpoint_steers_beneath_one_that_learns_from_a_gallery(in_demo, images, monkeypatch):
+    monkeypatch.setitem(
+        registry().methods, "local", Method("local", lambda context: lambda x: x + 1, needs_checkpoint=False)
+    )
+    embeddings = []
+    for name in (f"local:{TINY}", f"dn:local:{TINY}"):
+        model, *_ = vs2_plugin.load(name, dataset="wds/digits", classes=["one", "two"], amp=False)
+        embeddings.append(model.encode_image(images))
+    assert torch.equal(*embeddings) and model.classify(images).probabilities.shape == (6, 2)
+
+
 def test_a_steering_that_cannot_be_pickled_is_named(in_demo, images, monkeypatch):
     def build(context):
         return lambda x: x + 1

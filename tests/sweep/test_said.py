@@ -43,6 +43,14 @@ def test_older_results_that_skipping_would_keep_are_named(here, monkeypatch, cap
     assert "it keeps 1 older result there, too" in error
 
 
+def test_a_folder_that_has_nothing_to_do_with_a_sweep_is_in_no_ones_way(here, monkeypatch, tmp_path):
+    for name in ("few", "store", "tiny-clip"):
+        (tmp_path / name).symlink_to(here / name)
+    (tmp_path / "unused").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert sweep(f"vs2:{TINY}@alpha=0,1", output="out/{model}.json") == 0
+
+
 @pytest.mark.parametrize(("value", "words", "told"), [("1", (), 1), ("1", ("--quiet",), 0), ("0", (), 0)])
 def test_that_no_per_image_results_are_kept_is_said(here, monkeypatch, capsys, tmp_path, value, words, told):
     monkeypatch.setenv("VS2_PER_IMAGE", value)

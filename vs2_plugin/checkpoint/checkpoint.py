@@ -201,7 +201,7 @@ class Checkpoint:
         """Tell whether it was trained on the images that are evaluated."""
         return self.data.transductive
 
-    def select(self, blocks: str | None = None, variant: str = "plain") -> list[SiteSAE]:
+    def select(self, blocks: object = None, variant: str = "plain") -> list[SiteSAE]:
         """Return the SAEs of a variant at ``blocks``: numbers joined by ``+``, ``all``, or None for the last site.
 
         Raises:
@@ -216,7 +216,7 @@ class Checkpoint:
                 f"checkpoint {self.name!r} has no {variant} SAE, only {there}; {again} vs2-train-sae with its "
                 f"--model, --pretrained and --dataset{how}"
             )
-        return [sites[-1]] if blocks is None else self._at_blocks(blocks, sites)
+        return [sites[-1]] if blocks is None else self._at_blocks(str(blocks), sites)
 
     def _at_blocks(self, blocks: str, sites: Sequence[SiteSAE]) -> list[SiteSAE]:
         at_block = {site.block: site for site in sites if site.block is not None}

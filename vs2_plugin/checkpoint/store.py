@@ -180,10 +180,11 @@ class Store:
             return Checkpoint.load(elsewhere)
         if name and os.path.isdir(elsewhere):
             _refuse_foreign(elsewhere)
-        names = ", ".join(self.names()) or "none"
-        raise CheckpointNotFound(
-            f"no SAE checkpoint {name!r} in the store {self.root} (there: {names}), and no such folder"
-        )
+        raise CheckpointNotFound(f"{self.without(name)}, and no such folder")
+
+    def without(self, name: str) -> str:
+        """Words for a checkpoint that is not here, with those that are."""
+        return f"no SAE checkpoint {name!r} in the store {self.root} (there: {', '.join(self.names()) or 'none'})"
 
     def name_for(self, backbone: str, pretrained: str, dataset: str) -> str:
         """The name under which the checkpoint of a model and a data set is found and written.
@@ -237,9 +238,7 @@ class Store:
         there = [path.name for path in self.checkpoints.glob("[!.]*")]
         folder = self.checkpoints / name if name in there else self.folder(name)
         if not folder.is_dir():
-            raise CheckpointNotFound(
-                f"no SAE checkpoint {name!r} in the store {self.root} (there: {', '.join(self.names()) or 'none'})"
-            )
+            raise CheckpointNotFound(self.without(name))
         return _delete(folder)
 
     def remove_cache(self) -> int:

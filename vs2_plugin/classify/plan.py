@@ -69,7 +69,7 @@ def make_plan(request: ClassifyRequest) -> Plan:
         Vs2Error: the first thing that would go wrong.
     """
     spec, store, out = parse(request.model), Store.default(request.store), Path(request.out)
-    if spec.reading is not None and spec.reading.method.protocol_of(spec.reading.options) in PROTOCOLS[2:]:
+    if spec.reading is not None and spec.reading.protocol in PROTOCOLS[2:]:
         raise SettingError(
             f"--model {request.model}: {spec.reading.method.name} sees other images that are classified, and here they "
             "come batch by batch; in Python, model.classify(images) takes all of them at once"

@@ -17,6 +17,7 @@ from vs2_plugin.errors import CheckpointNotFound, ModelStringError
 from vs2_plugin.harness.preflight import missing_checkpoint
 from vs2_plugin.harness.shared import Shared
 from vs2_plugin.host import Evaluation
+from vs2_plugin.model.parts import find_checkpoint
 from vs2_plugin.model.predictions import Classifier, class_names, prompts_of
 from vs2_plugin.model.steered import SteeredCLIP
 from vs2_plugin.modelstring import ModelString, parse
@@ -42,16 +43,13 @@ class _Finder:
 
     def __call__(self, task: Task | None) -> Checkpoint | None:
         spec, store = self.spec, self.store
-        if not spec.needs_checkpoint:
-            return None
-        if self.given is not None:
+        if self.given is not None and spec.needs_checkpoint:
             return self.given
-        if spec.checkpoint:
-            return store.find(spec.checkpoint)
-        assert task is not None  # without a name, a model is bound to a data set only
+        if task is None:  # without a name, a model is bound to a data set only
+            return find_checkpoint(spec, store, self.pretrained, "")
         try:
             home = "" if task.root is None else DataSet(task.dataset, task.root).home
-            return store.find_for(spec.backbone, self.pretrained, task.dataset, home)
+            return find_checkpoint(spec, store, self.pretrained, task.dataset, home)
         except CheckpointNotFound:
             run = Evaluation(str(spec), self.pretrained, task.dataset, DataSet("", task.root or "root").template)
             raise missing_checkpoint([(spec, run)], store) from None

@@ -22,6 +22,7 @@ from vs2_plugin.devices import emulates_bfloat16
 from vs2_plugin.errors import CheckpointNotFound, DataError, HarnessError, ModelStringError, SettingError
 from vs2_plugin.host import Evaluation, build, unknown_data_set
 from vs2_plugin.model.automatic import read_prior
+from vs2_plugin.model.parts import find_checkpoint, require
 from vs2_plugin.modelstring import GRAMMAR, ModelString, is_steered, parse
 from vs2_plugin.names import TRANSFORMERS
 from vs2_plugin.paths import PICTURES
@@ -76,7 +77,6 @@ def check(evaluations: Sequence[Evaluation]) -> dict[str, int]:
     _check_library(evaluations)
     for model, run in parsed:
         check_backbone(model.backbone, run.pretrained)
-        _check_output(run, run.output_file)
     pending = [(model, run) for model, run in parsed if not _is_skipped(run)]
     for model, run in pending:
         warn_about_quickgelu(model.backbone, run.pretrained)
@@ -103,7 +103,9 @@ def _check_checkpoints(pending: Sequence[tuple[ModelString, Evaluation]]) -> Non
     store, missing = Store.default(), []
     for model, run in pending:
         try:
-            _check_checkpoint(model, run, store)
+            checkpoint = find_checkpoint(model, store, run.pretrained, run.dataset, _named(run).home)
+            if checkpoint is not None:
+                require(checkpoint, model)
         except CheckpointNotFound:
             missing.append((model, run))
         else:
@@ -269,25 +271,6 @@ def _named(run: Evaluation) -> DataSet:
     return DataSet.of(run.dataset, run.dataset_root)
 
 
-def _check_checkpoint(model: ModelString, run: Evaluation, store: Store) -> None:
-    """Refuse a checkpoint that lacks what the method needs. Raises CheckpointNotFound where there is none."""
-    method, options = model.method, model.options
-    if not model.needs_checkpoint:
-        return
-    if model.checkpoint:
-        checkpoint = store.find(model.checkpoint)
-    else:
-        checkpoint = store.find_for(model.backbone, run.pretrained, run.dataset, _named(run).home)
-    if method.site == "checkpoint":
-        blocks = options["blocks"]
-        checkpoint.select(None if blocks is None else str(blocks), method.sae)
-    if method.gallery == "images" or method.automatic(options) or model.reading is not None:
-        checkpoint.require_gallery()
-    if method.gallery == "neighbours":
-        oracle = method.labels_used(options) == "oracle"
-        checkpoint.require_gallery(oracle, str(options["encoder"]), int(options["n"] or 1))
-
-
 def train_command(model: ModelString, run: Evaluation, store: Store) -> str:
     """Return the ``vs2-train-sae`` command that makes, in a store, the checkpoint that an evaluation needs."""
     method, options, tagged = model.method, model.options, not ignores_pretrained(model.backbone)
@@ -322,11 +305,8 @@ def missing_checkpoint(missing: Sequence[tuple[ModelString, Evaluation]], store:
     sentences, commands = [], []
     for model, run in missing:
         if model.checkpoint:
-            there = ", ".join(store.names()) or "none"
-            sentences.append(
-                f"no SAE checkpoint {model.checkpoint!r} in the store {store.root} (there: {there}), and no such folder"
-                + (f" (as an option: @{model.checkpoint}=VALUE)" if model.method.option(model.checkpoint) else "")
-            )
+            told = f" (as an option: @{model.checkpoint}=VALUE)" if model.method.option(model.checkpoint) else ""
+            sentences.append(f"{store.without(model.checkpoint)}, and no such folder{told}")
         else:
             weights = "" if ignores_pretrained(model.backbone) else f" ({run.pretrained or 'random weights'})"
             name = store.name_for(model.backbone, run.pretrained, run.dataset)

@@ -218,9 +218,11 @@ def explain(
         latents: latents shown for each site.
 
     Raises:
-        HarnessError: the method needs the image's true class.
+        HarnessError: the method needs the image's true class, or there is one class only.
     """
     require_explainable(model.spec)
+    if len(names) < 2:
+        raise HarnessError(f"of {len(names)} class none leads over another; expected two classes or more")
     plain, steered = _embeddings(model, image)
     logits = [_logits(embedding, texts)[0] for embedding in (plain, steered)]
     before, after = (values.softmax(0).tolist() for values in logits)

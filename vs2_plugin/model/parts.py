@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.checkpoint.records import SiteSAE
+from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.clip.sites import ClipModel, Sites
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.data.images import image_digest
@@ -21,9 +22,41 @@ from vs2_plugin.modelstring import ModelString
 from vs2_plugin.sae.topk import TopKSAE
 from vs2_plugin.steering.retriever import Retriever
 
-__all__ = ["Parts"]
+__all__ = ["Parts", "find_checkpoint", "require"]
 
 T = TypeVar("T")
+
+
+def find_checkpoint(
+    spec: ModelString, store: Store, pretrained: str, dataset: str, home: str = ""
+) -> Checkpoint | None:
+    """The checkpoint of a model string: the one that it names, else that of the data set. None: it needs none.
+
+    The others are as for :meth:`Store.find_for`, and so are the errors.
+    """
+    if not spec.needs_checkpoint:
+        return None
+    if spec.checkpoint:
+        return store.find(spec.checkpoint)
+    return store.find_for(spec.backbone, pretrained, dataset, home)
+
+
+def require(checkpoint: Checkpoint, spec: ModelString) -> list[SiteSAE]:
+    """The SAEs of a checkpoint along which a model string steers.
+
+    Raises:
+        CheckpointError: it lacks one of them, or what its methods look up in a gallery.
+    """
+    method, options, reading = spec.method, spec.options, spec.reading
+    if method.gallery == "neighbours":
+        n = options["n"]
+        assert isinstance(n, int)
+        checkpoint.require_gallery(method.labels_used(options) == "oracle", str(options["encoder"]), n)
+    learns = reading is not None and reading.protocol == "unlabeled"
+    if learns or method.gallery == "images" or method.automatic(options):
+        checkpoint.require_gallery()
+    along = method.needs_checkpoint and method.site == "checkpoint"
+    return checkpoint.select(options["blocks"], method.sae) if along else []
 
 
 class Parts:
@@ -63,20 +96,13 @@ class Parts:
         return self.once(("gallery", checkpoint.folder), opened)
 
     def retriever(self, checkpoint: Checkpoint, spec: ModelString) -> Retriever | None:
-        """The retriever of a method with a gallery.
-
-        Raises:
-            CheckpointError: the checkpoint has no gallery, or lacks something in it.
-        """
+        """The retriever of a method with a gallery, which is there: see :func:`require`."""
         method, options = spec.method, spec.options
         if method.gallery == "none" or method.site == "logits":
             return None
         if method.gallery == "images":
             return self.once(("images", checkpoint.folder), lambda: Retriever(self.gallery(checkpoint), self.device))
         asked = tuple(options[option.name] for option in NEIGHBOURS)
-        oracle, n = method.labels_used(options) == "oracle", options["n"]
-        assert isinstance(n, int)
-        checkpoint.require_gallery(oracle, str(options["encoder"]), n)
         return self.once(("neighbours", checkpoint.folder, asked), lambda: self._retriever(checkpoint, options))
 
     def _retriever(self, checkpoint: Checkpoint, options: Mapping[str, Any]) -> Retriever:

@@ -19,7 +19,7 @@ from vs2_plugin.method import LABELS_USED, Scalar, widest
 from vs2_plugin.model.automatic import Automatic, choose
 from vs2_plugin.model.builder import Builder
 from vs2_plugin.model.facts import facts_of
-from vs2_plugin.model.parts import Parts
+from vs2_plugin.model.parts import Parts, require
 from vs2_plugin.model.place import Current, Place
 from vs2_plugin.model.readout import Readout, plain_gallery, steered_gallery
 from vs2_plugin.modelstring import ModelString
@@ -175,7 +175,7 @@ class Places(Sequence[Place]):
         if reading is None:
             return None
         context = partial(Context, parts.model, "logits", parts.sites.output.width, task=deepcopy(self.task))
-        if reading.method.protocol_of(reading.options) != "unlabeled":
+        if reading.protocol != "unlabeled":
             return Readout(reading, context, None)
         assert self.checkpoint is not None  # it needs one
         gallery = parts.gallery(self.checkpoint)
@@ -205,27 +205,28 @@ def build_places(
         ModelStringError: options that do not go with the sites.
         PluginError: the method could not be built.
     """
+    retriever, saes = None, []
     if checkpoint is not None:
         assert parts.tower is not None
         checkpoint.require_tower(parts.tower, spec.backbone, spec.name)
-    if checkpoint is not None and spec.reading is not None:
-        checkpoint.require_gallery()
-    retriever = None if checkpoint is None else parts.retriever(checkpoint, spec)
-    sites = _sites(spec, checkpoint, parts.sites)
+        saes = require(checkpoint, spec)
+        retriever = parts.retriever(checkpoint, spec)
+    sites = _sites(spec, checkpoint, saes, parts.sites)
     _require_end(spec, [site for site, _ in sites], parts.sites)
     places = [_place(site, facts, spec, checkpoint, task, retriever, parts, current) for site, facts in sites]
     return Places(spec, places, parts, checkpoint, task, retriever)
 
 
-def _sites(spec: ModelString, checkpoint: Checkpoint | None, sites: Sites) -> list[tuple[Site, SiteSAE | None]]:
+def _sites(
+    spec: ModelString, checkpoint: Checkpoint | None, saes: Sequence[SiteSAE], sites: Sites
+) -> list[tuple[Site, SiteSAE | None]]:
     """Where to steer, with the SAE there, if the method steers along one."""
     if spec.method.site in ("output", "logits"):
         return [(sites.output, None)]
-    if checkpoint is None:
+    if checkpoint is None or not saes:
         return [(sites.default, None)]
     chosen: list[tuple[Site, SiteSAE | None]] = []
-    blocks = spec.options["blocks"]
-    for facts in checkpoint.select(None if blocks is None else str(blocks), spec.method.sae):
+    for facts in saes:
         site = sites.find(facts.hookpoint)
         if site.width != facts.width:
             raise CheckpointError(

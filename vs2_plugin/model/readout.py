@@ -66,7 +66,7 @@ class Readout:
                 images are; None for a protocol that does not show them.
         """
         self.method, self.options = reading.method, reading.options
-        self.protocol = self.method.protocol_of(self.options)
+        self.protocol = reading.protocol
         views = self.options.get("views") if self.method.views else None
         #: How many views of each image it sees.
         self.views = int(views or 1)

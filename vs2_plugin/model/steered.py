@@ -205,7 +205,8 @@ class SteeredCLIP(nn.Module):
             latents: latents shown for each place, those that contributed most to the change.
 
         Raises:
-            HarnessError: no classes are known, the method reads the true class, or the model was cast to another dtype.
+            HarnessError: fewer than two classes are known, the method reads the true class, or the model was cast to
+                another dtype.
             DataError: it is no image, or more than one.
             SettingError: fewer than one class or latent.
         """

@@ -88,7 +88,7 @@ def open_subject(
         DataError: a file that cannot be read, or does not fit.
     """
     checkpoint = store.find(name)
-    [site] = checkpoint.select(None if block is None else str(block), variant)
+    [site] = checkpoint.select(block, variant)
     sae, mean = checkpoint.sae(site)
     images = None
     if activations is not None:

@@ -341,9 +341,8 @@ class Reproduction:
 
     def _value(self, cell: Cell, seed: int) -> float:
         if cell.metric == "fvu" and cell.sae and cell.spec:
-            blocks = cell.spec.options.get("blocks")
             checkpoint = self.store.find(cell.sae.name(seed))
-            return checkpoint.select(None if blocks is None else str(blocks), cell.spec.method.sae)[-1].fvu
+            return checkpoint.select(cell.spec.options.get("blocks"), cell.spec.method.sae)[-1].fvu
         file = self.results(cell.evaluation(seed))
         if cell.metric == "gain":
             return _gain(self.results(cell.plain), file, cell.of_class)

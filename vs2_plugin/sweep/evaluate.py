@@ -32,7 +32,7 @@ from vs2_plugin.errors import DataError, HarnessError, ModelStringError
 from vs2_plugin.harness.autoload import DISABLE
 from vs2_plugin.host import build, zero_shot_classification
 from vs2_plugin.method import Scalar
-from vs2_plugin.model.parts import Parts
+from vs2_plugin.model.parts import Parts, find_checkpoint
 from vs2_plugin.model.place import Current, Place
 from vs2_plugin.model.places import build_places
 from vs2_plugin.model.readout import Readout
@@ -218,14 +218,11 @@ class _Shared:
 
     def checkpoint(self, spec: ModelString) -> Checkpoint | None:
         """The checkpoint of a model string, if its method needs one."""
-        if not spec.needs_checkpoint:
-            return None
-        named = spec.checkpoint
-        if named:
-            return self.parts.once(("checkpoint", named), lambda: self._store.find(named))
         home = DataSet(self.task.dataset, self.task.root or "").home
-        told = spec.backbone, self._pretrained, self.task.dataset, home
-        return self.parts.once(("checkpoint", told), lambda: self._store.find_for(*told))
+        return self.parts.once(
+            ("checkpoint", spec.needs_checkpoint, spec.checkpoint, spec.backbone),
+            lambda: find_checkpoint(spec, self._store, self._pretrained, self.task.dataset, home),
+        )
 
 
 class _Seen:

@@ -116,7 +116,7 @@ def _check(planned: Plan) -> int:
         if model in planned.pending:
             kinds.setdefault((point.spec.name, point.spec.backbone, point.spec.checkpoint, *words), model)
     fewer = preflight.check(
-        [Evaluation.of(request, model=model, output="unused", skip_existing=False) for model in kinds.values()]
+        [Evaluation.of(request, model=model, skip_existing=False) for model in kinds.values()]
     )
     return fewer.get(request.dataset, request.num_workers)
 
