@@ -14,9 +14,11 @@ import vs2_plugin
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli import main, train_sae
 from vs2_plugin.data.images import image_digest
+from vs2_plugin.demo.digits import write_digits
 from vs2_plugin.errors import CheckpointError
 from vs2_plugin.results.images import Images
 
+from ..reproduce.conftest import harness_here
 from .conftest import TINY
 
 EVALUATE = ("--pretrained", "", "--num_workers", "0", "--quiet", "--no_amp")
@@ -166,3 +168,49 @@ def test_a_sweep_and_an_inspection_read_the_folder_and_name_its_files(here, caps
     page = "".join(path.read_text() for path in Path("latents").rglob("*.html"))
     named = set(re.findall(r'title="(train/\w+/[^"]+)"', page))
     assert named and all(Path("photos", name).is_file() for name in named) and "are not shown" not in page
+
+
+def test_an_image_that_is_damaged_after_the_training_is_not_shown(here, capsys):
+    for file in sorted(Path("photos/train").glob("*/*.png"))[-3:]:
+        file.write_bytes(file.read_bytes()[:50])
+    words = ["--model", f"vs2:{TINY}", "--pretrained", "", "--dataset", "photos/", "--limit", "8", "--out", "page"]
+    assert main.main(["latents", *words]) == 0
+    said = capsys.readouterr().err
+    assert "Some training images of folder/photos are not shown: what --dataset_root holds now is not" in said
+    assert "data:image/" in Path("page/index.html").read_text()
+
+
+TABLE = """\
+title: Mine
+dataset: EVALUATED
+train_on: [TRAINED]
+backbone: "local-dir:tiny-clip,"
+prompts: "a photo of a {c}"
+seeds: [0]
+sae: {samples: 400, k: 8}
+columns: {accuracy: {}}
+rows:
+  VS2: {model: "vs2:{backbone}"}
+"""
+
+
+@pytest.mark.parametrize("dataset", ["photos/", "shards/{}-{{0..1}}.tar"])
+def test_a_table_of_ones_own_is_of_images_of_ones_own(dataset, here, capsys):
+    if dataset != "photos/":
+        write_digits(Path("whole"))
+        for split in ("train", "test"):
+            for number in (0, 1):
+                Path("shards").mkdir(exist_ok=True)
+                shutil.copy(f"whole/{split}/{number}.tar", f"shards/{split}-{number}.tar")
+        for name in ("classnames.txt", "zeroshot_classification_templates.txt"):
+            shutil.copy(f"whole/{name}", "shards")
+    text = TABLE.replace("TRAINED", json.dumps(dataset.format("train")))
+    Path("mine.yaml").write_text(text.replace("EVALUATED", json.dumps(dataset.format("test"))))
+    with harness_here():
+        assert main.main(["reproduce", "mine.yaml", "--out", "out", "--quiet"]) == 0, capsys.readouterr()
+    [cell] = json.loads(Path("out/mine.json").read_text())["cells"]
+    assert 20 < cell["measured"] <= 100
+    capsys.readouterr()
+    with harness_here():
+        assert main.main(["reproduce", "mine.yaml", "--out", "out", "--dry_run"]) == 0
+    assert "clip_benchmark" not in capsys.readouterr().out  # nothing is left to be run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,8 +13,9 @@ from vs2_plugin.classify.request import ClassifyRequest
 from vs2_plugin.classify.table import require_format
 from vs2_plugin.clip.backbone import check_backbone, ignores_pretrained
 from vs2_plugin.data.folders import FolderImages, open_files, open_folder
+from vs2_plugin.data.labels import read_lines
 from vs2_plugin.data.naming import DataSet
-from vs2_plugin.errors import CheckpointNotFound, DataError, SettingError, Vs2Error
+from vs2_plugin.errors import CheckpointNotFound, SettingError, Vs2Error
 from vs2_plugin.files import LONGEST, json_digest
 from vs2_plugin.method import PROTOCOLS
 from vs2_plugin.model.predictions import class_names, prompts_of
@@ -111,10 +111,10 @@ def _require_free(out: Path, overwrite: bool) -> None:
 
 def _classes(request: ClassifyRequest) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the names of the classes, and the prompts."""
-    prompts = None if request.prompts is None else _lines(request.prompts, "--prompts", "one prompt")
+    prompts = None if request.prompts is None else read_lines(request.prompts, "--prompts", "one prompt")
     if request.classes is not None:
         return class_names(_named(request.classes), "--classes"), prompts_of(prompts)
-    folders = [folder for path in request.photos if (folder := _class_folders(path)) is not None]
+    folders = [open_folder(path) for path in request.photos if os.path.isdir(path)]
     names = list(dict.fromkeys(name for folder in folders for name in folder.classes))
     if len(names) < 2:
         there = f"one folder of images, {names[0]!r}" if names else "no folders of classes"
@@ -127,33 +127,16 @@ def _classes(request: ClassifyRequest) -> tuple[tuple[str, ...], tuple[str, ...]
     return class_names(names), prompts_of(prompts)
 
 
-def _class_folders(path: str) -> FolderImages | None:
-    """Return the images of a folder, which know the names of its classes; None where there are none."""
-    with suppress(DataError):
-        return open_folder(path) if os.path.isdir(path) else None
-    return None
-
-
 def _named(classes: str) -> list[str]:
     """Return the names in ``--classes``: a file, or a list with commas."""
     if os.path.isfile(classes):
-        return _lines(classes, "--classes", "one name")
+        return read_lines(classes, "--classes", "one name")
     if "," not in classes:
         raise SettingError(
             f"--classes {classes!r}: there is no such file; expected a file with a name per line, or names with commas "
             "between them, such as cat,dog"
         )
     return [name for part in classes.split(",") if (name := part.strip())]
-
-
-def _lines(file: str, flag: str, what: str) -> list[str]:
-    try:
-        text = Path(file).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise SettingError(f"{flag} {file!r} cannot be read ({error.strerror}); expected {what} per line") from None
-    except UnicodeDecodeError:
-        raise SettingError(f"{flag} {file!r} is no text in UTF-8; expected {what} per line") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 # -- the SAE

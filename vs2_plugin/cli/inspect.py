@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vs2_plugin.cli.common import AGAIN, Commands, load_torch
-from vs2_plugin.errors import DataError, SettingError
+from vs2_plugin.data.labels import read_lines
+from vs2_plugin.errors import SettingError
 from vs2_plugin.inspection.notes import ATTRIBUTION, TOP_IMAGES, WORDS
 from vs2_plugin.messages import complain, say
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from vs2_plugin.inspection.findings import Finding
     from vs2_plugin.inspection.subject import Subject
 
-__all__ = ["add_inspect", "add_subject", "positive", "read_words", "say_problems", "subject_of"]
+__all__ = ["add_inspect", "add_subject", "positive", "say_problems", "subject_of"]
 
 _DESCRIPTION = """\
 Show what steering did to images: the classes before and after, the FVU and the gate's decision, and what each active
@@ -114,23 +115,10 @@ def subject_of(args: argparse.Namespace) -> Subject:
 
     return open_subject(
         args.model, args.pretrained, args.dataset, args.dataset_root,
-        concepts=args.concepts and read_words(args.concepts, "--concepts"),
-        classes=args.classes and read_words(args.classes, "--classes"),
+        concepts=args.concepts and read_lines(args.concepts, "--concepts", "one word"),
+        classes=args.classes and read_lines(args.classes, "--classes", "one name"),
         model_cache_dir=args.model_cache_dir, wds_cache_dir=args.wds_cache_dir, progress=not args.quiet,
     )  # fmt: skip
-
-
-def read_words(path: Path, flag: str) -> list[str]:
-    """Return the lines of a file, of which there have to be two or more. Raises DataError."""
-    try:
-        words = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise DataError(f"cannot read {flag} {str(path)!r}: {error.strerror}; expected one word per line") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{flag} {str(path)!r} is no text in UTF-8; expected one word per line") from None
-    if len(set(words)) < 2:
-        raise DataError(f"{flag} {str(path)!r} holds {len(set(words))} word(s); expected at least two, one per line")
-    return words
 
 
 def say_problems(problems: Iterable[str]) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from vs2_plugin.data.labels import CLASS_NAMES, PROMPT, TEMPLATES
+from vs2_plugin.data.labels import CLASS_NAMES, PROMPT, TEMPLATES, has_place
 from vs2_plugin.data.pictures import open_picture
 from vs2_plugin.errors import DataError
 from vs2_plugin.paths import PICTURES, Paths, listed
@@ -306,11 +306,7 @@ def _templates(root: str) -> list[str]:
     file = os.path.join(root, TEMPLATES)
     lines = _lines(file) or [PROMPT]
     for line in lines:
-        try:
-            fits = line.format(c="1") != line.format(c="2")
-        except (KeyError, IndexError, ValueError, AttributeError):
-            fits = False
-        if not fits:
+        if not has_place(line):
             raise DataError(f"{printable(file)}: the prompt {line!r} has no {{c}}, where the name of the class goes")
     return lines
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from vs2_plugin.errors import DataError
+from vs2_plugin.errors import DataError, SettingError
 
-__all__ = ["CLASS_NAMES", "LONGEST_LABEL", "PROMPT", "TEMPLATES", "UNKNOWN", "Classes", "read_label"]
+__all__ = [
+    "CLASS_NAMES", "LONGEST_LABEL", "PROMPT", "TEMPLATES", "UNKNOWN", "Classes", "has_place", "read_label",
+    "read_lines",
+]  # fmt: skip
 
 #: The file of a webdataset folder that names its classes, one per line.
 CLASS_NAMES = "classnames.txt"
@@ -17,6 +21,30 @@ TEMPLATES, PROMPT = "zeroshot_classification_templates.txt", "a photo of a {c}."
 _MOST = 1_000_000
 #: Bytes of a ``.cls`` file that are looked at.
 LONGEST_LABEL = 64
+
+
+def has_place(prompt: str) -> bool:
+    """Tell whether a prompt has a place for the name of a class, and nothing else to be filled in.
+
+    >>> [has_place(prompt) for prompt in ("a photo of a {c}.", "a photo", "{c} and {d}")]
+    [True, False, False]
+    """
+    try:
+        return prompt.format(c="1") != prompt.format(c="2")
+    except (LookupError, ValueError, AttributeError):
+        return False
+
+
+def read_lines(file: str | os.PathLike[str], flag: str, what: str) -> list[str]:
+    """Return the lines of a file that are not empty. Raises SettingError, with the flag and what was expected."""
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+        raise SettingError(f"{flag} {str(file)!r} {problem}; expected {what} per line") from None
+    except UnicodeDecodeError:
+        raise SettingError(f"{flag} {str(file)!r} is no text in UTF-8; expected {what} per line") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 @dataclass(frozen=True)

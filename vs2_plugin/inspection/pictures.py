@@ -141,11 +141,12 @@ class TrainingPictures:
         dataset = self._parts[part].dataset
         try:
             item = images[row - self._starts[part]]
+            image = item[0] if isinstance(item, (tuple, list)) else item
+            same = isinstance(image, Tensor) and image_digest(image) == int(self.gallery.digests[row])
         except Exception as error:  # whatever a data set's own code raises
             self._problems[f"Some training images of {dataset} are not shown: {type(error).__name__}: {error}"] = None
             return None
-        image = item[0] if isinstance(item, (tuple, list)) else item
-        if self._seen is None or image_digest(image) != int(self.gallery.digests[row]):
+        if self._seen is None or not same:  # what cannot be read any more is told by what took its place
             self._problems[
                 f"Some training images of {dataset} are not shown: what --dataset_root holds now is not what the "
                 "checkpoint's gallery was made from"

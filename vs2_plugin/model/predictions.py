@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vs2_plugin.data.folders import open_files
 from vs2_plugin.data.given import Prepare
-from vs2_plugin.data.labels import PROMPT
+from vs2_plugin.data.labels import PROMPT, has_place
 from vs2_plugin.documented import documented
 from vs2_plugin.errors import DataError, SettingError
 from vs2_plugin.host import zero_shot_classification
@@ -86,13 +86,12 @@ def prompts_of(prompts: Sequence[str] | str | None) -> tuple[str, ...]:
 
 
 def _prompt(text: object) -> str:
-    try:
-        prompt = str(text).strip().replace("{}", "{c}")
-        if prompt.format(c="cat") != prompt.format(c="dog"):
-            return prompt
-    except (LookupError, ValueError, AttributeError):
-        pass
-    raise SettingError(f"prompt {text!r}: expected one {{c}} where the class name goes, such as 'a photo of a {{c}}'")
+    prompt = str(text).strip().replace("{}", "{c}")
+    if not has_place(prompt):
+        raise SettingError(
+            f"prompt {text!r}: expected one {{c}} where the class name goes, such as 'a photo of a {{c}}'"
+        )
+    return prompt
 
 
 @documented

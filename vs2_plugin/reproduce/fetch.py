@@ -14,6 +14,7 @@ from pathlib import Path
 
 from vs2_plugin.data.archives import official_of
 from vs2_plugin.data.naming import DataSet
+from vs2_plugin.data.shards import LISTING, local_shards
 from vs2_plugin.errors import DataError, Vs2Error
 from vs2_plugin.host import build
 from vs2_plugin.text import one_line, reason_of
@@ -87,11 +88,7 @@ def missing_data(dataset: str, dataset_root: str, split: str) -> Missing | None:
     named = DataSet.of(dataset, dataset_root)
     root = named.root
     if named.is_shards:
-        file = Path(root, split, "nshards.txt")
-        if "://" in root or file.is_file():
-            return None
-        why = f"no file {file}" if Path(root).is_dir() else f"no folder {root} of {dataset}"
-        return Missing(f"{dataset} is not there", why, _how_to_make(dataset, root))
+        return _missing_shards(named, dataset, split)
     said = StringIO()
     try:
         with redirect_stdout(said), warnings.catch_warnings():
@@ -106,6 +103,20 @@ def missing_data(dataset: str, dataset_root: str, split: str) -> Missing | None:
             "and write wds/NAME in the file",
         )
     return None
+
+
+def _missing_shards(named: DataSet, dataset: str, split: str) -> Missing | None:
+    root, file = named.root, Path(named.root, split, LISTING)
+    if "://" in root or file.is_file():
+        return None
+    if named.is_listed:
+        try:
+            local_shards(root, split)
+        except DataError as error:
+            return Missing(f"{dataset} is not there", str(error), "")
+        return None
+    why = f"no file {file}" if Path(root).is_dir() else f"no folder {root} of {dataset}"
+    return Missing(f"{dataset} is not there", why, _how_to_make(dataset, root))
 
 
 def _how_to_make(dataset: str, root: str) -> str:

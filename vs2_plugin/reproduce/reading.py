@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vs2_plugin import settings
+from vs2_plugin.data.labels import has_place
 from vs2_plugin.errors import ModelStringError, SettingError
 from vs2_plugin.modelstring import ModelString, parse
 from vs2_plugin.names import is_steered
@@ -245,7 +246,7 @@ class _Reader:
         if value == _HARNESS:
             return ()
         prompts = self.texts(value if isinstance(value, list) else [value], place)
-        if not prompts or not all("{c}" in prompt for prompt in prompts):
+        if not prompts or not all(map(has_place, prompts)):
             raise self.wrong(place, f"{value!r}; expected prompts with {{c}} for the class, or the word {_HARNESS}")
         return prompts
 

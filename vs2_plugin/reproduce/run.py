@@ -29,6 +29,7 @@ import numpy as np
 
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.checkpoint.store import Store
+from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import CheckpointError, DataError, Vs2Error
 from vs2_plugin.reproduce.cells import Cell, Evaluation, Sae, Table
 from vs2_plugin.reproduce.command import run_command
@@ -116,10 +117,10 @@ class Reproduction:
         """Return whether the results are there, whole, and of the checkpoint as it is now."""
         file = self.results(run)
         try:
-            found = read_run(file)
+            found, name = read_run(file), DataSet.of(run.dataset, self.dataset_root).name
         except DataError:
             return False
-        same = (found.model, found.pretrained, found.dataset) == (run.model, run.weights, run.dataset)
+        same = (found.model, found.pretrained, found.dataset) == (run.model, run.weights, name)
         if not same or not images_file(file).is_file():
             return False
         checkpoint = self.checkpoint(run.checkpoint) if run.checkpoint else None
