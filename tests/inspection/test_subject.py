@@ -27,7 +27,7 @@ def test_a_subject_knows_its_classes_words_and_images(subject):
     [
         ({"dataset_root": "nowhere"}, DataError, "its class"),
         ({"dataset": "wds/other"}, CheckpointNotFound, "vs2-train-sae --model"),
-        ({"classes": ["one", "one"]}, DataError, "classes: 'one', 'one'; expected two or more different words"),
+        ({"classes": ["one", "one"]}, DataError, "classes: 'one', 'one'; expected two words or more"),
         ({"concepts": []}, DataError, "concepts: none; expected"),
     ],
 )

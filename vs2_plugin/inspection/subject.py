@@ -155,7 +155,7 @@ def open_subject(
         classes, prompts = _classes_of(named, wds_cache_dir)
     for name, words in (("classes", classes), ("concepts", concepts)):
         if words is not None and len(set(words)) < 2:
-            raise DataError(f"{name}: {', '.join(map(repr, words[:3])) or 'none'}; expected two or more different words")
+            raise DataError(f"{name}: {', '.join(map(repr, words[:3])) or 'none'}; expected two words or more")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with seeded(0):  # random weights: as clip_benchmark has them
         steered, transform, tokenizer = load(model, pretrained, model_cache_dir, device)
