@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from vs2_plugin.clip.edits import edit, editing, in_float32, paused, reading
+from vs2_plugin.clip.edits import Edit, editing, in_float32, paused, reading
 from vs2_plugin.clip.sites import OUTPUT, Site, Sites, embedding_from
 from vs2_plugin.steering.move import vs2_steer
 
@@ -161,7 +161,7 @@ def test_what_is_left_of_the_tower_gives_the_embedding(name, dtype, make_clip):
 def test_paused_edits_are_as_if_they_were_not_there(make_clip, batch):
     model = make_clip()
     plain = encode(model, batch)
-    edits = [edit(model, site, lambda x: x + 1) for site in Sites.of(model).blocks[1:]]
+    edits = [Edit(model, site, lambda x: x + 1) for site in Sites.of(model).blocks[1:]]
     steered = encode(model, batch)
     with pytest.raises(ZeroDivisionError), paused(edits[:1]):
         assert not torch.equal(encode(model, batch), steered)
@@ -228,7 +228,7 @@ def test_removing_an_edit_leaves_no_trace(name, make_clip, make_sae):
     model = build(name, make_clip)
     site, images = Sites.of(model).default, images_for(model)
     keys, stock = list(model.state_dict()), encode(model, images)
-    handle = edit(model, site, Steering(make_sae(site.width), 2.0))
+    handle = Edit(model, site, Steering(make_sae(site.width), 2.0))
     assert not torch.equal(encode(model, images), stock)
     handle.remove()
     handle.remove()  # harmless
@@ -262,7 +262,7 @@ class Counting(nn.Module):
 def test_a_steering_module_moves_with_the_model(make_clip, batch, make_sae):
     model = make_clip()
     steering = Steering(make_sae(), 1.0)
-    edit(model, Sites.of(model).default, steering)
+    Edit(model, Sites.of(model).default, steering)
     steered = encode(model, batch)
     model.to(torch.float64)
     assert steering.sae.W_dec.dtype == torch.float32  # steering is float32 whatever the model is
@@ -273,7 +273,7 @@ def test_a_steering_module_moves_with_the_model(make_clip, batch, make_sae):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_steered_model_can_be_cast_to_half_precision(dtype, make_clip, batch, make_sae):
     model = make_clip()
-    edit(model, Sites.of(model).default, Steering(make_sae(), 1.0))
+    Edit(model, Sites.of(model).default, Steering(make_sae(), 1.0))
     model.to(dtype)
     assert encode(model, batch.to(dtype)).dtype == dtype
 
@@ -289,7 +289,7 @@ def test_a_steering_module_is_in_the_mode_of_the_model(training, make_clip):
 
 def test_a_copied_model_steers_with_its_own_copy(make_clip, batch):
     model, steering = make_clip(), Counting()
-    edit(model, Sites.of(model).default, steering)
+    Edit(model, Sites.of(model).default, steering)
     steered = encode(model, batch)
     twin = copy.deepcopy(model)
     calls = steering.calls
@@ -326,7 +326,7 @@ def test_a_replica_steers_with_its_own_module(make_clip, batch):
     """DataParallel calls shallow copies of modules that hold copies of their children: the hook must use those."""
     model, original, copied = make_clip(), Counting(), Counting()
     site = Sites.of(model).default
-    edit(model, site, original)
+    Edit(model, site, original)
     block = site.module(model)
     replica = block._replicate_for_data_parallel()
     (name,) = [name for name in block._modules if name.startswith("vs2_steering")]

@@ -42,7 +42,7 @@ def x():
 @pytest.mark.parametrize("activation", ["relu", "abs"])
 def test_a_movement_is_what_the_steering_does(make_sae, activation, x):
     sae = make_sae(activation=activation)
-    vs2 = build_vs2(context(sae), None, None, 1.3)
+    vs2 = build_vs2(context(sae), alpha=1.3)
     moved = moved_by(vs2, x)
     assert len(moved.latents) == len(set(moved.latents.tolist())) == 8 and (moved.activations != 0).all()
     assert torch.allclose(moved.amounts, 1.3 * moved.activations)
@@ -58,7 +58,7 @@ def test_a_movement_is_what_the_steering_does(make_sae, activation, x):
 def test_latents_that_are_not_active_are_left_out(make_sae, x):
     sae = make_sae()
     sae.encode = lambda x: Latents(torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[5, 0, 1]]))
-    assert moved_by(build_vs2(context(sae), None, None, 1.0), x).latents.tolist() == [5]
+    assert moved_by(build_vs2(context(sae), alpha=1.0), x).latents.tolist() == [5]
 
 
 class Hood:
@@ -87,7 +87,7 @@ class Hood:
 
 def test_the_movement_of_vs2pp_is_along_its_neighbours_codes(make_sae, x):
     sae, others = make_sae(), torch.randn(3, 32, generator=torch.Generator().manual_seed(4))
-    options = {"gamma": None, "lam": None, "alpha": 0.7, "rule": "majority", "labels": "pseudo"}
+    options = {"alpha": 0.7, "rule": "majority", "labels": "pseudo", "brake": None}
     steering = build_vs2pp(context(sae, Hood(others)), **options)
     moved = moved_by(steering, x)
     codes = torch.zeros(3, 64).scatter(1, sae.encode(others).indices, sae.encode(others).values)
@@ -128,7 +128,7 @@ def test_the_sum_closes_and_agrees_with_a_walk_in_small_steps(make_clip, make_sa
         visual = model.visual
         return 100 * F.normalize(visual.ln_post(z) @ visual.proj, dim=-1) @ texts.T
 
-    vs2 = build_vs2(context(sae), None, None, alpha)
+    vs2 = build_vs2(context(sae), alpha=alpha)
     with torch.no_grad():
         moved, steered = moved_by(vs2, x), applied(vs2, x)
     steps = moved.amounts[:, None] * sae.W_dec[moved.latents]
@@ -168,7 +168,7 @@ def test_the_sum_closes_in_the_middle_of_the_tower_too(make_clip, make_sae, batc
     with torch.no_grad(), reading(model, [site]) as read:
         model.encode_image(image)
         x = read[site]
-        vs2 = build_vs2(context(sae), None, None, 1.0)
+        vs2 = build_vs2(context(sae), alpha=1.0)
         moved, steered = moved_by(vs2, x), applied(vs2, x)
     run = tail(model, Sites.of(model), site, image)
     steps = moved.amounts[:, None] * sae.W_dec[moved.latents]

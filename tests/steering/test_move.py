@@ -137,7 +137,7 @@ def test_the_defaults_are_the_best_pair_of_the_paper(sae):
 
 
 def test_the_built_steering_holds_its_sae_and_tells_its_strength(sae, x):
-    steering = build_vs2(Context(torch.nn.Identity(), "visual", 32, sae), None, None, 0.5)
+    steering = build_vs2(Context(torch.nn.Identity(), "visual", 32, sae), alpha=0.5)
     assert isinstance(steering, Amplify)
     assert dict(steering.facts) == {"alpha": 0.5}
     assert {name.partition(".")[0] for name in steering.state_dict()} == {"sae"}

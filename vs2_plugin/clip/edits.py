@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vs2_plugin.clip.sites import Output, Site
 
-__all__ = ["Edit", "edit", "editing", "in_float32", "is_hooked", "outputs", "paused", "reading"]
+__all__ = ["Edit", "editing", "in_float32", "is_hooked", "outputs", "paused", "reading"]
 
 T = TypeVar("T")
 #: Name, before a number, under which an edit is attached to the module whose output it changes.
@@ -32,8 +32,10 @@ class Edit(nn.Module):
     It keeps its dtype when the model is cast, and adds nothing to the model's ``state_dict``.
     """
 
-    def __init__(self, module: nn.Module, site: Site, steer: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, model: nn.Module, site: Site, steer: Callable[[Tensor], Tensor]) -> None:
+        """Steer the activations ``[batch, d]`` at ``site`` in every forward pass until :meth:`remove`."""
         super().__init__()
+        module = site.module(model)
         self.site, self.steer = site, steer
         #: While True, the tower is as if the edit were not there.
         self.paused = False
@@ -105,15 +107,10 @@ def _do_not_miss(edit: nn.Module, incompatible: Any) -> None:
     incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if _ATTACHED not in key]
 
 
-def edit(model: nn.Module, site: Site, steer: Callable[[Tensor], Tensor]) -> Edit:
-    """Steer the activations ``[batch, d]`` at ``site`` in every forward pass until the edit's ``remove()``."""
-    return Edit(site.module(model), site, steer)
-
-
 @contextmanager
 def editing(model: nn.Module, site: Site, steer: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Steer at ``site`` within a ``with`` block."""
-    handle = edit(model, site, steer)
+    handle = Edit(model, site, steer)
     try:
         yield
     finally:

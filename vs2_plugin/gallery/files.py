@@ -116,7 +116,6 @@ def open_gallery(
         digests=np.concatenate(read("digests")),
         labels=labels,
         first_labels=dict(zip((part.dataset for part in contents.parts), starts, strict=True)),
-        encoders=contents.encoders,
     )
 
 

@@ -27,7 +27,6 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from contextvars import ContextVar
 from copy import copy
 from dataclasses import dataclass
@@ -305,15 +304,15 @@ def _patch_cli(module: Any) -> None:
         return _run(stock_run, _with_workers(_as_read(args)))
 
     @functools.wraps(stock_main_eval)
+    @listed_once()
     def main_eval(base: Namespace) -> Any:
         from vs2_plugin import messages
         from vs2_plugin.harness import preflight
         from vs2_plugin.host import Evaluation
 
         messages.show()
-        steered, token, stack = False, _command.set(None), ExitStack()
+        steered, token = False, _command.set(None)
         try:
-            stack.enter_context(listed_once())
             base = copy(base)
             base.dataset = preflight.data_sets(base.dataset)
             preflight.check_pairs(base.pretrained_model)
@@ -333,7 +332,6 @@ def _patch_cli(module: Any) -> None:
                 raise
             raise SystemExit(code) from None
         finally:
-            stack.close()
             _command.reset(token)
 
     def planned_runs(base: Namespace) -> list[Namespace]:
@@ -389,34 +387,16 @@ def _with_workers(args: Namespace) -> Namespace:
 
 
 def _as_read(args: Namespace) -> Namespace:
-    """Return the settings of one evaluation as this package reads them."""
-    return _as_library(_as_named(_as_model_string(args)))
-
-
-def _as_library(args: Namespace) -> Namespace:
-    """Return the settings of a model of transformers without the tag of weights, which means nothing there; and for
-    such, and for steered ones, a results file whose name holds nothing of the model's that a file's cannot."""
-    of_library = args.model_type == "open_clip" and split(args.model).backbone.startswith(TRANSFORMERS)
-    if of_library or is_steered(args.model):
-        args = copy(args)
-        args.output = args.output.replace("{model}", file_stem(args.model).replace("{", "{{").replace("}", "}}"))
-    if of_library:
-        args.pretrained = weights_tag(args.model, args.pretrained)
-    return args
-
-
-def _as_named(args: Namespace) -> Namespace:
-    """Return ``--dataset photos/`` as ``--dataset folder/photos --dataset_root photos``, so that results name it."""
-    if args.dataset == "folder" or args.dataset.startswith("folder/") or DataSet.is_path(args.dataset):
-        args, named = copy(args), DataSet.of(args.dataset, args.dataset_root)
-        args.dataset, args.dataset_root = named.name, named.template
-    return args
-
-
-def _as_model_string(args: Namespace) -> Namespace:
-    """Return ``--model_type vs2 --model X`` as ``--model vs2:X``, so that results name the method."""
-    known = registry()
-    if args.model_type in known.names or args.model_type in known.conflicts:
-        args = copy(args)
+    """Return the settings of one evaluation as this package reads them, so that results name model and data."""
+    args, known = copy(args), registry()
+    if args.model_type in known.names or args.model_type in known.conflicts:  # --model_type vs2 --model X is vs2:X
         args.model, args.model_type = with_method(args.model_type, args.model), "open_clip"
+    if args.dataset == "folder" or args.dataset.startswith("folder/") or DataSet.is_path(args.dataset):
+        named = DataSet.of(args.dataset, args.dataset_root)
+        args.dataset, args.dataset_root = named.name, named.template
+    of_library = args.model_type == "open_clip" and split(args.model).backbone.startswith(TRANSFORMERS)
+    if of_library or is_steered(args.model):  # the name of a file holds nothing of the model's that it cannot
+        args.output = args.output.replace("{model}", file_stem(args.model).replace("{", "{{").replace("}", "}}"))
+    if of_library:  # to which a tag of weights means nothing
+        args.pretrained = weights_tag(args.model, args.pretrained)
     return args

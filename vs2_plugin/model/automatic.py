@@ -123,7 +123,7 @@ class Automatic(nn.Module):
 
 def choose(
     automatic: Automatic,
-    steer: Callable[[Tensor, Batch], Tensor],
+    steer: Callable[..., Tensor],
     model: ClipModel,
     site: Site,
     checkpoint: Checkpoint,
@@ -167,7 +167,7 @@ def choose(
 
 def settle(
     automatic: Automatic,
-    steer: Callable[[Tensor, Batch], Tensor],
+    steer: Callable[..., Tensor],
     model: ClipModel,
     site: Site,
     gallery: Gallery,
@@ -180,7 +180,7 @@ def settle(
 
     Args:
         automatic: the candidates.
-        steer: steers activations ``[batch, d]`` of a batch by the candidate in use.
+        steer: steers activations ``[batch, d]`` of a ``batch`` by the candidate in use.
         model: the open_clip model.
         site: its last site, or the output.
         gallery: the images.
@@ -211,7 +211,7 @@ def settle(
             steered = []
             for steering in steerings:
                 automatic.use(steering)
-                steered.append(in_float32(partial(_at_hand, steer, batch), x))
+                steered.append(in_float32(partial(steer, batch=batch), x))
             ways.append(zero_shot(steered))
     return choose_by_evidence(automatic.candidates, torch.cat(ways).unbind(1), graph, classifier.shape[1], prior)
 
@@ -235,10 +235,6 @@ def _check_first(automatic: Automatic, batches: Sequence[tuple[Tensor, Batch]]) 
                 "expected that its automatic options, all at their first value, leave activations as they are, since "
                 "auto compares the others with that"
             )
-
-
-def _at_hand(steer: Callable[[Tensor, Batch], Tensor], batch: Batch, x: Tensor) -> Tensor:
-    return steer(x, batch)
 
 
 def _kept(folder: Path, identity: Mapping[str, Any], classifier: Tensor, make: Callable[[], Choice]) -> Choice:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from threading import RLock, get_ident
 
@@ -43,6 +44,15 @@ class Current:
         self._batch = batch
         if not torch.compiler.is_compiling():
             self._thread = get_ident()
+
+    @contextmanager
+    def running(self, batch: Batch) -> Iterator[None]:
+        """Within the block, the tower runs on these images."""
+        self.batch = batch
+        try:
+            yield
+        finally:
+            self.batch = None
 
     def __reduce__(self) -> tuple[type[Current], tuple[()]]:
         return Current, ()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vs2_plugin.arrays import digest_of, spread
 from vs2_plugin.clip.edits import in_float32
-from vs2_plugin.clip.sites import ClipModel, Site, embedding_from
+from vs2_plugin.clip.sites import ClipModel, embedding_from
 from vs2_plugin.data.images import image_digest
 from vs2_plugin.errors import HarnessError, PluginError
 from vs2_plugin.gallery.gallery import CLIP, Gallery
@@ -25,28 +25,18 @@ from vs2_plugin.gallery.search import blocks
 from vs2_plugin.method import AUTO, Scalar
 from vs2_plugin.model.builder import Builder, whose
 from vs2_plugin.model.facts import facts_of
+from vs2_plugin.model.place import Place
 from vs2_plugin.model.views import views_of
 from vs2_plugin.modelstring import Reading
 from vs2_plugin.steering.batch import Batch, Steering, call, unchanged
 from vs2_plugin.steering.context import Context
 from vs2_plugin.steering.neighbours import Activations
-from vs2_plugin.steering.retriever import Retriever
 from vs2_plugin.strength import RULE, choose, neighbour_graph
 
 __all__ = ["Read", "Readout", "plain_gallery", "steered_gallery", "stream_order"]
 
 #: Images of the gallery at a time, and how many tell whether a method is used, evenly spread over more.
 _BATCH, _JUDGED = 2048, 10_000
-
-
-class _Place(Protocol):
-    """Where a tower is steered; as ``Place``."""
-
-    site: Site
-    retriever: Retriever | None
-
-    def steer(self, x: Tensor, batch: Batch) -> Tensor: ...
-    def reset(self) -> None: ...
 
 
 class Readout:
@@ -242,7 +232,7 @@ def plain_gallery(gallery: Gallery, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def steered_gallery(gallery: Gallery, model: ClipModel, place: _Place) -> Tensor:
+def steered_gallery(gallery: Gallery, model: ClipModel, place: Place) -> Tensor:
     """Return the same as they are steered at the end of the tower."""
     site, retriever, device = place.site, place.retriever, next(model.parameters()).device
     activations = Activations(gallery.activations.get(site.hookpoint, gallery.embeddings[CLIP]), device)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.clip.backbone import Loaded
-from vs2_plugin.clip.edits import Edit, edit, paused
+from vs2_plugin.clip.edits import Edit, paused
 from vs2_plugin.clip.sites import ClipModel, Sites
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.errors import CheckpointReplaced, HarnessError, ModelStringError, SettingError
@@ -77,7 +77,6 @@ class SteeredCLIP(nn.Module):
         spec: ModelString,
         loaded: Loaded,
         find_checkpoint: Callable[[Task | None], Checkpoint | None],
-        tower: Tower | None = None,
     ) -> None:
         super().__init__()
         self.model: ClipModel = loaded.model
@@ -87,7 +86,7 @@ class SteeredCLIP(nn.Module):
         self.transform: Callable[[Any], Tensor] = loaded.transform
         #: The classes that it was told last.
         self.classifier: Classifier | None = None
-        self._tower = tower or (Tower.of(loaded.model, loaded.transform) if spec.needs_checkpoint else None)
+        self._tower = Tower.of(loaded.model, loaded.transform) if spec.needs_checkpoint else None
         self._find_checkpoint = find_checkpoint
         self._current = Current()
         self._places: Places | None = None
@@ -135,7 +134,7 @@ class SteeredCLIP(nn.Module):
             self._edits.pop().remove()
         self._places, self.classifier = places, None
         self._replays.forget()
-        self._edits = [edit(self.model, place.site, place) for place in places]
+        self._edits = [Edit(self.model, place.site, place) for place in places]
 
     @property
     def places(self) -> Places:
@@ -328,11 +327,8 @@ class SteeredCLIP(nn.Module):
             with self.unsteered():
                 plain = self.model.encode_image(batch.images)
             batch.embed = lambda: plain
-        self._current.batch = batch
-        try:
+        with self._current.running(batch):
             yield batch
-        finally:
-            self._current.batch = None
 
     @contextmanager
     def _all_steered(self) -> Iterator[None]:

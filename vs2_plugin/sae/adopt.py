@@ -40,5 +40,5 @@ def adopt(found: ForeignSAE, activations: Rows, calibration: np.ndarray, *, devi
     held = np.sort(order[:HELD_OUT])
     fit = fit_of(found.sae.to(device), source, held, held[calibration[held]], order)
     seconds = round(time.monotonic() - started, 2)
-    figures = Figures(**fit._asdict(), train_count=0, held_out_count=len(held), steps=0, seconds=seconds)
+    figures = Figures(**vars(fit), train_count=0, held_out_count=len(held), steps=0, seconds=seconds)
     return Trained(found.sae.cpu(), source.mean, figures)

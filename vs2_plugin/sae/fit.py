@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,7 +25,8 @@ PCA_MAX = 10_000
 _DEAD_MAX = 100_000  # activations looked at to count dead and dense latents
 
 
-class Fit(NamedTuple):
+@dataclass(frozen=True)
+class Fit:
     """How well an SAE fits."""
 
     fvu: float

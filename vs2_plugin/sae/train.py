@@ -21,7 +21,7 @@ from tqdm import tqdm
 from vs2_plugin.distributed import ALONE, Processes, total
 from vs2_plugin.errors import DataError, SettingError
 from vs2_plugin.sae.config import TrainConfig
-from vs2_plugin.sae.fit import fit_of, held_out_fvu, parted
+from vs2_plugin.sae.fit import Fit, fit_of, held_out_fvu, parted
 from vs2_plugin.sae.source import Device, Rows, Source, ahead, batches_of, chunks
 from vs2_plugin.sae.state import SavedState
 from vs2_plugin.sae.step import ClassMeans, InBfloat16, Room, set_gradients
@@ -41,23 +41,9 @@ _ASKED = 16  # steps between two questions to a GPU whether any latent is dead: 
 
 
 @dataclass(frozen=True)
-class Figures:
-    """How a training went."""
+class Figures(Fit):
+    """How a training went, and how well its SAE fits."""
 
-    fvu: float
-    """``Σ‖x - x̃‖² / Σ‖x - mean‖²`` over held-out activations."""
-    fvu_quantiles: dict[str, float]
-    """Quantile, as text, -> per-sample FVU over held-out activations."""
-    dead: float
-    """Share of latents that no training activation (of at most 100,000) activates."""
-    dense: float
-    """Share of latents that more than a tenth of them activates."""
-    l0: float
-    """Active latents per training activation, the mean over them."""
-    pca_fvu: float
-    """FVU over held-out activations of k principal components."""
-    gamma: float
-    """``‖μ‖/‖σ‖``, the mean activation's norm over the root of the total variance."""
     train_count: int
     """Activations trained on."""
     held_out_count: int
@@ -96,15 +82,11 @@ def train_sae(
     config: TrainConfig,
     *,
     labels: np.ndarray | None = None,
-    calibration: np.ndarray | None = None,
     device: Device = "cpu",
     quiet: bool = False,
-    name: str = "SAE",
-    processes: Processes = ALONE,
 ) -> Trained:
     """Train an SAE on activations ``[count, d]``; see :func:`train_saes`."""
-    job = Job(name, activations, config, labels)
-    return train_saes([job], calibration=calibration, device=device, quiet=quiet, processes=processes)[0]
+    return train_saes([Job("SAE", activations, config, labels)], device=device, quiet=quiet)[0]
 
 
 def train_saes(
@@ -339,7 +321,7 @@ class _Run:
         calibrated = self.held if calibration is None else self.held[calibration[self.held]]
         fit = fit_of(sae, source, self.held, calibrated, self.train)
         figures = Figures(
-            **fit._asdict(),
+            **vars(fit),
             train_count=len(self.train),
             held_out_count=len(self.held),
             steps=self.steps,

@@ -94,10 +94,6 @@ class Batch:
             named |= {f"batch.code() {number}, its {part}": tensor for part, tensor in code.tensors().items()}
         return named
 
-    def to(self, device: str | torch.device) -> Batch:
-        """Itself: clip_benchmark moves what it takes for images to the device."""
-        return self
-
 
 #: What a method builds: from activations ``[batch, d]``, and the batch where it has a parameter of that name.
 Steering = Callable[..., Tensor | Move]

@@ -80,7 +80,7 @@ BY_HAND = (
 )  # fmt: skip
 
 
-def strength(gamma: float | None, lam: float | None, alpha: float | None) -> float:
+def strength(gamma: float | None = None, lam: float | None = None, alpha: float | None = None) -> float:
     """``α = λ (γ - 1)``, unless given."""
     if alpha is not None:
         return alpha
@@ -88,18 +88,18 @@ def strength(gamma: float | None, lam: float | None, alpha: float | None) -> flo
     return lam * (gamma - 1)
 
 
-def build_vs2(context: Context, gamma: float | None, lam: float | None, alpha: float | None) -> Amplify:
+def build_vs2(context: Context, **given: float | None) -> Amplify:
     """VS2 at one site."""
     from vs2_plugin.steering.amplify import Amplify
 
-    return Amplify(context.require_sae(), strength(gamma, lam, alpha))
+    return Amplify(context.require_sae(), strength(**given))
 
 
-def build_centre(context: Context, gamma: float | None, lam: float | None, alpha: float | None) -> Centring:
+def build_centre(context: Context, **given: float | None) -> Centring:
     """Centring at one site."""
     from vs2_plugin.steering.centre import Centring
 
-    return Centring(context.require_mean(), strength(gamma, lam, alpha))
+    return Centring(context.require_mean(), strength(**given))
 
 
 def build_amp(context: Context, gamma: float) -> Amplify:
@@ -125,29 +125,17 @@ def build_vs2s(context: Context, alpha: float, p: float) -> SelectiveSteering:
 
 
 def build_vs2pp(
-    context: Context,
-    gamma: float | None,
-    lam: float | None,
-    alpha: float | None,
-    rule: str,
-    labels: str,
-    brake: float | None = None,
+    context: Context, rule: str, labels: str, brake: float | None, **given: float | None
 ) -> NeighbourSteering:
     """VS2++ at one site."""
-    return _neighbour_steering(context, _codes(context), strength(gamma, lam, alpha), rule, labels, brake)
+    return _neighbour_steering(context, _codes(context), strength(**given), rule, labels, brake)
 
 
 def build_clipsteer(
-    context: Context,
-    gamma: float | None,
-    lam: float | None,
-    alpha: float | None,
-    rule: str,
-    labels: str,
-    brake: float | None = None,
+    context: Context, rule: str, labels: str, brake: float | None, **given: float | None
 ) -> NeighbourSteering:
     """CLIP steering at one site."""
-    return _neighbour_steering(context, _activations(context), strength(gamma, lam, alpha), rule, labels, brake)
+    return _neighbour_steering(context, _activations(context), strength(**given), rule, labels, brake)
 
 
 def build_latents(
@@ -159,11 +147,11 @@ def build_latents(
     return ByHand(context.require_sae(), factors_of(suppress, boost, factor, edits))
 
 
-def build_proto(context: Context, gamma: float | None, lam: float | None, alpha: float | None) -> PrototypeSteering:
+def build_proto(context: Context, **given: float | None) -> PrototypeSteering:
     """Oracle prototypes at one site."""
     from vs2_plugin.steering.neighbours import PrototypeSteering
 
-    return PrototypeSteering(context.require_retriever(), _codes(context), strength(gamma, lam, alpha))
+    return PrototypeSteering(context.require_retriever(), _codes(context), strength(**given))
 
 
 def build_rag(context: Context, mix: float, labels: str) -> MixedSteering:

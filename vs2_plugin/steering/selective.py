@@ -139,6 +139,4 @@ class SelectiveSteering(nn.Module):
     @torch.no_grad()
     def _weighted(self, code: Code) -> Code:
         weights, scale = self.selectivity.weights(self.p)
-        assert code.indices is not None  # of single activations
-        amounts = weighted(Latents(code.values, code.indices), scale * weights)
-        return Code(self.sae, *amounts, activations=code.values)
+        return code.scaled((scale * weights)[code.indices])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.clip.backbone import Loaded, load_backbone
-from vs2_plugin.clip.edits import edit, in_float32, outputs
+from vs2_plugin.clip.edits import editing, in_float32, outputs
 from vs2_plugin.clip.sites import ClipModel, Output, Site, embedding_from, finish
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.data.evaluated import name_samples
@@ -321,15 +321,11 @@ class _SweptModel:
 
     def run_tower(self, seen: _Seen, images: Tensor, output: Output) -> None:
         """Keep the features of a batch, from what the module of the first site put out in the plain tower."""
-        edits = [edit(self._model, place.site, place) for place in self.places]
-        self._current.batch = seen.batch(self._model, self.first.site)
-        try:
-            with _resumed(self._model, self.first.site, output):
-                seen.features[self] = self._model.encode_image(images)
-        finally:
-            self._current.batch = None
-            for one in edits:
-                one.remove()
+        with ExitStack() as stack, self._current.running(seen.batch(self._model, self.first.site)):
+            for place in self.places:
+                stack.enter_context(editing(self._model, place.site, place))
+            stack.enter_context(_resumed(self._model, self.first.site, output))
+            seen.features[self] = self._model.encode_image(images)
 
     def eval(self) -> _SweptModel:
         """Itself, as clip_benchmark asks a model to be."""

@@ -148,23 +148,18 @@ class Extraction:
         return Part(dataset, images.folder, of_tower, encoded)
 
     def _open(self, dataset: DataSet, split: Split) -> TrainingImages:
-        request, transform = self.request, self.loaded.transform
+        request, transform, seed = self.request, self.loaded.transform, self.request.first_seed
         if self.given is not None:
-            return self.given.open(transform, max_images=request.max_images, seed=self._seed, labels=self.labels)
+            return self.given.open(transform, max_images=request.max_images, seed=seed, labels=self.labels)
         return open_images(
             dataset,
             split.name,
             transform,
             max_images=request.max_images,
-            seed=self._seed,
+            seed=seed,
             wds_cache_dir=request.wds_cache_dir,
             labels=self.labels,
         )
-
-    @property
-    def _seed(self) -> int:
-        """The seed that picks the subset of ``max_images``."""
-        return (self.request.seed or (0,))[0]
 
     def _precision(self) -> str:
         if self.amp:
@@ -182,7 +177,7 @@ class Extraction:
             "split": split.name,
             "images": images.fingerprint,
             "max_images": request.max_images,
-            "seed": self._seed if request.max_images else None,
+            "seed": self.request.first_seed if request.max_images else None,
             "labels": self.labels,
             "amp": self.amp,
             "device": self.device.partition(":")[0],

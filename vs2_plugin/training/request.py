@@ -155,6 +155,11 @@ class TrainRequest:
         return cls(**{**usual, **given})
 
     @property
+    def first_seed(self) -> int:
+        """The seed of all that the SAEs share: random weights, loaders, the subset of ``max_images``."""
+        return (self.seed or (0,))[0]
+
+    @property
     def data_sets(self) -> tuple[DataSet, ...]:
         """What is trained on, each once. Raises DataError, SettingError: it names none."""
         return self._named(self.dataset)

@@ -71,7 +71,7 @@ def train(
     Raises:
         Vs2Error: what is wrong, before any image is read where that can be told.
     """
-    with seeded((request.seed or (0,))[0]):  # loaders, and data sets of others, draw numbers too
+    with seeded(request.first_seed):  # loaders, and data sets of others, draw numbers too
         return _train(request, processes, report, given)
 
 
@@ -273,30 +273,17 @@ def _open(
     processes: Processes,
     say: Report,
 ) -> tuple[Extraction | Supplied, list[Site]]:
-    """Return what gives the activations, and the sites that SAEs are trained at."""
-    if not isinstance(given, GivenActivations):
-        return _prepare(request, plans, store, cache, given, processes, say)
-    supplied = supply(request, given, _amp(request), own_device(processes), processes)
-    require_space(store.root, _room(plans, [supplied.site]), "the checkpoints")
-    say(f"{len(given.rows):,} activations of width {supplied.site.width}; without images, there is no gallery")
-    return supplied, [supplied.site]
-
-
-def _prepare(
-    request: TrainRequest,
-    plans: Sequence[Plan],
-    store: Store,
-    cache: Path,
-    given: GivenImages | None,
-    processes: Processes,
-    say: Report,
-) -> tuple[Extraction, list[Site]]:
-    """Load the models and return what is to be extracted, and the sites that SAEs are trained at.
+    """Return what gives the activations, its models loaded, and the sites that SAEs are trained at.
 
     What the galleries of checkpoints that stay hold already, the new ones hold too.
     """
     device = own_device(processes)
-    with seeded((request.seed or (0,))[0]):  # random weights are those that clip_benchmark draws for this seed
+    if isinstance(given, GivenActivations):
+        supplied = supply(request, given, _amp(request), device, processes)
+        require_space(store.root, _room(plans, [supplied.site]), "the checkpoints")
+        say(f"{len(given.rows):,} activations of width {supplied.site.width}; without images, there is no gallery")
+        return supplied, [supplied.site]
+    with seeded(request.first_seed):  # random weights are those that clip_benchmark draws for this seed
         loaded = load_backbone(request.model, request.pretrained, request.model_cache_dir, device)
     tower = Tower.of(loaded.model, loaded.transform)
     sites = chosen_sites(loaded.sites, request.blocks)
@@ -372,6 +359,6 @@ def _evaluate_command(request: TrainRequest, plans: Sequence[Plan], amp: bool) -
 def _as_trained(request: TrainRequest) -> list[str]:
     """Return what else an evaluation is told as the training was, so that it finds the same tower and data."""
     given = {"model_cache_dir": request.model_cache_dir, "wds_cache_dir": request.wds_cache_dir}
-    if not request.pretrained and not ignores_pretrained(request.model) and request.seed and request.seed[0]:
-        given["seed"] = str(request.seed[0])  # random weights: the same seed gives the same tower
+    if not request.pretrained and not ignores_pretrained(request.model) and request.first_seed:
+        given["seed"] = str(request.first_seed)  # random weights: the same seed gives the same tower
     return [word for flag, value in given.items() if value for word in (f"--{flag}", value)]
