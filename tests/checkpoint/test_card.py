@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from vs2_plugin.checkpoint.card import base_model, card
+from vs2_plugin.checkpoint.card import card
 from vs2_plugin.checkpoint.records import SiteSAE, TrainingData
 
 FIGURES = {"k": 32, "expansion_factor": 4, "dead": 0.125, "dense": 0.0625, "lr": 0.003, "seed": 7}
@@ -73,16 +73,3 @@ def test_names_cannot_write_the_card(name):
     assert sum(line.startswith("#") for line in body.splitlines()) == 2
     prose, usual = (re.sub(r"\\.", "", text.partition("```sh")[0]) for text in (body, made()[1]))
     assert prose.count("|") == usual.count("|") and "<" not in prose.replace("`<script>`", "")
-
-
-@pytest.mark.parametrize(
-    "backbone, pretrained, base",
-    [
-        ("ViT-B-32", "openai", "timm/vit_base_patch32_clip_224.openai"),
-        ("ViT-B-32", "mine.pt", None),
-        ("hf-hub:me/clip", "", "me/clip"),
-        ("local-dir:clip", "", None),
-    ],
-)
-def test_the_base_model_is_named_where_it_is_known(backbone, pretrained, base):
-    assert base_model(backbone, pretrained) == base

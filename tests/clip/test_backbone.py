@@ -15,6 +15,7 @@ from vs2_plugin.clip.backbone import (
     load_backbone,
     require_weights,
     warn_about_quickgelu,
+    weights_repository,
 )
 from vs2_plugin.errors import TowerError
 
@@ -184,3 +185,17 @@ def test_weights_that_cannot_be_read_are_named(tmp_path):
     broken.write_bytes(os.urandom(64))
     with pytest.raises(TowerError, match=r"with weights '.*weights\.pt': it is no file of weights \(\w+Error"):
         load_backbone("RN50", str(broken))
+
+
+@pytest.mark.parametrize(
+    "model, pretrained, repository",
+    [
+        ("ViT-B-32", "openai", "timm/vit_base_patch32_clip_224.openai"),
+        ("ViT-B-32", "mine.pt", None),
+        ("ViT-B-32", __file__, None),
+        ("hf-hub:me/clip", "", "me/clip"),
+        ("local-dir:clip", "", None),
+    ],
+)
+def test_the_repository_of_weights_is_named_where_it_is_known(model, pretrained, repository):
+    assert weights_repository(model, pretrained) == repository

@@ -9,14 +9,14 @@ from typing import Any
 
 from vs2_plugin.checkpoint.records import GIVEN, SiteSAE, TrainingData
 from vs2_plugin.gallery.contents import GalleryContents
-from vs2_plugin.names import HUB, LOCAL, Repository, library_place, with_weights
+from vs2_plugin.names import LOCAL, library_place, with_weights
 from vs2_plugin.text import printable
 
-__all__ = ["CARD", "LICENSE", "card"]
+__all__ = ["CARD", "card"]
 
 CARD = "README.md"
 #: What a hub understands where nobody has said which licence it is.
-LICENSE = "unknown"
+_LICENSE = "unknown"
 _TAGS = ["vs2-plugin", "sparse-autoencoder", "clip", "steering", "interpretability"]
 
 
@@ -42,8 +42,10 @@ def card(
     """
     import yaml
 
-    head: dict[str, Any] = {"license": license or LICENSE, "library_name": "vs2-plugin", "tags": _TAGS}
-    base = base_model(backbone, pretrained) if backbone else None
+    head: dict[str, Any] = {"license": license or _LICENSE, "library_name": "vs2-plugin", "tags": _TAGS}
+    from vs2_plugin.clip.backbone import weights_repository
+
+    base = weights_repository(backbone, pretrained) if backbone else None
     if base is not None:
         head["base_model"] = base
     lines = ["---", yaml.safe_dump(head, sort_keys=False).strip(), "---", ""]
@@ -153,23 +155,6 @@ def _use(
         )
     if backbone.startswith(LOCAL) or isinstance(library_place(backbone), str):
         yield f"{_code(backbone)} was a folder of the machine that they were trained on."
-
-
-def base_model(backbone: str, pretrained: str) -> str | None:
-    """Return the hub's name of a model's weights; None where none is known."""
-    place = library_place(backbone)
-    if isinstance(place, Repository):
-        return place.name
-    if backbone.startswith(HUB):
-        return backbone.removeprefix(HUB)
-    if place is not None or backbone.startswith(LOCAL):
-        return None
-    import open_clip
-
-    found = (open_clip.get_pretrained_cfg(backbone, pretrained) or {}).get("hf_hub") or ""
-    owner, _, name = str(found).partition("/")
-    name = name.partition("/")[0]
-    return f"{owner}/{name}" if name else None
 
 
 def _number(value: object) -> str:

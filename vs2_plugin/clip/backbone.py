@@ -31,6 +31,7 @@ __all__ = [
     "quickgelu_mismatch",
     "require_weights",
     "warn_about_quickgelu",
+    "weights_repository",
 ]
 
 _LOG = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ def quickgelu_mismatch(backbone: str, pretrained: str) -> str | None:
     so."""
     if ignores_pretrained(backbone):
         return None
-    backbone = backbone.replace("/", "-")  # as open_clip reads it
+    backbone = _architecture(backbone)
     # As an attribute of the package it is missing in some versions.
     weights = open_clip.pretrained.get_pretrained_cfg(backbone, pretrained) or {}
     architecture = open_clip.get_model_config(backbone) or {}
@@ -158,19 +159,30 @@ def require_weights(backbone: str, pretrained: str, cache_dir: str | None = None
         raise TowerError(f"{_not_loaded(backbone, pretrained)}: {error}; {_offline(backbone)}") from error
 
 
-def _repositories(backbone: str, pretrained: str, cache_dir: str | None) -> Iterator[tuple[str, str | None]]:
-    """Yield the repositories of the hub that a model is fetched from, and where their files are kept."""
+def weights_repository(backbone: str, pretrained: str) -> str | None:
+    """The hub's name of a model's weights, ``owner/name``; None where they are a file's, or none is known."""
     place = library_place(backbone)
     if isinstance(place, Repository):
-        yield place.name, cache_dir
-    elif place is None and backbone.startswith(HUB):
-        yield backbone.removeprefix(HUB), cache_dir
-    elif place is None and not backbone.startswith(LOCAL):
-        name = backbone.replace("/", "-")  # as open_clip reads it
-        weights = open_clip.pretrained.get_pretrained_cfg(name, pretrained) or {}
-        if weights.get("hf_hub") and not os.path.isfile(pretrained):
-            yield os.path.split(weights["hf_hub"])[0], cache_dir
-        text = (open_clip.get_model_config(name) or {}).get("text_cfg", {})
+        return place.name
+    if backbone.startswith(HUB):
+        return backbone.removeprefix(HUB)
+    if place is not None or backbone.startswith(LOCAL) or os.path.isfile(pretrained):
+        return None
+    weights = open_clip.pretrained.get_pretrained_cfg(_architecture(backbone), pretrained) or {}
+    return os.path.split(weights.get("hf_hub") or "")[0] or None
+
+
+def _architecture(backbone: str) -> str:
+    return backbone.replace("/", "-")  # as open_clip reads it
+
+
+def _repositories(backbone: str, pretrained: str, cache_dir: str | None) -> Iterator[tuple[str, str | None]]:
+    """Yield the repositories of the hub that a model is fetched from, and where their files are kept."""
+    repository = weights_repository(backbone, pretrained)
+    if repository is not None:
+        yield repository, cache_dir
+    if not backbone.startswith(SCHEMES):
+        text = (open_clip.get_model_config(_architecture(backbone)) or {}).get("text_cfg", {})
         if text.get("hf_tokenizer_name"):
             yield text["hf_tokenizer_name"], None
 

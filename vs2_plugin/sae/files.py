@@ -16,7 +16,7 @@ from torch import Tensor
 from vs2_plugin.errors import CheckpointError, SettingError
 from vs2_plugin.sae.topk import SaeConfig, TopKSAE
 
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "load_sae", "save_sae"]
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "assembled", "load_sae", "save_sae", "write_files"]
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae.safetensors"
@@ -34,9 +34,6 @@ _LARGEST = 2**31 - 1  # of a width, and of a number of latents
 def save_sae(sae: TopKSAE, folder: Path) -> None:
     """Write ``sae`` into ``folder``, which is made if need be."""
     config = sae.config
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in sae.state_dict().items()}
-    (folder / WEIGHTS_FILE).write_bytes(save(weights))  # save_file's error on a full disk is no OSError
     facts = {
         "activation": _NAMES[config.activation, config.normalize_activations],
         "expansion_factor": max(1, config.num_latents // config.d_in),
@@ -48,6 +45,14 @@ def save_sae(sae: TopKSAE, folder: Path) -> None:
         "transcode": False,
         "d_in": config.d_in,
     }
+    write_files(folder, WEIGHTS_FILE, sae.state_dict(), facts)
+
+
+def write_files(folder: Path, file: str, weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write weights, in float32, into a file, and facts into ``cfg.json``, of a folder that is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
+    (folder / file).write_bytes(save(tensors))  # save_file's error on a full disk is no OSError
     (folder / CONFIG_FILE).write_text(json.dumps(facts, indent=2) + "\n")
 
 
@@ -68,9 +73,14 @@ def load_sae(folder: Path | str) -> TopKSAE:
 
     config = _config(folder, facts)
     _require_shapes(folder / WEIGHTS_FILE, config, weights)
-    weights = {name: tensor.float() for name, tensor in weights.items()}
+    return assembled(config, weights, f"{folder / WEIGHTS_FILE}")
+
+
+def assembled(config: SaeConfig, weights: Mapping[str, Tensor], where: str) -> TopKSAE:
+    """Return the SAE of weights of its shapes, in evaluation mode. Raises CheckpointError: some are not finite."""
+    weights = {name: tensor.float().contiguous() for name, tensor in weights.items()}
     if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
-        raise CheckpointError(f"{folder / WEIGHTS_FILE} holds values that are not finite; train the SAE again")
+        raise CheckpointError(f"{where} holds values that are not finite; train the SAE again")
     with torch.device("meta"):
         sae = TopKSAE(config)
     sae.load_state_dict(weights, assign=True)

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vs2_plugin.errors import CheckpointError, SettingError
-from vs2_plugin.sae.files import CONFIG_FILE, WEIGHTS_FILE, load_sae, save_sae
+from vs2_plugin.sae.files import CONFIG_FILE, WEIGHTS_FILE, assembled, load_sae, save_sae, write_files
 from vs2_plugin.sae.topk import SaeConfig, TopKSAE
 
 __all__ = ["WRITERS", "ForeignSAE", "find_foreign", "read_foreign", "write_saelens", "write_sparsify"]
@@ -69,12 +69,9 @@ def read_foreign(path: Path) -> ForeignSAE:
     """
     if not path.is_dir():
         raise CheckpointError(f"no folder {str(path)!r}; expected one with {_EXPECTED}")
-    readers: dict[str, Callable[[Path], ForeignSAE]] = {
-        "sparsify": _read_sparsify, "SAELens": _read_saelens, "Prisma": _read_prisma,
-    }  # fmt: skip
     found = find_foreign(path)
     if path in found:
-        return readers[found[path]](path)
+        return _LIBRARIES[found[path]][1](path)
     if found:
         names = ", ".join(folder.name for folder in found)
         raise CheckpointError(f"{path} holds several SAEs; name the folder of one: {names}")
@@ -83,16 +80,11 @@ def read_foreign(path: Path) -> ForeignSAE:
 
 def find_foreign(path: Path) -> dict[Path, str]:
     """Return the folders of SAEs, this one or else those in it -> whose they are, as their files' names tell."""
-    files = {
-        "sparsify": (CONFIG_FILE, WEIGHTS_FILE),
-        "SAELens": (CONFIG_FILE, _SAELENS_WEIGHTS),
-        "Prisma": (_PRISMA_CONFIG, _PRISMA_WEIGHTS),
-    }
     for folders in ([path], sorted(path.iterdir()) if path.is_dir() else []):
         found = {
             folder: library
             for folder in folders
-            for library, names in files.items()
+            for library, (names, _) in _LIBRARIES.items()
             if all((folder / name).is_file() for name in names)
         }
         if found:
@@ -149,14 +141,17 @@ def _convert(file: Path, library: str, facts: Mapping[str, Any], weights: Mappin
     if facts.get("rescale_acts_by_decoder_norm"):  # as if the decoder had directions of unit norm
         norm = decoder.norm(dim=1, keepdim=True)
         encoder, bias, decoder = encoder * norm, bias * norm[:, 0], decoder / norm
-    with torch.device("meta"):
-        sae = TopKSAE(config)
     values = {"encoder.weight": encoder, "encoder.bias": bias, "W_dec": decoder, "b_dec": b_dec}
-    if not all(torch.isfinite(tensor).all() for tensor in values.values()):
-        raise CheckpointError(f"the SAE in {file.parent} holds values that are not finite")
-    sae.load_state_dict({name: tensor.contiguous() for name, tensor in values.items()}, assign=True)
-    model = facts.get("model_name")
-    return ForeignSAE(sae.eval().requires_grad_(False), library, block, model if isinstance(model, str) else None)
+    sae, model = assembled(config, values, f"the SAE in {file.parent}"), facts.get("model_name")
+    return ForeignSAE(sae, library, block, model if isinstance(model, str) else None)
+
+
+#: Library -> the files of its SAEs, and what reads them.
+_LIBRARIES: dict[str, tuple[tuple[str, str], Callable[[Path], ForeignSAE]]] = {
+    "sparsify": ((CONFIG_FILE, WEIGHTS_FILE), _read_sparsify),
+    "SAELens": ((CONFIG_FILE, _SAELENS_WEIGHTS), _read_saelens),
+    "Prisma": ((_PRISMA_CONFIG, _PRISMA_WEIGHTS), _read_prisma),
+}
 
 
 def _activation(file: Path, facts: Mapping[str, Any]) -> tuple[str, Any]:
@@ -276,10 +271,7 @@ def write_saelens(sae: TopKSAE, folder: Path, *, model: str, block: int | None) 
             "sae_lens_version": "6.0.0",
         },
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
-    (folder / _SAELENS_WEIGHTS).write_bytes(save(tensors))
-    (folder / CONFIG_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+    write_files(folder, _SAELENS_WEIGHTS, weights, facts)
 
 
 #: By the word for the format: what writes an SAE for a library.
