@@ -91,25 +91,26 @@ class ModelString:
     @property
     def needs_checkpoint(self) -> bool:
         """Whether one of its methods needs a checkpoint."""
-        return any(method.asks_checkpoint(options) for method, options in self._both)
+        return any(method.asks_checkpoint(options) for method, options in self.methods)
 
     @property
     def needs_classes(self) -> bool:
         """Whether one of its methods needs the class embeddings."""
-        return any(method.needs_classes(options) for method, options in self._both)
+        return any(method.needs_classes(options) for method, options in self.methods)
 
     @property
     def labels_used(self) -> str:
         """Which labels its methods use: ``none``, ``train`` or ``oracle``."""
-        return max((method.labels_used(options) for method, options in self._both), key=LABELS_USED.index)
+        return max((method.labels_used(options) for method, options in self.methods), key=LABELS_USED.index)
 
     @property
     def protocol(self) -> str:
         """What its methods see beside the image at hand."""
-        return widest(method.protocol_of(options) for method, options in self._both)
+        return widest(method.protocol_of(options) for method, options in self.methods)
 
     @property
-    def _both(self) -> list[tuple[Method, dict[str, Scalar | None]]]:
+    def methods(self) -> list[tuple[Method, dict[str, Scalar | None]]]:
+        """Its methods with their options: what steers, and then the method on logits before it."""
         outer = [] if self.outer is None else [(self.outer.method, self.outer.options)]
         return [(self.method, self.options), *outer]
 

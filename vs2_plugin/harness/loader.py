@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,27 +33,20 @@ class _Waiting:
     model: weakref.ref[SteeredCLIP] | None = None
 
 
-@dataclass(frozen=True)
-class _Finder:
-    """Finds the checkpoint of a model for a data set. (No closure, so that a model can be pickled.)"""
-
-    spec: ModelString
-    pretrained: str
-    store: Store
-    given: Checkpoint | None = None
-
-    def __call__(self, task: Task | None) -> Checkpoint | None:
-        spec, store = self.spec, self.store
-        if self.given is not None and spec.needs_checkpoint:
-            return self.given
-        if task is None:  # without a name, a model is bound to a data set only
-            return find_checkpoint(spec, store, self.pretrained, "")
-        try:
-            home = "" if task.root is None else DataSet(task.dataset, task.root).home
-            return find_checkpoint(spec, store, self.pretrained, task.dataset, home)
-        except CheckpointNotFound:
-            run = Evaluation(str(spec), self.pretrained, task.dataset, DataSet("", task.root or "root").template)
-            raise missing_checkpoint([(spec, run)], store) from None
+def _find(
+    spec: ModelString, pretrained: str, store: Store, given: Checkpoint | None, task: Task | None
+) -> Checkpoint | None:
+    """Return the checkpoint of a model for a data set: the one that is given, else the one that is found."""
+    if given is not None and spec.needs_checkpoint:
+        return given
+    if task is None:  # without a name, a model is bound to a data set only
+        return find_checkpoint(spec, store, pretrained, "")
+    try:
+        home = "" if task.root is None else DataSet(task.dataset, task.root).home
+        return find_checkpoint(spec, store, pretrained, task.dataset, home)
+    except CheckpointNotFound:
+        run = Evaluation(str(spec), pretrained, task.dataset, DataSet("", task.root or "root").template)
+        raise missing_checkpoint([(spec, run)], store) from None
 
 
 def load(
@@ -108,7 +102,7 @@ def load(
     pretrained, cache_dir = str(pretrained), None if cache_dir is None else str(cache_dir)
     loaded = load_backbone(spec.backbone, pretrained, cache_dir, device, None if shared is None else shared.twin)
     given = checkpoint if isinstance(checkpoint, Checkpoint) else None
-    steered = SteeredCLIP(spec, loaded, _Finder(spec, pretrained, found, given))
+    steered = SteeredCLIP(spec, loaded, partial(_find, spec, pretrained, found, given))  # no closure: it can be pickled
     _bind(steered, dataset, names, templates)
     if names is not None:
         steered.set_classifier(Classifier.of(steered, loaded.tokenizer, names, templates, amp))

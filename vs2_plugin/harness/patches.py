@@ -205,8 +205,7 @@ def _patch_metrics(module: Any) -> None:
         if not isinstance(metrics, dict):
             return metrics
         if model is not None:
-            reading = model.spec.reading
-            unreported = {*model.spec.method.unreported, *(() if reading is None else reading.method.unreported)}
+            unreported = {name for method, _ in model.spec.methods for name in method.unreported}
             metrics = {name: value for name, value in metrics.items() if name not in unreported} | model.vs2_facts()
         return metrics if recorder is None else metrics | recorder.facts()
 

@@ -34,7 +34,7 @@ from vs2_plugin.model.candidates import ZeroShot
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.steering.batch import Batch, Steering, call, steer
 from vs2_plugin.steering.move import Move
-from vs2_plugin.steering.neighbours import Activations
+from vs2_plugin.steering.neighbours import Activations, gallery_batches
 from vs2_plugin.steering.retriever import Retriever
 from vs2_plugin.strength import NEIGHBOURS, RULE, Choice, neighbour_graph
 from vs2_plugin.strength import choose as choose_by_evidence
@@ -194,12 +194,8 @@ def settle(
         raise HarnessError(f"auto is told by images of the gallery, and there is {len(rows)}; expected some hundreds")
     embeddings = Activations(gallery.embeddings[CLIP], classifier.device)
     graph = neighbour_graph(torch.cat([embeddings[part] for part in rows.split(_BATCH)]))
-    activations = Activations(gallery.activations.get(site.hookpoint, gallery.embeddings[CLIP]), classifier.device)
     # The candidates share batches, and with them codes and neighbours.
-    batches = [
-        (activations[part], Batch(rows=part) if retriever is None else retriever.own(part))
-        for part in rows.split(_BATCH)
-    ]
+    batches = [*gallery_batches(gallery, site.hookpoint, retriever, classifier.device, rows)]
     # All of them take each batch in turn: many classes come of a few products then.
     steerings = [automatic.build(values) for values in automatic.candidates]
     automatic.use(steerings[0])

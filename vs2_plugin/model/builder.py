@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -16,45 +15,35 @@ from vs2_plugin.steering.context import Context
 from vs2_plugin.steering.retriever import Retriever
 from vs2_plugin.text import reason_of
 
-__all__ = ["Builder", "read_by_all", "whose"]
+__all__ = ["build", "read_by_all", "whose"]
 
 
-@dataclass(frozen=True)
-class Builder:
-    """Calls a method's builder, and says whose it is where that fails. (No closure, so that a model can be pickled.)"""
+def build(method: Method, context: Context, options: Mapping[str, Scalar | None]) -> Steering:
+    """What a method builds with these options.
 
-    method: Method
-    context: Context
+    Raises:
+        PluginError: its builder failed, or built something else.
+    """
+    model, retriever, sae = context.model, context.retriever, context.sae
 
-    def __call__(self, options: Mapping[str, Scalar | None]) -> Steering:
-        """What the method builds with these options.
+    def held() -> dict[str, Tensor | None]:
+        weights = {f"context.model.{name}": weight for name, weight in model.named_parameters()}
+        own = {"context.classifier": context.classifier, "context.unlabeled": context.unlabeled}
+        return weights | own | read_by_all(sae, retriever, Batch())
 
-        Raises:
-            PluginError: the builder failed, or built something else.
-        """
-        method, context = self.method, self.context
-        model, retriever, sae = context.model, context.retriever, context.sae
-
-        def held() -> dict[str, Tensor | None]:
-            weights = {f"context.model.{name}": weight for name, weight in model.named_parameters()}
-            own = {"context.classifier": context.classifier, "context.unlabeled": context.unlabeled}
-            return weights | own | read_by_all(sae, retriever, Batch())
-
-        try:
-            with unchanged(held):
-                steering = method.build(context, **options)
-        except PluginError as error:
-            raise PluginError(f"{whose(method.name)} could not be built: {error}") from error
-        except Vs2Error:
-            raise
-        except Exception as error:
-            raise PluginError(f"{whose(method.name)} could not be built: {reason_of(error)}") from error
-        if not callable(steering):
-            kind = "embeddings to logits" if method.site == "logits" else "activations to activations"
-            raise PluginError(f"method {method.name!r} built {steering!r}; expected a function from {kind}")
-        return steering.to(next(self.context.model.parameters()).device).eval() if isinstance(
-            steering, nn.Module
-        ) else steering
+    try:
+        with unchanged(held):
+            steering = method.build(context, **options)
+    except PluginError as error:
+        raise PluginError(f"{whose(method.name)} could not be built: {error}") from error
+    except Vs2Error:
+        raise
+    except Exception as error:
+        raise PluginError(f"{whose(method.name)} could not be built: {reason_of(error)}") from error
+    if not callable(steering):
+        kind = "embeddings to logits" if method.site == "logits" else "activations to activations"
+        raise PluginError(f"method {method.name!r} built {steering!r}; expected a function from {kind}")
+    return steering.to(next(model.parameters()).device).eval() if isinstance(steering, nn.Module) else steering
 
 
 def whose(method: str) -> str:

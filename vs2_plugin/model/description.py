@@ -29,7 +29,7 @@ def describe(spec: ModelString, places: Places | None, classifier: Classifier | 
         places: where it is steered; None while that is not known.
         classifier: the classes, if they are known.
     """
-    summaries = [one.method.summary for one in (spec.outer, spec) if one is not None]
+    summaries = [method.summary for method, _ in reversed(spec.methods)]
     head = f"SteeredCLIP {str(spec)!r}: {'; after '.join(summaries)}"
     facts = [] if places is None else told(spec, places, classifier)
     lines = [f"{name}: {value}" for name, value in facts] or ["not steered yet: it does not know its data set"]

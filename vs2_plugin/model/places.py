@@ -17,7 +17,7 @@ from vs2_plugin.clip.sites import Site, Sites
 from vs2_plugin.errors import CheckpointError, ModelStringError, PluginError
 from vs2_plugin.method import LABELS_USED, Scalar, widest
 from vs2_plugin.model.automatic import Automatic, choose
-from vs2_plugin.model.builder import Builder
+from vs2_plugin.model.builder import build
 from vs2_plugin.model.facts import facts_of
 from vs2_plugin.model.parts import Parts, require
 from vs2_plugin.model.place import Current, Place
@@ -284,5 +284,6 @@ as_it_is.replayable = True  # type: ignore[attr-defined]
 
 def _steering(spec: ModelString, context: Context) -> Steering:
     options = {option.name: spec.options[option.name] for option in spec.method.options}
-    build = Builder(spec.method, context)
-    return Automatic(spec.method, build, options) if spec.method.automatic(options) else build(options)
+    if spec.method.automatic(options):
+        return Automatic(spec.method, partial(build, spec.method, context), options)  # no closure: it can be pickled
+    return build(spec.method, context, options)

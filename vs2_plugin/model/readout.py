@@ -23,20 +23,20 @@ from vs2_plugin.errors import HarnessError, PluginError
 from vs2_plugin.gallery.gallery import CLIP, Gallery
 from vs2_plugin.gallery.search import blocks
 from vs2_plugin.method import AUTO, Scalar
-from vs2_plugin.model.builder import Builder, whose
+from vs2_plugin.model.builder import build, whose
 from vs2_plugin.model.facts import facts_of
 from vs2_plugin.model.place import Place
 from vs2_plugin.model.views import views_of
 from vs2_plugin.modelstring import Reading
 from vs2_plugin.steering.batch import Batch, Steering, call, unchanged
 from vs2_plugin.steering.context import Context
-from vs2_plugin.steering.neighbours import Activations
+from vs2_plugin.steering.neighbours import gallery_batches
 from vs2_plugin.strength import RULE, choose, neighbour_graph
 
 __all__ = ["Read", "Readout", "plain_gallery", "steered_gallery", "stream_order"]
 
-#: Images of the gallery at a time, and how many tell whether a method is used, evenly spread over more.
-_BATCH, _JUDGED = 2048, 10_000
+#: How many images of the gallery tell whether a method is used, evenly spread over more.
+_JUDGED = 10_000
 
 
 class Readout:
@@ -167,7 +167,7 @@ class Readout:
             raise HarnessError(f"method {self.method.name!r} needs classes, and none are known")
         context = self._context(classifier=self._classifier, unlabeled=unlabeled)
         options = {option.name: self.options[option.name] for option in self.method.options}
-        read = Builder(self.method, context)(options)
+        read = build(self.method, context, options)
         problems = facts_of(read)[1]
         if problems:
             raise PluginError(f"{whose(self.method.name)} has {problems[0]}")
@@ -234,12 +234,9 @@ def plain_gallery(gallery: Gallery, device: torch.device) -> Tensor:
 @torch.no_grad()
 def steered_gallery(gallery: Gallery, model: ClipModel, place: Place) -> Tensor:
     """Return the same as they are steered at the end of the tower."""
-    site, retriever, device = place.site, place.retriever, next(model.parameters()).device
-    activations = Activations(gallery.activations.get(site.hookpoint, gallery.embeddings[CLIP]), device)
-    found = []
-    for rows in torch.arange(len(gallery)).split(_BATCH):
-        batch = Batch(rows=rows) if retriever is None else retriever.own(rows)
-        steered = in_float32(partial(place.steer, batch=batch), activations[rows])
+    site, device, found = place.site, next(model.parameters()).device, []
+    for x, batch in gallery_batches(gallery, site.hookpoint, place.retriever, device, torch.arange(len(gallery))):
+        steered = in_float32(partial(place.steer, batch=batch), x)
         found.append(F.normalize(embedding_from(model, site, steered), dim=-1))
     place.reset()  # these are not the images under evaluation
     return torch.cat(found)

@@ -6,6 +6,7 @@ neighbours it asks a :class:`Retriever` for. All of arXiv 2506.01247 unless said
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from vs2_plugin.arrays import Stack
 from vs2_plugin.devices import add_at
 from vs2_plugin.errors import DataError
-from vs2_plugin.gallery.gallery import CLIP
+from vs2_plugin.gallery.gallery import CLIP, Gallery
 from vs2_plugin.sae.topk import Latents, TopKSAE
 from vs2_plugin.steering.batch import Batch
 from vs2_plugin.steering.move import Code, Move
@@ -33,11 +34,14 @@ __all__ = [
     "PrototypeSteering",
     "VoteSteering",
     "contrast",
+    "gallery_batches",
 ]
 
 _CHUNK = 4096
 #: Codes of up to this many bytes are computed once and kept; of a larger gallery, those of each batch's neighbours.
 _RESIDENT = 2 << 30
+#: Images of the gallery at a time.
+_BATCH = 2048
 _PER_CLASS = 10
 
 
@@ -55,6 +59,24 @@ class Activations:
     def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
         """``Σ_j w_j x_j``: ``[batch, d]`` from row numbers and weights ``[batch, n]``."""
         return torch.einsum("bn,bnd->bd", weights, self[rows])
+
+
+def gallery_batches(
+    gallery: Gallery, hookpoint: str, retriever: Retriever | None, device: torch.device, rows: Tensor
+) -> Iterator[tuple[Tensor, Batch]]:
+    """Yield images of the gallery as a tower would meet them at the end: activations ``[batch, d]`` at that site (or
+    embeddings, of one that has none), and the batch that steerings ask about.
+
+    Args:
+        gallery: the images.
+        hookpoint: the tower's last site, or its output.
+        retriever: what a method looks up, if it does.
+        device: where activations are wanted.
+        rows: which images: int64 ``[count]``.
+    """
+    activations = Activations(gallery.activations.get(hookpoint, gallery.embeddings[CLIP]), device)
+    for part in rows.split(_BATCH):
+        yield activations[part], Batch(rows=part) if retriever is None else retriever.own(part)
 
 
 class Codes:

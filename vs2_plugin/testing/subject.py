@@ -23,7 +23,7 @@ from vs2_plugin.demo.digits import CLASSES, MODEL, TEMPLATES, read_digits
 from vs2_plugin.harness.loader import load
 from vs2_plugin.harness.shared import Shared
 from vs2_plugin.method import Scalar
-from vs2_plugin.model.builder import Builder, read_by_all
+from vs2_plugin.model.builder import build, read_by_all
 from vs2_plugin.model.predictions import Classifier
 from vs2_plugin.model.readout import Read, plain_gallery
 from vs2_plugin.model.steered import SteeredCLIP
@@ -206,7 +206,8 @@ class Subject:
         if self.protocol == "transductive":
             unlabeled = x.clone()
         context = Context(model.model, "logits", x.shape[-1], classifier=classifier, unlabeled=unlabeled)
-        read = Builder(self.method, context)({one.name: self.spec.options[one.name] for one in self.method.options})
+        options = {one.name: self.spec.options[one.name] for one in self.method.options}
+        read = build(self.method, context, options)
         x = x[:1] if self.protocol == "stream" else x
         batch = Batch(rows=torch.arange(len(x))) if self.protocol == "transductive" else Batch(images[: len(x)])
         held = {"context.classifier": classifier, **({} if unlabeled is None else {"context.unlabeled": unlabeled})}
