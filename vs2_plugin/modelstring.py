@@ -268,4 +268,4 @@ def _check_automatic(method: Method, given: dict[str, Scalar]) -> None:
 
 def _did_you_mean(word: str, known: list[str]) -> str:
     close = difflib.get_close_matches(word.lower(), known, n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,5 +1,7 @@
 """The vs2 command."""
 
+from itertools import pairwise
+
 import pytest
 
 from vs2_plugin.cli.main import main
@@ -65,3 +67,15 @@ def test_words_too_many_are_told_with_the_help_of_their_command(capsys):
     assert said == "vs2: error: unrecognized arguments: --output; did you mean --out?; see: vs2 report --help\n"
     assert main(["store", "list", "--all"]) == 2
     assert capsys.readouterr().err == "vs2: error: unrecognized arguments: --all; see: vs2 store list --help\n"
+
+
+def test_methods_tell_which_labels_they_use(capsys):
+    assert main(["methods"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    used = {}
+    for line, following in pairwise(lines):
+        if "labels used: " in following:
+            used[line.partition(":")[0]] = following.partition("labels used: ")[2].partition(";")[0]
+    assert used["vs2"] == used["tda"] == "none" and used["proto"] == "oracle"
+    assert used["pass"] == "those that its SAE was trained with"
+    assert used["vs2pp"] == used["rag"] == "none, or oracle by @labels=oracle"

@@ -23,6 +23,13 @@ NAME = "local-dir-tiny-clip_wds-digits"
 GOOD = Path(__file__).parents[1] / "checkpoint/fixtures/version1"
 
 
+@pytest.mark.parametrize("words", [["--store", "s", "list"], ["list", "--store", "s"]])
+def test_the_store_is_named_before_the_action_or_behind_it(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["store", *words]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "store s"
+
+
 def test_store_list_and_remove(folder, capsys):  # noqa: F811
     assert main(["store", "list"]) == 0
     assert "no checkpoints" in capsys.readouterr().out

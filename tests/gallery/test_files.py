@@ -92,9 +92,8 @@ def file_in(checkpoint, name, part=0):
 
 def test_a_gallery_comes_back_as_it_was_extracted(save, extracted):
     numbers = extracted[1]["cifar100"]
-    checkpoint = Checkpoint.load(save("cifar100").folder)
-    found = checkpoint.open_gallery()
-    assert len(found) == 7 and found.datasets == ("cifar100",) and checkpoint.gallery.encoders == ENCODERS
+    found = Checkpoint.load(save("cifar100").folder).open_gallery()
+    assert len(found) == 7 and found.datasets == ("cifar100",) and found.encoders == ENCODERS
     assert found.activations.keys() == {FIRST, LAST} and found.embeddings.keys() == {"clip", "test_vit"}
     for site in (FIRST, LAST):
         assert np.array_equal(found.activations[site], numbers[site])

@@ -114,6 +114,16 @@ def test_an_image_that_cannot_be_read_is_left_out_of_training_and_ends_an_evalua
     assert error.endswith("; replace it, or take it out of the folder: nothing is left out here\n")
 
 
+def test_an_image_that_was_left_out_is_named_again_where_activations_are_cached(here, capsys):
+    (broken,) = Store.default().find(NAME).gallery.parts[0].left_out
+    words = [word for word in TRAIN if word != "--quiet"]
+    for name in ("first", "again"):
+        assert train_sae.main([*words, "--dataset", "photos/", "--name", name]) == 0
+        said = capsys.readouterr().out
+        cached = name == "again"
+        assert ("cached, in" in said) is (f"left out, as no readable image: {broken}\n" in said) is cached
+
+
 def test_the_sae_of_another_folder_of_the_same_name_is_refused_with_both_ways_out(here, clip_benchmark, capsys):
     words = ("--dataset", "other/photos/", "--output", "x.json")
     code, error = clip_benchmark("eval", "--model", f"vs2:{TINY}", *EVALUATE, *words)

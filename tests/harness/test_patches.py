@@ -400,13 +400,14 @@ def test_results_of_a_steered_model_whose_name_holds_slashes_have_a_name_without
     code, error = clip_benchmark("eval", "--model", f"vs2:{TINY}@./store/checkpoints/x", *DIGITS)
     assert code == 2 and "holds '/'" not in error
     shutil.copytree("tiny-clip", "deep/tiny-clip")
-    model = "vs2:local-dir:deep/tiny-clip@local-dir-tiny-clip_wds-digits"
-    words = ("--model", model, *DIGITS, "--output", "{dataset}_{model}.json")
-    for again in ((), ("--skip_existing",)):
-        code, error = clip_benchmark("eval", *words, *again)
-        assert code == 0, error
-    written = "digits_vs2:local-dir:deep-tiny-clip@local-dir-tiny-clip_wds-digits.json"
-    assert json.loads(open(written).read())["model"] == model
+    models = ("vs2:local-dir:deep/tiny-clip@local-dir-tiny-clip_wds-digits", "local-dir:deep/tiny-clip")
+    for model in models:  # the plain one alone, too
+        words = ("--model", model, *DIGITS, "--output", "{dataset}_{model}.json")
+        for again in ((), ("--skip_existing",)):
+            code, error = clip_benchmark("eval", *words, *again)
+            assert code == 0, error
+        written = f"digits_{model.replace('/', '-')}.json"
+        assert json.loads(open(written).read())["model"] == model
 
 
 def test_an_interruption_of_steered_models_is_one_line(in_demo, clip_benchmark, monkeypatch):

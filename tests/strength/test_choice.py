@@ -211,7 +211,8 @@ def test_predictions_that_gather_in_few_classes_are_not_believed(even):
 def test_the_reason_names_what_failed_of_the_candidate_that_tells_most(even):
     graph, labels = even
     worse = choose(ALPHAS[:3], [labels, blurred(labels, 10, 0.5), blurred(labels, 10, 0.2)], graph, 10)
-    assert worse.reason.startswith("left at that. Most is told at alpha 1, ") and "not surely more" in worse.reason
+    assert worse.reason.startswith("the model is left as it is. Most is told at alpha 1, ")
+    assert "not surely more" in worse.reason
     alone = choose(ALPHAS[:2], [labels, labels], graph, 10)
     assert "alpha 0.5, " in alone.reason and "(+0.000 nats, +0.0 standard errors)" in alone.reason
     assert worse.facts["auto_reason"] == worse.reason
@@ -316,7 +317,7 @@ def test_one_sentence_says_what_was_chosen_and_why(made, even):
     assert f"{made.scores.information_errors[3]:+.1f} standard" in str(made)
     graph, labels = even
     stays = str(choose(ALPHAS, [blurred(labels, 10, share) for share in (0.1, 0.2, 0.5, 1)], graph, 10))
-    assert stays.startswith("alpha = 0: ") and "left at that. Most is told at alpha 0.5, " in stays
+    assert stays.startswith("alpha = 0: ") and "the model is left as it is. Most is told at alpha 0.5, " in stays
     assert str(made).isascii() and stays.isascii() and "\n" not in str(made) + stays
 
 

@@ -55,6 +55,16 @@ def test_mistakes_are_named(given, error, message):
         TrainRequest(**{"dataset": "a", **given})
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("no_gallery", "; did you mean gallery=False?"), ("sampels", "; did you mean samples?"), ("zz", "")],
+)
+def test_a_setting_that_there_is_not_is_named(name, hint):
+    with pytest.raises(SettingError) as told:
+        TrainRequest.of(**{"dataset": "a", name: True})
+    assert str(told.value) == f"a training has no setting {name!r}{hint}"
+
+
 def test_a_request_loads_nothing():
     code = "import sys, vs2_plugin.training.request; print(sorted({'torch', 'numpy'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -277,9 +277,13 @@ class Checkpoint:
             CheckpointError: there is none, or it lacks something.
         """
         if self.gallery is None:
-            again = "train one on images, with their gallery" if GIVEN in self.data.splits else self._again()
-            pushed = "whoever pushed it may add theirs by vs2 store push --gallery, or " if self.hub else ""
-            raise CheckpointError(f"checkpoint {self.name!r} has no gallery of training images; {pushed}{again}")
+            if GIVEN in self.data.splits:
+                again = "train one on images, with their gallery"
+            elif self.hub:
+                again = f"whoever pushed it may add theirs by vs2 store push --gallery, or {self._again()}"
+            else:
+                again = self._again("and without --no_gallery")
+            raise CheckpointError(f"checkpoint {self.name!r} has no gallery of training images; {again}")
         if labels and not self.gallery.labels:
             raise CheckpointError(
                 f"checkpoint {self.name!r} keeps no training labels, which an oracle reads; "

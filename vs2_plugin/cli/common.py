@@ -61,11 +61,10 @@ def make_folder(path: Path) -> None:
         raise SettingError(f"--out {str(path)!r} cannot be made: {error.strerror}; name another folder") from error
 
 
-def add_store_option(parser: argparse.ArgumentParser) -> None:
+def add_store_option(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """Add ``--store``."""
-    parser.add_argument(
-        "--store", help=f"folder of the store (default: ${ENVIRONMENT_VARIABLE}, else the platform's cache folder)"
-    )
+    told = f"folder of the store (default: ${ENVIRONMENT_VARIABLE}, else the platform's cache folder)"
+    parser.add_argument("--store", default=default, help=told)
 
 
 def request_of(owner: type[T], args: argparse.Namespace, **more: Any) -> T:
@@ -137,7 +136,9 @@ def add_flags(
         if groups and setting.name in groups:
             group = parser.add_argument_group(*groups[setting.name])
         if value is not None:
-            group.add_argument(f"--{name}", action="store_const", const=value, dest=setting.name, help=setting.help)
+            both = setting.default is None and value is False
+            told = f"the opposite of --{setting.name}" if both else setting.help
+            group.add_argument(f"--{name}", action="store_const", const=value, dest=setting.name, help=told)
             continue
         default = setting.default
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default

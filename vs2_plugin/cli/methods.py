@@ -6,7 +6,7 @@ import argparse
 
 from vs2_plugin.cli.common import Commands, load_torch
 from vs2_plugin.messages import complain, say
-from vs2_plugin.method import AUTOMATIC, COMMON, NEIGHBOURS, STREAM, UNLABELED, VIEWS, Method, Option
+from vs2_plugin.method import AUTOMATIC, COMMON, LABELS, NEIGHBOURS, STREAM, UNLABELED, VIEWS, Method, Option
 from vs2_plugin.plugins import UNINSTALL, registry
 
 __all__ = ["add_methods"]
@@ -42,6 +42,13 @@ def _check(method: str) -> int:
     return 1 if failed else 0
 
 
+def _labels(method: Method) -> str:
+    """Say which labels a method uses."""
+    if method.sae == "pass":
+        return "those that its SAE was trained with"
+    return method.labels + (f", or oracle by @{LABELS.name}=oracle" if method.option(LABELS.name) else "")
+
+
 def _list_methods() -> int:
     def show(option: Option) -> None:
         excludes = f", not with {' or '.join(option.excludes)}" if option.excludes else ""
@@ -58,7 +65,7 @@ def _list_methods() -> int:
     for name, method in known.methods.items():
         aliases = f" (also {', '.join(method.aliases)})" if method.aliases else ""
         say(f"{name}:{aliases}  {method.summary}")
-        sees = f"labels used: {method.labels}; protocol: {method.protocol}"
+        sees = f"labels used: {_labels(method)}; protocol: {method.protocol}"
         say(f"    from {known.owners[name]}; {sees}; {needs(method)}")
         for option in method.options:
             show(option)

@@ -34,7 +34,7 @@ def add_store(commands: Commands) -> None:
     )
     add_store_option(store)
     actions = store.add_subparsers(dest="action", metavar="ACTION", required=True)
-    listing = actions.add_parser("list", help="what is there", epilog="example: vs2 store --store store list")
+    listing = actions.add_parser("list", help="what is there", epilog="example: vs2 store list --store store")
     listing.set_defaults(run=_list)
     remove = actions.add_parser(
         "remove", help="delete checkpoints, or cached activations", epilog="example: vs2 store remove --cache"
@@ -47,6 +47,8 @@ def add_store(commands: Commands) -> None:
     )
     remove.set_defaults(run=_remove)
     _add_sharing(actions)
+    for action in actions.choices.values():
+        add_store_option(action, default=argparse.SUPPRESS)  # before the action, or behind it
     _add_foreign(actions)
 
 

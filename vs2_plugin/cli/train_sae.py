@@ -52,7 +52,8 @@ _GROUPS = {
     ),
     "gallery": (
         "gallery",
-        "what vs2pp, clipsteer, rag, knn and proto look up; links to the cached activations, no copies",
+        "what vs2s, @alpha=auto, dn, vs2pp and others look up (see vs2 methods); links to the cached activations, no "
+        "copies",
     ),
     "store": ("store", None),
 }

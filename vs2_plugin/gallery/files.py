@@ -116,6 +116,7 @@ def open_gallery(
         digests=np.concatenate(read("digests")),
         labels=labels,
         first_labels=dict(zip((part.dataset for part in contents.parts), starts, strict=True)),
+        encoders=contents.encoders,
     )
 
 

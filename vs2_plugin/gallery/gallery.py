@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vs2_plugin.arrays import Array, Stack
+from vs2_plugin.gallery.contents import RetrievalEncoder
 
 __all__ = ["CLIP", "Gallery"]
 
@@ -27,6 +28,8 @@ class Gallery:
     """int64 ``[count]``: the training labels, where they were asked for. Only oracles read them."""
     first_labels: Mapping[str, int] = field(default_factory=dict)
     """Data set that the images are of -> its class 0 among the labels: the classes of one are not those of another."""
+    encoders: Mapping[str, RetrievalEncoder] = field(default_factory=dict)
+    """The retrieval encoders, by name."""
 
     @property
     def datasets(self) -> tuple[str, ...]:

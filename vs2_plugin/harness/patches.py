@@ -394,7 +394,7 @@ def _as_read(args: Namespace) -> Namespace:
         named = DataSet.of(args.dataset, args.dataset_root)
         args.dataset, args.dataset_root = named.name, named.template
     of_library = args.model_type == "open_clip" and split(args.model).backbone.startswith(TRANSFORMERS)
-    if of_library or is_steered(args.model):  # the name of a file holds nothing of the model's that it cannot
+    if of_library or is_steered(args.model) or "/" in args.model:  # which no file's name can hold
         args.output = args.output.replace("{model}", file_stem(args.model).replace("{", "{{").replace("}", "}}"))
     if of_library:  # to which a tag of weights means nothing
         args.pretrained = weights_tag(args.model, args.pretrained)

@@ -109,7 +109,7 @@ class Parts:
         gallery, name, folder = self.gallery(checkpoint), options["encoder"], checkpoint.folder
         encode = None
         if name != CLIP:
-            known = checkpoint.require_gallery().encoders[name]
+            known = gallery.encoders[name]
             assert self.tower is not None
             preprocessing = self.tower.preprocessing
             encode = self.once(

@@ -94,7 +94,8 @@ class Choice:
             rest = range(1, len(self.candidates))
             top = max(rest, key=lambda index: scores.information[index])
             return (
-                f"left at that. Most is told at {_words(self.candidates[top])}, {scores.information[top]:.3f} nats: "
+                f"the model is left as it is. Most is told at {_words(self.candidates[top])}, "
+                f"{scores.information[top]:.3f} nats: "
                 f"{RULE.objection(self.candidates, scores, top)}"
             )
         surely = f"{scores.information_errors[self.index]:+.1f} standard errors"

@@ -21,7 +21,7 @@ class PassRequest:
 
     task: ClassVar[str] = "zeroshot_classification"
     """The only one there is."""
-    model: tuple[str, ...] = setting(help="model strings, with ranges and lists")
+    model: tuple[str, ...] = setting(help="model strings")
     pretrained: str = setting("laion400m_e32", help="open_clip's weights tag or file")
     dataset: str = setting(help="a folder of images (photos/), a data set of clip_benchmark, or wds/NAME for shards")
     dataset_root: str = setting("root", help="where it lies if no path names it; {dataset} is filled in")
@@ -48,5 +48,6 @@ class SweepRequest(PassRequest):
         SettingError: a value outside its range.
     """
 
+    model: tuple[str, ...] = setting(help="model strings, with ranges and lists")
     output: str = setting("sweep/{model}.json", help="results files")
     skip_existing: bool = setting(False, help="keep the results that are there: goes on after an interruption")

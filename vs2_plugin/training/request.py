@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from typing import Any
 
 from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE
@@ -61,7 +62,7 @@ class TrainRequest:
     batch_size: int = setting(64, minimum=1, help="images per forward pass")
     num_workers: int = setting(min(4, os.cpu_count() or 1), minimum=0, help="image loader processes")
     amp: bool | None = setting(
-        None, help="extract under autocast, or in float32 (default: autocast, unless this processor emulates it)"
+        None, help="extract under autocast, not in float32 (default: autocast, unless this processor emulates it)"
     )
     seed: tuple[int, ...] | None = like(TrainConfig, "seed", help="random seed, or several")
     model_cache_dir: str | None = setting(None, help="where downloaded models are kept")
@@ -103,7 +104,7 @@ class TrainRequest:
 
     gallery: bool = setting(True, help="keep no gallery beside the checkpoint")
     gallery_labels: bool = setting(
-        False, help="keep the training labels too, for the methods that are oracles; nothing else reads them"
+        False, help="keep the training labels too: oracles steer by them, and vs2 sae compares with them"
     )
     retrieval_encoder: tuple[str, ...] = setting(
         (),
@@ -152,6 +153,13 @@ class TrainRequest:
     def of(cls, **given: Any) -> TrainRequest:
         """Make one of what is given: with activations, no model is meant unless it is named."""
         usual = {"model": "", "pretrained": ""} if given.get("activations") else {}
+        known = {one.name for one in fields(cls)}
+        for name in given:
+            if name not in known:
+                positive = name.removeprefix("no_")
+                meant = f"{positive}=False" if positive in known else (*get_close_matches(name, known, 1), "")[0]
+                hint = f"; did you mean {meant}?" if meant else ""
+                raise SettingError(f"a training has no setting {name!r}{hint}")
         return cls(**{**usual, **given})
 
     @property
