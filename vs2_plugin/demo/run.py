@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from statistics import mean, stdev
@@ -18,6 +17,7 @@ from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE
 from vs2_plugin.demo.digits import write_digits
 from vs2_plugin.errors import DataError, Vs2Error
 from vs2_plugin.harness.patches import PER_IMAGE
+from vs2_plugin.reproduce.command import surroundings
 from vs2_plugin.results.runs import read_run
 
 __all__ = ["EVALUATED", "MODEL", "SWEPT", "SYSTEMS", "demo", "prepare", "table"]
@@ -60,7 +60,7 @@ SAMPLES = 50_000
 #: Name of a command -> what runs it, given the words behind its name, and returns an exit code or None.
 Commands: TypeAlias = Mapping[str, Callable[[Sequence[str]], "int | str | None"]]
 _TINY_CLIP = Path(__file__).parent / "tiny_clip"
-_MINE = ("digits", "tiny-clip", "store", "results", "report")  # the folders that the demo writes into its own
+_MINE = ("digits", "tiny-clip", "store", "results", "report", "benchmark.csv")  # what the demo writes into its folder
 
 
 def prepare(folder: Path) -> None:
@@ -69,17 +69,13 @@ def prepare(folder: Path) -> None:
     Raises:
         DataError: the folder holds something that is not the demo's.
     """
-    strange = (
-        sorted(path.name for path in folder.iterdir() if path.name not in (*_MINE, "benchmark.csv"))
-        if folder.is_dir()
-        else []
-    )
+    strange = sorted(path.name for path in folder.iterdir() if path.name not in _MINE) if folder.is_dir() else []
     if strange:
         raise DataError(
             f"{folder} holds {', '.join(strange[:3])}, which the demo did not write; name an empty or new "
             "folder with --out"
         )
-    for name in (*_MINE, "benchmark.csv"):
+    for name in _MINE:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     write_digits(folder / "digits")
@@ -108,7 +104,7 @@ def demo(folder: Path, commands: Commands, quiet: bool = False, seeds: Sequence[
     settings = {ENVIRONMENT_VARIABLE: "store", PER_IMAGE: "1", "OMP_WAIT_POLICY": "PASSIVE"}
     exported = " ".join(f"{name}={value}" for name, value in settings.items())
     print(f"cd {shlex.quote(str(folder))}; export {exported}")
-    with _within(folder, settings):
+    with surroundings(folder, settings):
         for words in _steps(seeds):
             _command(words, {**commands, "clip_benchmark": _clip_benchmark}, quiet)
     there = "results/*.json, results/sweep.csv, the checkpoints in store/checkpoints"
@@ -198,17 +194,3 @@ def _clip_benchmark(words: Sequence[str]) -> None:
         cli.main()
     finally:
         sys.argv = before
-
-
-@contextmanager
-def _within(folder: Path, settings: Mapping[str, str]) -> Iterator[None]:
-    """Work in a folder, with settings of the environment."""
-    place, environment = Path.cwd(), dict(os.environ)
-    os.chdir(folder)
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        os.chdir(place)
-        os.environ.clear()
-        os.environ.update(environment)

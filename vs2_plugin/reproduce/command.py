@@ -56,18 +56,15 @@ def run_command(words: Sequence[str], log: Path, quiet: bool, look: Callable[[],
 @contextmanager
 def surroundings(folder: Path, variables: Mapping[str, str]) -> Iterator[None]:
     """Work in a folder and with environment variables, here and in commands, for the length of a ``with`` block."""
-    place, before = Path.cwd(), {name: os.environ.get(name) for name in variables}
+    place, environment = Path.cwd(), dict(os.environ)
     os.chdir(folder)
     os.environ.update(variables)
     try:
         yield
     finally:
         os.chdir(place)
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 def _reason(said: str, code: int) -> str:
