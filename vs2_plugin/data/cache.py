@@ -149,36 +149,29 @@ class ActivationCache:
         """Return what ``processes`` have extracted under the keys ``parts``, as soon as the first has joined it."""
         wait()
         if processes.first:
-            self.join(parts, key, widths, dtype, labels)
+            with self.alone(key), self.writing(key, widths, dtype, labels, fresh=True) as writer:  # joining is quick
+                for part in parts:
+                    self._add(part, writer, widths, labels)
+                if writer.count == 0:
+                    raise DataError("there are no training images")
+            for part in parts:
+                shutil.rmtree(self.folder(part), ignore_errors=True)
         wait()
         return self.written(key, widths, labels)
 
-    def join(
-        self,
-        parts: Sequence[dict[str, Any]],
-        key: dict[str, Any],
-        widths: Mapping[str, int],
-        dtype: np.dtype,
-        labels: bool,
-    ) -> None:
-        """Put what lies under the keys ``parts`` under one key, in their order, and remove the parts."""
-        with self.alone(key), self.writing(key, widths, dtype, labels, fresh=True) as writer:  # joining is quick
-            for part in parts:
-                found = self.open(part, widths, labels)
-                if found is None:
-                    raise DataError(
-                        f"{self.folder(part)}: what another process extracted is not there; start all of them with the "
-                        "same --store, a folder that their machines share"
-                    )
-                for start in range(0, len(found), _CHUNK):
-                    rows = slice(start, start + _CHUNK)
-                    columns = {name: column[rows] for name, column in found.columns.items()}
-                    writer.append(columns, found.digests[rows], None if found.labels is None else found.labels[rows])
-                writer.left_out |= dict(enumerate(found.left_out, len(writer.left_out)))
-            if writer.count == 0:
-                raise DataError("there are no training images")
-        for part in parts:
-            shutil.rmtree(self.folder(part), ignore_errors=True)
+    def _add(self, part: dict[str, Any], writer: Writer, widths: Mapping[str, int], labels: bool) -> None:
+        """Write what lies under the key ``part``."""
+        found = self.open(part, widths, labels)
+        if found is None:
+            raise DataError(
+                f"{self.folder(part)}: what another process extracted is not there; start all of them with the same "
+                "--store, a folder that their machines share"
+            )
+        for start in range(0, len(found), _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            columns = {name: column[rows] for name, column in found.columns.items()}
+            writer.append(columns, found.digests[rows], None if found.labels is None else found.labels[rows])
+        writer.left_out |= dict(enumerate(found.left_out, len(writer.left_out)))
 
 
 def _files(contents: Mapping[str, str]) -> dict[str, str]:
