@@ -21,7 +21,6 @@ _MARK = "vs2 classify"
 _PICTURES, _MOST, _LEAST = 300, 24, 4
 #: Unreadable images that are named.
 _NAMED = 50
-_SIDE = 160
 
 
 class _Ranked(NamedTuple):
@@ -34,6 +33,13 @@ class _Ranked(NamedTuple):
     row: Row
 
 
+class Shown(NamedTuple):
+    """An image on the page."""
+
+    row: Row
+    picture: Thumbnail | None
+
+
 @dataclass
 class _Class:
     """The images of one class."""
@@ -43,6 +49,13 @@ class _Class:
     changed: int = 0
     ranked: list[_Ranked] = field(default_factory=list)
     """A heap of those that may be shown."""
+    images: list[Shown] = field(default_factory=list)
+    """Those that are shown, those with most to see first."""
+
+    @property
+    def more(self) -> int:
+        """Images of the class that are not shown."""
+        return self.count - len(self.images)
 
     def add(self, row: Row, number: int) -> None:
         """Count an image, and keep it if it is among those with most to see."""
@@ -54,32 +67,6 @@ class _Class:
             heappush(self.ranked, ranked)
         else:
             heappushpop(self.ranked, ranked)
-
-    def rows(self, count: int) -> list[Row]:
-        """The rows to show, those with most to see first."""
-        return [one.row for one in sorted(self.ranked, reverse=True)[:count]]
-
-
-class Shown(NamedTuple):
-    """An image on the page."""
-
-    row: Row
-    picture: Thumbnail | None
-
-
-@dataclass(frozen=True)
-class Group:
-    """A class on the page."""
-
-    name: str
-    count: int
-    changed: int
-    images: list[Shown]
-
-    @property
-    def more(self) -> int:
-        """Images of the class that are not shown."""
-        return self.count - len(self.images)
 
 
 @dataclass
@@ -112,14 +99,14 @@ class Sheet:
         """Images whose class steering changed."""
         return sum(one.changed for one in self.classes.values())
 
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[_Class]:
         """The classes that are shown, those first in which steering changed most."""
         each = min(_MOST, max(_LEAST, _PICTURES // max(1, len(self.classes))))
         ordered = sorted(self.classes.values(), key=lambda one: (-one.changed, -one.count, one.name))
-        return [
-            Group(one.name, one.count, one.changed, [Shown(row, _picture(row["path"])) for row in one.rows(each)])
-            for one in ordered[: _PICTURES // each]
-        ]
+        for one in (shown := ordered[: _PICTURES // each]):
+            rows = (ranked.row for ranked in sorted(one.ranked, reverse=True)[:each])
+            one.images = [Shown(row, _picture(row["path"])) for row in rows]
+        return shown
 
     def write(self, path: str | Path, title: Sequence[tuple[str, str]]) -> Path:
         """Write the page, which opens from disk and needs nothing else.
@@ -144,6 +131,6 @@ class Sheet:
 
 def _picture(path: str) -> Thumbnail | None:
     try:
-        return thumbnail(open_picture(path), _SIDE)
+        return thumbnail(open_picture(path))
     except DataError:  # it was there a moment ago
         return None
