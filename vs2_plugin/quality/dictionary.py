@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from vs2_plugin.arrays import spread
+
 __all__ = ["Agreement", "agreement", "nearest_cosines"]
 
 _ENTRIES = 1 << 24  # of a matrix of cosines that is assigned: 128 MB, some seconds
@@ -25,7 +27,7 @@ def nearest_cosines(directions: Tensor, signed: bool = True) -> np.ndarray:
         signed: whether the opposite direction is another one; where a latent's activation may be negative, it is not.
     """
     unit = F.normalize(directions.float(), dim=1)
-    chosen = torch.from_numpy(_spread(len(unit), max(1, _LOOKED_AT // len(unit))))
+    chosen = spread(len(unit), max(1, _LOOKED_AT // len(unit)))
     found = []
     for part in chosen.split(max(1, _BLOCK // len(unit))):
         cosines = unit[part] @ unit.T
@@ -57,7 +59,7 @@ def agreement(one: Tensor, other: Tensor, signed: bool = True, seed: int = 0) ->
         seed: of the random directions.
     """
     one, other = F.normalize(one.float(), dim=1), F.normalize(other.float(), dim=1)
-    one = one[torch.from_numpy(_spread(len(one), max(1, _ENTRIES // len(other))))]
+    one = one[spread(len(one), max(1, _ENTRIES // len(other)))]
     return Agreement(*(_assigned(one, directions, signed) for directions in (other, _random_like(other, seed))))
 
 
@@ -75,7 +77,3 @@ def _random_like(directions: Tensor, seed: int) -> Tensor:
     values, vectors = torch.linalg.eigh(centred.T @ centred / len(wide))
     normal = torch.from_numpy(np.random.default_rng(seed).standard_normal(tuple(wide.shape)))
     return F.normalize(mean + normal * values.clamp_min(0).sqrt() @ vectors.T, dim=1).float()
-
-
-def _spread(count: int, limit: int) -> np.ndarray:
-    return np.linspace(0, count - 1, min(count, limit)).astype(np.int64)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from scipy.sparse import csc_array, csr_array
 from scipy.stats import rankdata
 
+from vs2_plugin.arrays import spread
+
 __all__ = ["Monosemanticity", "Probe", "monosemanticity", "sparse_probes"]
 
 _COLUMNS = 64  # of the embeddings, at a time: their double-precision copy stays small
@@ -138,8 +140,7 @@ def _probed(
     names, counts = np.unique(seen, return_counts=True)
     enough = names[(counts >= least) & (counts < len(seen))]
     classes = [label for label in enough if 0 < (known == label).sum() < len(known)]
-    places = np.linspace(0, len(classes) - 1, min(len(classes), _CLASSES)).astype(np.int64)
-    return np.asarray(classes)[places] if classes else np.empty(0), seen, known
+    return np.asarray(classes)[spread(len(classes), _CLASSES).numpy()] if classes else np.empty(0), seen, known
 
 
 def _least_squares(rows: np.ndarray, mine: np.ndarray) -> np.ndarray:
