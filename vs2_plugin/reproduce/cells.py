@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 from vs2_plugin import settings
 from vs2_plugin.checkpoint.store import checkpoint_name
+from vs2_plugin.files import json_digest
 from vs2_plugin.modelstring import ModelString, parse
 from vs2_plugin.names import file_stem, is_steered
 from vs2_plugin.training.request import TrainRequest
@@ -36,8 +35,7 @@ class Sae:
     @property
     def base(self) -> str:
         """The name of its checkpoints, but for the seed: two trainings share one if they are the same."""
-        facts = json.dumps([self.backbone, self.weights, self.datasets, self.flags])
-        digest = hashlib.sha256(facts.encode()).hexdigest()[:8]
+        digest = json_digest([self.backbone, self.weights, self.datasets, self.flags])[:8]
         return f"{checkpoint_name(self.backbone, self.weights, '+'.join(self.datasets))}-{digest}"
 
     def name(self, seed: int) -> str:

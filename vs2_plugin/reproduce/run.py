@@ -13,7 +13,6 @@ interruption loses at most the run at hand.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -31,6 +30,7 @@ from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import CheckpointError, DataError, Vs2Error
+from vs2_plugin.files import json_digest
 from vs2_plugin.reproduce.cells import Cell, Evaluation, Sae, Table
 from vs2_plugin.reproduce.command import run_command
 from vs2_plugin.reproduce.fetch import Missing, missing_data, missing_encoder, missing_weights
@@ -381,7 +381,7 @@ def _prompt_name(prompts: Sequence[str]) -> str:
     if not prompts:
         return "harness"
     words = re.sub(r"[^A-Za-z0-9]+", "-", prompts[0])[:32].strip("-")
-    return f"{words}-{hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:8]}"
+    return f"{words}-{json_digest(prompts)[:8]}"
 
 
 def _flat(text: str) -> str:
