@@ -90,7 +90,7 @@ class Bench:
         own = {option.name: options[option.name] for option in method.options}
         automatic = method.automatic(own)
         if automatic:
-            steering = Automatic(method.name, lambda values: method.build(context, **values), own, automatic)
+            steering = Automatic(method, lambda values: method.build(context, **values), own)
         else:
             steering = method.build(context, **own)
         steered = steering
