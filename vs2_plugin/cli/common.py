@@ -21,7 +21,7 @@ from vs2_plugin.text import sentence_of
 
 __all__ = [
     "AGAIN", "Command", "Commands", "add_flags", "add_store_option", "end_well", "load_torch", "make_folder",
-    "request_of",
+    "refuse_silence", "request_of",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -59,6 +59,13 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SettingError(f"--out {str(path)!r} cannot be made: {error.strerror}; name another folder") from error
+
+
+def refuse_silence(args: argparse.Namespace) -> None:
+    """Refuse ``--quiet`` without ``--out``. Raises SettingError."""
+    if args.quiet and args.out is None:
+        raise SettingError("--quiet prints nothing, and without --out nothing is written: give --out FOLDER, or leave "
+                           "--quiet away")  # fmt: skip
 
 
 def add_store_option(parser: argparse.ArgumentParser, default: str | None = None) -> None:

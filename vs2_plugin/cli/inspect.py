@@ -7,9 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vs2_plugin.cli.common import AGAIN, Commands, load_torch
+from vs2_plugin.cli.common import AGAIN, Commands, load_torch, refuse_silence
 from vs2_plugin.data.labels import read_lines
-from vs2_plugin.errors import SettingError
 from vs2_plugin.inspection.notes import ATTRIBUTION, TOP_IMAGES, WORDS
 from vs2_plugin.messages import complain, say
 
@@ -52,9 +51,7 @@ def add_inspect(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    if args.quiet and args.out is None:
-        raise SettingError("--quiet prints nothing, and without --out nothing is written: give --out FOLDER, or leave "
-                           "--quiet away")  # fmt: skip
+    refuse_silence(args)
     load_torch()
     from vs2_plugin.inspection.findings import inspect_images
     from vs2_plugin.inspection.pages import write_inspection

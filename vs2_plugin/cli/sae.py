@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vs2_plugin.checkpoint.store import Store
-from vs2_plugin.cli.common import AGAIN, Commands, add_store_option, load_torch
+from vs2_plugin.cli.common import AGAIN, Commands, add_store_option, load_torch, refuse_silence
 from vs2_plugin.data.labels import read_lines
 from vs2_plugin.errors import SettingError
 from vs2_plugin.messages import say
@@ -104,9 +104,7 @@ def _tell(args: argparse.Namespace, quality: Quality, kept: list[str]) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other. Raises SettingError."""
-    if args.quiet and args.out is None:
-        raise SettingError("--quiet prints nothing, and without --out nothing is written: give --out FOLDER, or leave "
-                           "--quiet away")  # fmt: skip
+    refuse_silence(args)
     if args.labels is not None and args.activations is None:
         raise SettingError("--labels are of --activations, which are missing; the checkpoint's own labels are read by "
                            "themselves, if it was trained with --gallery_labels")  # fmt: skip
