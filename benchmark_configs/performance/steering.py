@@ -45,6 +45,7 @@ PRECISIONS = {
     "cuda": {"autocast float16": torch.float16, "autocast bfloat16": torch.bfloat16, "float32": None},
 }
 LAP = 0.02  # seconds of calls that one time is taken of, on a GPU
+CALLS = 10  # that are profiled
 ROWS = 1 << 16
 
 
@@ -134,9 +135,7 @@ def compare(
 
 
 @torch.no_grad()
-def times(
-    model: nn.Module, images: torch.Tensor, dtype: torch.dtype | None, calls: int = 10
-) -> tuple[Counter[str], Counter[str]]:
+def times(model: nn.Module, images: torch.Tensor, dtype: torch.dtype | None) -> tuple[Counter[str], Counter[str]]:
     """Microseconds per call by kernel, and of the processor by operator."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -144,13 +143,13 @@ def times(
     if images.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities) as found:
-        seconds(model, images, dtype, calls)
+        seconds(model, images, dtype, CALLS)
     kernels, operators = Counter[str](), Counter[str]()
     for event in found.key_averages():
         if event.device_type == torch.autograd.DeviceType.CUDA:  # not the operators, whose kernels these are
-            kernels[event.key] += event.self_device_time_total / calls
+            kernels[event.key] += event.self_device_time_total / CALLS
         else:
-            operators[event.key] += event.self_cpu_time_total / calls
+            operators[event.key] += event.self_cpu_time_total / CALLS
     return kernels, operators
 
 

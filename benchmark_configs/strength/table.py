@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from settings import GROUPS, METHODS
 
-from vs2_plugin.strength import RULE, Rule, Scores
+from vs2_plugin.strength import RULE, Scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,12 +55,12 @@ def _has_evidence(choice: Mapping[str, Any]) -> bool:
     return set(Scores._fields) <= set(choice)
 
 
-def decide(row: Mapping[str, Any], rule: Rule = RULE) -> dict[str, Any]:
+def decide(row: Mapping[str, Any]) -> dict[str, Any]:
     """A run with the choices, and their accuracies, that the rule makes of its evidence."""
     choices, accuracy = dict(row["choices"]), dict(row["accuracy"])
     for method, curve in row["curves"].items():
         told = choices[method]
-        index = rule.pick(told["candidates"], Scores(**{name: told[name] for name in Scores._fields}))
+        index = RULE.pick(told["candidates"], Scores(**{name: told[name] for name in Scores._fields}))
         choices[method], accuracy[method] = {**told, "index": index}, curve[index]
     return {**row, "choices": choices, "accuracy": accuracy}
 

@@ -43,7 +43,7 @@ def test_the_same_dictionary_in_another_order_agrees_and_a_random_one_does_not()
 
 def test_a_random_dictionary_has_the_mean_and_covariance():
     one = torch.from_numpy(directions(4000, width=6))
-    drawn = dictionary._random_like(one, 0)
+    drawn = dictionary._random_like(one)
     np.testing.assert_allclose(drawn.norm(dim=1), 1, rtol=1e-5)
     np.testing.assert_allclose(np.cov(drawn.numpy().T), np.cov(one.numpy().T), atol=0.03)
 

@@ -47,7 +47,7 @@ class Agreement(NamedTuple):
     covariance."""
 
 
-def agreement(one: Tensor, other: Tensor, signed: bool = True, seed: int = 0) -> Agreement:
+def agreement(one: Tensor, other: Tensor, signed: bool = True) -> Agreement:
     """Assign each direction of ``one`` another one of ``other``, so that the sum of cosines is the largest.
 
     Where the matrix of cosines would take more than 16.8 million entries, evenly spread directions stand for ``one``.
@@ -56,11 +56,10 @@ def agreement(one: Tensor, other: Tensor, signed: bool = True, seed: int = 0) ->
         one: ``[n, d]``.
         other: ``[m, d]``.
         signed: as of :func:`nearest_cosines`.
-        seed: of the random directions.
     """
     one, other = F.normalize(one.float(), dim=1), F.normalize(other.float(), dim=1)
     one = one[spread(len(one), max(1, _ENTRIES // len(other)))]
-    return Agreement(*(_assigned(one, directions, signed) for directions in (other, _random_like(other, seed))))
+    return Agreement(*(_assigned(one, directions, signed) for directions in (other, _random_like(other))))
 
 
 def _assigned(one: Tensor, other: Tensor, signed: bool) -> np.ndarray:
@@ -69,11 +68,11 @@ def _assigned(one: Tensor, other: Tensor, signed: bool) -> np.ndarray:
     return np.asarray(cosines[linear_sum_assignment(cosines, maximize=True)])
 
 
-def _random_like(directions: Tensor, seed: int) -> Tensor:
+def _random_like(directions: Tensor) -> Tensor:
     """Return unit vectors drawn from the normal distribution with the mean and covariance of ``[m, d]``."""
     wide = directions.double()
     mean = wide.mean(0)
     centred = wide - mean
     values, vectors = torch.linalg.eigh(centred.T @ centred / len(wide))
-    normal = torch.from_numpy(np.random.default_rng(seed).standard_normal(tuple(wide.shape)))
+    normal = torch.from_numpy(np.random.default_rng(0).standard_normal(tuple(wide.shape)))
     return F.normalize(mean + normal * values.clamp_min(0).sqrt() @ vectors.T, dim=1).float()

@@ -24,6 +24,10 @@ __all__ = [
 Array = NDArray[Any]
 #: Bins of the expected calibration error.
 BINS = 15
+#: Draws of the bootstrap, and the share of them that lies below its interval, and above it.
+_RESAMPLES, _TAIL = 10_000, (1 - 0.95) / 2
+#: Bins of FVU at most, and images in each at least.
+_FVU_BINS, _LEAST = 10, 20
 
 
 class Interval(NamedTuple):
@@ -79,17 +83,16 @@ class Bin(NamedTuple):
     """Which images, bool ``[n]``."""
 
 
-def interval(values: Array, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
-    """Return the percentile bootstrap interval of the mean of ``values`` ``[n]``.
+def interval(values: Array) -> Interval:
+    """Return the 95 % percentile bootstrap interval of the mean of ``values`` ``[n]``.
 
     Drawing n images with replacement draws each distinct value a multinomial number of times. That is what is drawn
     here: the same distribution as with a weight per image, at a cost that does not grow with n.
     """
     distinct, counts = np.unique(np.asarray(values, dtype=float), return_counts=True)
     n = counts.sum()
-    means = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples) @ distinct / n
-    tail = (1 - level) / 2
-    return Interval(*np.quantile(means, [tail, 1 - tail]).tolist())
+    means = np.random.default_rng(0).multinomial(n, counts / n, size=_RESAMPLES) @ distinct / n
+    return Interval(*np.quantile(means, [_TAIL, 1 - _TAIL]).tolist())
 
 
 def pair(
@@ -111,22 +114,22 @@ def pair(
     return order
 
 
-def calibration(confidence: Array, correct: Array, bins: int = BINS) -> Calibration:
+def calibration(confidence: Array, correct: Array) -> Calibration:
     """Return how well ``[n]`` probabilities of the predicted class fit which of the predictions are ``correct``.
 
-    ``ECE = Σ_b n_b/n |acc_b - conf_b|`` over equal bins ``(b/bins, (b+1)/bins]`` of confidence (arXiv 1706.04599).
+    ``ECE = Σ_b n_b/n |acc_b - conf_b|`` over equal bins ``(b/15, (b+1)/15]`` of confidence (arXiv 1706.04599).
     """
     confidence = confidence.astype(float)
-    index = _bin_of(confidence, bins)
-    counts = np.bincount(index, minlength=bins)
+    index = _bin_of(confidence)
+    counts = np.bincount(index, minlength=BINS)
     with np.errstate(invalid="ignore"):
-        mean = np.bincount(index, confidence, bins) / counts
-        accuracy = np.bincount(index, correct, bins) / counts
+        mean = np.bincount(index, confidence, BINS) / counts
+        accuracy = np.bincount(index, correct, BINS) / counts
     share = counts / len(confidence)
     return Calibration(float(np.nansum(share * np.abs(accuracy - mean))), share, mean, accuracy)
 
 
-def calibration_of_bins(rows: Sequence[Sequence[float]], ece: float, bins: int = BINS) -> Calibration:
+def calibration_of_bins(rows: Sequence[Sequence[float]], ece: float) -> Calibration:
     """Return the same from bins that hold images, ``[images, mean confidence, accuracy]`` each.
 
     Raises:
@@ -135,14 +138,14 @@ def calibration_of_bins(rows: Sequence[Sequence[float]], ece: float, bins: int =
     images, mean, right = np.array(rows, dtype=float).reshape(-1, 3).T
     if not 0 < images.sum() < np.inf or not np.isfinite([mean, right]).all():
         raise ValueError("expected bins that hold images")
-    index = _bin_of(mean, bins)
-    share, confidence, accuracy = np.zeros(bins), np.full(bins, np.nan), np.full(bins, np.nan)
+    index = _bin_of(mean)
+    share, confidence, accuracy = np.zeros(BINS), np.full(BINS, np.nan), np.full(BINS, np.nan)
     share[index], confidence[index], accuracy[index] = images / images.sum(), mean, right
     return Calibration(ece, share, confidence, accuracy)
 
 
-def _bin_of(confidence: Array, bins: int) -> Array:
-    return np.asarray(np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1))
+def _bin_of(confidence: Array) -> Array:
+    return np.asarray(np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1))
 
 
 def class_changes(target: Array, before: Array, after: Array) -> list[ClassChange]:
@@ -173,9 +176,9 @@ def _most(given: Array) -> tuple[int, int] | None:
     return int(labels[counts.argmax()]), int(counts.max())
 
 
-def by_fvu(fvu: Array, bins: int = 10, least: int = 20) -> list[Bin]:
-    """Return bins of about as many images each, at least ``least``, by rising FVU ``[n]``; equal values share a bin."""
-    bins = max(1, min(bins, len(fvu) // least))
+def by_fvu(fvu: Array) -> list[Bin]:
+    """Return bins of about as many images each, at least 20, by rising FVU ``[n]``; equal values share a bin."""
+    bins = max(1, min(_FVU_BINS, len(fvu) // _LEAST))
     edges = np.unique(np.quantile(fvu, np.linspace(0, 1, bins + 1)))
     index = np.clip(np.searchsorted(edges, fvu, side="left") - 1, 0, max(len(edges) - 2, 0))
     pairs = zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
