@@ -49,8 +49,6 @@ class Summary:
     unreadable: int = 0
     changed: int = 0
     """How many have another class than without steering."""
-    steered: int = 0
-    """How many the gate let through."""
     classes: Counter[str] = field(default_factory=Counter)
     """How many images have each class."""
     written: list[str] = field(default_factory=list)
@@ -64,7 +62,6 @@ class Summary:
             else:
                 self.images += 1
                 self.changed += row["changed"]
-                self.steered += row["steered"]
                 self.classes[row["class"]] += 1
             yield row
 
