@@ -12,11 +12,11 @@ def drawn(monkeypatch, tmp_path):
     """A function that draws a grid with a value for each point: file -> figure."""
     found = {}
 
-    def keep(figure, path):
+    def keep(figure, path, software):
         found[path.name] = figure
         return path
 
-    monkeypatch.setattr(figures, "_save", keep)
+    monkeypatch.setattr(figures, "save", keep)
 
     def draw(text, plain=50.0):
         [grid] = read_grids([text])

@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vs2_plugin.files import atomic_file
 from vs2_plugin.stress.outcomes import ALL, AXES, Mean, Outcome, label_of, means
+from vs2_plugin.sweep.figures import save
 
 __all__ = ["draw"]
 
@@ -32,9 +32,7 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> Path:
         shown |= _panel(panel, axis, found)
     panels[0].set_ylabel("top-1 accuracy less zero-shot's, points")
     figure.legend(handles=[*shown.values()], labels=[*shown], loc="outside lower center", fontsize=8, ncols=3)
-    with atomic_file(path) as scratch:
-        figure.savefig(scratch, format="png", dpi=150, metadata={"Software": "vs2 stress"})
-    return path
+    return save(figure, path, "vs2 stress")
 
 
 def _panel(panel: Axes, axis: str, found: Mapping[tuple[str, str, str], Mean]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from vs2_plugin.files import atomic_file
 from vs2_plugin.sweep.grid import Grid, as_number
 
-__all__ = ["draw"]
+__all__ = ["draw", "save"]
 
 _NOTE = "the best point is chosen by these very images: report its accuracy on others"
 
@@ -34,13 +34,13 @@ def draw(grid: Grid, values: Mapping[str, float], plain: float, name: Callable[[
     numeric = [axis for axis, texts in grid.axes.items() if None not in map(as_number, texts)]
     if len(numeric) >= 2:
         return [
-            _save(_heat_map(grid, title, rows, plain, numeric[:2]), name(title))
+            save(_heat_map(grid, title, rows, plain, numeric[:2]), name(title), "vs2 sweep")
             for title, rows in _sections(grid, table, numeric[:2])
         ]
     if not grid.axes:
         return []
     along = numeric[0] if numeric else next(iter(grid.axes))
-    return [_save(_curves(grid, along, _sections(grid, table, [along]), plain), name(""))]
+    return [save(_curves(grid, along, _sections(grid, table, [along]), plain), name(""), "vs2 sweep")]
 
 
 Section = tuple[str, dict[tuple[str, ...], float]]
@@ -110,7 +110,8 @@ def _curves(grid: Grid, along: str, sections: list[Section], plain: float) -> Fi
     return figure
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path, software: str) -> Path:
+    """Write a figure to a PNG file that names the ``software``; return the file."""
     with atomic_file(path) as scratch:
-        figure.savefig(scratch, format="png", dpi=150, metadata={"Software": "vs2 sweep"})
+        figure.savefig(scratch, format="png", dpi=150, metadata={"Software": software})
     return path
