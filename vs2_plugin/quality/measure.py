@@ -32,6 +32,7 @@ _NO_IMAGES = (
     "the checkpoint keeps no activations; name a file of them with --activations, or train it again without "
     "--no_gallery"
 )
+_NO_LABELS = "it needs labels: train with --gallery_labels, or give --labels with --activations"
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,7 @@ def measure(
         figures["explained_variance"] = Figure(1 - subject.site.fvu, _one_less(recorded.get("pca_fvu")))
         known = ("l0", "dead", "dense", "gamma", "recovered", "agreement")
         figures |= {name: _recorded(recorded.get(name)) for name in known}
-        missing = ("probe_1", "probe_5", "monosemanticity", "monosemantic")
-        figures |= {name: Figure(None, why=_NO_IMAGES) for name in missing}
+        figures |= _none(_NO_IMAGES, "probe_1", "probe_5", "monosemanticity", "monosemantic")
     else:
         source = Source(images.activations, device)
         source.check()
@@ -115,6 +115,10 @@ def measure(
     figures["doubled"] = Figure(float((cosines > _DOUBLED).mean()))
     sae.cpu()
     return Measured(subject, figures, codes, meaning)
+
+
+def _none(why: str, *names: str) -> dict[str, Figure]:
+    return {name: Figure(None, why=why) for name in names}
 
 
 def _recorded(value: object) -> Figure:
@@ -156,20 +160,18 @@ def _elsewhere(subject: Subject, elsewhere: Elsewhere | None, device: str) -> Fi
 def _zero_shot(
     subject: Subject, source: Source, images: Images, given: ZeroShot | str
 ) -> dict[str, Figure]:
-    names = ("recovered", "agreement")
     if isinstance(given, str):
-        return {name: Figure(None, why=given) for name in names}
+        return _none(given, "recovered", "agreement")
     if given.embed is None:
         checkpoint, block = subject.checkpoint, subject.site.block
         model = f"rec:{checkpoint.backbone}@{checkpoint.name}@blocks={block}"
         command = shlex.join(["clip_benchmark", "eval", "--model", checkpoint.backbone, model])
         why = f"what comes after block {block} needs images: {command}, with --pretrained and --dataset, evaluates it"
-        return {name: Figure(None, why=why) for name in names}
+        return _none(why, "recovered", "agreement")
     held = np.sort(images.held)
     labels = images.labels[held] if images.labels is not None and given.labelled else None
     found = recovered(subject.sae, source, held, given.embed, given.weights, labels)
-    why = "it needs labels: train with --gallery_labels, or give --labels with --activations"
-    why = why if images.labels is None else "the labels at hand are not those of these classes"
+    why = _NO_LABELS if images.labels is None else "the labels at hand are not those of these classes"
     if labels is not None:
         why = "the plain model is no better than one constant activation"
     share = Figure(found.share, why="" if found.share is not None else why)
@@ -195,8 +197,7 @@ def keep(measured: Measured, zero_shot: ZeroShot | str) -> bool:
 def _probes(codes: Codes, images: Images, chosen: np.ndarray) -> dict[str, Figure]:
     names = {1: "probe_1", 5: "probe_5"}
     if images.labels is None:
-        why = "it needs labels: train with --gallery_labels, or give --labels with --activations"
-        return {name: Figure(None, why=why) for name in names.values()}
+        return _none(_NO_LABELS, *names.values())
     held = np.isin(chosen, images.held)
     fitted = np.isin(chosen, images.others[:_PROBED])
     if not len(images.others):  # all are new to the SAE: the probes are fitted on half of them
@@ -206,18 +207,15 @@ def _probes(codes: Codes, images: Images, chosen: np.ndarray) -> dict[str, Figur
     own, labels = chosen[rows], images.labels[chosen[rows]]
     both = (codes.matrix[rows], csr_array(np.asarray(images.activations[own], np.float32)))
     of_latents, of_coordinates = (sparse_probes(one, labels, fitted[rows], held[rows]) for one in both)
-    why = "no class has five images to fit a probe on and one to test it on"
-    return {
-        name: Figure(of_latents[size].auc, of_coordinates[size].auc) if of_latents else Figure(None, why=why)
-        for size, name in names.items()
-    }
+    if not of_latents:
+        return _none("no class has five images to fit a probe on and one to test it on", *names.values())
+    return {name: Figure(of_latents[size].auc, of_coordinates[size].auc) for size, name in names.items()}
 
 
 def _meaning(meaning: Monosemanticity) -> dict[str, Figure]:
     there = ~np.isnan(meaning.scores)
     if not there.any():
-        why = "no latent is active in two images"
-        return {name: Figure(None, why=why) for name in ("monosemanticity", "monosemantic")}
+        return _none("no latent is active in two images", "monosemanticity", "monosemantic")
     scores, shuffled = meaning.scores[there], meaning.shuffled[there]
     above = float((scores > np.quantile(shuffled, 0.95)).mean())
     return {
@@ -234,7 +232,7 @@ def stability(measured: Sequence[Measured]) -> tuple[dict[str, Figure], list[tup
     """
     if len(measured) < 2:
         why = "it takes SAEs of two seeds or more: vs2-train-sae --seed 0 1 2, then vs2 sae with all of their names"
-        return {name: Figure(None, why=why) for name in ("stability", "stable")}, []
+        return _none(why, "stability", "stable"), []
     pairs = []
     for one, other in combinations(measured, 2):
         if _are_of_one_seed(one.subject, other.subject):
@@ -243,7 +241,7 @@ def stability(measured: Sequence[Measured]) -> tuple[dict[str, Figure], list[tup
         pairs.append((one.subject.name, other.subject.name, found))
     if not pairs:
         why = "these SAEs begin with the same random numbers: expected those of several seeds"
-        return {name: Figure(None, why=why) for name in ("stability", "stable")}, []
+        return _none(why, "stability", "stable"), []
     cosines, random = (
         [getattr(found, which) for _, _, found in pairs] for which in ("cosines", "random")
     )
