@@ -8,7 +8,7 @@ from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.errors import DataError
 from vs2_plugin.quality.measure import measure, stability
 from vs2_plugin.quality.notes import NOTES
-from vs2_plugin.quality.page import Quality, json_of, write_page
+from vs2_plugin.quality.page import Quality, write_page
 from vs2_plugin.quality.subject import open_subject
 
 from .test_measure import trained  # noqa: F401
@@ -26,7 +26,7 @@ def test_the_page_tells_every_figure_with_what_it_means(quality, tmp_path):
     for note in NOTES.values():
         assert note.title in text and note.usual.split(";")[0].split("'")[0] in text
     assert "not measured: it needs classes" not in text and text.count("<svg") == 5
-    assert json.loads(figures.read_text()) == json.loads(json_of(quality))
+    assert json.loads(figures.read_text()) == json.loads(quality.json())
     (tmp_path / "out" / "index.html").write_text("mine")
     with pytest.raises(DataError, match="vs2 sae did not write it"):
         write_page(quality, tmp_path / "out")
@@ -48,7 +48,7 @@ def test_a_figure_that_one_of_several_lacks_is_a_question_mark(trained):  # noqa
 
 
 def test_json_holds_values_and_reasons(quality):
-    told = quality.to_json()
+    told = json.loads(quality.json())
     assert [one["checkpoint"] for one in told["saes"]] == ["s0", "s1"] and told["saes"][0]["looked_at"] == 400
     figures = told["saes"][0]["figures"]
     assert 0 < figures["explained_variance"]["value"] < 1 and figures["probe_1"]["value"] is None

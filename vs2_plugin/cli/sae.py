@@ -89,10 +89,10 @@ def _run(args: argparse.Namespace) -> None:
 
 def _tell(args: argparse.Namespace, quality: Quality, kept: list[str]) -> None:
     """Print the figures, and then write the page, which may fail."""
-    from vs2_plugin.quality.page import json_of, write_page
+    from vs2_plugin.quality.page import write_page
 
     words = not args.quiet and not args.json
-    told = list(quality.lines()) if words else [] if args.quiet else json_of(quality).splitlines()
+    told = list(quality.lines()) if words else [] if args.quiet else quality.json().splitlines()
     if words and kept:
         told.append(f"what is left of zero-shot predictions is kept for the model card of {', '.join(kept)}")
     for line in told:

@@ -19,7 +19,7 @@ from vs2_plugin.report.rendering import render, save
 from vs2_plugin.sae.fit import DENSE
 from vs2_plugin.text import counted
 
-__all__ = ["Quality", "Row", "json_of", "write_page"]
+__all__ = ["Quality", "Row", "write_page"]
 
 #: Stands in the file near its beginning, so that only it is written over.
 _MARK = "vs2 sae"
@@ -45,20 +45,25 @@ class Quality:
     """Figures of all SAEs together."""
     pairs: Sequence[tuple[str, str, Agreement]]
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {
+    def compared(self) -> list[dict[str, Any]]:
+        """Return each pair, and how well the two agree, as plain JSON values."""
+        return [
+            {"one": one, "other": other, "stability": float(found.cosines.mean()),
+             "stable": float((found.cosines >= STABLE).mean())}
+            for one, other, found in self.pairs
+        ]  # fmt: skip
+
+    def json(self) -> str:
+        """Return all figures as JSON."""
+        told = {
             "saes": [
                 {**_identity(one), "figures": {key: asdict(figure) for key, figure in one.figures.items()}}
                 for one in self.saes
             ],
             "together": {key: asdict(figure) for key, figure in self.together.items()},
-            "pairs": [
-                {"one": one, "other": other, "stability": float(found.cosines.mean()),
-                 "stable": float((found.cosines >= STABLE).mean())}
-                for one, other, found in self.pairs
-            ],
-        }  # fmt: skip
+            "pairs": self.compared(),
+        }
+        return json.dumps(told, indent=1) + "\n"
 
     def rows(self) -> list[Row]:
         """Return the figures, in the order in which they are shown."""
@@ -145,24 +150,16 @@ def write_page(quality: Quality, folder: Path) -> list[Path]:
         "rows": quality.rows(),
         "pictures": [(one.subject.name, _pictures(one)) for one in quality.saes],
         "agreement": _agreement(quality.pairs),
-        "pairs": [
-            (f"{one} and {other}", float(found.cosines.mean()), float((found.cosines >= STABLE).mean()))
-            for one, other, found in quality.pairs
-        ],
+        "pairs": quality.compared(),
     }
     page = render("quality.html", _MARK, context)
-    return save(folder, {"index.html": page, "quality.json": json_of(quality).encode()}, _MARK, '{\n "saes"')
+    return save(folder, {"index.html": page, "quality.json": quality.json().encode()}, _MARK, '{\n "saes"')
 
 
 def _facts(saes: Sequence[Measured]) -> list[tuple[str, str]]:
     """Return what each SAE is, or of equal ones, once for all."""
     told = [(one.subject.name, about(one)) for one in saes]
     return [("all", told[0][1])] if len(told) > 1 and len({text for _, text in told}) == 1 else told
-
-
-def json_of(quality: Quality) -> str:
-    """Return all figures as JSON."""
-    return json.dumps(quality.to_json(), indent=1) + "\n"
 
 
 def _pictures(measured: Measured) -> list[Picture]:
