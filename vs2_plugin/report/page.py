@@ -70,7 +70,6 @@ def write(runs: Iterable[Run], folder: Path) -> list[Path]:
         "columns": columns,
         "parts": parts,
         "verdict": verdict,
-        "by_run_kind": by_run_kind,
         "seed_of": seed_of,
         "stand_in": STAND_IN,
         "hints": hints,
@@ -179,14 +178,6 @@ def _costs(rows: Sequence[Row]) -> list[Column]:
     ]  # fmt: skip
 
 
-def by_run_kind(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Return the kinds of results and their rows, in the order of the rows; zero-shot under no word."""
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        found.setdefault(row.run.kind, []).append(row)
-    return found
-
-
 def by_kind(pictures: Iterable[tuple[Picture, str]]) -> dict[str, list[tuple[Picture, str]]]:
     """Return title and figures, those of several rows under one title: what stands before a colon."""
     found: dict[str, list[tuple[Picture, str]]] = {}
@@ -195,14 +186,11 @@ def by_kind(pictures: Iterable[tuple[Picture, str]]) -> dict[str, list[tuple[Pic
     return {some[0][0].title if len(some) == 1 else f"{kind} ({len(some)})": some for kind, some in found.items()}
 
 
-def parts(group: Group) -> tuple[list[Row], list[Row]]:
-    """Return the rows of the table, and those that are folded: of many of a kind, those that gain least."""
-    shown, folded = [], []
-    for rows in group.kinds.values():
-        cut = _SHOWN_ROWS if len(rows) > _MANY_ROWS else len(rows)
-        shown += rows[:cut]
-        folded += rows[cut:]
-    return shown, folded
+def parts(group: Group) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
+    """Return the rows of the table by their kind, and those that are folded: of many of a kind, those that gain least.
+    """
+    folded = {kind: rows[_SHOWN_ROWS:] for kind, rows in group.kinds.items() if len(rows) > _MANY_ROWS}
+    return {kind: rows[:_SHOWN_ROWS] if kind in folded else rows for kind, rows in group.kinds.items()}, folded
 
 
 def gains_and_losses(row: Row) -> list[tuple[str, ClassChange, str]]:
