@@ -114,7 +114,7 @@ class TrainingImages:
             _from(self.source, first) if first else self.source,
             batch_size=batch_size,
             num_workers=min(num_workers, most),
-            collate_fn=partial(_batch_with_labels, self.classes) if self.labels else _batch,
+            collate_fn=partial(_batch, self.classes if self.labels else None),
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=leave_interruptions,
         )
@@ -169,26 +169,23 @@ def _stack_images(samples: list[Any]) -> Tensor:
 
 
 # Digests and labels are computed where images are loaded: in the workers, beside each other.
-def _batch(samples: list[Any]) -> Batch:
-    kept, left_out = _readable(samples)
-    images = _stack_images(kept) if kept else torch.empty(0, 3, 0, 0)
-    return Batch(images, np.array([image_digest(image) for image in images], dtype=np.uint64), None, left_out)
-
-
-def _readable(samples: list[Any]) -> tuple[list[Any], tuple[tuple[int, LeftOut], ...]]:
-    """Return the samples that can be read, and the others with their places."""
+def _batch(classes: Classes | None, samples: list[Any]) -> Batch:
+    """Return a batch, with labels where their ``classes`` are given."""
     left_out = tuple(
         (place, sample[0])
         for place, sample in enumerate(samples)
         if isinstance(sample, tuple) and isinstance(sample[0], LeftOut)
     )
     places = {place for place, _ in left_out}
-    return [sample for place, sample in enumerate(samples) if place not in places], left_out
+    kept = [sample for place, sample in enumerate(samples) if place not in places]
+    labels = None if classes is None else _labels(classes, kept)
+    images = _stack_images(kept) if kept else torch.empty(0, 3, 0, 0)
+    return Batch(images, np.array([image_digest(image) for image in images], dtype=np.uint64), labels, left_out)
 
 
-def _batch_with_labels(classes: Classes, samples: list[Any]) -> Batch:
+def _labels(classes: Classes, samples: list[Any]) -> np.ndarray:
     labels: list[Any] = [
-        sample[1] if isinstance(sample, (tuple, list)) and len(sample) > 1 else None for sample in _readable(samples)[0]
+        sample[1] if isinstance(sample, (tuple, list)) and len(sample) > 1 else None for sample in samples
     ]
     if not all(
         isinstance(label, (int, np.integer)) or (isinstance(label, Tensor) and label.ndim == 0) for label in labels
@@ -196,8 +193,7 @@ def _batch_with_labels(classes: Classes, samples: list[Any]) -> Batch:
         raise DataError(
             f"labels were asked for, and this data set gives {labels[0]!r}; expected one class number per image"
         )
-    checked = [classes.check(int(label), "an image of the data set") for label in labels]
-    return _batch(samples)._replace(labels=np.array(checked, dtype=np.int64))
+    return np.array([classes.check(int(label), "an image of the data set") for label in labels], dtype=np.int64)
 
 
 def open_images(
