@@ -5,21 +5,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vs2_plugin.data.folders import FolderImages, open_folder
+from vs2_plugin.data.folders import FolderImages, Transform, open_folder
 from vs2_plugin.data.labels import CLASS_NAMES, PROMPT, TEMPLATES
 from vs2_plugin.data.naming import DataSet
-from vs2_plugin.data.shards import EXTENSIONS, beside, fetch, listed_shards
+from vs2_plugin.data.shards import EXTENSIONS, beside, decoded, fetch, listed_shards
 from vs2_plugin.errors import DataError
 from vs2_plugin.text import reason_of
 
 __all__ = ["build_folder", "build_listed"]
-
-#: Turns a PIL image into a tensor; None leaves it as it is.
-Transform = Callable[[Any], Any] | None
 
 
 def build_folder(
@@ -54,16 +50,8 @@ def build_listed(
     Raises:
         DataError: nothing names the classes, or names and prompts do not fit.
     """
-    import webdataset as wds
-
-    images = (
-        wds.WebDataset(
-            listed_shards(dataset.root), shardshuffle=False, nodesplitter=lambda urls: urls, cache_dir=wds_cache_dir
-        )
-        .decode(wds.autodecode.ImageHandler("pil", extensions=list(EXTENSIONS)))
-        .to_tuple(list(EXTENSIONS), "cls")
-        .map_tuple(transform, None)
-    )
+    samples = decoded(listed_shards(dataset.root), wds_cache_dir)
+    images = samples.to_tuple(list(EXTENSIONS), "cls").map_tuple(transform, None)
     images.classes = _lines(dataset, CLASS_NAMES)
     images.templates = _lines(dataset, TEMPLATES) or [PROMPT]
     _tell(images, dataset, custom_classname_file, custom_template_file)

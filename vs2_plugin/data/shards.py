@@ -302,6 +302,15 @@ def _remote_classes(url: str) -> Classes:
         return UNKNOWN
 
 
+def decoded(shards: list[str], cache_dir: str | None, only: list[str] | None = None) -> Any:
+    """Return webdataset's stream of the samples of shards, their images read as RGB, and other files too, unless
+    extensions ``only`` are to be."""
+    import webdataset as wds
+
+    samples = wds.WebDataset(shards, shardshuffle=False, nodesplitter=lambda urls: urls, cache_dir=cache_dir)
+    return samples.decode(wds.autodecode.ImageHandler("pil", extensions=list(EXTENSIONS)), only=only)
+
+
 def failure(error: BaseException) -> str:
     """Return the reason of an error out of webdataset's pipeline, which adds to it what was read, as one line."""
     said = next((said for said in error.args if isinstance(said, str)), str(error))
@@ -327,15 +336,10 @@ class RemoteShards(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         if not self.urls:  # more processes than shards
             return
-        import webdataset as wds
-
-        pipeline = (
-            wds.WebDataset(self.urls, shardshuffle=False, nodesplitter=lambda urls: urls, cache_dir=self.cache_dir)
-            .decode(wds.autodecode.ImageHandler("pil", extensions=list(EXTENSIONS)), only=list(EXTENSIONS))
-            .to_tuple("__url__", "__key__", list(EXTENSIONS), *([] if self.classes is None else ["cls"]))
-        )
+        samples = decoded(self.urls, self.cache_dir, only=list(EXTENSIONS))
+        labels = [] if self.classes is None else ["cls"]
         try:
-            for url, key, image, *label in pipeline:
+            for url, key, image, *label in samples.to_tuple("__url__", "__key__", list(EXTENSIONS), *labels):
                 prepared = self.transform(image)
                 if self.classes is None:
                     yield prepared
