@@ -6,9 +6,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE
 from vs2_plugin.errors import SettingError
-from vs2_plugin.settings import setting, validate
+from vs2_plugin.settings import like, setting, validate
+from vs2_plugin.training.request import TrainRequest
 
 __all__ = ["FORMATS", "ClassifyRequest"]
 
@@ -49,12 +49,8 @@ class ClassifyRequest:
         None, help="under autocast, or in float32 (default: autocast, unless this processor emulates it)"
     )
     seed: int = setting(0, minimum=0, help="for random weights, and for the SAE")
-    model_cache_dir: str | None = setting(None, help="where downloaded models are kept")
-    store: str | None = setting(
-        None,
-        help=f"folder of checkpoints and cached activations (default: ${ENVIRONMENT_VARIABLE}, else the platform's "
-        "cache folder)",
-    )
+    model_cache_dir: str | None = like(TrainRequest, "model_cache_dir")
+    store: str | None = like(TrainRequest, "store")
     overwrite: bool = setting(False, help="replace a table that is there")
 
     def __post_init__(self) -> None:
