@@ -15,7 +15,7 @@ from vs2_plugin import __version__
 from vs2_plugin.errors import DataError
 from vs2_plugin.files import atomic_file
 from vs2_plugin.report.drawing import COLOURS
-from vs2_plugin.text import printable
+from vs2_plugin.text import counted, printable
 
 __all__ = ["fixed", "render", "save"]
 
@@ -34,7 +34,7 @@ def render(template: str, mark: str, context: Mapping[str, Any]) -> bytes:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"fixed": fixed, "svg": Markup, "cell": _cell, "code": _code}
+    environment.filters |= {"fixed": fixed, "svg": Markup, "cell": _cell, "code": _code, "counted": counted}
     environment.globals |= {"mark": mark, "version": __version__, "colours": COLOURS}
     return environment.get_template(f"{template}.jinja").render(context).encode("utf-8", "replace")
 
