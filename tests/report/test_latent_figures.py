@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vs2_plugin.report import latent_figures
-from vs2_plugin.report.latent_figures import draw_latents
+from vs2_plugin.report.latent_figures import draw_agreement, draw_latents, draw_sae
 
 
 @pytest.fixture
@@ -43,3 +43,13 @@ def test_purity_is_counted_beside_what_chance_gives(plotted):
 def test_without_latents_that_have_all_top_images_there_is_no_purity(plotted):
     axes, _ = plotted(FREQUENCIES, MEANS, 0.01, 0.1, np.array([], int), np.array([0, 1.0]))
     assert list(axes) == ["frequency", "strength"]
+
+
+def test_there_is_a_figure_for_what_there_is():
+    rng = np.random.default_rng(0)
+    frequencies, scores = rng.random(50) * 0.2, rng.random(50)
+    assert [one.name for one in draw_sae(frequencies, 0.1, scores, scores / 2)] == ["frequency", "meaning"]
+    assert draw_sae(np.zeros(50), 0.1, scores[:0], scores[:0]) == []
+    found = draw_agreement(scores, scores, 0.7)
+    assert found.svg.startswith("<svg") and "found again" in found.caption
+    draw_agreement(np.ones(3), np.ones(3), 0.7)

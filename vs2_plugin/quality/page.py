@@ -14,7 +14,7 @@ from vs2_plugin.quality.dictionary import Agreement
 from vs2_plugin.quality.measure import STABLE, Figure, Measured
 from vs2_plugin.quality.notes import NOTES, Note
 from vs2_plugin.report.drawing import Picture
-from vs2_plugin.report.quality_figures import draw_agreement, draw_sae
+from vs2_plugin.report.latent_figures import draw_agreement, draw_sae
 from vs2_plugin.report.rendering import render, save
 from vs2_plugin.sae.fit import DENSE
 from vs2_plugin.text import counted
