@@ -3,8 +3,6 @@ those of ``vs2 sae``: how alike the images of latents are, what other seeds find
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -56,7 +54,7 @@ def draw_latents(
     alive = frequencies > 0
     top = len(chance) - 1
     pictures = [
-        picture("frequency", "Activation frequency", _FREQUENCY, _frequency, frequencies[alive], even, (even / 10, dense)),
+        picture("frequency", "Activation frequency", _FREQUENCY, _frequency, frequencies[alive], even, even / 10, dense),
         picture("strength", "Mean activation", _STRENGTH, _strength, means[alive]),
     ]
     if len(pure):
@@ -95,7 +93,7 @@ def _axes(height: float, xlabel: str) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot(xlabel=xlabel, ylabel="latents")
 
 
-def _frequency(frequencies: np.ndarray, dashed: float, dotted: Sequence[float] = ()) -> Figure:
+def _frequency(frequencies: np.ndarray, dashed: float, *dotted: float) -> Figure:
     figure, axes = _axes(2.8, "log10 of the activation frequency")
     axes.hist(np.log10(frequencies), bins=_BINS, color=LINES[0])
     axes.axvline(np.log10(dashed), color=INK, linestyle="--", linewidth=1)
