@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from training import now
 
 from vs2_plugin.checkpoint.checkpoint import save_checkpoint
 from vs2_plugin.checkpoint.records import SiteSAE, TrainingData
@@ -94,16 +95,12 @@ def steered_model(text: str, loaded: Loaded, store: Store, name: str) -> Steered
 @torch.no_grad()
 def seconds(model: nn.Module, images: torch.Tensor, dtype: torch.dtype | None, calls: int = 1) -> np.ndarray:
     """Of one call among so many, by the clock and of the processor."""
-    device = images.device.type
-    if device == "cuda":
-        torch.cuda.synchronize()
-    started = np.array([time.perf_counter(), time.process_time()])
+    device = images.device
+    started = np.array([now(device), time.process_time()])
     for _ in range(calls):
-        with torch.autocast(device, dtype, enabled=dtype is not None):
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
             model.encode_image(images)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return (np.array([time.perf_counter(), time.process_time()]) - started) / calls
+    return (np.array([now(device), time.process_time()]) - started) / calls
 
 
 def compare(

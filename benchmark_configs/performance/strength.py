@@ -11,7 +11,6 @@ turns. Prints a line of JSON.
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import tempfile
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 from steering import MODEL, make_checkpoint, steered_model
 from torch.nn.functional import normalize
-from training import json_lines, now
+from training import json_lines, now, peak
 
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.clip.backbone import load_backbone
@@ -57,8 +56,7 @@ def main() -> None:
         {"method": text, "s": statistics.median(times), "spread_s": [min(times), max(times)]}
         for text, times in took.items()
     ]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    say({"images": args.images, "classes": args.classes, "methods": rows, "peak_mb": peak})
+    say({"images": args.images, "classes": args.classes, "methods": rows, "peak_mb": peak()})
 
 
 if __name__ == "__main__":

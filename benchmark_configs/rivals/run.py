@@ -32,6 +32,7 @@ from vs2_plugin.gallery.gallery import CLIP, Gallery
 from vs2_plugin.method import PROTOCOLS
 from vs2_plugin.model.readout import Readout
 from vs2_plugin.modelstring import ModelString, parse
+from vs2_plugin.results.statistics import calibration
 from vs2_plugin.steering.batch import Batch, steer
 from vs2_plugin.steering.context import Context
 
@@ -45,7 +46,6 @@ METHODS = (
     ("inmap", "@unlabeled=test@sinkhorn=20"), ("zlap", "@unlabeled=test"), ("zlap:vs2s", "@unlabeled=test"),
     ("stata", ""), ("stata:vs2s", ""), ("stata", "@density=64"),
 )  # fmt: skip
-_BINS = 15
 
 
 class Digits:
@@ -144,11 +144,9 @@ def _held(name: str) -> float:
 
 
 def calibration_error(logits: Tensor, labels: Tensor) -> float:
-    """Expected calibration error over 15 bins, in points."""
+    """Expected calibration error, in points."""
     confidence, classes = logits.double().softmax(1).max(1)
-    bins = (confidence * _BINS).ceil().clamp(1, _BINS).long()
-    gaps = torch.zeros(_BINS + 1, dtype=torch.float64).index_add_(0, bins, (classes == labels).double() - confidence)
-    return 100 * float(gaps.abs().sum()) / len(labels)
+    return 100 * calibration(confidence.numpy(), (classes == labels).numpy()).ece
 
 
 def main() -> None:
