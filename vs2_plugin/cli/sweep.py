@@ -83,10 +83,9 @@ def _sweep(args: argparse.Namespace) -> int:
         complain(
             f"vs2: a sweep keeps no per-image results; {PER_IMAGE}=1 clip_benchmark eval does, for the points you name"
         )
-    if not args.quiet:
-        there = len(planned.files) - len(planned.pending)
-        plain = len(planned.backbones)
-        say(f"{len(planned.points)} point(s) and {plain} plain model(s); {there} have results already")
+    report = (lambda line: None) if args.quiet else say
+    there, plain = len(planned.files) - len(planned.pending), len(planned.backbones)
+    report(f"{len(planned.points)} point(s) and {plain} plain model(s); {there} have results already")
     try:
         found = sweep(planned, args.quiet)
     except (KeyboardInterrupt, RuntimeError) as error:
@@ -94,14 +93,13 @@ def _sweep(args: argparse.Namespace) -> int:
             raise
         print(f"\nvs2: interrupted; {_left(planned)}", file=sys.stderr)
         return 130
-    if not args.quiet:
-        for backbone, accuracy in found.plain.items():
-            say(f"zero-shot {backbone}: {accuracy:.2f} %")
-        say(f"best of {len(planned.points)}: {found.best[1]:.2f} % by {found.best[0]}")
-        other = "Report the accuracy of that choice on images that did not make it."
-        say(_TUNING if request.split == "test" else other)
-        for path in (planned.folder, *found.written):
-            say(f"wrote {path}")
+    for backbone, accuracy in found.plain.items():
+        report(f"zero-shot {backbone}: {accuracy:.2f} %")
+    report(f"best of {len(planned.points)}: {found.best[1]:.2f} % by {found.best[0]}")
+    other = "Report the accuracy of that choice on images that did not make it."
+    report(_TUNING if request.split == "test" else other)
+    for path in (planned.folder, *found.written):
+        report(f"wrote {path}")
     return 0
 
 

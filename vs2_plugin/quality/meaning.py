@@ -77,8 +77,7 @@ def _scaled(code: csr_array) -> csr_array:
     for latent in np.flatnonzero(np.diff(columns.indptr) == code.shape[0]):  # never 0: there is a least to subtract
         own = slice(columns.indptr[latent], columns.indptr[latent + 1])
         columns.data[own] -= columns.data[own].min()
-    most = np.zeros(code.shape[1])
-    np.maximum.at(most, np.repeat(np.arange(code.shape[1]), np.diff(columns.indptr)), columns.data)
+    most = columns.max(axis=0).toarray().ravel()
     columns.data /= np.repeat(np.where(most > 0, most, 1), np.diff(columns.indptr))
     columns.eliminate_zeros()
     return csr_array(columns)

@@ -132,5 +132,5 @@ def _write(outcomes: Sequence[Outcome], path: Path) -> Path:
     with atomic_file(path) as scratch, scratch.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, [one.name for one in fields(Outcome)], lineterminator="\n")
         writer.writeheader()
-        writer.writerows({**asdict(one)} for one in outcomes)
+        writer.writerows(map(asdict, outcomes))
     return path
