@@ -44,6 +44,15 @@ class Parts(NamedTuple):
         """The options that are given."""
         return {key: value for key, equals, value in (word.partition("=") for word in self.words) if equals}
 
+    @property
+    def label(self) -> str:
+        """It without the backbone.
+
+        >>> split("dn:vs2:ViT-B-32@my-sae@alpha=1").label, split("ViT-B-32").label
+        ('dn:vs2 @my-sae @alpha=1', 'zero-shot')
+        """
+        return "zero-shot" if self.method is None else " @".join([self.method, *self.words])
+
     def __str__(self) -> str:
         name = self.backbone if self.method is None else f"{self.method}:{self.backbone}"
         return "@".join([name, *self.words])

@@ -6,6 +6,7 @@ import argparse
 
 from vs2_plugin.cli.common import Commands, add_flags, load_torch, request_of
 from vs2_plugin.messages import say
+from vs2_plugin.names import split
 from vs2_plugin.stress.request import StressRequest
 
 __all__ = ["add_stress"]
@@ -40,7 +41,7 @@ def add_stress(commands: Commands) -> None:
 
 def _stress(args: argparse.Namespace) -> None:
     load_torch()
-    from vs2_plugin.stress.outcomes import AXES, label_of, means
+    from vs2_plugin.stress.outcomes import AXES, means
     from vs2_plugin.stress.run import stress
 
     outcomes, written = stress(request_of(StressRequest, args), args.quiet)
@@ -56,8 +57,9 @@ def _stress(args: argparse.Namespace) -> None:
             if at != [axis, value]:
                 continue
             spread = "" if mean.spread is None else f" ({100 * mean.spread:.1f})"
-            change = "" if label_of(model) == "zero-shot" else f"{100 * mean.change:+6.1f}{spread}"
-            sees = f"{label_of(model)} ({mean.outcomes[0].protocol})"
+            label = split(model).label
+            change = "" if label == "zero-shot" else f"{100 * mean.change:+6.1f}{spread}"
+            sees = f"{label} ({mean.outcomes[0].protocol})"
             say(f"  {sees:<44} {100 * mean.accuracy:5.1f}  {change}".rstrip())
     say("")
     for path in written:

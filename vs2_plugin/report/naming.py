@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from vs2_plugin.names import Parts
 from vs2_plugin.results.runs import Run
 from vs2_plugin.text import printable
 
@@ -41,11 +42,9 @@ def same_but_for_the_seed(run: Run) -> tuple[str, ...]:
 
 def label_of(run: Run, checkpoint: str = "", without: Iterable[str] = ()) -> str:
     """Return the method, the ``checkpoint`` as it is to be named, and the options, but for those named ``without``."""
-    if run.method is None:
-        return "zero-shot"
     named = [checkpoint] if checkpoint and "checkpoint" not in without else []
     kept = (word for word in _options(run) if word.partition("=")[0] not in without)
-    return " ".join([run.method, *(f"@{word}" for word in (*named, *kept))])
+    return Parts(run.method, "", (*named, *kept)).label
 
 
 def _options(run: Run) -> list[str]:

@@ -10,7 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vs2_plugin.stress.outcomes import ALL, AXES, Mean, Outcome, label_of, means
+from vs2_plugin.names import split
+from vs2_plugin.stress.outcomes import ALL, AXES, Mean, Outcome, means
 from vs2_plugin.sweep.figures import save
 
 __all__ = ["draw"]
@@ -38,7 +39,7 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> Path:
 def _panel(panel: Axes, axis: str, found: Mapping[tuple[str, str, str], Mean]) -> dict[str, Any]:
     """Draw one axis, and return what stands in the legend."""
     values = [(ALL, ""), *dict.fromkeys((kind, value) for _, kind, value in found if kind == axis)]
-    models = [model for model in dict.fromkeys(key[0] for key in found) if label_of(model) != "zero-shot"]
+    models = [model for model in dict.fromkeys(key[0] for key in found) if split(model).label != "zero-shot"]
     panel.axhline(0, color="black", linewidth=0.8)
     shown: dict[str, Any] = {}
     for number, model in enumerate(models):
@@ -50,7 +51,7 @@ def _panel(panel: Axes, axis: str, found: Mapping[tuple[str, str, str], Mean]) -
         low, high = 100 * np.array([mean.range for _, mean in line]).T
         bars = [(heights - low).clip(0), (high - heights).clip(0)]  # rounding may put a mean beyond equal draws
         protocol = line[0][1].outcomes[0].protocol
-        shown[f"{label_of(model)} ({protocol})"] = panel.errorbar(
+        shown[f"{split(model).label} ({protocol})"] = panel.errorbar(
             [place + 0.05 * (number - len(models) / 2) for place, _ in line], heights, bars, fmt="o",
             linestyle=_STYLES.get(protocol, "-"), color=f"C{number % 10}", markersize=4, capsize=2,
             linewidth=1.2,

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from vs2_plugin.names import split
-
-__all__ = ["ALL", "AXES", "Mean", "Outcome", "label_of", "means"]
+__all__ = ["ALL", "AXES", "Mean", "Outcome", "means"]
 
 #: What is changed, in words.
 AXES = {
@@ -81,13 +79,3 @@ def means(outcomes: Sequence[Outcome]) -> dict[tuple[str, str, str], Mean]:
     for one in outcomes:
         found.setdefault((one.model, one.axis, one.value), []).append(one)
     return {key: Mean(tuple(some)) for key, some in found.items()}
-
-
-def label_of(model: str) -> str:
-    """Return a model's name without its backbone.
-
-    >>> label_of("dn:vs2:ViT-B-32@my-sae@alpha=1"), label_of("ViT-B-32")
-    ('dn:vs2 @my-sae @alpha=1', 'zero-shot')
-    """
-    parts = split(model)
-    return "zero-shot" if parts.method is None else " ".join([parts.method, *(f"@{word}" for word in parts.words)])
