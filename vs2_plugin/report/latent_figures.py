@@ -12,7 +12,7 @@ from vs2_plugin.report.drawing import INK, LINES, PLAIN, Picture, new_figure, pi
 __all__ = ["draw_agreement", "draw_latents", "draw_sae"]
 
 _BINS = 40
-_FREQUENCY = (
+_ACTIVE = (
     "Latents by log10 of their activation frequency, the share of training images in which they are active. Dead "
     "latents are not in it. The dashed line is k/n, where all would be if they were equally active; left of the "
     "first dotted line, at a tenth of it, they are called rare here, right of the second, at a tenth of the images, "
@@ -54,7 +54,7 @@ def draw_latents(
     alive = frequencies > 0
     top = len(chance) - 1
     pictures = [
-        picture("frequency", "Activation frequency", _FREQUENCY, _frequency, frequencies[alive], even, even / 10, dense),
+        picture("frequency", "Activation frequency", _ACTIVE, _frequency, frequencies[alive], even, even / 10, dense),
         picture("strength", "Mean activation", _STRENGTH, _strength, means[alive]),
     ]
     if len(pure):
