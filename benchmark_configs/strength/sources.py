@@ -24,8 +24,6 @@ from vs2_plugin.demo import digits, train_tiny_clip
 
 __all__ = ["Images", "classifier", "draw", "images", "load_clip", "train_clip"]
 
-#: The shipped one, trained on all fonts.
-SHIPPED = Path(train_tiny_clip.__file__).parent / "tiny_clip"
 ALL_FONTS = train_tiny_clip.FONT_PATTERNS
 
 
@@ -84,7 +82,7 @@ def _recipe(fonts: tuple[str, ...], width: int = 128, layers: int = 4) -> Iterat
 
 
 def _folder(root: Path, clip: str) -> Path:
-    return SHIPPED if clip == "tiny" else root / "clips" / clip
+    return digits.TINY_CLIP if clip == "tiny" else root / "clips" / clip
 
 
 def train_clip(root: Path, clip: str, steps: int) -> None:
@@ -136,14 +134,9 @@ def _rendered(source: str, fonts: tuple[str, ...], count: int, seed: int) -> tup
     return torch.cat(views), labels.numpy()
 
 
-def _handwritten(loaded: Loaded, rows: slice) -> tuple[Tensor, np.ndarray]:
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    pixels = (data.images[rows] * 255 / 16).round().astype("uint8")
-    views = torch.stack([loaded.transform(Image.fromarray(one).convert("RGB")) for one in pixels])
-    return views, data.target[rows].astype(np.int64)
+def _handwritten(loaded: Loaded, split: str) -> tuple[Tensor, np.ndarray]:
+    pictures, labels = digits.read_digits(split)
+    return torch.stack([loaded.transform(one.convert("RGB")) for one in pictures]), np.array(labels, np.int64)
 
 
 def corrupt(images: Tensor, kind: str, seed: int) -> Tensor:
@@ -185,9 +178,8 @@ def images(root: Path, clip: str, source: str, corruption: str, sizes: Sizes) ->
     if not path.exists():
         loaded = load_clip(root, clip)
         if source == "handwritten digits":
-            pool = _handwritten(loaded, slice(0, digits.TRAIN))
-            test = _handwritten(loaded, slice(digits.TRAIN, None))
-            test = test[0][: sizes.test], test[1][: sizes.test]
+            pool = _handwritten(loaded, "train")
+            test = [one[: sizes.test] for one in _handwritten(loaded, "test")]
         else:
             fonts = VARIANTS[clip].test_fonts if clip in VARIANTS else ALL_FONTS
             pool = _rendered(source, fonts, sizes.pool, 1)

@@ -88,7 +88,7 @@ def test_install_and_uninstall(environment, how):
     install(python, *(["--editable"] if how == "editable" else []), str(REPOSITORY))
     try:
         assert {"vs2_plugin_hook.pth", "vs2_plugin_hook.start"} <= {path.name for path in site.iterdir()}
-        weights = "import vs2_plugin.demo.run as r; print((r._TINY_CLIP / 'open_clip_model.safetensors').is_file())"
+        weights = "import vs2_plugin.demo.digits as d; print((d.TINY_CLIP / 'open_clip_model.safetensors').is_file())"
         hooks, found = ask(python, f"{HOOKS}{weights}").splitlines()
         assert hooks == "['vs2_plugin.harness.autoload']" and found == "True"
         assert ask(python, HOOKS, VS2_PLUGIN_DISABLE="1") == "[]"

@@ -17,8 +17,7 @@ from vs2_plugin.clip.edits import editing, reading
 from vs2_plugin.clip.sites import Sites
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.data.images import image_digest
-from vs2_plugin.demo.digits import CLASSES, TEMPLATES
-from vs2_plugin.demo.run import _TINY_CLIP
+from vs2_plugin.demo.digits import CLASSES, MODEL, TEMPLATES
 from vs2_plugin.gallery.contents import GalleryContents, GalleryPart, RetrievalEncoder
 from vs2_plugin.gallery.files import GalleryFiles
 from vs2_plugin.model.steered import SteeredCLIP
@@ -42,7 +41,7 @@ def digits():
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    loaded = load_backbone(f"local-dir:{_TINY_CLIP}", "")
+    loaded = load_backbone(MODEL, "")
     pixels = (load_digits().images[:400] * 255 / 16).round().astype("uint8")
     images = torch.stack([loaded.transform(Image.fromarray(array).convert("RGB")) for array in pixels])
     sites = Sites.of(loaded.model).blocks

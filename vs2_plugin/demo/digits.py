@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["CLASSES", "MODEL", "TEMPLATES", "TRAIN", "read_digits", "write_digits"]
+__all__ = ["CLASSES", "MODEL", "TEMPLATES", "TINY_CLIP", "TRAIN", "read_digits", "write_digits"]
 
-#: open_clip's name of the tiny CLIP that comes with this package.
-MODEL = f"local-dir:{Path(__file__).parent / 'tiny_clip'}"
+#: The folder of the tiny CLIP that comes with this package, and open_clip's name of it.
+TINY_CLIP = Path(__file__).parent / "tiny_clip"
+MODEL = f"local-dir:{TINY_CLIP}"
 
 CLASSES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 TEMPLATES = ["a photo of the digit {c}"]

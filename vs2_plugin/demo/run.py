@@ -14,7 +14,7 @@ from statistics import mean, stdev
 from typing import Any, TypeAlias
 
 from vs2_plugin.checkpoint.store import ENVIRONMENT_VARIABLE
-from vs2_plugin.demo.digits import write_digits
+from vs2_plugin.demo.digits import TINY_CLIP, write_digits
 from vs2_plugin.errors import DataError, Vs2Error
 from vs2_plugin.harness.patches import PER_IMAGE
 from vs2_plugin.reproduce.command import surroundings
@@ -59,7 +59,6 @@ SYSTEMS = {**EVALUATED, **SWEPT}
 SAMPLES = 50_000
 #: Name of a command -> what runs it, given the words behind its name, and returns an exit code or None.
 Commands: TypeAlias = Mapping[str, Callable[[Sequence[str]], "int | str | None"]]
-_TINY_CLIP = Path(__file__).parent / "tiny_clip"
 _MINE = ("digits", "tiny-clip", "store", "results", "report", "benchmark.csv")  # what the demo writes into its folder
 
 
@@ -79,7 +78,7 @@ def prepare(folder: Path) -> None:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     write_digits(folder / "digits")
-    shutil.copytree(_TINY_CLIP, folder / "tiny-clip")
+    shutil.copytree(TINY_CLIP, folder / "tiny-clip")
     (folder / "results").mkdir()
 
 

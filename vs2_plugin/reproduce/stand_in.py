@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import vs2_plugin.demo
-from vs2_plugin.demo.digits import CLASSES, write_digits
+from vs2_plugin.demo.digits import CLASSES, TINY_CLIP, write_digits
 from vs2_plugin.errors import SettingError
 from vs2_plugin.files import atomic_folder
 from vs2_plugin.modelstring import ModelString
@@ -29,10 +28,9 @@ def workplace(folder: Path, write: bool) -> Path:
 
     Where nothing shall be written and there is no such folder, it is the current one.
     """
-    model = Path(vs2_plugin.demo.__file__).parent / "tiny_clip"
     sources: dict[str, Callable[[Path], object]] = {
         ROOT: write_digits,
-        "tiny-clip": lambda path: shutil.copytree(model, path, dirs_exist_ok=True),
+        "tiny-clip": lambda path: shutil.copytree(TINY_CLIP, path, dirs_exist_ok=True),
     }
     if not write:
         return folder.absolute() if folder.is_dir() else Path.cwd()
