@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from PIL import Image
+
+from vs2_plugin.demo.digits import read_digits
 
 TINY = "local-dir:tiny-clip"
 CLASSES = ["eight", "nine", "seven"]
@@ -14,15 +15,12 @@ COUNT = 60
 
 def write_photos(folder: Path, count: int = COUNT) -> None:
     """Write so many digits, in folders of classes."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    pixels = (digits.images * 255 / 16).round().astype("uint8")
-    chosen = [number for number in range(len(pixels)) if digits.target[number] in (7, 8, 9)][:count]
-    for number in chosen:
-        place = folder / {7: "seven", 8: "eight", 9: "nine"}[digits.target[number]]
+    names = {7: "seven", 8: "eight", 9: "nine"}
+    shown = [one for one in enumerate(zip(*read_digits("train"), strict=True)) if one[1][1] in names]
+    for number, (picture, label) in shown[:count]:
+        place = folder / names[label]
         place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels[number]).save(place / f"{number}.png")
+        picture.save(place / f"{number}.png")
 
 
 @pytest.fixture(scope="session")

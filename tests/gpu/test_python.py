@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import load_file
-from sklearn.datasets import load_digits
 
 import vs2_plugin
 from vs2_plugin.checkpoint.store import Store
@@ -17,7 +15,7 @@ from vs2_plugin.cli import main, train_sae
 from vs2_plugin.clip.backbone import load_backbone
 from vs2_plugin.clip.edits import reading
 from vs2_plugin.clip.sites import embedding_from
-from vs2_plugin.demo.digits import CLASSES
+from vs2_plugin.demo.digits import CLASSES, read_digits
 from vs2_plugin.model.candidates import ZeroShot
 
 from ..classify.conftest import write_photos
@@ -31,8 +29,7 @@ BLOCK = "visual.transformer.resblocks.3"
 @pytest.fixture(scope="module")
 def pictures():
     """Images of digits, ``[8, 8]`` each."""
-    pixels = (load_digits().images[:64] * 255 / 16).round().astype("uint8")
-    return [Image.fromarray(one) for one in pixels]
+    return read_digits("train")[0][:64]
 
 
 @pytest.fixture

@@ -11,14 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from sklearn.datasets import load_digits
 
 import vs2_plugin
 from vs2_plugin.clip.backbone import load_backbone
 from vs2_plugin.clip.edits import editing
 from vs2_plugin.data.images import image_digest, open_images
 from vs2_plugin.data.naming import DataSet
-from vs2_plugin.demo.digits import CLASSES
+from vs2_plugin.demo.digits import CLASSES, read_digits
 from vs2_plugin.devices import add_at
 from vs2_plugin.errors import PluginError
 from vs2_plugin.method import Method
@@ -39,9 +38,8 @@ IMAGES = 64
 @pytest.fixture(scope="module")
 def digits():
     """Images of digits, ``[8, 8]`` each, and what they are."""
-    found = load_digits()
-    pixels = (found.images[-IMAGES:] * 255 / 16).round().astype("uint8")
-    return [Image.fromarray(image) for image in pixels], torch.from_numpy(found.target[-IMAGES:])
+    pictures, labels = read_digits("test")
+    return pictures[-IMAGES:], torch.tensor(labels[-IMAGES:])
 
 
 class Steered:

@@ -3,6 +3,7 @@
 import pytest
 
 from vs2_plugin.cli import train_sae
+from vs2_plugin.demo.digits import read_digits
 from vs2_plugin.inspection.findings import inspect_images
 from vs2_plugin.inspection.pictures import read_image
 from vs2_plugin.inspection.subject import open_subject
@@ -40,14 +41,11 @@ def folder(trained, monkeypatch):
 @pytest.fixture(scope="session")
 def digit(trained):
     """A function that writes a test image into the folder, by its number, and returns its name."""
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
-    pixels = (load_digits().images * 255 / 16).round().astype("uint8")
+    pictures = [*read_digits("train")[0], *read_digits("test")[0]]
 
     def write(number, name=None):
         name = name or f"{number}.png"
-        Image.fromarray(pixels[number]).save(trained / name)
+        pictures[number].save(trained / name)
         return name
 
     return write

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from vs2_plugin.checkpoint.store import Store
+from vs2_plugin.demo.digits import read_digits
 from vs2_plugin.errors import DataError
 from vs2_plugin.inspection.findings import inspect_images
 from vs2_plugin.inspection.pictures import read_image, thumbnail
@@ -55,13 +55,13 @@ def test_top_images_are_the_training_images_of_those_rows(subject):
     code = sae.encode(torch.from_numpy(np.array(checkpoint.open_gallery().activations[BLOCK])).float())
     # The order of write_digits: every fourth image to a shard.
     order = [number for shard in range(4) for number in range(IMAGES)[shard::4]]
-    pixels = (load_digits().images * 255 / 16).round().astype("uint8")
+    training = read_digits("train")[0]
     for card in (card for group in survey.groups for card in group.cards):
         strength = ((code.indices == card.latent) * code.values).amax(1)
         rows = strength.argsort(descending=True, stable=True)[: min(10, int((strength > 0).sum()))].tolist()
         assert len(card.pictures) == len(rows)
         for picture, row in zip(card.pictures, rows, strict=True):
-            assert np.array_equal(np.asarray(decoded(picture).convert("L")), pixels[order[row]])
+            assert np.array_equal(np.asarray(decoded(picture).convert("L")), np.asarray(training[order[row]]))
 
 
 def test_where_the_training_images_cannot_be_read_it_is_said(subject, digit, tmp_path):

@@ -15,7 +15,7 @@ import vs2_plugin
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli import train_sae
 from vs2_plugin.cli.main import main
-from vs2_plugin.demo.digits import CLASSES
+from vs2_plugin.demo.digits import CLASSES, read_digits
 from vs2_plugin.errors import HarnessError, ModelStringError
 from vs2_plugin.harness import loader
 from vs2_plugin.method import Method, Option
@@ -753,10 +753,7 @@ def test_methods_lists_the_word(capsys):
     "model", ["vs2:{}@alpha=auto", "vs2s:{}", "vs2s:{}@p=2@alpha=3", "vs2pp:{}@alpha=auto@n=10@brake=0.5"]
 )
 def test_inspect_shows_what_the_chosen_steering_does(model, in_demo, sae, capsys):
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
-    Image.fromarray((load_digits().images[904] * 255 / 16).round().astype("uint8")).save("904.png")
+    read_digits("test")[0][4].save("904.png")
     model = model.format(f"{TINY}@{sae}")
     assert main(["inspect", "904.png", "--model", model, "--pretrained", "", *DIGITS[:4]]) == 0
     captured = capsys.readouterr()

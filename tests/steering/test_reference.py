@@ -17,7 +17,7 @@ from vs2_plugin.clip.edits import editing, reading
 from vs2_plugin.clip.sites import Sites
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.data.images import image_digest
-from vs2_plugin.demo.digits import CLASSES, MODEL, TEMPLATES
+from vs2_plugin.demo.digits import CLASSES, MODEL, TEMPLATES, read_digits
 from vs2_plugin.gallery.contents import GalleryContents, GalleryPart, RetrievalEncoder
 from vs2_plugin.gallery.files import GalleryFiles
 from vs2_plugin.model.steered import SteeredCLIP
@@ -38,12 +38,9 @@ K = 8
 @pytest.fixture(scope="module")
 def digits():
     """400 digits, the shipped tiny CLIP, and what it makes of them: tokens by block, embeddings, and the classes."""
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
     loaded = load_backbone(MODEL, "")
-    pixels = (load_digits().images[:400] * 255 / 16).round().astype("uint8")
-    images = torch.stack([loaded.transform(Image.fromarray(array).convert("RGB")) for array in pixels])
+    pictures, targets = (one[:400] for one in read_digits("train"))
+    images = torch.stack([loaded.transform(picture.convert("RGB")) for picture in pictures])
     sites = Sites.of(loaded.model).blocks
     with torch.no_grad(), reading(loaded.model, sites) as found:
         embeddings = loaded.model.encode_image(images)
@@ -51,7 +48,7 @@ def digits():
     return SimpleNamespace(
         loaded=loaded,
         images=images,
-        targets=load_digits().target[:400],
+        targets=np.array(targets),
         tokens={site.block: found[site] for site in sites},
         embeddings=embeddings,
         classifier=torch.nn.functional.normalize(text, dim=-1).T.contiguous(),
