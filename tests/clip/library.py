@@ -2,13 +2,11 @@
 
 import json
 import string
-from pathlib import Path
 
 import torch
 
-import vs2_plugin
+from vs2_plugin.demo.digits import TINY_CLIP
 
-TINY_CLIP = Path(vs2_plugin.__file__).parent / "demo" / "tiny_clip"
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 LETTERS = string.ascii_lowercase + string.digits
 #: Sizes of both towers.

@@ -1,12 +1,10 @@
 import os
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-import vs2_plugin
 from vs2_plugin.clip import backbone
 from vs2_plugin.clip.backbone import (
     Loaded,
@@ -17,10 +15,8 @@ from vs2_plugin.clip.backbone import (
     warn_about_quickgelu,
     weights_repository,
 )
+from vs2_plugin.demo.digits import MODEL as TINY
 from vs2_plugin.errors import TowerError
-
-TINY = f"local-dir:{Path(vs2_plugin.__file__).parent / 'demo' / 'tiny_clip'}"
-
 
 # ---- names
 

@@ -1,14 +1,11 @@
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
-import vs2_plugin
 from vs2_plugin.clip.backbone import load_backbone
 from vs2_plugin.clip.tower import Tower
-
-TINY = f"local-dir:{Path(vs2_plugin.__file__).parent / 'demo' / 'tiny_clip'}"
+from vs2_plugin.demo.digits import MODEL as TINY
 
 
 @pytest.fixture(scope="module")

@@ -19,18 +19,24 @@ import pytest
 from vs2_plugin.cli import main
 from vs2_plugin.demo import run
 from vs2_plugin.demo.digits import CLASSES
+from vs2_plugin.demo.run import _clip_benchmark
 
 #: In float32: autocast is emulated, and slow, on processors without bfloat16 units.
 DIGITS = ("--dataset", "wds/digits", "--dataset_root", "digits", "--num_workers", "0", "--quiet", "--no_amp")
 TINY = "local-dir:tiny-clip"
 
 
-def run_script(name: str, *words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    """Run an installed script as a user would."""
+def installed(name: str, *words: str) -> list[str]:
+    """A command installed beside this Python."""
     script = shutil.which(name, path=os.path.dirname(sys.executable))
     assert script, f"{name} is not installed beside {sys.executable}"
+    return [script, *words]
+
+
+def run_script(name: str, *words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Run an installed script as a user would."""
     env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **environment}
-    return subprocess.run([script, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(installed(name, *words), cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="session")
@@ -58,16 +64,13 @@ def in_demo(demo, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def clip_benchmark(monkeypatch, capsys):
+def clip_benchmark(capsys):
     """The stock command in this process: a function from its words to (exit code, stderr)."""
 
     def run(*words: str) -> tuple[int, str]:
-        from clip_benchmark import cli
-
-        monkeypatch.setattr(sys, "argv", ["clip_benchmark", *words])
         capsys.readouterr()
         try:
-            code = cli.main()
+            code = _clip_benchmark(words)
         except SystemExit as stop:
             code = stop.code
         return code or 0, capsys.readouterr().err

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -14,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from vs2_plugin.cli.main import main
+from vs2_plugin.demo.run import _clip_benchmark
 
 SMALL = """\
 title: A small table
@@ -34,27 +33,16 @@ published:
 """
 
 
-def words(name: str, *rest: str) -> list[str]:
-    """A command installed beside this Python."""
-    script = shutil.which(name, path=os.path.dirname(sys.executable))
-    assert script, f"{name} is not installed beside {sys.executable}"
-    return [script, *rest]
-
-
 @contextmanager
 def harness_here() -> Iterator[None]:
     """Within the block, evaluations run the stock command in this process."""
 
     def evaluate(command: list[str], log: Path, quiet: bool, look: Callable[[], None]) -> str | None:
-        from clip_benchmark import cli
-
         look()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", command)
-            try:
-                code = cli.main() or 0
-            except SystemExit as stop:
-                code = stop.code
+        try:
+            code = _clip_benchmark(command[1:])
+        except SystemExit as stop:
+            code = stop.code
         look()
         return f"exit code {code}" if code else None
 

@@ -7,7 +7,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,14 +16,15 @@ import pytest
 from vs2_plugin.cli import train_sae
 from vs2_plugin.cli.main import main
 from vs2_plugin.demo.digits import write_digits
+from vs2_plugin.demo.run import _clip_benchmark
 from vs2_plugin.errors import DataError
 from vs2_plugin.reproduce import run as module
 from vs2_plugin.reproduce.reading import read
 from vs2_plugin.reproduce.run import Reproduction
 from vs2_plugin.results.images import Images, images_file
 
-from ..harness.conftest import few_digits
-from .conftest import SMALL, run_here, words
+from ..harness.conftest import few_digits, installed
+from .conftest import SMALL, run_here
 
 AGAIN = ("reproduce", "small.yaml", "--stand_in", "digits", "--out", "out")
 
@@ -90,9 +90,7 @@ def test_what_is_printed_is_the_table_and_the_commands(finished):
 
 def typed_here(lines, folder, programs):
     """Run in this process what a shell makes of the lines: programs of these names write down how they are called."""
-    from clip_benchmark import cli
-
-    mains = {"vs2-train-sae": train_sae.main, "clip_benchmark": lambda _: cli.main(), "vs2": main}
+    mains = {"vs2-train-sae": train_sae.main, "clip_benchmark": _clip_benchmark, "vs2": main}
     programs.mkdir()
     for name in mains:
         (programs / name).write_text(f"#!/bin/sh\n{{ printf '%s\\0' {name} \"$@\"; echo; env -0; echo; }} >> calls\n")
@@ -104,7 +102,6 @@ def typed_here(lines, folder, programs):
         name, *rest = call.split("\0")
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
-            patch.setattr(sys, "argv", [name, *rest])
             for variable, value in (one.split("=", 1) for one in exported.split("\0")):
                 patch.setenv(variable, value)
             assert not mains[name](rest)
@@ -186,7 +183,7 @@ def test_after_an_interruption_nothing_is_evaluated_twice(tmp_path):
     write_digits(tmp_path / "digits")
     few_digits(tmp_path, "out/digits", 0, count=64)
     env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
-    command = words("vs2", *AGAIN)
+    command = installed("vs2", *AGAIN)
     first = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                              start_new_session=True)  # fmt: skip
     deadline = time.monotonic() + 200

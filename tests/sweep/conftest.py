@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from ..harness.conftest import few_digits
+from vs2_plugin.demo.run import _clip_benchmark
 
-TINY = "local-dir:tiny-clip"
+from ..harness.conftest import TINY, few_digits
+
 _DATA = ("--pretrained", "", "--dataset", "wds/few", "--num_workers", "0", "--dataset_root")
 #: Under autocast, which is emulated, and slow, on processors without bfloat16 units: of few images.
 AUTOCAST = (*_DATA, "fewer")
@@ -23,12 +23,7 @@ BATCHES = 2
 
 def harness(*models: str, output: str, data: tuple[str, ...] = DATA) -> None:
     """``clip_benchmark eval``, in the current folder."""
-    from clip_benchmark import cli
-
-    argv = ["clip_benchmark", "eval", "--model", *models, *data, "--quiet", "--output", output]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", argv)
-        cli.main()
+    _clip_benchmark(["eval", "--model", *models, *data, "--quiet", "--output", output])
 
 
 def interrupt_write(monkeypatch: pytest.MonkeyPatch, number: int) -> None:

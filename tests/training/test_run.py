@@ -20,6 +20,7 @@ from vs2_plugin.checkpoint.records import TrainingData
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli import train_sae
 from vs2_plugin.data.given import GivenActivations
+from vs2_plugin.demo.run import _clip_benchmark
 from vs2_plugin.errors import CheckpointError, DataError
 from vs2_plugin.sae.foreign import write_saelens
 from vs2_plugin.training import run
@@ -195,8 +196,6 @@ def test_transductive_training_is_marked_everywhere(folder, capsys, monkeypatch,
 
     assert train("--train_split", "test", "--transductive") == 0
     assert Store.default().find(NAME).transductive
-    from clip_benchmark import cli
-
     words = [
         "eval",
         "--model",
@@ -214,8 +213,7 @@ def test_transductive_training_is_marked_everywhere(folder, capsys, monkeypatch,
         "--output",
         "r.json",
     ]
-    monkeypatch.setattr(sys, "argv", ["clip_benchmark", *words])
-    cli.main()
+    _clip_benchmark(words)
     assert json.loads((folder / "r.json").read_text())["metrics"]["vs2_transductive"] is True
 
 
