@@ -144,6 +144,12 @@ def no_waiting_for_the_disk():
         yield
 
 
+def at(folder, patch):
+    """Work inside a folder, with the store in it."""
+    patch.chdir(folder)
+    patch.setenv("VS2_STORE", "store")
+
+
 @pytest.fixture(autouse=True)
 def own_store(tmp_path, monkeypatch):
     """Keep every test away from the user's own store."""

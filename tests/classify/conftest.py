@@ -8,6 +8,8 @@ import pytest
 
 from vs2_plugin.demo.digits import read_digits
 
+from ..conftest import at
+
 TINY = "local-dir:tiny-clip"
 CLASSES = ["eight", "nine", "seven"]
 COUNT = 60
@@ -34,8 +36,7 @@ def photographed(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     shutil.copytree(workplace / "tiny-clip", folder / "tiny-clip")
     write_photos(folder / "photos")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("VS2_STORE", "store")
+        at(folder, patch)
         request = ClassifyRequest(photos=("photos",), model=f"vs2:{TINY}", amp=False, num_workers=0)
         training = make_plan(request).training
         assert training is not None
@@ -46,6 +47,5 @@ def photographed(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture
 def here(photographed: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Work inside that folder, with its store."""
-    monkeypatch.chdir(photographed)
-    monkeypatch.setenv("VS2_STORE", "store")
+    at(photographed, monkeypatch)
     return photographed

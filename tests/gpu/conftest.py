@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ..harness.conftest import TINY, clip_benchmark, few_digits  # noqa: F401
+from ..harness.conftest import TINY, at, clip_benchmark, few_digits  # noqa: F401
 
 #: Of a quarter of the test digits.
 DATA = ("--dataset", "wds/few", "--dataset_root", "few", "--num_workers", "1", "--quiet")
@@ -41,8 +41,7 @@ def laboratory(gpu, once):
         prepare(folder)
         few_digits(folder, "few", 0)
         with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(folder)
-            patch.setenv("VS2_STORE", "store")
+            at(folder, patch)
             recipe = ("--blocks", "2", "last", "--pass_weight", "0", "0.8", "--samples", "5000", "--gallery_labels")
             assert train_sae.main(["--model", TINY, *DATA, *recipe, "--no_amp"]) == 0
 
@@ -52,8 +51,7 @@ def laboratory(gpu, once):
 @pytest.fixture
 def here(laboratory, monkeypatch):
     """Work inside the folder, with its store."""
-    monkeypatch.chdir(laboratory)
-    monkeypatch.setenv("VS2_STORE", "store")
+    at(laboratory, monkeypatch)
     return laboratory
 
 

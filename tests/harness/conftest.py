@@ -21,6 +21,8 @@ from vs2_plugin.demo import run
 from vs2_plugin.demo.digits import CLASSES
 from vs2_plugin.demo.run import _clip_benchmark
 
+from ..conftest import at
+
 #: In float32: autocast is emulated, and slow, on processors without bfloat16 units.
 DIGITS = ("--dataset", "wds/digits", "--dataset_root", "digits", "--num_workers", "0", "--quiet", "--no_amp")
 TINY = "local-dir:tiny-clip"
@@ -58,8 +60,7 @@ def demo(once: Callable[..., Path]) -> SimpleNamespace:
 @pytest.fixture
 def in_demo(demo, monkeypatch) -> Path:
     """Work inside the demo's folder, with its store."""
-    monkeypatch.chdir(demo.folder)
-    monkeypatch.setenv("VS2_STORE", "store")
+    at(demo.folder, monkeypatch)
     return demo.folder
 
 

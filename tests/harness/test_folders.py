@@ -19,7 +19,7 @@ from vs2_plugin.errors import CheckpointError
 from vs2_plugin.results.images import Images
 
 from ..reproduce.conftest import harness_here
-from .conftest import TINY
+from .conftest import TINY, at
 
 EVALUATE = ("--pretrained", "", "--num_workers", "0", "--quiet", "--no_amp")
 TRAIN = ("--model", TINY, "--no_amp", "--samples", "400", "--k", "8", "--num_workers", "0", "--quiet")
@@ -48,8 +48,7 @@ def trained(once, prepare):
         draw(folder / "photos")
         shutil.copytree(folder / "photos", folder / "other" / "photos")
         with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(folder)
-            patch.setenv("VS2_STORE", "store")
+            at(folder, patch)
             assert train_sae.main([*TRAIN, "--dataset", "photos/"]) == 0
 
     return once("folders", fill)
@@ -59,8 +58,7 @@ def trained(once, prepare):
 def here(trained, tmp_path, monkeypatch):
     """Work where the photos are. The checkpoint tells where they were trained on: it is told that they are here."""
     shutil.copytree(trained, tmp_path / "here")
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setenv("VS2_STORE", "store")
+    at(tmp_path / "here", monkeypatch)
     manifest = Path("store/checkpoints", NAME, "vs2.json")
     values = json.loads(manifest.read_text())
     values["data"]["folders"] = [str(tmp_path / "here/photos/train")]

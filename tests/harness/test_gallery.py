@@ -16,7 +16,7 @@ from vs2_plugin.demo.digits import CLASSES, TEMPLATES
 from vs2_plugin.errors import DataError, HarnessError
 from vs2_plugin.gallery import search
 
-from .conftest import DIGITS, TINY, few_digits, metrics
+from .conftest import DIGITS, TINY, at, few_digits, metrics
 
 NAME = "local-dir-tiny-clip_wds-digits"
 FEW = ("--samples", "500", "--max_images", "48", "--num_workers", "0", "--quiet", "--no_amp", "--overwrite")
@@ -183,8 +183,7 @@ MISTAKES = [
 def lacking(demo):
     """The demo's folder with a checkpoint without gallery, and one of 48 images without labels."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(demo.folder)
-        patch.setenv("VS2_STORE", "store")
+        at(demo.folder, patch)
         for words in (("--name", "bare", "--no_gallery"), ("--name", "small")):
             assert train_sae.main(["--model", TINY, *DIGITS[:4], *FEW, *words]) == 0
     yield

@@ -12,7 +12,7 @@ from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli import main, train_sae
 
 from ..clip import library
-from .conftest import few_digits, metrics
+from .conftest import at, few_digits, metrics
 
 DATA = ("--dataset", "wds/few", "--dataset_root", "few", "--num_workers", "0", "--no_amp")
 SHORT = ("--samples", "1000", "--quiet")
@@ -26,8 +26,7 @@ def made(workplace, tmp_path_factory):
     few_digits(folder, "few", 0, count=100)
     library.write_tiny(folder / "tiny")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("VS2_STORE", "store")
+        at(folder, patch)
         assert train_sae.main(["--model", "hf:./tiny", *DATA, *SHORT, "--blocks", "1", "last"]) == 0
     return folder
 
@@ -35,8 +34,7 @@ def made(workplace, tmp_path_factory):
 @pytest.fixture
 def place(made, monkeypatch):
     """Work in that folder, with its store."""
-    monkeypatch.chdir(made)
-    monkeypatch.setenv("VS2_STORE", "store")
+    at(made, monkeypatch)
     return made
 
 

@@ -8,6 +8,8 @@ from vs2_plugin.inspection.findings import inspect_images
 from vs2_plugin.inspection.pictures import read_image
 from vs2_plugin.inspection.subject import open_subject
 
+from ..conftest import at
+
 DATA = ["--dataset", "wds/digits", "--dataset_root", "digits"]
 QUIET = ["--num_workers", "0", "--quiet", "--no_amp"]
 BLOCK = "visual.transformer.resblocks.3"
@@ -20,8 +22,7 @@ def trained(once, prepare):
     def fill(folder):
         prepare(folder)
         with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(folder)
-            patch.setenv("VS2_STORE", "store")
+            at(folder, patch)
             common = ["--model", "local-dir:tiny-clip", *DATA, "--samples", "10000", *QUIET]
             assert train_sae.main([*common, "--blocks", "2", "last"]) == 0
             assert train_sae.main([*common, "--pass_weight", "0.8"]) == 0
@@ -33,8 +34,7 @@ def trained(once, prepare):
 @pytest.fixture
 def folder(trained, monkeypatch):
     """Work inside that folder, with its store."""
-    monkeypatch.chdir(trained)
-    monkeypatch.setenv("VS2_STORE", "store")
+    at(trained, monkeypatch)
     return trained
 
 

@@ -23,7 +23,7 @@ from vs2_plugin.reproduce.reading import read
 from vs2_plugin.reproduce.run import Reproduction
 from vs2_plugin.results.images import Images, images_file
 
-from ..harness.conftest import few_digits, installed
+from ..harness.conftest import at, few_digits, installed
 from .conftest import SMALL, run_here
 
 AGAIN = ("reproduce", "small.yaml", "--stand_in", "digits", "--out", "out")
@@ -297,8 +297,7 @@ def test_one_model_that_fails_does_not_keep_the_others_from_it(copied, monkeypat
     """The command stops at a model; those behind it are evaluated, and nobody else is blamed."""
     from vs2_plugin.reproduce.stand_in import stand_in
 
-    monkeypatch.chdir(copied / "out")
-    monkeypatch.setenv("VS2_STORE", "store")
+    at(copied / "out", monkeypatch)
     work = Reproduction([stand_in(read(copied / "small.yaml"))], Path(), "digits")
     ((*runs,),) = [
         [*dict.fromkeys(run for cell in work.cells for seed in cell.seeds for run in cell.evaluations(seed))]

@@ -10,7 +10,7 @@ import pytest
 
 from vs2_plugin.demo.run import _clip_benchmark
 
-from ..harness.conftest import TINY, few_digits
+from ..harness.conftest import TINY, at, few_digits
 
 _DATA = ("--pretrained", "", "--dataset", "wds/few", "--num_workers", "0", "--dataset_root")
 #: Under autocast, which is emulated, and slow, on processors without bfloat16 units: of few images.
@@ -59,8 +59,7 @@ def both_commands(
     """A sweep, and some of its points by the stock command: results in ``{prefix}sweep`` and ``{prefix}harness``.
     ``before`` is called before each command."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("VS2_STORE", "store")
+        at(folder, patch)
         (folder / f"{prefix}harness").mkdir()
         before()
         harness(TINY, *points, output=f"{prefix}harness/{{model}}.json", data=data)
@@ -88,8 +87,7 @@ def _fill(folder: Path) -> None:
     few_digits(folder, "fewer", 0, count=40)
     train = ["--model", TINY, *DATA, "--samples", "3000", "--quiet"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("VS2_STORE", "store")
+        at(folder, patch)
         assert train_sae.main([*train, "--blocks", "all", "--gallery_labels"]) == 0
         assert train_sae.main([*train, "--pass_weight", "0.8", "--gallery_labels"]) == 0
         assert train_sae.main([*train, "--k", "8", "--name", "other"]) == 0
@@ -98,6 +96,5 @@ def _fill(folder: Path) -> None:
 @pytest.fixture
 def here(laboratory, monkeypatch) -> Path:
     """Work inside the folder, with its store."""
-    monkeypatch.chdir(laboratory)
-    monkeypatch.setenv("VS2_STORE", "store")
+    at(laboratory, monkeypatch)
     return laboratory

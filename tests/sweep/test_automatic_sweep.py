@@ -10,7 +10,7 @@ from vs2_plugin.plugins import registry
 from vs2_plugin.sweep import evaluate
 from vs2_plugin.sweep.grid import read_grids
 
-from .conftest import TINY, both_commands, harness, result, sweep
+from .conftest import TINY, at, both_commands, harness, result, sweep
 
 STRINGS = [
     f"vs2:{TINY}@alpha=0,auto,2,8",
@@ -93,8 +93,7 @@ THROUGH = [f"vs2pp:{TINY}@alpha=auto@n=10@brake=0.6", f"vs2:{TINY}@alpha=auto@ga
 def through(laboratory):
     """Those by the stock command."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(laboratory)
-        patch.setenv("VS2_STORE", "store")
+        at(laboratory, patch)
         (laboratory / "tower-harness").mkdir()
         harness(*THROUGH, output="tower-harness/{model}.json")
 

@@ -15,7 +15,7 @@ from vs2_plugin.steering.neighbours import Codes
 from vs2_plugin.sweep import evaluate
 from vs2_plugin.sweep.grid import read_grids
 
-from .conftest import AUTOCAST, BATCHES, TINY, both_commands, harness, interrupt_write, result, sweep
+from .conftest import AUTOCAST, BATCHES, TINY, at, both_commands, harness, interrupt_write, result, sweep
 
 STRINGS = [
     f"vs2:{TINY}@gamma=1:2:0.5@lam=2,4",  # two points of α = 0, and two of α = 2
@@ -61,8 +61,7 @@ def test_results_equal_the_harness_under_autocast(both, monkeypatch):
     for model in (TINY, *strings):
         assert result(both / "amp-sweep" / f"{model}.json") == result(both / "amp-harness" / f"{model}.json")
     # Equal results with autocast and without are not the same thing twice.
-    monkeypatch.chdir(both)
-    monkeypatch.setenv("VS2_STORE", "store")
+    at(both, monkeypatch)
     assert sweep(strings[0], output="no-amp/{model}.json", data=(*AUTOCAST, "--no_amp")) == 0
     fvu = [result(both / name / f"{strings[0]}.json")["metrics"]["vs2_mean_fvu"] for name in ("no-amp", "amp-sweep")]
     assert fvu[0] != fvu[1]
@@ -151,8 +150,7 @@ def test_points_of_one_alpha_are_evaluated_once(here, monkeypatch):
 
 
 def test_features_that_differ_send_points_through_the_tower(both, monkeypatch):
-    monkeypatch.chdir(both)
-    monkeypatch.setenv("VS2_STORE", "store")
+    at(both, monkeypatch)
     monkeypatch.setattr(evaluate, "finish", lambda model, site, x: x.new_zeros(len(x), 64))
     strings = [STRINGS[0], STRINGS[2], STRINGS[8], STRINGS[13], STRINGS[15], STRINGS[16]]
     assert sweep(*strings, output="through/{model}.json") == 0
