@@ -37,7 +37,7 @@ from vs2_plugin.results.runs import Run, read_run, write_run, write_table
 from vs2_plugin.sae.topk import SaeConfig, TopKSAE
 from vs2_plugin.strength.choice import Choice
 from vs2_plugin.strength.criterion import Scores
-from vs2_plugin.sweep.figures import _save
+from vs2_plugin.sweep.figures import save as save_figure
 
 from .faults import FAULTS, LEFT, Writer, troubles
 
@@ -241,7 +241,7 @@ def read_measured(folder):
 
 
 def write_picture(folder, version):
-    _save(Figure((1, 1)), folder / "x.png")
+    save_figure(Figure((1, 1)), folder / "x.png", "vs2 sweep")
 
 
 def read_picture(folder):
