@@ -124,7 +124,7 @@ def test_without_an_sae_one_is_trained_on_the_photos(classify, tmp_path, monkeyp
     rows, said, _ = classify(str(tmp_path / "few"), model=f"vs2:{TINY}")
     assert said[0].endswith("one is trained on the photos themselves, without labels (transductive)")
     assert len(rows) == 24 and not any(line.startswith("evaluate") for line in said)
-    assert len(warned) == 1 and warned[0].startswith("24 images are too few to train an SAE on")
+    assert len(warned) == 1 and warned[0].startswith("the SAE learned from 24 images, too few for")
     _, said, _ = classify(str(tmp_path / "few"), model=f"vs2:{TINY}", out="again.csv")
     assert len(said) == 1 and said[0].startswith("SAE: ")
 

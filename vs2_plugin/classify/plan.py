@@ -133,8 +133,8 @@ def _named(classes: str) -> list[str]:
         return read_lines(classes, "--classes", "one name")
     if "," not in classes:
         raise SettingError(
-            f"--classes {classes!r}: there is no such file; expected a file with a name per line, or names with commas "
-            "between them, such as cat,dog"
+            f"--classes {classes!r}: there is no such file, and one name is not enough; expected a file with a name "
+            "per line, or names with commas between them, such as cat,dog"
         )
     return [name for part in classes.split(",") if (name := part.strip())]
 

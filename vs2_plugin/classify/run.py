@@ -122,7 +122,7 @@ def _with_sae(plan: Plan, report: Report, quiet: bool) -> Plan:
     (checkpoint,) = train(replace(request, quiet=quiet), report=tell)
     if checkpoint.data.images < _FEW:
         _LOG.warning(
-            "%s are too few to train an SAE on, and steering along it is not worth it; name a folder of some hundreds "
+            "the SAE learned from %s, too few for steering along it to be worth much; name a folder of some hundreds "
             "or more by --train_images, with a store of its own or by vs2-train-sae --overwrite, or compare with the "
             "columns plain_class and plain_probability", counted(checkpoint.data.images, "image"),
         )  # fmt: skip

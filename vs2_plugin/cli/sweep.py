@@ -96,7 +96,7 @@ def _sweep(args: argparse.Namespace) -> int:
     for backbone, accuracy in found.plain.items():
         report(f"zero-shot {backbone}: {accuracy:.2f} %")
     report(f"best of {len(planned.points)}: {found.best[1]:.2f} % by {found.best[0]}")
-    other = "Report the accuracy of that choice on images that did not make it."
+    other = "Report the accuracy of that choice on other images than these, which made it."
     report(_TUNING if request.split == "test" else other)
     for path in (planned.folder, *found.written):
         report(f"wrote {path}")
