@@ -27,16 +27,16 @@ MODEL = "local-dir:tiny-clip"
 EVALUATED = {
     "zero-shot CLIP": MODEL,
     "VS2": f"vs2:{MODEL}",
-    "VS2, strength told without labels": f"vs2:{MODEL}@alpha=auto",
+    "VS2, strength chosen without labels": f"vs2:{MODEL}@alpha=auto",
 }
 #: Rows that ``vs2 sweep`` evaluates, all in one pass of the images -> model string.
 SWEPT = {
-    "selective VS2, told without labels": f"vs2s:{MODEL}",
+    "selective VS2, chosen without labels": f"vs2s:{MODEL}",
     "VS2++, pseudo-labels": f"vs2pp:{MODEL}",
     "VS2, gated at q = 0.99": f"vs2:{MODEL}@gate=0.99",
     "VS2, last two blocks": f"vs2:{MODEL}@blocks=2+3",
     "VS2 + PASS (training labels)": f"pass:{MODEL}",
-    "PASS, strength told without test images": f"pass:{MODEL}@alpha=auto",
+    "PASS, strength chosen without test images": f"pass:{MODEL}@alpha=auto",
     "REC_F, reconstruction": f"rec:{MODEL}",
     "REC_A, at every block": f"rec:{MODEL}@blocks=all",
     "REC_F+gamma, gamma = 1.5": f"amp:{MODEL}",

@@ -72,7 +72,7 @@ _ACCURACY = (
 )
 _GATE = (
     "Results that differ only in the gate: images are steered where their FVU is within the q-quantile of held-out "
-    "training activations. Above: share of the test images that were steered. Below: top-1 accuracy; the dashed line "
+    "training activations. Above: share of the test images that it let through. Below: top-1 accuracy; the dashed line "
     "is zero-shot CLIP. The values of q are evenly spaced here."
 )
 _GRID = "Top-1 accuracy in percent, of results that differ only in gamma and lambda. Empty: not evaluated."
