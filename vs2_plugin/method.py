@@ -133,7 +133,7 @@ VIEWS = (
 
 #: What results say of every method, under these names with ``vs2_`` before them; so that no option has one of them.
 TOLD_OF_ALL = frozenset(
-    {"method", "version", "site", "protocol", "checkpoint", "checkpoint_digest", "transductive", "labels"}
+    {"method", "version", "site", "split", "protocol", "checkpoint", "checkpoint_digest", "transductive", "labels"}
     | {"neighbour_labels", "sae_warning", "coverage", "mean_fvu", "gate_threshold", "seconds", "peak_memory"}
     | {f"ece{before}{bins}" for before in ("", "_before") for bins in ("", "_bins")}
     | {"mended", "broken", "results_digest"}

@@ -149,11 +149,14 @@ def test_without_predictions_other_prompts_are_told_by_accuracies_and_folders(wr
 
 
 def test_a_few_other_predictions_are_not_other_prompts(write_run, make_images, steered):
-    """So much changes with the batch size and under autocast."""
+    """So much changes with the batch size and under autocast. A run is compared with what it recorded itself."""
     zero, images = make_images(0.5, 1), make_images(0.6, 2, sae=True, before=0.5)
     images["plain_prediction"][:6] = (images["plain_prediction"][:6] + 1) % 6
-    (row,) = group_of(write_run("B", images=zero), write_run("vs2:B", images=images, metrics=steered())).steered
-    assert row.zero.path.stem == "B"
+    group = group_of(write_run("B", images=zero), write_run("vs2:B", images=images, metrics=steered()))
+    (row,) = group.steered
+    assert group.zero.run.path.stem == "B" and row.zero.path.stem == "vs2:B"
+    right = images["plain_prediction"] == images["target"]
+    assert row.change == pytest.approx(row.top1 - right.mean())
 
 
 def test_calibration_is_read_from_the_metrics_where_images_were_not_kept(write_run, steered):

@@ -354,25 +354,24 @@ def _patch_cli(module: Any) -> None:
 
 def _run(stock: Callable[[Namespace], Any], args: Namespace) -> Any:
     """Evaluate one model. Results of a steered one, or of one whose images are recorded, get their digest."""
-    recording = os.environ.get(PER_IMAGE, "") not in ("", "0")
-    if not recording and not is_steered(args.model):
-        return stock(args)
     from vs2_plugin.harness.recorder import Recorder
     from vs2_plugin.host import Evaluation
-    from vs2_plugin.results.runs import sign
+    from vs2_plugin.results.runs import forget_images, sign
 
+    recorder = Recorder() if os.environ.get(PER_IMAGE, "") not in ("", "0") else None
     output = Path(Evaluation.of(args).output_file)
     skipped = args.skip_existing and output.exists()
-    recorder = Recorder() if recording else None
     token = _recorder.set(recorder)
     try:
         result = stock(args)
     finally:
         _recorder.reset(token)
-    if not skipped:
+    if not skipped and (recorder is not None or is_steered(args.model)):
         sign(output)
     if recorder is not None:
         recorder.save(str(output))
+    elif not skipped:
+        forget_images(output)
     return result
 
 

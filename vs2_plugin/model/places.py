@@ -78,6 +78,11 @@ class Places(Sequence[Place]):
             return False
         return self.checkpoint.transductive or self.checkpoint.data.holds(self.task.folder if self.task else "")
 
+    @property
+    def _split(self) -> str | None:
+        """The split under evaluation, unless it is the usual one."""
+        return None if self.task is None or self.task.split == "test" else self.task.split
+
     def _describe(self) -> dict[str, Scalar]:
         checkpoint, options = self.checkpoint, self.spec.all_options
         facts: dict[str, Scalar] = {
@@ -86,7 +91,7 @@ class Places(Sequence[Place]):
             "site": "+".join(place.site.hookpoint for place in self),
             "protocol": widest([self.spec.protocol, "transductive" if self.transductive else "image"]),
         }
-        facts |= {name: value for name, value in options.items() if value is not None}
+        facts |= {name: value for name, value in {"split": self._split, **options}.items() if value is not None}
         if "labels" in facts:  # the word also says which labels were used at all, just below
             facts["neighbour_labels"] = facts.pop("labels")
         used = [self.spec.labels_used, *(place.facts.labels for place in self if place.facts is not None)]

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from vs2_plugin.names import LOCAL, SCHEMES
 from vs2_plugin.report.naming import base_of, facts_of, label_of, same_but_for_the_seed, seed_of, written
 from vs2_plugin.report.rows import Mean, Pairing, Row
@@ -287,7 +289,9 @@ def _group(backbone: str, pretrained: str, runs: list[Run], alone: bool) -> Grou
     for entry, told in zip(entries, facts, strict=True):
         own = {name: value for name, value in told.items() if name not in common}
         shown = own.pop("checkpoint", "")
-        first, *others = (_row(run, zero, shown, own) for run in entry)
+        first, *others = (
+            Row(run, label_of(run, shown), _before(run, zero, runs), written(own), shown) for run in entry
+        )
         if not others:
             rows.append(first)
             continue
@@ -297,9 +301,16 @@ def _group(backbone: str, pretrained: str, runs: list[Run], alone: bool) -> Grou
     return Group(backbone, pretrained, _told_apart(rows), alone, written(common), runs[0].dataset)
 
 
-def _row(run: Run, zero: Run | None, shown: str, facts: Mapping[str, str]) -> Row:
-    recorded = run.plain if Pairing.of(run, zero) is None else None
-    return Row(run, label_of(run, shown), None if run.method is None else recorded or zero, written(facts), shown)
+def _before(run: Run, zero: Run | None, runs: Sequence[Run]) -> Run | None:
+    """Return the zero-shot result that a steered one is compared with: what it recorded itself, else one of the same
+    images, as far as these are known, or of the same folder. None where nothing tells which one that is."""
+    if run.method is None or run.plain is not None:
+        return run.plain
+    plain = [other for other in runs if other.method is None]
+    same = [other for other in plain if Pairing.of(run, other) is not None]
+    beside = [other for other in plain if other.path.parent == run.path.parent]
+    alone = [zero] if _are_of_the_same(plain) else []
+    return next(iter([*same, *beside, *alone]), None)
 
 
 def _by_seed(runs: Sequence[Run]) -> list[list[Run]]:
@@ -311,9 +322,16 @@ def _by_seed(runs: Sequence[Run]) -> list[list[Run]]:
     seeds = [[seed_of(run) for run in some] for some in alike.values()]
     # The same seed twice is another difference, which nothing tells.
     joined = [some for some, own in zip(alike.values(), seeds, strict=True) if 1 < len(some) == len(set(own))]
+    joined = [*filter(_are_of_the_same, joined)]
     first = {some[0]: sorted(some, key=lambda run: seed_of(run) or 0) for some in joined}
     others = {run for some in joined for run in some[1:]}
     return [first.get(run, [run]) for run in runs if run not in others]
+
+
+def _are_of_the_same(runs: Iterable[Run]) -> bool:
+    """Tell whether runs are of the same images in any order, as far as these are known."""
+    known = (run.images.digest for run in runs if run.images)
+    return len({(len(digests), int(np.bitwise_xor.reduce(digests))) for digests in known}) < 2
 
 
 def _common(facts: Sequence[Mapping[str, str]]) -> dict[str, str]:

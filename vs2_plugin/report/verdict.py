@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from scipy.stats import binomtest
+
 from vs2_plugin.report.rendering import fixed
 from vs2_plugin.report.rows import Row
 from vs2_plugin.report.summary import Group
@@ -43,17 +45,33 @@ def verdict(group: Group) -> Verdict | None:
         told = f"{usual.title}: top-1 accuracy {fixed(usual.top1)} %{_seeds(usual)}."
         missing = f"What steering changed is not known: there is no zero-shot result of {group.backbone}."
         return Verdict((told, missing), short=f"{usual.label} {fixed(usual.top1)} %")
-    sentences = [_did(usual, float(before.metrics["acc1"]))]
     changed = [row for row in free if row.change is not None]
+    first, tone, short = _headline(usual, float(before.metrics["acc1"]), changed)
+    sentences = [first]
     best = max(changed, key=lambda row: (row.change or 0.0, row.change_interval is not None), default=None)
     if best is not None:
         sentences.append(_best(best, usual, len(changed)))
-    short = f"{usual.label} {_points(usual)}"
     if best is not None and best is not usual:
         short += f"; best without labels {best.title} {_points(best)}"
     sentences += _of_others(unlabeled)
     gains = best is not None and (best.change or 0.0) > 0
-    return Verdict(tuple(sentences), _tone(usual), short, best if gains else None)
+    return Verdict(tuple(sentences), tone, short, best if gains else None)
+
+
+def _headline(usual: Row, before: float, changed: Sequence[Row]) -> tuple[str, str, str]:
+    """Return what steering did, in a sentence, its tone, and a few words. Of a sweep without the default setting, no
+    point stands for the others."""
+    run, given = usual.run, usual.run.parts.given
+    alike = [row for row in changed if row.run.method == run.method and row.run.parts.given.keys() == given.keys()]
+    if not given or len(alike) < 3:
+        return _did(usual, before), _tone(usual), f"{usual.label} {_points(usual)}"
+    changes = [100 * (row.change or 0.0) for row in alike]
+    words = " ".join(f"@{name}" for name in given)
+    told = (
+        f"{len(alike)} settings of {run.method} ({words}) change top-1 accuracy by {min(changes):+.2f} to "
+        f"{max(changes):+.2f} points; the default setting is not among them."
+    )
+    return told, "", f"{run.method}, {len(alike)} settings"
 
 
 def _own_images_only(rows: Sequence[Row]) -> list[Row]:
@@ -95,7 +113,16 @@ def _seeds(row: Row) -> str:
 
 def _tone(row: Row) -> str:
     ends = row.change_interval
-    return "" if ends is None or ends.low <= 0 <= ends.high else "up" if ends.low > 0 else "down"
+    if ends is None or ends.low <= 0 <= ends.high or _are_few(row):
+        return ""
+    return "up" if ends.low > 0 else "down"
+
+
+def _are_few(row: Row) -> bool:
+    """Tell whether so few images changed that coins would fall so one-sided in a twentieth of cases or more (McNemar's
+    exact test): an interval by the bootstrap is too narrow then."""
+    mended, broken = round(row.mended or 0), round(row.broken or 0)
+    return row.change_interval is not None and binomtest(min(mended, broken), max(mended + broken, 1)).pvalue >= 0.05
 
 
 def _chance(row: Row) -> str:
@@ -103,7 +130,9 @@ def _chance(row: Row) -> str:
         return "Whether that is beyond chance is not known: there are no per-image results to compare."
     if _tone(row):
         return "That is beyond chance: the interval leaves out 0."
-    return "That may be chance: the interval holds 0."
+    if row.change_interval.low <= 0 <= row.change_interval.high:
+        return "That may be chance: the interval holds 0."
+    return "That may be chance: too few images changed to say more."
 
 
 def _best(best: Row, usual: Row, among: int) -> str:

@@ -404,14 +404,15 @@ def _gain(plain: Path, steered: Path, name: str | None) -> float:
                         "those of one data set, evaluated with VS2_PER_IMAGE=1")  # fmt: skip
     gains = _recalls(after) - _recalls(before)
     if name is None:
-        return float(gains.max())
+        return float(np.nanmax(gains))
     if name not in after.classes:
         raise DataError(f"{steered}: there is no class {name!r}; the classes: {', '.join(after.classes[:5])}, ...")
     return float(gains[after.classes.index(name)])
 
 
 def _recalls(images: Images) -> Array:
-    """Return the percentage of each class's images that were classified correctly; 0 for a class without images."""
+    """Return the percentage of each class's images that were classified correctly; NaN for a class without images."""
     count = len(images.classes)
     right = np.bincount(images.target[images.correct], minlength=count)
-    return np.asarray(100 * right / np.maximum(np.bincount(images.target, minlength=count), 1))
+    with np.errstate(invalid="ignore"):
+        return np.asarray(100 * right / np.bincount(images.target, minlength=count))

@@ -19,7 +19,7 @@ from vs2_plugin.results.images import Images, images_file
 from vs2_plugin.results.statistics import Calibration, calibration_of_bins
 from vs2_plugin.text import printable
 
-__all__ = ["DIGEST", "Run", "digest_of", "read", "read_run", "sign", "write_run", "write_table"]
+__all__ = ["DIGEST", "Run", "digest_of", "forget_images", "read", "read_run", "sign", "write_run", "write_table"]
 
 #: The metric that tells whether the results were changed after they were written.
 DIGEST = "vs2_results_digest"
@@ -248,7 +248,14 @@ def write_run(run: Run) -> Run:
         run = replace(run, metrics={**run.metrics, DIGEST: digest_of(content)})
     with atomic_file(run.path) as scratch:
         scratch.write_text(json.dumps({**content, "metrics": run.metrics}), encoding="utf-8")
+    forget_images(run.path)
     return run
+
+
+def forget_images(path: Path) -> None:
+    """Remove per-image results beside a results file that was written without any: they are of an earlier one."""
+    with suppress(OSError):
+        images_file(path).unlink(missing_ok=True)
 
 
 def write_table(path: Path, runs: Sequence[Run]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def _sections(grid: Grid, table: Mapping[tuple[str, ...], float], axes: list[str
 
 
 def _heat_map(grid: Grid, title: str, rows: dict[tuple[str, ...], float], plain: float, axes: list[str]) -> Figure:
-    across, up = (grid.axes[axis] for axis in axes)
+    across, up = (_rising(grid.axes[axis]) for axis in axes)
     values = np.array([[rows[x, y] for x in across] for y in up])
     best = max(rows, key=rows.__getitem__)
     figure = Figure(figsize=(7, 5.6), layout="constrained")
@@ -85,8 +85,15 @@ def _heat_map(grid: Grid, title: str, rows: dict[tuple[str, ...], float], plain:
     return figure
 
 
+def _rising(texts: Sequence[str]) -> list[str]:
+    """Return the values of an axis as they are drawn: numbers from the least, words as they were given."""
+    if None in map(as_number, texts):
+        return list(texts)
+    return sorted(texts, key=lambda text: as_number(text) or 0.0)
+
+
 def _curves(grid: Grid, along: str, sections: list[Section], plain: float) -> Figure:
-    texts = grid.axes[along]
+    texts = _rising(grid.axes[along])
     numbers = [number for text in texts if (number := as_number(text)) is not None]
     in_words = len(numbers) < len(texts)
     places = list(map(float, range(len(texts)))) if in_words else numbers

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.clip.backbone import check_backbone
 from vs2_plugin.data.naming import DataSet
-from vs2_plugin.errors import DataError, HarnessError, SettingError
+from vs2_plugin.errors import CheckpointError, DataError, HarnessError, SettingError
 from vs2_plugin.harness import preflight
 from vs2_plugin.host import Evaluation, default_task
+from vs2_plugin.model.parts import find_checkpoint
 from vs2_plugin.names import file_stem, is_steered, weights_tag
 from vs2_plugin.results.runs import Run, read_run, write_run, write_table
 from vs2_plugin.sweep import evaluate
@@ -135,7 +138,7 @@ def sweep(planned: Plan, quiet: bool = False) -> Summary:
     """
     for model, file in planned.files.items():
         if model not in planned.pending:
-            planned.results[model] = _read(file)
+            planned.results[model] = _read(file, model, planned)
     points = planned.points
     for backbone in planned.backbones:
         mine = [points[m] for m in planned.pending if m in points and points[m].spec.backbone == backbone]
@@ -147,14 +150,37 @@ def sweep(planned: Plan, quiet: bool = False) -> Summary:
     return _finish(planned)
 
 
-def _read(file: Path) -> Run:
+def _read(file: Path, model: str, planned: Plan) -> Run:
+    """Return the results of a model that are there, which are those that it would have now."""
+    request = planned.request
     try:
         run = read_run(file)
+        if run.headline is None:
+            raise DataError(f"{file} has no accuracy")
+        there = run.model, run.pretrained, run.dataset, run.language
+        if there != (model, weights_tag(model, request.pretrained), request.dataset, request.language):
+            raise DataError(f"{file} holds results of {' '.join(filter(None, there))}, and not of this sweep")
+        point = planned.points.get(model)
+        if point is None:
+            return run
+        split = run.fact("split") or "test"
+        if split != request.split:
+            raise DataError(f"{file} holds results of the split {split!r}; expected {request.split!r}")
+        digest = _digest(point, request)
+        if digest is not None and run.fact("checkpoint_digest") != digest:
+            raise DataError(f"{file} holds results of another SAE than {run.fact('checkpoint')} is now")
     except DataError as error:
-        raise DataError(f"{error}; remove it, or leave --skip_existing away") from error
-    if run.headline is None:
-        raise DataError(f"{file} has no accuracy; remove it, or leave --skip_existing away")
+        raise DataError(f"{error}; remove it, give another --output, or omit --skip_existing") from error
     return run
+
+
+def _digest(point: Point, request: SweepRequest) -> str | None:
+    """Return the digest of the checkpoint that a point is of, as results name it; None if there is none."""
+    home = DataSet(request.dataset, request.dataset_root).home
+    with suppress(CheckpointError):
+        checkpoint = find_checkpoint(point.spec, Store.default(), request.pretrained, request.dataset, home)
+        return None if checkpoint is None else checkpoint.digest[:16]
+    return None
 
 
 def _evaluate(planned: Plan, backbone: str, points: Sequence[Point], quiet: bool) -> None:
