@@ -49,6 +49,16 @@ def evaluate(in_demo, clip_benchmark):
     return run
 
 
+def test_those_of_an_earlier_run_do_not_stay_beside_results_without(evaluate, monkeypatch, clip_benchmark, in_demo):
+    for model in MODELS[:2]:
+        monkeypatch.setenv("VS2_PER_IMAGE", "1")
+        ((_, path),) = evaluate(model)
+        monkeypatch.delenv("VS2_PER_IMAGE")
+        words = ("eval", "--model", model, *DATA, "--output", "i-{model}.json")
+        assert clip_benchmark(*words, "--skip_existing")[0] == 0 and path.exists()
+        assert clip_benchmark(*words)[0] == 0 and not path.exists()
+
+
 def test_they_add_up_to_the_results(evaluate, monkeypatch):
     monkeypatch.setenv("VS2_PER_IMAGE", "1")
     digests = []

@@ -159,6 +159,28 @@ def test_a_few_other_predictions_are_not_other_prompts(write_run, make_images, s
     assert row.change == pytest.approx(row.top1 - right.mean())
 
 
+def test_results_without_images_are_compared_with_zero_shot_of_their_folder(write_run, make_images, steered):
+    """Plain results of other images stand beside each other, as those of two splits do."""
+    for folder, count, accuracy in (("one", 600, 0.5), ("two", 200, 0.7)):
+        write_run("B", images=make_images(accuracy, count=count), folder=folder)
+        write_run("vs2:B", 0.9, folder=folder, metrics=steered())
+    other = write_run("vs2s:B", 0.9, folder="three", metrics=steered("vs2s"))
+    group = group_of(other.parent.parent)
+    before = {row.run.path.parent.name: row.zero and row.zero.path.parent.name for row in group.steered}
+    assert before == {"one": "one", "two": "two", "three": None}
+
+
+def test_seeds_of_other_images_are_no_mean(write_run, make_images, steered):
+    write_run("B", images=make_images(0.5))
+    for seed in (0, 1):
+        path = write_run(f"vs2:B@mine-seed{seed}", images=make_images(0.6, seed), metrics=steered(
+            checkpoint=f"mine-seed{seed}", seed=seed))  # fmt: skip
+    assert [len(row.members) for row in group_of(path.parent).steered] == [2]
+    write_run("vs2:B@mine-seed2", images=make_images(0.6, count=300), metrics=steered(
+        checkpoint="mine-seed2", seed=2))  # fmt: skip
+    assert [len(row.members) for row in group_of(path.parent).steered] == [1, 1, 1]
+
+
 def test_calibration_is_read_from_the_metrics_where_images_were_not_kept(write_run, steered):
     bins = {"ece_bins": [[150, 0.31, 0.4], [450, 0.95, 0.7]], "ece_before_bins": [[600, 0.5, 0.52]]}
     facts = steered(ece=0.2, ece_before=0.02, seconds=12.5, peak_memory=3e9, **bins)

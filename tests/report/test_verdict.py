@@ -1,5 +1,6 @@
 """What a report says first."""
 
+import numpy as np
 import pytest
 
 from vs2_plugin.report.summary import summarise
@@ -29,6 +30,33 @@ def test_the_first_sentence_says_by_how_much_and_whether_it_is_chance(
     found = told(path.parent)
     assert found.tone == tone and words in found.sentences[0] and found.sentences[0].startswith("vs2 (alpha 1.05) ")
     assert ("beyond chance: the interval leaves out 0" in found.sentences[0]) == bool(tone)
+
+
+def test_of_a_sweep_without_the_default_no_point_is_the_verdict(write_run, steered):
+    path = write_run("B", 0.5)
+    for alpha, accuracy in ((-1, 0.2), (0, 0.5), (2, 0.625)):
+        write_run(f"vs2:B@alpha={alpha}", accuracy, metrics=steered(alpha=alpha))
+    found = told(path.parent)
+    assert found.sentences[0] == (
+        "3 settings of vs2 (@alpha) change top-1 accuracy by -30.00 to +12.50 points; the default setting is not among "
+        "them."
+    )
+    assert found.tone == "" and found.short.startswith("vs2, 3 settings; best without labels vs2 @alpha=2")
+    write_run("vs2:B", 0.6, metrics=steered(alpha=1.05))
+    assert told(path.parent).sentences[0].startswith("vs2 (alpha 1.05) raises top-1 accuracy from 50.00 % to 60.00 %")
+
+
+@pytest.mark.parametrize(("mended", "tone"), [(4, ""), (5, ""), (6, "up")])
+def test_a_few_images_are_not_beyond_chance(mended, tone, write_run, make_images, steered):
+    """Five coins fall alike in a sixteenth of cases."""
+    before = make_images(0.5)
+    after = {name: array.copy() for name, array in before.items()}
+    wrong = np.flatnonzero(before["prediction"] != before["target"])[:mended]
+    after["prediction"][wrong] = before["target"][wrong]
+    write_run("B", images=before)
+    found = told(write_run("vs2:B", images=after, metrics=steered()).parent)
+    assert found.tone == tone
+    assert ("That may be chance: too few images changed to say more." in found.sentences[0]) == (not tone)
 
 
 def test_the_best_row_without_labels_is_named(write_run, make_images, steered):

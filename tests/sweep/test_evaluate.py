@@ -1,6 +1,7 @@
 """``vs2 sweep`` beside the real ``clip_benchmark eval``: equal results, and how much work they took."""
 
 import csv
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -287,6 +288,29 @@ def test_a_file_that_is_no_result_is_named(here, capsys):
     (here / f"n/vs2:{TINY}.json").write_text('{"metrics": {}}')
     assert sweep(f"vs2:{TINY}", output="n/{model}.json", words=("--skip_existing",)) == 2
     assert "is not a results file of clip_benchmark" in capsys.readouterr().err
+
+
+def test_results_of_something_else_are_not_taken_for_those_of_a_sweep(here, capsys, monkeypatch):
+    point, name = here / f"o/vs2:{TINY}@alpha=0.5.json", f"vs2:{TINY}@alpha=0.5"
+    words = ("--skip_existing",)
+    assert sweep(name, output="o/{model}.json") == 0
+    first = point.read_text()
+    assert sweep(name, output="o/{model}.json", words=words) == 0
+    assert sweep(name, output="o/{model}.json", words=(*words, "--split", "train")) == 2
+    assert "holds results of the split 'test'; expected 'train'; remove it, give another" in capsys.readouterr().err
+    assert sweep(name, output="o/{model}.json", words=(*words, "--language", "de")) == 2
+    assert "and not of this sweep; remove it, give another --output" in capsys.readouterr().err
+    content = json.loads(first)
+    for key, value, problem in [
+        ("vs2_checkpoint_digest", "0" * 16, "holds results of another SAE than local-dir-tiny-clip_wds-few is now"),
+        ("vs2_split", "train", "holds results of the split 'train'; expected 'test'"),
+    ]:
+        point.write_text(json.dumps({**content, "metrics": {**content["metrics"], key: value}}))
+        assert sweep(name, output="o/{model}.json", words=words) == 2
+        assert problem in capsys.readouterr().err
+    assert sweep(name, output="t/{model}.json", words=("--split", "train")) == 0
+    assert result(here / f"t/{name}.json")["metrics"]["vs2_split"] == "train"
+    assert "vs2_split" not in content["metrics"]
 
 
 def test_an_interruption_leaves_whole_files_and_says_how_to_go_on(here, monkeypatch, capsys):

@@ -44,6 +44,15 @@ def test_one_numeric_axis_is_a_curve_for_each_value_of_the_others(drawn):
     assert labels == ["rule=majority: best 2.00 at n=50", "rule=query: best 3.00 at n=50"]
 
 
+def test_numbers_rise_along_an_axis_however_they_were_given(drawn):
+    [axes] = drawn("vs2:X@alpha=2,0.5,1")["picture"].axes
+    [curve] = [line for line in axes.lines if len(line.get_xdata()) == 3]
+    assert list(curve.get_xdata()) == [0.5, 1, 2] and list(curve.get_ydata()) == [1, 2, 0]
+    axes, _ = drawn("vs2:X@gamma=2,1@lam=4,2,3")["picture"].axes
+    assert np.array_equal(axes.images[0].get_array(), [[4, 1], [5, 2], [3, 0]])
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2"]
+
+
 def test_words_stand_at_even_places(drawn):
     [axes] = drawn("vs2:X@blocks=3,2+3,all")["picture"].axes
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["3", "2+3", "all"]
