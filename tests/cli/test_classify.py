@@ -48,6 +48,6 @@ def test_unreadable_images_are_counted_and_the_rest_goes_on(classify, tmp_path):
 def test_a_mistake_is_one_line(classify, tmp_path):
     code, said, warned = classify("photos/nine", *WORDS, "--out", str(tmp_path / "x.csv"))
     assert (code, said) == (2, "")
-    assert warned.splitlines()[-1].startswith("vs2: error: photos/nine holds no folders of classes, so that")
+    assert warned.splitlines()[-1].startswith("vs2: error: photos/nine holds no folders of classes, so ")
     code, said, warned = classify("photos", *WORDS, "--out", str(tmp_path / "x.xls"))
     assert (code, said) == (2, "") and warned.startswith("vs2: error: --out ")

@@ -13,12 +13,12 @@ def test_archives_become_what_the_tables_look_for(tmp_path, monkeypatch, capsys)
     assert main(["data", "cub", "CUB_200_2011.tgz", "root/cub200"]) == 0
     assert capsys.readouterr().out == (
         "wrote root/cub200: 6 images to train on and 3 to evaluate, of 3 classes\n"
-        "it is --dataset wds/cub200 --dataset_root root/cub200\n"
+        "use it with --dataset wds/cub200 --dataset_root root/cub200\n"
         "the paper's tables: vs2 reproduce paper --dataset_root 'root/{dataset}'\n"
     )
     assert main(["data", "tiny-imagenet", str(packed(tiny(), tmp_path / "t.zip")), "mine"]) == 0
     output = capsys.readouterr().out
-    assert "it is --dataset wds/tiny_imagenet --dataset_root mine\n" in output and "tables" not in output
+    assert "use it with --dataset wds/tiny_imagenet --dataset_root mine\n" in output and "tables" not in output
     assert main(["data", "tiny-imagenet", "CUB_200_2011.tgz", "root/tiny"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("vs2: error: CUB_200_2011.tgz holds no Tiny-ImageNet") and error.count("\n") == 1

@@ -43,7 +43,7 @@ def test_quiet_prints_nothing(folder, digit, tmp_path, capsys):
     assert run(digit(904), "--quiet", "--out", tmp_path, options="@bare") == 0
     assert capsys.readouterr() == ("", "") and (tmp_path / "index.html").exists()
     assert run("904.png", "--quiet") == 2
-    assert "give --out FOLDER, or leave --quiet away" in capsys.readouterr().err
+    assert "give --out FOLDER, or omit --quiet" in capsys.readouterr().err
 
 
 def test_what_could_not_be_shown_is_told_on_stderr(folder, digit, capsys):

@@ -44,7 +44,7 @@ def test_an_interrupted_demo_says_how_to_go_on_and_its_command_does_not(tmp_path
     monkeypatch.setattr(run, "train", lambda *given: os.kill(os.getpid(), signal.SIGINT))
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 130
     [line] = capsys.readouterr().err.split("\n")[1:-1]
-    assert line == "vs2: interrupted; nothing of it is kept: the same command starts again"
+    assert line == "vs2: interrupted; nothing was kept: run the same command again"
 
 
 def test_interrupted_commands_say_how_to_go_on(monkeypatch, capsys):
@@ -59,4 +59,4 @@ def test_interrupted_commands_say_how_to_go_on(monkeypatch, capsys):
     model = ["--model", "vs2:ViT-B-32", "--dataset", "cifar100"]
     for words in (["report", "results"], ["inspect", *model, "a.png"], ["latents", *model]):
         assert main(words) == 130
-        assert "interrupted; nothing is kept of it: run the same command again" in capsys.readouterr().err
+        assert "interrupted; nothing was kept: run the same command again" in capsys.readouterr().err

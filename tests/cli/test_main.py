@@ -78,4 +78,4 @@ def test_methods_tell_which_labels_they_use(capsys):
             used[line.partition(":")[0]] = following.partition("labels used: ")[2].partition(";")[0]
     assert used["vs2"] == used["tda"] == "none" and used["proto"] == "oracle"
     assert used["pass"] == "those that its SAE was trained with"
-    assert used["vs2pp"] == used["rag"] == "none, or oracle by @labels=oracle"
+    assert used["vs2pp"] == used["rag"] == "none, or oracle with @labels=oracle"

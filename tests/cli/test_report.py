@@ -17,7 +17,7 @@ def test_the_command(write_run, make_images, tmp_path, capsys, monkeypatch):  # 
     assert main(["report", str(folder)]) == 0
     captured = capsys.readouterr()
     assert "2 result(s), 1 with per-image results" in captured.out and "wrote report/index.html" in captured.out
-    assert captured.err.startswith("vs2: passed over ") and len(captured.err.splitlines()) == 1
+    assert captured.err.startswith("vs2: skipped ") and len(captured.err.splitlines()) == 1
     assert main(["report", str(folder), "--out", "quiet", "--quiet"]) == 0
     assert capsys.readouterr() == ("", "") and (tmp_path / "quiet" / "index.html").is_file()
 

@@ -51,7 +51,7 @@ def test_what_is_not_run_is_not_called_kept(work, capsys):
 
     work.act = act
     assert main(["reproduce", "table.yaml", "--out", "out"]) == 1
-    assert "vs2: 2 of 2 cells could not be measured, the reasons are above; no number" in capsys.readouterr().err
+    assert "vs2: 2 of 2 cells could not be measured (the reasons are above); no number" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("missing", "words"), [(1, "the others are kept"), (2, "no number was found")])
@@ -64,7 +64,7 @@ def test_what_is_missing_is_counted(work, capsys, missing, words):
     work.act = act
     assert main(["reproduce", "table.yaml", "--out", "out"]) == 1
     output, error = capsys.readouterr()
-    assert f"vs2: {missing} of 2 cells could not be measured, the reasons are above; {words}" in error
+    assert f"vs2: {missing} of 2 cells could not be measured (the reasons are above); {words}" in error
     assert "no luck" in output
 
 
@@ -75,7 +75,7 @@ def test_an_interruption_says_what_is_kept(work, capsys):
     work.act = act
     assert main(["reproduce", "table.yaml", "--out", "out"]) == 130
     output, error = capsys.readouterr()
-    assert "interrupted; what was done is kept in out and in the store: run the same command to go on" in error
+    assert "interrupted; finished work is kept in out and in the store: run the same command to continue" in error
     assert "|" not in output
 
 

@@ -31,7 +31,7 @@ def test_blocks_variants_and_checkpoints_without_a_gallery(folder, capsys):
     assert main(["sae", NAME, "--variant", "pass"]) == 0
     assert "resblocks.3.pass" in capsys.readouterr().out
     assert main(["sae", "bare"]) == 0
-    assert "no activations are at hand" in capsys.readouterr().out
+    assert "no activations are available" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -39,8 +39,8 @@ def test_blocks_variants_and_checkpoints_without_a_gallery(folder, capsys):
     [
         (["nope"], ["no SAE checkpoint 'nope'"]),
         ([NAME, "--quiet"], ["--quiet prints nothing"]),
-        ([NAME, NAME], ["stands there twice"]),
-        ([NAME, "--labels", "y.npy"], ["--labels are of --activations"]),
+        ([NAME, NAME], ["is given twice"]),
+        ([NAME, "--labels", "y.npy"], ["--labels belong to --activations"]),
         ([NAME, "--activations", "none.npy"], ["cannot be read"]),
         ([NAME, "--elsewhere", "bare"], ["has no gallery"]),
         ([NAME, "--elsewhere", "none.npy"], ["--elsewhere 'none.npy' cannot be read"]),

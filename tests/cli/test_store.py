@@ -49,16 +49,16 @@ def test_a_checkpoint_is_pushed_pulled_and_evaluated(hub, folder, capsys):  # no
     assert train() == 0
     assert main(["store", "push", NAME, "me/digits", "--license", "mit"]) == 0
     said = capsys.readouterr().out
-    assert f"its gallery of {IMAGES} images stays here" in said and "use it as vs2:local-dir:tiny-clip@hf:me" in said
+    assert f"its gallery of {IMAGES} images is not pushed" in said and "use it as vs2:local-dir:tiny-clip@hf:me" in said
     assert main(["store", "pull", "hf:me/digits"]) == 0
     assert "use it as vs2:local-dir:tiny-clip@digits, with local-dir:tiny-clip" in capsys.readouterr().out
     assert Store.default().names() == ["digits", NAME]
     assert Store.default().find("digits").digest == Store.default().find("hf:me/digits").digest
     for words, problem in [
-        (["push", NAME, "me"], "'me' is no repository; expected OWNER/NAME"),
-        (["push", NAME, "me/digits#v1"], "a push is to the main branch; leave out #v1"),
+        (["push", NAME, "me"], "'me' is not a repository; expected OWNER/NAME"),
+        (["push", NAME, "me/digits#v1"], "a push goes to the main branch; omit #v1"),
         (["push", "nope", "me/digits"], "no SAE checkpoint 'nope'"),
-        (["pull", "me/digits"], "there is a checkpoint 'digits' in the store already; give --name, or --overwrite"),
+        (["pull", "me/digits"], "checkpoint 'digits' is already in the store; give --name, or --overwrite"),
         (["pull", "me/nothing"], "refuses me/nothing"),
         (["pull", "me/digits", "--name", "../x"], "checkpoint name '../x'"),
     ]:
@@ -175,12 +175,12 @@ def test_an_sae_of_no_use_is_told_with_what_helps(store, capsys):
         store.checkpoints / "bad"
     )
     assert main(["store", "list"]) == 0
-    [line] = [line for line in capsys.readouterr().out.splitlines() if "of no use" in line]
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "useless" in line]
     assert line.startswith("  bad  ")
     assert line.endswith("of no use at visual.transformer.resblocks.1: its FVU is 1.5, and that of the mean activation "
                          "alone is 1")  # fmt: skip
     [found] = [finding for finding in doctor._checkpoints(store) if not finding.good]
-    assert found.text.startswith("bad: the SAE at visual.transformer.resblocks.1 is of no use: its FVU is 1.5")
+    assert found.text.startswith("bad: the SAE at visual.transformer.resblocks.1 is useless: its FVU is 1.5")
     assert found.mend.startswith("train it again by vs2-train-sae --overwrite with more images or --samples, a larger")
 
 
@@ -189,7 +189,8 @@ def test_an_sae_goes_to_another_library_and_comes_back(folder, capsys):  # noqa:
     assert main(["store", "export", "ours", "theirs", "--format", "saelens"]) == 0
     said = capsys.readouterr().out
     assert "wrote theirs/visual.transformer.resblocks.1\nsae_lens.SAE.load_from_disk reads each" in said
-    assert "left behind, for want of a place: the mean activation, the thresholds of the gate, the gallery, " in said
+    left_out = "the mean activation, the thresholds of the gate, the gallery, "
+    assert f"not exported, as the format cannot hold them: {left_out}" in said
     theirs = "theirs/visual.transformer.resblocks.1"
     words = [*WORDS, "--no_amp", "--num_workers", "0", "--name", "back"]
     assert main(["store", "--store", "elsewhere", "import", theirs, *words]) == 0

@@ -193,7 +193,7 @@ def test_after_an_interruption_nothing_is_evaluated_twice(tmp_path):
     os.killpg(first.pid, signal.SIGINT)
     output, errors = first.communicate(timeout=60)
     assert first.returncode == 130
-    assert "interrupted; what was done is kept in out" in errors and "run the same command to go on" in errors
+    assert "interrupted; finished work is kept in out" in errors and "run the same command to continue" in errors
     assert "Traceback" not in errors and "|" not in output.rpartition("$ clip_benchmark")[2]
     assert "nanobind" not in errors
     assert (tmp_path / "out/log.txt").read_text().startswith("\n$ clip_benchmark eval --model ")

@@ -316,7 +316,7 @@ def test_results_of_something_else_are_not_taken_for_those_of_a_sweep(here, caps
 def test_an_interruption_leaves_whole_files_and_says_how_to_go_on(here, monkeypatch, capsys):
     interrupt_write(monkeypatch, 3)
     assert sweep(f"vs2:{TINY}@lam=1:4:1", output="i/{model}.json") == 130
-    assert "interrupted; 2 of 5 results are in i; to go on, give the same command with --skip_existing\n" in (
+    assert "interrupted; 2 of 5 results are in i; to continue, run the same command with --skip_existing\n" in (
         capsys.readouterr().err
     )
     assert [path.name for path in (here / "i").iterdir()] and len(list((here / "i").iterdir())) == 2

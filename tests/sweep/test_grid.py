@@ -47,7 +47,7 @@ REFUSED = [
     ("vs2:X@gamma=1,,2", "nothing beside a comma"),
     ("vs2:X@gamma=1,", "nothing beside a comma"),
     ("vs2:X@a,", "checkpoint 'a,': nothing beside a comma"),
-    ("vs2:X@gamma=1,1", "a value stands twice"),
+    ("vs2:X@gamma=1,1", "a value is given twice"),
     ("vs2:X@gama=1:2:1", "unknown option 'gama' of vs2; did you mean 'gamma'?"),
     ("vs2:X@lam=-1:1:1", "option lam='-1': expected a number from 0 to 1000"),
     ("vs2pp:X@n=1:2:0.5", "option n='1.5': expected a whole number"),

@@ -31,7 +31,7 @@ def test_an_interruption_of_the_first_pass_does_not_speak_of_results(
     monkeypatch.setattr(evaluate._Showing, "__iter__", interrupted)
     assert sweep(f"vs2:{TINY}@lam=1:4:1", output=output, words=words) == 130
     error = capsys.readouterr().err
-    assert said in error and "the same command starts again" in error
+    assert said in error and "run the same command again" in error
     assert len(list(tmp_path.glob("*.json"))) == 2 * len(before)
 
 

@@ -29,14 +29,14 @@ class ClassifyRequest:
     model: str = setting(help="model string: method:backbone[@checkpoint][@key=value]...")
     pretrained: str = setting("laion400m_e32", help="open_clip's weights tag or file")
     classes: str | None = setting(
-        None, help="file with a class name per line, or names with commas between them (default: names of the folders)"
+        None, help="file with a class name per line, or names separated by commas (default: names of the folders)"
     )
     prompts: str | None = setting(
         None, help="file with a prompt per line, {c} where the class name goes (default: a photo of a {c}.)"
     )
     out: str = setting("predictions.csv", help="the table: a .csv, .jsonl or .parquet file")
     page: str | None = setting(
-        None, help="an HTML file too: pictures by class, those first whose class steering changed"
+        None, help="also write an HTML file: pictures by class, first those whose class steering changed"
     )
     train_images: tuple[str, ...] = setting(
         (),
@@ -48,10 +48,10 @@ class ClassifyRequest:
     amp: bool | None = setting(
         None, help="under autocast, or in float32 (default: autocast, unless this processor emulates it)"
     )
-    seed: int = setting(0, minimum=0, help="for random weights, and for the SAE")
+    seed: int = setting(0, minimum=0, help="seed for random weights, and for the SAE")
     model_cache_dir: str | None = like(TrainRequest, "model_cache_dir")
     store: str | None = like(TrainRequest, "store")
-    overwrite: bool = setting(False, help="replace a table that is there")
+    overwrite: bool = setting(False, help="replace an existing table")
 
     def __post_init__(self) -> None:
         photos = (self.photos,) if isinstance(self.photos, (str, os.PathLike)) else self.photos

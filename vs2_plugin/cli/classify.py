@@ -15,13 +15,13 @@ __all__ = ["add_classify"]
 _SHOWN = 10
 
 _DESCRIPTION = """\
-Classify photos by a steered CLIP, without labels, and write a table: for each image its path, class and probability,
+Classify photos with a steered CLIP, without labels, and write a table: for each image its path, class and probability,
 the next four classes, the class and probability without steering, whether steering changed the class, the share of
 variance that the SAE leaves unexplained (fvu), whether the gate let the image be steered, and for an image that cannot
 be read, why.
 
 If there is no SAE for the photos yet, one is trained first, without labels: on --train_images, else on the photos
-themselves (transductive). Rows are kept as they come: after an interruption the same command goes on."""
+themselves (transductive). Rows are saved as they come: after an interruption, run the same command to continue."""
 
 _EXAMPLES = """\
 examples:
@@ -42,10 +42,10 @@ def add_classify(commands: Commands) -> None:
         epilog=_EXAMPLES,
         argument_default=argparse.SUPPRESS,
     )
-    command.add_argument("photos", nargs="+", metavar="PHOTOS", help="image files, and folders, however deep")
+    command.add_argument("photos", nargs="+", metavar="PHOTOS", help="image files, and folders with their subfolders")
     add_flags(command, ClassifyRequest)
     command.add_argument("--quiet", action="store_true", default=False, help="print nothing but errors")
-    command.set_defaults(run=_classify, interrupted="; what is classified is kept: the same command goes on from there")
+    command.set_defaults(run=_classify, interrupted="; finished rows are kept: run the same command to continue")
 
 
 def _classify(args: argparse.Namespace) -> None:
@@ -70,6 +70,6 @@ def _classify(args: argparse.Namespace) -> None:
         report(f"{count:>7,}  {name}")
     if len(found.classes) > len(most):
         rest = found.images - sum(count for _, count in most)
-        report(f"{rest:>7,}  of other classes, {len(found.classes) - len(most):,} of them")
+        report(f"{rest:>7,}  in {len(found.classes) - len(most):,} other classes")
     for path in found.written:
         report(f"wrote {path}")

@@ -29,7 +29,7 @@ T = TypeVar("T")
 #: What a sub-command is added to.
 Commands: TypeAlias = "argparse._SubParsersAction[Command]"
 #: How to go on after an interruption of a command that writes all of its files at its end.
-AGAIN = "; nothing is kept of it: run the same command again"
+AGAIN = "; nothing was kept: run the same command again"
 
 
 class Command(argparse.ArgumentParser):
@@ -64,8 +64,8 @@ def make_folder(path: Path) -> None:
 def refuse_silence(args: argparse.Namespace) -> None:
     """Refuse ``--quiet`` without ``--out``. Raises SettingError."""
     if args.quiet and args.out is None:
-        raise SettingError("--quiet prints nothing, and without --out nothing is written: give --out FOLDER, or leave "
-                           "--quiet away")  # fmt: skip
+        raise SettingError("--quiet prints nothing, and without --out nothing is written: give --out FOLDER, or "
+                           "omit --quiet")  # fmt: skip
 
 
 def add_store_option(parser: argparse.ArgumentParser, default: str | None = None) -> None:

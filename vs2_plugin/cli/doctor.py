@@ -118,4 +118,4 @@ def _checkpoints(store: Store) -> Iterator[Finding]:
             sites = ", ".join(f"{site.folder} FVU {site.fvu:.4f}" for site in checkpoint.sites)
             yield Finding(f"{folder.name}: {checkpoint.data.images:,} images, {sites}")
             for site in (site for site in checkpoint.sites if site.warning):
-                yield Finding(f"{folder.name}: the SAE at {site.folder} is of no use: {site.warning}", False, RETRAIN)
+                yield Finding(f"{folder.name}: the SAE at {site.folder} is useless: {site.warning}", False, RETRAIN)

@@ -21,8 +21,8 @@ __all__ = ["add_inspect", "add_subject", "positive", "say_problems", "subject_of
 _DESCRIPTION = """\
 Show what steering did to images: the classes before and after, the FVU and the gate's decision, and what each active
 latent contributed, with the training images that activate it most and the words it is nearest to. For methods
-that look up neighbours: the neighbours, too. All in float32; clip_benchmark's default is autocast, so that its numbers
-may differ in the last digits."""
+that look up neighbours: the neighbours, too. All in float32; clip_benchmark's default is autocast, so its numbers may
+differ in the last digits."""
 
 _EXAMPLES = """\
 examples:
@@ -45,7 +45,7 @@ def add_inspect(commands: Commands) -> None:
     add_subject(command)
     add("--top", type=positive, default=5, help="classes shown, before and after (default: %(default)s)")
     add("--latents", type=positive, default=8, help="latents shown for each image and site (default: %(default)s)")
-    add("--out", type=Path, help="folder for a page with pictures (index.html); by default there is none")
+    add("--out", type=Path, help="folder for a page with pictures (index.html); default: no page")
     add("--quiet", action="store_true", help="print nothing but errors; needs --out")
     command.set_defaults(run=_run, interrupted=AGAIN)
 
@@ -98,8 +98,8 @@ def add_subject(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--model", required=True, metavar="MODEL", help="model string: method:backbone[@checkpoint][@key=value]...")
     add("--pretrained", default="laion400m_e32", help="open_clip's weights tag or file (default: %(default)s)")
-    add("--dataset", required=True, help="the data set whose classes and checkpoint are meant; photos/ for a folder")
-    add("--dataset_root", default="root", help="where it lies, {dataset} being filled in (default: %(default)s)")
+    add("--dataset", required=True, help="the data set whose classes and checkpoint are used; photos/ for a folder")
+    add("--dataset_root", default="root", help="where it is; {dataset} is filled in (default: %(default)s)")
     add("--classes", type=Path, metavar="FILE", help="class names, one per line, in place of the data set's")
     add("--concepts", type=Path, metavar="FILE", help="words to compare latents with, one per line (default: classes)")
     add("--model_cache_dir", help="where downloaded models are kept")

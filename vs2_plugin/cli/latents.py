@@ -14,7 +14,7 @@ __all__ = ["add_latents"]
 
 _DESCRIPTION = """\
 Look at a whole SAE: how many latents are dead, rare or dense, how often and how strongly they are active, how pure
-their top-activating training images are by zero-shot class (and would be by chance), and a choice of latents with
+their top-activating training images are by zero-shot class (and would be by chance), and a selection of latents with
 those images and their nearest words. Writes a page that opens from disk (index.html) and a table of all latents
 (latents.csv). Reads the gallery of the checkpoint once, in blocks."""
 

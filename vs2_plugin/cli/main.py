@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="the whole way, offline: train an SAE, evaluate CLIP and VS2 on handwritten digits",
+        help="a full run, offline: train an SAE, evaluate CLIP and VS2 on handwritten digits",
         epilog="examples: vs2 demo --out vs2-demo; vs2 demo --seed 0 1 2 3 4",
     )
     demo.add_argument("--out", type=Path, default=Path("vs2-demo"), help="folder to work in (default: %(default)s)")
@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         help="seed of the SAEs; with several, the table gives mean and standard deviation over them (default: 0)",
     )
     demo.add_argument("--quiet", action="store_true", help="hide the output of the commands")
-    demo.set_defaults(run=_demo, interrupted="; nothing of it is kept: the same command starts again")
+    demo.set_defaults(run=_demo, interrupted="; nothing was kept: run the same command again")
 
     doctor = commands.add_parser(
         "doctor", help="check the installation, the plugins and the store", epilog="example: vs2 doctor --store store"

@@ -15,7 +15,7 @@ __all__ = ["add_methods"]
 def add_methods(commands: Commands) -> None:
     """Add the sub-command."""
     command = commands.add_parser(
-        "methods", help="every method with its options, or (--check) what an author checks one with",
+        "methods", help="list every method with its options, or (--check) test a method of your own",
         epilog="examples: vs2 methods | less; vs2 methods --check centre",
     )  # fmt: skip
     command.add_argument(
@@ -46,7 +46,7 @@ def _labels(method: Method) -> str:
     """Say which labels a method uses."""
     if method.sae == "pass":
         return "those that its SAE was trained with"
-    return method.labels + (f", or oracle by @{LABELS.name}=oracle" if method.option(LABELS.name) else "")
+    return method.labels + (f", or oracle with @{LABELS.name}=oracle" if method.option(LABELS.name) else "")
 
 
 def _list_methods() -> int:

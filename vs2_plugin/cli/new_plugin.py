@@ -15,11 +15,11 @@ __all__ = ["add_new_plugin"]
 def add_new_plugin(commands: Commands) -> None:
     """Add the sub-command."""
     command = commands.add_parser(
-        "new-plugin", help="write the package of a method of your own, to begin with",
+        "new-plugin", help="write a starter package for a method of your own",
         epilog="example: vs2 new-plugin mine && cd vs2-mine && pip install -e '.[test]' && pytest",
     )  # fmt: skip
-    command.add_argument("name", metavar="NAME", help="of the method: lower-case letters, digits and '_'")
-    command.add_argument("folder", metavar="DIR", nargs="?", type=Path, help="new or empty (default: vs2-NAME)")
+    command.add_argument("name", metavar="NAME", help="name of the method: lower-case letters, digits and '_'")
+    command.add_argument("folder", metavar="DIR", nargs="?", type=Path, help="folder, new or empty (default: vs2-NAME)")
     command.set_defaults(run=_run)
 
 

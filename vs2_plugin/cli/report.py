@@ -14,7 +14,7 @@ _DESCRIPTION = """\
 Turn clip_benchmark's result files (of steered and of plain models) into one page that opens from disk
 (index.html), a Markdown table (report.md) and figures (PNG). Changes are over the plain model of the same
 backbone, weights and data set: give its results too, unless the steered ones were evaluated with VS2_PER_IMAGE=1
-and know it. With such per-image results there are confidence intervals, images mended and broken, classes,
+and contain them. With such per-image results there are confidence intervals, images mended and broken, classes,
 calibration, accuracy by FVU, time and memory."""
 
 _EXAMPLES = """\
@@ -51,7 +51,7 @@ def _report(args: argparse.Namespace) -> None:
     if args.quiet:
         return
     for reason in passed_over:
-        complain(f"vs2: passed over {reason}")
+        complain(f"vs2: skipped {reason}")
     for note in notes(runs):
         complain(f"vs2: warning: {note}")
     say(f"{len(runs)} result(s), {sum(run.images is not None for run in runs)} with per-image results")

@@ -20,15 +20,16 @@ __all__ = ["add_reproduce"]
 
 _DESCRIPTION = """\
 Measure the tables and figures of arXiv 2506.01247, or your own: train the SAEs that are missing, evaluate with the
-stock clip_benchmark, and print published, measured and difference of every cell. One YAML file is one table; those
-of the paper come with the package and go by their names; README.md beside them says how they are written.
+stock clip_benchmark, and print the published value, the measured one and the difference for every cell. One YAML file
+is one table; those of the paper come with the package and are called by name; the README.md beside them says how to
+write one.
 
-Every command that is run is printed, and can be typed. What exists is not done again: checkpoints are found by their
-settings, results by the digest of their checkpoint. After an interruption the same command goes on. What cannot be
-fetched is told once, with how to get it, and everything else is measured; the exit code is then 1.
+Every command that is run is printed, and can be typed by hand. Nothing is done twice: checkpoints are found by their
+settings, results by the digest of their checkpoint. After an interruption, run the same command to continue. What
+cannot be downloaded is reported once, with how to get it, and everything else is measured; the exit code is then 1.
 
 With --stand_in digits all of it runs offline in minutes, on the tiny CLIP and the handwritten digits that come with the
-package. That shows that the file works, and nothing about the paper."""
+package. That shows that the file works; it says nothing about the paper."""
 
 _EXAMPLES = """\
 examples:
@@ -39,7 +40,7 @@ examples:
   vs2 reproduce mine.yaml
   vs2 report vs2-reproduce/results
 
-The store of checkpoints is $VS2_STORE, else in the platform's cache folder; that of the stand-in is in --out.
+The store of checkpoints is $VS2_STORE, else in the platform's cache folder; for the stand-in, it is in --out.
 """
 
 
@@ -63,7 +64,7 @@ def add_reproduce(commands: Commands) -> None:
     add(
         "--dataset_root",
         default="root/{dataset}",
-        help="where data sets are and are fetched to; {dataset} is filled in (default: %(default)s)",
+        help="where data sets are, or are downloaded to; {dataset} is filled in (default: %(default)s)",
     )
     add("--stand_in", choices=["digits"], help="run offline, on what comes with the package in place of the paper's")
     what = parser.add_mutually_exclusive_group()
@@ -127,7 +128,8 @@ def _work(
         work.run()
     except KeyboardInterrupt:
         print(
-            f"\nvs2: interrupted; what was done is kept in {args.out} and in the store: run the same command to go on",
+            f"\nvs2: interrupted; finished work is kept in {args.out} and in the store: run the same command to "
+            "continue",
             file=sys.stderr,
         )
         return 130
@@ -143,9 +145,9 @@ def _tell(args: argparse.Namespace, work: Reproduction, report: Callable[[str], 
     total = sum(cell.is_wanted for table in work.tables for cell in table.cells)
     if missing:
         kept = (
-            "the others are kept, and the same command goes on from there" if missing < total else "no number was found"
+            "the others are kept; run the same command to continue" if missing < total else "no number was found"
         )
-        complain(f"vs2: {missing} of {total} cells could not be measured, the reasons are above; {kept}")
+        complain(f"vs2: {missing} of {total} cells could not be measured (the reasons are above); {kept}")
         for remedy, reasons in work.missing().items():
             for reason in reasons:
                 complain(f"- {reason}")

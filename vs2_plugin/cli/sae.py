@@ -19,9 +19,9 @@ __all__ = ["add_sae"]
 
 _DESCRIPTION = """\
 Measure SAEs: explained variance in and out of domain, active, dead and dense latents, how much of the zero-shot
-predictions the reconstruction keeps, how well classes are told by a few latents, monosemanticity, how near the
-decoder's directions come to each other and, of several SAEs, how well they agree. Reads the activations that the
-checkpoint keeps of its training images, and no test image. Figures that need more say what."""
+predictions the reconstruction keeps, how well a few latents tell classes apart, monosemanticity, how close the
+decoder's directions are to each other and, for several SAEs, how well they agree. Reads the activations of the training
+images, which the checkpoint keeps, and no test image. A figure that needs more says what it needs."""
 
 _EXAMPLES = """\
 examples:
@@ -36,27 +36,27 @@ def add_sae(commands: Commands) -> None:
     """Add the sub-command."""
     command = commands.add_parser(
         "sae",
-        help="what an SAE is worth: its figures, what they mean and what is usual",
+        help="how good an SAE is: its figures, what they mean, and typical values",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
     )
     add = command.add_argument
     add("names", nargs="+", metavar="NAME", help="checkpoints, their folders, or hf:OWNER/NAME; several are compared")
     add_store_option(command)
-    add("--block", type=int, help="which SAE of a checkpoint with several, by its block (default: the last)")
-    add("--variant", choices=("plain", "pass"), default="plain", help="the plain one, or that of PASS")
+    add("--block", type=int, help="the block whose SAE is measured, if a checkpoint has several (default: the last)")
+    add("--variant", choices=("plain", "pass"), default="plain", help="the plain SAE, or the PASS SAE")
     add("--elsewhere", metavar="NAME", help="another data set: a checkpoint of the same tower, whose activations are "
-        "taken, or a file of them (NAME.npy, NAME.safetensors)")  # fmt: skip
-    add("--dataset", help="the data set whose classes and prompts tell what the reconstruction keeps of predictions")
-    add("--dataset_root", default="root", help="where it lies, {dataset} being filled in (default: %(default)s)")
+        "used, or a file of them (NAME.npy, NAME.safetensors)")  # fmt: skip
+    add("--dataset", help="the data set whose classes and prompts are used to measure the predictions kept")
+    add("--dataset_root", default="root", help="where it is; {dataset} is filled in (default: %(default)s)")
     add("--classes", type=Path, metavar="FILE", help="class names, one per line, in place of the data set's")
-    add("--activations", type=Path, metavar="FILE", help="activations in place of those that the checkpoint keeps: "
-        "NAME.npy or NAME.safetensors, [count, width]")  # fmt: skip
+    add("--activations", type=Path, metavar="FILE", help="activations to use instead of those that the checkpoint "
+        "keeps: NAME.npy or NAME.safetensors, [count, width]")  # fmt: skip
     add("--labels", type=Path, metavar="FILE", help="their labels: NAME.npy, whole numbers [count]")
     add("--model_cache_dir", help="where downloaded models are kept")
     add("--wds_cache_dir", help="where downloaded shards are kept")
     add("--json", action="store_true", help="print all figures as JSON")
-    add("--out", type=Path, help="folder for a page (index.html) and quality.json; by default there is none")
+    add("--out", type=Path, help="folder for a page (index.html) and quality.json; default: no files")
     add("--quiet", action="store_true", help="print nothing but errors; needs --out")
     command.set_defaults(run=_run, interrupted=AGAIN)
 
@@ -94,7 +94,7 @@ def _tell(args: argparse.Namespace, quality: Quality, kept: list[str]) -> None:
     words = not args.quiet and not args.json
     told = list(quality.lines()) if words else [] if args.quiet else quality.json().splitlines()
     if words and kept:
-        told.append(f"what is left of zero-shot predictions is kept for the model card of {', '.join(kept)}")
+        told.append(f"the zero-shot predictions kept are recorded for the model card of {', '.join(kept)}")
     for line in told:
         say(line)
     for path in [] if args.out is None else write_page(quality, args.out):
@@ -106,8 +106,8 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other. Raises SettingError."""
     refuse_silence(args)
     if args.labels is not None and args.activations is None:
-        raise SettingError("--labels are of --activations, which are missing; the checkpoint's own labels are read by "
-                           "themselves, if it was trained with --gallery_labels")  # fmt: skip
+        raise SettingError("--labels belong to --activations, which are missing; the checkpoint's own labels are read "
+                           "automatically if it was trained with --gallery_labels")  # fmt: skip
     twice = next((name for number, name in enumerate(args.names) if name in args.names[:number]), None)
     if twice is not None:
-        raise SettingError(f"{twice} stands there twice; expected each SAE once")
+        raise SettingError(f"{twice} is given twice; expected each SAE once")

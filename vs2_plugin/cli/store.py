@@ -34,7 +34,7 @@ def add_store(commands: Commands) -> None:
     )
     add_store_option(store)
     actions = store.add_subparsers(dest="action", metavar="ACTION", required=True)
-    listing = actions.add_parser("list", help="what is there", epilog="example: vs2 store list --store store")
+    listing = actions.add_parser("list", help="list the contents", epilog="example: vs2 store list --store store")
     listing.set_defaults(run=_list)
     remove = actions.add_parser(
         "remove", help="delete checkpoints, or cached activations", epilog="example: vs2 store remove --cache"
@@ -43,7 +43,7 @@ def add_store(commands: Commands) -> None:
     remove.add_argument(
         "--cache",
         action="store_true",
-        help="delete all cached activations (they are made again when needed), and what interrupted runs left",
+        help="delete all cached activations (they are extracted again when needed), and what interrupted runs left",
     )
     remove.set_defaults(run=_remove)
     _add_sharing(actions)
@@ -56,14 +56,16 @@ def _add_sharing(actions: Commands) -> None:
     push = actions.add_parser(
         "push",
         help="put a checkpoint on a model hub",
-        description="Put a checkpoint into a repository of a model hub, with a model card (README.md). Log in before, "
-        "by `hf auth login` or HF_TOKEN. The command that trained it, which may name folders here, is left out.",
+        description="Put a checkpoint into a repository of a model hub, with a model card (README.md). Log in first, "
+        "with `hf auth login` or HF_TOKEN. The command that trained it, which may name local folders, is left out.",
         epilog="example: vs2 store push my-sae owner/my-sae --license cc-by-4.0",
     )
     push.add_argument("name", metavar="NAME", help="the checkpoint, or its folder")
-    push.add_argument("repository", metavar="OWNER/NAME", help="the repository; it is made if there is none")
-    push.add_argument("--license", help="of the SAEs, by the hub's name, such as mit (default: said to be unknown)")
-    push.add_argument("--private", action="store_true", default=None, help="if it is made: only its owner sees it")
+    push.add_argument("repository", metavar="OWNER/NAME", help="the repository; it is created if it does not exist")
+    push.add_argument("--license", help="license of the SAEs, as the hub calls it, such as mit (default: stated as "
+                                        "unknown)")
+    push.add_argument("--private", action="store_true", default=None, help="if the repository is created: only its "
+                                                                           "owner sees it")
     push.add_argument(
         "--gallery", action="store_true", help="push the gallery too: activations and embeddings of the training images"
     )
@@ -71,8 +73,8 @@ def _add_sharing(actions: Commands) -> None:
     pull = actions.add_parser(
         "pull",
         help="fetch a checkpoint from a model hub into the store",
-        description="Fetch a checkpoint from a model hub, compare it with its digests, and put it into the store. "
-        "Without that, vs2:MODEL@hf:OWNER/NAME uses it from the hub's cache.",
+        description="Fetch a checkpoint from a model hub, check it against its digests, and put it into the store. "
+        "vs2:MODEL@hf:OWNER/NAME uses it without that, from the hub's cache.",
         epilog="example: vs2 store pull owner/my-sae",
     )
     pull.add_argument("repository", metavar="OWNER/NAME[#REVISION]", help="the repository, and a branch, tag or commit")
@@ -84,9 +86,9 @@ def _add_sharing(actions: Commands) -> None:
 def _add_foreign(actions: Commands) -> None:
     taking = actions.add_parser(
         "import",
-        help="make a checkpoint of an SAE by sparsify, SAELens or Prisma",
-        description="Make a checkpoint of an SAE that another library trained: vs2-train-sae --sae FOLDER by another "
-        "name. How well the SAE fits is measured on the data set.",
+        help="make a checkpoint from an SAE by sparsify, SAELens or Prisma",
+        description="Make a checkpoint from an SAE that another library trained: the same as vs2-train-sae --sae "
+        "FOLDER. How well the SAE fits is measured on the data set.",
         epilog="example: vs2 store import their-sae --model ViT-B-32 --pretrained datacomp_xl_s13b_b90k --dataset "
         "cifar100 --name theirs",
         argument_default=argparse.SUPPRESS,
@@ -94,12 +96,12 @@ def _add_foreign(actions: Commands) -> None:
     taking.add_argument("sae", metavar="FOLDER", help="the folder of the SAE")
     of_training = {one.name for one in fields(TrainConfig)} - {"seed"}
     add_flags(taking, TrainRequest, leave_out={"sae", "recipe", "save_every", *of_training})
-    taking.set_defaults(run=_import, interrupted="; what was read so far is kept: run the same command to go on")
+    taking.set_defaults(run=_import, interrupted="; what was read so far is kept: run the same command to continue")
     giving = actions.add_parser(
         "export",
         help="write the SAEs of a checkpoint for sparsify or SAELens",
-        description="Write the SAEs of a checkpoint for another library, each into a folder of its own. The mean "
-        "activation, the thresholds of the gate, the gallery and the tower's digest have no place in these formats.",
+        description="Write the SAEs of a checkpoint for another library, each into a folder of its own. These "
+        "formats cannot hold the mean activation, the thresholds of the gate, the gallery and the tower's digest.",
         epilog="example: vs2 store export my-sae exported --format saelens",
     )
     giving.add_argument("name", metavar="NAME", help="the checkpoint, its folder, or hf:OWNER/NAME")
@@ -121,7 +123,7 @@ def _list(args: argparse.Namespace) -> None:
         data, sites = checkpoint.data, checkpoint.sites
         names = [f"{name} ({folder})" if folder else name for name, folder in zip_longest(data.datasets, data.folders)]
         marks = "  transductive" if checkpoint.transductive else ""
-        marks += "".join(f"  of no use at {site.folder}: {site.warning}" for site in sites if site.warning)
+        marks += "".join(f"  useless at {site.folder}: {site.warning}" for site in sites if site.warning)
         say(
             f"  {name}  {checkpoint.backbone} {checkpoint.pretrained or ''} on "
             f"{' '.join(names)} ({data.images:,} images), "
@@ -139,8 +141,8 @@ def _list(args: argparse.Namespace) -> None:
         age = int((time.time() - last_change(left)) / 3600)
         say(
             f"  unfinished: {left.relative_to(store.root)}, {gigabytes(folder_size(left))}, written "
-            f"{counted(age, 'hour') + ' ago' if age else 'within the last hour'}; the command that began it goes on "
-            f"with it, and {shlex.join(['vs2', 'store', *store.words, 'remove', '--cache'])} deletes it"
+            f"{counted(age, 'hour') + ' ago' if age else 'within the last hour'}; the command that began it continues "
+            f"it, and {shlex.join(['vs2', 'store', *store.words, 'remove', '--cache'])} deletes it"
         )
 
 
@@ -170,10 +172,10 @@ def _remove(args: argparse.Namespace) -> None:
 def _push(args: argparse.Namespace) -> None:
     checkpoint, target = Store.default(args.store).find(args.name), _repository(args.repository)
     if target.revision is not None:
-        raise SettingError(f"{args.repository}: a push is to the main branch; leave out #{target.revision}")
+        raise SettingError(f"{args.repository}: a push goes to the main branch; omit #{target.revision}")
     if checkpoint.gallery is not None and not args.gallery:
         say(
-            f"its gallery of {checkpoint.gallery.count:,} images stays here; methods that look into one (vs2s, auto, "
+            f"its gallery of {checkpoint.gallery.count:,} images is not pushed; methods that use one (vs2s, auto, "
             "vs2pp, ...) need --gallery"
         )
     where = checkpoint.push_to_hub(target.name, gallery=args.gallery, license=args.license, private=args.private)
@@ -186,7 +188,7 @@ def _pull(args: argparse.Namespace) -> None:
     store, source = Store.default(args.store), _repository(args.repository)
     folder = store.folder(args.name or source.name.rpartition("/")[2])
     if folder.exists() and not args.overwrite:
-        raise DataError(f"there is a checkpoint {folder.name!r} in the store already; give --name, or --overwrite")
+        raise DataError(f"checkpoint {folder.name!r} is already in the store; give --name, or --overwrite")
     store.require_writable()
     checkpoint = Checkpoint.from_hub(*source, refresh=True).save(folder, overwrite=args.overwrite)
     say(f"pulled {source}: {checkpoint.folder}")
@@ -209,13 +211,13 @@ def _export(args: argparse.Namespace) -> None:
     gallery = ", the gallery" if checkpoint.gallery else ""
     labels = ", which SAE was trained with labels" if any(site.labels != "none" for site in checkpoint.sites) else ""
     say(
-        f"left behind, for want of a place: the mean activation, the thresholds of the gate{gallery}, which tower and "
-        f"data it is of{labels}; vs2 store import measures again what can be measured"
+        f"not exported, as the format cannot hold them: the mean activation, the thresholds of the gate{gallery}, "
+        f"which tower and data it is for{labels}; vs2 store import measures again what can be measured"
     )
 
 
 def _repository(text: str) -> Repository:
     found = repository(text, prefixed=False)
     if found is None:
-        raise SettingError(f"{text!r} is no repository; expected OWNER/NAME")
+        raise SettingError(f"{text!r} is not a repository; expected OWNER/NAME")
     return found

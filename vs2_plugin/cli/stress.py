@@ -13,11 +13,11 @@ __all__ = ["add_stress"]
 
 _DESCRIPTION = """\
 Evaluate models on subsets of the test images: of some classes only, long-tailed, few; and, where a method sees a
-stream of images, class by class. Each image is encoded once. The classes to choose from stay all of them, and what
-learns from the checkpoint's gallery keeps all of it: only the test images change.
+stream of images, class by class. Each image is encoded once. Models still choose among all classes, and
+methods that learn from the checkpoint's gallery keep all of it: only the test images change.
 
 Every number is compared with the plain model's on the same images. Methods that see all test images at once, or a
-stream of them, are run anew on each subset; for the others a subset changes only which images count."""
+stream of them, are run again on each subset; for the others, a subset changes only which images count."""
 
 _EXAMPLES = """\
 example:
@@ -36,7 +36,7 @@ def add_stress(commands: Commands) -> None:
     )
     add_flags(stress, StressRequest)
     stress.add_argument("--quiet", action="store_true", default=False, help="print nothing but errors")
-    stress.set_defaults(run=_stress, interrupted="; nothing was written: the same command starts again")
+    stress.set_defaults(run=_stress, interrupted="; nothing was written: run the same command again")
 
 
 def _stress(args: argparse.Namespace) -> None:

@@ -29,21 +29,21 @@ of points, and every number is the one that clip_benchmark eval reports for that
 
 In a model string of --model, an option may have several values:
   @gamma=1:3:0.1            START:STOP:STEP, the stop included
-  @rule=majority,query      a list; so for words, blocks (@blocks=10,11,10+11), N (@n=10,25,50,100) and gates
-  @sae-k32,sae-k64          a list of checkpoints, in the checkpoint's place: so is k swept
+  @rule=majority,query      a list; the same for words, blocks (@blocks=10,11,10+11), N (@n=10,25,50,100) and gates
+  @sae-k32,sae-k64          a list of checkpoints, in place of the checkpoint: to sweep k
 
 {_TUNING}
 
-What costs what: at the last block (the default) and at the output embedding, a point costs a steering and a
+Costs: at the last block (the default) and at the output embedding, a point costs one steering and one
 projection per image, and points that differ only in gamma, lam and alpha but have the same alpha = lam*(gamma-1)
 are evaluated once. Before the last block the tower runs again from there, once per point: with 12 blocks, block 10
 costs about a twelfth of an encoding per point, block 0 a whole one; and the features of every such point (images x
 width of the embedding) are in memory at once. Kept in memory: the activations of all images (images x width).
 
-Written beside each other: the results of each point and of the plain model (as clip_benchmark writes them, so that
+Written to one folder: the results of each point and of the plain model (as clip_benchmark writes them, so that
 clip_benchmark build and vs2 report read them), a table (sweep.csv), and a heat map or a curve for each model string
-with several values. A sweep keeps no per-image results, whatever VS2_PER_IMAGE says: for those of single points, run
-VS2_PER_IMAGE=1 clip_benchmark eval."""
+with several values. A sweep keeps no per-image results, whatever VS2_PER_IMAGE says: for those of individual points,
+run VS2_PER_IMAGE=1 clip_benchmark eval."""
 
 _EXAMPLES = """\
 examples:
@@ -69,7 +69,7 @@ def add_sweep(commands: Commands) -> None:
     add_flags(sweep, SweepRequest)
     sweep.add_argument("--test_split", dest="split", help="the same as --split")
     sweep.add_argument("--quiet", action="store_true", default=False, help="print nothing but errors")
-    sweep.set_defaults(run=_sweep, interrupted="; nothing was written: the same command starts again")
+    sweep.set_defaults(run=_sweep, interrupted="; nothing was written: run the same command again")
 
 
 def _sweep(args: argparse.Namespace) -> int:
@@ -96,7 +96,7 @@ def _sweep(args: argparse.Namespace) -> int:
     for backbone, accuracy in found.plain.items():
         report(f"zero-shot {backbone}: {accuracy:.2f} %")
     report(f"best of {len(planned.points)}: {found.best[1]:.2f} % by {found.best[0]}")
-    other = "Report the accuracy of that choice on other images than these, which made it."
+    other = "Report the accuracy of that choice on other images: it was made on these."
     report(_TUNING if request.split == "test" else other)
     for path in (planned.folder, *found.written):
         report(f"wrote {path}")
@@ -108,8 +108,8 @@ def _left(planned: Plan) -> str:
     kept = len(planned.files) - len(planned.pending)
     if len(planned.results) <= kept:
         there = f"nothing was added to {counted(kept, 'result')} in {planned.folder}" if kept else "nothing was written"
-        return f"{there}: all points are evaluated together, in one pass of the images; the same command starts again"
+        return f"{there}: all points are evaluated together, in one pass over the images; run the same command again"
     written = f"{len(planned.results)} of {len(planned.files)} results are in {planned.folder}"
     older = sum(planned.files[model].exists() for model in planned.pending if model not in planned.results)
     hint = f" (it keeps {counted(older, 'older result')} there, too: remove what is out of date)" if older else ""
-    return f"{written}; to go on, give the same command with --skip_existing{hint}"
+    return f"{written}; to continue, run the same command with --skip_existing{hint}"

@@ -47,13 +47,13 @@ _GROUPS = {
     "recipe": (
         "SAE",
         "--k, --expansion_factor, --pass_weight and --seed take several values: all SAEs are trained from one pass "
-        "over the activations, each combination a checkpoint called NAME-k32-x8-seed1; --pass_weight 0 0.8 puts the "
-        "plain SAE and that of PASS into one checkpoint",
+        "over the activations, each combination becomes a checkpoint called NAME-k32-x8-seed1; --pass_weight 0 0.8 "
+        "puts the plain SAE and the PASS SAE into one checkpoint",
     ),
     "gallery": (
         "gallery",
-        "what vs2s, @alpha=auto, dn, vs2pp and others look up (see vs2 methods); links to the cached activations, no "
-        "copies",
+        "the images that vs2s, @alpha=auto, dn, vs2pp and others use (see vs2 methods); links to the cached "
+        "activations, not copies",
     ),
     "store": ("store", None),
 }
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return end_well(
         "vs2-train-sae",
         lambda: run(argv),
-        lambda: "; what was extracted and trained so far is kept: run the same command to go on",
+        lambda: "; what was extracted and trained so far is kept: run the same command to continue",
     )
 
 

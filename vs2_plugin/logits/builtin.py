@@ -64,15 +64,15 @@ def vs2_methods() -> list[Method]:
     return [
         Method(
             "dn", build_dn,
-            [Option("weight", float, 0.25, minimum=0, maximum=1, help="of the means that are taken off")],
+            [Option("weight", float, 0.25, minimum=0, maximum=1, help="weight of the means that are subtracted")],
             site="logits", protocol="unlabeled",
-            summary="distribution normalisation: embeddings less a share of their mean, of images and of classes",
+            summary="distribution normalisation: a share of the mean embedding subtracted, of images and of classes",
         ),
         Method(
             "inmap", build_inmap,
             [
-                Option("steps", int, 2000, minimum=0, maximum=1_000_000, help="of the gradient"),
-                Option("rate", float, 10.0, minimum=0, maximum=1000, help="of the first step"),
+                Option("steps", int, 2000, minimum=0, maximum=1_000_000, help="steps of gradient descent"),
+                Option("rate", float, 10.0, minimum=0, maximum=1000, help="learning rate of the first step"),
                 Option("sure", float, 0.6, minimum=0, maximum=1, help="probability above which a class is certain"),
                 Option(
                     "sinkhorn", int, 0, minimum=0, maximum=1000,
@@ -85,9 +85,9 @@ def vs2_methods() -> list[Method]:
         Method(
             "zlap", build_zlap,
             [
-                Option("edges", int, 5, minimum=2, maximum=1000, help="of an image to images, and to classes"),
-                Option("power", float, 5.0, minimum=0, maximum=100, help="to which cosines of classes are raised"),
-                Option("damping", float, 0.3, minimum=0, maximum=0.99, help="of what spreads from node to node"),
+                Option("edges", int, 5, minimum=2, maximum=1000, help="edges from an image to images, and to classes"),
+                Option("power", float, 5.0, minimum=0, maximum=100, help="power to which class cosines are raised"),
+                Option("damping", float, 0.3, minimum=0, maximum=0.99, help="damping of what spreads over edges"),
             ],
             site="logits", protocol="unlabeled",
             summary="ZLaP: classes spread from texts over a graph of unlabeled images",
@@ -95,13 +95,13 @@ def vs2_methods() -> list[Method]:
         Method(
             "tda", build_tda,
             [
-                Option("positive", float, 2.0, minimum=0, maximum=1000, help="weight of what sure images say"),
-                Option("sharpness", float, 5.0, minimum=0, maximum=1000, help="how like them an image has to be"),
-                Option("negative", float, 0.117, minimum=0, maximum=1000, help="weight of what unsure ones say"),
-                Option("negative_sharpness", float, 1.0, minimum=0, maximum=1000, help="the same for these"),
+                Option("positive", float, 2.0, minimum=0, maximum=1000, help="weight of confident images"),
+                Option("sharpness", float, 5.0, minimum=0, maximum=1000, help="how similar to them an image must be"),
+                Option("negative", float, 0.117, minimum=0, maximum=1000, help="weight of uncertain images"),
+                Option("negative_sharpness", float, 1.0, minimum=0, maximum=1000, help="the same for uncertain images"),
             ],
             site="logits", protocol="stream",
-            summary="TDA: two small caches of the surest images before, and of unsure ones",
+            summary="TDA: two small caches, of the most confident earlier images and of uncertain ones",
         ),
         Method(
             "zero", build_zero,
@@ -113,7 +113,7 @@ def vs2_methods() -> list[Method]:
             [
                 Option("anchor", float, 1.0, minimum=0.001, maximum=1e6, help="weight of a class's text, in images"),
                 Option("density", float, 10.0, minimum=0, maximum=1e6, help="weight of the Gaussians beside the texts"),
-                Option("rounds", int, 10, minimum=1, maximum=1000, help="of the mixture"),
+                Option("rounds", int, 10, minimum=1, maximum=1000, help="rounds of fitting the mixture"),
             ],
             site="logits", protocol="transductive",
             summary="StatA: a mixture of Gaussians among all test images, anchored at the texts",

@@ -34,11 +34,11 @@ class TrainConfig:
     )  # fmt: skip
     samples: int = setting(
         0, minimum=0, maximum=10**12,
-        help="activations seen in training, repeats included; 0: by the size of the data set",
+        help="activations seen in training, repeats included; 0: set by the size of the data set",
     )  # fmt: skip
     """0 means 200 per stored activation, 200,000 to 1,000,000."""
     sae_batch_size: int = setting(
-        0, minimum=0, maximum=10**7, help="activations per step; 0: by the size of the data set"
+        0, minimum=0, maximum=10**7, help="activations per step; 0: set by the size of the data set"
     )
     """0 means an eighth of the stored activations, 64 to 1024. At least 2."""
     auxk: float = setting(
@@ -60,7 +60,7 @@ class TrainConfig:
         help="the means of PASS: of the batch, or running ones for batches with few images per class",
     )  # fmt: skip
     dead_after: int = setting(
-        100, minimum=1, maximum=10**9, help="steps of silence after which a latent counts as dead"
+        100, minimum=1, maximum=10**9, help="steps without activation after which a latent counts as dead"
     )
     rescale: bool = setting(True)
     """Train on activations scaled to unit variance, and scale back afterwards: one learning rate fits all towers."""

@@ -19,7 +19,7 @@ class StressRequest(PassRequest):
     """
 
     present: tuple[float, ...] = setting(
-        (0.5, 0.25, 0.1), minimum=0.001, maximum=1, help="shares of the classes that the images are of"
+        (0.5, 0.25, 0.1), minimum=0.001, maximum=1, help="shares of the classes that occur in the images"
     )
     tail: tuple[float, ...] = setting(
         (10.0, 100.0), minimum=1, maximum=10_000,
@@ -27,7 +27,7 @@ class StressRequest(PassRequest):
     )  # fmt: skip
     images: tuple[int, ...] = setting((200, 50), minimum=2, help="numbers of images")
     batches: tuple[int, ...] = setting(
-        (), minimum=1, help="numbers of classes in random batches of 64 images, such as 2 10; they ask for more draws"
+        (), minimum=1, help="numbers of classes in random batches of 64 images, such as 2 10; use more draws with these"
     )
     draws: int = setting(3, minimum=1, maximum=100, help="random draws of each, or orders of a stream")
     output: str = setting("stress", help="folder for the table and the figure")

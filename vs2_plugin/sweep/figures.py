@@ -14,7 +14,7 @@ from vs2_plugin.sweep.grid import Grid, as_number
 
 __all__ = ["draw", "save"]
 
-_NOTE = "the best point is chosen by these very images: report its accuracy on others"
+_NOTE = "the best point is chosen on these very images: report its accuracy on others"
 
 
 def draw(grid: Grid, values: Mapping[str, float], plain: float, name: Callable[[str], Path]) -> list[Path]:

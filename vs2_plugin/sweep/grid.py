@@ -116,7 +116,7 @@ def _choices(text: str, word: str) -> list[str]:
     if len(values) > 1 and not all(values):
         raise ModelStringError(f"model {text!r}: {name}: nothing beside a comma; expected a list such as a,b,c")
     if len(set(values)) < len(values):
-        raise ModelStringError(f"model {text!r}: {name}: a value stands twice in the list")
+        raise ModelStringError(f"model {text!r}: {name}: a value is given twice in the list")
     return values
 
 

@@ -42,13 +42,13 @@ class TrainRequest:
     dataset: tuple[str, ...] = setting(
         (),
         help="a folder of images (photos/), a data set that clip_benchmark knows, or wds/NAME for webdataset shards; "
-        "labels are not needed. Several make one SAE for all, used by its name",
+        "labels are not needed. With several, one SAE is trained for all, used by its name",
     )
-    dataset_root: str = setting("root", help="where a data set lies that no path names: a folder, or the URL of shards")
+    dataset_root: str = setting("root", help="folder of a data set that is given by name, or the URL of its shards")
     activations: str | None = setting(
         None,
-        help="a .npy or .safetensors file of activations [count, width] to train on in place of images: those that "
-        "--model has where --blocks says. Without --model, the SAE is of no CLIP, and steers none",
+        help="a .npy or .safetensors file of activations [count, width] to train on instead of images: those of "
+        "--model at --blocks. Without --model, the SAE belongs to no CLIP and cannot steer one",
     )
     train_split: str | None = setting(None, help="the split to train on (default: the data set's training split)")
     transductive: bool = setting(
@@ -71,7 +71,7 @@ class TrainRequest:
 
     recipe: str = setting(
         "default", choices=tuple(sorted(RECIPES)),
-        help="named settings, which single flags override; paper: those of arXiv 2506.01247",
+        help="named settings, which individual flags override; paper: those of arXiv 2506.01247",
     )  # fmt: skip
     blocks: tuple[str, ...] = setting(
         ("last",), pattern=("last|all|output|[0-9]{1,9}", "last, all, output, or block numbers counted from 0"),
@@ -79,8 +79,8 @@ class TrainRequest:
     )  # fmt: skip
     sae: str | None = setting(
         None,
-        help="the folder of an SAE by sparsify, SAELens or Prisma, which becomes the checkpoint instead of one that is "
-        "trained; how well it fits is measured on the data set",
+        help="the folder of an SAE by sparsify, SAELens or Prisma, to make the checkpoint from instead of training "
+        "one; how well it fits is measured on the data set",
     )
     expansion_factor: tuple[int, ...] | None = like(TrainConfig, "expansion_factor")
     k: tuple[int, ...] | None = like(
@@ -99,18 +99,18 @@ class TrainRequest:
     dead_after: int | None = like(TrainConfig, "dead_after")
     calibrate_on: tuple[str, ...] = setting(
         (),
-        help="of several data sets, those whose held-out activations set the thresholds of the gate (default: all)",
+        help="with several data sets, those whose held-out activations set the thresholds of the gate (default: all)",
     )
 
     gallery: bool = setting(True, help="keep no gallery beside the checkpoint")
     gallery_labels: bool = setting(
-        False, help="keep the training labels too: oracles steer by them, and vs2 sae compares with them"
+        False, help="keep the training labels too, which oracles and vs2 sae read"
     )
     retrieval_encoder: tuple[str, ...] = setting(
         (),
         pattern=(rf"{ENCODER_NAME[0]}(,.*)?", "names of timm models, and after a comma a file of weights"),
-        help="timm models by whose embeddings images can be compared too (@encoder=MODEL), for example "
-        "vit_small_patch14_dinov2, or MODEL,FILE with a file of weights (default: those that timm fetches)",
+        help="timm models whose embeddings can also be used to compare images (@encoder=MODEL), for example "
+        "vit_small_patch14_dinov2, or MODEL,FILE with a file of weights (default: those that timm downloads)",
     )
 
     store: str | None = setting(
@@ -120,14 +120,14 @@ class TrainRequest:
     )
     name: str | None = setting(
         None,
-        help="name of the checkpoint, for vs2:MODEL@NAME (default: one that --model and --dataset find by themselves)",
+        help="name of the checkpoint, for vs2:MODEL@NAME (default: made from --model, --pretrained and --dataset)",
     )
     overwrite: bool = setting(False, help="replace a checkpoint of that name")
     cache_dtype: str = setting("float16", choices=("float16", "float32"), help="precision of cached activations")
     refresh_cache: bool = setting(False, help="extract again, even if the activations are cached")
     save_every: float = setting(
         60.0, minimum=0, maximum=10**6,
-        help="seconds between states of the training that are kept, from which the same command goes on after an "
+        help="seconds between saved states of the training, from which the same command continues after an "
         "interruption",
     )  # fmt: skip
 
@@ -139,7 +139,7 @@ class TrainRequest:
             object.__setattr__(self, "dataset", ("activations",))
         if is_steered(self.model):
             backbone = shlex.quote(split(self.model).backbone or "ViT-B-32")
-            raise TowerError(f"--model {self.model!r}: an SAE is of the plain backbone; use --model {backbone}")
+            raise TowerError(f"--model {self.model!r}: an SAE is trained on the plain backbone; use --model {backbone}")
         for dataset in self.calibrate_on:
             if dataset not in self.dataset:
                 raise SettingError(
