@@ -30,7 +30,7 @@ def test_what_steering_changed_comes_first(picture, tmp_path):
         row(picture("c.png"), probability=0.2, plain_probability=0.9),
         row(picture("d.png"), "dog <b>", plain="dog"),
         row(tmp_path / "gone.png", "dog <b>", plain="dog <b>"),
-        {"path": "bad.png", "error": "no readable image"},
+        {"path": "bad.png", "error": "not a readable image"},
     ]
     sheet = Sheet.of(rows)
     assert (sheet.count, sheet.changed, sheet.unreadable_count) == (5, 2, 1)
@@ -40,7 +40,7 @@ def test_what_steering_changed_comes_first(picture, tmp_path):
     html = sheet.write(tmp_path / "out" / "page.html", [("model", "vs2:B")]).read_text()
     html = html.replace("&nbsp;", " ")
     assert "Steering changed the class of 2 of 5 images (40.0 %)" in html
-    assert "dog &lt;b&gt; 90.0 %" in html and "was dog 80.0 %" in html and "no readable image" in html
+    assert "dog &lt;b&gt; 90.0 %" in html and "was dog 80.0 %" in html and "not a readable image" in html
     assert html.count("data:image/") == 4 and "https:" not in html
 
 

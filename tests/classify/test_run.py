@@ -43,8 +43,8 @@ def test_rows_are_what_the_model_makes_of_the_photos(classify, tmp_path):
     paths = sorted(map(str, Path("photos").rglob("*.png")))
     assert [row["path"] for row in rows] == paths
     assert said == [
-        f"SAE: {NAME} of {TINY}, 16 of 512 latents active, trained on {COUNT} images of folder/photos; photos that are "
-        "classified are among them"
+        f"SAE: {NAME} of {TINY}, 16 of 512 latents active, trained on {COUNT} images of folder/photos, "
+        "including photos that are classified"
     ]
     model, transform, _ = vs2_plugin.load(f"vs2:{TINY}@gate=0.9", dataset="photos/", classes=CLASSES, amp=False)
     images = torch.stack([transform(open_picture(path)) for path in paths])
@@ -57,7 +57,7 @@ def test_rows_are_what_the_model_makes_of_the_photos(classify, tmp_path):
     assert [row["changed"] == "true" for row in rows] == found.changed.tolist()
     assert summary.images == COUNT and summary.changed == int(found.changed.sum()) and summary.unreadable == 0
     assert found.steered.sum() < COUNT and sum(summary.classes.values()) == COUNT
-    assert "photos that are classified are among them" in (tmp_path / "x.html").read_text()
+    assert "including photos that are classified" in (tmp_path / "x.html").read_text()
     assert summary.written == [str(tmp_path / name) for name in ("x.html", "x.csv")]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.csv", "x.html"]
 
@@ -80,7 +80,7 @@ def test_an_interrupted_run_goes_on_and_comes_to_the_same(classify, tmp_path, mo
     with open(tmp_path / "parts.csv.part/rows.jsonl", "a") as file:
         file.write('{"path": "half a')
     rest, said, _ = classify(out="parts.csv")
-    assert said[1:] == [f"32 of {COUNT} images are classified already; going on from there"] and rest == whole
+    assert said[1:] == [f"32 of {COUNT} images are already classified; continuing from there"] and rest == whole
     assert (tmp_path / "parts.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
     assert not (tmp_path / "parts.csv.part").exists()
 
@@ -98,7 +98,7 @@ def test_other_settings_start_anew(changed, told, classify, tmp_path, monkeypatc
         with pytest.raises(KeyboardInterrupt):
             classify()
     rows, said, _ = classify(**changed)
-    assert said[1:] == [f"what an interrupted run left is of other settings ({told}), and starts anew"]
+    assert said[1:] == [f"an interrupted run had other settings ({told}); starting again"]
     assert len(rows) == COUNT
 
 
@@ -109,7 +109,7 @@ def test_an_image_that_cannot_be_read_has_a_row_that_says_so(classify, tmp_path)
     (folder / "nine/b.png").write_bytes(b"")
     rows, _, summary = classify(str(folder), str(folder / "nine/a.jpg"), batch_size=1, model=RAG, classes="a,b")
     errors = {Path(row["path"]).name: row["error"] for row in rows if row["error"]}
-    assert set(errors) == {"a.jpg", "b.png"} and "no readable image" in errors["a.jpg"] and len(rows) == 9
+    assert set(errors) == {"a.jpg", "b.png"} and "not a readable image" in errors["a.jpg"] and len(rows) == 9
     assert (summary.images, summary.unreadable) == (6, 3)
     assert all(row["class"] == "" for row in rows if row["error"])
 
@@ -122,7 +122,7 @@ def test_without_an_sae_one_is_trained_on_the_photos(classify, tmp_path, monkeyp
     warned = []
     monkeypatch.setattr(run._LOG, "warning", lambda text, *values: warned.append(text % values))
     rows, said, _ = classify(str(tmp_path / "few"), model=f"vs2:{TINY}")
-    assert said[0].endswith("one is trained on the photos themselves, without labels (transductive)")
+    assert said[0].endswith("training one on the photos themselves, without labels (transductive)")
     assert len(rows) == 24 and not any(line.startswith("evaluate") for line in said)
     assert len(warned) == 1 and warned[0].startswith("the SAE learned from 24 images, too few for")
     _, said, _ = classify(str(tmp_path / "few"), model=f"vs2:{TINY}", out="again.csv")
@@ -143,7 +143,7 @@ def test_json_lines_and_a_table_that_is_replaced(here, tmp_path):
         )
         said = []
         run.classify(make_plan(request), said.append, quiet=True)
-        assert said[0].endswith("photos that are classified are among them")
+        assert said[0].endswith("including photos that are classified")
         rows = [json.loads(line) for line in out.read_text().splitlines()]
         assert {Path(row["path"]).parent.as_posix() for row in rows} == {photos}
         assert all(row["fvu"] is None and row["steered"] is True for row in rows)

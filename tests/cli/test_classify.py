@@ -31,7 +31,7 @@ def test_photos_become_a_table(classify, tmp_path):
     assert len(out.read_text().splitlines()) == COUNT + 1
     code, said, warned = classify("photos", *WORDS, "--out", str(out))
     assert (code, said) == (2, "") and warned.endswith(
-        f"vs2: error: --out '{out}' is there already; name another file, or replace it by --overwrite\n"
+        f"vs2: error: --out '{out}' already exists; name another file, or replace it with --overwrite\n"
     )
     assert classify("photos", *WORDS, "--out", str(out), "--overwrite", "--quiet")[:2] == (0, "")
 

@@ -115,7 +115,7 @@ def test_a_pass_sae_keeps_what_the_gallery_holds(before, folder, capsys):
     new.verify()
     # And the other way round: a new plain SAE keeps the labels that PASS brought.
     assert train("--overwrite", "--seed", "1", "--max_images", "900") == 2  # other images
-    assert "is of other data" in capsys.readouterr().err
+    assert "was trained on other data" in capsys.readouterr().err
     assert train("--blocks", "2", "last", "--overwrite") == 0
     assert np.array_equal(gallery().labels, both.labels) and gallery().encoders == both.encoders
 

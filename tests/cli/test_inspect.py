@@ -71,7 +71,7 @@ def test_words_that_the_terminal_cannot_write(folder, digit, tmp_path, monkeypat
     [
         (["nope.png"], "vs2", ["no file 'nope.png'"]),
         (["904.png", "--classes", "nope.txt"], "vs2", ["--classes 'nope.txt' cannot be read (No such file or"]),
-        (["904.png", "--concepts", "904.png"], "vs2", ["is no text in UTF-8"]),
+        (["904.png", "--concepts", "904.png"], "vs2", ["is not UTF-8 text"]),
         (["904.png", "--concepts", "one.txt"], "vs2", ["concepts: 'word', 'word'; expected two words or more"]),
         (["904.png", "--dataset_root", "nowhere"], "vs2", ["class names", "--classes FILE"]),
         (["904.png", "--dataset", "wds/other"], "vs2", ["no SAE checkpoint", "vs2-train-sae --model"]),

@@ -122,12 +122,12 @@ def without(word: str, name: str, text: bytes | None = None) -> dict[str, bytes]
         ("cub", tiny(), "holds no CUB-200-2011: there are no images.txt, classes.txt"),
         ("tiny-imagenet", cub(), "holds no Tiny-ImageNet: there are no wnids.txt"),
         ("cub", without("cub", "_9.jpg"), r"lacks 1 picture that its lists name, such as images/003.Crow/Crow_0009_9"),
-        ("cub", without("cub", "labels.txt", b"1 77\n"), r"its lists do not fit each other \(KeyError"),
-        ("cub", without("cub", "images.txt", b"1\n"), r"its lists do not fit each other \(ValueError"),
+        ("cub", without("cub", "labels.txt", b"1 77\n"), r"its lists do not match each other \(KeyError"),
+        ("cub", without("cub", "images.txt", b"1\n"), r"its lists do not match each other \(ValueError"),
         ("cub", without("cub", "images.txt", b""), "they name nothing"),
         ("tiny-imagenet", without("tiny-imagenet", "val_1.JPEG"), "lacks 1 picture .* val/images/val_1.JPEG"),
         ("tiny-imagenet", without("tiny-imagenet", "n02124075_1.JPEG"), "there are 1 of one class, and 2 of another"),
-        ("tiny-imagenet", without("tiny-imagenet", "words.txt", b"n1\tx"), r"do not fit each other \(KeyError"),
+        ("tiny-imagenet", without("tiny-imagenet", "words.txt", b"n1\tx"), r"do not match each other \(KeyError"),
     ],
 )
 def test_what_is_not_the_archive_is_told_and_leaves_nothing(tmp_path, word, files, reason):
@@ -142,7 +142,7 @@ def test_what_is_not_the_archive_is_told_and_leaves_nothing(tmp_path, word, file
 def test_an_archive_that_was_cut_is_told(tmp_path, word, share):
     source = packed(DRAWN[word][0](), tmp_path / DRAWN[word][1])
     source.write_bytes(source.read_bytes()[: int(share * source.stat().st_size)])
-    with pytest.raises(DataError, match="is no whole archive"):
+    with pytest.raises(DataError, match="is not a complete archive"):
         convert(OFFICIAL[word], source, tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
@@ -152,7 +152,9 @@ def test_a_changed_byte_is_told(tmp_path):
     data = bytearray(source.read_bytes())
     data[data.index(picture(3)) + 20] ^= 1
     source.write_bytes(data)
-    with pytest.raises(DataError, match="is no whole archive .*Bad CRC-32 for file 'tiny-imagenet-200/train/n01629819"):
+    with pytest.raises(
+        DataError, match="is not a complete archive .*Bad CRC-32 for file 'tiny-imagenet-200/train/n01629819"
+    ):
         convert(OFFICIAL["tiny-imagenet"], source, tmp_path / "x")
 
 
@@ -161,10 +163,10 @@ def test_what_is_there_stays(tmp_path):
     target.mkdir()
     convert(OFFICIAL["cub"], source, target)  # an empty folder is none
     (target / "classnames.txt").write_text("mine")
-    with pytest.raises(DataError, match="is there already; remove it, or name another folder"):
+    with pytest.raises(DataError, match="already exists; remove it, or name another folder"):
         convert(OFFICIAL["cub"], source, target)
     assert (target / "classnames.txt").read_text() == "mine"
-    with pytest.raises(DataError, match="no file and no folder 'nowhere'"):
+    with pytest.raises(DataError, match="no file or folder 'nowhere'"):
         convert(OFFICIAL["cub"], Path("nowhere"), tmp_path / "y")
 
 

@@ -279,7 +279,7 @@ def test_it_goes_on_after_the_last_whole_chunk_with_the_same_bytes(stream, limit
         assert left == min(kept, (images.limit or 10**9) // ROWS * ROWS)
     encoded.clear()
     found = extract(counting, {"mean": 3}, TrainingImages(*many(stream, limit)), cache, KEY, **SETTINGS)
-    assert f"activations of {left:,} images are there from an interrupted run" in caplog.text
+    assert f"activations of {left:,} images are already there from an interrupted run" in caplog.text
     assert sum(encoded) <= len(whole) - left + 2 * 48
     for name in ("mean", "digests", "labels"):
         for suffix in ("npy", "npy.sha256"):
@@ -291,7 +291,7 @@ def some_unreadable(which):
     """As many, but that the images numbered so cannot be read."""
     items, *rest = many()
     for number in which:
-        items[number] = LeftOut(f"{number}.jpg", f"{number}.jpg is no readable image"), -1
+        items[number] = LeftOut(f"{number}.jpg", f"{number}.jpg is not a readable image"), -1
     return TrainingImages(items, *rest)
 
 
@@ -312,7 +312,7 @@ def test_images_that_cannot_be_read_have_no_row_also_after_an_interruption(which
     assert found.labels.tolist() == [items[number][1] for number in kept]
     expected = torch.stack([items[number][0] for number in kept]).mean((2, 3)).numpy()
     assert np.allclose(found.columns["mean"], expected, atol=1e-6)
-    assert f"left out: {which[0]}.jpg is no readable image" in caplog.text
+    assert f"left out: {which[0]}.jpg is not a readable image" in caplog.text
     assert cache.open(KEY, {"mean": 3}).left_out == found.left_out
 
 
@@ -336,7 +336,7 @@ def test_a_part_that_was_extracted_before_all_were_killed_is_not_extracted_again
         )
 
     for _ in range(2):
-        with pytest.raises(DataError, match="what was just extracted is not there"):  # the first has not joined them
+        with pytest.raises(DataError, match="what was just extracted is missing"):  # the first has not joined them
             run(mean, 1)
     encoded = []
 
@@ -352,7 +352,7 @@ def test_a_part_that_was_extracted_before_all_were_killed_is_not_extracted_again
 
 def test_a_part_that_lies_in_another_folder_is_missed(cache):
     """As where the machines share none."""
-    with pytest.raises(DataError, match=r"what another process extracted is not there; start all .* same --store"):
+    with pytest.raises(DataError, match=r"what another process extracted is missing; start all .* same --store"):
         extract(mean, {"mean": 3}, TrainingImages(*many()), cache, KEY, processes=Processes(0, 2), **SETTINGS)
 
 
@@ -397,7 +397,7 @@ def test_an_activation_that_is_no_number_is_not_blamed_on_the_cache(dtype, make_
     model = make_clip()
     with torch.no_grad():
         model.visual.transformer.resblocks[-1].mlp.c_proj.bias[0] = float("nan")
-    with pytest.raises(DataError, match=rf"{COLUMN} is no finite number as the model computes it, which no"):
+    with pytest.raises(DataError, match=rf"{COLUMN} is not a finite number as the model computes it, which no"):
         run(model, pictures(3), cache, dtype=dtype)
 
 
@@ -497,6 +497,6 @@ def test_space_is_measured_where_the_folder_will_be(tmp_path):
 
 def test_too_little_space_is_a_data_error_with_both_figures(tmp_path):
     with pytest.raises(
-        DataError, match=rf"need 1000000000\.0 GB and {tmp_path} has .* GB free; .*--store.*--max_images"
+        DataError, match=rf"need 1000000000\.0 GB but {tmp_path} has .* GB free; .*--store.*--max_images"
     ):
         require_space(tmp_path / "cache", 10**18)

@@ -127,7 +127,7 @@ def test_an_image_that_cannot_be_read_is_named_when_its_turn_comes(data, folder)
 
 def test_a_broken_file_beside_an_image_is_named_when_its_turn_comes(folder, picture):
     root = folder({"a.png": picture(1), "a.cls": b"1", "a.json": b"{"})
-    with pytest.raises(DataError, match=r"test/1\.tar: cannot read on at the sample 'a': JSONDecodeError: "):
+    with pytest.raises(DataError, match=r"test/1\.tar: cannot continue reading at the sample 'a': JSONDecodeError: "):
         evaluate(root)
 
 

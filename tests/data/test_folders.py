@@ -75,7 +75,7 @@ def test_a_flat_folder_has_no_classes(draw):
 
 @pytest.mark.parametrize(
     ("paths", "said"),
-    [(["0.png"], "no labels to evaluate by; .*vs2 classify"), (["a/0.png"], "one folder of images, 'a'"),
+    [(["0.png"], "no labels to evaluate with; .*vs2 classify"), (["a/0.png"], "one folder of images, 'a'"),
      (["a/0.png", "b/0.png", "c.png"], "1 image .* beside the folders of classes, such as c.png")],
     ids=["flat", "one", "beside"],
 )  # fmt: skip
@@ -100,7 +100,7 @@ def test_a_file_names_the_classes(draw, text, names):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("x\ny\nz\n", "names 3 classes, and there are 2 folders"), ("c\tx", "'c\\\\tx'; expected FOLDER<tab>NAME"),
+    [("x\ny\nz\n", "names 3 classes, but there are 2 folders"), ("c\tx", "'c\\\\tx'; expected FOLDER<tab>NAME"),
      ("a\tx\nb", "'b'; expected FOLDER"), ("x\nx\n", "a, b are both called 'x'")],
 )  # fmt: skip
 def test_names_that_do_not_fit_are_refused(draw, text, said):
@@ -141,7 +141,7 @@ def test_names_may_be_anything(draw, name, tmp_path):
     images = open_folder(root)
     assert f"{name}/{name}.png" in images.paths and len(list(images)) == 2
     (tmp_path / name / f"{name}.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match="is no readable image") as error:
+    with pytest.raises(DataError, match="is not a readable image") as error:
         list(images)
     assert "\n" not in str(error.value) and str(error.value).encode()
 
@@ -186,7 +186,7 @@ def test_a_folder_without_images_says_what_is_there(tmp_path):
     with pytest.raises(DataError, match=r"no images \(bmp, gif, .* in .*"):
         open_folder(tmp_path)
     (tmp_path / "x.heic").touch()
-    with pytest.raises(DataError, match=r"1 other file passed over \(1 .heic\)"):
+    with pytest.raises(DataError, match=r"1 other file skipped \(1 .heic\)"):
         open_folder(tmp_path)
     with pytest.raises(DataError, match="No such file"):
         open_folder(tmp_path / "gone")

@@ -75,7 +75,7 @@ def test_labels_come_beside_images():
     (batch,) = GivenImages(Own()).open(transform, labels=True).batches(9, 0)
     assert batch.labels.tolist() == [5, 6, 7, 8]
     assert batch.digests[0] == image_digest(transform(IMAGES[0]))
-    with pytest.raises(DataError, match="labels were asked for, and this data set gives None"):
+    with pytest.raises(DataError, match="labels are needed, but this data set gives None"):
         list(GivenImages(IMAGES).open(transform, labels=True).batches(9, 0))
 
 
@@ -146,7 +146,7 @@ def test_the_digest_of_activations_is_of_their_content():
     (ROWS[0], r"of shape \[3\] and type float32; expected floating-point numbers \[count, width\], one row per image"),
     (ROWS[None], r"of \[count, tokens, width\] the CLS token is x\[:, 0\]"),
     (ROWS.astype(int), "type int64"),
-    (ROWS[:0], r"shape \[0, 3\], that is none"),
+    (ROWS[:0], r"shape \[0, 3\], so there are none"),
     (np.where(ROWS == 7, np.nan, ROWS), "row 2 of the activations holds NaN or infinity"),
     (torch.tensor([[1.0], [float("inf")]]), "row 1 of"),
 ])  # fmt: skip
@@ -170,7 +170,7 @@ def test_files_of_activations_are_mapped(tmp_path):
     ("x.npy", b"\x93NUMPY\x01\x00v", "cannot be read: "),
     ("x.npy", b"", "cannot be read: "),
     ("x.safetensors", b"", "cannot be read: "),
-    ("x.safetensors", b"\xff" * 20, "it is no safetensors file"),
+    ("x.safetensors", b"\xff" * 20, "it is not a safetensors file"),
     ("x.safetensors", b"\x02" + b"\0" * 7 + b"{}", r"it holds nothing; expected one matrix"),
     ("x.safetensors", {"a": torch.zeros(2, 2), "b": torch.zeros(2, 2)}, r"it holds a, b; expected one matrix \[count"),
     ("x.safetensors", {"a": torch.zeros(2, 2).bfloat16()}, "a holds BF16; expected F16, F32, F64"),

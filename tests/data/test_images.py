@@ -123,7 +123,7 @@ def test_labels_are_read_where_they_are_asked_for(labels):
     "sample", [(torch.ones(1), "a dog"), (torch.ones(1), torch.ones(5)), (torch.ones(1), None), torch.ones(1)]
 )
 def test_what_is_no_class_number_is_refused_where_labels_are_asked_for(sample):
-    with pytest.raises(DataError, match=r"labels were asked for, and this data set gives .* one class number"):
+    with pytest.raises(DataError, match=r"labels are needed, but this data set gives .* one class number"):
         list(TrainingImages([sample], None, None, labels=True).batches(1, 0))
 
 

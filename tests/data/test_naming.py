@@ -38,7 +38,7 @@ def test_a_named_folder_may_lie_in_the_root(here):
 def test_a_folder_of_another_name_is_refused(here):
     for root in ("photos", "deep"):
         (here / root).mkdir(exist_ok=True)
-        with pytest.raises(DataError, match=f"folder/cats --dataset_root '{root}': that is no folder called cats"):
+        with pytest.raises(DataError, match=f"folder/cats --dataset_root '{root}': that folder is not called cats"):
             DataSet.of("folder/cats", root)
 
 
@@ -81,7 +81,7 @@ def test_a_root_that_cannot_be_filled_in_is_refused(root):
 
 
 def test_a_path_that_leads_to_no_folder_is_refused():
-    with pytest.raises(DataError, match="--dataset 'phtos/' is no folder; expected a folder of images"):
+    with pytest.raises(DataError, match="--dataset 'phtos/' is not a folder; expected a folder of images"):
         DataSet.of("phtos/")
     Path("photos/x.jpg").touch()
     with pytest.raises(DataError, match="'photos/x.jpg' is a file"):

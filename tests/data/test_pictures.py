@@ -31,17 +31,19 @@ def test_32_bits_that_hold_8_are_as_they_are(tmp_path):
 def test_of_a_picture_that_is_too_large_the_reason_is_told(tmp_path, monkeypatch):
     Image.new("L", (40, 40)).save(tmp_path / "x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)
-    with pytest.raises(DataError, match=r"x.png' has more than 1,400 pixels, which PIL takes for an attack; scale it"):
+    with pytest.raises(
+        DataError, match=r"x.png' has more than 1,400 pixels, which PIL refuses as a possible attack; scale it"
+    ):
         open_picture(tmp_path / "x.png")
     monkeypatch.setattr(Image.Image, "convert", lambda *given: bytearray(1 << 60))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    with pytest.raises(DataError, match="x.png' takes more memory than there is; scale it down"):
+    with pytest.raises(DataError, match="x.png' needs more memory than is available; scale it down"):
         open_picture(tmp_path / "x.png")
 
 
 def test_numbers_of_which_nothing_says_what_is_white_are_refused(tmp_path):
     Image.fromarray(np.array([[0, 0.5, 1]], dtype=np.float32)).save(tmp_path / "x.tif")
-    with pytest.raises(DataError, match="x.tif' is no readable image: it holds floating-point numbers"):
+    with pytest.raises(DataError, match="x.tif' is not a readable image: it holds floating-point numbers"):
         open_picture(tmp_path / "x.tif")
 
 
@@ -50,7 +52,7 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path, held):
     file = tmp_path / "x\ny.jpg"
     Image.new("RGB", (8, 8)).save(file)
     file.write_bytes(file.read_bytes()[:-40] if held == "cut" else held)
-    with pytest.raises(DataError, match=r"x\\ny.jpg' is no readable image .*: it is damaged or of another format"):
+    with pytest.raises(DataError, match=r"x\\ny.jpg' is not a readable image .*: it is damaged or in another format"):
         open_picture(file)
 
 
@@ -58,6 +60,6 @@ def test_what_the_system_refuses_is_told_apart(tmp_path):
     with pytest.raises(DataError, match="there is no file '.*gone.jpg'") as error:
         open_picture(tmp_path / "gone.jpg")
     assert error.value.__cause__.errno is not None
-    with pytest.raises(DataError, match="is no readable image .*: Is a directory") as error:
+    with pytest.raises(DataError, match="is not a readable image .*: Is a directory") as error:
         open_picture(tmp_path)
     assert error.value.__cause__.errno is not None

@@ -214,7 +214,7 @@ def test_a_split_that_is_not_there_is_named(shards, picture):
 def test_a_plain_folder_of_pictures_is_told_from_shards(tmp_path, picture):
     (tmp_path / "cats").mkdir()
     (tmp_path / "cats" / "1.PNG").write_bytes(picture(1))
-    with pytest.raises(DataError, match=r"nshards\.txt .*expected webdataset shards .* holds images as they are"):
+    with pytest.raises(DataError, match=r"nshards\.txt .*expected webdataset shards .* holds plain images"):
         open_shards(str(tmp_path), "test", grey)
 
 

@@ -108,8 +108,8 @@ def test_an_image_that_cannot_be_read_is_left_out_of_training_and_ends_an_evalua
     assert checkpoint.data.images == len(list(Path("photos/train").rglob("*.png"))) - 1
     assert broken.startswith("train/one/")
     code, error = clip_benchmark("eval", "--model", TINY, *EVALUATE, "--dataset", "photos/", "--split", "train")
-    assert code == 2 and error.splitlines()[-1].startswith(f"vs2: error: 'photos/{broken}' is no readable image")
-    assert error.endswith("; replace it, or take it out of the folder: nothing is left out here\n")
+    assert code == 2 and error.splitlines()[-1].startswith(f"vs2: error: 'photos/{broken}' is not a readable image")
+    assert error.endswith("; replace it, or remove it from the folder: no image is skipped here\n")
 
 
 def test_an_image_that_was_left_out_is_named_again_where_activations_are_cached(here, capsys):
@@ -119,7 +119,7 @@ def test_an_image_that_was_left_out_is_named_again_where_activations_are_cached(
         assert train_sae.main([*words, "--dataset", "photos/", "--name", name]) == 0
         said = capsys.readouterr().out
         cached = name == "again"
-        assert ("cached, in" in said) is (f"left out, as no readable image: {broken}\n" in said) is cached
+        assert ("cached, in" in said) is (f"left out, not a readable image: {broken}\n" in said) is cached
 
 
 def test_the_sae_of_another_folder_of_the_same_name_is_refused_with_both_ways_out(here, clip_benchmark, capsys):
@@ -132,12 +132,12 @@ def test_the_sae_of_another_folder_of_the_same_name_is_refused_with_both_ways_ou
     with pytest.raises(CheckpointError, match="which has the same name"):
         vs2_plugin.load(f"vs2:{TINY}", dataset=here / "other/photos")
     assert train_sae.main([*TRAIN, "--dataset", "other/photos/"]) == 2
-    assert f"of {here}/photos/train and not of {here}/other/photos; keep both by: " in capsys.readouterr().err
+    assert f"on {here}/photos/train and not on {here}/other/photos; keep both with: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["phtos/"], "'phtos/' is no folder"), (["photos"], "the folder of that name is --dataset photos/"),
+    [(["phtos/"], "'phtos/' is not a folder"), (["photos"], "the folder of that name is --dataset photos/"),
      (["photos/test/one/"], "images without folders of classes"),
      (["photos/", "--split", "extra"], "no folder for the split 'extra', only test/, train/"),
      (["photos/", "--task", "zeroshot_retrieval"], "nothing for the task zeroshot_retrieval"),

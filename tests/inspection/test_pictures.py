@@ -36,9 +36,9 @@ def test_a_thumbnail_is_small_and_small_images_stay_as_they_are():
     ("name", "fragment"),
     [
         ("nope.png", "no file 'nope.png'"),
-        ("digits", "'digits' is no readable image"),
-        ("tiny-clip/open_clip_config.json", "damaged or of another format"),
-        ("cut.png", "is no readable image"),
+        ("digits", "'digits' is not a readable image"),
+        ("tiny-clip/open_clip_config.json", "damaged or in another format"),
+        ("cut.png", "is not a readable image"),
     ],
 )
 def test_what_is_no_image_is_refused(folder, digit, name, fragment):

@@ -35,7 +35,7 @@ def test_it_is_measured_and_not_changed(found):
 
 def test_activations_of_another_width_are_refused(found):
     x = torch.randn(30, 8).numpy()
-    with pytest.raises(CheckpointError, match="of width 16, and those at this site have 8"):
+    with pytest.raises(CheckpointError, match="of width 16, but those at this site have 8"):
         adopt(found, x, np.ones(30, dtype=bool))
 
 

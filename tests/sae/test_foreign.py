@@ -178,9 +178,9 @@ def test_codes_are_in_the_units_of_the_activations(x, normalized):
         ({"reshape_activations": "hook_z"}, "reshapes activations"),
         ({"is_transcoder": True}, "it is a transcoder"),
         ({"transcoder_with_skip_connection": True}, "it has a skip connection"),
-        ({"use_patches_only": True}, "it is of patches"),
-        ({"metadata": {"hook_name": "blocks.3.hook_mlp_out"}}, "is of blocks.3.hook_mlp_out"),
-        ({"metadata": {"hook_name": "blocks.0.hook_resid_pre"}}, "is of blocks.0.hook_resid_pre"),
+        ({"use_patches_only": True}, "it was trained on patches"),
+        ({"metadata": {"hook_name": "blocks.3.hook_mlp_out"}}, "is for blocks.3.hook_mlp_out"),
+        ({"metadata": {"hook_name": "blocks.0.hook_resid_pre"}}, "is for blocks.0.hook_resid_pre"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_represented_is_refused_with_the_reason(tmp_path, weights, changed, reason):
@@ -210,17 +210,17 @@ def test_damaged_files_are_refused_and_no_code_runs(tmp_path, weights):
     with pytest.raises(CheckpointError, match="holds list"):
         read_foreign(folder)
     folder = write(tmp_path / "b", saelens(), {**weights, "W_dec": weights["W_dec"][:-1]})
-    with pytest.raises(CheckpointError, match="do not fit each other"):
+    with pytest.raises(CheckpointError, match="do not match each other"):
         read_foreign(folder)
     folder = write(tmp_path / "c", saelens(), {**weights, "b_enc": torch.full((N,), torch.nan)})
     with pytest.raises(CheckpointError, match="not finite"):
         read_foreign(folder)
     (folder / "sae_weights.safetensors").write_bytes(b"1234")
-    with pytest.raises(CheckpointError, match="no readable file of weights"):
+    with pytest.raises(CheckpointError, match="not a readable weights file"):
         read_foreign(folder)
     folder = write(tmp_path / "d", prisma(), weights, "prisma")
     (folder / "weights.pt").write_bytes(pickle.dumps(_Runs()))
-    with pytest.raises(CheckpointError, match="no readable file of weights"):
+    with pytest.raises(CheckpointError, match="not a readable weights file"):
         read_foreign(folder)
     write(tmp_path / "e", prisma(), {"W_enc": weights["W_enc"], "b_enc": 3}, "prisma")
     with pytest.raises(CheckpointError, match="lack W_dec, b_enc, b_dec"):

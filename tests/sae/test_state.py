@@ -64,7 +64,7 @@ def test_it_goes_on_where_it_was(tmp_path, killed_after, caplog):
         train_saes(JOBS[:1], quiet=True, states=tmp_path, save_every=0)
     killed_after(20)
     train_saes(JOBS[:1], quiet=True, states=tmp_path, save_every=0)
-    assert "the training goes on after 60 of 80 steps" in caplog.text
+    assert "the training continues after 60 of 80 steps" in caplog.text
     killed_after(0)  # all steps have been done
     train_saes(JOBS[:1], quiet=True, states=tmp_path, save_every=0)
 

@@ -98,4 +98,4 @@ def test_an_interrupted_extraction_leaves_nothing_half_done(folder, monkeypatch,
 def test_pass_without_labels_is_refused(folder, capsys, train):
     drop_labels(folder)
     assert train("--pass_weight", "0.8") == 2
-    assert "has no label (0000.cls), and labels were asked for" in capsys.readouterr().err
+    assert "has no label (0000.cls), but labels are needed" in capsys.readouterr().err

@@ -91,14 +91,16 @@ def test_a_setting_that_no_training_takes_is_refused_before_any(store):
 
 def test_what_is_there_is_added_to_or_replaced_when_asked(store, put):
     put("n", "plain")
-    with pytest.raises(DataError, match="a checkpoint 'n' in .* already; replace it with --overwrite, or give another"):
+    with pytest.raises(
+        DataError, match="checkpoint 'n' in .* already exists; replace it with --overwrite, or give another"
+    ):
         plans(store, name="n")
     [adding] = plans(store, name="n", pass_weight=0.8)
     assert [site.variant for site in adding.kept] == ["plain"]
     [replacing] = plans(store, name="n", overwrite=True)
     assert replacing.existing is not None and replacing.kept == replacing.load_kept(DATA) == []
     put("n", "plain", "pass")
-    with pytest.raises(DataError, match="already with a PASS SAE"):
+    with pytest.raises(DataError, match="already exists with a PASS SAE"):
         plans(store, name="n", pass_weight=0.8)
 
 
@@ -113,7 +115,7 @@ def test_one_of_another_model_is_told_with_the_command_that_keeps_both(given, of
     put("n", "plain")
     with pytest.raises(DataError) as error:
         plans(store, name="n", samples=9, **given)
-    told, _, rest = str(error.value).partition(f" already, of ViT-B-32, w and not of {of}; keep both by: ")
+    told, _, rest = str(error.value).partition(f" already exists, for ViT-B-32, w and not for {of}; keep both with: ")
     command, _, _ = rest.partition("; replace it with --overwrite")
     assert told and shlex.split(command)[-2:] == ["--name", "n-2"] and "--samples 9" in command
     request = TrainRequest(**vars(train_sae.parser().parse_args(shlex.split(command)[1:])))
@@ -132,7 +134,7 @@ def test_an_sae_that_stays_is_read_where_it_is_of_the_same_data(store, put):
     [plan] = plans(store, name="n", pass_weight=0.8)
     [(site, sae)] = plan.load_kept(DATA)
     assert site.variant == "plain" and sae.config.num_latents == 8
-    with pytest.raises(DataError, match="the other SAE of checkpoint 'n' is of other data .*; give --name"):
+    with pytest.raises(DataError, match="the other SAE of checkpoint 'n' was trained on other data .*; give --name"):
         plan.load_kept(TrainingData(("cifar10",), 7))
 
 

@@ -77,7 +77,7 @@ def test_pass_joins_the_plain_sae_in_one_checkpoint(folder, capsys, monkeypatch,
     assert [(site.variant, site.labels) for site in both.sites] == [("plain", "none"), ("pass", "train")]
     assert both.sites[0] == plain.sites[0] and both.sites[1].files != plain.sites[0].files
     assert both.sites[1].training["pass_weight"] == 0.8
-    assert train("--pass_weight", "0.8") == 2 and "already with a PASS SAE" in capsys.readouterr().err
+    assert train("--pass_weight", "0.8") == 2 and "already exists with a PASS SAE" in capsys.readouterr().err
     assert train("--overwrite", "--seed", "1") == 0  # the plain one alone is replaced
     replaced = Store.default().find(NAME)
     assert replaced.sites[1] == both.sites[1] and replaced.sites[0].files != both.sites[0].files
@@ -172,7 +172,8 @@ def test_two_folders_of_one_name_keep_a_checkpoint_each(folder, capsys):
     save_file({name: 1.01 * tensor for name, tensor in weights.items()}, file)
     assert train("d1")[0] == 0
     code, told = train("d2")
-    assert code == 2 and "already, of local-dir:d1/clip and not of local-dir:d2/clip; keep both by: " in told.err
+    there = "already exists, for local-dir:d1/clip and not for local-dir:d2/clip; keep both with: "
+    assert code == 2 and there in told.err
     for how in ({"dataset": "wds/digits"}, {}):
         name = "" if how else "@local-dir-clip_wds-digits"
         with pytest.raises(CheckpointError) as error:
@@ -182,14 +183,14 @@ def test_two_folders_of_one_name_keep_a_checkpoint_each(folder, capsys):
     # A variant that is added would stand beside one of the other tower.
     code, told = train("d2", "--pass_weight", "0.8")
     assert code == 2 and "(local-dir:d1/clip) is of another tower" in told.err and "add --name" in told.err
-    command = train("d2")[1].err.partition("keep both by: ")[2].partition("; replace it")[0]
+    command = train("d2")[1].err.partition("keep both with: ")[2].partition("; replace it")[0]
     assert train_sae.main(shlex.split(command)[1:]) == 0
     assert vs2_plugin.load("vs2:local-dir:d2/clip@local-dir-clip_wds-digits-2")
     code, told = train("d2", "--overwrite", "--store", "a store")
     assert "\nevaluate with: VS2_STORE='a store' clip_benchmark eval" in told.out
     code, told = train("d2", "--overwrite", "--store", "store")  # that of the environment, too
     assert "\nevaluate with: clip_benchmark eval --model local-dir:d2/clip vs2:local-dir:d2/clip" in told.out
-    assert code == 0 and "which was of local-dir:d1/clip, is replaced by one of local-dir:d2/clip" in told.out
+    assert code == 0 and "which was for local-dir:d1/clip, is replaced by one for local-dir:d2/clip" in told.out
 
 
 def test_transductive_training_is_marked_everywhere(folder, capsys, monkeypatch, train):
@@ -337,7 +338,7 @@ def test_a_trained_checkpoint_that_cannot_be_written_is_kept_elsewhere(copies, f
     with pytest.raises(DataError) as error:
         vs2_plugin.train("wds/digits", name="mine", **SMALL)
     message = str(error.value)
-    assert message.startswith("the checkpoint 'mine' is trained and could not be written to")
+    assert message.startswith("the checkpoint 'mine' is trained but could not be written to")
     assert "No space left on device" in message and ("without its gallery" in message) is not copies
     source, target = map(Path, shlex.split(message.partition(", mv ")[2]))
     assert tmp_path in source.parents and target == Store.default().folder("mine")
@@ -368,7 +369,7 @@ def fails(place):
 def test_too_little_room_for_the_checkpoints_is_told_before_anything_is_read(folder, monkeypatch):
     monkeypatch.setattr(run, "_room", lambda *args: 10**18)
     monkeypatch.setattr("vs2_plugin.training.extract.open_images", lambda *args, **more: pytest.fail("read"))
-    with pytest.raises(DataError, match=r"the checkpoints need 1000000000\.0 GB and .* free"):
+    with pytest.raises(DataError, match=r"the checkpoints need 1000000000\.0 GB but .* free"):
         vs2_plugin.train("wds/digits", **SMALL)
 
 
@@ -411,7 +412,7 @@ def test_what_another_training_wrote_meanwhile_is_not_replaced(folder, monkeypat
             yield True
 
     monkeypatch.setattr(run, "alone", waited)
-    with pytest.raises(DataError, match="there is a checkpoint 'mine' in .* already"):
+    with pytest.raises(DataError, match="checkpoint 'mine' in .* already exists"):
         vs2_plugin.train("wds/digits", name="mine", **SMALL)
 
 
@@ -423,7 +424,7 @@ def test_an_sae_of_another_library_becomes_a_checkpoint(folder, capsys, train):
     capsys.readouterr()
     assert train_sae.main([*WORDS, "--no_amp", "--num_workers", "0", "--sae", "theirs", "--name", "taken"]) == 0
     said = capsys.readouterr().out
-    assert "the SAE by SAELens, of tiny-clip, of the activations after block 1 in theirs is taken for" in said
+    assert "the SAE by SAELens, of tiny-clip, of the activations after block 1 in theirs is assumed to be for" in said
     assert "taken as it is" in said
     checkpoint = Store.default().find("taken")
     (site,) = checkpoint.sites
@@ -438,9 +439,9 @@ def test_an_sae_of_another_library_becomes_a_checkpoint(folder, capsys, train):
     assert "trained by `SAELens`" in told and "Trained by SAELens elsewhere and measured on" in told
     other = ["--sae", "theirs", "--name", "at-the-end", "--blocks", "output"]
     assert train_sae.main([*WORDS, "--no_amp", "--num_workers", "0", *other]) == 2
-    assert "of width 128, and those at this site have 64" in capsys.readouterr().err
+    assert "of width 128, but those at this site have 64" in capsys.readouterr().err
     assert train_sae.main([*WORDS, "--sae", "theirs", "--k", "3"]) == 2
-    assert "leave out --k" in capsys.readouterr().err
+    assert "omit --k" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("k", "told"), [(2, False), (3, True)])
@@ -451,5 +452,6 @@ def test_an_sae_that_explains_less_than_components_is_told(k, told, tmp_path):
     lines = []
     request = TrainRequest.of(activations="X.npy", k=(k,), samples=3000, store=str(tmp_path))
     run.train(request, report=lines.append, given=GivenActivations.of(x.astype(np.float32)))
-    warned = [line for line in lines if line.startswith("warning: the SAE at activations knows too little: it ex")]
+    warning = "warning: the SAE at activations has learned too little: it ex"
+    warned = [line for line in lines if line.startswith(warning)]
     assert len(warned) == told and all("more images" in line for line in warned)

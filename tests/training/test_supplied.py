@@ -109,11 +109,11 @@ def test_the_output_embedding_is_a_place_too(folder):
 
 
 @pytest.mark.parametrize("settings, error, problem", [
-    ({"blocks": (1, 2)}, SettingError, "--blocks 1 2: activations are of one place; expected one"),
+    ({"blocks": (1, 2)}, SettingError, "--blocks 1 2: activations come from one place; expected one"),
     ({"blocks": 7}, SettingError, "block numbers from 0 to 3"),
-    ({"blocks": "output"}, DataError, "have width 128, and the output embedding of .* has 64; block 3 would fit"),
-    ({"pass_weight": 0.8}, SettingError, "--pass_weight is of images and labels, and there are activations only"),
-    ({"max_images": 3}, SettingError, "--max_images is of images"),
+    ({"blocks": "output"}, DataError, "have width 128, but the output embedding of .* has 64; block 3 would fit"),
+    ({"pass_weight": 0.8}, SettingError, "--pass_weight is for images and labels, but there are only activations"),
+    ({"max_images": 3}, SettingError, "--max_images is for images"),
     ({"dataset": ("a", "b")}, SettingError, "--dataset a b: expected one name for what is given"),
     ({"model": "ViT-B32"}, TowerError, "open_clip has no model 'ViT-B32'"),
 ])  # fmt: skip

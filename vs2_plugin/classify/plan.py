@@ -71,12 +71,12 @@ def make_plan(request: ClassifyRequest) -> Plan:
     spec, store, out = parse(request.model), Store.default(request.store), Path(request.out)
     if spec.reading is not None and spec.reading.protocol in PROTOCOLS[2:]:
         raise SettingError(
-            f"--model {request.model}: {spec.reading.method.name} sees other images that are classified, and here they "
-            "come batch by batch; in Python, model.classify(images) takes all of them at once"
+            f"--model {request.model}: {spec.reading.method.name} looks at the other images being classified, but here "
+            "they come batch by batch; in Python, model.classify(images) takes all of them at once"
         )
     if spec.method.labels == "oracle":
-        raise SettingError(f"--model {request.model}: {spec.method.name} is told the true class of every image, which "
-                           f"is to be found here; use another method, such as vs2s:{spec.backbone}")  # fmt: skip
+        raise SettingError(f"--model {request.model}: {spec.method.name} needs the true class of every image, which "
+                           f"is unknown here; use another method, such as vs2s:{spec.backbone}")  # fmt: skip
     check_backbone(spec.backbone, request.pretrained)
     if ignores_pretrained(spec.backbone):
         request = replace(request, pretrained="")
@@ -88,8 +88,8 @@ def make_plan(request: ClassifyRequest) -> Plan:
     if training is not None and not request.train_images and len(images) < _LEAST:
         raise SettingError(
             f"{counted(len(images), 'image')} in {' '.join(request.photos[:3])}: too few to train an SAE on, which "
-            f"takes {_LEAST}, and some hundreds to be worth it; name more by --train_images FOLDER, or a checkpoint "
-            f"that is there: {spec.method.name}:{spec.backbone}@NAME"
+            f"takes {_LEAST}, and a few hundred to be useful; name more with --train_images FOLDER, or an existing "
+            f"checkpoint: {spec.method.name}:{spec.backbone}@NAME"
         )
     return Plan(request, spec, images, names, prompts, store, checkpoint, training)
 
@@ -99,7 +99,7 @@ def _require_free(out: Path, overwrite: bool) -> None:
     if out.is_dir():
         raise SettingError(f"--out {str(out)!r} is a folder; expected a file in it, such as {out / 'predictions.csv'}")
     if out.exists() and not overwrite:
-        raise SettingError(f"--out {str(out)!r} is there already; name another file, or replace it by --overwrite")
+        raise SettingError(f"--out {str(out)!r} already exists; name another file, or replace it with --overwrite")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -119,7 +119,7 @@ def _classes(request: ClassifyRequest) -> tuple[tuple[str, ...], tuple[str, ...]
     if len(names) < 2:
         there = f"one folder of images, {names[0]!r}" if names else "no folders of classes"
         raise SettingError(
-            f"{' '.join(request.photos[:3])} holds {there}, so that the classes have to be named: --classes cat,dog or "
+            f"{' '.join(request.photos[:3])} holds {there}, so the classes have to be named: --classes cat,dog or "
             "--classes FILE with a name per line"
         )
     if prompts is None and len(folders) == 1:
@@ -134,7 +134,7 @@ def _named(classes: str) -> list[str]:
     if "," not in classes:
         raise SettingError(
             f"--classes {classes!r}: there is no such file, and one name is not enough; expected a file with a name "
-            "per line, or names with commas between them, such as cat,dog"
+            "per line, or names separated by commas, such as cat,dog"
         )
     return [name for part in classes.split(",") if (name := part.strip())]
 
@@ -160,8 +160,8 @@ def _sae(request: ClassifyRequest, spec: ModelString, store: Store) -> tuple[Che
         if _is_of(checkpoint, homes):
             return checkpoint, None
     raise SettingError(
-        f"the checkpoint {checkpoint.name} in the store {store.root} is not of {' '.join(homes)}; remove it: vs2 store "
-        f"remove {checkpoint.name}"
+        f"the checkpoint {checkpoint.name} in the store {store.root} was not trained on {' '.join(homes)}; remove it: "
+        f"vs2 store remove {checkpoint.name}"
     )
 
 
@@ -175,10 +175,10 @@ def _is_of(checkpoint: Checkpoint, homes: Sequence[str]) -> bool:
 def _data_set(folder: str, given: bool) -> DataSet:
     if not os.path.isdir(folder):
         if given:
-            raise SettingError(f"--train_images {folder!r} is no folder; expected one with images in it")
+            raise SettingError(f"--train_images {folder!r} is not a folder; expected one with images in it")
         raise SettingError(
-            f"an SAE is trained on folders, and {folder!r} is a file; name its folder, or folders for the training by "
-            "--train_images FOLDER, or a checkpoint that is there: vs2s:MODEL@NAME"
+            f"an SAE is trained on folders, but {folder!r} is a file; name its folder, or folders to train on with "
+            "--train_images FOLDER, or an existing checkpoint: vs2s:MODEL@NAME"
         )
     return DataSet.of(Path(folder))
 
@@ -190,8 +190,8 @@ def _training(
     options = spec.options
     if spec.method.sae == "pass" or spec.labels_used != "none":
         raise SettingError(
-            f"--model {request.model}: {spec.method.name} reads training labels, and here an SAE is trained without; "
-            f"train one with labels by vs2-train-sae and name it, {spec.method.name}:{spec.backbone}@NAME, or use "
+            f"--model {request.model}: {spec.method.name} reads training labels, but here an SAE is trained without; "
+            f"use vs2-train-sae to train one with labels and name it, {spec.method.name}:{spec.backbone}@NAME, or use "
             f"another method, such as vs2s:{spec.backbone}"
         )
     blocks, encoder = options.get("blocks"), options.get("encoder") or "clip"

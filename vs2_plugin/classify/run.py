@@ -88,9 +88,9 @@ def classify(plan: Plan, report: Report = _LOG.info, quiet: bool = False) -> Sum
         paths = plan.images.paths
         done, different = part.settle(_settings(plan, model), paths, plan.request.batch_size)
         if different:
-            report(f"what an interrupted run left is of other settings ({', '.join(different)}), and starts anew")
+            report(f"an interrupted run had other settings ({', '.join(different)}); starting again")
         elif done:
-            report(f"{done:,} of {counted(len(paths), 'image')} are classified already; going on from there")
+            report(f"{done:,} of {counted(len(paths), 'image')} are already classified; continuing from there")
         with tqdm(total=len(paths), initial=done, unit="img", disable=quiet or None, leave=False) as bar:
             for batch in _batches(plan, transform, done):
                 found = None if batch.images is None else model.classify(batch.images, len(batch.images))
@@ -113,7 +113,7 @@ def _with_sae(plan: Plan, report: Report, quiet: bool) -> Plan:
     if request is None:
         return plan
     what = "the photos themselves, without labels (transductive)" if plan.transductive else plan.train_on
-    report(f"there is no SAE for this yet: one is trained on {what}")
+    report(f"there is no SAE for this yet: training one on {what}")
 
     def tell(line: str) -> None:
         if not line.startswith("evaluate with:"):  # it is used here and now
@@ -122,9 +122,9 @@ def _with_sae(plan: Plan, report: Report, quiet: bool) -> Plan:
     (checkpoint,) = train(replace(request, quiet=quiet), report=tell)
     if checkpoint.data.images < _FEW:
         _LOG.warning(
-            "the SAE learned from %s, too few for steering along it to be worth much; name a folder of some hundreds "
-            "or more by --train_images, with a store of its own or by vs2-train-sae --overwrite, or compare with the "
-            "columns plain_class and plain_probability", counted(checkpoint.data.images, "image"),
+            "the SAE learned from %s, too few for steering along it to be worth much; name a folder of a few hundred "
+            "or more with --train_images, and a store of its own, or use vs2-train-sae --overwrite, or compare with "
+            "the columns plain_class and plain_probability", counted(checkpoint.data.images, "image"),
         )  # fmt: skip
     return replace(plan, checkpoint=checkpoint, training=None)
 
@@ -150,7 +150,7 @@ def _facts(plan: Plan, model: SteeredCLIP) -> list[tuple[str, str]]:
     folders = {os.path.abspath(one if os.path.isdir(one) else os.path.dirname(one)) for one in plan.request.photos}
     if plan.checkpoint is None or not any(map(plan.checkpoint.data.holds, folders)):
         return facts
-    among = "; photos that are classified are among them"
+    among = ", including photos that are classified"
     return [(name, value + among if name == "checkpoint" else value) for name, value in facts]
 
 
@@ -160,7 +160,7 @@ def _tell_steering(model: SteeredCLIP, facts: Mapping[str, str], report: Report)
         report(f"SAE: {facts['checkpoint']}")
     choices = [place.steering.choice for place in model.places if isinstance(place.steering, Automatic)]
     if choices and all(choice is not None and choice.index == 0 for choice in choices):
-        report("no strength surely helps on these classes, so that the model is left as it is: nothing is steered")
+        report("no strength clearly helps on these classes, so the model is left as it is: nothing is steered")
 
 
 def _amp(plan: Plan) -> bool:

@@ -152,7 +152,7 @@ def require_format(out: Path) -> None:
     """Refuse a format whose package is not there. Raises SettingError."""
     if out.suffix.lower() == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise SettingError(
-            f"--out {str(out)!r}: a .parquet file is written by pyarrow, which is not installed; run: pip install "
+            f"--out {str(out)!r}: a .parquet file needs pyarrow, which is not installed; run: pip install "
             "pyarrow, or name a .csv or .jsonl file"
         )
 

@@ -100,7 +100,7 @@ def convert(official: Official, source: Path, target: Path) -> Written:
     from open_clip import OPENAI_IMAGENET_TEMPLATES
 
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise DataError(f"{target} is there already; remove it, or name another folder")
+        raise DataError(f"{target} already exists; remove it, or name another folder")
     with _readable(official, source):
         root, contents = _look(official, source)
     with atomic_folder(target) as scratch:
@@ -172,7 +172,7 @@ def _read_lists(official: Official, source: Path, texts: Mapping[str, str]) -> _
         return contents
     except (ValueError, KeyError) as error:
         reason = reason_of(error)
-        raise DataError(f"{source}: its lists do not fit each other ({reason}); {_fetch(official)}") from error
+        raise DataError(f"{source}: its lists do not match each other ({reason}); {_fetch(official)}") from error
 
 
 def _fetch(official: Official) -> str:
@@ -185,7 +185,7 @@ def _readable(official: Official, source: Path) -> Iterator[None]:
     try:
         yield
     except _DAMAGE as error:
-        raise DataError(f"{source} is no whole archive ({reason_of(error)}); {_fetch(official)}") from error
+        raise DataError(f"{source} is not a complete archive ({reason_of(error)}); {_fetch(official)}") from error
 
 
 def _entries(source: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
@@ -196,7 +196,7 @@ def _entries(source: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
             for file in (Path(folder, name) for name in sorted(names)):
                 yield file.relative_to(source).as_posix(), file.read_bytes
     elif not source.exists():
-        raise DataError(f"no file and no folder {str(source)!r}; expected an archive, or the folder of an unpacked one")
+        raise DataError(f"no file or folder {str(source)!r}; expected an archive, or the folder of an unpacked one")
     elif zipfile.is_zipfile(source):
         with zipfile.ZipFile(source) as packed:
             for info in packed.infolist():

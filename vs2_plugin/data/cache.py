@@ -93,7 +93,7 @@ class ActivationCache:
         except PermissionError as error:
             raise DataError(hidden(error, folder)) from error
         except (OSError, ValueError, EOFError) as error:
-            _LOG.warning("cached activations are damaged, and extracted again: %s", error)
+            _LOG.warning("damaged cached activations are extracted again: %s", error)
             return None
         whole = all(columns[name].shape == (count, width) for name, width in widths.items())
         whole = whole and len(digests) == count and (classes is None or len(classes) == count)
@@ -103,7 +103,7 @@ class ActivationCache:
         """Return what :meth:`open` does of what was just written. Raises DataError if it is gone."""
         found = self.open(key, widths, labels)
         if found is None:
-            raise DataError(f"{self.folder(key)}: what was just extracted is not there; run the same command again")
+            raise DataError(f"{self.folder(key)}: what was just extracted is missing; run the same command again")
         return found
 
     @contextmanager
@@ -164,7 +164,7 @@ class ActivationCache:
         found = self.open(part, widths, labels)
         if found is None:
             raise DataError(
-                f"{self.folder(part)}: what another process extracted is not there; start all of them with the same "
+                f"{self.folder(part)}: what another process extracted is missing; start all of them with the same "
                 "--store, a folder that their machines share"
             )
         for start in range(0, len(found), _CHUNK):
@@ -261,8 +261,8 @@ def require_space(folder: Path, needed: int, what: str = "the activations") -> i
     free = shutil.disk_usage(there).free
     if needed > free:
         raise DataError(
-            f"{what} need {gigabytes(needed)} and {there} has {gigabytes(free)} free; free some, name another disk "
-            "with --store, or take fewer images with --max_images"
+            f"{what} need {gigabytes(needed)} but {there} has {gigabytes(free)} free; free some space, name another "
+            "disk with --store, or take fewer images with --max_images"
         )
     return free
 
@@ -313,7 +313,7 @@ def extract(
         with cache.writing(key, widths, dtype, labels, fresh) as writer:
             first = writer.start(batch_size)
             if writer.count:
-                _LOG.info("%s of %s are there from an interrupted run", name, counted(writer.count, "image"))
+                _LOG.info("%s of %s are already there from an interrupted run", name, counted(writer.count, "image"))
             bar = tqdm(total=images.count, initial=first, desc=name, unit="img", disable=True if quiet else None)
             with bar:
                 batches = images.batches(batch_size, num_workers, first)
@@ -361,8 +361,8 @@ def _storable(rows: np.ndarray, dtype: np.dtype, column: str) -> np.ndarray:
     """Return ``rows``, float32 ``[batch, d]``, as ``dtype``. Raises DataError for what it cannot hold."""
     if not np.isfinite(rows).all():
         raise DataError(
-            f"an activation at {column} is no finite number as the model computes it, which no --cache_dtype mends; if "
-            "it is computed under autocast, --no_amp computes it in float32"
+            f"an activation at {column} is not a finite number as the model computes it, which no --cache_dtype can "
+            "fix; if it is computed under autocast, --no_amp computes it in float32"
         )
     with np.errstate(over="ignore"):
         stored = rows.astype(dtype)

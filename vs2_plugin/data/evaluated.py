@@ -89,7 +89,7 @@ def _kind(folder: Path, task: str, classification: bool) -> str:
     except OSError:
         kind = ""
     if classification and kind == "retrieval":
-        raise DataError(f"{file} says 'retrieval', so that there is nothing to classify; add --task zeroshot_retrieval")
+        raise DataError(f"{file} says 'retrieval', so there is nothing to classify; add --task zeroshot_retrieval")
     if task == "zeroshot_retrieval" and kind != "retrieval":
         raise DataError(f"{file} does not say that these are captions: echo retrieval > {shlex.quote(str(file))}")
     return kind
@@ -223,7 +223,7 @@ class _Naming:
             if extension in EXTENSIONS:
                 said = f"{self.place.key}.{extension} is not a readable image"
             else:
-                said = f"cannot read on at the sample {self.place.key!r}: {failure(error.__cause__ or error)}"
+                said = f"cannot continue reading at the sample {self.place.key!r}: {failure(error.__cause__ or error)}"
             raise DataError(one_line(f"{self.place.url}: {said}", 1000)) from None
 
 

@@ -126,7 +126,7 @@ class FolderImages(Dataset[tuple[Any, int]]):
         where = printable(self.root)
         if not self.classes:
             raise DataError(
-                f"{where} holds images without folders of classes, so that there are no labels to evaluate by; "
+                f"{where} holds images without folders of classes, so there are no labels to evaluate with; "
                 f"expected {os.path.join(where, 'CLASS', 'x.jpg')}; to classify images without labels: vs2 classify"
             )
         bare = np.flatnonzero(self.labels == _NO_CLASS)
@@ -137,8 +137,8 @@ class FolderImages(Dataset[tuple[Any, int]]):
             )
         if len(self.classes) == 1:
             raise DataError(
-                f"{where} has one folder of images, {self.classes[0]!r}, and where there is one class every answer is "
-                "right; expected a folder for each of two classes or more"
+                f"{where} has one folder of images, {self.classes[0]!r}, and with one class every answer is right; "
+                "expected a folder for each of at least two classes"
             )
 
     def __len__(self) -> int:
@@ -152,7 +152,7 @@ class FolderImages(Dataset[tuple[Any, int]]):
                 raise
             if self.lenient:
                 return LeftOut(self.paths[index], str(error)), _NO_CLASS
-            raise DataError(f"{error}; replace it, or take it out of the folder: nothing is left out here") from error
+            raise DataError(f"{error}; replace it, or remove it from the folder: no image is skipped here") from error
         return picture if self.transform is None else self.transform(picture), int(self.labels[index])
 
     def picture(self, index: int) -> Image.Image:
@@ -279,7 +279,7 @@ def _named(file: str, lines: list[str], folders: list[str], names: list[str]) ->
     if not any("\t" in line for line in lines):
         if len(lines) != len(folders):
             raise DataError(
-                f"{where} names {len(lines):,} classes, and there are {len(folders):,} folders of images; expected a "
+                f"{where} names {len(lines):,} classes, but there are {len(folders):,} folders of images; expected a "
                 "name for each, in the order of the folders, or lines FOLDER<tab>NAME"
             )
         return lines
@@ -287,7 +287,7 @@ def _named(file: str, lines: list[str], folders: list[str], names: list[str]) ->
     for line in lines:
         folder, _, name = line.partition("\t")
         if not name.strip() or folder.strip() not in given:
-            raise DataError(f"{where}: {line!r}; expected FOLDER<tab>NAME, the folder one of those with images")
+            raise DataError(f"{where}: {line!r}; expected FOLDER<tab>NAME, with a folder that holds images")
         given[folder.strip()] = name.strip()
     return list(given.values())
 
@@ -403,7 +403,7 @@ def _walk(root: str, passed: Counter[str]) -> Iterator[str]:
             raise _unreadable(path, error) from None
         identity = status.st_dev, status.st_ino
         if identity in above:
-            _LOG.warning("%s is a link to a folder above it, and passed over", printable(path))
+            _LOG.warning("%s is a link to a folder above it, and is skipped", printable(path))
             continue
         below = []
         for name, is_folder in _entries(path):
@@ -429,7 +429,7 @@ def _passed_over(passed: dict[str, int]) -> str:
     kinds = ", ".join(f"{count:,} {printable(extension) or 'without extension'}" for extension, count in most)
     shards = "; shards are named --dataset wds/NAME --dataset_root FOLDER" if ".tar" in passed else ""
     more = ", ..." if len(passed) > 4 else ""
-    return f"; {counted(sum(passed.values()), 'other file')} passed over ({kinds}{more}){shards}"
+    return f"; {counted(sum(passed.values()), 'other file')} skipped ({kinds}{more}){shards}"
 
 
 def _extensions() -> str:

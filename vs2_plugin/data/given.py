@@ -171,7 +171,7 @@ class GivenActivations:
             kind = f"of shape {list(rows.shape)} and type {rows.dtype}"
             raise DataError(f"the activations are {kind}; {_ACTIVATIONS}{tokens}")
         if 0 in rows.shape:
-            raise DataError(f"the activations are of shape {list(rows.shape)}, that is none; {_ACTIVATIONS}")
+            raise DataError(f"the activations have the shape {list(rows.shape)}, so there are none; {_ACTIVATIONS}")
         digest = hashlib.sha256(f"{rows.dtype} {rows.shape}".encode())
         for start in range(0, len(rows), _CHUNK):
             part = np.ascontiguousarray(rows[start : start + _CHUNK])
@@ -206,7 +206,7 @@ def _safetensors(path: Path) -> np.ndarray:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > path.stat().st_size:
-            raise ValueError("it is no safetensors file")
+            raise ValueError("it is not a safetensors file")
         tensors = {name: facts for name, facts in json.loads(file.read(length)).items() if name != "__metadata__"}
     matrices = {name: facts for name, facts in tensors.items() if len(facts["shape"]) == 2}
     if len(matrices) != 1:

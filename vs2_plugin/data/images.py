@@ -191,7 +191,7 @@ def _labels(classes: Classes, samples: list[Any]) -> np.ndarray:
         isinstance(label, (int, np.integer)) or (isinstance(label, Tensor) and label.ndim == 0) for label in labels
     ):
         raise DataError(
-            f"labels were asked for, and this data set gives {labels[0]!r}; expected one class number per image"
+            f"labels are needed, but this data set gives {labels[0]!r}; expected one class number per image"
         )
     return np.array([classes.check(int(label), "an image of the data set") for label in labels], dtype=np.int64)
 

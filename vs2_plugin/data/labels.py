@@ -43,7 +43,7 @@ def read_lines(file: str | os.PathLike[str], flag: str, what: str) -> list[str]:
         problem = f"cannot be read ({error.strerror})"
         raise SettingError(f"{flag} {str(file)!r} {problem}; expected {what} per line") from None
     except UnicodeDecodeError:
-        raise SettingError(f"{flag} {str(file)!r} is no text in UTF-8; expected {what} per line") from None
+        raise SettingError(f"{flag} {str(file)!r} is not UTF-8 text; expected {what} per line") from None
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 

@@ -126,8 +126,8 @@ def _in_root(name: str, root: str) -> DataSet:
         inner = os.path.join(root, name)
         if not os.path.isdir(inner):
             raise DataError(
-                f"--dataset {_FOLDER}{name} --dataset_root {root!r}: that is no folder called {name}, and holds none; "
-                f"expected the path of a folder, such as --dataset {root}/"
+                f"--dataset {_FOLDER}{name} --dataset_root {root!r}: that folder is not called {name} and holds no "
+                f"folder of that name; expected the path of a folder, such as --dataset {root}/"
             )
         root = inner
     return DataSet(_FOLDER + _last(root), root)
@@ -147,7 +147,7 @@ def _filled_in(root: str, name: str) -> str:
 def _folder(path: str, flag: str) -> str:
     """Return the path of a folder without separators at its end. Raises DataError if it is none."""
     if not os.path.isdir(path):
-        what = "is a file" if os.path.exists(path) else "is no folder"
+        what = "is a file" if os.path.exists(path) else "is not a folder"
         raise DataError(f"{flag} {path!r} {what}; expected a folder of images, such as photos/, or a data set's name")
     return path.rstrip("/" + os.sep) or os.sep
 

@@ -37,7 +37,8 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
                     grey >>= 8
                 return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
             if image.mode == "F":  # PIL would take 0 to 1 for black
-                raise DataError(f"{named} is no readable image: it holds floating-point numbers; expected whole ones")
+                raise DataError(f"{named} is not a readable image: it holds floating-point numbers; expected whole "
+                                "numbers")
             picture: Image.Image = image.convert("RGB")
             return picture
     except DataError:
@@ -46,9 +47,10 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
         raise DataError(f"there is no file {named}; expected an image (png, jpg, webp)") from error
     except Image.DecompressionBombError as error:
         most = f"{2 * (Image.MAX_IMAGE_PIXELS or 0):,}"
-        raise DataError(f"{named} has more than {most} pixels, which PIL takes for an attack; scale it down") from error
+        raise DataError(f"{named} has more than {most} pixels, which PIL refuses as a possible attack; scale it "
+                        "down") from error
     except MemoryError as error:
-        raise DataError(f"{named} takes more memory than there is; scale it down") from error
+        raise DataError(f"{named} needs more memory than is available; scale it down") from error
     except Exception as error:  # PIL's readers of damaged files raise about everything
-        reason = getattr(error, "strerror", None) or "it is damaged or of another format"
-        raise DataError(f"{named} is no readable image (png, jpg, webp): {reason}") from error
+        reason = getattr(error, "strerror", None) or "it is damaged or in another format"
+        raise DataError(f"{named} is not a readable image (png, jpg, webp): {reason}") from error

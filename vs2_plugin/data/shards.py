@@ -72,7 +72,8 @@ def listed_shards(root: str) -> list[str]:
     """
     found = list(islice(expanded(root), _MOST_SHARDS + 1))
     if not 1 <= len(found) <= _MOST_SHARDS:
-        raise DataError(f"{root!r} lists no shards, or over {_MOST_SHARDS:,}; expected such as x-{{0000..0099}}.tar")
+        raise DataError(f"{root!r} lists no shards, or over {_MOST_SHARDS:,}; expected a list such as "
+                        f"x-{{0000..0099}}.tar")
     return found
 
 
@@ -84,7 +85,7 @@ def local_shards(root: str, split: str) -> list[Path]:
         if gone:
             raise DataError(
                 f"cannot read shard {gone[0]}: no such file; {len(gone):,} of the {len(listed):,} that {root!r} lists "
-                "are not there"
+                "are missing"
             )
         return listed
     listing = Path(root) / split / LISTING
@@ -121,7 +122,7 @@ def _what_is_there(root: Path, split: str) -> str:
     suffixes = tuple(f".{extension}" for extension in EXTENSIONS)
     names = (name for _, _, names in islice(os.walk(root), 100) for name in names)
     if any(name.lower().endswith(suffixes) for name in names):
-        return f"{expected} ({root} holds images as they are, which are read by --dataset {os.path.join(root, '')})"
+        return f"{expected} ({root} holds plain images, which are read with --dataset {os.path.join(root, '')})"
     return expected
 
 
@@ -245,7 +246,7 @@ def _labels(file: Path, images: Iterable[str], places: Mapping[str, Place], clas
     with open(file, "rb") as raw:
         for key in images:
             if key not in places:
-                raise DataError(f"{file}: the image {key!r} has no label ({key}.cls), and labels were asked for")
+                raise DataError(f"{file}: the image {key!r} has no label ({key}.cls), but labels are needed")
             labels.append(label_at(raw, places[key], classes, f"{file}: {key}.cls"))
     return labels
 

@@ -11,7 +11,7 @@ __all__ = ["TRAIN_NAMES", "Split", "training_split", "without_training_split"]
 #: clip_benchmark data sets whose training split has another name than "train".
 TRAIN_NAMES = {"pets": "trainval"}
 
-_IGNORES = "clip_benchmark ignores the split and always gives all images, the test images among them"
+_IGNORES = "clip_benchmark ignores the split and always gives all images, including the test images"
 _TEST_ONLY = "it has a test split only"
 # Read from clip_benchmark 1.6's datasets/builder.py; asking these for "train" gives the test images, or fails.
 _WITHOUT = {

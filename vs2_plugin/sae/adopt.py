@@ -32,8 +32,8 @@ def adopt(found: ForeignSAE, activations: Rows, calibration: np.ndarray, *, devi
     source = Source(activations, device)
     if source.shape[1] != width:
         raise CheckpointError(
-            f"the SAE by {found.library} is of activations of width {width}, and those at this site have "
-            f"{source.shape[1]}; expected the SAE of this site, or another --blocks or --model"
+            f"the SAE by {found.library} takes activations of width {width}, but those at this site have "
+            f"{source.shape[1]}; expected an SAE for this site, or another --blocks or --model"
         )
     source.check()
     order = np.random.default_rng(0).permutation(len(activations))

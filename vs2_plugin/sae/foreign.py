@@ -103,7 +103,7 @@ def _read_saelens(path: Path) -> ForeignSAE:
     try:
         weights = load_file(path / _SAELENS_WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{path / _SAELENS_WEIGHTS} is no readable file of weights: {error}") from error
+        raise CheckpointError(f"{path / _SAELENS_WEIGHTS} is not a readable weights file: {error}") from error
     return _convert(path / CONFIG_FILE, "SAELens", facts, weights)
 
 
@@ -113,7 +113,7 @@ def _read_prisma(path: Path) -> ForeignSAE:
         weights = torch.load(path / _PRISMA_WEIGHTS, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever unpickling a file of anything raises
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path / _PRISMA_WEIGHTS} is no readable file of weights: {reason}") from error
+        raise CheckpointError(f"{path / _PRISMA_WEIGHTS} is not a readable weights file: {reason}") from error
     weights = weights.get("state_dict", weights) if isinstance(weights, dict) else {}
     return _convert(path / _PRISMA_CONFIG, "Prisma", facts, weights)
 
@@ -122,7 +122,7 @@ def _facts(file: Path) -> dict[str, Any]:
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is no readable configuration of an SAE: {error}") from error
+        raise CheckpointError(f"{file} is not a readable SAE configuration: {error}") from error
     if not isinstance(facts, dict):
         raise CheckpointError(f"{file} holds {type(facts).__name__}; expected an object")
     return facts
@@ -166,8 +166,8 @@ def _activation(file: Path, facts: Mapping[str, Any]) -> tuple[str, Any]:
     if not isinstance(architecture, str) or architecture not in known:
         what = reprlib.repr(architecture) + (f" with {said}" if architecture == "standard" and said else "")
         raise CheckpointError(
-            f"the SAE in {file.parent} has the architecture {what}, which does not keep a fixed number of latents; "
-            "expected topk or abstopk"
+            f"the SAE in {file.parent} has the architecture {what}, which does not keep a fixed number of active "
+            "latents; expected topk or abstopk"
         )
     return known[architecture], facts.get("k", more.get("k"))
 
@@ -182,7 +182,7 @@ def _block(file: Path, facts: Mapping[str, Any]) -> int | None:
         return int(found[1]) - (found[2] == "pre")
     if "hook_" in hook:
         raise CheckpointError(
-            f"the SAE in {file.parent} is of {hook}; expected one of the residual stream after a block, such as "
+            f"the SAE in {file.parent} is for {hook}; expected one for the residual stream after a block, such as "
             "blocks.11.hook_resid_post"
         )
     found = _BLOCK.search(hook)
@@ -193,14 +193,14 @@ def _refuse_other_kinds(file: Path, facts: Mapping[str, Any]) -> None:
     reasons = {
         "is_transcoder": "it is a transcoder",
         "transcoder_with_skip_connection": "it has a skip connection",
-        "use_patches_only": "it is of patches, and the CLS token is steered here",
+        "use_patches_only": "it was trained on patches, but the CLS token is steered here",
     }
     reason = next((why for name, why in reasons.items() if facts.get(name)), None)
     if facts.get("reshape_activations", "none") != "none":
         reason = f"it reshapes activations ({reprlib.repr(facts['reshape_activations'])})"
     if facts.get("normalize_activations") in ("expected_average_only_in", True):
         reason = (
-            "its activations are scaled by a factor that is not in its files; fold it in, by "
+            "its activations are scaled by a factor that is not in its files; fold it in, with "
             "fold_activation_norm_scaling_factor of SAELens, and save it again"
         )
     if reason:
@@ -216,7 +216,7 @@ def _shape(file: Path, weights: Mapping[str, Any], k: Any, activation: str, norm
     shapes = {name: tuple(weights[name].shape) for name in names}
     latents, width = shapes["W_dec"] if len(shapes["W_dec"]) == 2 else (0, 0)
     if shapes != {"W_enc": (width, latents), "W_dec": (latents, width), "b_enc": (latents,), "b_dec": (width,)}:
-        raise CheckpointError(f"the weights beside {file} do not fit each other: {shapes}")
+        raise CheckpointError(f"the weights beside {file} do not match each other: {shapes}")
     if type(k) is not int:
         raise CheckpointError(f"{file}: k is {reprlib.repr(k)}; expected the number of active latents")
     try:
@@ -235,9 +235,9 @@ def write_sparsify(sae: TopKSAE, folder: Path, *, model: str = "", block: int | 
     config = sae.config
     reason = ""
     if config.normalize_activations != "none":
-        reason = f"normalises activations ({config.normalize_activations}), and sparsify's take them as they are"
+        reason = f"normalises activations ({config.normalize_activations}), but sparsify's SAEs take them as they are"
     elif config.activation != "relu":
-        reason = "keeps latents of largest magnitude with their signs, and sparsify's keep positive ones"
+        reason = "keeps latents of largest magnitude with their signs, but sparsify's SAEs keep positive ones"
     if reason:
         raise CheckpointError(f"the SAE cannot be represented for sparsify: it {reason}; expected --format saelens")
     save_sae(sae, folder)

@@ -42,8 +42,8 @@ class Source:
             raise DataError("all activations are equal; are all images the same?")
         if not _LEAST < self.variance < _MOST:
             raise DataError(
-                f"activations of a total variance of {self.variance:.3g}; expected {_LEAST:g} to {_MOST:g}, of which "
-                "float32 holds the squares: divide them by a number"
+                f"the activations have a total variance of {self.variance:.3g}; expected {_LEAST:g} to {_MOST:g}, so "
+                "that float32 holds its square: divide them by a number"
             )
 
     def read(self, numbers: np.ndarray) -> Tensor:

@@ -122,7 +122,7 @@ class TopKSAE(nn.Module):
         """The reconstruction ``x̃ = W_decᵀ c + b_dec``: ``[batch, d]``. Raises SettingError where activations are
         normalised, since it is not of the code alone then: call the SAE itself."""
         if self.config.normalize_activations != "none":
-            raise SettingError("the SAE normalises activations, so that it reconstructs from them: expected sae(x)")
+            raise SettingError("the SAE normalises activations, so it reconstructs from them: expected sae(x)")
         return self.combine(latents) + self.b_dec
 
     def origin(self, x: Tensor) -> Tensor:

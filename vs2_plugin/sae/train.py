@@ -145,7 +145,7 @@ def _filled(jobs: Sequence[Job], processes: Processes) -> list[Job]:
     jobs = [replace(job, config=job.config.for_size(count)) for job in jobs]
     for job in jobs:
         if job.config.pass_weight and job.labels is None:
-            raise DataError("pass_weight is set and there are no labels; PASS needs one per activation")
+            raise DataError("pass_weight is set, but there are no labels; PASS needs one per activation")
         if job.config.sae_batch_size < processes.world:
             size = job.config.sae_batch_size
             raise SettingError(f"sae_batch_size is {size}; expected at least one activation per process")
@@ -194,7 +194,7 @@ def _restore(runs: Sequence[_Run], saved: SavedState) -> int:
         prefix = f"{number}."
         run.restore({key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)})
     done = int(tensors["0.step"])
-    _LOG.info("the training goes on after %s of %s steps", f"{done:,}", f"{runs[0].steps:,}")
+    _LOG.info("the training continues after %s of %s steps", f"{done:,}", f"{runs[0].steps:,}")
     return done
 
 

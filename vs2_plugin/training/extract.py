@@ -200,7 +200,7 @@ class Extraction:
             self.say(f"{name} of {len(found):,} images: cached, in {cache.folder(key)}")
             if found.left_out:
                 first, more = found.left_out[0], len(found.left_out) - 1
-                self.say(f"left out, as no readable image: {first}" + (f", and {more:,} more" if more else ""))
+                self.say(f"left out, not a readable image: {first}" + (f", and {more:,} more" if more else ""))
             return found
         dtype, count = np.dtype(request.cache_dtype), images.count
         if count is None:

@@ -56,7 +56,7 @@ class Plan:
         differences = ", ".join(existing.data.differences(data))
         if differences:
             raise DataError(
-                f"the other SAE of checkpoint {existing.name!r} is of other data ({differences}); give --name"
+                f"the other SAE of checkpoint {existing.name!r} was trained on other data ({differences}); give --name"
             )
         return [(site, existing.sae(site)[0]) for site in kept]
 
@@ -102,9 +102,9 @@ def fitted(request: TrainRequest, given: ForeignSAE) -> TrainRequest:
     asked = [name for name in of_training if getattr(request, name) is not None]
     asked += ["recipe"] if request.recipe != "default" else []
     if asked:
-        raise SettingError(f"--sae takes an SAE as it is; leave out --{' --'.join(asked)}")
+        raise SettingError(f"--sae uses an SAE as it is; omit --{' --'.join(asked)}")
     if len(request.blocks) > 1 or request.blocks == ("all",) or len(request.seed or ()) > 1:
-        raise SettingError("--sae is one SAE, of one place; expected one value of --blocks and of --seed")
+        raise SettingError("--sae is one SAE, for one place; expected one value of --blocks and of --seed")
     config, told = given.sae.config, request.blocks == ("last",) and given.block is not None
     return replace(
         request,
@@ -147,7 +147,7 @@ def _existing(folder: Path, variants: Collection[str], request: TrainRequest) ->
     if again and not request.overwrite:
         what = " with a PASS SAE" if again == ["pass"] else ""
         raise DataError(
-            f"there is a checkpoint {existing.name!r} in {existing.folder.parent} already{what}"
+            f"checkpoint {existing.name!r} in {existing.folder.parent} already exists{what}"
             f"{_other(existing, request)}; replace it with --overwrite, or give another --name"
         )
     return existing
@@ -159,13 +159,13 @@ def _other(existing: Checkpoint, request: TrainRequest) -> str:
     homes = [named.home for named in request.data_sets if named.home]
     elsewhere = [home for home in homes if not existing.data.is_of(home)]
     if existing.model != model:
-        other = f", of {existing.model} and not of {model}"
+        other = f", for {existing.model} and not for {model}"
     elif elsewhere:
-        other = f", of {' '.join(existing.data.folders)} and not of {elsewhere[0]}"
+        other = f", trained on {' '.join(existing.data.folders)} and not on {elsewhere[0]}"
     else:
         return ""
     command = shlex.join(replace(request, name=existing.free_name).words())
-    return f"{other}; keep both by: {command}"
+    return f"{other}; keep both with: {command}"
 
 
 def _paper_shape(backbone: str) -> dict[str, int]:

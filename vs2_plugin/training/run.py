@@ -87,7 +87,7 @@ def _train(request: TrainRequest, processes: Processes, report: Report, given: _
     foreign = None if request.sae is None else read_foreign(Path(request.sae))
     if foreign is not None:
         request = fitted(request, foreign)
-        say(f"{foreign} in {request.sae} is taken for {request.model}")
+        say(f"{foreign} in {request.sae} is assumed to be for {request.model}")
     store = Store.default(request.store)
     splits = _splits(request, given)
     plans = make_plans(request, store)
@@ -234,14 +234,14 @@ def _warnings(checkpoint: Checkpoint) -> Iterator[str]:
     """Give what is wrong with the SAEs of a checkpoint, and what to do."""
     for site in checkpoint.sites:
         if site.warning:
-            yield f"the SAE at {site.folder} is of no use: {site.warning}; {RETRAIN}"
+            yield f"the SAE at {site.folder} is useless: {site.warning}; {RETRAIN}"
         elif site.below_components:
-            yield f"the SAE at {site.folder} knows too little: {site.below_components}; {FEW}"
+            yield f"the SAE at {site.folder} has learned too little: {site.below_components}; {FEW}"
 
 
 def _keep_aside(folder: Path, error: OSError, contents: Mapping[str, Any]) -> str:
     """Write a checkpoint among the temporary files, without its gallery where that does not fit. Return what to say."""
-    problem = f"the checkpoint {folder.name!r} is trained and could not be written to {folder} ({reason_of(error)})"
+    problem = f"the checkpoint {folder.name!r} is trained but could not be written to {folder} ({reason_of(error)})"
     for gallery in (contents["gallery"], None):
         with suppress(OSError):
             aside = Path(tempfile.mkdtemp(prefix="vs2-")) / folder.name
@@ -249,7 +249,7 @@ def _keep_aside(folder: Path, error: OSError, contents: Mapping[str, Any]) -> st
             without = " without its gallery" if gallery is None and contents["gallery"] is not None else ""
             move = shlex.join(["mv", str(aside), str(folder)])
             return f"{problem}; it is kept{without} in {aside}: when the store can be written again, {move}"
-    return f"{problem}, nor among the temporary files; make room and run the same command, which goes on from here"
+    return f"{problem}, nor among the temporary files; make room and run the same command, which continues from here"
 
 
 def _warn(request: TrainRequest, plans: Sequence[Plan], splits: Iterable[Split], say: Report) -> None:
@@ -257,7 +257,7 @@ def _warn(request: TrainRequest, plans: Sequence[Plan], splits: Iterable[Split],
     model = with_weights(request.model, request.pretrained)
     for there in (plan.existing for plan in plans if plan.existing and not plan.kept):
         if there.model != model:
-            say(f"checkpoint {there.name!r}, which was of {there.model}, is replaced by one of {model}")
+            say(f"checkpoint {there.name!r}, which was for {there.model}, is replaced by one for {model}")
     if any("pass" in plan.variants for plan in plans):
         say("PASS: the training labels are read; the checkpoint and every result of pass: say so")
     if any(split.transductive for split in splits):

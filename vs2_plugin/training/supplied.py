@@ -59,7 +59,7 @@ def require_no_images(request: TrainRequest) -> None:
     usual = {one.name: one.default for one in fields(TrainRequest)}
     wrong = [name for name in _OF_IMAGES if getattr(request, name) not in (usual[name], (0.0,))]
     if wrong:
-        raise SettingError(f"--{wrong[0]} is of images and labels, and there are activations only; leave it out")
+        raise SettingError(f"--{wrong[0]} is for images and labels, but there are only activations; omit it")
 
 
 def supply(request: TrainRequest, given: GivenActivations, amp: bool, device: str, processes: Processes) -> Supplied:
@@ -75,11 +75,11 @@ def supply(request: TrainRequest, given: GivenActivations, amp: bool, device: st
     loaded = load_backbone(request.model, request.pretrained, request.model_cache_dir, "cpu")
     sites = chosen_sites(loaded.sites, request.blocks)
     if len(sites) != 1:
-        raise SettingError(f"--blocks {' '.join(request.blocks)}: activations are of one place; expected one")
+        raise SettingError(f"--blocks {' '.join(request.blocks)}: activations come from one place; expected one")
     if sites[0].width != width:
         fitting = [str(site) for site in (*loaded.sites.blocks[-1:], loaded.sites.output) if site.width == width]
         hint = f"; {' and '.join(fitting)} would fit (--blocks)" if fitting else ""
         raise DataError(
-            f"the activations have width {width}, and {sites[0]} of {request.model} has {sites[0].width}{hint}"
+            f"the activations have width {width}, but {sites[0]} of {request.model} has {sites[0].width}{hint}"
         )
     return Supplied(given, sites[0], Tower.of(loaded.model, loaded.transform), amp, device, processes)
