@@ -76,8 +76,8 @@ INVALID = [
     ("toy:local-dir:", ("backbone 'local-dir:'", "local-dir:path")),
     ("toy:ViT-B-32@", ("nothing after the '@' number 1", "checkpoint name or key=value")),
     ("toy:ViT-B-32@mine@", ("nothing after the '@' number 2",)),
-    ("toy:ViT-B-32@count=2@mine", ("'mine' is no key=value", "checkpoint name stands first")),
-    ("toy:ViT-B-32@a@b", ("'b' is no key=value",)),
+    ("toy:ViT-B-32@count=2@mine", ("'mine' is not key=value", "checkpoint name comes first")),
+    ("toy:ViT-B-32@a@b", ("'b' is not key=value",)),
     ("toy:ViT-B-32@a:b", ("checkpoint 'a:b'", "letters, digits and any of . _ - + /")),
     ("toy:ViT-B-32@ mine", ("checkpoint ' mine'",)),
     (

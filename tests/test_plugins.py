@@ -277,7 +277,7 @@ def test_what_is_no_file_of_python_is_told(name_files, tmp_path):
     problems = find_plugins().broken
     told = {Path(label.removesuffix(" (VS2_PLUGINS)")).name: problem for label, problem in problems.items()}
     assert "is a folder; expected a file NAME.py in VS2_PLUGINS" in told[tmp_path.name]
-    assert "is no NAME.py" in told["text.txt"] and "/no/such/file.py does not exist" in told["file.py"]
+    assert "is not called NAME.py" in told["text.txt"] and "/no/such/file.py does not exist" in told["file.py"]
 
 
 def test_the_line_of_a_package_is_that_of_its_own_file(monkeypatch, tmp_path):

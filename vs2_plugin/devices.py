@@ -143,7 +143,7 @@ class Replayed:
             made = True
         except Exception as error:  # if it is no matter of graphs, the work itself raises it
             Replayed.failed = True
-            _LOG.info("the GPU is told each time: %s", sentence_of(error))
+            _LOG.info("the work is launched on the GPU anew each time: %s", sentence_of(error))
         finally:
             self._capturing = False
             torch.cuda.set_stream(before)  # where it fails, torch does not

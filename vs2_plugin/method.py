@@ -73,7 +73,7 @@ class Option(Setting):
 #: For a method that reads labels of the gallery's images: which. The framework knows an oracle by this option.
 LABELS = Option(
     "labels", str, "pseudo", choices=("pseudo", "oracle"),
-    help="of the neighbours: their zero-shot classes, or (oracle, an upper bound) the training labels",
+    help="labels of the neighbours: their zero-shot classes, or (oracle, an upper bound) the training labels",
 )  # fmt: skip
 
 #: What the name of a retrieval encoder looks like, and that in words.
@@ -118,7 +118,7 @@ UNLABELED = (
     ),
     Option(
         "use", str, "always", choices=("always", AUTO),
-        help="auto: only where these images speak for it, by the rule for strengths, and else plain CLIP",
+        help="auto: only where these images support it, by the rule for strengths; otherwise plain CLIP",
     ),
 )  # fmt: skip
 
@@ -127,7 +127,7 @@ STREAM = (Option("order", int, 0, minimum=0, maximum=2**31 - 1, help="seed of th
 
 #: What a method understands that sees several views of each image; its builder does not see these.
 VIEWS = (
-    Option("views", int, 64, minimum=2, maximum=1024, help="the image and random crops of it, all together"),
+    Option("views", int, 64, minimum=2, maximum=1024, help="number of views: the image itself and random crops of it"),
     Option("crops", int, 0, minimum=0, maximum=2**31 - 1, help="seed of the crops"),
 )  # fmt: skip
 
@@ -238,18 +238,19 @@ class Method:
         self._check_site()
         if any(option.auto for option in self.options) and not self.needs_checkpoint:
             raise PluginError(
-                f"method {self.name!r} has an automatic option, which the gallery in a checkpoint tells; set "
-                "needs_checkpoint"
+                f"method {self.name!r} has an automatic option, which is chosen with the gallery of a checkpoint; "
+                "set needs_checkpoint"
             )
         if self.gallery != "none" and not self.needs_checkpoint:
-            raise PluginError(f"method {self.name!r} needs a gallery, which lies in a checkpoint; set needs_checkpoint")
+            raise PluginError(f"method {self.name!r} needs a gallery, which is part of a checkpoint; set "
+                              "needs_checkpoint")
 
     def _check_site(self) -> None:
         """Refuse what a method on logits cannot be, or only such a one can."""
         if self.site == "logits":
             if self.gallery == "neighbours" or any(option.auto for option in self.options):
                 raise PluginError(
-                    f"method {self.name!r} acts on logits, and has a gallery of neighbours, or an option that can be "
+                    f"method {self.name!r} acts on logits, but has a gallery of neighbours, or an option that can be "
                     "auto; expected neither"
                 )
             protocol = self.protocol or "image"
@@ -260,11 +261,12 @@ class Method:
             protocol = self.protocol or ("unlabeled" if self.needs_checkpoint else "image")
             if self.views or protocol not in PROTOCOLS[:2]:
                 raise PluginError(
-                    f"method {self.name!r} steers image by image, and is declared with views, or as {protocol!r}; "
+                    f"method {self.name!r} steers image by image, but is declared with views, or as {protocol!r}; "
                     "expected site='logits' with these"
                 )
             if self.needs_checkpoint and protocol == "image":
-                raise PluginError(f"method {self.name!r} has a checkpoint, made of unlabeled images; expected so")
+                raise PluginError(f"method {self.name!r} has a checkpoint, which is made from unlabeled images; "
+                                  "expected another protocol")
             declared = {"protocol": protocol}
         for name, value in declared.items():
             object.__setattr__(self, name, value)
@@ -279,12 +281,13 @@ class Method:
         for option in self.options:
             if option.name in TOLD_OF_ALL - {LABELS.name}:
                 raise PluginError(
-                    f"method {self.name!r}: an option named {option.name!r}, which results say of every method; "
+                    f"method {self.name!r}: an option named {option.name!r}, a name that results use for every method; "
                     "expected another name"
                 )
             if option.auto_needs is not None and option.auto_needs[0] not in by_name:
                 raise PluginError(
-                    f"method {self.name!r}: auto of {option.name!r} needs {option.auto_needs[0]!r}, which is no option"
+                    f"method {self.name!r}: auto of {option.name!r} needs {option.auto_needs[0]!r}, which is not an "
+                    "option"
                 )
         return by_name
 

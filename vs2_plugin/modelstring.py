@@ -187,8 +187,8 @@ def _check_backbone(parts: Parts) -> None:
         )
     if not _BACKBONE.match(parts.backbone):
         raise ModelStringError(
-            f"backbone {parts.backbone!r} is no name of a model; expected letters, digits, '-' and '_' (ViT-B-32), "
-            "hf-hub:org/repo or local-dir:path of open_clip, or hf:org/repo or hf:path of transformers"
+            f"backbone {parts.backbone!r} is not the name of a model; expected letters, digits, '-' and '_' "
+            "(ViT-B-32), hf-hub:org/repo or local-dir:path of open_clip, or hf:org/repo or hf:path of transformers"
         )
 
 
@@ -207,7 +207,7 @@ def _options(method: Method, outer: Method | None, parts: Parts) -> tuple[dict[s
             (given if owner is method else of_outer)[key] = _value(owner, key, value)
         elif number > 1:
             raise ModelStringError(
-                f"{word!r} is no key=value, and a checkpoint name stands first, right after the backbone"
+                f"{word!r} is not key=value, and a checkpoint name comes first, right after the backbone"
             )
         elif repository(word) is None and (not _CHECKPOINT.match(word) or word != word.strip()):
             raise ModelStringError(

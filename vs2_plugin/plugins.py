@@ -178,7 +178,7 @@ def _module_of(file: Path) -> object:
         problem = "is a folder" if file.is_dir() else "does not exist"
         raise PluginError(f"{file} {problem}; expected a file NAME.py in {VARIABLE}")
     if file.suffix != ".py":
-        raise PluginError(f"{file.name} is no NAME.py; expected a file of Python code in {VARIABLE}")
+        raise PluginError(f"{file.name} is not called NAME.py; expected a file of Python code in {VARIABLE}")
     name = f"vs2_file_{file.stem}_{hashlib.sha256(os.fsencode(file)).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None

@@ -65,7 +65,7 @@ def test_where_there_is_no_sae_one_is_to_be_trained(plan, tmp_path):
         (["one"], {}, SettingError, "one holds one folder of images, 'nine'"),
         ([], {"classes": "nope.txt"}, SettingError, "--classes 'nope.txt': there is no such file"),
         ([], {"classes": "cat,"}, SettingError, "--classes: 'cat' alone; expected at least two"),
-        ([], {"classes": "cat,dog,cat"}, SettingError, "--classes: 'cat' stands there twice"),
+        ([], {"classes": "cat,dog,cat"}, SettingError, "--classes: 'cat' is given twice"),
         ([], {"prompts": "nope.txt"}, SettingError, "--prompts 'nope.txt' cannot be read"),
         ([], {"prompts": "words.txt"}, SettingError, "prompt 'no place': expected one {c}"),
         ([], {"classes": "binary.txt"}, SettingError, "--classes 'binary.txt' is not UTF-8 text"),

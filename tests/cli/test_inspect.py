@@ -55,7 +55,7 @@ def test_what_could_not_be_shown_is_told_on_stderr(folder, digit, capsys):
 def test_a_note_in_place_of_contributions(folder, digit, capsys):
     assert run(digit(904), model="rag") == 0
     text = capsys.readouterr().out
-    assert "    rag steers by no sparse code of its own" in text and "contributions" not in text
+    assert "    rag does not steer by a sparse code of its own" in text and "contributions" not in text
 
 
 def test_words_that_the_terminal_cannot_write(folder, digit, tmp_path, monkeypatch):

@@ -93,7 +93,7 @@ WRONG = [
     (("ViT-B-32", "vs2:hf:./nowhere"), "'hf:./nowhere': no folder nowhere"),
     (("hf:./tiny@alpha=1",), "no steering method before it, and an '@' in it; expected .*, for example vs2:hf:./tiny"),
     (("vs2:hf:./tiny@none",), "no SAE checkpoint 'none' in the store"),
-    (("vs2:hf:",), "is no name of a model; expected"),
+    (("vs2:hf:",), "is not the name of a model; expected"),
 ]
 
 

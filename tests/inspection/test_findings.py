@@ -98,7 +98,7 @@ def test_where_the_gate_is_closed_nothing_is_attributed(subject, digit):
     noise, seen = inspect_images(subject("vs2", "@gate=0.9"), images).findings
     assert noise.name == "noise" and "is above the gate's threshold" in noise.places[0].decision
     assert noise.places[0].decision.endswith("(q = 0.9): left alone")
-    assert "left alone here, bit for bit" in noise.places[0].note and noise.places[0].lines == ()
+    assert "left unchanged here, bit for bit" in noise.places[0].note and noise.places[0].lines == ()
     assert "is within the gate's threshold" in seen.places[0].decision and seen.places[0].lines
 
 
@@ -115,7 +115,7 @@ def test_neighbours_are_shown_with_their_sides(looked):
 @pytest.mark.parametrize("method", ["rag", "knn", "clipsteer"])
 def test_methods_without_a_sparse_code_show_their_neighbours_only(looked, method):
     finding = looked(904, method)
-    assert "steers by no sparse code of its own" in finding.places[0].note
+    assert "does not steer by a sparse code of its own" in finding.places[0].note
     assert "with its zero-shot class" in finding.neighbours.about
 
 

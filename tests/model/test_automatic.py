@@ -504,10 +504,10 @@ def test_mistakes_are_named_before_anything_is_loaded(model, parts, bare, few, c
 
 
 LATE = [
-    ("alpha=auto@blocks=1+2", None, ["alpha=auto is told by activations at the end", "begins at block 1", "numbers"]),
+    ("alpha=auto@blocks=1+2", None, ["alpha=auto is chosen by activations at the end", "begins at block 1", "numbers"]),
     ("alpha=auto@blocks=all", None, ["alpha=auto", "begins at block 0"]),
     ("alpha=auto@prior=x.json", [1, 2, 3], ["prior='x.json': 3 shares for 10 classes"]),
-    ("alpha=auto@prior=x.json", {"zero": 1, "eleven": 2}, ["'eleven' is no class of the data set"]),
+    ("alpha=auto@prior=x.json", {"zero": 1, "eleven": 2}, ["'eleven' is not a class of the data set"]),
 ]
 
 

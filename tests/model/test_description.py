@@ -19,7 +19,7 @@ def test_a_model_says_how_it_steers(in_demo):
         "steered: block 3",
         f"checkpoint: {NAME} of {TINY}, 16 of 512 latents active, trained on 900 images of wds/digits",
         "options: gamma = 1.5, lam = 2.1, which is alpha = 1.05",
-        "classes: none, and classify() needs them",
+        "classes: none, but classify() needs them",
     ]
 
 
@@ -28,7 +28,7 @@ def test_it_says_what_was_chosen_and_why(in_demo):
     assert "options: alpha = auto; chosen: nothing yet" in repr(model)
     model, *_ = vs2_plugin.load(f"vs2:{TINY}@{NAME}@alpha=auto", classes=["one", "two"], prompts="{}", amp=False)
     told = repr(model)
-    assert "over 900 unlabeled images, a class tells" in told
+    assert "over 900 unlabeled images, a class carries" in told
     assert told.endswith("classes: 2: one, two, by the prompt '{c}'")
 
 

@@ -71,7 +71,7 @@ def test_what_cannot_be_explained_is_told(in_demo, image):
     model, *_ = vs2_plugin.load(f"vs2:{TINY}@{NAME}", classes=CLASSES, amp=False)
     with pytest.raises(DataError, match="2 images; expected one"):
         model.explain([image, image])
-    with pytest.raises(DataError, match="int is no image; expected a PIL image, a path"):
+    with pytest.raises(DataError, match="int is not an image; expected a PIL image, a path"):
         model.explain(7)
     with pytest.raises(HarnessError, match="knows no classes; load it with classes="):
         vs2_plugin.load(f"vs2:{TINY}@{NAME}")[0].explain(image)

@@ -36,7 +36,7 @@ ODD = [
     ({"a": Unprintable()}, "the fact 'a' = <Unprintable instance"),
     ({1: 1}, "a fact named 1; expected lower-case letters"), ({"A b": 1}, "a fact named 'A b'"),
     ({"": 1}, "a fact named ''"), ({"x" * 1000: 1}, "a fact named 'xxx"), ({("a",): 1}, "a fact named ('a',)"),
-    ({"method": "mine"}, "a fact named 'method', which is said of every method; expected another name"),
+    ({"method": "mine"}, "a fact named 'method', a name that is used for every method; expected another name"),
     ({"coverage": 0.5}, "a fact named 'coverage'"), ({"ece_before_bins": 0.5}, "a fact named 'ece_before_bins'"),
     ({"results_digest": "00"}, "a fact named 'results_digest'"),
     (7, "facts that cannot be read (TypeError: "), ("abc", "facts that cannot be read (ValueError: "),

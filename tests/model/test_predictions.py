@@ -150,7 +150,7 @@ def test_a_classifier_of_ones_own(load):
     ("images", "problem"),
     [
         ([], "no images"),
-        (3, "int is no image"),
+        (3, "int is not an image"),
         ([3], "image number 0 is of type int"),
         (["none.jpg"], "there is no file 'none.jpg'"),
         (np.zeros((2, 30, 30, 3)), r"shape \(2, 30, 30, 3\) and type float64; expected floats \[images, 3, 32, 32\]"),
@@ -172,7 +172,7 @@ def test_what_is_no_image_is_said(images, problem, load):
         ([1, 2], "expected a list of names"),
         ([], "none; expected at least two"),
         (["cat"], "'cat' alone"),
-        (["cat", "dog", " cat"], "'cat' stands there twice"),
+        (["cat", "dog", " cat"], "'cat' is given twice"),
         (["cat", " "], "name number 2 is empty"),
     ],
 )
@@ -186,7 +186,7 @@ def test_wrong_classes_are_told(names, problem):
 def test_classes_that_the_model_cannot_tell_apart_are_named(load, caplog):
     load(f"vs2:{TINY}", classes=["zero", "one", "Zero"])
     (said,) = [record.message for record in caplog.records if "cannot tell them apart" in record.message]
-    assert said.startswith("the classes 'zero', 'Zero' have one and the same embedding")
+    assert said.startswith("the classes 'zero', 'Zero' have the same embedding")
     load(f"vs2:{TINY}")
     assert caplog.text.count("cannot tell them apart") == 1
 

@@ -84,7 +84,9 @@ def test_unlabeled_images_are_those_of_the_gallery_as_they_are_steered(add, in_d
     plain.classify(images)
     steered.set_classifier(steered.classifier)
     assert len(seen) == calls  # it learns once for the same classes
-    with pytest.raises(ModelStringError, match=r"learns from the gallery.*expected @unlabeled=test, or no @blocks"):
+    with pytest.raises(
+        ModelStringError, match=r"learns from steered images of the gallery.*expected @unlabeled=test, or no @blocks"
+    ):
         load("learns:vs2", "@blocks=2+3")
 
 
@@ -248,7 +250,7 @@ def test_steering_alone_is_explained(in_demo, images):
 def test_other_tasks_are_refused_before_anything_is_loaded(in_demo, captions, clip_benchmark):
     model = ("--model", f"dn:{TINY}@digits")
     code, errors = clip_benchmark("eval", *captions, "--task", "zeroshot_retrieval", *model, "--output", "x.json")
-    assert code == 2 and "dn needs classes, and zeroshot_retrieval has none" in errors
+    assert code == 2 and "dn needs classes, but zeroshot_retrieval has none" in errors
 
 
 def test_a_sweep_comes_to_the_results_of_the_command(in_demo, clip_benchmark, add):

@@ -52,7 +52,7 @@ def test_statistics_add_up_over_batches_and_are_forgotten(parts):
 
 @pytest.mark.parametrize(("quantiles", "told"), [({}, "none"), ({"0.5": 0.1, "0.9": 0.2}, "0.5 to 0.9")])
 def test_a_quantile_that_is_not_told_is_refused(quantiles, told):
-    with pytest.raises(CheckpointError, match=rf"no FVU quantile for gate=0.95 \(it tells {told}\)"):
+    with pytest.raises(CheckpointError, match=rf"no FVU quantile for gate=0.95 \(it has {told}\)"):
         threshold(quantiles, 0.95)
 
 

@@ -150,9 +150,9 @@ def test_what_is_just_at_a_bound():
         return Rule(errors=2.5, gain=0.25, known=0.25).objection(ALPHAS[:2], Scores(**{**table, **changed}), 1)
 
     assert objection() is None
-    assert "not surely more" in objection(information_errors=[0, 2.5])
+    assert "not clearly more" in objection(information_errors=[0, 2.5])
     assert "not by much" in objection(information=[1.25, 1.5])
-    assert "only 25% of what there is to tell" in objection(entropy=[2, 6.01])
+    assert "only 25% of what could be known" in objection(entropy=[2, 6.01])
     assert "move away" in objection(divergence_errors=[0, 2.51])
 
 
@@ -211,8 +211,8 @@ def test_predictions_that_gather_in_few_classes_are_not_believed(even):
 def test_the_reason_names_what_failed_of_the_candidate_that_tells_most(even):
     graph, labels = even
     worse = choose(ALPHAS[:3], [labels, blurred(labels, 10, 0.5), blurred(labels, 10, 0.2)], graph, 10)
-    assert worse.reason.startswith("the model is left as it is. Most is told at alpha 1, ")
-    assert "not surely more" in worse.reason
+    assert worse.reason.startswith("the model is left as it is. Most information is at alpha 1, ")
+    assert "not clearly more" in worse.reason
     alone = choose(ALPHAS[:2], [labels, labels], graph, 10)
     assert "alpha 0.5, " in alone.reason and "(+0.000 nats, +0.0 standard errors)" in alone.reason
     assert worse.facts["auto_reason"] == worse.reason
@@ -312,12 +312,12 @@ def test_the_facts_are_flat_and_hold_the_evidence(made):
 
 
 def test_one_sentence_says_what_was_chosen_and_why(made, even):
-    assert str(made).startswith("p = 2, alpha = 1: over 1500 unlabeled images, a class tells ")
+    assert str(made).startswith("p = 2, alpha = 1: over 1500 unlabeled images, a class carries ")
     assert f"{made.scores.information[3]:.3f} nats" in str(made)
     assert f"{made.scores.information_errors[3]:+.1f} standard" in str(made)
     graph, labels = even
     stays = str(choose(ALPHAS, [blurred(labels, 10, share) for share in (0.1, 0.2, 0.5, 1)], graph, 10))
-    assert stays.startswith("alpha = 0: ") and "the model is left as it is. Most is told at alpha 0.5, " in stays
+    assert stays.startswith("alpha = 0: ") and "the model is left as it is. Most information is at alpha 0.5, " in stays
     assert str(made).isascii() and stays.isascii() and "\n" not in str(made) + stays
 
 

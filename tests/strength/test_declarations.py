@@ -58,9 +58,9 @@ def test_a_list_serves_and_options_can_be_hashed():
 @pytest.mark.parametrize(
     ("declaration", "part"),
     [
-        ({"needs_checkpoint": False}, "which the gallery in a checkpoint tells; set needs_checkpoint"),
+        ({"needs_checkpoint": False}, "which is chosen with the gallery of a checkpoint; set needs_checkpoint"),
         ({"options": [NUMBER, Option("prior", str)]}, "two options share a name"),
-        ({"options": [replace(NUMBER, auto_needs=("y", "so"))]}, "auto of 'x' needs 'y', which is no option"),
+        ({"options": [replace(NUMBER, auto_needs=("y", "so"))]}, "auto of 'x' needs 'y', which is not an option"),
     ],
 )
 def test_a_method_with_a_wrong_one_is_a_plugin_error(declaration, part):

@@ -175,4 +175,4 @@ def test_mistakes_are_found_before_anything_is_loaded(here, monkeypatch, capsys,
 
 def test_blocks_before_the_end_are_refused(here, capsys):
     assert sweep(f"vs2:{TINY}@alpha=auto@blocks=1+2,3", output="auto-b/{model}.json") == 2
-    assert "is told by activations at the end of the tower" in capsys.readouterr().err
+    assert "is chosen by activations at the end of the tower" in capsys.readouterr().err

@@ -53,8 +53,8 @@ REFUSED = [
     ("vs2pp:X@n=1:2:0.5", "option n='1.5': expected a whole number"),
     ("vs2pp:X@rule=majority,best", "option rule='best': expected majority or query"),
     ("vs2:X@alpha=1,2@gamma=1,2", "'alpha' and 'gamma' exclude each other"),
-    ("vs2:X,Y@gamma=1,2", "backbone 'X,Y' is no name of a model"),
-    ("vs2:X@gamma=1,2@a,b", "a checkpoint name stands first"),
+    ("vs2:X,Y@gamma=1,2", "backbone 'X,Y' is not the name of a model"),
+    ("vs2:X@gamma=1,2@a,b", "a checkpoint name comes first"),
 ]
 
 

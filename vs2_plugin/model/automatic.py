@@ -114,7 +114,7 @@ class Automatic(nn.Module):
         """Steer ``[batch, d]``. Raises HarnessError while the classes are not known."""
         if self.steering is None:
             raise HarnessError(
-                "auto needs the classes of the data set, and none are known; in Python, load the model with "
+                "auto needs the classes of the data set, but none are known; in Python, load the model with "
                 "classes=['cat', 'dog'], or call model.set_classifier(classifier) first"
             )
         moved: Tensor | Move = call(self.steering, x, batch)
@@ -191,7 +191,8 @@ def settle(
     """
     rows = spread(len(gallery), _IMAGES)
     if len(rows) < 2:
-        raise HarnessError(f"auto is told by images of the gallery, and there is {len(rows)}; expected some hundreds")
+        raise HarnessError(f"auto is chosen with images of the gallery, but there is {len(rows)}; expected a few "
+                           "hundred")
     embeddings = Activations(gallery.embeddings[CLIP], classifier.device)
     graph = neighbour_graph(torch.cat([embeddings[part] for part in rows.split(_BATCH)]))
     # The candidates share batches, and with them codes and neighbours.
@@ -284,11 +285,11 @@ def read_prior(path: str, classes: Sequence[str] | None = None, count: int | Non
     by_name = isinstance(found, dict)
     shares = list(found.values()) if by_name else found
     if not isinstance(shares, list) or not all(map(_is_share, shares)) or sum(shares) <= 0:
-        raise wrong("shares are numbers from 0 on, not all of them 0")
+        raise wrong("shares must be numbers of at least 0, not all of them 0")
     if by_name and classes is not None:
         unknown = sorted(set(found) - set(classes))
         if unknown:
-            raise wrong(f"{', '.join(map(repr, unknown[:3]))} is no class of the data set")
+            raise wrong(f"{', '.join(map(repr, unknown[:3]))} is not a class of the data set")
         shares = [found.get(name, 0) for name in classes]
     if count is not None and (len(shares) != count or (by_name and classes is None)):
         raise wrong(f"{len(shares)} shares for {count} classes, whose names are {'' if classes else 'not '}known")

@@ -49,7 +49,7 @@ def told(spec: ModelString, places: Places, classifier: Classifier | None) -> li
 
 def _classes(classifier: Classifier | None) -> str:
     if classifier is None:
-        return "none, and classify() needs them"
+        return "none, but classify() needs them"
     names, prompts = classifier.names, classifier.prompts
     shown = f"{len(names)}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
     by = f", by the prompt {prompts[0]!r}" if len(prompts) == 1 else f", by {len(prompts)} prompts" if prompts else ""

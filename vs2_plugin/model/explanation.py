@@ -194,12 +194,12 @@ def require_explainable(model: ModelString) -> None:
     if model.reading is not None:
         inner = f"{model.method.name}:{model.backbone}" if model.outer else f"vs2:{model.backbone}"
         raise HarnessError(
-            f"{model}: {model.reading.method.name} reads embeddings as classes, and what is explained is how they are "
+            f"{model}: {model.reading.method.name} reads embeddings as classes, but what is explained is how they are "
             f"steered; expected a method that steers by itself, for example {inner}"
         )
     if model.method.gallery == "images" and model.method.labels == "oracle":
         raise HarnessError(
-            f"{model}: this oracle needs the true class of the image, which a file does not tell; expected "
+            f"{model}: this oracle needs the true class of the image, which a file does not contain; expected "
             "another method, for example vs2"
         )
 
@@ -285,11 +285,12 @@ def _at_place(
     x, steered = _activations(model, index, image)
     site, decision = str(place.site), _decision(place, x, model.spec.options.get("gate"))
     if place.gate is not None and torch.equal(x, steered):
-        return PlaceChange(site, decision, "The activation was left alone here, bit for bit.")
+        return PlaceChange(site, decision, "The activation was left unchanged here, bit for bit.")
     change = _contributions(model, index, batch, x, steered, texts[classes])
     if change is None:
         name = model.spec.method.name
-        return PlaceChange(site, decision, f"{name} steers by no sparse code of its own, so that no latents are shown.")
+        return PlaceChange(site, decision, f"{name} does not steer by a sparse code of its own, so no latents are "
+                                           "shown.")
     move, shares = change
     moves = bool(move.amounts.any())  # REC goes along none
     rank = _columns(shares.latents)[:, 0] if moves else move.activations
@@ -343,7 +344,7 @@ def _lines(
 def _decision(place: Place, x: Tensor, q: object) -> str:
     """Return FVU and gate in words."""
     if place.gate is None or place.facts is None:
-        return "no SAE here, so that there is neither FVU nor gate"
+        return "no SAE here, so there is neither FVU nor gate"
     sae, mean = sae_at(place)
     ratio, tau = float(sample_fvu(x, sae(x), mean)), place.gate.tau
     if tau is None:

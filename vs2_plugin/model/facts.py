@@ -31,7 +31,7 @@ def _problem(name: object, value: object) -> str | None:
     if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,99}", name):
         return f"a fact named {reprlib.repr(name)}; expected lower-case letters, digits and '_'"
     if name in TOLD_OF_ALL:
-        return f"a fact named {name!r}, which is said of every method; expected another name"
+        return f"a fact named {name!r}, a name that is used for every method; expected another name"
     number = isinstance(value, (int, float)) and abs(value) < 2**63  # not NaN
     if not number and not (isinstance(value, str) and len(value) <= _LONGEST and value.isprintable()):
         return f"the fact {name!r} = {reprlib.repr(value)}; expected a finite number, a line of text, True or False"

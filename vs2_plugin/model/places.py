@@ -188,8 +188,8 @@ class Places(Sequence[Place]):
             return Readout(reading, context, partial(plain_gallery, gallery, parts.device))
         if self.inside:
             raise ModelStringError(
-                f"model {str(self.spec)!r}: {reading.method.name} learns from the gallery's images as they are steered,"
-                f" of which activations at the end of the tower are known, and steering begins at {self[0].site}; "
+                f"model {str(self.spec)!r}: {reading.method.name} learns from steered images of the gallery, whose "
+                f"activations are known only at the end of the tower, but steering begins at {self[0].site}; "
                 "expected @unlabeled=test, or no @blocks"
             )
         return Readout(reading, context, partial(steered_gallery, gallery, parts.model, self[0]))
@@ -247,7 +247,7 @@ def _require_end(spec: ModelString, chosen: Sequence[Site], sites: Sites) -> Non
     if automatic and not all(map(sites.at_end, chosen)):
         names = ", ".join(option.name for option in automatic)
         raise ModelStringError(
-            f"model {str(spec)!r}: {names}=auto is told by activations at the end of the tower, and steering "
+            f"model {str(spec)!r}: {names}=auto is chosen by activations at the end of the tower, but steering "
             f"begins at {chosen[0]}; expected numbers for {names}, or no @blocks"
         )
 
@@ -270,7 +270,7 @@ def _place(
         return Place(spec.method.name, site, None, steering, None, retriever, current)
     sae, mean = parts.sae(checkpoint, facts)
     if facts.warning:
-        told = f"checkpoint {checkpoint.name!r}: the SAE at {site} is of no use: {facts.warning}; {RETRAIN}"
+        told = f"checkpoint {checkpoint.name!r}: the SAE at {site} is useless: {facts.warning}; {RETRAIN}"
         parts.once(("warning", checkpoint.folder, facts.folder), lambda: _LOG.warning("%s", told))
     shared: dict[str, Any] = parts.once(("shared", checkpoint.folder, facts.folder), dict)
     context = Context(parts.model, *given, sae, mean.clone(), dict(facts.fvu_quantiles), task, retriever, shared)

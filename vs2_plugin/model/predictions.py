@@ -60,7 +60,7 @@ def class_names(names: Sequence[str], what: str = "classes") -> tuple[str, ...]:
         raise SettingError(f"{what}: name number {found.index('') + 1} is empty; expected one name per class")
     twice = next((name for number, name in enumerate(found) if name in found[:number]), None)
     if twice is not None:
-        raise SettingError(f"{what}: {twice!r} stands there twice; expected each class once")
+        raise SettingError(f"{what}: {twice!r} is given twice; expected each class once")
     if len(found) < 2:
         told = f"{found[0]!r} alone" if found else "none"
         raise SettingError(f"{what}: {told}; expected at least two, since probabilities compare classes")
@@ -139,7 +139,7 @@ def warn_of_equals(names: Sequence[str], weights: Tensor) -> None:
     for same in (same for same in equals.values() if len(same) > 1):
         more = f" and {len(same) - _NAMED:,} more" if len(same) > _NAMED else ""
         _LOG.warning(
-            "the classes %s%s have one and the same embedding, so that the model cannot tell them apart; give them "
+            "the classes %s%s have the same embedding, so the model cannot tell them apart; give them "
             "names that it knows", ", ".join(map(repr, same[:_NAMED])), more,
         )  # fmt: skip
 
@@ -339,7 +339,7 @@ def _pictures(images: Any, transform: Callable[[Any], Tensor]) -> Sequence[Any]:
     elif isinstance(images, Iterable):
         found = list(images)
     else:
-        raise DataError(f"{type(images).__name__} is no image; {_EXPECTED}")
+        raise DataError(f"{type(images).__name__} is not an image; {_EXPECTED}")
     if len(found) == 0:
         raise DataError(f"no images; {_EXPECTED}")
     return found

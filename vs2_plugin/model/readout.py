@@ -107,7 +107,7 @@ class Readout:
         plain, its = choice.scores.information
         self._chosen = {
             "used": bool(choice.index),
-            "use_reason": f"over {len(judged)} images, a class tells {plain:.3f} nats of the neighbours' classes, "
+            "use_reason": f"over {len(judged)} images, a class carries {plain:.3f} nats about the neighbours' classes, "
             f"and {its:.3f} by {self.method.name}: {RULE.objection(choice.candidates, choice.scores, 1) or 'enough'}",
         }
         return read if choice.index else lambda x: 100 * x @ classifier
@@ -164,7 +164,7 @@ class Readout:
 
     def _build(self, unlabeled: Tensor | None) -> Steering:
         if self._classifier is None:
-            raise HarnessError(f"method {self.method.name!r} needs classes, and none are known")
+            raise HarnessError(f"method {self.method.name!r} needs classes, but none are known")
         context = self._context(classifier=self._classifier, unlabeled=unlabeled)
         options = {option.name: self.options[option.name] for option in self.method.options}
         read = build(self.method, context, options)

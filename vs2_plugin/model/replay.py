@@ -76,7 +76,7 @@ class Replays:
         try:
             return self._embeddings(tower, encode, images)
         except Exception as error:  # if it is no matter of graphs, encoding itself will raise it
-            _LOG.info("the model is told to the GPU anew for each batch: %s", sentence_of(error))
+            _LOG.info("the model is launched on the GPU anew for each batch: %s", sentence_of(error))
             return None
 
     def _embeddings(self, tower: nn.Module, encode: Encode, images: Tensor) -> Tensor | None:

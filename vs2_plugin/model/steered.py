@@ -341,8 +341,8 @@ class SteeredCLIP(nn.Module):
         yield
         if not all(one.ran for one in edits):
             raise HarnessError(
-                f"model {str(self.spec)!r}: the tower ran without its steering, as code does that torch.compile made "
-                "of another tower; call torch._dynamo.reset() before torch.compile"
+                f"model {str(self.spec)!r}: the tower ran without its steering: it was code that torch.compile made "
+                "for another tower; call torch._dynamo.reset() before torch.compile"
             )
 
     def unsteered(self, start: int = 0) -> AbstractContextManager[None]:

@@ -32,7 +32,7 @@ STRENGTH = (
     Option("lam", float, 2.1, minimum=0, maximum=_LIMIT, help="weight of the steering vector"),
     Option(
         "alpha", float, None, minimum=-_LIMIT, maximum=_LIMIT, excludes=("gamma", "lam"),
-        help="lam*(gamma-1), all that matters; instead of gamma and lam",
+        help="strength, lam*(gamma-1); instead of gamma and lam",
         auto=(0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0),
     ),
 )  # fmt: skip
@@ -54,7 +54,7 @@ NEAR = (
     *STRENGTH[:2],
     replace(
         STRENGTH[2],
-        auto_needs=("brake", "moving images towards their neighbours by itself raises what auto looks at"),
+        auto_needs=("brake", "moving images towards their neighbours in itself raises what auto measures"),
         help=f"{STRENGTH[2].help}; auto with @brake only",
     ),
 )
@@ -219,7 +219,7 @@ def vs2_methods() -> list[Method]:
         ),
         Method(
             "vs2s", build_vs2s, [P, ALPHA], gallery="images", classes=True,
-            summary="selective amplification: VS2, most along latents that differ between classes, as strong as pays",
+            summary="selective amplification: VS2, most along latents that differ between classes; automatic strength",
         ),
         Method(
             "rec", build_rec, summary="the SAE's reconstruction in place of the activation (REC_F; @blocks=all: REC_A)"
@@ -227,7 +227,7 @@ def vs2_methods() -> list[Method]:
         Method("amp", build_amp, [gamma], summary="the reconstruction with its latents amplified (REC_F+gamma)"),
         Method(
             "centre", build_centre, STRENGTH,
-            summary="centring: away from the mean activation, as VS2 without its SAE",
+            summary="centring: away from the mean activation, like VS2 without its SAE",
         ),
         Method(
             "vs2pp", build_vs2pp, [*NEAR, RULE, LABELS, BRAKE], aliases=("vs2++",),
@@ -236,7 +236,7 @@ def vs2_methods() -> list[Method]:
         ),
         Method(
             "clipsteer", build_clipsteer, [*NEAR, RULE, LABELS, BRAKE], gallery="neighbours", classes=True,
-            summary="as VS2++, along the neighbours' activations instead of their latents (CLIP steering)",
+            summary="like VS2++, along the neighbours' activations instead of their latents (CLIP steering)",
         ),
         Method(
             "rag", build_rag, [MIX, replace(LABELS, default="none", choices=("none", "pseudo", "oracle"))],

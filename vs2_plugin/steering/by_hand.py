@@ -52,7 +52,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[int, float]:
     for text, factor in pairs:
         latent = whole(text)
         if latent is None:
-            raise ModelStringError(f"{text!r} is no number of a latent")
+            raise ModelStringError(f"{text!r} is not the number of a latent")
         if latent in found:
             raise ModelStringError(f"latent {latent} is chosen twice; expected each once")
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not abs(factor) <= _LARGEST:
@@ -68,7 +68,7 @@ def _read(path: str) -> dict[int, float]:
     try:
         pairs = json.loads(Path(path).expanduser().read_text(encoding="utf-8"), object_pairs_hook=list)
         if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
-            raise ModelStringError("it holds no factors by latents")
+            raise ModelStringError("it does not map latents to factors")
         if not pairs:
             raise ModelStringError("it names no latent")
         return _each_once(pairs)
@@ -94,7 +94,7 @@ class ByHand(nn.Module):
         count, largest = sae.config.num_latents, max(factors)
         if largest >= count:
             raise ModelStringError(
-                f"latent {largest} is chosen, and the SAE has {count} latents; expected numbers from 0 to {count - 1}, "
+                f"latent {largest} is chosen, but the SAE has {count} latents; expected numbers from 0 to {count - 1}, "
                 "as vs2 inspect and vs2 latents show them"
             )
         latents = torch.tensor(list(factors), device=sae.W_dec.device)

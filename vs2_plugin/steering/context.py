@@ -69,29 +69,29 @@ class Context:
     def require_sae(self) -> TopKSAE:
         """The SAE. Raises PluginError if the method steers along none."""
         if self.sae is None:
-            raise PluginError("this method steers along an SAE, and is declared without (needs_checkpoint, site)")
+            raise PluginError("this method steers along an SAE, but is declared without (needs_checkpoint, site)")
         return self.sae
 
     def require_mean(self) -> Tensor:
         """The mean activation. Raises PluginError if the method steers along no SAE."""
         if self.mean is None:
-            raise PluginError("this method asks for the mean, and is declared without (needs_checkpoint, site)")
+            raise PluginError("this method asks for the mean, but is declared without (needs_checkpoint, site)")
         return self.mean
 
     def require_classifier(self) -> Tensor:
         """The class embeddings. Raises PluginError if the method is declared for another site than logits."""
         if self.classifier is None:
-            raise PluginError("this method reads embeddings as classes, and is declared without (site='logits')")
+            raise PluginError("this method reads embeddings as classes, but is declared without (site='logits')")
         return self.classifier
 
     def require_unlabeled(self) -> Tensor:
         """The unlabeled embeddings. Raises PluginError if the method is declared with a protocol that shows none."""
         if self.unlabeled is None:
-            raise PluginError("this method learns from unlabeled images, and is declared without (protocol)")
+            raise PluginError("this method learns from unlabeled images, but is declared without (protocol)")
         return self.unlabeled
 
     def require_retriever(self) -> Retriever:
         """The retriever. Raises PluginError if the method is declared without a gallery."""
         if self.retriever is None:
-            raise PluginError("this method looks into a gallery, and is declared without (gallery)")
+            raise PluginError("this method looks into a gallery, but is declared without (gallery)")
         return self.retriever

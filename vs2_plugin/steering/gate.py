@@ -29,7 +29,7 @@ def threshold(quantiles: Mapping[str, float], q: float) -> float:
     if not levels or not float(levels[0]) <= q <= float(levels[-1]):
         told = f"{levels[0]} to {levels[-1]}" if levels else "none"
         raise CheckpointError(
-            f"the checkpoint tells no FVU quantile for gate={q:g} (it tells {told}); train the checkpoint again"
+            f"the checkpoint has no FVU quantile for gate={q:g} (it has {told}); train the checkpoint again"
         )
     return float(np.interp(q, [float(level) for level in levels], [quantiles[level] for level in levels]))
 

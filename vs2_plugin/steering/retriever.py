@@ -116,7 +116,7 @@ class Retriever:
         """The class embeddings ``[e, classes]``: float32, of unit norm. Raises HarnessError if they are not known."""
         if self._classifier is None:
             raise HarnessError(
-                "this method needs the classes of the data set, and none are known; in Python, call "
+                "this method needs the classes of the data set, but none are known; in Python, call "
                 "model.set_classifier(classifier) with the zero-shot classifier [embed_dim, classes] first"
             )
         return self._classifier

@@ -35,9 +35,9 @@ class Rule(NamedTuple):
         told, entropy = scores.information[index], scores.entropy[index]
         gained, errors = told - scores.information[0], scores.information_errors[index]
         if not (gained > self.gain and errors > self.errors):
-            return f"that is not surely more, or not by much ({gained:+.3f} nats, {errors:+.1f} standard errors)"
+            return f"that is not clearly more, or not by much ({gained:+.3f} nats, {errors:+.1f} standard errors)"
         if told < self.known * _used(candidates, index) * entropy:
-            return f"that is only {told / entropy:.0%} of what there is to tell: neighbours are mostly of other classes"
+            return f"that is only {told / entropy:.0%} of what could be known: neighbours are mostly of other classes"
         if scores.divergence_errors[index] > self.errors:
             return (
                 "the shares of the classes move away from what they should be "
@@ -94,13 +94,13 @@ class Choice:
             rest = range(1, len(self.candidates))
             top = max(rest, key=lambda index: scores.information[index])
             return (
-                f"the model is left as it is. Most is told at {_words(self.candidates[top])}, "
+                f"the model is left as it is. Most information is at {_words(self.candidates[top])}, "
                 f"{scores.information[top]:.3f} nats: "
                 f"{RULE.objection(self.candidates, scores, top)}"
             )
         surely = f"{scores.information_errors[self.index]:+.1f} standard errors"
         ends = [name for name, value in self.values.items() if self._is_end(name, value)]
-        more = "" if not ends else f"; no larger {' or '.join(ends)} was tried, and it may be better still"
+        more = "" if not ends else f"; no larger {' or '.join(ends)} was tried, which may be better still"
         return surely + more
 
     def _is_end(self, name: str, value: Scalar) -> bool:
@@ -131,12 +131,12 @@ class Choice:
     def __str__(self) -> str:
         chosen = ", ".join(f"{name} = {value:g}" for name, value in self.values.items())
         plain = f"{self.scores.information[0]:.3f} nats"
-        over = f"over {self.images} unlabeled images, a class tells"
+        over = f"over {self.images} unlabeled images, a class carries"
         if self.index == 0:
-            return f"{chosen}: {over} {plain} of the neighbours' classes, {self.reason}"
+            return f"{chosen}: {over} {plain} about the neighbours' classes, {self.reason}"
         told = self.scores.information[self.index]
         return (
-            f"{chosen}: {over} {told:.3f} nats of the neighbours' classes, {plain} at {_words(self.candidates[0])} "
+            f"{chosen}: {over} {told:.3f} nats about the neighbours' classes, {plain} at {_words(self.candidates[0])} "
             f"({self.reason})"
         )
 
