@@ -37,7 +37,7 @@ def test_quiet_prints_nothing(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("model", "options", "fragments"),
     [
-        ("rag", "", ["steers along no SAE"]),
+        ("rag", "", ["does not steer along an SAE"]),
         ("vs2", "@blocks=all", ["steers at 2 sites", "@blocks=3"]),
         ("vs2", "@bare", ["has no gallery of training images; train the checkpoint again"]),
     ],

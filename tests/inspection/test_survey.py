@@ -57,7 +57,7 @@ def test_another_site_has_no_words(subject):
 @pytest.mark.parametrize(
     ("method", "options", "error", "fragment"),
     [
-        ("rag", "", HarnessError, "steers along no SAE"),
+        ("rag", "", HarnessError, "does not steer along an SAE"),
         ("vs2", "@blocks=all", HarnessError, "steers at 2 sites.*@blocks=3"),
         ("vs2", "@bare", CheckpointError, "has no gallery of training images; train the checkpoint again"),
     ],

@@ -94,7 +94,7 @@ def test_predictions_with_labels_without_them_and_before_the_towers_end(subject)
     found = measure(subject, zero_shot=ZeroShot(lambda x: x, weights, True, "4 classes")).figures
     assert found["agreement"].value > found["agreement"].beside
     found = measure(subject, zero_shot=ZeroShot(lambda x: x, weights, False, "4 classes")).figures
-    assert found["recovered"].value is None and "not those of these classes" in found["recovered"].why
+    assert found["recovered"].value is None and "do not belong to these classes" in found["recovered"].why
     bare = replace(subject, images=replace(subject.images, labels=None))
     found = measure(bare, zero_shot=ZeroShot(lambda x: x, weights, False, "4 classes")).figures
     assert "--gallery_labels" in found["recovered"].why and "--labels" in found["probe_5"].why

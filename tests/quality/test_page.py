@@ -36,7 +36,7 @@ def test_lines_say_what_is_there_and_what_is_not(quality):
     lines = list(quality.lines())
     assert lines[0].startswith("all: 64 latents of width 16, 4 active, at activations; 400 activations of X.npy, those")
     assert any(line.startswith("  Explained variance, in domain: ") for line in lines)
-    assert any(line.startswith("not measured: Class told by one latent (AUC): it needs labels") for line in lines)
+    assert any(line.startswith("not measured: Class detected by one latent (AUC): it needs labels") for line in lines)
 
 
 def test_a_figure_that_one_of_several_lacks_is_a_question_mark(trained):  # noqa: F811

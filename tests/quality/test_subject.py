@@ -24,7 +24,7 @@ def test_what_does_not_fit_is_refused(trained, tmp_path):  # noqa: F811
     with pytest.raises(CheckpointError, match="no SAE at block 3"):
         open_subject("s0", store, block=3)
     subject = open_subject("s0", store)
-    with pytest.raises(CheckpointError, match="of another tower"):
+    with pytest.raises(CheckpointError, match="for another tower"):
         open_elsewhere("s1", store, subject)
     assert open_elsewhere(str(trained / "other.npy"), store, subject).name == "other.npy"
 

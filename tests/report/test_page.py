@@ -248,7 +248,7 @@ def test_images_that_steering_changed_are_named_by_their_files(write_run, make_i
     }
     path = write_run("vs2:B", images=arrays, metrics=steered())
     page, _, _ = report(path.parent, tmp_path / "out")
-    assert re.search(r"Images that steering mended, those first.* a<b>/\d+.png : \w+ became \w+ ", page.text)
+    assert re.search(r"Images that steering mended, most confident first.* a<b>/\d+.png : \w+ became \w+ ", page.text)
 
 
 def test_classes_without_names_have_numbers(write_run, make_images, steered, tmp_path, undrawn):
@@ -267,7 +267,7 @@ def test_a_folder_with_other_files_is_written_to_but_nothing_of_others_overwritt
     report(path.parent, out)  # its own files are replaced
     (out / "wds-animals-accuracy.png").write_bytes(b"mine")
     (out / "index.html").unlink()
-    with pytest.raises(DataError, match=r"accuracy.png is there, and vs2 report did not write it; .* --out"):
+    with pytest.raises(DataError, match=r"accuracy.png already exists, and vs2 report did not write it; .* --out"):
         report(path.parent, out)
     assert not (out / "index.html").exists()
     assert (out / "notes.txt").read_text() == "mine" and (out / "wds-animals-accuracy.png").read_bytes() == b"mine"
@@ -311,7 +311,7 @@ def test_results_that_were_changed_are_named(results, tmp_path, undrawn):
     path = results / "vs2:B@gamma=2@lam=2.json"
     path.write_text(path.read_text().replace('"acc1": 0.58', '"acc1": 0.88'))
     page, markdown, _ = report(results, tmp_path / "changed")
-    told = f"Changed after they were written, as the digest in them tells: {path}."
+    told = f"Changed after they were written, according to the digest in them: {path}."
     assert told in page.text and markdown.count("Changed after they were written") == 1
     found = json.loads((tmp_path / "changed/report.json").read_text())
     assert found["notes"] == [told]
@@ -321,8 +321,8 @@ def test_results_that_were_changed_are_named(results, tmp_path, undrawn):
 def test_an_sae_of_no_use_is_told(write_run, steered, tmp_path, undrawn):
     write_run("vs2:B", metrics=steered(sae_warning="block 3: its FVU is 1.2"))
     page, markdown, _ = report(tmp_path / "results", tmp_path / "out")
-    assert "The SAE of vs2:B is of no use: block 3: its FVU is 1.2." in page.text
-    assert "of no use: block 3" in markdown
+    assert "The SAE of vs2:B is useless: block 3: its FVU is 1.2." in page.text
+    assert "useless: block 3" in markdown
 
 
 ABSURD = {

@@ -47,7 +47,8 @@ def test_files_are_written_all_or_none(tmp_path):
     assert (folder / "a.html").read_bytes() == b"<!-- vs2 x, again -->"
     for name, mine in (("b.csv", b"mine"), ("a.html", b"x" * 2000 + b"vs2 x")):  # a mark stands near the beginning
         (folder / name).write_bytes(mine)
-        with pytest.raises(DataError, match=rf"{name} is there, and vs2 x did not write it; name another .* --out"):
+        match = rf"{name} already exists, and vs2 x did not write it; name another .* --out"
+        with pytest.raises(DataError, match=match):
             save(folder, {"new.txt": b"1", **files}, "vs2 x", "latent,kind")
         assert (folder / name).read_bytes() == mine and not (folder / "new.txt").exists()
         (folder / name).write_bytes(files[name])

@@ -18,7 +18,7 @@ def told(folder):
     [
         (0.6, "up", "raises top-1 accuracy from 49.50 % to 59.33 %: by 9.83 points (95 % interval +7."),
         (0.4, "down", "lowers top-1 accuracy from 49.50 % to 39.00 %: by 10.50 points (95 % interval -13."),
-        (0.503, "", "by 0.17 points (95 % interval +0.0 to +0.5). That may be chance: the interval holds 0."),
+        (0.503, "", "by 0.17 points (95 % interval +0.0 to +0.5). That may be chance: the interval includes 0."),
         (0.5, "", "leaves top-1 accuracy at 49.50 % (95 % interval +0.0 to +0.0). That may be chance"),
     ],
 )
@@ -29,7 +29,7 @@ def test_the_first_sentence_says_by_how_much_and_whether_it_is_chance(
     path = write_run("vs2:B", images=make_images(accuracy, 1), metrics=steered(alpha=1.05))
     found = told(path.parent)
     assert found.tone == tone and words in found.sentences[0] and found.sentences[0].startswith("vs2 (alpha 1.05) ")
-    assert ("beyond chance: the interval leaves out 0" in found.sentences[0]) == bool(tone)
+    assert ("beyond chance: the interval excludes 0" in found.sentences[0]) == bool(tone)
 
 
 def test_of_a_sweep_without_the_default_no_point_is_the_verdict(write_run, steered):
@@ -68,7 +68,7 @@ def test_the_best_row_without_labels_is_named(write_run, make_images, steered):
     found = told(path.parent)
     assert found.best.label == "vs2 @gate=0.9"
     assert found.sentences[1].startswith("Best without labels: vs2 @gate=0.9 with 63.83 %, +14.33 points (95 % ")
-    assert "beyond chance. It is the best of 3 rows by these very test images" in found.sentences[1]
+    assert "beyond chance. It is the best of 3 rows on these very test images" in found.sentences[1]
     assert found.short == "vs2 +9.83; best without labels vs2 @gate=0.9 +14.33"
 
 
@@ -103,7 +103,7 @@ def test_seeds_are_said_with_their_spread(write_run, steered):
     for seed in (0, 1):
         path = write_run(f"vs2:B@a-seed{seed}", 0.6 + seed / 50, metrics=steered(checkpoint=f"a-seed{seed}"))
     first, second = told(path.parent).sentences
-    assert "by 11.00 points, in the mean of 2 seeds of the SAE (standard deviation 1.4)." in first
+    assert "by 11.00 points, on average over 2 seeds of the SAE (standard deviation 1.4)." in first
     assert second == "It used no labels."
 
 
@@ -115,6 +115,6 @@ def test_what_sees_other_test_images_is_told_apart(write_run, steered):
     found = told(path.parent)
     assert found.best.label == "vs2" and found.short == "vs2 +5.00"
     assert found.sentences[2:] == (
-        "Of those that see the test images before, which is another matter: tda, +2.00 points.",
-        "Of those that see all test images at once, which is another matter: stata, +20.00 points.",
+        "Of those that see earlier test images, which is a different setting: tda, +2.00 points.",
+        "Of those that see all test images at once, which is a different setting: stata, +20.00 points.",
     )

@@ -26,7 +26,7 @@ CSV_HEADER = (
 _GROUPS = {
     "random": (
         "Random latents",
-        "{latents} drawn evenly from the {alive:,} that are not dead, by a fixed seed. This group stands for the SAE; "
+        "{latents} drawn evenly from the {alive:,} that are not dead, by a fixed seed. This group represents the SAE; "
         "the others are extremes.",
     ),
     "frequent": ("Most frequent (densest)", "{latents} active in the most training images."),
@@ -34,7 +34,7 @@ _GROUPS = {
     "pure": (
         "Purest",
         "{latents} of the largest purity, among the {full:,} that have {top} top images (a latent with one image is "
-        "pure by itself); of equals, the more frequent. The purest of many are pure by selection too: "
+        "pure by itself); ties go to the more frequent. The purest of many are pure partly by selection: "
         "compare the figure.",
     ),
 }
@@ -120,7 +120,8 @@ def require_sae(model: ModelString) -> None:
     """Raise HarnessError for a method that steers along no SAE."""
     method = model.method
     if method.site != "checkpoint" or not method.needs_checkpoint:
-        raise HarnessError(f"{model}: {method.name} steers along no SAE; expected a method that does, such as vs2")
+        raise HarnessError(f"{model}: {method.name} does not steer along an SAE; expected a method that does, such as "
+                           "vs2")
 
 
 def survey_latents(subject: Subject, *, limit: int = 100) -> LatentSurvey:

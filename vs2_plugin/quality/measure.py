@@ -171,7 +171,7 @@ def _zero_shot(
     held = np.sort(images.held)
     labels = images.labels[held] if images.labels is not None and given.labelled else None
     found = recovered(subject.sae, source, held, given.embed, given.weights, labels)
-    why = _NO_LABELS if images.labels is None else "the labels at hand are not those of these classes"
+    why = _NO_LABELS if images.labels is None else "the labels given do not belong to these classes"
     if labels is not None:
         why = "the plain model is no better than one constant activation"
     share = Figure(found.share, why="" if found.share is not None else why)
@@ -231,7 +231,7 @@ def stability(measured: Sequence[Measured]) -> tuple[dict[str, Figure], list[tup
         The figures, means over pairs; and the pairs.
     """
     if len(measured) < 2:
-        why = "it takes SAEs of two seeds or more: vs2-train-sae --seed 0 1 2, then vs2 sae with all of their names"
+        why = "it needs SAEs of at least two seeds: vs2-train-sae --seed 0 1 2, then vs2 sae with all of their names"
         return _none(why, "stability", "stable"), []
     pairs = []
     for one, other in combinations(measured, 2):
@@ -240,7 +240,7 @@ def stability(measured: Sequence[Measured]) -> tuple[dict[str, Figure], list[tup
         found = agreement(_living(one), _living(other), _is_signed(one.subject))
         pairs.append((one.subject.name, other.subject.name, found))
     if not pairs:
-        why = "these SAEs begin with the same random numbers: expected those of several seeds"
+        why = "these SAEs start from the same random numbers; expected SAEs of several seeds"
         return _none(why, "stability", "stable"), []
     cosines, random = (
         [getattr(found, which) for _, _, found in pairs] for which in ("cosines", "random")

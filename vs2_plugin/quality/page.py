@@ -112,7 +112,7 @@ def about(measured: Measured) -> str:
     config = subject.sae.config
     shape = f"{config.num_latents:,} latents of width {config.d_in:,}, {config.k} active, at {subject.site.hookpoint}"
     if images is None or measured.codes is None:
-        return f"{shape}; no activations are at hand, so that figures are those of its training"
+        return f"{shape}; no activations are available, so the figures are those of its training"
     looked = measured.codes.matrix.shape[0]
     return (
         f"{shape}; {images.about}: reconstruction and probes on {counted(len(images.held), 'image')} that it was not "
@@ -124,9 +124,9 @@ def warnings(measured: Measured) -> Iterator[str]:
     """Give what a reader must know first."""
     subject = measured.subject
     if subject.site.warning is not None:
-        yield f"the SAE is of no use: {subject.site.warning}"
+        yield f"the SAE is useless: {subject.site.warning}"
     elif subject.site.below_components:
-        yield f"the SAE knows too little: {subject.site.below_components}"
+        yield f"the SAE has learned too little: {subject.site.below_components}"
 
 
 def _row(note: Note, figures: Sequence[Figure]) -> Row:

@@ -174,12 +174,12 @@ def open_elsewhere(name: str, store: Store, subject: Subject) -> Elsewhere:
     difference = "" if ours is None or theirs is None else ours.difference(theirs)
     if ours is None or theirs is None or difference:
         raise CheckpointError(
-            f"checkpoint {other.name!r} is of another tower than {subject.checkpoint.name!r}"
+            f"checkpoint {other.name!r} is for another tower than {subject.checkpoint.name!r}"
             f"{f': {difference}' if difference else ''}; expected one of {subject.checkpoint.model}"
         )
     if site.hookpoint not in other.require_gallery().sites:
         raise CheckpointError(
-            f"checkpoint {other.name!r} keeps no activations at {site.hookpoint} (there: "
+            f"checkpoint {other.name!r} keeps no activations at {site.hookpoint} (available: "
             f"{', '.join(other.require_gallery().sites)}); train it with the same --blocks"
         )
     return Elsewhere(str(other.data), other.open_gallery().activations[site.hookpoint])
@@ -196,7 +196,7 @@ def require_comparable(subjects: Sequence[Subject]) -> None:
         ours, theirs = first.checkpoint.tower, other.checkpoint.tower
         difference = None if ours is None or theirs is None else ours.difference(theirs)
         if (ours is None) != (theirs is None) or first.site.hookpoint != other.site.hookpoint:
-            difference = f"it is of {first.site.hookpoint}, and the other of {other.site.hookpoint}"
+            difference = f"it is for {first.site.hookpoint}, and the other for {other.site.hookpoint}"
         if difference or first.site.width != other.site.width:
             raise CheckpointError(
                 f"checkpoints {first.checkpoint.name!r} and {other.checkpoint.name!r} cannot be compared: "

@@ -38,7 +38,7 @@ def open_zero_shot(
     if dataset is None and classes is None:
         return NO_CLASSES
     if checkpoint.tower is None:
-        return "it needs the tower, and the SAE is of activations of no named one"
+        return "it needs the tower, but the SAE was trained on activations of an unnamed one"
     place = checkpoint.hub or (str(checkpoint.folder) if store.words else checkpoint.name)
     method = "vs2" if subject.site.variant == "plain" else "pass"
     opened = open_subject(

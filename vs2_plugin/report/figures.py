@@ -66,9 +66,9 @@ def draw(group: Group) -> list[Picture]:
 
 _ACCURACY = (
     "Dots: share of test images classified correctly; lines: 95 % confidence intervals, where there are per-image "
-    "results. The dashed line is zero-shot CLIP. The axis need not start at zero. The intervals say how "
-    "much other test images of the same kind could change; not, how much another training of the SAE could. Whether "
-    "a method differs from zero-shot, the interval of the change in the table says better."
+    "results. The dashed line is zero-shot CLIP. The axis need not start at zero. The intervals show how "
+    "much other test images of the same kind could change, but not how much another training of the SAE could. Whether "
+    "a method differs from zero-shot is better seen from the interval of the change in the table."
 )
 _GATE = (
     "Results that differ only in the gate: images are steered where their FVU is within the q-quantile of held-out "
@@ -78,10 +78,10 @@ _GATE = (
 _GRID = "Top-1 accuracy in percent, of results that differ only in gamma and lambda. Empty: not evaluated."
 _ALONG = "Results that differ only in this setting. The dashed line is zero-shot CLIP."
 _CURVE = {
-    "alpha": "Results that differ only in strength: alpha = lambda (gamma - 1) is all that matters of gamma and "
+    "alpha": "Results that differ only in strength: only alpha = lambda (gamma - 1) matters of gamma and "
     "lambda. The dashed line is zero-shot CLIP.",
-    "k": "Results of SAEs with as many latents that differ in k, the number of active ones; of several with one k, the "
-    "first of the table. The dashed line is zero-shot CLIP.",
+    "k": "Results of SAEs with equally many latents that differ in k, the number of active ones; of several with the "
+    "same k, the first in the table. The dashed line is zero-shot CLIP.",
     "n": "Results that differ only in N, the number of neighbours retrieved. The dashed line is zero-shot CLIP.",
 }
 _FVU = (

@@ -14,26 +14,26 @@ __all__ = ["draw_agreement", "draw_latents", "draw_sae"]
 _BINS = 40
 _ACTIVE = (
     "Latents by log10 of their activation frequency, the share of training images in which they are active. Dead "
-    "latents are not in it. The dashed line is k/n, where all would be if they were equally active; left of the "
-    "first dotted line, at a tenth of it, they are called rare here, right of the second, at a tenth of the images, "
+    "latents are left out. The dashed line is k/n, where all would be if they were equally active; left of the first "
+    "dotted line, at a tenth of k/n, latents are called rare here; right of the second, at a tenth of the images, "
     "dense."
 )
-_STRENGTH = "Latents by their mean activation over the images in which they are active. Dead latents are not in it."
+_STRENGTH = "Latents by their mean activation over the images in which they are active. Dead latents are left out."
 _PURITY = (
     "Latents by how many of their {top} top-activating images have the most frequent zero-shot class among them; only "
     "latents with {top} such images. The line is chance: as many sets of {top} images drawn at random from the "
     "gallery. Zero-shot classes are CLIP's own guesses: a pure latent agrees with them, right or wrong."
 )
 _SHARE = (
-    "Latents by log10 of the share of images in which they are active. Dead latents are not in it. Right of the dashed "
+    "Latents by log10 of the share of images in which they are active. Dead latents are left out. Right of the dashed "
     "line, at a tenth of the images, they are called dense."
 )
 _MEANING = (
-    "Latents by their monosemanticity score, and the same with the images shuffled. Where the two lie on each other, "
+    "Latents by their monosemanticity score, and the same with the images shuffled. Where the two coincide, "
     "the images that activate a latent are no more alike than any others."
 )
 _AGREEMENT = (
-    "Latents by the cosine of their direction with the one that they are assigned to in another SAE, over all pairs, "
+    "Latents by the cosine of their direction with the one assigned to them in another SAE, over all pairs, "
     "and the same with a random dictionary in its place. Right of the dashed line they count as found again."
 )
 

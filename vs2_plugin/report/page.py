@@ -25,7 +25,7 @@ __all__ = ["Column", "columns", "hints", "notes", "write"]
 
 #: What is said of results of the models and images that come with the package.
 STAND_IN = (
-    "The tiny CLIP and the handwritten digits that come with this package: they show that the machinery works, and "
+    "The tiny CLIP and the handwritten digits that come with this package: they show that the machinery works, and say "
     "nothing about other CLIPs or about photographs."
 )
 #: Stands in every file that a report writes, near the beginning.
@@ -90,9 +90,9 @@ def notes(runs: Sequence[Run]) -> list[str]:
     found = []
     changed = ", ".join(sorted(str(run.path) for run in runs if run.changed))
     if changed:
-        found.append(f"Changed after they were written, as the digest in them tells: {changed}.")
+        found.append(f"Changed after they were written, according to the digest in them: {changed}.")
     useless = {run.model: run.fact("sae_warning") for run in runs if run.fact("sae_warning")}
-    return found + [f"The SAE of {model} is of no use: {warning}." for model, warning in sorted(useless.items())]
+    return found + [f"The SAE of {model} is useless: {warning}." for model, warning in sorted(useless.items())]
 
 
 def figures_of(sections: Iterable[Section]) -> Iterator[dict[str, Any]]:
@@ -130,7 +130,7 @@ def _changes(rows: Sequence[Row]) -> list[Column]:
     """Return the columns that say most. On a phone only the first ones are seen at once."""
     several = any(row.spread is not None for row in rows)
     over = "; of several seeds of the SAE, the mean +- standard deviation" if several else ""
-    these = "; of several seeds, of their mean, which says nothing of other SAEs" if several else ""
+    these = "; of several seeds, of their mean, which says nothing about other SAEs" if several else ""
     changes = [fixed(row.change, sign=True) for row in rows]
     spreads = ["" if row.spread is None else f" +- {fixed(row.spread, 1)}" for row in rows]
     return [
@@ -164,7 +164,7 @@ def _costs(rows: Sequence[Row]) -> list[Column]:
     return [
         Column(
             "ECE, points", [fixed(row.ece) for row in rows],
-            "expected calibration error, 15 equal bins; left out where all confidences are 1, as of votes",
+            "expected calibration error, 15 equal bins; left out where all confidences are 1, as with votes",
         ),
         Column(
             "seconds", [fixed(row.seconds, 1, scale=1) for row in rows],
@@ -172,8 +172,8 @@ def _costs(rows: Sequence[Row]) -> list[Column]:
         ),
         Column(
             "peak memory, GB", [fixed(row.peak_memory, 2, scale=1e-9) for row in rows],
-            "of the whole process during the run, with what libraries keep of earlier runs of the same command; on a "
-            "GPU, of the device",
+            "of the whole process during the run, including what libraries keep from earlier runs of the same command; "
+            "on a GPU, of the device",
         ),
     ]  # fmt: skip
 

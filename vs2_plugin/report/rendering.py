@@ -78,7 +78,7 @@ def save(
         for name in files:
             path = folder / name
             if path.exists() and not any(own.encode() in path.read_bytes()[:2000] for own in (mark, *others)):
-                raise DataError(f"{path} is there, and {mark} did not write it; name {remedy}")
+                raise DataError(f"{path} already exists, and {mark} did not write it; name {remedy}")
         for name, content in files.items():
             with atomic_file(folder / name) as scratch:
                 scratch.write_bytes(content)

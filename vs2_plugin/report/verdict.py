@@ -16,7 +16,7 @@ __all__ = ["Verdict", "verdict"]
 
 
 #: Protocols by which a method sees other test images, in words.
-_OTHERS = {"stream": "the test images before", "transductive": "all test images at once"}
+_OTHERS = {"stream": "earlier test images", "transductive": "all test images at once"}
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ def _of_others(rows: Sequence[Row]) -> list[str]:
         found = [row for row in rows if row.run.protocol == protocol and row.change is not None]
         if found:
             best = max(found, key=lambda row: row.change or 0.0)
-            told.append(f"Of those that see {words}, which is another matter: {best.title}, {_points(best)} points.")
+            told.append(f"Of those that see {words}, which is a different setting: {best.title}, {_points(best)} "
+                        "points.")
     return told
 
 
@@ -108,7 +109,7 @@ def _interval(row: Row) -> str:
 def _seeds(row: Row) -> str:
     if row.spread is None:
         return ""
-    return f", in the mean of {len(row.members)} seeds of the SAE (standard deviation {fixed(row.spread, 1)})"
+    return f", on average over {len(row.members)} seeds of the SAE (standard deviation {fixed(row.spread, 1)})"
 
 
 def _tone(row: Row) -> str:
@@ -129,9 +130,9 @@ def _chance(row: Row) -> str:
     if row.change_interval is None:
         return "Whether that is beyond chance is not known: there are no per-image results to compare."
     if _tone(row):
-        return "That is beyond chance: the interval leaves out 0."
+        return "That is beyond chance: the interval excludes 0."
     if row.change_interval.low <= 0 <= row.change_interval.high:
-        return "That may be chance: the interval holds 0."
+        return "That may be chance: the interval includes 0."
     return "That may be chance: too few images changed to say more."
 
 
@@ -145,7 +146,7 @@ def _best(best: Row, usual: Row, among: int) -> str:
     chance = "beyond chance" if _tone(best) else doubt
     return (
         f"Best without labels: {best.title} with {fixed(best.top1)} %, {_points(best)} points{_interval(best)}"
-        f"{_seeds(best)}, {chance}. It is the best of {rows} by these very test images: on others, expect less."
+        f"{_seeds(best)}, {chance}. It is the best of {rows} on these very test images: on others, expect less."
     )
 
 
