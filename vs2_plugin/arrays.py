@@ -160,7 +160,7 @@ def check(path: Path, expected: str) -> None:
                 last = min(len(array), (number + 1) * ROWS) - 1
                 raise ValueError(f"its rows {number * ROWS} to {last} are not those that were written")
         if file.read(1):
-            raise ValueError("it goes on after its last row")
+            raise ValueError("it continues after its last row")
 
 
 _MEMORY = "verified.json"

@@ -160,7 +160,7 @@ def hidden(error: OSError, path: Path) -> str | None:
     """Return in words that this user may not read a file of somebody else's, if that is what an error says."""
     if not isinstance(error, PermissionError):
         return None
-    return f"{path} is there, and this user may not read it; its owner can change that: chmod -R a+rX {path.parent}"
+    return f"{path} exists, but this user may not read it; its owner can change that: chmod -R a+rX {path.parent}"
 
 
 def _has_no_locks(error: NotImplementedError | OSError) -> bool:

@@ -124,13 +124,13 @@ def _told(repository: str, revision: str | None) -> Iterator[None]:
     try:
         yield
     except HFValidationError as error:
-        raise HubError(f"{repository!r} is no name of a repository ({one_line(str(error))})") from error
+        raise HubError(f"{repository!r} is not the name of a repository ({one_line(str(error))})") from error
     except (LocalEntryNotFoundError, ConnectionError) as error:
         offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else one_line(str(error))
         why = offline.removesuffix(f", and {repository} is not in the hub's cache")
         raise HubError(f"{what} is not in the hub's cache, and cannot be fetched: {why}") from error
     except HfHubHTTPError as error:
-        mend = "look at the name; for a private repository, or to write, log in by `hf auth login` or set HF_TOKEN"
+        mend = "check the name; for a private repository, or to write, log in with `hf auth login` or set HF_TOKEN"
         raise HubError(f"{constants.ENDPOINT} refuses {what} ({one_line(str(error), 160)}); {mend}") from error
     except Exception as error:  # of whichever client the hub uses
         if isinstance(error, OSError) and error.errno is not None and error.filename is not None:

@@ -45,7 +45,7 @@ def test_what_is_left_of_predictions_is_told_where_it_was_measured():
     _, body = made(sites=[known, SITE])
     assert "| dense latents | accuracy recovered | predictions kept | labels used |" in body
     assert "| 6.2% | 91.2% | 87.5% | none |" in body and "| 6.2% | ? | ? | none |" in body
-    assert "labels were read" in body and r"stays: of 90 images, with 10 classes of a\|b." in body
+    assert "labels were read" in body and r"stays the same: of 90 images, with 10 classes of a\|b." in body
     _, body = made(sites=[kept])
     assert "| 6.2% | 87.5% | none |" in body and "recovered" not in body and "labels were read" not in body
     assert "recovered" not in made()[1] and "predictions kept" not in made()[1]
@@ -62,9 +62,9 @@ def test_what_a_checkpoint_does_not_know_is_left_open():
     bare = replace(SITE, training={}, variant="pass", labels="train", fvu=1.5)
     _, body = made(sites=[bare], data=replace(DATA, transductive=True))
     assert "| ? | ? | -50.0% | ? | ? | train |" in body and "Transductive" in body and "for `pass:`" in body
-    assert "Of no use at `visual.transformer.resblocks.11.pass`: its FVU is 1.5" in body
+    assert "Useless at `visual.transformer.resblocks.11.pass`: its FVU is 1.5" in body
     head, body = made(backbone="", pretrained="", data=TrainingData(("activations",), 9, ("given",)))
-    assert "base_model" not in head and "steer none" in body and "clip_benchmark eval" not in body
+    assert "base_model" not in head and "cannot steer one" in body and "clip_benchmark eval" not in body
 
 
 @pytest.mark.parametrize("name", ["a|b", "a`b", "<script>", "a\nb", "# x"])

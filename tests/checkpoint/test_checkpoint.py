@@ -223,8 +223,8 @@ BAD_MANIFESTS = {
     "cut": (lambda text: text[: len(text) // 2], "is damaged: JSONDecodeError"),
     "empty": (lambda text: "", "is damaged: JSONDecodeError"),
     "no text": (lambda text: "\udcff\udcfe", "is damaged: "),
-    "a list": (lambda text: "[]", "is no vs2-checkpoint file"),
-    "another format": (lambda text: '{"format": "other"}', "is no vs2-checkpoint file"),
+    "a list": (lambda text: "[]", "is not a vs2-checkpoint file"),
+    "another format": (lambda text: '{"format": "other"}', "is not a vs2-checkpoint file"),
     "next version": (
         lambda text: text.replace('"format_version": 1', '"format_version": 2'),
         "has format version 2, this vs2-plugin (",
@@ -320,19 +320,19 @@ IMPOSSIBLE = [
     (("sites", 0, "hookpoint"), "../x", "sites[0] has the hookpoint '../x'; expected names joined by dots"),
     (("sites", 0, "hookpoint"), "visual.\xb2", "has the hookpoint"),
     (("sites", 0, "hookpoint"), "a\0b", "has the hookpoint 'a\\x00b'"),
-    (("sites", 0, "hookpoint"), "visual.transformer.resblocks.1", "two of its SAEs are of one site"),
+    (("sites", 0, "hookpoint"), "visual.transformer.resblocks.1", "two of its SAEs are for the same site"),
     (("sites", 0, "variant"), "raw", "has the variant 'raw'; expected plain or pass"),
     (("sites", 0, "labels"), "some", "has the labels 'some'; expected none or train"),
     (("sites", 0, "files", "../x"), "00", "has files ['../x', 'cfg.json', 'sae.safetensors']; expected cfg.json and"),
     (("sites", 0, "files"), {"cfg.json": "00"}, "has files ['cfg.json']; expected cfg.json and sae.safetensors"),
     (("sites", 0, "mean", 3), 1e39, "has a mean that is not finite in float32"),
-    (("sites", 0, "fvu"), float("nan"), "has FVU nan; expected a number from 0 on"),
+    (("sites", 0, "fvu"), float("nan"), "has FVU nan; expected a number of at least 0"),
     (("sites", 0, "fvu"), 10**400, "has FVU 1000"),
     (("sites", 0, "fvu_quantiles", "many"), 1.0, "has FVU quantiles ['many']; expected levels such as 0.95"),
     (("sites", 0, "fvu_quantiles", "nan"), 1.0, "has FVU quantiles ['nan']"),
     (("sites", 0, "fvu_quantiles", "0.99"), 0.1, "expected finite numbers that rise with their levels"),
     (("sites", 0, "fvu_quantiles", "0.995"), float("inf"), "expected finite numbers that rise with their levels"),
-    (("data", "images"), 10**30, "it is of 1000000000000000000000000000000 images"),
+    (("data", "images"), 10**30, "it was made from 1000000000000000000000000000000 images"),
     (("gallery", "parts", 0, "count"), -1, "its gallery has images and classes [-1, 10]"),
     (("gallery", "parts", 0, "classes"), 10**12 * 10, "its gallery has images and classes [100, 10000000000000]"),
     (("gallery", "encoders", "../x"), {"width": 16}, "its gallery has embeddings ('../x', 16)"),
@@ -413,8 +413,8 @@ def test_an_sae_of_another_width_is_refused(save):
 
 @pytest.mark.parametrize(
     ("fvu", "training", "told"),
-    [(0.999, {"dead": 0.5}, None), (1.0, {}, "its FVU is 1, and that of the mean activation alone is 1"),
-     (3.25, {"dead": 0.9}, "its FVU is 3.25, and"), (0.1, {"dead": 0.75}, "75.0% of its latents are dead"),
+    [(0.999, {"dead": 0.5}, None), (1.0, {}, "its FVU is 1, while that of the mean activation alone is 1"),
+     (3.25, {"dead": 0.9}, "its FVU is 3.25, while"), (0.1, {"dead": 0.75}, "75.0% of its latents are dead"),
      (0.1, {}, None), (0.1, {"dead": None}, None), (0.1, {"dead": "all"}, None), (0.1, {"dead": 1.0}, "100.0% of its"),
      (0.1, {"dead": 0.35}, None)],
 )  # fmt: skip
@@ -437,8 +437,8 @@ def test_an_sae_of_no_use_is_told_from_one_that_serves(fvu, training, told):
 def test_an_sae_that_explains_less_than_principal_components_says_so(fvu, variant, training, told):
     site = SiteSAE(FIRST, variant, "none", 1, [0.0], fvu, {}, training, {})
     expected = (
-        "it explains 70.0% of the variance of images that it has not seen, and as many principal components as latents "
-        "are active (16) 75.0%"
+        "it explains 70.0% of the variance of images that it has not seen, but as many principal components as active "
+        "latents (16) explain 75.0%"
     )
     assert site.below_components == (expected if told else None)
 
@@ -467,7 +467,7 @@ OTHER_TOWERS = [
 def test_another_tower_is_refused_with_what_differs(tower, words, save):
     with pytest.raises(CheckpointError) as error:
         save().require_tower(tower, "local-dir:there/clip", "pass")
-    assert "checkpoint 'mine' (ViT-B-32, openai) is of another tower: " in str(error.value)
+    assert "checkpoint 'mine' (ViT-B-32, openai) is for another tower: " in str(error.value)
     assert words in str(error.value)
     assert (
         "; for local-dir:there/clip as it is loaded now, add --name mine-2 to its vs2-train-sae command and evaluate "
@@ -530,7 +530,9 @@ def test_a_manifest_that_was_changed_after_it_was_written_is_refused(place, save
 def test_a_checkpoint_that_is_replaced_while_it_is_read_is_not_called_damaged(save):
     first = save()
     second = save(seed=5)
-    with pytest.raises(CheckpointReplaced, match=r"'mine' was replaced while it was read; run the same command again"):
+    with pytest.raises(
+        CheckpointReplaced, match=r"'mine' was replaced while it was being read; run the same command again"
+    ):
         first.sae(first.sites[0])
     (second.folder / second.sites[0].folder / "cfg.json").write_text("{}")
     with pytest.raises(CheckpointError, match="damaged"):

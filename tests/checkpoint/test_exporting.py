@@ -79,7 +79,7 @@ def test_what_sparsify_cannot_hold_is_refused_whole(checkpoint, tmp_path, make_s
 
 def test_what_is_there_stays(checkpoint, tmp_path):
     for folder in (tmp_path, checkpoint.folder):
-        with pytest.raises(DataError, match="is there already; remove it, or name another folder"):
+        with pytest.raises(DataError, match="already exists; remove it, or name another folder"):
             export(checkpoint, folder, "sparsify")
 
 

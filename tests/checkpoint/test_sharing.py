@@ -75,10 +75,10 @@ def test_a_folder_that_is_there_stays(checkpoint, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").touch()
     for overwrite in (False, True):
-        with pytest.raises(DataError, match="there is a .*mine already; name a new folder"):
+        with pytest.raises(DataError, match="mine already exists; name a new folder"):
             checkpoint.save(tmp_path / "mine", overwrite=overwrite)
     checkpoint.save(tmp_path / "copy", gallery=False)
-    with pytest.raises(DataError, match="there is a .*copy already"):
+    with pytest.raises(DataError, match="copy already exists"):
         checkpoint.save(tmp_path / "copy")
     assert checkpoint.save(tmp_path / "copy", overwrite=True).digest == checkpoint.digest
 
@@ -139,9 +139,9 @@ def test_what_was_changed_on_the_hub_is_refused(pushed, name):
     changed = json_changed if name.endswith("json") else files[name][:-1] + b"\1"
     assert changed != files[name]
     pushed.commit("me/sae", {**files, name: changed})
-    with pytest.raises(CheckpointError, match="damaged.*; fetch it again by vs2 store pull hf:me/sae"):
+    with pytest.raises(CheckpointError, match="damaged.*; fetch it again with vs2 store pull hf:me/sae"):
         Checkpoint.from_hub("me/sae").verify()
-    with pytest.raises(CheckpointError, match=r"damaged[^;]*; so it is on the hub: tell whoever pushed it$"):
+    with pytest.raises(CheckpointError, match=r"damaged[^;]*; it is the same on the hub: tell whoever pushed it$"):
         Checkpoint.from_hub("me/sae", refresh=True)
 
 
@@ -150,7 +150,7 @@ def test_a_cache_that_was_damaged_is_fetched_again(pushed):
     file = (found.folder / FIRST / "sae.safetensors").resolve()
     data = file.read_bytes()
     file.write_bytes(data[:-1] + b"\1")
-    with pytest.raises(CheckpointError, match="is damaged: .* fetch it again by vs2 store pull hf:me/sae"):
+    with pytest.raises(CheckpointError, match="is damaged: .* fetch it again with vs2 store pull hf:me/sae"):
         found.verify()
     Checkpoint.from_hub("me/sae", refresh=True).verify()
     file.unlink()
@@ -162,9 +162,9 @@ def test_what_lacks_something_is_not_told_to_be_trained_again(checkpoint, hub):
     checkpoint.push_to_hub("me/bare")
     checkpoint.push_to_hub("me/sae", gallery=True)
     bare, whole = Checkpoint.from_hub("me/bare"), Checkpoint.from_hub("me/sae")
-    own = "train one of your own by vs2-train-sae"
+    own = "train your own with vs2-train-sae"
     for lacking, problem in [
-        (bare.require_gallery, f"whoever pushed it may add theirs by vs2 store push --gallery, or {own}"),
+        (bare.require_gallery, f"whoever pushed it can add theirs with vs2 store push --gallery, or {own}"),
         (lambda: whole.require_gallery(encoder="dino"), f"{own} --retrieval_encoder dino"),
         (lambda: whole.select("7", "plain"), f"{own} --blocks 0 1 7"),
         (lambda: whole.select(None, "other"), f"{own} with its --model"),
@@ -176,17 +176,19 @@ def test_what_lacks_something_is_not_told_to_be_trained_again(checkpoint, hub):
 
 def test_what_is_no_checkpoint_is_told(hub):
     hub.commit("me/model", {"config.json": b"{}", "README.md": b"hello"})
-    with pytest.raises(CheckpointError, match="hf:me/model holds no vs2.json; expected what vs2 store push puts there"):
+    with pytest.raises(
+        CheckpointError, match="hf:me/model holds no vs2.json; expected a checkpoint that vs2 store push wrote"
+    ):
         Checkpoint.from_hub("me/model")
-    with pytest.raises(HubError, match="refuses me/nothing .*; look at the name; for a private repository.* HF_TOKEN"):
+    with pytest.raises(HubError, match="refuses me/nothing .*; check the name; for a private repository.* HF_TOKEN"):
         Checkpoint.from_hub("me/nothing")
-    with pytest.raises(HubError, match="'a..b/c' is no name of a repository"):
+    with pytest.raises(HubError, match="'a..b/c' is not the name of a repository"):
         Checkpoint.from_hub("a..b/c")
 
 
 def test_a_push_needs_to_be_allowed(checkpoint, hub):
     hub.closed = True
-    with pytest.raises(HubError, match="refuses me/sae .*401.*log in by `hf auth login` or set HF_TOKEN"):
+    with pytest.raises(HubError, match="refuses me/sae .*401.*log in with `hf auth login` or set HF_TOKEN"):
         checkpoint.push_to_hub("me/sae")
 
 
@@ -207,7 +209,7 @@ def test_a_card_of_ones_own_is_pushed_as_it_is(checkpoint, tmp_path, hub):
 
 def test_of_another_tower_it_is_refused(pushed, monkeypatch, tmp_path):
     monkeypatch.chdir(FIXTURES)
-    with pytest.raises(CheckpointError, match="'hf:me/sae' steers local-dir:model, and no other: "):
+    with pytest.raises(CheckpointError, match="'hf:me/sae' steers only local-dir:model: "):
         load("vs2:ViT-S-32-alt@hf:me/sae", "")
 
 

@@ -49,7 +49,9 @@ def test_a_folder_finds_its_own_checkpoint_and_not_that_of_another_of_its_name(s
     for folder in (tmp_path / "photos", tmp_path / "photos/train"):
         written((str(folder),))
         assert store.find_for("RN50", "x", "folder/photos", str(tmp_path / "photos")).data.folders == (str(folder),)
-        with pytest.raises(CheckpointError, match=f"is of {folder}, and not of /other/photos, which has the same name"):
+        with pytest.raises(
+            CheckpointError, match=f"was trained on {folder}, not on /other/photos, which has the same name"
+        ):
             store.find_for("RN50", "x", "folder/photos", "/other/photos")
     assert store.find_for("RN50", "x", "folder/photos").data.folders
     written(())  # before checkpoints told it
@@ -197,10 +199,11 @@ def test_the_store_comes_before_a_folder_of_the_same_name(store, put, tmp_path, 
 def test_the_error_says_what_is_there(name, store, put):
     with pytest.raises(CheckpointNotFound) as error:
         store.find(name)
-    assert f"no SAE checkpoint {name!r} in the store {store.root} (there: none), and no such folder" in str(error.value)
+    expected = f"no SAE checkpoint {name!r} in the store {store.root} (available: none), and no such folder"
+    assert expected in str(error.value)
     for saved in ("b", "a"):
         put(store.checkpoints / saved)
-    with pytest.raises(CheckpointNotFound, match=r"\(there: a, b\)"):
+    with pytest.raises(CheckpointNotFound, match=r"\(available: a, b\)"):
         store.find(name)
 
 
@@ -262,7 +265,7 @@ def test_removing_deletes_the_checkpoint_alone_and_says_how_much(store, put):
     assert size == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) > 0
     assert store.remove("mine") == size
     assert store.names() == ["other"]
-    with pytest.raises(CheckpointNotFound, match=r"'mine' in the store .* \(there: other\)"):
+    with pytest.raises(CheckpointNotFound, match=r"'mine' in the store .* \(available: other\)"):
         store.remove("mine")
 
 

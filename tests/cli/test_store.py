@@ -177,11 +177,11 @@ def test_an_sae_of_no_use_is_told_with_what_helps(store, capsys):
     assert main(["store", "list"]) == 0
     [line] = [line for line in capsys.readouterr().out.splitlines() if "useless" in line]
     assert line.startswith("  bad  ")
-    assert line.endswith("of no use at visual.transformer.resblocks.1: its FVU is 1.5, and that of the mean activation "
+    assert line.endswith("useless at visual.transformer.resblocks.1: its FVU is 1.5, while that of the mean activation "
                          "alone is 1")  # fmt: skip
     [found] = [finding for finding in doctor._checkpoints(store) if not finding.good]
     assert found.text.startswith("bad: the SAE at visual.transformer.resblocks.1 is useless: its FVU is 1.5")
-    assert found.mend.startswith("train it again by vs2-train-sae --overwrite with more images or --samples, a larger")
+    assert found.mend.startswith("train it again with vs2-train-sae --overwrite and more images or --samples, a larger")
 
 
 def test_an_sae_goes_to_another_library_and_comes_back(folder, capsys):  # noqa: F811
@@ -208,12 +208,14 @@ def test_a_folder_of_another_library_is_told_from_a_checkpoint(tmp_path, make_sa
     save_sae(make_sae(), tmp_path / "theirs/layers.7")
     save_sae(make_sae(), tmp_path / "theirs/layers.8")
     find = Store(tmp_path / "store").find
-    with pytest.raises(CheckpointError, match="holds an SAE by sparsify, and no checkpoint; make one of it with: vs2"):
+    with pytest.raises(
+        CheckpointError, match="holds an SAE by sparsify, but no checkpoint; make one from it with: vs2"
+    ):
         find("theirs/layers.7")
     with pytest.raises(CheckpointError, match=r"by sparsify and 1 more, .*: vs2 store import theirs/layers\.7 and the"):
         find("theirs")
     (tmp_path / "theirs/vs2.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="is a part of a checkpoint; name the folder around it: theirs"):
+    with pytest.raises(CheckpointError, match="is part of a checkpoint; name the folder that contains it: theirs"):
         find("theirs/layers.7")
     (tmp_path / "none").mkdir()
     with pytest.raises(CheckpointNotFound, match="no SAE checkpoint 'none'"):

@@ -28,7 +28,7 @@ CHECKED = [
     ("ViT-B-32", "laion2b-s34b-b79k", None),
     ("ViT-B-32", __file__, None),
     ("hf-hub:org/model", "whatever", None),
-    ("hf-hub:", "", r"'hf-hub:' names no repository of the hub; expected hf-hub:ORGANISATION/NAME"),
+    ("hf-hub:", "", r"'hf-hub:' does not name a repository on the hub; expected hf-hub:ORGANISATION/NAME"),
     (TINY, "whatever", None),
     ("ViT-B-3", "", "open_clip has no model 'ViT-B-3'; did you mean ViT-B-32"),
     ("vit-b-32", "", "open_clip has no model 'vit-b-32'; did you mean "),
@@ -179,7 +179,7 @@ def test_weights_that_are_no_numbers_are_told_before_an_image_is_read(tmp_path):
 def test_weights_that_cannot_be_read_are_named(tmp_path):
     broken = tmp_path / "weights.pt"
     broken.write_bytes(os.urandom(64))
-    with pytest.raises(TowerError, match=r"with weights '.*weights\.pt': it is no file of weights \(\w+Error"):
+    with pytest.raises(TowerError, match=r"with weights '.*weights\.pt': it is not a file of weights \(\w+Error"):
         load_backbone("RN50", str(broken))
 
 

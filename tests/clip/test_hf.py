@@ -252,8 +252,8 @@ UNREADABLE = {
     "NaFlex": (edit_config(model_type="siglip2"), r"of the kind 'siglip2' \(NaFlex: images of any shape.*\); expected"),
     "weights of other names": (fewer_weights, r"its weights lack logit_scale and \d+ more of the model that config"),
     "a torn file": (truncated, "could not load .*: .*Error"),
-    "another processor": (larger_images, r"gives images \[3, 48, 48\], and its tower takes \[3, 32, 32\]; expected"),
-    "another tokenizer": (smaller_vocabulary, "its tokenizer has 74 tokens, and its text tower 9; expected"),
+    "another processor": (larger_images, r"gives images \[3, 48, 48\], but its tower takes \[3, 32, 32\]; expected"),
+    "another tokenizer": (smaller_vocabulary, "its tokenizer has 74 tokens, but its text tower 9; expected"),
 }  # fmt: skip
 
 
@@ -300,6 +300,8 @@ def test_a_tokenizer_of_a_missing_package_is_told(models, monkeypatch):
         raise ImportError("\nSiglipTokenizer requires the SentencePiece library")
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", missing)
-    with pytest.raises(TowerError, match=r"a package that is not there \(SiglipTokenizer requires.*; install it with"):
+    with pytest.raises(
+        TowerError, match=r"a package that is not installed \(SiglipTokenizer requires.*; install it with"
+    ):
         load_backbone(models["siglip"], "")
     assert hf._INSTALL == "pip install 'vs2-plugin[transformers]'"

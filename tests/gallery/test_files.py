@@ -260,14 +260,14 @@ def test_what_is_there_is_given(save):
 
 
 LACKING = [
-    ({"gallery": False}, {}, "has no gallery of training images; train the checkpoint again by the same"),
-    ({"labels": False}, {"labels": True}, "keeps no training labels, which an oracle reads; .* --gallery_labels"),
+    ({"gallery": False}, {}, "has no gallery of training images; train the checkpoint again with the same"),
+    ({"labels": False}, {"labels": True}, "keeps no training labels, which an oracle needs; .* --gallery_labels"),
     (
         {},
         {"encoder": "resnet10t"},
-        r"has no embeddings by 'resnet10t' \(there: clip, test_vit\); .* --retrieval_encoder resnet10t",
+        r"has no embeddings by 'resnet10t' \(available: clip, test_vit\); .* --retrieval_encoder resnet10t",
     ),
-    ({}, {"n": 12}, "n is 12, and the gallery of checkpoint 'mine' holds 11 images"),
+    ({}, {"n": 12}, "n is 12, but the gallery of checkpoint 'mine' holds 11 images"),
 ]
 
 

@@ -125,7 +125,8 @@ def test_an_image_that_was_left_out_is_named_again_where_activations_are_cached(
 def test_the_sae_of_another_folder_of_the_same_name_is_refused_with_both_ways_out(here, clip_benchmark, capsys):
     words = ("--dataset", "other/photos/", "--output", "x.json")
     code, error = clip_benchmark("eval", "--model", f"vs2:{TINY}", *EVALUATE, *words)
-    assert code == 2 and f"is of {here}/photos/train, and not of {here}/other/photos, which has the same name" in error
+    same = f"was trained on {here}/photos/train, not on {here}/other/photos, which has the same name"
+    assert code == 2 and same in error
     assert f"vs2:{TINY}@{NAME}, or train one on this folder with --name {NAME}-2" in error
     code, error = clip_benchmark("eval", "--model", f"vs2:{TINY}@{NAME}", *EVALUATE, *words)
     assert code == 0, error

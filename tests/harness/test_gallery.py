@@ -168,7 +168,7 @@ MISTAKES = [
     ("vs2pp:{tiny}@small@labels=oracle@n=5", ["'small' keeps no training labels", "--gallery_labels"]),
     ("rag:{tiny}@small@labels=oracle@n=5", ["'small' keeps no training labels"]),
     ("knn:{tiny}@small@encoder=resnet10t@n=5", ["no embeddings by 'resnet10t'", "--retrieval_encoder resnet10t"]),
-    ("vs2pp:{tiny}@small", ["n is 50, and the gallery of checkpoint 'small' holds 48 images"]),
+    ("vs2pp:{tiny}@small", ["n is 50, but the gallery of checkpoint 'small' holds 48 images"]),
     ("knn:{tiny}@small@n=0", ["n='0'", "from 1 to 100000"]),
     ("rag:{tiny}@small@mix=1.5", ["mix='1.5'", "from 0 to 1"]),
     ("rag:{tiny}@small@gate=0.9", ["unknown option 'gate' of rag"]),

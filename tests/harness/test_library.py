@@ -74,7 +74,7 @@ def test_it_is_loaded_in_python_and_told_in_the_card_and_by_the_doctor(place, tm
     found = model.classify(Image.new("L", (8, 8)))
     assert found.probabilities.shape == (1, 2) and tokenizer("one").shape == (1, 16)
     card = (model.checkpoint.save(tmp_path / "copy").folder / "README.md").read_text()
-    assert "`hf:./tiny` was a folder of the machine" in card and "base_model" not in card
+    assert "`hf:./tiny` was a folder on the machine" in card and "base_model" not in card
     main.main(["doctor"])
     assert "hf-tiny_wds-few: 75 images" in capsys.readouterr().out
 
@@ -91,7 +91,10 @@ def test_a_siglip_is_steered_at_its_output(place, clip_benchmark):
 WRONG = [
     (("hf:./nowhere",), "'hf:./nowhere': no folder nowhere; expected one that save_pretrained wrote"),
     (("ViT-B-32", "vs2:hf:./nowhere"), "'hf:./nowhere': no folder nowhere"),
-    (("hf:./tiny@alpha=1",), "no steering method before it, and an '@' in it; expected .*, for example vs2:hf:./tiny"),
+    (
+        ("hf:./tiny@alpha=1",),
+        "it contains an '@', but no steering method comes before it; expected .*, for example vs2:hf:./tiny",
+    ),
     (("vs2:hf:./tiny@none",), "no SAE checkpoint 'none' in the store"),
     (("vs2:hf:",), "is not the name of a model; expected"),
 ]

@@ -140,11 +140,14 @@ MISTAKES = [
     (("--model_type", "vs2", "--model", "ViT-B-32@x=1"), ["unknown option 'x'"]),
     (
         ("--model", TINY, f"vs2:{TINY}", "--output", "x.json"),
-        [f"the results of {TINY} and of vs2:{TINY} one file, 'x.json'", "{model}, {pretrained_full_path}, {dataset}"],
+        [
+            f"the results of {TINY} and of vs2:{TINY} into one file, 'x.json'",
+            "{model}, {pretrained_full_path}, {dataset}",
+        ],
     ),
     (
         ("--pretrained_model", "vs2:RN50,digits/train/0.tar", "vs2:RN50,digits/test/0.tar"),  # two files of one name
-        ["the results of vs2:RN50 and of vs2:RN50 one file, 'digits_0.tar_vs2:RN50", "{pretrained_full_path}"],
+        ["the results of vs2:RN50 and of vs2:RN50 into one file, 'digits_0.tar_vs2:RN50", "{pretrained_full_path}"],
     ),
     (("--model", f"{TINY}@alpha=1"), ["no steering method", f"for example vs2:{TINY}@alpha=1"]),
     (("--model", "hf-hub:org/name@sae"), ["no steering method", "for example vs2:hf-hub:org/name@sae"]),
@@ -417,7 +420,7 @@ def test_an_interruption_of_steered_models_is_one_line(in_demo, clip_benchmark, 
     monkeypatch.setattr("vs2_plugin.model.steered.SteeredCLIP.encode_image", interrupted)
     code, error = clip_benchmark("eval", "--model", f"vs2:{TINY}", *DIGITS, "--output", "interrupted.json")
     assert code == 130 and "Traceback" not in error
-    assert error.endswith("vs2: interrupted; finished results are kept, and --skip_existing passes over them\n")
+    assert error.endswith("vs2: interrupted; finished results are kept, and --skip_existing skips them\n")
 
 
 @pytest.mark.parametrize(

@@ -180,8 +180,8 @@ def test_files_of_weights_have_checkpoints_of_their_own_in_all_commands(few, arc
 
 
 WRONG_FILES = [
-    (b"no weights" * 9, "it is no file of weights ("),
-    ("ViT", "its weights are not those of this architecture (RuntimeError: Error(s) in loading state_dict for CLIP"),
+    (b"no weights" * 9, "it is not a file of weights ("),
+    ("ViT", "its weights do not fit this architecture (RuntimeError: Error(s) in loading state_dict for CLIP"),
 ]
 
 

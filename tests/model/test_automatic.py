@@ -529,7 +529,7 @@ def test_other_tasks_have_no_classes(task, model, few, clip_benchmark, captions)
     assert code == 2 and error.count("\n") == 1 and error.startswith("vs2: error: ")
     if task != "captioning":
         needs = "vs2 with @alpha=auto needs classes" if model.startswith("vs2:") else "vs2s needs classes"
-        assert f"{needs}, and {task} has none; expected the task zeroshot_classification" in error
+        assert f"{needs}, but {task} has none; expected the task zeroshot_classification" in error
 
 
 # ---- in Python

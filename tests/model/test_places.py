@@ -299,7 +299,7 @@ def test_odd_facts_are_refused_at_once_or_left_out_of_the_results(facts, in_demo
 
 
 def test_an_sae_of_no_use_is_told_when_a_model_is_bound_and_in_its_results(in_demo, tmp_path, caplog):
-    for name, facts, told in [("bad", {"fvu": 1.25}, "its FVU is 1.25, and that of the mean activation alone is 1"),
+    for name, facts, told in [("bad", {"fvu": 1.25}, "its FVU is 1.25, while that of the mean activation alone is 1"),
                               ("old", {"training": {}}, None), ("fine", {}, None)]:  # fmt: skip
         folder = tmp_path / name
         shutil.copytree(in_demo / "store/checkpoints/local-dir-tiny-clip_wds-digits", folder)

@@ -10,7 +10,7 @@ def test_reasons_are_cut_between_words():
     words = " ".join(["connection"] * 100)
     assert set(_reason(words, 1).partition(": ")[2].split()) == {"connection", "..."}
     assert _reason("some\nvs2: error: no luck\n", 2) == "no luck"
-    assert _reason(" \n", 3) == "clip_benchmark ended with exit code 3: it said nothing"
+    assert _reason(" \n", 3) == "clip_benchmark ended with exit code 3: it printed nothing"
 
 
 def test_a_command_that_is_not_there(tmp_path):

@@ -31,7 +31,8 @@ def test_reasons_are_cut_between_words(monkeypatch, known):
     missing = missing_weights("B", "w")
     if known:
         assert set(missing.why.partition("OSError: ")[2].split()) == {"connection", "...)"}
-        assert "'MODEL,PATH' for the backbone" in missing.remedy and missing.what == "the weights of B,w cannot be had"
+        assert "'MODEL,PATH' for the backbone" in missing.remedy
+        assert missing.what == "the weights of B,w cannot be obtained"
     else:  # open_clip does not know the name: it was not tried
         assert missing.what == missing.why == words[:305] and missing.remedy == ""
 

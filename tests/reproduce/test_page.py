@@ -31,7 +31,7 @@ def page_of(tables, folder):
 
 def test_cells_stand_in_rows_and_columns_beside_what_was_published(tmp_path):
     page = page_of([(TABLE, MEASURED)], tmp_path)
-    told = "Measured minus published, top-1 %: +0.71 in the mean of 2, at most +1.50 (VS2 <b> / CIFAR-100)."
+    told = "Measured minus published, top-1 %: +0.71 on average over 2, at most +1.50 (VS2 <b> / CIFAR-100)."
     assert "2 of 3 cells were measured." in page.text and told in page.text
     assert "zero-shot 61.00 published 61.07, -0.07" in page.text
     assert "VS2 <b> 66.50 \N{PLUS-MINUS SIGN} 0.71 published 64.0 to 65.0, +1.50" in page.text

@@ -243,8 +243,8 @@ def test_what_is_missing_is_told_for_each_cell_and_the_rest_goes_on(finished, tm
     assert "Traceback" not in done.stderr
     assert "6 of 8 cells could not be measured" in done.stderr
     expected = {
-        "'elsewhere'": "wds/elsewhere is not there",
-        "'no weights'": "the weights of ViT-B-32-quickgelu,openai cannot be had",
+        "'elsewhere'": "wds/elsewhere is missing",
+        "'no weights'": "the weights of ViT-B-32-quickgelu,openai cannot be obtained",
         "'no model'": "open_clip has no model 'ViT-B-99'",
     }
     for text in (done.stdout, (tmp_path / "o{u}t" / "missing.md").read_text()):
@@ -386,8 +386,8 @@ def test_all_that_is_missing_is_told_and_tried_once(tmp_path, monkeypatch, caplo
     assert tried == [("B", "w"), ("dino",)]
     lines = [line.partition(": ")[::2] for line in text.splitlines() if line.startswith("Not measured")]
     assert {reason: which for which, reason in lines} == {
-        "wds/a is not there": "Not measured, 2 cells (column 'A')",
-        "wds/b is not there": "Not measured, 2 cells (column 'B')",
+        "wds/a is missing": "Not measured, 2 cells (column 'A')",
+        "wds/b is missing": "Not measured, 2 cells (column 'B')",
         "B is gone": "Not measured, 4 cells (all of the table)",
         "dino is gone": "Not measured, 2 cells (row 'VS2')",
     }

@@ -78,7 +78,7 @@ CHANGES = {
     "target names a class outside the 6 classes": {"target": np.full(600, 6, np.int32)},
     "prediction names a class outside": {"prediction": np.full(600, -1, np.int32)},
     "rank is float64": {"rank": np.zeros(600)},
-    "confidence holds values that are no finite numbers": {"confidence": np.full(600, np.nan, np.float32)},
+    "confidence holds values that are not finite numbers": {"confidence": np.full(600, np.nan, np.float32)},
     "confidence lies outside 0 to 1": {"confidence": np.full(600, 3, np.float32)},
     "fvu is float32 of shape \\[600, 1\\]": {"fvu": np.zeros((600, 1), np.float32)},
     "steered is int64": {"steered": np.zeros(600, np.int64)},

@@ -44,7 +44,7 @@ def test_a_file_that_was_named_and_is_no_result_is_an_error(tmp_path, content):
 
 def test_bytes_that_are_no_text_missing_files_and_empty_folders(tmp_path):
     (tmp_path / "x.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match=r"is no JSON"):
+    with pytest.raises(DataError, match=r"is not JSON"):
         read([tmp_path / "x.json"])
     with pytest.raises(DataError, match=r"cannot be read .No such file"):
         read([tmp_path / "y.json"])
@@ -71,7 +71,9 @@ def test_numbers_that_are_none(write_run):
 def test_per_image_results_of_another_run(write_run, make_images):
     path = write_run("B", images=make_images(0.5))
     np.savez(path.with_suffix(".images.npz"), **make_images(0.9))
-    with pytest.raises(DataError, match=r"not of the run of B.json: its predictions are right for 8.*, the results"):
+    with pytest.raises(
+        DataError, match=r"does not belong to the run of B.json: its predictions are right for 8.*, the results"
+    ):
         read([path])
 
 

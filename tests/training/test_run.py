@@ -178,11 +178,11 @@ def test_two_folders_of_one_name_keep_a_checkpoint_each(folder, capsys):
         name = "" if how else "@local-dir-clip_wds-digits"
         with pytest.raises(CheckpointError) as error:
             vs2_plugin.load(f"vs2:local-dir:d2/clip{name}", **how)
-        assert "'local-dir-clip_wds-digits' (local-dir:d1/clip) is of another tower" in str(error.value)
+        assert "'local-dir-clip_wds-digits' (local-dir:d1/clip) is for another tower" in str(error.value)
         assert "evaluate it as vs2:local-dir:d2/clip@local-dir-clip_wds-digits-2, or" in str(error.value)
     # A variant that is added would stand beside one of the other tower.
     code, told = train("d2", "--pass_weight", "0.8")
-    assert code == 2 and "(local-dir:d1/clip) is of another tower" in told.err and "add --name" in told.err
+    assert code == 2 and "(local-dir:d1/clip) is for another tower" in told.err and "add --name" in told.err
     command = train("d2")[1].err.partition("keep both with: ")[2].partition("; replace it")[0]
     assert train_sae.main(shlex.split(command)[1:]) == 0
     assert vs2_plugin.load("vs2:local-dir:d2/clip@local-dir-clip_wds-digits-2")

@@ -95,7 +95,9 @@ def test_without_a_model_an_sae_steers_none(activations, capsys):
     assert (checkpoint.name, checkpoint.model, checkpoint.tower) == ("activations", "no CLIP", None)
     assert [site.hookpoint for site in checkpoint.sites] == ["activations"]
     assert json.loads((checkpoint.folder / "vs2.json").read_text())["tower"] is None
-    with pytest.raises(CheckpointError, match=f"steers none; train it again with --model {TINY} and its --pretrained"):
+    with pytest.raises(
+        CheckpointError, match=f"cannot steer one; train it again with --model {TINY} and its --pretrained"
+    ):
         vs2_plugin.load(f"vs2:{TINY}", checkpoint=checkpoint)
     assert train_sae.main(["--activations", "x.npy", "--samples", "300", "--name", "file"]) == 0
     said = capsys.readouterr().out

@@ -66,7 +66,7 @@ def _about(backbone: str, pretrained: str, data: TrainingData, site: SiteSAE) ->
     told = site.trained[0].upper() + site.trained[1:]
     yield f"- {told} {_plain(data)}{split if data.splits else ''}, without labels unless the table says so"
     if data.transductive:
-        yield "- Transductive: images that are evaluated were trained on"
+        yield "- Transductive: it was trained on images that are evaluated"
 
 
 def _saes(sites: Sequence[SiteSAE]) -> Iterator[str]:
@@ -92,7 +92,7 @@ def _saes(sites: Sequence[SiteSAE]) -> Iterator[str]:
         "activation activates it, and dense if more than a tenth of them do."
     )
     yield from _zero_shot(sites)
-    yield from (f"\nOf no use at {_code(site.folder)}: {_plain(site.warning)}." for site in sites if site.warning)
+    yield from (f"\nUseless at {_code(site.folder)}: {_plain(site.warning)}." for site in sites if site.warning)
     listed = ("lr", "samples", "steps", "sae_batch_size", "seed", "recipe", "library")
     settings = [f"{name} {_code(sites[0].training[name])}" for name in listed if name in sites[0].training]
     if settings:
@@ -105,12 +105,12 @@ def _zero_shot(sites: Sequence[SiteSAE]) -> Iterator[str]:
     measured = dict.fromkeys(site.training["recovered_on"] for site in sites if "recovered_on" in site.training)
     if not measured:
         return
-    recovered = "accuracy recovered is what is left of the zero-shot accuracy, above that of one constant activation "
+    recovered = "accuracy recovered is the share left of the zero-shot accuracy above that of one constant activation "
     recovered += "(labels were read for it), and "
     told = recovered if any("recovered" in site.training for site in sites) else ""
     yield (
-        f"\nWhere the reconstruction takes the activation's place, {told}predictions kept is the share of images whose "
-        f"zero-shot class stays: of {'; of '.join(map(_plain, measured))}."
+        f"\nWhen the reconstruction replaces the activation, {told}predictions kept is the share of images whose "
+        f"zero-shot class stays the same: of {'; of '.join(map(_plain, measured))}."
     )
 
 
@@ -125,7 +125,7 @@ def _use(
     yield "## Use"
     yield ""
     if not backbone:
-        yield "These SAEs are of no named tower, and steer none. `sparsify.SparseCoder.load_many` loads them."
+        yield "These SAEs belong to no named tower and cannot steer one. `sparsify.SparseCoder.load_many` loads them."
         return
     model = f"vs2:{backbone}@{name}"
     variants = {site.variant for site in sites}
@@ -142,19 +142,19 @@ def _use(
     yield "model.classify('photo.jpg')"
     yield "```"
     yield ""
-    yield "The tower has to be the very one that they were trained on; any other is refused. No code is executed."
+    yield "The tower must be exactly the one that they were trained on; any other is refused. No code is executed."
     if "pass" in variants:
         yield "The SAE trained by PASS, with labels, is for `pass:`."
     if gallery is None:
-        yield "Methods that look into a gallery of training images (`vs2s`, `auto`, `vs2pp`, ...) find none here."
+        yield "Methods that use a gallery of training images (`vs2s`, `auto`, `vs2pp`, ...) find none here."
     else:
         kept = "activations, embeddings and labels" if gallery.labels else "activations and embeddings"
         yield (
-            f"A gallery of {gallery.count:,} training images ({kept}, no pictures) goes with them, for methods that "
-            "look into one (`vs2s`, `auto`, `vs2pp`, ...)."
+            f"A gallery of {gallery.count:,} training images ({kept}, no pictures) is included, for methods "
+            "that use one (`vs2s`, `auto`, `vs2pp`, ...)."
         )
     if backbone.startswith(LOCAL) or isinstance(library_place(backbone), str):
-        yield f"{_code(backbone)} was a folder of the machine that they were trained on."
+        yield f"{_code(backbone)} was a folder on the machine where they were trained."
 
 
 def _number(value: object) -> str:

@@ -114,7 +114,7 @@ class Checkpoint:
                 raise ValueError(problem)
             checkpoint = replace(checkpoint, digest=manifest_digest(values))
             if values.get("digest", checkpoint.digest) != checkpoint.digest:  # none before version 0.2
-                raise ValueError("it is not what was written: its digest is that of other values")
+                raise ValueError("it is not what was written: its digest does not match its values")
             return checkpoint
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}; {AGAIN}") from error
@@ -150,7 +150,7 @@ class Checkpoint:
             return cls._fetched(repository, revision, found, again=True)
         except CheckpointError as error:
             told = str(error).removesuffix(_fetching(found))
-            raise CheckpointError(f"{told}; so it is on the hub: tell whoever pushed it") from error
+            raise CheckpointError(f"{told}; it is the same on the hub: tell whoever pushed it") from error
 
     @classmethod
     def _fetched(cls, repository: str, revision: str | None, found: str, again: bool = False) -> Checkpoint:
@@ -167,7 +167,8 @@ class Checkpoint:
         try:
             checkpoint = replace(cls.load(folder), hub=hub)
         except CheckpointNotFound as error:
-            raise CheckpointError(f"{hub} holds no {MANIFEST}; expected what vs2 store push puts there") from error
+            raise CheckpointError(f"{hub} holds no {MANIFEST}; expected a checkpoint that vs2 store push "
+                                  "wrote") from error
         except CheckpointError as error:
             raise _fetch_again(hub, error) from error
         if not _are_there(checkpoint):
@@ -211,7 +212,7 @@ class Checkpoint:
         if not sites:
             there = " and ".join(sorted({site.variant for site in self.sites}))
             how = " and --pass_weight 0.8 (it reads the training labels)" if variant == "pass" else ""
-            again = "train one of your own by" if self.hub else "add one to it by"
+            again = "train your own with" if self.hub else "add one to it with"
             raise CheckpointError(
                 f"checkpoint {self.name!r} has no {variant} SAE, only {there}; {again} vs2-train-sae with its "
                 f"--model, --pretrained and --dataset{how}"
@@ -234,8 +235,8 @@ class Checkpoint:
     def _again(self, flags: str = "") -> str:
         """What makes it again, with these flags. Whoever fetched it did not train it."""
         if self.hub:
-            return f"train one of your own by vs2-train-sae {flags}".rstrip()
-        return f"{AGAIN} by the same vs2-train-sae command with --overwrite {flags}".rstrip()
+            return f"train your own with vs2-train-sae {flags}".rstrip()
+        return f"{AGAIN} with the same vs2-train-sae command and --overwrite {flags}".rstrip()
 
     def require_tower(self, tower: Tower, backbone: str, method: str = "vs2") -> None:
         """Refuse a tower other than the one that the SAEs were trained on.
@@ -252,15 +253,15 @@ class Checkpoint:
         """
         if self.tower is None:
             raise CheckpointError(
-                f"checkpoint {self.name!r} was trained on activations of no named tower, and steers none; train it "
-                f"again with --model {backbone} and its --pretrained"
+                f"checkpoint {self.name!r} was trained on activations of an unnamed tower, and cannot steer one; train "
+                f"it again with --model {backbone} and its --pretrained"
             )
         difference = self.tower.difference(tower)
         if difference and self.hub:
-            raise CheckpointError(f"checkpoint {self.name!r} steers {self.model}, and no other: {difference}")
+            raise CheckpointError(f"checkpoint {self.name!r} steers only {self.model}: {difference}")
         if difference:
             raise CheckpointError(
-                f"checkpoint {self.name!r} ({self.model}) is of another tower: {difference}; for {backbone} as it is "
+                f"checkpoint {self.name!r} ({self.model}) is for another tower: {difference}; for {backbone} as it is "
                 f"loaded now, add --name {self.free_name} to its vs2-train-sae command and evaluate it as "
                 f"{method}:{backbone}@{self.free_name}, or replace the checkpoint with --overwrite"
             )
@@ -280,23 +281,23 @@ class Checkpoint:
             if GIVEN in self.data.splits:
                 again = "train one on images, with their gallery"
             elif self.hub:
-                again = f"whoever pushed it may add theirs by vs2 store push --gallery, or {self._again()}"
+                again = f"whoever pushed it can add theirs with vs2 store push --gallery, or {self._again()}"
             else:
                 again = self._again("and without --no_gallery")
             raise CheckpointError(f"checkpoint {self.name!r} has no gallery of training images; {again}")
         if labels and not self.gallery.labels:
             raise CheckpointError(
-                f"checkpoint {self.name!r} keeps no training labels, which an oracle reads; "
+                f"checkpoint {self.name!r} keeps no training labels, which an oracle needs; "
                 f"{self._again('--gallery_labels')}"
             )
         if encoder not in self.gallery.encoders:
             raise CheckpointError(
-                f"checkpoint {self.name!r} has no embeddings by {encoder!r} (there: {', '.join(self.gallery.encoders)})"
-                f"; {self._again(f'--retrieval_encoder {encoder}')}"
+                f"checkpoint {self.name!r} has no embeddings by {encoder!r} (available: "
+                f"{', '.join(self.gallery.encoders)}); {self._again(f'--retrieval_encoder {encoder}')}"
             )
         if n > self.gallery.count:
             raise CheckpointError(
-                f"n is {n}, and the gallery of checkpoint {self.name!r} holds {self.gallery.count} images"
+                f"n is {n}, but the gallery of checkpoint {self.name!r} holds {self.gallery.count} images"
             )
         return self.gallery
 
@@ -358,7 +359,7 @@ class Checkpoint:
         except CheckpointError as error:
             if self._is_replaced():
                 raise CheckpointReplaced(
-                    f"checkpoint {self.name!r} was replaced while it was read; run the same command again"
+                    f"checkpoint {self.name!r} was replaced while it was being read; run the same command again"
                 ) from error
             if self.hub:
                 raise _fetch_again(self.hub, error) from error
@@ -413,7 +414,7 @@ class Checkpoint:
         """
         folder = Path(folder).expanduser()
         if folder.exists() and not (overwrite and (folder / MANIFEST).is_file()):
-            raise DataError(f"there is a {folder} already; name a new folder")
+            raise DataError(f"{folder} already exists; name a new folder")
         self.verify()
         folder.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(folder) as scratch:
@@ -497,7 +498,7 @@ def _fetch_again(hub: str, error: CheckpointError) -> CheckpointError:
 
 
 def _fetching(hub: str) -> str:
-    return f"; fetch it again by vs2 store pull {hub}"
+    return f"; fetch it again with vs2 store pull {hub}"
 
 
 def save_checkpoint(

@@ -35,7 +35,7 @@ def export(checkpoint: Checkpoint, folder: Path, format: str) -> list[Path]:
     from vs2_plugin.sae.foreign import WRITERS
 
     if folder.exists():
-        raise DataError(f"{folder} is there already; remove it, or name another folder")
+        raise DataError(f"{folder} already exists; remove it, or name another folder")
     with atomic_folder(folder) as scratch:
         for site in checkpoint.sites:
             sae, _ = checkpoint.sae(site)

@@ -45,7 +45,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {type(error).__name__} {error}; {AGAIN}") from error
     if not isinstance(values, dict) or values.get("format") != _FORMAT:
-        raise CheckpointError(f"{path} is no {_FORMAT} file")
+        raise CheckpointError(f"{path} is not a {_FORMAT} file")
     if values.get("format_version") != _VERSION:
         raise CheckpointError(
             f"{path} has format version {reprlib.repr(values.get('format_version'))}, this vs2-plugin "

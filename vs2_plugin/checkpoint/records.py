@@ -22,11 +22,11 @@ __all__ = ["FEW", "GIVEN", "RETRAIN", "SiteSAE", "TrainingData", "problems"]
 GIVEN = "given"
 #: What mends an SAE that is of no use.
 RETRAIN = (
-    "train it again by vs2-train-sae --overwrite with more images or --samples, a larger --k, a smaller "
+    "train it again with vs2-train-sae --overwrite and more images or --samples, a larger --k, a smaller "
     "--expansion_factor or a lower --lr"
 )
 #: What helps an SAE that explains less than principal components.
-FEW = "more images help most, with fewer than some hundred --expansion_factor 1 a little"
+FEW = "more images help most; with fewer than a few hundred, --expansion_factor 1 helps a little"
 #: The share of dead latents that is too much.
 _MOSTLY = 0.5
 #: Of an SAE; see sae.files, which is not read before torch is needed.
@@ -146,7 +146,7 @@ class SiteSAE:
         """
         dead = self.training.get("dead")
         if self.fvu >= 1:
-            return f"its FVU is {self.fvu:.4g}, and that of the mean activation alone is 1"
+            return f"its FVU is {self.fvu:.4g}, while that of the mean activation alone is 1"
         if isinstance(dead, float) and dead > _MOSTLY:
             return f"{dead:.1%} of its latents are dead"
         return None
@@ -163,8 +163,8 @@ class SiteSAE:
         if taken or not isinstance(told, float) or self.fvu <= told:
             return None
         return (
-            f"it explains {1 - self.fvu:.1%} of the variance of images that it has not seen, and as many principal "
-            f"components as latents are active ({k}) {1 - told:.1%}"
+            f"it explains {1 - self.fvu:.1%} of the variance of images that it has not seen, but as many principal "
+            f"components as active latents ({k}) explain {1 - told:.1%}"
         )
 
     @property
@@ -179,9 +179,9 @@ def problems(data: TrainingData, sites: Sequence[SiteSAE], gallery: GalleryConte
     if not folders:
         yield "it has no sites"
     if len(set(folders)) < len(folders):
-        yield "two of its SAEs are of one site"
+        yield "two of its SAEs are for the same site"
     if not 0 <= data.images < _MOST:
-        yield f"it is of {reprlib.repr(data.images)} images"
+        yield f"it was made from {reprlib.repr(data.images)} images"
     for number, site in enumerate(sites):
         for problem in _site_problems(site):
             yield f"sites[{number}] {problem}"
@@ -202,7 +202,7 @@ def _site_problems(site: SiteSAE) -> Iterator[str]:
     if not all(-_FLOAT32 < value < _FLOAT32 for value in site.mean):
         yield "has a mean that is not finite in float32"
     if not 0 <= site.fvu < _FLOAT32:
-        yield f"has FVU {reprlib.repr(site.fvu)}; expected a number from 0 on"
+        yield f"has FVU {reprlib.repr(site.fvu)}; expected a number of at least 0"
     yield from _quantile_problems(site.fvu_quantiles)
 
 
@@ -222,7 +222,7 @@ def _gallery_problems(gallery: GalleryContents) -> Iterator[str]:
     for part in gallery.parts:
         if not 0 < part.count < _MOST or not 0 <= (part.classes or 0) < _MOST:
             shown = reprlib.repr([part.count, part.classes])
-            yield f"its gallery has images and classes {shown}; expected numbers from 1 on"
+            yield f"its gallery has images and classes {shown}; expected numbers of at least 1"
     if "clip" not in gallery.encoders:
         yield "its gallery has no embeddings by clip"
     for name, encoder in gallery.encoders.items():

@@ -184,7 +184,7 @@ class Store:
 
     def without(self, name: str) -> str:
         """Words for a checkpoint that is not here, with those that are."""
-        return f"no SAE checkpoint {name!r} in the store {self.root} (there: {', '.join(self.names()) or 'none'})"
+        return f"no SAE checkpoint {name!r} in the store {self.root} (available: {', '.join(self.names()) or 'none'})"
 
     def name_for(self, backbone: str, pretrained: str, dataset: str) -> str:
         """The name under which the checkpoint of a model and a data set is found and written.
@@ -222,9 +222,9 @@ class Store:
         if home and not found.data.is_of(home):
             of, other = " ".join(filter(None, found.data.folders)), found.free_name
             raise CheckpointError(
-                f"checkpoint {found.name!r} is of {of}, and not of {home}, which has the same name; use it all the "
-                f"same as vs2:{backbone}@{found.name}, or train one on this folder with --name {other} and use that as "
-                f"vs2:{backbone}@{other}"
+                f"checkpoint {found.name!r} was trained on {of}, not on {home}, which has the same name; use it "
+                f"anyway as vs2:{backbone}@{found.name}, or train one on this folder with --name {other} and use that "
+                f"as vs2:{backbone}@{other}"
             )
         return found
 
@@ -272,10 +272,10 @@ def _refuse_foreign(folder: Path) -> None:
     if not found:
         return
     if (folder.parent / MANIFEST).is_file():
-        raise CheckpointError(f"{folder} is a part of a checkpoint; name the folder around it: {folder.parent}")
+        raise CheckpointError(f"{folder} is part of a checkpoint; name the folder that contains it: {folder.parent}")
     first, several = next(iter(found)), "" if len(found) == 1 else f" and {len(found) - 1} more"
     raise CheckpointError(
-        f"{folder} holds an SAE by {found[first]}{several}, and no checkpoint; make one of it with: "
+        f"{folder} holds an SAE by {found[first]}{several}, but no checkpoint; make one from it with: "
         f"{shlex.join(['vs2', 'store', 'import', str(first)])} and the --model, --pretrained and --dataset that it is "
         "for, and a --name"
     )

@@ -99,7 +99,7 @@ def _check_own_weights(backbone: str) -> None:
         return
     if backbone.startswith(HUB):
         if "/" not in backbone:
-            raise TowerError(f"{backbone!r} names no repository of the hub; expected {HUB}ORGANISATION/NAME")
+            raise TowerError(f"{backbone!r} does not name a repository on the hub; expected {HUB}ORGANISATION/NAME")
         return
     config = Path(backbone.removeprefix(LOCAL)) / "open_clip_config.json"
     if not config.is_file():
@@ -224,7 +224,7 @@ def load_backbone(
 def _of_file(backbone: str, error: Exception) -> str:
     """Say what is wrong with a file of weights that open_clip could not load."""
     other = "loading state_dict" in str(error)  # torch's words
-    found = "its weights are not those of this architecture" if other else "it is no file of weights"
+    found = "its weights do not fit this architecture" if other else "it is not a file of weights"
     return (
         f"{found} ({one_line(reason_of(error), 160)}); expected what open_clip wrote for {backbone}, a state_dict or a "
         "checkpoint of a training, as .pt or .safetensors"
@@ -246,6 +246,6 @@ def _require_numbers(model: Any, what: str) -> None:
     for name, weights in model.visual.named_parameters():
         if not weights.isfinite().all():
             raise TowerError(
-                f"{what}: visual.{name} holds NaN or infinity; expected weights that are numbers: give another file or "
+                f"{what}: visual.{name} holds NaN or infinity; expected finite weights: give another file or "
                 f"tag as --pretrained, or another folder as {LOCAL}PATH or {TRANSFORMERS}PATH"
             )

@@ -207,8 +207,8 @@ def load_library(
             )
     except ImportError as error:
         raise TowerError(
-            f"could not load {model_name}: it needs a package that is not there ({one_line(str(error), 80)}); install "
-            f"it with: {_INSTALL}"
+            f"could not load {model_name}: it needs a package that is not installed ({one_line(str(error), 80)}); "
+            f"install it with: {_INSTALL}"
         ) from error
     except Exception as error:  # whatever the library, safetensors or torch raised
         raise TowerError(f"could not load {model_name}: {reason_of(error)}") from error
@@ -353,11 +353,11 @@ def _check_parts(name: str, model: Any, told: Mapping[str, Any], transform: _Tra
     given = list(transform(Image.new("RGB", (size + 8, size))).shape)
     if given != [3, size, size]:
         raise TowerError(
-            f"{name}: its processor gives images {given}, and its tower takes {[3, size, size]}; expected the "
+            f"{name}: its processor gives images {given}, but its tower takes {[3, size, size]}; expected the "
             "processor that belongs to it"
         )
     if len(tokenizer) > tokens:
         raise TowerError(
-            f"{name}: its tokenizer has {len(tokenizer):,} tokens, and its text tower {tokens:,}; expected the "
+            f"{name}: its tokenizer has {len(tokenizer):,} tokens, but its text tower {tokens:,}; expected the "
             "tokenizer that belongs to it"
         )

@@ -103,7 +103,7 @@ def _patch_models(module: Any) -> None:
     stock = module.TYPE2FUNC["open_clip"]
     signature = _signature(stock, "model_name", "pretrained", "cache_dir", "device")
     if not isinstance(module.MODEL_TYPES, list):
-        raise AttributeError("MODEL_TYPES is no list")
+        raise AttributeError("MODEL_TYPES is not a list")
     known = registry()
     for label, problem in known.broken.items():
         complain(f"vs2_plugin: plugin {label} failed to load, its methods are not available: {problem}")
@@ -290,7 +290,7 @@ def _code_of(error: BaseException, steered: bool) -> int | None:
         complain(f"vs2: error: {sentence_of(error)}")
         return 2
     if steered and is_interruption(error):
-        complain("vs2: interrupted; finished results are kept, and --skip_existing passes over them")
+        complain("vs2: interrupted; finished results are kept, and --skip_existing skips them")
         return 130
     return None
 

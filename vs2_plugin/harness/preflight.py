@@ -121,8 +121,8 @@ def _steered(evaluations: Sequence[Evaluation]) -> Iterator[Evaluation]:
             yield run
         elif ignores_pretrained(run.model) and "@" in run.model and not os.path.isdir(run.model.partition(":")[2]):
             raise ModelStringError(
-                f"model {run.model!r}: no steering method before it, and an '@' in it; expected {GRAMMAR}, for example "
-                f"vs2:{run.model}"
+                f"model {run.model!r}: it contains an '@', but no steering method comes before it; expected {GRAMMAR}, "
+                f"for example vs2:{run.model}"
             )
 
 
@@ -143,9 +143,9 @@ def check_outputs(evaluations: Sequence[Evaluation]) -> None:
         if other != run and any(is_steered(one.model) or _named(one).home for one in (run, other)):
             fields = ("model", "pretrained_full_path", "dataset", "language", "task")
             raise HarnessError(
-                f"--output {run.output!r} gives the results of {other.model} and of {run.model} one file, "
-                f"{run.output_file!r}, and only the last would be kept; expected a name that holds what differs, of "
-                f"{', '.join(f'{{{name}}}' for name in fields)}"
+                f"--output {run.output!r} puts the results of {other.model} and of {run.model} into one file, "
+                f"{run.output_file!r}, and only the last would be kept; expected a name that contains what differs, "
+                f"out of {', '.join(f'{{{name}}}' for name in fields)}"
             )
 
 
@@ -166,7 +166,7 @@ def _check_task(model: ModelString, run: Evaluation) -> None:
         chosen = "".join(f"@{option.name}=auto" for option in automatic)
         how = "" if method.classes or model.outer else f" with {chosen or '@labels=pseudo'}"
         raise HarnessError(
-            f"{run.model}: {model.name}{how} needs classes, and {task} has none; expected the task "
+            f"{run.model}: {model.name}{how} needs classes, but {task} has none; expected the task "
             "zeroshot_classification"
         )
     if automatic and options["prior"] is not None:
@@ -183,7 +183,7 @@ def _check_probe(model: ModelString, run: Evaluation) -> None:
             "up the neighbours of one batch at a time; expected another task, or a method without a gallery"
         )
     if not torch.cuda.is_available():
-        raise HarnessError(f"{run.model}: clip_benchmark's linear probe needs a CUDA device, and there is none")
+        raise HarnessError(f"{run.model}: clip_benchmark's linear probe needs a CUDA device, but there is none")
 
 
 def _check_output(run: Evaluation, output: str) -> None:
@@ -253,12 +253,12 @@ def _look_at_data(runs: Sequence[Evaluation]) -> dict[str, int]:
 def _look_at_folder(named: DataSet, run: Evaluation) -> None:
     """Refuse a folder that does not do for the evaluation."""
     if run.own_task not in (CLASSIFICATION, "linear_probe"):
-        raise HarnessError(f"{named.root}: a folder of images has classes, and nothing for the task {run.own_task}")
+        raise HarnessError(f"{named.root}: a folder of images has classes, but nothing for the task {run.own_task}")
     images = build(named, run.split, **_custom_files(run))
     _LOG.info("%s", images.about)
     if run.own_task == "linear_probe" and images.folder == named.home:
         raise HarnessError(
-            f"{named.root} has no folders train/ and test/, so that a linear probe would be trained on the images that "
+            f"{named.root} has no folders train/ and test/, so a linear probe would be trained on the images that "
             "it is evaluated on"
         )
 

@@ -73,4 +73,4 @@ def _reason(said: str, code: int) -> str:
     ours = [line.partition("error: ")[2] for line in lines if line.startswith("vs2: error: ")]
     if ours:
         return ours[-1]
-    return f"clip_benchmark ended with exit code {code}: {one_line(lines[-1]) if lines else 'it said nothing'}"
+    return f"clip_benchmark ended with exit code {code}: {one_line(lines[-1]) if lines else 'it printed nothing'}"

@@ -71,7 +71,7 @@ def _try(load: Callable[[], object], what: str, remedy: str) -> Missing | None:
     except Vs2Error as error:
         if error.__cause__ is None:  # a name that is not known, which is said without trying
             return Missing(one_line(str(error), 1000), one_line(str(error), 1000), "")
-        return Missing(f"{what} cannot be had", f"could not load {what} ({reason_of(error.__cause__)})", remedy)
+        return Missing(f"{what} cannot be obtained", f"could not load {what} ({reason_of(error.__cause__)})", remedy)
     finally:
         logging.disable(logging.NOTSET)
     return None
@@ -97,7 +97,7 @@ def missing_data(dataset: str, dataset_root: str, split: str) -> Missing | None:
     except DataError as error:
         reason = one_line(f"{reason_of(error.__cause__ or error)} {said.getvalue()}")
         return Missing(
-            f"{dataset} is not there",
+            f"{dataset} is missing",
             f"clip_benchmark could not fetch {dataset} into {root} ({reason})",
             "run the same command where there is a network, or copy the folder from there, or make shards of your own "
             "and write wds/NAME in the file",
@@ -113,10 +113,10 @@ def _missing_shards(named: DataSet, dataset: str, split: str) -> Missing | None:
         try:
             local_shards(root, split)
         except DataError as error:
-            return Missing(f"{dataset} is not there", str(error), "")
+            return Missing(f"{dataset} is missing", str(error), "")
         return None
     why = f"no file {file}" if Path(root).is_dir() else f"no folder {root} of {dataset}"
-    return Missing(f"{dataset} is not there", why, _how_to_make(dataset, root))
+    return Missing(f"{dataset} is missing", why, _how_to_make(dataset, root))
 
 
 def _how_to_make(dataset: str, root: str) -> str:

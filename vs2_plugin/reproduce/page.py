@@ -66,6 +66,6 @@ def _told(cells: Sequence[Measured]) -> Iterator[str]:
             mean = fmean(difference for difference, _ in apart)
             most, where = max(apart, key=lambda pair: abs(pair[0]))
             yield (
-                f"Measured minus published, {UNITS[metric]}: {mean:+.{decimals}f} in the mean of {len(apart)}, at most "
-                f"{most:+.{decimals}f} ({where.cell.title})."
+                f"Measured minus published, {UNITS[metric]}: {mean:+.{decimals}f} on average over {len(apart)}, at "
+                f"most {most:+.{decimals}f} ({where.cell.title})."
             )

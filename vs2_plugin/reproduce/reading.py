@@ -219,14 +219,16 @@ class _Reader:
     def spec(self, model: str | None, backbone: str, place: str) -> ModelString | None:
         if model is None or not is_steered(model):
             if model not in (None, backbone):
-                raise self.wrong(place, f"model {model!r} is not of backbone {backbone!r}; write {{backbone}} for it")
+                raise self.wrong(place, f"model {model!r} does not have the backbone {backbone!r}; write {{backbone}} "
+                                        "instead")
             return None
         try:
             spec = parse(model)
         except ModelStringError as error:
             raise self.wrong(place, str(error)) from None
         if spec.backbone != backbone:
-            raise self.wrong(place, f"model {model!r} is not of backbone {backbone!r}; write {{backbone}} for it")
+            raise self.wrong(place, f"model {model!r} does not have the backbone {backbone!r}; write {{backbone}} "
+                                    "instead")
         if spec.checkpoint:
             raise self.wrong(place, f"model {model!r} names a checkpoint; leave it out: sae says how it is trained")
         return spec
@@ -236,11 +238,11 @@ class _Reader:
         if metric not in METRICS:
             raise self.wrong(place, f"metric {metric!r}; expected {', '.join(METRICS)}")
         if given["class"] is not None and metric != "gain":
-            raise self.wrong(place, "a class belongs to the metric gain")
+            raise self.wrong(place, "a class is only for the metric gain")
         if model is None or metric == "accuracy":
             return
         if spec is None or (metric == "fvu" and not spec.method.needs_checkpoint):
-            raise self.wrong(place, f"metric {metric} is not of the plain model {model!r}")
+            raise self.wrong(place, f"metric {metric} is not for the plain model {model!r}")
 
     def prompts(self, value: Any, place: str) -> tuple[str, ...]:
         if value == _HARNESS:
@@ -286,7 +288,7 @@ class _Reader:
             raise self.wrong(place, f"{value!r:.80}; expected keys with values")
         for key in value:
             if not isinstance(key, str):
-                raise self.wrong(place, f"key {key!r} is no text; put it in quotes")
+                raise self.wrong(place, f"key {key!r} is not text; put it in quotes")
         return dict(value)
 
     def items(self, value: Any, place: str) -> list[Any]:
@@ -316,13 +318,13 @@ def _load(path: Path) -> Any:
             names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
             for key, _ in node.value:
                 if names.count(key.value) > 1:
-                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
             return super().construct_mapping(node, deep)
 
         def construct_yaml_int(self, node: Any) -> int:
             number: int = super().construct_yaml_int(node)
             if abs(number) >= 2**63:
-                raise yaml.constructor.ConstructorError(None, None, "a number of too many digits", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, "a number with too many digits", node.start_mark)
             return number
 
     Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
@@ -335,4 +337,4 @@ def _load(path: Path) -> Any:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}" if mark else "the file"
         problem = getattr(error, "problem", None) or one_line(str(error), 200)
-        raise SettingError(f"{path}: {place}: no valid YAML: {problem}") from None
+        raise SettingError(f"{path}: {place}: not valid YAML: {problem}") from None

@@ -58,7 +58,7 @@ def best(cell: Cell, candidates: Sequence[Measured]) -> Measured:
     """Return a cell that is the best of others. It has a number only if all of them have theirs."""
     means = [one.mean for one in candidates if one.mean is not None and not one.problems]
     if len(means) < len(candidates):
-        return Measured(cell, problems=("not all of the rows that it is the best of could be measured",))
+        return Measured(cell, problems=("not all of the rows it is the best of could be measured",))
     chosen = candidates[means.index(max(means))]
     return Measured(cell, chosen.values, (), {**chosen.facts, "chosen": chosen.cell.row})
 
@@ -93,8 +93,8 @@ def notes(table: Table, cells: Sequence[Measured]) -> Iterator[str]:
     for measured in cells:
         if "chosen" in measured.facts:
             yield (
-                f"{measured.cell.title}: that of {measured.facts['chosen']!r}, which is best by the numbers of this "
-                "table. So it was chosen on the images that are evaluated, and is an upper bound."
+                f"{measured.cell.title}: that of {measured.facts['chosen']!r}, the best by the numbers of this table. "
+                "It was therefore chosen on the images that are evaluated, and is an upper bound."
             )
     yield from _not_measured(cells)
 

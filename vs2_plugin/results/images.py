@@ -217,7 +217,7 @@ def _malformed(name: str, array: Array, count: int) -> Iterator[str]:
     if array.shape != (count,) or array.dtype.kind != kind or count == 0:
         yield f"{name} is {_shape(array)} for {count} images"
     if kind == "f" and not np.isfinite(array).all():
-        yield f"{name} holds values that are no finite numbers"
+        yield f"{name} holds values that are not finite numbers"
 
 
 def _out_of_range(name: str, array: Array, classes: int) -> Iterator[str]:

@@ -176,7 +176,7 @@ def read_run(path: Path) -> Run:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); expected {EXPECTED}") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is no JSON ({error}); expected {EXPECTED}") from error
+        raise DataError(f"{path} is not JSON ({error}); expected {EXPECTED}") from error
     fits = isinstance(content, dict) and isinstance(content.get("metrics"), dict)
     if not fits or not all(isinstance(content.get(key), str) for key in ("dataset", "model", "task")):
         raise DataError(f"{path} is not {EXPECTED}")
@@ -216,8 +216,9 @@ def _with_images(run: Run) -> Run:
     images = Images.read(beside)
     if acc1 is not None and abs(images.accuracy - acc1) > _TIES:
         raise DataError(
-            f"{beside} is not of the run of {run.path.name}: its predictions are right for {images.accuracy:.2%} of "
-            f"the images, the results say {acc1:.2%}; run the evaluation again with VS2_PER_IMAGE=1"
+            f"{beside} does not belong to the run of {run.path.name}: its predictions are right for "
+            f"{images.accuracy:.2%} of the images, the results say {acc1:.2%}; run the evaluation again with "
+            "VS2_PER_IMAGE=1"
         )
     return replace(run, images=images)
 
