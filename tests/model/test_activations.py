@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import vs2_plugin
 from vs2_plugin.clip.edits import reading
-from vs2_plugin.demo.digits import CLASSES
+from vs2_plugin.demo.digits import CLASSES, read_digits
 from vs2_plugin.errors import DataError, HarnessError
 
 from .conftest import TINY
@@ -81,3 +81,44 @@ def test_methods_that_ask_for_more_than_activations_say_so(in_demo):
         load(method="vs2s").steer(F.normalize(torch.ones(1, 128)))
     with pytest.raises(HarnessError, match="methods with a gallery steer within encode_image only"):
         load("@n=5@blocks=1", method="vs2pp", classes=CLASSES, amp=False).steer(torch.ones(1, 128))
+
+
+def test_behind_another_place_an_activation_does_not_tell_the_plain_embedding(in_demo):
+    model = load("@blocks=2+3@n=5", "vs2pp", classes=CLASSES, amp=False)
+    with pytest.raises(HarnessError):
+        model.steer(torch.randn(3, 128), block=3)
+    assert load("@blocks=2+3").steer(torch.randn(3, 128), block=3).shape == (3, 128)
+
+
+@pytest.mark.parametrize("kind", [">f4", "longdouble"])
+def test_numbers_that_torch_does_not_have_are_refused(kind, in_demo):
+    x = np.random.default_rng(0).normal(size=(40, 128)).astype(kind)
+    with pytest.raises(DataError, match="expected native float16, float32 or float64"):
+        load().steer(x)
+    with pytest.raises(DataError, match="expected floating-point numbers"):
+        vs2_plugin.train(x)
+    with pytest.raises(DataError, match="row 1 of the activations holds NaN or infinity, as float32"):
+        load().steer(torch.tensor([[1.0], [1e300]], dtype=torch.float64).expand(2, 128))
+
+
+def test_an_image_is_steered_where_a_gate_at_any_place_lets_it_through(in_demo, images):
+    model = load("@blocks=2+3@gate=0.5@alpha=3", classes=CLASSES, amp=False)
+    digits = read_digits("test")[0][:200]
+    transform = model.transform
+    found = model.classify(torch.stack([transform(image) for image in digits]))
+    first = load("@blocks=2@gate=0.5@alpha=3", classes=CLASSES, amp=False)
+    alone = first.classify(torch.stack([transform(image) for image in digits]))
+    assert (found.steered >= alone.steered).all() and alone.steered.any()
+    assert ((found.logits - found.plain_logits).abs().amax(1)[~found.steered] < 1e-3).all()
+
+
+def test_class_embeddings_are_used_in_the_precision_of_the_model(in_demo, images, caplog):
+    for amp in (False, True):
+        named = load(classes=CLASSES, amp=amp)
+        model = load(amp=amp)
+        model.set_classifier(named.classifier.weights.double())
+        assert model.classifier.amp is amp
+        assert torch.equal(model.classify(images).logits, named.classify(images).logits)
+    assert "unit norm" not in caplog.text
+    model.set_classifier(7 * named.classifier.weights)
+    assert "class embeddings are not of unit norm" in caplog.text

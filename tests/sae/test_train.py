@@ -12,7 +12,7 @@ from vs2_plugin.errors import DataError, SettingError
 from vs2_plugin.sae import source
 from vs2_plugin.sae import train as train_module
 from vs2_plugin.sae.config import RECIPES, TrainConfig
-from vs2_plugin.sae.fit import QUANTILES
+from vs2_plugin.sae.fit import QUANTILES, pca_fvu
 from vs2_plugin.sae.source import Source
 from vs2_plugin.sae.topk import fvu, sample_fvu
 from vs2_plugin.sae.train import train_sae
@@ -258,3 +258,16 @@ def test_zeros_are_filled_in_by_the_number_of_activations():
 def test_the_paper_recipe_states_what_the_paper_does():
     paper = TrainConfig(**RECIPES["paper"])
     assert (paper.lr, paper.auxk, paper.rescale, paper.init, paper.activation) == (5e-4, 0.0, False, "random", "relu")
+
+
+def test_of_few_activations_there_are_few_principal_components():
+    """Beyond their number, directions would explain what happens to lie along them."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 128)).astype(np.float32)
+    fitted, held = np.arange(40), np.arange(40, 60)
+    known, rows = x[fitted].astype(np.float64), x[held].astype(np.float64)
+    vectors = np.linalg.svd(known - known.mean(0), full_matrices=False)[2][:39]
+    rest = rows - known.mean(0)
+    rest = rest - rest @ vectors.T @ vectors
+    expected = np.square(rest).sum() / np.square(rows - rows.mean(0)).sum()
+    assert pca_fvu(Source(x, "cpu"), fitted, held, 64) == pytest.approx(expected, rel=1e-4)

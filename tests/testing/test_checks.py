@@ -28,6 +28,14 @@ def test_built_in_methods_pass(name):
     check(WITH.get(name, name))
 
 
+def test_a_method_may_read_the_images_at_hand(monkeypatch):
+    def build(context):
+        return lambda x, batch: x + batch.images.mean((1, 2, 3))[:, None]
+
+    monkeypatch.setitem(registry().methods, "sees", Method("sees", build))
+    check("sees")
+
+
 class Of:
     """A steering that is an object; it can be copied and pickled."""
 

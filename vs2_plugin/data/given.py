@@ -19,13 +19,15 @@ from vs2_plugin.data.images import TrainingImages, subset
 from vs2_plugin.data.pictures import open_picture
 from vs2_plugin.errors import DataError
 
-__all__ = ["GivenActivations", "GivenImages", "Prepare", "read_activations"]
+__all__ = ["FLOATS", "GivenActivations", "GivenImages", "Prepare", "read_activations"]
 
 _IMAGES = (
     "expected PIL images, paths of image files, uint8 arrays [height, width, 3], or tensors as the model's transform "
     "makes them"
 )
 _ACTIVATIONS = "expected floating-point numbers [count, width], one row per image"
+#: Types of numbers that are taken for activations: other orders of bytes, and longer numbers, torch does not have.
+FLOATS = tuple(map(np.dtype, ("float16", "float32", "float64")))
 _CHUNK = 1 << 16
 #: What safetensors calls the types that NumPy has.
 _TYPES = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
@@ -166,7 +168,7 @@ class GivenActivations:
         if isinstance(rows, Tensor):
             rows = rows.detach().cpu()
             rows = (rows.float() if rows.dtype == torch.bfloat16 else rows).numpy()
-        if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.floating):
+        if rows.ndim != 2 or rows.dtype not in FLOATS:
             tokens = "; of [count, tokens, width] the CLS token is x[:, 0]" if rows.ndim == 3 else ""
             kind = f"of shape {list(rows.shape)} and type {rows.dtype}"
             raise DataError(f"the activations are {kind}; {_ACTIVATIONS}{tokens}")

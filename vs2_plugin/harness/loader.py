@@ -36,7 +36,8 @@ class _Waiting:
 def _find(
     spec: ModelString, pretrained: str, store: Store, given: Checkpoint | None, task: Task | None
 ) -> Checkpoint | None:
-    """Return the checkpoint of a model for a data set: the one that is given, else the one that is found."""
+    """Return the checkpoint of a model for a data set: the one that is given, else the one that is found. (No closure,
+    so that a model can be pickled.)"""
     if given is not None and spec.needs_checkpoint:
         return given
     if task is None:  # without a name, a model is bound to a data set only
@@ -102,7 +103,7 @@ def load(
     pretrained, cache_dir = str(pretrained), None if cache_dir is None else str(cache_dir)
     loaded = load_backbone(spec.backbone, pretrained, cache_dir, device, None if shared is None else shared.twin)
     given = checkpoint if isinstance(checkpoint, Checkpoint) else None
-    steered = SteeredCLIP(spec, loaded, partial(_find, spec, pretrained, found, given))  # no closure: it can be pickled
+    steered = SteeredCLIP(spec, loaded, partial(_find, spec, pretrained, found, given), amp)
     _bind(steered, dataset, names, templates)
     if names is not None:
         steered.set_classifier(Classifier.of(steered, loaded.tokenizer, names, templates, amp))

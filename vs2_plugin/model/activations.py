@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vs2_plugin.clip.sites import ClipModel, Sites, embedding_from
+from vs2_plugin.data.given import FLOATS
 from vs2_plugin.errors import DataError
 from vs2_plugin.model.place import Place
 from vs2_plugin.model.places import Places
@@ -29,6 +30,8 @@ def steer_activations(
         DataError: they are no such activations, or the model is not steered at that block.
     """
     place = _place_at(places, block)
+    if isinstance(activations, np.ndarray) and activations.dtype not in FLOATS:
+        raise DataError(f"activations of type {activations.dtype}; expected native float16, float32 or float64")
     given = torch.as_tensor(np.array(activations) if isinstance(activations, np.ndarray) else activations)
     if given.ndim != 2 or given.shape[1] != place.site.width or not given.is_floating_point():
         hint = "; one alone is x[None]" if given.ndim == 1 else ""
@@ -36,11 +39,13 @@ def steer_activations(
             f"activations of shape {list(given.shape)} and type {str(given.dtype).removeprefix('torch.')}; expected "
             f"floats [batch, {place.site.width}], as they are at {place.site}{hint}"
         )
-    wrong = ~given.isfinite().all(1)
-    if wrong.any():
-        raise DataError(f"row {int(wrong.int().argmax())} of the activations holds NaN or infinity")
     x = given.to(next(model.parameters()).device, torch.float32)
-    batch = Batch(embed=(lambda: embedding_from(model, place.site, x)) if sites.at_end(place.site) else None)
+    wrong = ~x.isfinite().all(1)
+    if wrong.any():
+        raise DataError(f"row {int(wrong.int().argmax())} of the activations holds NaN or infinity, as float32")
+    # Behind another place, the activation is steered already, and does not tell the plain embedding.
+    plain = sites.at_end(place.site) and place is places[0]
+    batch = Batch(embed=(lambda: embedding_from(model, place.site, x)) if plain else None)
     steered = place.steer(x, batch).to(given)
     return steered.detach().numpy() if isinstance(activations, np.ndarray) else steered
 

@@ -8,6 +8,7 @@ from copy import deepcopy
 from functools import cached_property, partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vs2_plugin import __version__
@@ -195,9 +196,9 @@ class Places(Sequence[Place]):
         return Readout(reading, context, partial(steered_gallery, gallery, parts.model, self[0]))
 
     def per_image(self) -> dict[str, Tensor]:
-        """The last site's gate on each image, while it was recording: ``fvu`` and ``steered``."""
-        gate = self[-1].gate
-        return gate.per_image() if gate is not None and gate.recording else {}
+        """What gates made of each image while they were recording: ``fvu`` at the last site, ``steered`` at any."""
+        told = [gate.per_image() for gate in self.gates if gate.recording]
+        return {**told[-1], "steered": torch.stack([one["steered"] for one in told]).any(0)} if told else {}
 
 
 def build_places(

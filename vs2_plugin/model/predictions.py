@@ -41,6 +41,8 @@ _EXPECTED = "expected a PIL image, a path, a list of these, or preprocessed imag
 _SHOWN = 10
 #: Names that a warning shows.
 _NAMED = 3
+#: How far from 1 the norm of a class embedding may be: bfloat16 has three digits.
+_UNIT = 0.05
 
 
 def class_names(names: Sequence[str], what: str = "classes") -> tuple[str, ...]:
@@ -125,9 +127,11 @@ class Classifier:
         return cls(classes, weights, templates, amp)
 
     @classmethod
-    def unnamed(cls, weights: Tensor) -> Classifier:
+    def unnamed(cls, weights: Tensor, amp: bool = True) -> Classifier:
         """One whose classes have numbers for names."""
-        return cls(tuple(map(str, range(weights.shape[-1]))), weights)
+        if ((weights.float().norm(dim=0) - 1).abs() > _UNIT).any():
+            _LOG.warning("class embeddings are not of unit norm, as clip_benchmark's are: accuracies will differ")
+        return cls(tuple(map(str, range(weights.shape[-1]))), weights, (), amp)
 
 
 def warn_of_equals(names: Sequence[str], weights: Tensor) -> None:

@@ -77,6 +77,7 @@ class SteeredCLIP(nn.Module):
         spec: ModelString,
         loaded: Loaded,
         find_checkpoint: Callable[[Task | None], Checkpoint | None],
+        amp: bool = True,
     ) -> None:
         super().__init__()
         self.model: ClipModel = loaded.model
@@ -84,6 +85,8 @@ class SteeredCLIP(nn.Module):
         self.sites: Sites = loaded.sites
         #: The preprocessing of an image.
         self.transform: Callable[[Any], Tensor] = loaded.transform
+        #: Whether images are classified under autocast, where class embeddings are given.
+        self.amp = amp
         #: The classes that it was told last.
         self.classifier: Classifier | None = None
         self._tower = Tower.of(loaded.model, loaded.transform) if spec.needs_checkpoint else None
@@ -171,7 +174,9 @@ class SteeredCLIP(nn.Module):
         """
         weights = classifier.weights if isinstance(classifier, Classifier) else classifier
         _require_classifier(weights, self.sites.output.width)
-        told = classifier if isinstance(classifier, Classifier) else Classifier.unnamed(weights)
+        if weights.dtype == torch.float64:  # which no model has
+            weights = weights.float()
+        told = classifier if isinstance(classifier, Classifier) else Classifier.unnamed(weights, self.amp)
         self._replays.forget()
         self.places.set_classifier(told.weights, quiet)
         self.classifier = told

@@ -22,6 +22,7 @@ HELD_OUT = 10_000
 DENSE = 0.1
 #: Activations that principal components are found on, at most.
 PCA_MAX = 10_000
+_NONE = 1e-10  # of the largest eigenvalue: what rounding leaves of none
 _DEAD_MAX = 100_000  # activations looked at to count dead and dense latents
 
 
@@ -125,7 +126,8 @@ def pca_fvu(source: Source, fitted: np.ndarray, held: np.ndarray, components: in
     known, rows = (source.read(numbers).double().cpu() for numbers in (fitted, held))
     mean = known.mean(0)
     centred = known - mean
-    vectors = torch.linalg.eigh(centred.T @ centred)[1][:, -components:]
+    values, vectors = torch.linalg.eigh(centred.T @ centred)
+    vectors = vectors[:, -components:][:, values[-components:] > _NONE * values[-1]]  # of few images there are few
     rest = rows - mean
     rest = rest - rest @ vectors @ vectors.T
     unexplained: float = (rest.square().sum() / (rows - rows.mean(0)).square().sum()).item()

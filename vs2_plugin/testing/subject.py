@@ -192,7 +192,12 @@ class Subject:
                 def held() -> dict[str, Tensor | None]:
                     return {**tower, **read_by_all(sae, place.retriever, batch)}
 
-                yield Act(lambda z: call(place.steering, z, batch), x, tuple(x.shape), held, place.steering)
+                first = Batch(images[:1], None if targets is None else targets[:1], embed=lambda: plain[:1])
+
+                def steer(z: Tensor) -> Any:
+                    return call(place.steering, z, batch if len(z) == len(x) else first)
+
+                yield Act(steer, x, tuple(x.shape), held, place.steering)
 
     def _reading(self, model: SteeredCLIP, x: Tensor, images: Tensor) -> Act:
         """What a method on logits built, called as its protocol is."""
