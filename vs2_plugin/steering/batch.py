@@ -67,7 +67,10 @@ class Batch:
             HarnessError: the tower runs by itself, outside of ``encode_image``, so that the images are not known.
         """
         if self.embed is None:
-            raise HarnessError("methods with a gallery steer within encode_image only; call model.encode_image")
+            raise HarnessError(
+                "methods with a gallery steer within encode_image only; call model.encode_image. (A method that asks "
+                "for batch.embedding() before the tower's end has to declare a gallery.)"
+            )
         embed = self.embed
         return self.once("embedding", lambda: F.normalize(embed().float(), dim=-1))
 
