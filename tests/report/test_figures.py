@@ -68,6 +68,13 @@ def test_the_gate_stands_at_even_places_with_no_gate_last(group):
     assert 100 * group.zero.top1 in [line.get_ydata()[0] for line in below.lines]
 
 
+def test_many_curves_look_different(group):
+    curves = group.curves()["gate"] * 12
+    [axes] = figures._curve("gate", curves, group.zero).axes
+    lines = [one.lines[0] for one in axes.containers]
+    assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}) == len(lines) == 12
+
+
 @pytest.mark.parametrize("key", ["alpha", "n"])
 def test_a_curve_holds_its_results_at_their_values(group, key):
     curves = group.curves()[key]

@@ -11,6 +11,8 @@ from vs2_plugin.cli.main import main
 from vs2_plugin.demo.digits import CLASSES, TEMPLATES, read_digits
 from vs2_plugin.method import Method
 from vs2_plugin.plugins import registry
+from vs2_plugin.stress import run
+from vs2_plugin.stress.request import StressRequest
 from vs2_plugin.stress.subsets import few
 
 from .conftest import DIGITS, TINY
@@ -72,6 +74,16 @@ def test_models_on_subsets_against_zero_shot_on_the_same_images(stubborn, in_dem
         rows = few(labels, 60, int(row["draw"]))
         predictions = model.classify([images[index] for index in rows]).labels.numpy()
         assert float(row["accuracy"]) == pytest.approx((predictions == labels[rows]).mean())
+
+
+def test_what_there_are_too_few_images_for_is_said(caplog):
+    labels = np.repeat(np.arange(4), 12)
+    run._warn_of_few(labels, StressRequest(model=("dn:X",), dataset="x", tail=(10.0, 100.0), images=(40, 48)))
+    assert [record.getMessage() for record in caplog.records] == [
+        "--tail 100: the smallest class has 12 image(s), so the most frequent class has at most 12 times as many "
+        "images as the rarest",
+        "--images 48 is left out: there are only 48 images",
+    ]
 
 
 def test_several_values_of_an_option_are_for_a_sweep(in_demo, capsys):

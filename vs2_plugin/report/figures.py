@@ -18,6 +18,8 @@ from vs2_plugin.results.statistics import Array, Calibration, Interval, interval
 __all__ = ["draw"]
 
 _MARKERS = "osD^vP"
+#: Of lines, where there are more than colours.
+_STYLES = ("-", "--", ":")
 #: Kind of result -> colour, marker, fill, words.
 _KINDS = {
     "": (PLAIN, "s", "full", "zero-shot"),
@@ -163,6 +165,7 @@ def _lines(
             yerr=_spread([share for _, _, share in points], intervals),
             color=LINES[number % len(LINES)],
             marker=_MARKERS[number % len(_MARKERS)],
+            linestyle=_STYLES[number // len(LINES) % len(_STYLES)],
             capsize=2,
             elinewidth=0.8,
             label=_short(curve.label),
@@ -179,7 +182,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 
 def _curve(key: str, curves: list[Curve], zero: Row | None) -> Figure:
-    figure = new_figure(3.0)
+    figure = new_figure(3.0 + 0.22 * max(0, len(curves) - 4))  # the legend has a line for each
     axes = figure.add_subplot()
     _zero_line(axes, zero)
     _lines(axes, curves, lambda x: x or 0.0, lambda row: row.top1, spread=True)

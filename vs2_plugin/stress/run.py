@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
@@ -26,6 +27,8 @@ from vs2_plugin.sweep.request import SweepRequest
 from vs2_plugin.sweep.run import plan
 
 __all__ = ["stress"]
+
+_LOG = logging.getLogger(__name__)
 
 #: Images of a batch, as in arXiv 2501.03729.
 _BATCH = 64
@@ -66,6 +69,7 @@ def _outcomes(
         raise DataError(f"{request.dataset} has several labels per image; expected one")
     labels = targets.numpy().astype(np.int64)
     zero_shot = _predictions(plain)
+    _warn_of_few(labels, request)
     subsets = list(_subsets(labels, request))
     yield from _judged(backbone, "image", labels, zero_shot, subsets, lambda rows: zero_shot[rows])
     bar = tqdm(zip(names, images.models, strict=True), "models", len(names), disable=quiet or None, leave=False)
@@ -91,6 +95,20 @@ def _predictions(logits: Tensor) -> Rows:
 
 
 Subset = tuple[str, str, int, Rows]
+
+
+def _warn_of_few(labels: Rows, request: StressRequest) -> None:
+    """Warn of what there are too few images for."""
+    least = int(np.unique(labels, return_counts=True)[1].min())
+    for ratio in request.tail:
+        if ratio > least:
+            _LOG.warning(
+                "--tail %g: the smallest class has %d image(s), so the most frequent class has at most %d times as "
+                "many images as the rarest", ratio, least, least,
+            )  # fmt: skip
+    for count in request.images:
+        if count >= len(labels):
+            _LOG.warning("--images %d is left out: there are only %d images", count, len(labels))
 
 
 def _subsets(labels: Rows, request: StressRequest) -> Iterator[Subset]:
