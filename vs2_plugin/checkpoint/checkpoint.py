@@ -141,16 +141,12 @@ class Checkpoint:
         found = str(Repository(repository, revision))
         if not refresh:
             return cls._of_hub(download(repository, revision, PATTERNS, _is_whole), found)
-        try:
+        with suppress(_DamagedCopy):
             return cls._fetched(repository, revision, found)
-        except CheckpointError as error:
-            if not str(error).endswith(_fetching(found)):
-                raise
         try:
             return cls._fetched(repository, revision, found, again=True)
-        except CheckpointError as error:
-            told = str(error).removesuffix(_fetching(found))
-            raise CheckpointError(f"{told}; it is the same on the hub: tell whoever pushed it") from error
+        except _DamagedCopy as error:
+            raise CheckpointError(f"{error.problem}; it is the same on the hub: tell whoever pushed it") from error
 
     @classmethod
     def _fetched(cls, repository: str, revision: str | None, found: str, again: bool = False) -> Checkpoint:
@@ -170,7 +166,7 @@ class Checkpoint:
             raise CheckpointError(f"{hub} holds no {MANIFEST}; expected a checkpoint that vs2 store push "
                                   "wrote") from error
         except CheckpointError as error:
-            raise _fetch_again(hub, error) from error
+            raise _DamagedCopy(hub, error) from error
         if not _are_there(checkpoint):
             raise CheckpointError(f"checkpoint {hub!r} lacks files that its {MANIFEST} names")
         return checkpoint
@@ -362,7 +358,7 @@ class Checkpoint:
                     f"checkpoint {self.name!r} was replaced while it was being read; run the same command again"
                 ) from error
             if self.hub:
-                raise _fetch_again(self.hub, error) from error
+                raise _DamagedCopy(self.hub, error) from error
             command = self.created.get("command")
             if command is None or isinstance(error.__cause__, PermissionError):
                 raise
@@ -492,13 +488,12 @@ def _are_there(checkpoint: Checkpoint) -> bool:
     return are_there(checkpoint.folder, checkpoint.sites, checkpoint.gallery, checkpoint.gallery_folder)
 
 
-def _fetch_again(hub: str, error: CheckpointError) -> CheckpointError:
-    """Return an error in a checkpoint of a hub, with what mends it."""
-    return CheckpointError(f"{str(error).removesuffix(f'; {AGAIN}')}{_fetching(hub)}")
+class _DamagedCopy(CheckpointError):
+    """An error in a checkpoint that lies in a hub's cache, with what mends it."""
 
-
-def _fetching(hub: str) -> str:
-    return f"; fetch it again with vs2 store pull {hub}"
+    def __init__(self, hub: str, error: CheckpointError) -> None:
+        self.problem = str(error).removesuffix(f"; {AGAIN}")
+        super().__init__(f"{self.problem}; fetch it again with vs2 store pull {hub}")
 
 
 def save_checkpoint(
