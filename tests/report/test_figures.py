@@ -6,7 +6,7 @@ import pytest
 from vs2_plugin.report import figures
 from vs2_plugin.report.summary import summarise
 from vs2_plugin.results.runs import read
-from vs2_plugin.results.statistics import interval
+from vs2_plugin.results.statistics import share_interval
 
 
 def group_of(folder):
@@ -105,7 +105,7 @@ def test_accuracy_by_fvu_is_that_of_the_images_in_each_bin(group):
         shares = [correct[found.images].mean() for found in row.bins]
         assert drawn.lines[0].get_ydata() == pytest.approx([100 * share for share in shares])
         ends = [[start[1], end[1]] for start, end in drawn.lines[2][0].get_segments()]
-        expected = [interval(correct[found.images]) for found in row.bins]
+        expected = [share_interval(correct[found.images]) for found in row.bins]
         assert np.allclose(ends, [[100 * one.low, 100 * one.high] for one in expected])
 
 

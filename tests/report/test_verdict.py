@@ -72,6 +72,16 @@ def test_the_best_row_without_labels_is_named(write_run, make_images, steered):
     assert found.short == "vs2 +9.83; best without labels vs2 @gate=0.9 +14.33"
 
 
+def test_rows_that_gain_as_much_as_the_best_are_counted(write_run, steered):
+    write_run("B", 0.5)
+    path = write_run("vs2:B", 0.6, metrics=steered())
+    write_run("vs2:B@gate=0.9", 0.6, metrics=steered())
+    assert "It is the best of the 2 rows without labels (with 1 other)." in told(path.parent).sentences
+    for gate in (0.95, 0.99):
+        write_run(f"vs2:B@gate={gate}", 0.7, metrics=steered())
+    assert "It is the best of 4 rows (with 1 other) on these very test images" in told(path.parent).sentences[1]
+
+
 def test_vs2_leads_whatever_others_see(write_run, make_images, steered):
     write_run("B", images=make_images(0.5))
     write_run("zero:B", images=make_images(0.4, 1), metrics=steered("zero", protocol="image"))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -53,9 +54,20 @@ def test_bytes_that_are_no_text_missing_files_and_empty_folders(tmp_path):
         read([tmp_path / "empty"])
 
 
-def test_accuracy_outside_its_range(write_run):
-    with pytest.raises(DataError, match=r"acc1 is 58.8; expected a share from 0 to 1"):
-        read([write_run("B", 58.8)])
+@pytest.mark.parametrize("acc1", [58.8, -0.1, float("nan"), float("inf"), "0.5", [0.5]])
+def test_an_accuracy_that_is_none(write_run, acc1):
+    with pytest.raises(DataError, match=rf"B.json: acc1 is {re.escape(str(acc1))}; expected a share from 0 to 1"):
+        read([write_run("B", metrics={"acc1": acc1})])
+
+
+def test_one_wrong_result_in_a_folder_does_not_stop_the_others(write_run, make_images):
+    wrong = write_run("A", images=make_images(0.5))
+    np.savez(wrong.with_suffix(".images.npz"), **make_images(0.9))
+    write_run("B", 58.8)
+    good = write_run("C", 0.5)
+    (run,), passed_over = read([good.parent])
+    assert run.path == good
+    assert ["A.images.npz does not belong" in passed_over[0], "B.json: acc1 is 58.8" in passed_over[1]] == [True, True]
 
 
 def test_numbers_that_are_none(write_run):

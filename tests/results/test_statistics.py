@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from vs2_plugin.results.statistics import by_fvu, calibration, calibration_of_bins, class_changes, interval, pair
+from vs2_plugin.results.statistics import (
+    by_fvu,
+    calibration,
+    calibration_of_bins,
+    class_changes,
+    interval,
+    pair,
+    share_interval,
+)
 
 
 @pytest.fixture
@@ -43,6 +51,12 @@ def test_interval_is_the_same_every_time_and_shrinks_to_a_point_where_nothing_va
     correct = np.arange(100) < 30
     assert interval(correct) == interval(correct[::-1])
     assert interval(np.ones(10)) == (1, 1)
+
+
+@pytest.mark.parametrize(("right", "of"), [(0, 1), (0, 20), (20, 20), (1, 3), (470, 500)])
+def test_interval_of_a_share_is_scipys_by_wilson(right, of):
+    expected = scipy.stats.binomtest(right, of).proportion_ci(0.95, method="wilson")
+    assert share_interval(np.arange(of) < right) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
 def test_pair_matches_images_whatever_their_order_and_repetitions(rng):

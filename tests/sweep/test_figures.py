@@ -18,9 +18,10 @@ def drawn(monkeypatch, tmp_path):
 
     monkeypatch.setattr(figures, "save", keep)
 
-    def draw(text, plain=50.0):
+    def draw(text, plain=50.0, values=None):
         [grid] = read_grids([text])
-        values = {point.model: float(number) for number, point in enumerate(grid.points)}
+        numbers = range(len(grid.points)) if values is None else values
+        values = {point.model: float(number) for number, point in zip(numbers, grid.points, strict=True)}
         paths = figures.draw(grid, values, plain, lambda words: tmp_path / f"picture{words and '@'}{words}")
         assert [path.name for path in paths] == list(found)
         return found
@@ -70,6 +71,14 @@ def test_two_numeric_axes_are_a_heat_map_for_each_value_of_the_others(drawn):
     assert "best, 11.00 at gamma=3, lam=4; zero-shot (red): 7.50" in axes.get_title()
     assert 7.5 in [line.get_ydata()[0] for line in bar.lines]
     assert all(line.get_ydata()[0] != 7.5 for line in found["picture@rule=majority"].axes[1].lines)  # outside of it
+
+
+def test_points_that_are_equally_good_all_have_a_star(drawn):
+    [axes] = drawn("vs2:X@alpha=1,2,3", values=[1, 5, 5])["picture"].axes
+    assert [line.get_label() for line in axes.lines][1] == "best 5.00 at alpha=2 and 1 other point"
+    assert [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "*"] == [[2], [3]]
+    axes, _ = drawn("vs2:X@gamma=1,2@lam=1,2", values=[5, 1, 5, 5])["picture"].axes
+    assert len(axes.lines) == 3 and "best, 5.00 at gamma=1, lam=1 and 2 other points; zero-shot" in axes.get_title()
 
 
 def test_a_picture_is_a_file(tmp_path):

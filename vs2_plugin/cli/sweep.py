@@ -75,6 +75,7 @@ def add_sweep(commands: Commands) -> None:
 def _sweep(args: argparse.Namespace) -> int:
     load_torch()
     from vs2_plugin.harness.patches import PER_IMAGE
+    from vs2_plugin.sweep.figures import and_others
     from vs2_plugin.sweep.run import plan, sweep
 
     request = request_of(SweepRequest, args)
@@ -95,7 +96,8 @@ def _sweep(args: argparse.Namespace) -> int:
         return 130
     for backbone, accuracy in found.plain.items():
         report(f"zero-shot {backbone}: {accuracy:.2f} %")
-    report(f"best of {len(planned.points)}: {found.best[1]:.2f} % by {found.best[0]}")
+    best, *others = found.models
+    report(f"best of {len(planned.points)}: {found.best:.2f} % by {best}{and_others(others)}")
     other = "Report the accuracy of that choice on other images: it was made on these."
     report(_TUNING if request.split == "test" else other)
     for path in (planned.folder, *found.written):

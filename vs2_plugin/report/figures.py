@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from vs2_plugin.report.drawing import FAINT, INK, LINES, PAPER, PLAIN, Picture, new_figure, picture
 from vs2_plugin.report.rows import Pairing, Row
 from vs2_plugin.report.summary import Curve, Group
-from vs2_plugin.results.statistics import Array, Calibration, Interval, interval
+from vs2_plugin.results.statistics import Array, Calibration, Interval, share_interval
 
 __all__ = ["draw"]
 
@@ -247,7 +247,7 @@ def _fvu(row: Row, both: Pairing) -> Figure:
     )
     for label, correct, colour, marker, shift in series:
         shares = [float(correct[found.images].mean()) for found in row.bins]
-        intervals = [interval(correct[found.images]) for found in row.bins]
+        intervals = [share_interval(correct[found.images]) for found in row.bins]
         axes.errorbar(
             np.arange(len(shares)) + 0.5 + shift, 100 * np.array(shares), yerr=_spread(shares, intervals),
             color=colour, marker=marker, capsize=2, elinewidth=0.8, label=_short(label),

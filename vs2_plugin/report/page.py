@@ -131,6 +131,7 @@ def _changes(rows: Sequence[Row]) -> list[Column]:
     several = any(row.spread is not None for row in rows)
     over = "; of several seeds of the SAE, the mean +- standard deviation" if several else ""
     these = "; of several seeds, of their mean, which says nothing about other SAEs" if several else ""
+    means = "; of several seeds, of their mean, by percentile bootstrap" if several else ""
     changes = [fixed(row.change, sign=True) for row in rows]
     spreads = ["" if row.spread is None else f" +- {fixed(row.spread, 1)}" for row in rows]
     return [
@@ -143,7 +144,7 @@ def _changes(rows: Sequence[Row]) -> list[Column]:
             "interval of the change", _between((row.change_interval for row in rows), sign=True),
             f"95 %, paired: percentile bootstrap over images that both models classified{these}",
         ),
-        Column("95 % interval", _between(row.interval for row in rows), "of top-1: percentile bootstrap over images"),
+        Column("95 % interval", _between(row.interval for row in rows), f"of top-1: Wilson's, over images{means}"),
     ]  # fmt: skip
 
 

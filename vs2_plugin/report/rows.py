@@ -21,6 +21,7 @@ from vs2_plugin.results.statistics import (
     class_changes,
     interval,
     pair,
+    share_interval,
 )
 
 __all__ = ["Mean", "Pairing", "Row"]
@@ -110,8 +111,8 @@ class Row:
 
     @cached_property
     def interval(self) -> Interval | None:
-        """95 % bootstrap interval of the accuracy."""
-        return None if self.run.images is None else interval(self.run.images.correct)
+        """95 % interval of the accuracy, Wilson's."""
+        return None if self.run.images is None else share_interval(self.run.images.correct)
 
     @cached_property
     def pairing(self) -> Pairing | None:

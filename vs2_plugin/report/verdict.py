@@ -50,7 +50,7 @@ def verdict(group: Group) -> Verdict | None:
     sentences = [first]
     best = max(changed, key=lambda row: (row.change or 0.0, row.change_interval is not None), default=None)
     if best is not None:
-        sentences.append(_best(best, usual, len(changed)))
+        sentences.append(_best(best, usual, changed))
     if best is not None and best is not usual:
         short += f"; best without labels {best.title} {_points(best)}"
     sentences += _of_others(unlabeled)
@@ -136,17 +136,18 @@ def _chance(row: Row) -> str:
     return "That may be chance: too few images changed to say more."
 
 
-def _best(best: Row, usual: Row, among: int) -> str:
-    rows = counted(among, "row")
+def _best(best: Row, usual: Row, changed: Sequence[Row]) -> str:
+    among, equal = len(changed), sum(row.change == best.change for row in changed) - 1
+    rows, tied = counted(among, "row"), f" (with {counted(equal, 'other')})" if equal else ""
     if among > 1 and (best.change or 0.0) <= 0:
         return f"None of the {rows} without labels gains anything; {best.title} comes closest ({_points(best)})."
     if best is usual:
-        return f"It is the best of the {rows} without labels." if among > 1 else "It used no labels."
+        return f"It is the best of the {rows} without labels{tied}." if among > 1 else "It used no labels."
     doubt = "which may be chance" if best.change_interval else "with no interval, for lack of per-image results"
     chance = "beyond chance" if _tone(best) else doubt
     return (
         f"Best without labels: {best.title} with {fixed(best.top1)} %, {_points(best)} points{_interval(best)}"
-        f"{_seeds(best)}, {chance}. It is the best of {rows} on these very test images: on others, expect less."
+        f"{_seeds(best)}, {chance}. It is the best of {rows}{tied} on these very test images: on others, expect less."
     )
 
 

@@ -143,14 +143,14 @@ def read(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
         The results, and why other JSON files found in folders were passed over.
 
     Raises:
-        DataError: a file that was named is missing or no result, per-image results are damaged, or nothing was found.
+        DataError: a file that was named is missing or no result, what lies beside it is damaged, or nothing was found.
     """
     runs: dict[Path, Run] = {}
     passed_over: list[str] = []
     for path in paths:
         for file in sorted(path.rglob("*.json")) if path.is_dir() else [path]:
             try:
-                run = read_run(file)
+                run = _with_images(read_run(file))
             except DataError as error:
                 if file is path:
                     raise
@@ -162,14 +162,14 @@ def read(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
             "no results found" + (f" ({passed_over[0]})" if passed_over else "") + f"; expected {EXPECTED}; "
             "make some with: clip_benchmark eval"
         )
-    return [_with_images(run) for run in runs.values()], passed_over
+    return list(runs.values()), passed_over
 
 
 def read_run(path: Path) -> Run:
     """Read a results file, without what lies beside it.
 
     Raises:
-        DataError: it cannot be read, or is no results file.
+        DataError: it cannot be read, is no results file, or has an accuracy that is none.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_int=_whole)
@@ -180,6 +180,9 @@ def read_run(path: Path) -> Run:
     fits = isinstance(content, dict) and isinstance(content.get("metrics"), dict)
     if not fits or not all(isinstance(content.get(key), str) for key in ("dataset", "model", "task")):
         raise DataError(f"{path} is not {EXPECTED}")
+    told = content["metrics"].get("acc1")
+    if told is not None and not (isinstance(told, (int, float)) and 0 <= told <= 1):
+        raise DataError(f"{path}: acc1 is {printable(told)}; expected a share from 0 to 1")
     language = content.get("language") or "en"
     languages = [language] if isinstance(language, str) else language
     return Run(
@@ -209,8 +212,6 @@ def _whole(digits: str) -> float:
 def _with_images(run: Run) -> Run:
     """Return the run with the per-image results beside it, if there are any; DataError where they do not fit."""
     acc1, beside = run.number("acc1"), images_file(run.path)
-    if acc1 is not None and not 0 <= acc1 <= 1:
-        raise DataError(f"{run.path}: acc1 is {acc1:g}; expected a share from 0 to 1")
     if not beside.is_file():
         return run
     images = Images.read(beside)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,13 +21,14 @@ __all__ = [
     "class_changes",
     "interval",
     "pair",
+    "share_interval",
 ]
 
 Array = NDArray[Any]
 #: Bins of the expected calibration error.
 BINS = 15
-#: Draws of the bootstrap, and the share of them that lies below its interval, and above it.
-_RESAMPLES, _TAIL = 10_000, (1 - 0.95) / 2
+#: What lies below an interval, and above it; the draws of a bootstrap.
+_TAIL, _RESAMPLES = (1 - 0.95) / 2, 10_000
 #: Bins of FVU at most, and images in each at least.
 _FVU_BINS, _LEAST = 10, 20
 
@@ -93,6 +96,18 @@ def interval(values: Array) -> Interval:
     n = counts.sum()
     means = np.random.default_rng(0).multinomial(n, counts / n, size=_RESAMPLES) @ distinct / n
     return Interval(*np.quantile(means, [_TAIL, 1 - _TAIL]).tolist())
+
+
+def share_interval(hits: Array) -> Interval:
+    """Return the 95 % interval of the share of true values among ``hits``, bool ``[n]``: Wilson's score interval.
+
+    Unlike a bootstrap it has a width where all are right, or none. Source: Wilson 1927, doi:10.2307/2276774.
+    """
+    n, share = len(hits), float(np.mean(hits))
+    z = NormalDist().inv_cdf(1 - _TAIL)
+    middle, wide = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    low, high = (max(0.0, min((middle + side) / (1 + z**2 / n), 1.0)) for side in (-wide, wide))
+    return Interval(low, high)
 
 
 def pair(

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from vs2_plugin.files import atomic_file
 from vs2_plugin.sweep.grid import Grid, as_number
+from vs2_plugin.text import counted
 
-__all__ = ["draw", "save"]
+__all__ = ["all_best", "and_others", "draw", "save"]
+
+Key = TypeVar("Key")
 
 _NOTE = "the best point is chosen on these very images: report its accuracy on others"
 
@@ -61,14 +65,26 @@ def _sections(grid: Grid, table: Mapping[tuple[str, ...], float], axes: list[str
     return sections
 
 
+def all_best(values: Mapping[Key, float]) -> list[Key]:
+    """Return the keys of the highest value, in their order."""
+    highest = max(values.values())
+    return [key for key, value in values.items() if value == highest]
+
+
+def and_others(others: Sequence[Any]) -> str:
+    """Return what is said of those that are as good as the best one that is named."""
+    return f" and {counted(len(others), 'other point')}" if others else ""
+
+
 def _heat_map(grid: Grid, title: str, rows: dict[tuple[str, ...], float], plain: float, axes: list[str]) -> Figure:
     across, up = (_rising(grid.axes[axis]) for axis in axes)
     values = np.array([[rows[x, y] for x in across] for y in up])
-    best = max(rows, key=rows.__getitem__)
+    best, *others = all_best(rows)
     figure = Figure(figsize=(7, 5.6), layout="constrained")
     plot = figure.add_subplot()
     mesh = plot.imshow(values, origin="lower", aspect="auto", cmap="cividis")
-    plot.plot(across.index(best[0]), up.index(best[1]), "*", markersize=14, color="white", markeredgecolor="black")
+    for x, y in (best, *others):
+        plot.plot(across.index(x), up.index(y), "*", markersize=14, color="white", markeredgecolor="black")
     for texts, ticks in ((across, plot.set_xticks), (up, plot.set_yticks)):
         shown = range(0, len(texts), -(-len(texts) // 11))
         ticks(shown, [texts[index] for index in shown])
@@ -79,7 +95,8 @@ def _heat_map(grid: Grid, title: str, rows: dict[tuple[str, ...], float], plain:
         bar.ax.axhline(plain, color="red", linewidth=2)
     figure.suptitle(f"{grid.text}{' at ' + title if title else ''}", fontsize=9, wrap=True)
     plot.set_title(
-        f"star: best, {rows[best]:.2f} at {axes[0]}={best[0]}, {axes[1]}={best[1]}; zero-shot (red): {plain:.2f}\n"
+        f"star: best, {rows[best]:.2f} at {axes[0]}={best[0]}, {axes[1]}={best[1]}{and_others(others)}; "
+        f"zero-shot (red): {plain:.2f}\n"
         f"{_NOTE}", fontsize=8,
     )  # fmt: skip
     return figure
@@ -96,18 +113,19 @@ def _curves(grid: Grid, along: str, sections: list[Section], plain: float) -> Fi
     texts = _rising(grid.axes[along])
     numbers = [number for text in texts if (number := as_number(text)) is not None]
     in_words = len(numbers) < len(texts)
-    places = list(map(float, range(len(texts)))) if in_words else numbers
+    places = dict(zip(texts, map(float, range(len(texts))) if in_words else numbers, strict=True))
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     plot = figure.add_subplot()
     plot.axhline(plain, color="red", linestyle="--", label=f"zero-shot: {plain:.2f}")
     for words, rows in sections:
-        values = [rows[(text,)] for text in texts]
-        best = int(np.argmax(values))
-        label = f"{words + ': ' if words else ''}best {values[best]:.2f} at {along}={texts[best]}"
-        [line] = plot.plot(places, values, marker="o", markersize=3, label=label)
-        plot.plot(places[best], values[best], "*", markersize=12, color=line.get_color())
+        values = {text: rows[(text,)] for text in texts}
+        best, *others = all_best(values)
+        label = f"{words + ': ' if words else ''}best {values[best]:.2f} at {along}={best}{and_others(others)}"
+        [line] = plot.plot(list(places.values()), list(values.values()), marker="o", markersize=3, label=label)
+        for text in (best, *others):
+            plot.plot(places[text], values[text], "*", markersize=12, color=line.get_color())
     if in_words:
-        plot.set_xticks(places, texts)
+        plot.set_xticks(list(places.values()), texts)
     plot.set_xlabel(along)
     plot.set_ylabel("top-1 accuracy, %")
     plot.grid(alpha=0.3)

@@ -18,7 +18,7 @@ from vs2_plugin.model.parts import find_checkpoint
 from vs2_plugin.names import file_stem, is_steered, weights_tag
 from vs2_plugin.results.runs import Run, read_run, write_run, write_table
 from vs2_plugin.sweep import evaluate
-from vs2_plugin.sweep.figures import draw
+from vs2_plugin.sweep.figures import all_best, draw
 from vs2_plugin.sweep.grid import Grid, Point, read_grids
 from vs2_plugin.sweep.request import SweepRequest
 
@@ -62,8 +62,10 @@ class Summary:
 
     plain: dict[str, float]
     """Plain model -> accuracy in percent."""
-    best: tuple[str, float]
-    """The model string with the highest accuracy of all points, and that."""
+    best: float
+    """The highest accuracy of all points, in percent."""
+    models: list[str]
+    """The model strings that reach it."""
     written: list[Path]
     """Table and pictures."""
 
@@ -207,6 +209,6 @@ def _finish(planned: Plan) -> Summary:
         pictures += draw(grid, values, values[grid.backbone], name)
     # An oracle reads the labels of the very images.
     own = [model for model in planned.points if runs[model].labels != "oracle"] or planned.points
-    best = max(own, key=values.__getitem__)
+    models = all_best({model: values[model] for model in own})
     plain = {backbone: values[backbone] for backbone in planned.backbones}
-    return Summary(plain, (best, values[best]), [table, *pictures])
+    return Summary(plain, values[models[0]], models, [table, *pictures])
