@@ -89,6 +89,17 @@ def test_an_activation_is_encoded_without_a_batch_and_with_gradients():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("normalize", ["none", "layer_norm", "constant_norm_rescale"])
+def test_tokens_and_a_single_activation_are_reconstructed_like_a_batch(normalize):
+    sae = TopKSAE(SaeConfig(16, 64, 4, normalize_activations=normalize))
+    x = torch.randn(6, 16)
+    expected = sae(x)
+    torch.testing.assert_close(sae(x.view(2, 3, 16)), expected.view(2, 3, 16))
+    torch.testing.assert_close(sae(x[4]), expected[4])
+    assert sae(x[:0].view(0, 3, 16)).shape == (0, 3, 16)
+
+
+@torch.no_grad()
 def test_what_was_recorded_of_an_sae_selects_the_latents_of_another_batch():
     sae, x = make_sae(16, 64, 4, "relu")
     sae, x = sae.float(), x.float()

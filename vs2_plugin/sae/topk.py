@@ -78,6 +78,8 @@ class TopKSAE(nn.Module):
 
     An SAE of another library may normalise activations first. It encodes ``z = (x - m) / s`` of each, and reconstructs
     ``x̃ = s (W_decᵀ TopK_k(…) + b_dec) + m``, so that its code in the units of x is ``c = s · TopK_k(…)``.
+
+    Shapes are given for a batch ``[batch, d]``; a single activation ``[d]`` and tokens ``[batch, tokens, d]`` work too.
     """
 
     def __init__(self, config: SaeConfig) -> None:
@@ -152,9 +154,13 @@ class TopKSAE(nn.Module):
 
 
 def combine(latents: Latents, decoder: Tensor) -> Tensor:
-    """``W_decᵀ c`` in the dtype of the decoder: ``[batch, d]``."""
-    weights = latents.values.to(decoder.dtype)
-    return F.embedding_bag(latents.indices, decoder, per_sample_weights=weights, mode="sum")
+    """``W_decᵀ c`` in the dtype of the decoder: ``[batch, d]``, or ``[..., d]`` of a code ``[..., k]``."""
+    values, indices = latents
+    if indices.dim() != 2:  # a bag takes a matrix
+        *leading, k = indices.shape
+        found = combine(Latents(values.reshape(-1, k), indices.reshape(-1, k)), decoder)
+        return found.reshape(*leading, decoder.shape[-1])
+    return F.embedding_bag(indices, decoder, per_sample_weights=values.to(decoder.dtype), mode="sum")
 
 
 class ByLatent(NamedTuple):
