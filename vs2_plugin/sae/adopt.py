@@ -1,4 +1,4 @@
-"""Takes an SAE that is there in place of one to train, and measures how well it fits the activations at hand."""
+"""Adopts an existing SAE in place of training one, and measures how well it fits the activations at hand."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ __all__ = ["adopt"]
 
 
 def adopt(found: ForeignSAE, activations: Rows, calibration: np.ndarray, *, device: Device = "cpu") -> Trained:
-    """Measure an SAE on activations ``[count, d]``, of which it has seen none: at most 10,000, drawn evenly.
+    """Return an existing SAE with its fit to activations ``[count, d]``, none of which it was trained on.
+
+    FVU and its quantiles are measured on at most 10,000 activations, drawn at random.
 
     Args:
         found: the SAE.
-        activations: those that it is to steer.
-        calibration: bool ``[count]``: those that the FVU quantiles are of.
+        activations: the activations that the SAE is to steer.
+        calibration: bool ``[count]``: which activations the FVU quantiles are taken over.
         device: where to measure.
 
     Raises:
-        CheckpointError: the activations are of another width.
-        DataError: there are none to calibrate on, or all are equal.
+        CheckpointError: the SAE is for activations of another width.
+        DataError: no drawn activation is in ``calibration``, or all are equal, or some are not finite.
     """
     started, width = time.monotonic(), found.sae.config.d_in
     source = Source(activations, device)

@@ -1,4 +1,4 @@
-"""The settings of a training of SAEs, with their defaults."""
+"""The settings of an SAE's training, with their defaults."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["RECIPES", "TrainConfig"]
 @documented
 @dataclass(frozen=True)
 class TrainConfig:
-    """The settings of a training.
+    """The settings of an SAE's training.
 
     Raises:
         SettingError: a value outside its range.
@@ -36,11 +36,11 @@ class TrainConfig:
         0, minimum=0, maximum=10**12,
         help="activations seen in training, repeats included; 0: set by the size of the data set",
     )  # fmt: skip
-    """0 means 200 per stored activation, 200,000 to 1,000,000."""
+    """0 means 200 per stored activation, but at least 200,000 and at most 1,000,000."""
     sae_batch_size: int = setting(
         0, minimum=0, maximum=10**7, help="activations per step; 0: set by the size of the data set"
     )
-    """0 means an eighth of the stored activations, 64 to 1024. At least 2."""
+    """0 means an eighth of the stored activations, but at least 64 and at most 1024. Any other value is at least 2."""
     auxk: float = setting(
         1 / 32, minimum=0, maximum=100, help="weight of the loss that revives dead latents (arXiv 2406.04093); 0: off"
     )
@@ -48,8 +48,8 @@ class TrainConfig:
         "data", choices=("data", "random"),
         help="decoder directions to start from: differences of activations (data), or random ones",
     )  # fmt: skip
-    """data: differences of random training activations, with an encoder of half their length, so that overlapping
-    latents do not overshoot; random: random ones, equal in encoder and decoder."""
+    """data: unit-norm differences of random training activations, with encoder rows half as long, so that overlapping
+    latents do not overshoot; random: random unit vectors, equal in encoder and decoder."""
     pass_weight: float = setting(
         0.0, minimum=0, maximum=1000,
         help="PASS (arXiv 2506.01247): pull the codes of a class towards their mean with this weight (the paper: 0.8); "
@@ -65,7 +65,7 @@ class TrainConfig:
     rescale: bool = setting(True)
     """Train on activations scaled to unit variance, and scale back afterwards: one learning rate fits all towers."""
     seed: int = setting(0, minimum=0, maximum=2**32 - 1, help="random seed")
-    """Seed of the initialisation, the held-out choice and the order."""
+    """Seed of the initialisation, of the choice of held-out activations and of the order of the batches."""
 
     def __post_init__(self) -> None:
         validate(self)
@@ -81,7 +81,7 @@ class TrainConfig:
         return replace(self, sae_batch_size=min(batch, count), samples=samples)
 
 
-#: Named settings. ``paper`` is what arXiv 2506.01247 states; where it is silent, as EleutherAI sparsify does.
+#: Named settings. ``paper`` follows arXiv 2506.01247 and, where that is silent, EleutherAI sparsify.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {"lr": 5e-4, "init": "random", "auxk": 0.0, "rescale": False},

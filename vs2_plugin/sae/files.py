@@ -20,19 +20,19 @@ __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "assembled", "load_sae", "save_sae", "
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae.safetensors"
-# Activation and normalisation -> their name. sparsify calls top-k with a ReLU "topk". It has no name for what else
-# there is, so it refuses such an SAE, as it should.
+# Activation and normalisation -> the name in cfg.json. "topk" is sparsify's, for top-k with a ReLU. The other names are
+# ours: sparsify does not know them, and so rightly refuses such an SAE.
 _NAMES = {
     (activation, normalized): name + ("" if normalized == "none" else f"+{normalized}")
     for activation, name in (("relu", "topk"), ("abs", "abs"))
     for normalized in ("none", "layer_norm", "constant_norm_rescale")
 }
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_LARGEST = 2**31 - 1  # of a width, and of a number of latents
+_LARGEST = 2**31 - 1  # width, or number of latents, at most
 
 
 def save_sae(sae: TopKSAE, folder: Path) -> None:
-    """Write ``sae`` into ``folder``, which is made if need be."""
+    """Write ``sae`` into ``folder``, which is created if it is missing."""
     config = sae.config
     facts = {
         "activation": _NAMES[config.activation, config.normalize_activations],
@@ -49,7 +49,7 @@ def save_sae(sae: TopKSAE, folder: Path) -> None:
 
 
 def write_files(folder: Path, file: str, weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write weights, in float32, into a file, and facts into ``cfg.json``, of a folder that is made if need be."""
+    """Write weights, as float32, to ``file`` and facts to ``cfg.json`` in ``folder``, which is created if missing."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
     (folder / file).write_bytes(save(tensors))  # save_file's error on a full disk is no OSError
@@ -60,7 +60,7 @@ def load_sae(folder: Path | str) -> TopKSAE:
     """Read an SAE that this package or sparsify wrote, as float32 on the CPU, in evaluation mode.
 
     Raises:
-        CheckpointError: a file is missing or damaged, the shapes disagree, or it is no plain top-k SAE.
+        CheckpointError: a file is missing or damaged, the shapes disagree, or the SAE is no plain top-k SAE.
     """
     folder = Path(folder)
     try:
@@ -77,7 +77,7 @@ def load_sae(folder: Path | str) -> TopKSAE:
 
 
 def assembled(config: SaeConfig, weights: Mapping[str, Tensor], where: str) -> TopKSAE:
-    """Return the SAE of weights of its shapes, in evaluation mode. Raises CheckpointError: some are not finite."""
+    """Build an SAE in evaluation mode from weights of the right shapes. Raises CheckpointError if any is not finite."""
     weights = {name: tensor.float().contiguous() for name, tensor in weights.items()}
     if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
         raise CheckpointError(f"{where} holds values that are not finite; train the SAE again")
@@ -89,25 +89,25 @@ def assembled(config: SaeConfig, weights: Mapping[str, Tensor], where: str) -> T
 
 def _config(folder: Path, facts: dict[str, Any]) -> SaeConfig:
     activation = facts.get("activation", "topk")
-    if facts.get("signed") and activation == "topk":  # as early versions of sparsify have it
+    if facts.get("signed") and activation == "topk":  # how early versions of sparsify write "abs"
         activation = "abs"
     unsupported = [key for key in ("skip_connection", "transcode") if facts.get(key)]
-    known = {name: ours for ours, name in _NAMES.items()}
-    if unsupported or not isinstance(activation, str) or activation not in known:
+    supported = {name: ours for ours, name in _NAMES.items()}
+    if unsupported or not isinstance(activation, str) or activation not in supported:
         what = unsupported[0] if unsupported else f"activation {reprlib.repr(activation)}"
         raise CheckpointError(f"the SAE in {folder} has {what}; expected a plain top-k SAE (activation topk or abs)")
     d_in = _whole(folder, facts, "d_in")
-    # sparsify writes 0 for "d_in times expansion_factor"
-    several = "num_latents" if facts.get("num_latents") else "expansion_factor"
-    num_latents = _whole(folder, facts, several) * (1 if several == "num_latents" else d_in)
+    # sparsify writes num_latents 0 where the number is d_in times expansion_factor
+    size_key = "num_latents" if facts.get("num_latents") else "expansion_factor"
+    num_latents = _whole(folder, facts, size_key) * (1 if size_key == "num_latents" else d_in)
     try:
-        return SaeConfig(d_in, num_latents, _whole(folder, facts, "k"), *known[activation])
+        return SaeConfig(d_in, num_latents, _whole(folder, facts, "k"), *supported[activation])
     except SettingError as error:
         raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from error
 
 
 def _whole(folder: Path, facts: dict[str, Any], name: str) -> int:
-    """Return the whole number of that name. (Anything else could be multiplied, too.)"""
+    """Return ``facts[name]``. Raises CheckpointError unless it is a positive int: a str times an int is no error."""
     if name not in facts:
         raise CheckpointError(f"{folder / CONFIG_FILE} lacks {name!r}; expected d_in, num_latents and k")
     value = facts[name]
@@ -118,13 +118,13 @@ def _whole(folder: Path, facts: dict[str, Any], name: str) -> int:
 
 
 def _require_shapes(path: Path, config: SaeConfig, weights: Mapping[str, Tensor]) -> None:
-    """Refuse weights of another SAE, before there is one of that size. Raises CheckpointError."""
+    """Raise CheckpointError if the weights do not have the shapes of ``config``, before memory for an SAE is taken."""
     latents, width = config.num_latents, config.d_in
     expected = {"W_dec": (latents, width), "encoder.weight": (latents, width), "encoder.bias": (latents,)}
     expected["b_dec"] = (width,)
     for name in sorted(expected.keys() | weights.keys()):
-        found = tuple(weights[name].shape) if name in weights else "nothing"
-        if found != expected.get(name):
-            raise CheckpointError(f"{path}: {name} holds {found}; expected {expected.get(name, 'no such tensor')}")
+        shape = tuple(weights[name].shape) if name in weights else "nothing"
+        if shape != expected.get(name):
+            raise CheckpointError(f"{path}: {name} holds {shape}; expected {expected.get(name, 'no such tensor')}")
         if weights[name].dtype not in _FLOATS:
             raise CheckpointError(f"{path}: {name} holds {weights[name].dtype}; expected floating-point numbers")

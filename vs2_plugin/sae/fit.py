@@ -20,52 +20,52 @@ QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.995)
 HELD_OUT = 10_000
 #: A latent is dense if more than this share of the activations activates it.
 DENSE = 0.1
-#: Activations that principal components are found on, at most.
+#: Activations on which principal components are computed, at most.
 PCA_MAX = 10_000
-_NONE = 1e-10  # of the largest eigenvalue: what rounding leaves of none
-_DEAD_MAX = 100_000  # activations looked at to count dead and dense latents
+_NONE = 1e-10  # of the largest eigenvalue: rounding can make a zero eigenvalue as large as this
+_DEAD_MAX = 100_000  # activations on which dead and dense latents are counted, at most
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How well an SAE fits."""
+    """Figures of how well an SAE fits activations."""
 
     fvu: float
     """``Σ‖x - x̃‖² / Σ‖x - mean‖²`` over held-out activations."""
     fvu_quantiles: dict[str, float]
     """Quantile, as text, -> per-sample FVU over held-out activations."""
     dead: float
-    """Share of latents that no other activation (of at most 100,000) activates."""
+    """Share of latents that are active in none of the activations not held out (at most 100,000 of them)."""
     dense: float
-    """Share of latents that more than a tenth of them activates."""
+    """Share of latents that are active in more than a tenth of the activations that ``dead`` is counted on."""
     l0: float
-    """Active latents per activation, the mean over them."""
+    """Mean number of active latents per activation, over the activations that ``dead`` is counted on."""
     pca_fvu: float
-    """FVU over held-out activations of k principal components, found on at most 10,000 others."""
+    """FVU of k principal components over held-out activations; the components are of at most 10,000 others."""
     gamma: float
     """``‖μ‖/‖σ‖``, the mean activation's norm over the root of the total variance (arXiv 2605.31518)."""
 
 
 def parted(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return which of ``count`` activations a training by that seed holds out, and the others, in random order."""
-    numbers = np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)  # all that grows with the images
+    """Return the numbers of the activations that a training with this seed holds out, and of the others, shuffled."""
+    numbers = np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)  # the largest array here
     order = np.random.default_rng(seed).permutation(numbers)
     held = min(HELD_OUT, count // 10)
     return order[:held], order[held:]
 
 
 def fit_of(sae: TopKSAE, source: Source, held: np.ndarray, calibrated: np.ndarray, others: np.ndarray) -> Fit:
-    """Measure how well an SAE fits activations of these numbers, int64 ``[m]`` each.
+    """Measure how well an SAE fits activations, which are chosen by their numbers, int64 ``[m]`` each.
 
     Args:
         sae: on the device of the source.
         source: the activations.
-        held: those that the FVU is of.
-        calibrated: those that its quantiles are of.
-        others: those, in any order, by which dead and dense latents are counted.
+        held: activations that the FVU is measured on.
+        calibrated: activations that the FVU quantiles are taken over.
+        others: shuffled activations, to count dead and dense latents on and to compute principal components of.
 
     Raises:
-        DataError: there are none to calibrate on, or all are equal.
+        DataError: ``calibrated`` is empty, or all activations in ``held`` are equal.
     """
     if not len(calibrated):
         raise DataError("none of the activations to calibrate on is held out; take more images of those data sets")
@@ -85,12 +85,12 @@ def fit_of(sae: TopKSAE, source: Source, held: np.ndarray, calibrated: np.ndarra
 
 @torch.no_grad()
 def held_out_fvu(sae: TopKSAE, source: Source, held: np.ndarray, scale: float = 1.0) -> float:
-    """FVU on the activations of the numbers ``held``, divided by ``scale``.
+    """Return the FVU on the activations of the numbers ``held``, each divided by ``scale``.
 
     Raises:
-        DataError: they are all equal.
+        DataError: the activations are all equal.
     """
-    origin = (source.read(held[:1]) / scale).double()  # sums around it keep their digits
+    origin = (source.read(held[:1]) / scale).double()  # sums of differences from it lose no digits
     total = torch.zeros_like(origin[0])
     unexplained, squares = 0.0, 0.0
     for rows in source.every(held):
@@ -106,14 +106,14 @@ def held_out_fvu(sae: TopKSAE, source: Source, held: np.ndarray, scale: float = 
 
 @torch.no_grad()
 def _samples_fvu(sae: TopKSAE, source: Source, chosen: np.ndarray) -> Tensor:
-    """Per-sample FVU of the activations of the numbers ``chosen``: float64 on the CPU, ``[len(chosen)]``."""
+    """Return the FVU of each activation of the numbers ``chosen``: float64 on the CPU, ``[len(chosen)]``."""
     mean = source.mean.to(source.device)
     return torch.cat([sample_fvu(x, sae(x), mean) for x in source.every(chosen)]).double().cpu()
 
 
 @torch.no_grad()
 def _frequencies(sae: TopKSAE, source: Source, chosen: np.ndarray) -> Tensor:
-    """Share of the activations of the numbers ``chosen`` that activate each latent: float64 on the CPU, ``[n]``."""
+    """Return the share of the activations numbered ``chosen`` in which each latent is active: float64 CPU, ``[n]``."""
     counts = torch.zeros(sae.config.num_latents, dtype=torch.long, device=source.device)
     for x in source.every(chosen):
         latents = sae.encode(x)
@@ -122,13 +122,13 @@ def _frequencies(sae: TopKSAE, source: Source, chosen: np.ndarray) -> Tensor:
 
 
 def pca_fvu(source: Source, fitted: np.ndarray, held: np.ndarray, components: int) -> float:
-    """FVU on the activations of the numbers ``held`` of the principal components of those of the numbers ``fitted``."""
-    known, rows = (source.read(numbers).double().cpu() for numbers in (fitted, held))
-    mean = known.mean(0)
-    centred = known - mean
+    """Return the FVU, on the activations numbered ``held``, of principal components of those numbered ``fitted``."""
+    sample, rows = (source.read(numbers).double().cpu() for numbers in (fitted, held))
+    mean = sample.mean(0)
+    centred = sample - mean
     values, vectors = torch.linalg.eigh(centred.T @ centred)
-    vectors = vectors[:, -components:][:, values[-components:] > _NONE * values[-1]]  # of few images there are few
-    rest = rows - mean
-    rest = rest - rest @ vectors @ vectors.T
-    unexplained: float = (rest.square().sum() / (rows - rows.mean(0)).square().sum()).item()
+    vectors = vectors[:, -components:][:, values[-components:] > _NONE * values[-1]]  # few images have fewer than k
+    residual = rows - mean
+    residual = residual - residual @ vectors @ vectors.T
+    unexplained: float = (residual.square().sum() / (rows - rows.mean(0)).square().sum()).item()
     return unexplained

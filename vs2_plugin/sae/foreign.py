@@ -1,10 +1,10 @@
-"""SAEs of other libraries: read as this package's own, or refused with the reason, and written for them.
+"""Reads SAEs of other libraries as SAEs of this package, or says why it cannot, and writes SAEs for these libraries.
 
-- EleutherAI sparsify: ``cfg.json`` and ``sae.safetensors``, which is how this package stores its own;
+- EleutherAI sparsify: ``cfg.json`` and ``sae.safetensors``, which is how this package stores SAEs too;
 - SAELens (top-k and abs-top-k): ``cfg.json`` and ``sae_weights.safetensors``, the encoder transposed;
 - Prisma (top-k): ``config.json`` and ``weights.pt``, which is unpickled without executing code.
 
-What is read reconstructs as the library does, but for the order of sums (tests/sae/test_foreign.py).
+A converted SAE reconstructs as in its library, but for the order of sums (tests/sae/test_foreign.py).
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ _EXPECTED = (
     f"{CONFIG_FILE} with {WEIGHTS_FILE} (sparsify) or {_SAELENS_WEIGHTS} (SAELens), or {_PRISMA_CONFIG} with "
     f"{_PRISMA_WEIGHTS} (Prisma)"
 )
-#: A layer's residual stream, by the names of TransformerLens: before it or after it.
+#: TransformerLens's names of the residual stream before and after a layer.
 _RESIDUAL = re.compile(r"blocks\.(\d{1,4})\.hook_resid_(pre|post)")
-#: The last number in the name of a module: of a block.
+#: The number of a block, at the end of a module's name.
 _BLOCK = re.compile(r"(?:^|\.)(?:h|layers?|blocks?|resblocks)\.(\d{1,4})$")
 
 
 @dataclass(frozen=True)
 class ForeignSAE:
-    """An SAE that another library trained."""
+    """An SAE from the files of another library."""
 
     sae: TopKSAE
     library: str
-    """Whose it is."""
+    """Name of the library."""
     block: int | None
-    """After which block of the tower its activations are read, counted from 0, if its files tell."""
+    """The block of the tower whose output the SAE reads, counted from 0; None where its files do not say."""
     model: str | None
-    """What its files call the model, if they do."""
+    """Name of the model in the SAE's files; None where there is none."""
 
     def __str__(self) -> str:
         of = f", of {self.model}" if self.model else ""
@@ -62,39 +62,39 @@ def read_foreign(path: Path) -> ForeignSAE:
     """Read an SAE from its folder.
 
     Args:
-        path: the folder of one SAE; of a folder with several, such as sparsify's, the one wanted is named itself.
+        path: the folder of one SAE, not the folder around several.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or it cannot be represented here, and why.
+        CheckpointError: there is no SAE, its files are damaged, or this package cannot represent it.
     """
     if not path.is_dir():
         raise CheckpointError(f"no folder {str(path)!r}; expected one with {_EXPECTED}")
-    found = find_foreign(path)
-    if path in found:
-        return _LIBRARIES[found[path]][1](path)
-    if found:
-        names = ", ".join(folder.name for folder in found)
+    libraries = find_foreign(path)
+    if path in libraries:
+        return _LIBRARIES[libraries[path]][1](path)
+    if libraries:
+        names = ", ".join(folder.name for folder in libraries)
         raise CheckpointError(f"{path} holds several SAEs; name the folder of one: {names}")
     raise CheckpointError(f"no SAE in {path}: expected {_EXPECTED}")
 
 
 def find_foreign(path: Path) -> dict[Path, str]:
-    """Return the folders of SAEs, this one or else those in it -> whose they are, as their files' names tell."""
+    """Return each SAE folder, ``path`` itself or else those in it -> the library, recognised by its file names."""
     for folders in ([path], sorted(path.iterdir()) if path.is_dir() else []):
-        found = {
+        libraries = {
             folder: library
             for folder in folders
             for library, (names, _) in _LIBRARIES.items()
             if all((folder / name).is_file() for name in names)
         }
-        if found:
-            return found
+        if libraries:
+            return libraries
     return {}
 
 
 def _read_sparsify(path: Path) -> ForeignSAE:
-    found = _BLOCK.search(path.name.removesuffix(".pass"))  # as this package names its SAEs by PASS
-    return ForeignSAE(load_sae(path), "sparsify", int(found[1]) if found else None, None)
+    match = _BLOCK.search(path.name.removesuffix(".pass"))  # this package's suffix for SAEs trained by PASS
+    return ForeignSAE(load_sae(path), "sparsify", int(match[1]) if match else None, None)
 
 
 def _read_saelens(path: Path) -> ForeignSAE:
@@ -111,7 +111,7 @@ def _read_prisma(path: Path) -> ForeignSAE:
     facts = _facts(path / _PRISMA_CONFIG)
     try:
         weights = torch.load(path / _PRISMA_WEIGHTS, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever unpickling a file of anything raises
+    except Exception as error:  # unpickling an arbitrary file can raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path / _PRISMA_WEIGHTS} is not a readable weights file: {reason}") from error
     weights = weights.get("state_dict", weights) if isinstance(weights, dict) else {}
@@ -129,7 +129,7 @@ def _facts(file: Path) -> dict[str, Any]:
 
 
 def _convert(file: Path, library: str, facts: Mapping[str, Any], weights: Mapping[str, Any]) -> ForeignSAE:
-    """Return an SAE whose weights are ``W_enc`` ``[d, n]``, ``W_dec`` ``[n, d]``, ``b_enc`` and ``b_dec``."""
+    """Build the SAE of the weights ``W_enc`` ``[d, n]``, ``W_dec`` ``[n, d]``, ``b_enc`` and ``b_dec``."""
     activation, k = _activation(file, facts)
     block = _block(file, facts)
     _refuse_other_kinds(file, facts)
@@ -138,7 +138,7 @@ def _convert(file: Path, library: str, facts: Mapping[str, Any], weights: Mappin
     encoder = encoder.T
     if not facts.get("apply_b_dec_to_input", True):  # W x + b is W (x - b_dec) + (b + W b_dec)
         bias = bias + encoder @ b_dec
-    if facts.get("rescale_acts_by_decoder_norm"):  # as if the decoder had directions of unit norm
+    if facts.get("rescale_acts_by_decoder_norm"):  # the same SAE, with decoder rows of unit norm
         norm = decoder.norm(dim=1, keepdim=True)
         encoder, bias, decoder = encoder * norm, bias * norm[:, 0], decoder / norm
     values = {"encoder.weight": encoder, "encoder.bias": bias, "W_dec": decoder, "b_dec": b_dec}
@@ -146,7 +146,7 @@ def _convert(file: Path, library: str, facts: Mapping[str, Any], weights: Mappin
     return ForeignSAE(sae, library, block, model if isinstance(model, str) else None)
 
 
-#: Library -> the files of its SAEs, and what reads them.
+#: Library -> the files of its SAEs, and the function that reads them.
 _LIBRARIES: dict[str, tuple[tuple[str, str], Callable[[Path], ForeignSAE]]] = {
     "sparsify": ((CONFIG_FILE, WEIGHTS_FILE), _read_sparsify),
     "SAELens": ((CONFIG_FILE, _SAELENS_WEIGHTS), _read_saelens),
@@ -155,38 +155,39 @@ _LIBRARIES: dict[str, tuple[tuple[str, str], Callable[[Path], ForeignSAE]]] = {
 
 
 def _activation(file: Path, facts: Mapping[str, Any]) -> tuple[str, Any]:
-    """Return the activation of an SAE, by the name that it has here, and its k."""
-    said = facts.get("activation_fn") or facts.get("activation_fn_str")
-    more = facts.get("activation_fn_kwargs")
-    more = more if isinstance(more, dict) else {}
+    """Return this package's name for the SAE's activation, and its k. Raises CheckpointError for any other kind."""
+    function = facts.get("activation_fn") or facts.get("activation_fn_str")
+    arguments = facts.get("activation_fn_kwargs")
+    arguments = arguments if isinstance(arguments, dict) else {}
     architecture = facts.get("architecture", "standard")
-    if architecture == "standard" and said == "topk":  # SAELens before version 6, and Prisma
+    if architecture == "standard" and function == "topk":  # SAELens before version 6, and Prisma
         architecture = "topk"
-    known = {"topk": "relu", "abstopk": "abs"}
-    if not isinstance(architecture, str) or architecture not in known:
-        what = reprlib.repr(architecture) + (f" with {said}" if architecture == "standard" and said else "")
+    names = {"topk": "relu", "abstopk": "abs"}
+    if not isinstance(architecture, str) or architecture not in names:
+        what = reprlib.repr(architecture) + (f" with {function}" if architecture == "standard" and function else "")
         raise CheckpointError(
             f"the SAE in {file.parent} has the architecture {what}, which does not keep a fixed number of active "
             "latents; expected topk or abstopk"
         )
-    return known[architecture], facts.get("k", more.get("k"))
+    return names[architecture], facts.get("k", arguments.get("k"))
 
 
 def _block(file: Path, facts: Mapping[str, Any]) -> int | None:
-    """Return the block that the activations follow; None where nothing tells it."""
+    """Return the block whose output the SAE reads; None where its files do not say. Raises CheckpointError for hooks
+    that are not the residual stream after a block."""
     hook = facts.get("hook_name") or facts.get("hook_point")
     if not isinstance(hook, str) or not hook:
         return None
-    found = _RESIDUAL.fullmatch(hook)
-    if found and (found[2] == "post" or int(found[1])):
-        return int(found[1]) - (found[2] == "pre")
+    match = _RESIDUAL.fullmatch(hook)
+    if match and (match[2] == "post" or int(match[1])):
+        return int(match[1]) - (match[2] == "pre")
     if "hook_" in hook:
         raise CheckpointError(
             f"the SAE in {file.parent} is for {hook}; expected one for the residual stream after a block, such as "
             "blocks.11.hook_resid_post"
         )
-    found = _BLOCK.search(hook)
-    return int(found[1]) if found else None
+    match = _BLOCK.search(hook)
+    return int(match[1]) if match else None
 
 
 def _refuse_other_kinds(file: Path, facts: Mapping[str, Any]) -> None:
@@ -208,7 +209,7 @@ def _refuse_other_kinds(file: Path, facts: Mapping[str, Any]) -> None:
 
 
 def _shape(file: Path, weights: Mapping[str, Any], k: Any, activation: str, normalized: str) -> SaeConfig:
-    """Return the shape that the weights have. Raises CheckpointError where they do not fit each other."""
+    """Return the config of an SAE with these weights. Raises CheckpointError if their shapes do not fit together."""
     names = ("W_enc", "W_dec", "b_enc", "b_dec")
     lacking = [name for name in names if not isinstance(weights.get(name), Tensor)]
     if lacking:
@@ -226,11 +227,12 @@ def _shape(file: Path, weights: Mapping[str, Any], k: Any, activation: str, norm
 
 
 def write_sparsify(sae: TopKSAE, folder: Path, *, model: str = "", block: int | None = None) -> None:
-    """Write an SAE for sparsify, whose ``SparseCoder.load_from_disk`` reads the folder. Its format has no place for
-    ``model`` and ``block``: the name of the folder tells the place.
+    """Write an SAE for sparsify, whose ``SparseCoder.load_from_disk`` reads the folder.
+
+    ``model`` and ``block`` are ignored, since the format has no place for them: the folder's name tells the site.
 
     Raises:
-        CheckpointError: sparsify has no such SAE.
+        CheckpointError: sparsify cannot represent the SAE.
     """
     config = sae.config
     reason = ""
@@ -248,9 +250,9 @@ def write_saelens(sae: TopKSAE, folder: Path, *, model: str, block: int | None) 
 
     Args:
         sae: the SAE.
-        folder: is made if need be.
-        model: what the model is called there.
-        block: after which block its activations are read; None for the output embedding.
+        folder: created if it is missing.
+        model: SAELens's name of the model.
+        block: the block whose output the SAE reads; None for the output embedding.
     """
     config = sae.config
     weights = {"W_enc": sae.encoder.weight.T, "b_enc": sae.encoder.bias, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
@@ -274,5 +276,5 @@ def write_saelens(sae: TopKSAE, folder: Path, *, model: str, block: int | None) 
     write_files(folder, _SAELENS_WEIGHTS, weights, facts)
 
 
-#: By the word for the format: what writes an SAE for a library.
+#: Name of a format -> the function that writes an SAE in it.
 WRITERS: dict[str, Callable[..., None]] = {"sparsify": write_sparsify, "saelens": write_saelens}

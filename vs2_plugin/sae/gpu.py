@@ -1,11 +1,11 @@
-"""The training step on a GPU: products in bfloat16, and Triton kernels for what lies between them.
+"""The training step on a GPU: matrix products in bfloat16, and Triton kernels for the work between them.
 
 A GPU multiplies matrices so fast that the rest takes most of a step: selecting the active latents, reading their rows
-of the decoder, and passes over batch, codes and weights. So whatever can share a pass does, in six kernels. What a
-product does best is left to torch: finding the latents, and the weights' gradients, from dense codes.
+of the decoder, and passes over batch, codes and weights. So six kernels share as many of these passes as they can.
+Matrix products are left to torch: the pre-activations, and the gradients of the weights from dense codes.
 
-The mathematics are those of :mod:`vs2_plugin.sae.step`. Weights, moments, gradients and sums are float32; what is
-multiplied (activations, weights, codes) is rounded to bfloat16. The same step gives the same bits each time.
+The mathematics are those of :mod:`vs2_plugin.sae.step`. Weights, moments, gradients and sums are float32; the factors
+of products (activations, weights, codes) are rounded to bfloat16. The same step gives the same bits each time.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from vs2_plugin.sae.topk import Latents, TopKSAE
 
 __all__ = ["GpuStep", "select"]
 
-#: What is multiplied is rounded to this.
+#: The dtype of the factors of matrix products.
 _HALF = torch.bfloat16
-#: Activations, and latents, that one program sums; and numbers of a row that it looks at together.
+#: Activations, or latents, that one program sums; and numbers of a row that one program loads at a time.
 _SUMMED, _LOOKED_AT = 16, 2048
-#: The least number of dead latents that AuxK is told for.
+#: The smallest number of dead latents that AuxK is computed for; the list is filled up to it.
 _FEWEST = 128
 
 
 class GpuStep:
     """The training steps of an SAE on a GPU.
 
-    The moments are those of ``optimizer``, whose own ``step`` is not called. The weights are kept in bfloat16 too,
-    anew with each step: whoever changes them by other means calls :meth:`read_weights`.
+    The moments are kept in ``optimizer``, whose own ``step`` is not called. A copy of the weights in bfloat16 is
+    updated with each step: code that changes the weights by other means has to call :meth:`read_weights`.
 
     Args:
-        silent: for how many steps each latent has not been active, int64 ``[n]``; each step counts on.
-        scale: what activations are divided by.
+        silent: for how many steps each latent has not been active, int64 ``[n]``; updated by each step.
+        scale: activations are divided by this.
 
     Raises:
-        RuntimeError: a GPU without units for bfloat16; and whatever Triton raises where it cannot compile.
+        RuntimeError: the GPU has no units for bfloat16. Triton's own errors pass through where it cannot compile.
     """
 
     def __init__(self, sae: TopKSAE, optimizer: torch.optim.Adam, silent: Tensor, scale: float = 1.0) -> None:
@@ -59,7 +59,7 @@ class GpuStep:
         self.read_weights()
         self._take(torch.eye(2, sae.config.d_in, device=sae.b_dec.device))
         with torch.cuda.device_of(self._batch):
-            self._set_gradients()  # whatever cannot be compiled is found here
+            self._set_gradients()  # kernels that cannot be compiled fail here, not in training
         self._sums.zero_()
         self._active.zero_()
         for group in optimizer.param_groups:
@@ -67,8 +67,8 @@ class GpuStep:
                 moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                 optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
         self._replayed = Replayed(), Replayed()
-        most = _rounded_up(len(silent))
-        self._listed, self._is_listed = silent.new_zeros(most), self._rates.new_zeros(most)
+        capacity = _rounded_up(len(silent))
+        self._listed, self._is_listed = silent.new_zeros(capacity), self._rates.new_zeros(capacity)
         self._weight_of_auxk = self._rates.new_zeros(())
         self._auxk: dict[int, Replayed] = {}
         self._room_of_auxk = torch.cuda.graph_pool_handle()
@@ -91,7 +91,7 @@ class GpuStep:
         self._rates[1].fill_((1 - kernels.BETA2.value**number) ** -0.5)
         replayed = classes is None and alone()
         with torch.cuda.device_of(x):  # where Triton launches
-            # The answer waits for the step before, and is asked for while nothing waits for it.
+            # nonzero() waits for the step before, so it is called before this step's work is queued.
             listed = dead.nonzero().squeeze(1) if auxk and dead is not None else self._silent[:0]
             self._take(x)
             if replayed:
@@ -108,7 +108,7 @@ class GpuStep:
 
     @torch.no_grad()
     def read_weights(self) -> None:
-        """Copy the weights of the SAE."""
+        """Copy the SAE's weights to bfloat16."""
         encoder = self._sae.encoder
         self._encoder, self._decoder, self._bias = (
             weight.detach().to(_HALF, copy=True) for weight in (encoder.weight, self._sae.W_dec, encoder.bias)
@@ -116,7 +116,7 @@ class GpuStep:
 
     @torch.no_grad()
     def _take(self, x: Tensor) -> None:
-        """Make ``x`` the batch."""
+        """Make ``x``, divided by the scale, the batch; allocate memory for the code where the size changes."""
         if self._batch.shape != x.shape:
             config, batch = self._sae.config, len(x)
             self._batch = torch.empty_like(x)
@@ -146,8 +146,8 @@ class GpuStep:
         self._last = rounded, to_output, variance
 
     def _centre(self) -> tuple[Tensor, Tensor]:
-        """The batch less ``b_dec``, bfloat16; and of all processes' batches the sum of such ``[d]``, the sum of their
-        squares, and how many they are."""
+        """Return ``x - b_dec`` of the batch, bfloat16; and moments ``[d + 2]`` over all processes' batches: the sum of
+        these rows ``[d]``, the sum of their squares, and their number."""
         x, sae = self._batch, self._sae
         batch, d = x.shape
         programs = triton.cdiv(batch, _SUMMED // 2)
@@ -159,8 +159,8 @@ class GpuStep:
         return rounded, total(parts.sum(0))
 
     def _explain(self, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The derivatives by the output, ``-2 (x - x̃) / variance`` ``[batch, d]``, bfloat16; those by the active
-        latents' values, ``[batch, k]``; and the variance."""
+        """Return the derivatives by the output, ``-2 (x - x̃) / variance`` ``[batch, d]``, bfloat16; those by the
+        active latents' values, ``[batch, k]``; and the variance."""
         x, sae = self._batch, self._sae
         width = triton.next_power_of_2(x.shape[1])
         to_output, to_values = torch.empty_like(x, dtype=_HALF), torch.empty_like(self._latents.values)
@@ -172,7 +172,7 @@ class GpuStep:
         return to_output, to_values, variance
 
     def _set_gradients_of_biases(self, to_output: Tensor, moments: Tensor, variance: Tensor) -> None:
-        """Set those of the encoder's bias, by the sums of derivatives, and of ``b_dec``."""
+        """Set the gradients of the encoder's bias, from the sums of derivatives, and of ``b_dec``."""
         sae = self._sae
         n, d, _ = _sizes(sae)
         blocks = triton.cdiv(n, _SUMMED)
@@ -187,13 +187,13 @@ class GpuStep:
 
     @torch.no_grad()
     def _add_auxk(self, dead: Tensor, auxk: float, replayed: bool) -> None:
-        """Add the gradients of AuxK on the last batch, for the latents ``dead``, int64 ``[count]``; ``replayed``, as
-        those of the loss are."""
-        count, wanted = len(dead), self._sae.config.d_in // 2
+        """Add the gradients of AuxK on the last batch, for the latents ``dead``, int64 ``[count]``; ``replayed`` says
+        whether a CUDA graph is recorded and replayed."""
+        count, half_width = len(dead), self._sae.config.d_in // 2
         size = _rounded_up(count)
         self._listed[:count] = dead
         self._is_listed[:count], self._is_listed[count:] = 1.0, 0.0
-        self._weight_of_auxk.fill_(auxk * min(1.0, count / wanted))
+        self._weight_of_auxk.fill_(auxk * min(1.0, count / half_width))
         if not replayed:
             return self._add_auxk_of(size)
         if size not in self._auxk:
@@ -202,8 +202,8 @@ class GpuStep:
 
     @torch.no_grad()
     def _add_auxk_of(self, size: int) -> None:
-        """The same for the first ``size`` that are listed. Those that only fill the list up have no weights here: they
-        are not active, and their gradients are 0."""
+        """Add the gradients of AuxK for the first ``size`` listed latents. Those after the dead ones only fill the list
+        up: their encoder rows and biases count as 0, so that they are not active and their gradients are 0."""
         sae, (rounded, to_output, variance), weight = self._sae, self._last, self._weight_of_auxk
         relu, dead, real = sae.config.activation == "relu", self._listed[:size], self._is_listed[:size].to(_HALF)
         encoder, decoder = self._encoder[dead] * real[:, None], self._decoder[dead]
@@ -226,7 +226,7 @@ class GpuStep:
 
     @torch.no_grad()
     def _update(self) -> None:
-        """One step of Adam by the gradients, without their part along the decoder's rows; these then get norm 1."""
+        """Take a step of Adam, without the gradient along the decoder's rows, and scale these rows to unit norm."""
         sae = self._sae
         biased = sae.encoder.bias.requires_grad
         parameters = (sae.W_dec, sae.encoder.weight, sae.encoder.bias if biased else sae.b_dec, sae.b_dec)
@@ -245,7 +245,7 @@ class GpuStep:
 
 
 def _rounded_up(count: int) -> int:
-    """The number of dead latents that stands for ``count``, at most a quarter more."""
+    """Return ``count`` rounded up, by at most a quarter, so that few sizes (and CUDA graphs) occur; 128 at least."""
     count = max(count, _FEWEST)
     part: int = triton.next_power_of_2(count) // 8
     rounded: int = part * triton.cdiv(count, part)
@@ -257,17 +257,17 @@ def _sizes(sae: TopKSAE) -> tuple[int, int, int]:
 
 
 def select(rows: Tensor, activation: str, latents: Latents, codes: Tensor) -> None:
-    """Write the active latents of pre-activations ``[batch, n]``, which ``TopKSAE.select`` gives, and their values to
-    ``codes`` ``[batch, n]`` too. The groups that are looked at first are of about √(n/k) numbers."""
+    """Write the active latents of pre-activations ``[batch, n]``, as by ``TopKSAE.select``, to ``latents``, and their
+    values to ``codes`` ``[batch, n]`` too. The kernel first compares groups of about √(n/k) numbers."""
     batch, n = rows.shape
     k = latents.values.shape[1]
     size = min(triton.next_power_of_2(isqrt(n // k)), 1 << ((n // k).bit_length() - 1))
-    groups, wanted = triton.cdiv(n, size), triton.next_power_of_2(k)
+    groups, slots = triton.cdiv(n, size), triton.next_power_of_2(k)
     bits = rows.view({2: torch.int16, 4: torch.int32}[rows.element_size()])
     padded = triton.next_power_of_2(groups)
     kernels.largest[(batch,)](
         rows, bits, bits.new_empty(batch, groups), bits.new_empty(batch, k, dtype=torch.int32),
         latents.indices, latents.values, codes, n, groups, k,
-        SIZE=size, GROUPS=padded, TILE=min(padded, max(1, _LOOKED_AT // size)), K=wanted, BITS=8 * rows.element_size(),
-        ABS=activation == "abs", RELU=activation == "relu", num_warps=max(1, max(padded, wanted * size) // 1024),
+        SIZE=size, GROUPS=padded, TILE=min(padded, max(1, _LOOKED_AT // size)), K=slots, BITS=8 * rows.element_size(),
+        ABS=activation == "abs", RELU=activation == "relu", num_warps=max(1, max(padded, slots * size) // 1024),
     )  # fmt: skip

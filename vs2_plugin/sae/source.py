@@ -1,4 +1,4 @@
-"""Activations as a training reads them: from memory, from files that memory may not hold, or from the GPU's memory."""
+"""Reads the activations of a training from memory, from files too large for memory, or from the GPU's memory."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ __all__ = ["CHUNK", "Device", "Rows", "Source", "ahead", "batches_of", "chunks"]
 #: Activations ``[count, d]``, in memory or on disk.
 Rows = np.ndarray | Stack
 Device = str | torch.device
-CHUNK = 4096  # activations that are looked at together, where no batch says how many
+CHUNK = 4096  # activations that are read at a time outside of training batches
 _LEAST, _MOST = 1e-30, 1e30  # of the total variance
-_CACHED = 256  # activations that stay in the processor's cache, in float64
-_SUMMED = 1 << 16  # activations that a GPU sums together
+_CACHED = 256  # activations summed at a time on a CPU: they fit into its cache in float64
+_SUMMED = 1 << 16  # activations summed at a time on a GPU
 
 
 class Source:
-    """Activations ``[count, d]``, which are read to a device."""
+    """Activations ``[count, d]``, and the device to which they are read."""
 
     def __init__(self, rows: Rows, device: Device) -> None:
         self.shape, self.device = rows.shape, torch.device(device)
         self._rows, self._held = rows, _on_gpu(rows, self.device)
-        #: μ ``[d]``, the mean activation, on the CPU; and the total variance.
+        #: μ ``[d]``, the mean activation, on the CPU; and the total variance, a float.
         self.mean, self.variance = _moments(rows if self._held is None else self._held)
-        #: Whether they are read from files that memory may not hold.
+        #: Whether activations are read from files, which may be too large for memory.
         self.on_disk = self._held is None and on_disk(rows)
 
     def check(self) -> None:
-        """Refuse activations of which nothing can be learnt. Raises DataError."""
+        """Raise DataError if the activations are not finite, all equal, or of a variance that float32 cannot handle."""
         if not torch.isfinite(self.mean).all() or not np.isfinite(self.variance):
             raise DataError("some activations are not finite; extract them again with --cache_dtype float32")
         if self.variance == 0:
@@ -47,29 +47,29 @@ class Source:
             )
 
     def read(self, numbers: np.ndarray) -> Tensor:
-        """The activations of these numbers, float32."""
+        """Return the activations of these numbers, float32."""
         if self._held is not None:
             return self._held[torch.from_numpy(numbers).long().to(self.device)].float()
         return torch.from_numpy(self._rows[numbers]).to(self.device).float()  # torch casts float16 faster than NumPy
 
     def ask(self, numbers: np.ndarray) -> None:
-        """Ask the disk for activations that memory may not hold."""
+        """Start to read the activations of these numbers, if they are on disk."""
         if self.on_disk:
             ask_for(self._rows, numbers)
 
     def every(self, numbers: np.ndarray) -> Iterator[Tensor]:
-        """The activations of these numbers, in chunks."""
+        """Yield the activations of these numbers, in chunks."""
         return (self.read(part) for part in ahead(chunks(numbers), [self]))
 
 
 def chunks(numbers: np.ndarray) -> Iterator[np.ndarray]:
-    """Give ``numbers`` ``[count]``, at most :data:`CHUNK` at a time."""
+    """Yield ``numbers`` ``[count]``, at most :data:`CHUNK` at a time."""
     for start in range(0, len(numbers), CHUNK):
         yield numbers[start : start + CHUNK]
 
 
 def batches_of(numbers: np.ndarray, batch_size: int, seed: int) -> Iterator[np.ndarray]:
-    """Give batches of the ``numbers`` without end: each once per pass, in a new order each time."""
+    """Yield batches of ``numbers`` without end: each number once per pass, in a new order in each pass."""
     rng = np.random.default_rng([seed, 1])
     waiting = np.empty(0, dtype=numbers.dtype)
     while True:
@@ -80,8 +80,8 @@ def batches_of(numbers: np.ndarray, batch_size: int, seed: int) -> Iterator[np.n
 
 
 def ahead(parts: Iterable[np.ndarray], sources: Collection[Source]) -> Iterator[np.ndarray]:
-    """Give ``parts``, numbers of activations, as they are. Before each is given, the disk is asked for the next one's:
-    they are read meanwhile."""
+    """Yield ``parts``, numbers of activations, unchanged. Before each one, start to read the activations of the next
+    from disk, so that they arrive meanwhile."""
     if not any(source.on_disk for source in sources):
         yield from parts
         return
@@ -91,21 +91,22 @@ def ahead(parts: Iterable[np.ndarray], sources: Collection[Source]) -> Iterator[
             source.ask(part)
 
     waiting: list[tuple[np.ndarray, Future[None]]] = []
-    with ThreadPoolExecutor(1) as other:
+    with ThreadPoolExecutor(1) as reader:
         for part in parts:
-            waiting.append((part, other.submit(ask, part)))
+            waiting.append((part, reader.submit(ask, part)))
             if len(waiting) > 1:
-                given, done = waiting.pop(0)
+                ready, done = waiting.pop(0)
                 done.result()
-                yield given
+                yield ready
         for part, done in waiting:
             done.result()
             yield part
 
 
 def _on_gpu(rows: Rows, device: torch.device) -> Tensor | None:
-    """The activations in the GPU's memory, if they take less than a third of what is free: from there a batch comes 25
-    times as fast as from the processor's (H100: 0.05 and 1.3 ms for 4,096 of 768 in float16)."""
+    """Return a copy of the activations in the GPU's memory; None on a CPU, or if the copy takes over a third of what is
+    free. A batch is read 25 times as fast as from the CPU's memory (H100: 0.05 and 1.3 ms for 4,096 of 768, float16).
+    """
     if device.type != "cuda":
         return None
     count, width = rows.shape
@@ -120,14 +121,14 @@ def _on_gpu(rows: Rows, device: torch.device) -> Tensor | None:
 
 
 def _moments(rows: Rows | Tensor) -> tuple[Tensor, float]:
-    """Mean ``[d]`` and total variance, in float64 and one pass: by the GPU where it holds them."""
+    """Return the mean ``[d]`` and the total variance, computed in float64 in one pass, on the device of the rows."""
     size = _SUMMED if isinstance(rows, Tensor) else _CACHED
 
     def read(start: int, count: int) -> Tensor:
         part = rows[start : start + count]
         return (part if isinstance(part, Tensor) else torch.from_numpy(np.array(part))).double()
 
-    origin = read(0, 1)[0]  # sums around it keep their digits
+    origin = read(0, 1)[0]  # sums of differences from it lose no digits
     total, squares = torch.zeros_like(origin), origin.new_zeros(())
     for start in range(0, len(rows), size):
         block = read(start, size) - origin

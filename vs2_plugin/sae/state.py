@@ -1,4 +1,4 @@
-"""The state of a training on disk, from which an interrupted one goes on."""
+"""Saves the state of a training to disk, from which an interrupted training continues."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ _LOG = logging.getLogger(__name__)
 
 
 class SavedState:
-    """A file of tensors, written anew when the last writing is long enough ago.
+    """A file of tensors, which is rewritten at intervals.
 
-    Their digest is in it: what is damaged counts as not there.
+    The file holds a digest of the tensors: a damaged file is treated as missing.
     """
 
     def __init__(self, path: Path, seconds: float, writes: bool = True) -> None:
         """
         Args:
-            path: the file; the folder around it is made.
-            seconds: how long to wait between writings.
-            writes: whether this process writes it. All that share a training read it.
+            path: the file; its folder is created if it is missing.
+            seconds: least time between two writes.
+            writes: whether this process writes the file. All processes of a training read it.
         """
         self.path, self._seconds, self._writes = path, seconds, writes
         self._last, self._worth = time.monotonic(), False
 
     def read(self) -> dict[str, Tensor]:
-        """Return the tensors by name, on the CPU; none if there are none, or the file is damaged."""
+        """Return the tensors by name, on the CPU; an empty dict if the file is missing or damaged."""
         try:
             with safe_open(self.path, "pt") as file:
                 tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -47,11 +47,11 @@ class SavedState:
         return tensors if self._worth else {}
 
     def is_due(self, last: bool) -> bool:
-        """Tell whether it is time to write; at the ``last`` step, whether the training was long enough for that."""
+        """Return whether to write now: after the interval, and at the ``last`` step if there is a file already."""
         return self._writes and (time.monotonic() - self._last >= self._seconds or (last and self._worth))
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write the tensors. Where that fails, the training goes on without."""
+        """Write the tensors. A failure is only logged: the training goes on without a saved state."""
         held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

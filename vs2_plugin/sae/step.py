@@ -1,8 +1,8 @@
 """The gradients of one training step, from the active latents alone.
 
-Of n latents only k are active in an activation, so of the five products that a dense training step takes, only the
-encoder's is needed: it finds the active ones. The rest are sums over k rows in place of n, which is what
-``embedding_bag`` computes. The mathematics are those of the dense form.
+Of n latents only k are active in an activation. So of the five matrix products of a dense training step only the
+encoder's is needed, to find the active latents. The others become sums over k rows instead of n, which
+``embedding_bag`` computes. The result is that of the dense step.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ __all__ = ["FLOAT32", "ClassMeans", "InBfloat16", "Room", "gradient_of", "set_gr
 class ClassMeans:
     """PASS (arXiv 2506.01247): pulls each code towards the mean code of its class.
 
-    The term is ``weight · Σ‖c_i - m(class i)‖² / V`` with the loss's own V. The means m are those of the batch, or
-    running ones, which forget a tenth with each batch that holds the class: for batches with few images per class.
-    A mean of the batch moves with its codes, but since ``Σ (c - m) = 0`` within a class, the derivative is the same.
+    The term is ``weight · Σ‖c_i - m(class i)‖² / V``, with V as in the loss. The means m are those of the batch, or,
+    for batches with few images per class, running means, of which a tenth is replaced by each batch that has the class.
+    A batch mean depends on the codes, but since ``Σ (c - m) = 0`` within a class, that adds nothing to the derivative.
     """
 
     def __init__(self, weight: float, num_classes: int, running: bool) -> None:
         self.weight, self.num_classes, self.running = weight, num_classes, running
-        #: Running means ``[classes, n]``, and which classes have one.
+        #: Running means ``[classes, n]``, and which classes have one, bool ``[classes, 1]``.
         self.kept: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, latents: Latents, labels: Tensor, num_latents: int) -> tuple[Tensor, Tensor]:
-        """The term times V, and its derivative by the active latents' values ``[batch, k]``."""
+        """Return the term times V, and its derivative by the active latents' values ``[batch, k]``."""
         values, indices = latents
         means = self._update(values, indices, labels, num_latents)
         own = means.view(-1)[labels[:, None] * num_latents + indices]
@@ -59,17 +59,17 @@ class ClassMeans:
 
 
 class InBfloat16(NamedTuple):
-    """What of a step is in bfloat16; the rest is float32."""
+    """Which parts of a training step are computed in bfloat16; the rest is float32."""
 
     product: bool = False
-    """The encoder's product, which rounds the code to 0.4 %, and all of AuxK."""
+    """The encoder's product, which rounds the code by up to 0.4 %, and all of AuxK."""
     rows: bool = False
-    """Rows that are summed, of decoder and batch, their weights, and the sums."""
+    """The sums over rows of the decoder and of the batch, with these rows and their weights."""
 
     @classmethod
     def fastest(cls, device: torch.device) -> InBfloat16:
-        """What is faster so: on a processor with units for bfloat16 the product, and on every x86 processor the rows,
-        which are read from its caches. (That is so by FBGEMM, which torch has there.)"""
+        """Return the fastest choice for a device: the product on CPUs with bfloat16 units, the rows on every x86 CPU,
+        where torch sums rows by FBGEMM and reads them from the cache."""
         units = has_bfloat16_units() if device.type == "cpu" else None
         return cls(bool(units), units is not None)
 
@@ -78,24 +78,24 @@ FLOAT32 = InBfloat16()
 
 
 class Room:
-    """Memory for tensors of a step that is kept for the next one: to get it anew takes as long as to compute them."""
+    """Memory for the tensors of a step, kept for the next step: allocating it takes as long as computing them."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
-        # For what is not kept here: the C library of Linux holds on to about twice the largest memory that was ever
-        # freed, if that was below 32 MB, and would give the rest back to the system, and ask for it, in each step.
+        # For tensors that are not kept here: glibc keeps freed memory up to about twice the largest block (below 32 MB)
+        # ever freed, and returns the rest to the system. Freeing one large block now avoids that in each step.
         torch.empty(31 << 20, dtype=torch.uint8)
 
     def like(self, tensor: Tensor, name: str, shape: tuple[int, ...] | None = None, dtype: Any = None) -> Tensor:
-        """The tensor of that name, with whatever was in it: as another one, but for what is told."""
+        """Return the uninitialised tensor ``name``, like ``tensor`` but for a given ``shape`` and ``dtype``."""
         shape, dtype = shape or tensor.shape, dtype or tensor.dtype
-        kept = self._kept.get(name)
-        if kept is None or (*kept.shape,) != (*shape,) or kept.dtype != dtype:
-            kept = self._kept[name] = tensor.new_empty(shape, dtype=dtype)
-        return kept
+        room = self._kept.get(name)
+        if room is None or (*room.shape,) != (*shape,) or room.dtype != dtype:
+            room = self._kept[name] = tensor.new_empty(shape, dtype=dtype)
+        return room
 
     def cast(self, tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-        """A tensor in another dtype; itself, where it has that."""
+        """Return ``tensor`` in ``dtype``: a copy in the memory ``name``, or the tensor itself if it has that dtype."""
         return tensor.detach() if tensor.dtype == dtype else self.like(tensor, name, dtype=dtype).copy_(tensor)
 
 
@@ -110,27 +110,27 @@ def set_gradients(
     labels: Tensor | None = None,
     room: Room | None = None,
 ) -> tuple[Tensor, Latents]:
-    """Set ``.grad`` of every parameter of ``sae`` to that of the loss on a batch.
+    """Set ``.grad`` of every parameter of ``sae`` to the gradient of the loss on a batch.
 
     The loss is ``Σ‖x - x̃‖² / V`` with ``V = Σ‖x - batch mean‖²``, plus AuxK for dead latents (arXiv 2406.04093,
     appendix A.2): ``auxk · min(1, dead / (d/2)) · Σ‖(x - x̃) - W_decᵀ z‖² / V``, where z holds the d/2 largest dead
-    latents, for ``abs`` in magnitude, and ``x - x̃`` is taken as constant. From the decoder's gradient the part parallel
-    to the decoder's rows is removed, since it would only change their norms, which are fixed at 1.
+    latents, for ``abs`` in magnitude, and ``x - x̃`` is taken as constant. The part of the decoder's gradient that is
+    parallel to the decoder's rows is removed, since it would only change their norms, which are fixed at 1.
 
-    Several processes work on one batch, each on its share x of it: V, the batch mean and the class means are those of
-    the whole batch, and the gradients are summed. That is what DistributedDataParallel does with autograd's gradients.
+    Where several processes share a batch, x is the share of this one: V, the batch mean and the class means are those
+    of the whole batch, and the gradients are summed, as by DistributedDataParallel with autograd's gradients.
 
     Args:
         x: the batch, ``[batch, d]``, float32; this process's share of it.
         dead: which latents count as dead, bool ``[n]``.
         auxk: weight of AuxK; 0 switches it off.
-        bfloat16: what is computed in bfloat16.
+        bfloat16: which parts are computed in bfloat16.
         classes: adds the term of PASS; needs ``labels``.
         labels: the batch's classes, int64 ``[batch]``.
-        room: memory that a caller keeps for the next step.
+        room: memory that the caller keeps from step to step.
 
     Returns:
-        This process's share of the loss, and its sparse code.
+        This process's share of the loss, and the sparse code of its activations.
     """
     room = room or Room()
     product, rows = (torch.bfloat16 if half else x.dtype for half in bfloat16)
@@ -151,8 +151,8 @@ def set_gradients(
         loss, to_values = loss + term / variance, to_values + by_values / variance
     if sae.config.activation == "relu":
         to_values *= latents.values > 0
-    given = rounded if rows == product else room.cast(centered, "given", rows)
-    _sum_up(sae, latents, to_values, given, to_output, room.cast(to_output, "to output", rows))
+    inputs = rounded if rows == product else room.cast(centered, "given", rows)
+    _sum_up(sae, latents, to_values, inputs, to_output, room.cast(to_output, "to output", rows))
     if auxk and dead is not None and dead.any():
         loss = loss + _add_auxk(sae, pre, centered, residual, variance, dead.nonzero().squeeze(1), auxk)
     _join_and_project(sae)
@@ -162,7 +162,10 @@ def set_gradients(
 def _sum_up(
     sae: TopKSAE, latents: Latents, to_values: Tensor, centered: Tensor, to_output: Tensor, rows: Tensor
 ) -> None:
-    """Set the gradients, from those by the code and by the output; ``rows`` are these in the dtype of ``centered``."""
+    """Set the gradients from ``to_values``, the derivatives by the code, and ``to_output``, those by the output.
+
+    ``rows`` is ``to_output`` in the dtype of ``centered``, which is ``x - b_dec``.
+    """
     places = by_latent(latents.indices, sae.config.num_latents)
     _set_gradient(sae.W_dec, sum_by_latent(places, latents.values, rows))
     _set_gradient(sae.encoder.weight, sum_by_latent(places, to_values, centered))
@@ -173,7 +176,7 @@ def _sum_up(
 
 
 def _join_and_project(sae: TopKSAE) -> None:
-    """Sum the gradients over all processes, and leave that along the decoder's rows out."""
+    """Sum the gradients over all processes, and remove the part parallel to the decoder's rows."""
     for parameter in sae.parameters():
         total(gradient_of(parameter))
     to_decoder = gradient_of(sae.W_dec)
@@ -182,7 +185,7 @@ def _join_and_project(sae: TopKSAE) -> None:
 
 
 def _encode(sae: TopKSAE, centered: Tensor, room: Room) -> tuple[Tensor, Latents]:
-    """Pre-activations of ``x - b_dec``, and the code, in its dtype."""
+    """Return pre-activations and code of ``centered``, which is ``x - b_dec``, in its dtype."""
     weight = room.cast(sae.encoder.weight, "encoder", centered.dtype)
     pre = room.like(centered, "pre-activations", (len(centered), len(weight)))
     torch.addmm(sae.encoder.bias.to(centered.dtype), centered, weight.T, out=pre)
@@ -190,18 +193,18 @@ def _encode(sae: TopKSAE, centered: Tensor, room: Room) -> tuple[Tensor, Latents
 
 
 def _products(vectors: Tensor, indices: Tensor, table: Tensor) -> Tensor:
-    """Inner products of each vector with its own k rows of a table: ``[batch, k]``, from ``[batch, d]``,
-    ``[batch, k]`` and ``[n, d]``."""
+    """Return the inner products ``[batch, k]`` of each vector ``[batch, d]`` with the k rows of ``table`` ``[n, d]``
+    at its ``indices`` ``[batch, k]``."""
     batch, k = indices.shape
     listed, starts = indices.flatten(), torch.arange(0, batch * k + 1, k, device=indices.device)
     products: Tensor
-    if vectors.device.type == "cpu":  # a product of matrices, where a sparse one has values
+    if vectors.device.type == "cpu":  # a matrix product, at the places of a sparse matrix only
         _expect_beta()
         own = torch.sparse_csr_tensor(
             starts, listed, vectors.new_zeros(batch * k), (batch, len(table)), check_invariants=False
         )
         products = torch.sparse.sampled_addmm(own, vectors, table.T, beta=0).values()
-    else:  # what torch calls the derivative of a bag by its weights
+    else:  # the derivative of embedding_bag by its weights is this product
         bags = torch.arange(batch, device=indices.device).repeat_interleave(k)
         products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
             vectors, table, listed, starts[:-1], bags, 0
@@ -211,7 +214,7 @@ def _products(vectors: Tensor, indices: Tensor, table: Tensor) -> Tensor:
 
 @functools.cache
 def _expect_beta() -> None:
-    """Let torch warn, unheard, that its sparse matrices are in beta, which it does once in a process."""
+    """Suppress torch's warning that its sparse matrices are in beta, which it shows once per process."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
@@ -220,20 +223,20 @@ def _expect_beta() -> None:
 def _add_auxk(
     sae: TopKSAE, pre: Tensor, centered: Tensor, residual: Tensor, variance: Tensor, dead: Tensor, auxk: float
 ) -> Tensor:
-    """Add the gradients of AuxK; returns its share of the loss. Of the dead latents alone, this is dense, in the dtype
-    of the pre-activations ``pre`` ``[batch, n]``.
+    """Add the gradients of AuxK and return its share of the loss.
 
+    The computation is dense over the dead latents, in the dtype of the pre-activations ``pre`` ``[batch, n]``.
     ``centered`` is ``x - b_dec``, ``residual`` is ``x - x̃``, ``dead`` int64 ``[count]``.
     """
-    codes = pre.gather(1, dead.expand(len(pre), -1))  # some times as fast as by index_select
-    decoder, wanted = sae.W_dec[dead].to(pre.dtype), centered.shape[1] // 2
+    codes = pre.gather(1, dead.expand(len(pre), -1))  # several times as fast as index_select
+    decoder, half_width = sae.W_dec[dead].to(pre.dtype), centered.shape[1] // 2
     if sae.config.activation == "relu":
         codes.relu_()
-    if wanted < len(dead):
-        chosen = largest_above_zero(codes.abs() if sae.config.activation == "abs" else codes, wanted)[1]
+    if half_width < len(dead):
+        chosen = largest_above_zero(codes.abs() if sae.config.activation == "abs" else codes, half_width)[1]
         codes = torch.zeros_like(codes).scatter_(1, chosen, codes.gather(1, chosen))
     error = (codes @ decoder).to(residual.dtype).sub_(residual)
-    scale = auxk * min(1.0, len(dead) / wanted) / variance
+    scale = auxk * min(1.0, len(dead) / half_width) / variance
     loss: Tensor = scale * torch.linalg.vector_norm(error).square()
 
     to_guess = error.mul_(2 * scale).to(pre.dtype)
@@ -252,10 +255,10 @@ def _add_auxk(
 def _set_gradient(parameter: Tensor, gradient: Tensor) -> None:
     if parameter.grad is None:
         parameter.grad = gradient.to(parameter.dtype)
-    else:  # new memory for it takes longer than the copy
+    else:  # allocating memory takes longer than copying
         parameter.grad.copy_(gradient)
 
 
 def gradient_of(parameter: Tensor) -> Tensor:
-    """Return the gradient of a parameter, which is there."""
+    """Return the gradient of a parameter, typed as a Tensor: it must be set."""
     return cast("Tensor", parameter.grad)

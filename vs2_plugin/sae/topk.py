@@ -26,7 +26,7 @@ __all__ = [
     "sum_by_latent",
 ]
 
-#: What SAELens and Prisma add to the standard deviation that they divide by.
+#: Added to the standard deviation that activations are divided by, as in SAELens and Prisma.
 _EPSILON = 1e-5
 
 
@@ -49,8 +49,8 @@ class SaeConfig:
     """``relu``: the k largest positive pre-activations. ``abs``: the k pre-activations of largest magnitude, signs
     kept, without encoder bias (version 3 of arXiv 2506.01247)."""
     normalize_activations: str = setting("none", choices=("none", "layer_norm", "constant_norm_rescale"))
-    """What is done to an activation before it is encoded, and undone afterwards, by SAELens's names: nothing, as by all
-    SAEs that this package trains; mean 0 and standard deviation 1 over its d values; or the norm √d."""
+    """How an activation is normalised before it is encoded (undone after decoding), by SAELens's names: not at all, as
+    in all SAEs that this package trains; to mean 0 and standard deviation 1 over its d values; or to norm √d."""
 
     def __post_init__(self) -> None:
         validate(self)
@@ -66,7 +66,7 @@ class Latents(NamedTuple):
     values: Tensor
     """``[batch, k]``, the latents' activations, in units of x (0 where fewer than k pre-activations are positive)."""
     indices: Tensor
-    """``[batch, k]``, which latents; int64."""
+    """``[batch, k]``, the latents' numbers; int64."""
 
 
 class TopKSAE(nn.Module):
@@ -76,8 +76,8 @@ class TopKSAE(nn.Module):
     ``W_dec``) of unit norm. Parameters have the names and shapes of EleutherAI sparsify: ``encoder.weight``
     ``[n, d]``, ``encoder.bias`` ``[n]``, ``W_dec`` ``[n, d]``, ``b_dec`` ``[d]``.
 
-    An SAE of another library may normalise activations first. It encodes ``z = (x - m) / s`` of each, and reconstructs
-    ``x̃ = s (W_decᵀ TopK_k(…) + b_dec) + m``, so that its code in the units of x is ``c = s · TopK_k(…)``.
+    An SAE of another library may normalise activations first. It encodes ``z = (x - m) / s``, with m and s of each x,
+    and reconstructs ``x̃ = s (W_decᵀ TopK_k(…) + b_dec) + m``, so that its code in units of x is ``c = s · TopK_k(…)``.
 
     Shapes are given for a batch ``[batch, d]``; a single activation ``[d]`` and tokens ``[batch, tokens, d]`` work too.
     """
@@ -95,11 +95,11 @@ class TopKSAE(nn.Module):
             self.encoder.bias.requires_grad_(False)
 
     def pre_activations(self, x: Tensor) -> Tensor:
-        """``W_enc (x - b_dec) + b_enc``: ``[batch, d]`` to ``[batch, n]``."""
+        """Return ``W_enc (x - b_dec) + b_enc`` ``[batch, n]`` of ``[batch, d]``."""
         return F.linear(x - self.b_dec, self.encoder.weight, self.encoder.bias)
 
     def select(self, pre: Tensor) -> Latents:
-        """The k active latents of pre-activations ``[batch, n]``."""
+        """Return the k active latents of pre-activations ``[batch, n]``."""
         if self.config.activation == "abs":
             indices = largest_above_zero(pre.abs(), self.config.k)[1]
             return Latents(pre.gather(-1, indices), indices)
@@ -108,7 +108,7 @@ class TopKSAE(nn.Module):
         return Latents(F.relu(values), indices)
 
     def encode(self, x: Tensor) -> Latents:
-        """The sparse code of activations ``[batch, d]``."""
+        """Return the sparse code of activations ``[batch, d]``."""
         if self.config.normalize_activations == "none":
             return self.select(self.pre_activations(x))
         mean, scale, divisor = self._frame(x)
@@ -116,27 +116,27 @@ class TopKSAE(nn.Module):
         return Latents(values * scale, indices)
 
     def combine(self, latents: Latents) -> Tensor:
-        """``W_decᵀ c``, without the bias: ``[batch, d]``. Reads only the k active rows of the decoder."""
-        # Of a weight that requires gradients, a bag prepares for them, even where none are asked for.
+        """Return ``W_decᵀ c`` ``[batch, d]``, without the bias. Only the k active rows of the decoder are read."""
+        # For a weight that requires gradients, embedding_bag prepares them even where gradients are disabled.
         return combine(latents, self.W_dec if torch.is_grad_enabled() else self.W_dec.detach())
 
     def decode(self, latents: Latents) -> Tensor:
-        """The reconstruction ``x̃ = W_decᵀ c + b_dec``: ``[batch, d]``. Raises SettingError where activations are
-        normalised, since it is not of the code alone then: call the SAE itself."""
+        """Return the reconstruction ``x̃ = W_decᵀ c + b_dec``: ``[batch, d]``. Raises SettingError for an SAE that
+        normalises activations, since its reconstruction needs x as well as the code: call the SAE itself."""
         if self.config.normalize_activations != "none":
             raise SettingError("the SAE normalises activations, so it reconstructs from them: expected sae(x)")
         return self.combine(latents) + self.b_dec
 
     def origin(self, x: Tensor) -> Tensor:
-        """What the reconstruction of ``[batch, d]`` adds to ``W_decᵀ c``: ``b_dec`` ``[d]``, or ``s b_dec + m``
-        ``[batch, d]`` where activations are normalised."""
+        """Return the part of the reconstruction of x ``[batch, d]`` that is not ``W_decᵀ c``: ``b_dec`` ``[d]``, or
+        ``s b_dec + m`` ``[batch, d]`` where activations are normalised."""
         if self.config.normalize_activations == "none":
             return self.b_dec
         mean, scale, _ = self._frame(x)
         return scale * self.b_dec + mean
 
     def _frame(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean m and scale s of each activation ``[batch, 1]``, and what it is divided by, as SAELens and Prisma do."""
+        """Return mean m, scale s and divisor of each activation, ``[batch, 1]``, as SAELens and Prisma have them."""
         if self.config.normalize_activations == "constant_norm_rescale":
             scale = x.norm(dim=-1, keepdim=True) / self.config.d_in**0.5
             return torch.zeros_like(scale), scale, scale
@@ -144,7 +144,7 @@ class TopKSAE(nn.Module):
         return x.mean(dim=-1, keepdim=True), scale, scale + _EPSILON
 
     def forward(self, x: Tensor) -> Tensor:
-        """The reconstruction ``x̃ = W_decᵀ c + b_dec`` of ``[batch, d]``."""
+        """Return the reconstruction ``x̃`` of activations ``[batch, d]``."""
         return self.combine(self.encode(x)) + self.origin(x)
 
     @torch.no_grad()
@@ -154,24 +154,24 @@ class TopKSAE(nn.Module):
 
 
 def combine(latents: Latents, decoder: Tensor) -> Tensor:
-    """``W_decᵀ c`` in the dtype of the decoder: ``[batch, d]``, or ``[..., d]`` of a code ``[..., k]``."""
+    """Return ``W_decᵀ c`` in the dtype of the decoder: ``[batch, d]``, or ``[..., d]`` for a code ``[..., k]``."""
     values, indices = latents
-    if indices.dim() != 2:  # a bag takes a matrix
+    if indices.dim() != 2:  # embedding_bag takes a matrix
         *leading, k = indices.shape
-        found = combine(Latents(values.reshape(-1, k), indices.reshape(-1, k)), decoder)
-        return found.reshape(*leading, decoder.shape[-1])
+        rows = combine(Latents(values.reshape(-1, k), indices.reshape(-1, k)), decoder)
+        return rows.reshape(*leading, decoder.shape[-1])
     return F.embedding_bag(indices, decoder, per_sample_weights=values.to(decoder.dtype), mode="sum")
 
 
 class ByLatent(NamedTuple):
-    """Where in the indices of a code ``[batch, k]``, read as one list, each latent occurs; int64."""
+    """The places at which each latent occurs in the flattened indices of a code ``[batch, k]``; int64."""
 
     order: Tensor
     """``[batch · k]``: the places, sorted by latent."""
     activations: Tensor
-    """``[batch · k]``: of which activation each of them is."""
+    """``[batch · k]``: the activation (row of the code) of each place in ``order``."""
     starts: Tensor
-    """``[n]``: where the places of each latent start."""
+    """``[n]``: where the places of each latent start in ``order``."""
 
 
 def by_latent(indices: Tensor, num_latents: int) -> ByLatent:
@@ -183,22 +183,22 @@ def by_latent(indices: Tensor, num_latents: int) -> ByLatent:
 
 
 def sum_by_latent(places: ByLatent, weights: Tensor, rows: Tensor) -> Tensor:
-    """``Σ weights · row`` over the activations in which a latent is active: ``[n, d]``, from ``[batch, k]`` and
-    ``[batch, d]``, in the dtype of the rows."""
-    ordered = weights.to(rows.dtype).flatten().index_select(0, places.order)  # three times as fast as by brackets
+    """Return, for each latent, ``Σ weight · row`` over the activations in which it is active: ``[n, d]``, from weights
+    ``[batch, k]`` and rows ``[batch, d]``, in the dtype of the rows."""
+    ordered = weights.to(rows.dtype).flatten().index_select(0, places.order)  # three times as fast as indexing
     return F.embedding_bag(places.activations, rows, places.starts, per_sample_weights=ordered, mode="sum")
 
 
 def fvu(x: Tensor, reconstruction: Tensor) -> Tensor:
-    """Fraction of variance unexplained of a set: ``Σ‖x - x̃‖² / Σ‖x - mean‖²``, a scalar. Both ``[n, d]``."""
+    """Return the FVU of a set, ``Σ‖x - x̃‖² / Σ‖x - mean‖²``, a scalar; both arguments are ``[n, d]``."""
     return (x - reconstruction).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
 
 
 def sample_fvu(x: Tensor, reconstruction: Tensor, mean: Tensor) -> Tensor:
-    """FVU of each activation, ``‖x - x̃‖² / ‖x - μ‖²``: ``[batch]``, from ``[batch, d]`` twice and ``[d]``.
+    """Return the FVU of each activation, ``‖x - x̃‖² / ‖x - μ‖²``: ``[batch]``, from ``[batch, d]`` twice and ``[d]``.
 
-    The mean is the stored one of the training split, so that an image's value does not depend on its batch.
-    It is 0 by definition where ``x = μ``.
+    ``mean`` is the stored mean of the training split, so that an image's FVU does not depend on its batch.
+    The FVU is 0 by definition where ``x = μ``.
     """
     variance = (x - mean).pow(2).sum(-1)
     ratio = (x - reconstruction).pow(2).sum(-1) / variance

@@ -37,12 +37,12 @@ __all__ = ["Figures", "Job", "Trained", "train_sae", "train_saes"]
 _LOG = logging.getLogger(__name__)
 _EVALUATIONS = 20  # held-out evaluations per training
 _WATCHED_MAX = 2_000  # held-out activations looked at to choose the weights to keep
-_ASKED = 16  # steps between two questions to a GPU whether any latent is dead: the answer waits for all before it
+_ASKED = 16  # steps between checks whether any latent is dead: on a GPU, a check waits for all queued work
 
 
 @dataclass(frozen=True)
 class Figures(Fit):
-    """How a training went, and how well its SAE fits."""
+    """Figures of a training, and of how well its SAE fits."""
 
     train_count: int
     """Activations trained on."""
@@ -51,7 +51,7 @@ class Figures(Fit):
     steps: int
     """Optimizer steps."""
     seconds: float
-    """Wall-clock time of the training, with that of the SAEs trained beside it."""
+    """Wall-clock time of the training, which includes the SAEs trained in the same pass."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Job:
     """One SAE to train."""
 
     name: str
-    """What it is called in progress and errors."""
+    """Name in the progress bar."""
     activations: Rows
     """``[count, d]``; a memory-mapped array, or a stack of such, stays on disk."""
     config: TrainConfig
@@ -101,22 +101,22 @@ def train_saes(
 ) -> list[Trained]:
     """Train SAEs on activations of the same images: at several sites, of several sizes, by several seeds.
 
-    Those of the same seed, batch size and length share one pass: each batch is read once for all SAEs of its site.
-    Every SAE comes out as it would alone.
+    SAEs of the same seed, batch size and number of samples share one pass: each batch is read once for all SAEs of its
+    site. The result for each SAE is the same as if it were trained alone.
 
     The loss is the batch's FVU, ``Σ‖x - x̃‖² / Σ‖x - batch mean‖²``, plus ``auxk`` times the share of the residual
     that dead latents fail to explain. A tenth of the activations, at most 10,000, is held out; the weights kept are
-    those of lowest FVU on the held-out ones (on 2,000 of them, looked at 20 times).
+    those of lowest FVU on held-out activations (2,000 at most, evaluated 20 times).
 
     With ``pass_weight``, the loss has the term of PASS (:class:`vs2_plugin.sae.step.ClassMeans`), which trades FVU for
-    codes that agree within a class: labels are needed, and the weights kept are the last.
+    codes that agree within a class: labels are needed, and the weights kept are the last ones.
 
-    ``calibration`` (bool ``[count]``) says which activations the FVU quantiles are of; by default all.
+    ``calibration`` (bool ``[count]``) says which activations the FVU quantiles are taken over; by default all.
 
-    Joined ``processes`` call this with the same arguments and share each batch; the result is the same in all.
+    Joined ``processes`` call this with the same arguments and share each batch; all get the same result.
 
-    ``states`` is a folder, of this very training and shared by all processes, in which its state is kept every
-    ``save_every`` seconds. An interrupted training goes on from there and ends with the same bits.
+    ``states`` is a folder for this training alone, shared by all processes, to which its state is saved every
+    ``save_every`` seconds. An interrupted training continues from the saved state and ends with the same bits.
 
     Raises:
         DataError: too few activations, all of them equal, or values that are not finite; or the training diverged.
@@ -138,7 +138,7 @@ def train_saes(
 
 
 def _filled(jobs: Sequence[Job], processes: Processes) -> list[Job]:
-    """The jobs with all their settings. Raises an error where they cannot be done."""
+    """Return the jobs with all settings filled in. Raises DataError or SettingError if one cannot be trained."""
     count = len(jobs[0].activations)
     if count < 20:
         raise DataError(f"{count} activations are too few to train an SAE; expected at least 20")
@@ -153,7 +153,7 @@ def _filled(jobs: Sequence[Job], processes: Processes) -> list[Job]:
 
 
 def _train_together(runs: Sequence[_Run], quiet: bool, processes: Processes, saved: SavedState | None) -> None:
-    """One pass for SAEs that see the same batches."""
+    """Train SAEs that see the same batches, in one pass."""
     first = runs[0]
     name = first.job.name if len(runs) == 1 else f"{len(runs)} SAEs"
     done = 0 if saved is None else _restore(runs, saved)
@@ -186,7 +186,7 @@ def _save(runs: Sequence[_Run], step: int, saved: SavedState) -> None:
 
 
 def _restore(runs: Sequence[_Run], saved: SavedState) -> int:
-    """Bring runs to the state that was saved, if there is one. Return the steps that have been done."""
+    """Restore the saved state of runs, if there is one, and return the number of steps done."""
     tensors = saved.read()
     if not tensors:
         return 0
@@ -223,8 +223,8 @@ class _Run:
         self._classes: ClassMeans | None = None
         self._labels: Tensor | None = None
         if config.pass_weight:
-            known, labels = np.unique(np.asarray(job.labels), return_inverse=True)
-            self._classes = ClassMeans(config.pass_weight, len(known), config.pass_means == "running")
+            classes, labels = np.unique(np.asarray(job.labels), return_inverse=True)
+            self._classes = ClassMeans(config.pass_weight, len(classes), config.pass_means == "running")
             self._labels = torch.from_numpy(labels).to(device)
         self._optimizer = torch.optim.Adam([p for p in self.sae.parameters() if p.requires_grad], fused=True)
         self._bfloat16 = InBfloat16.fastest(self.sae.b_dec.device)
@@ -236,7 +236,7 @@ class _Run:
         self._room = Room()
 
     def step(self, x: Tensor, chosen: np.ndarray, step: int) -> None:
-        """One step on activations ``[batch, d]``, whose row numbers are ``chosen``."""
+        """Take one training step, number ``step``, on activations ``[batch, d]`` of row numbers ``chosen``."""
         config, sae = self.job.config, self.sae
         own = None if self._labels is None else self._labels[chosen]
         warmup = max(1, round(config.warmup * self.steps))
@@ -261,15 +261,15 @@ class _Run:
         return self._silent >= self.job.config.dead_after
 
     def look(self) -> tuple[float, float]:
-        """FVU on the watched activations, and the share of dead latents. Keeps the weights if they are the best so
-        far; with PASS, whose aim is another, in any case."""
+        """Return the FVU on the watched activations and the share of dead latents. Keep the weights if their FVU is the
+        lowest so far; with PASS, which does not aim at the FVU alone, always."""
         self._last = held_out_fvu(self.sae, self.source, self.watched, self.scale)
         if self._last < self._best[0] or (self._classes is not None and math.isfinite(self._last)):
             self._best = (self._last, {key: value.clone() for key, value in self.sae.state_dict().items()})
         return self._last, self._dead().float().mean().item()
 
     def state(self, step: int) -> Iterator[tuple[str, Tensor]]:
-        """Give everything that the steps after this one depend on, by name."""
+        """Yield the tensors that later steps depend on, by name."""
         yield "step", torch.tensor(step)
         yield "seconds", torch.tensor(time.monotonic() - self._started, dtype=torch.double)
         yield "silent", self._silent
@@ -279,13 +279,13 @@ class _Run:
         yield from ((f"sae.{name}", value) for name, value in self.sae.state_dict().items())
         yield from ((f"best.{name}", value) for name, value in self._best[1].items())
         for number, entries in self._optimizer.state_dict()["state"].items():
-            moments = {**entries, "step": torch.tensor(float(step))}  # on a GPU nobody else counts them
+            moments = {**entries, "step": torch.tensor(float(step))}  # GpuStep does not count steps in the optimizer
             yield from ((f"adam.{number}.{name}", value) for name, value in moments.items())
         if self._classes is not None and self._classes.kept is not None:
             yield from zip(("means", "seen"), self._classes.kept, strict=True)
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take up the state that :meth:`state` gave."""
+        """Restore the tensors that :meth:`state` yielded."""
 
         def under(prefix: str) -> dict[str, Tensor]:
             return {key.removeprefix(prefix): state[key].to(self.device) for key in state if key.startswith(prefix)}
@@ -307,7 +307,7 @@ class _Run:
             self._classes.kept = state["means"].to(self.device), state["seen"].to(self.device)
 
     def finish(self, calibration: np.ndarray | None) -> Trained:
-        """The SAE of the weights that were kept, for activations as they are stored."""
+        """Return the SAE with the weights that were kept, for activations as they are stored, without the rescaling."""
         sae, source = self.sae, self.source
         if not self._best[1]:
             rate = self.job.config.lr
@@ -332,7 +332,7 @@ class _Run:
 
 @torch.no_grad()
 def _gpu_step(sae: TopKSAE, optimizer: torch.optim.Adam, silent: Tensor, scale: float) -> GpuStep | None:
-    """What trains ``sae`` fast on its GPU; None where it is on none, or torch's own operators have to do."""
+    """Return the fast training step for ``sae`` on its GPU; None on a CPU, or where the kernels do not run."""
     device = sae.W_dec.device
     if device.type != "cuda":
         return None
@@ -340,7 +340,7 @@ def _gpu_step(sae: TopKSAE, optimizer: torch.optim.Adam, silent: Tensor, scale: 
         from vs2_plugin.sae.gpu import GpuStep
 
         return GpuStep(sae, optimizer, silent, scale)
-    except Exception as error:  # whatever it is that a missing compiler, an older torch or GPU raises
+    except Exception as error:  # a missing compiler, an older torch or an older GPU raise various errors
         _LOG.warning(
             "on %s the SAE trains by torch's own operators, several times slower than by this package's kernels: %s",
             torch.cuda.get_device_name(device), sentence_of(error),
@@ -350,8 +350,8 @@ def _gpu_step(sae: TopKSAE, optimizer: torch.optim.Adam, silent: Tensor, scale: 
 
 @contextmanager
 def _threads_for(work: int) -> Iterator[None]:
-    """One thread for a small training (multiplications per step): it gains nothing from more, and on a busy machine
-    it loses much by waiting for them."""
+    """Limit torch to one thread where ``work`` (multiplications per step) is small: more threads gain nothing then, and
+    on a busy machine waiting for them costs much time."""
     usual = torch.get_num_threads()
     if work < 10**8:
         torch.set_num_threads(1)
@@ -365,10 +365,10 @@ def _threads_for(work: int) -> Iterator[None]:
 def _start_from_data(sae: TopKSAE, source: Source, train: np.ndarray, seed: int) -> None:
     rng = np.random.default_rng([seed, 2])
     for latents in chunks(np.arange(sae.config.num_latents)):
-        one = rng.integers(len(train), size=len(latents))
-        other = (one + rng.integers(1, len(train), size=len(latents))) % len(train)  # never the same one
-        source.ask(train[np.concatenate([one, other])])
-        differences = F.normalize(source.read(train[one]).cpu() - source.read(train[other]).cpu())
-        # Two equal activations have no direction between them: those latents keep their random one.
+        first = rng.integers(len(train), size=len(latents))
+        second = (first + rng.integers(1, len(train), size=len(latents))) % len(train)  # never equal to first
+        source.ask(train[np.concatenate([first, second])])
+        differences = F.normalize(source.read(train[first]).cpu() - source.read(train[second]).cpu())
+        # Two equal activations have no direction between them: such latents keep their random direction.
         sae.W_dec[latents] = torch.where(differences.any(1, keepdim=True), differences, sae.W_dec[latents])
     sae.encoder.weight.copy_(sae.W_dec / 2)
