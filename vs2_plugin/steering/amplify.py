@@ -14,9 +14,9 @@ __all__ = ["Amplify"]
 
 
 class Amplify(nn.Module):
-    """``x + α W_decᵀ c`` at the norm of x (VS2; base x), or ``γ W_decᵀ c + b_dec`` in its place (REC_F+γ; base b_dec).
+    """``x + α W_decᵀ c``, scaled to the norm of x (VS2; base x), or ``γ W_decᵀ c + b_dec`` (REC_F+γ; base b_dec).
 
-    arXiv 2506.01247. With base b_dec, a strength of 1 is the plain reconstruction REC_F, 0 and -1 are its controls.
+    arXiv 2506.01247. With base b_dec, strength 1 is the plain reconstruction REC_F; 0 and -1 are the paper's controls.
     """
 
     replayable = True
@@ -27,5 +27,5 @@ class Amplify(nn.Module):
         self.facts = {"alpha": strength} if base == "x" else {}
 
     def forward(self, x: Tensor, batch: Batch) -> Move:
-        """Steer ``[batch, d]``."""
+        """Return the move of activations ``[batch, d]``."""
         return Move(batch.code(self.sae, x), self.strength, self.base, keep_norm=self.base == "x")

@@ -1,4 +1,4 @@
-"""The images at hand: what steerings ask about them is computed once. And how a steering is called with them."""
+"""The batch of images under evaluation, which caches results for all steerings; and calls of steerings with a batch."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ T = TypeVar("T")
 class Batch:
     """A batch of images on its way through a tower.
 
-    A steering that has a parameter ``batch`` is given one in each forward pass; a plain ``steer(x)`` is not. Several
-    steerings of the same images (sites, methods, points of a sweep) share it, and with it all that :meth:`once` keeps.
+    A steering with a parameter ``batch`` gets the batch in each forward pass; a plain ``steer(x)`` does not. Several
+    steerings of the same images (sites, methods, points of a sweep) share one batch, and the results of :meth:`once`.
     """
 
     def __init__(
@@ -37,34 +37,34 @@ class Batch:
     ) -> None:
         """
         Args:
-            images: ``[batch, 3, height, width]``, as preprocessed for the tower; None where they are not at hand.
+            images: ``[batch, 3, height, width]``, preprocessed for the tower; None where they are not available.
             targets: true classes, int64 ``[batch]``, for oracles.
-            rows: int64 ``[batch]``, where the images are some of the gallery's.
-            embed: gives the plain CLIP embedding ``[batch, embed_dim]``; called at most once.
+            rows: row numbers in the gallery, int64 ``[batch]``, if the images are from the gallery.
+            embed: returns the plain CLIP embedding ``[batch, embed_dim]``; called at most once.
         """
         self.images, self.targets, self.rows, self.embed = images, targets, rows, embed
-        #: Where nobody waits for a GPU: told what is taken to be False of every image, bool ``[batch]``.
+        #: Set where nothing may wait for the GPU: called with each bool ``[batch]`` that :meth:`ask` takes to be False.
         self.assume: Callable[[Tensor], None] | None = None
         self._known: dict[Hashable, Any] = {}
         self._codes: dict[Hashable, tuple[Tensor, Code]] = {}
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The result of ``make()``, which is called for the first ask under ``key``; objects in a key count by
-        identity, or by their own equality."""
+        """Return the result of ``make()``, which is called only for the first request of ``key``; objects in a key are
+        compared by identity, or by their own equality."""
         if key not in self._known:
             self._known[key] = make()
         value: T = self._known[key]
         return value
 
     def known(self, key: Hashable) -> Any:
-        """What :meth:`once` keeps under ``key``; None if that was not asked for yet."""
+        """Return the result that :meth:`once` has cached under ``key``; None if there is none yet."""
         return self._known.get(key)
 
     def embedding(self) -> Tensor:
-        """The plain CLIP embedding: float32 ``[batch, embed_dim]``, of unit norm.
+        """Return the plain CLIP embedding: float32 ``[batch, embed_dim]``, of unit norm.
 
         Raises:
-            HarnessError: the tower runs by itself, outside of ``encode_image``, so that the images are not known.
+            HarnessError: the tower is called directly, not by ``encode_image``, so that the images are unknown.
         """
         if self.embed is None:
             raise HarnessError(
@@ -75,22 +75,22 @@ class Batch:
         return self.once("embedding", lambda: F.normalize(embed().float(), dim=-1))
 
     def ask(self, of_images: Tensor) -> Callable[[], Tensor]:
-        """Begin to copy what is known of each image, bool ``[batch]``, to the processor. What is returned waits for it,
-        and gives it; where nobody waits, it gives False of every image."""
+        """Begin to copy ``of_images``, bool ``[batch]``, to the CPU. Return a function that waits for the copy and
+        returns it; where :attr:`assume` is set, the function returns False for every image without waiting."""
         if self.assume is None:
             return to_processor(of_images)
         self.assume(of_images)
         return lambda: torch.zeros(len(of_images), dtype=torch.bool)
 
     def code(self, sae: TopKSAE, x: Tensor) -> Code:
-        """The sparse code of activations ``[batch, d]``, computed once for the same tensor."""
+        """Return the sparse code of activations ``[batch, d]``, computed once per SAE and tensor."""
         key = sae, id(x)
-        if key not in self._codes:  # the tensor is kept beside its code: as long as it lives, no other has its id
+        if key not in self._codes:  # the tensor is kept with its code, so that no other tensor can get its id
             self._codes[key] = x, Code.of(sae, x)
         return self._codes[key][1]
 
     def shared(self) -> dict[str, Tensor | None]:
-        """The tensors that all steerings of these images read, by their names in words."""
+        """Return the tensors that all steerings of these images share, by a name for messages."""
         named = {"batch.images": self.images, "batch.targets": self.targets, "batch.rows": self.rows}
         named["batch.embedding()"] = self.known("embedding")
         for number, (_, code) in enumerate(self._codes.values()):
@@ -98,51 +98,51 @@ class Batch:
         return named
 
 
-#: What a method builds: from activations ``[batch, d]``, and the batch where it has a parameter of that name.
+#: A method builds this: a function of activations ``[batch, d]`` and, if it has such a parameter, of ``batch``.
 Steering = Callable[..., Tensor | Move]
 
 
 def call(steering: Steering, x: Tensor, batch: Batch) -> Any:
-    """Call a steering on activations ``[batch, d]`` of the images at hand.
+    """Call a steering on activations ``[batch, d]`` of the images of ``batch``.
 
-    A plain function of x is given a copy, which it may edit in place. One that has a parameter ``batch`` is given x
-    itself, so that ``batch.code(sae, x)`` is the code that others have asked for.
+    A plain function of x gets a copy, which it may edit in place. A steering with a parameter ``batch`` gets x itself,
+    so that ``batch.code(sae, x)`` is the code that it shares with others.
 
     Returns:
-        What it gives: activations ``[batch, d]``, or a :class:`Move`.
+        The steering's result: activations ``[batch, d]``, or a :class:`Move`.
     """
     function = steering.forward if isinstance(steering, nn.Module) else steering
     try:
         wants_batch = "batch" in inspect.signature(function).parameters
-    except (TypeError, ValueError):  # some functions written in C tell nothing of themselves
+    except (TypeError, ValueError):  # some functions written in C have no signature
         wants_batch = False
     return steering(x, batch=batch) if wants_batch else steering(x.clone())
 
 
 def steer(steering: Steering, x: Tensor, batch: Batch) -> Tensor:
-    """The steered activations ``[batch, d]``: what :func:`call` gives, moves applied.
+    """Return the steered activations ``[batch, d]``: the result of :func:`call`, with a move applied.
 
     Raises:
-        PluginError: it gives anything but a tensor of the shape, dtype and device of x.
+        PluginError: the result is not a tensor of the shape, dtype, device and layout of x.
     """
     steered = call(steering, x, batch)
     result = steered.apply(x) if isinstance(steered, Move) else steered
     if not isinstance(result, Tensor):
         raise PluginError(f"the steering returned {type(result).__name__}; expected activations {tuple(x.shape)}")
     for what in ("shape", "dtype", "device", "layout"):
-        found, expected = getattr(result, what), getattr(x, what)
-        if found != expected:
-            words = (tuple(found), tuple(expected)) if what == "shape" else (found, expected)
+        actual, expected = getattr(result, what), getattr(x, what)
+        if actual != expected:
+            words = (tuple(actual), tuple(expected)) if what == "shape" else (actual, expected)
             raise PluginError(f"the steering returned activations of {what} {words[0]}; expected {words[1]}")
     return result
 
 
 @contextmanager
 def unchanged(held: Callable[[], Mapping[str, Tensor | None]]) -> Iterator[None]:
-    """Refuse edits in place, within a ``with`` block, of the tensors that ``held()`` names. It costs microseconds.
+    """Refuse in-place edits, within a ``with`` block, of the tensors that ``held()`` returns. Takes microseconds.
 
     Raises:
-        PluginError: one of them was edited, or another put in its place.
+        PluginError: one of the tensors was edited, or replaced by another.
     """
     before = {name: (tensor, _version(tensor)) for name, tensor in held().items() if tensor is not None}
     yield
@@ -153,5 +153,5 @@ def unchanged(held: Callable[[], Mapping[str, Tensor | None]]) -> Iterator[None]
 
 
 def _version(tensor: Tensor) -> int:
-    """How often it was edited in place; tensors of the inference mode do not tell."""
+    """Return how often a tensor was edited in place; 0 for tensors of the inference mode, which do not count edits."""
     return 0 if tensor.is_inference() else tensor._version

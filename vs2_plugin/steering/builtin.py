@@ -1,4 +1,4 @@
-"""The built-in methods, registered through the same hook as anybody's. No heavy imports at the top."""
+"""The built-in methods, registered through the same hook as those of other packages. No heavy imports at the top."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     )
     from vs2_plugin.steering.selective import SelectiveSteering
 
-# Beyond this, steering is all there is left of the activation, and float32 starts to lose digits.
+# At larger strengths nothing of the activation is left beside the steering, and float32 starts to lose digits.
 _LIMIT = 1000.0
 
 #: gamma and lam are the best pair that the paper reports (CIFAR-100, ViT-B/32).
@@ -36,9 +36,9 @@ STRENGTH = (
         auto=(0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0),
     ),
 )  # fmt: skip
-#: The same for an oracle, whose strength unlabeled images cannot tell.
+#: The strength options of an oracle: without auto, since unlabeled images say nothing of an oracle's strength.
 FIXED = (*STRENGTH[:2], replace(STRENGTH[2], auto=None))
-#: The same for a method that is told by them unless it is given.
+#: The strength option of a method that is automatic by default.
 ALPHA = replace(STRENGTH[2], default=AUTO, excludes=(), help="strength; as lam*(gamma-1) in vs2, at equal mean length")
 P = Option(
     "p", float, AUTO, minimum=0, maximum=8, auto=(0.0, 2.0),
@@ -49,7 +49,7 @@ BRAKE = Option(
     help="steer only where at least this share of the neighbours has one label",
 )  # fmt: skip
 
-#: The strength of what steers towards neighbours.
+#: The strength options of methods that steer towards neighbours.
 NEAR = (
     *STRENGTH[:2],
     replace(
@@ -58,7 +58,7 @@ NEAR = (
         help=f"{STRENGTH[2].help}; auto with @brake only",
     ),
 )
-#: All that strength is declared by.
+#: All declarations of a strength.
 STRENGTHS = (STRENGTH, FIXED, NEAR)
 
 MIX = Option("mix", float, 0.5, minimum=0, maximum=1, help="weight of the image's own embedding")
@@ -68,7 +68,7 @@ RULE = Option(
 )  # fmt: skip
 
 _LATENTS = (r"[0-9]{1,9}(\+[0-9]{1,9})*", "numbers of latents joined by + (12+99)")
-#: Which latents, and how strong they shall be.
+#: The options that choose latents by hand, and their factors.
 BY_HAND = (
     Option("suppress", str, None, pattern=_LATENTS, help="latents to leave out"),
     Option("boost", str, None, pattern=_LATENTS, help="latents to make stronger where they are active"),
@@ -81,41 +81,41 @@ BY_HAND = (
 
 
 def strength(gamma: float | None = None, lam: float | None = None, alpha: float | None = None) -> float:
-    """``α = λ (γ - 1)``, unless given."""
+    """Return α: as given, or else ``λ (γ - 1)``."""
     if alpha is not None:
         return alpha
-    assert gamma is not None and lam is not None  # alpha alone unsets them
+    assert gamma is not None and lam is not None  # only a given alpha makes gamma and lam None
     return lam * (gamma - 1)
 
 
 def build_vs2(context: Context, **given: float | None) -> Amplify:
-    """VS2 at one site."""
+    """Build VS2 at one site."""
     from vs2_plugin.steering.amplify import Amplify
 
     return Amplify(context.require_sae(), strength(**given))
 
 
 def build_centre(context: Context, **given: float | None) -> Centring:
-    """Centring at one site."""
+    """Build centring at one site."""
     from vs2_plugin.steering.centre import Centring
 
     return Centring(context.require_mean(), strength(**given))
 
 
 def build_amp(context: Context, gamma: float) -> Amplify:
-    """The amplified reconstruction at one site."""
+    """Build the amplified reconstruction at one site."""
     from vs2_plugin.steering.amplify import Amplify
 
     return Amplify(context.require_sae(), gamma, base="b_dec")
 
 
 def build_rec(context: Context) -> Amplify:
-    """The reconstruction at one site."""
+    """Build the reconstruction at one site."""
     return build_amp(context, gamma=1.0)
 
 
 def build_vs2s(context: Context, alpha: float, p: float) -> SelectiveSteering:
-    """Selective amplification at one site."""
+    """Build selective amplification at one site."""
     from vs2_plugin.steering.selective import SelectiveSteering, Selectivity
 
     sae = context.require_sae()
@@ -127,42 +127,42 @@ def build_vs2s(context: Context, alpha: float, p: float) -> SelectiveSteering:
 def build_vs2pp(
     context: Context, rule: str, labels: str, brake: float | None, **given: float | None
 ) -> NeighbourSteering:
-    """VS2++ at one site."""
+    """Build VS2++ at one site."""
     return _neighbour_steering(context, _codes(context), strength(**given), rule, labels, brake)
 
 
 def build_clipsteer(
     context: Context, rule: str, labels: str, brake: float | None, **given: float | None
 ) -> NeighbourSteering:
-    """CLIP steering at one site."""
+    """Build CLIP steering at one site."""
     return _neighbour_steering(context, _activations(context), strength(**given), rule, labels, brake)
 
 
 def build_latents(
     context: Context, suppress: str | None, boost: str | None, factor: float | None, edits: str | None
 ) -> ByHand:
-    """Latents by hand at one site."""
+    """Build the steering by hand-chosen latents at one site."""
     from vs2_plugin.steering.by_hand import ByHand, factors_of
 
     return ByHand(context.require_sae(), factors_of(suppress, boost, factor, edits))
 
 
 def build_proto(context: Context, **given: float | None) -> PrototypeSteering:
-    """Oracle prototypes at one site."""
+    """Build oracle prototypes at one site."""
     from vs2_plugin.steering.neighbours import PrototypeSteering
 
     return PrototypeSteering(context.require_retriever(), _codes(context), strength(**given))
 
 
 def build_rag(context: Context, mix: float, labels: str) -> MixedSteering:
-    """Weighted RAG."""
+    """Build weighted RAG."""
     from vs2_plugin.steering.neighbours import MixedSteering
 
     return MixedSteering(context.require_retriever(), mix, labels)
 
 
 def build_knn(context: Context) -> VoteSteering:
-    """Vote of the neighbours."""
+    """Build the vote of the neighbours."""
     from vs2_plugin.steering.neighbours import VoteSteering
 
     return VoteSteering(context.require_retriever())
@@ -178,7 +178,7 @@ def _neighbour_steering(
 
 
 def _activations(context: Context) -> Activations:
-    """The gallery's activations at this site, as one object for all that ask."""
+    """Return the gallery's activations at this site, as one object that all builders share."""
     from vs2_plugin.steering.neighbours import Activations
 
     retriever = context.require_retriever()
@@ -190,7 +190,7 @@ def _activations(context: Context) -> Activations:
 
 
 def _codes(context: Context) -> Codes:
-    """Their codes, likewise."""
+    """Return the codes of the gallery's activations at this site, as one object that all builders share."""
     from vs2_plugin.steering.neighbours import Codes
 
     if "codes" not in context.shared:
@@ -202,7 +202,7 @@ def _codes(context: Context) -> Codes:
 
 @hookimpl
 def vs2_methods() -> list[Method]:
-    """The methods of this package."""
+    """Return the methods of this package."""
     gamma = Option(
         "gamma", float, 1.5, minimum=-_LIMIT, maximum=_LIMIT, help="amplification; 0 and -1 are the paper's controls"
     )

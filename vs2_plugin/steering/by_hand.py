@@ -1,4 +1,4 @@
-"""Latents by hand: chosen latents left out of each image, weakened or boosted, and all else left as it is."""
+"""Latents by hand: chosen latents of each image are suppressed, weakened or boosted, and nothing else is changed."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from vs2_plugin.steering.move import Code, Move
 
 __all__ = ["ByHand", "factors_of"]
 
-#: What a boosted latent is multiplied by, where it is not said.
+#: The factor of boosted latents, by default.
 _BOOST = 2.0
-#: Beyond this, nothing else is left of an activation.
+#: The largest factor: beyond it, the rest of an activation is lost.
 _LARGEST = 1000.0
-#: Latents that are listed in results one by one.
+#: The largest number of latents that results list one by one.
 _LISTED = 100
 _FORMAT = 'expected a JSON file such as {"12": 0, "99": 2.5}, which gives each latent its factor'
 
@@ -31,10 +31,10 @@ _FORMAT = 'expected a JSON file such as {"12": 0, "99": 2.5}, which gives each l
 def factors_of(
     suppress: str | None, boost: str | None, factor: float | None, edits: str | None
 ) -> dict[int, float]:
-    """Return latent -> what its activation is multiplied by, of the options of a model string.
+    """Return latent -> the factor of its activation, from the options of a model string.
 
     Raises:
-        ModelStringError: nothing is chosen, a latent twice, or the file cannot be read.
+        ModelStringError: no latent is chosen, one is chosen twice, a value is wrong, or the file cannot be read.
     """
     if edits is not None:
         return _read(edits)
@@ -48,23 +48,23 @@ def factors_of(
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[int, float]:
-    found: dict[int, float] = {}
+    factors: dict[int, float] = {}
     for text, factor in pairs:
         latent = whole(text)
         if latent is None:
             raise ModelStringError(f"{text!r} is not the number of a latent")
-        if latent in found:
+        if latent in factors:
             raise ModelStringError(f"latent {latent} is chosen twice; expected each once")
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not abs(factor) <= _LARGEST:
             raise ModelStringError(
                 f"latent {latent} has the factor {factor!r:.80}; expected a number from {-_LARGEST:g} to {_LARGEST:g}"
             )
-        found[latent] = float(factor)
-    return found
+        factors[latent] = float(factor)
+    return factors
 
 
 def _read(path: str) -> dict[int, float]:
-    """Read a file of factors."""
+    """Read latent -> factor from a JSON file. Raises ModelStringError if that is not possible."""
     try:
         pairs = json.loads(Path(path).expanduser().read_text(encoding="utf-8"), object_pairs_hook=list)
         if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
@@ -72,16 +72,16 @@ def _read(path: str) -> dict[int, float]:
         if not pairs:
             raise ModelStringError("it names no latent")
         return _each_once(pairs)
-    except (OSError, ValueError, RuntimeError, ModelStringError) as error:  # RuntimeError: too deep, or nobody's home
+    except (OSError, ValueError, RuntimeError, ModelStringError) as error:  # RuntimeError: too deep, or no home folder
         raise ModelStringError(f"option edits={path!r}: {' '.join(str(error).split())}; {_FORMAT}") from None
 
 
 class ByHand(nn.Module):
     """``x + Σ_j (f_j - 1) c_j w_j``: the activation c_j of each chosen latent times f_j; w_j is its decoder direction.
 
-    A latent with f = 0 is left out (suppressed). One that is not active in an image stays so, and an image in which no
-    chosen latent is active is left alone, bit for bit. The norm is not restored, as VS2 does: that would scale what was
-    not chosen. At a tower's end it makes no difference, since a LayerNorm follows.
+    A latent with f = 0 is suppressed. A latent that is not active in an image stays inactive, and an image in which no
+    chosen latent is active is left alone, bit for bit. Unlike VS2, this does not restore the norm, which would scale
+    the other latents too. At a tower's end that makes no difference, since a LayerNorm follows.
     """
 
     factors: Tensor
@@ -89,7 +89,7 @@ class ByHand(nn.Module):
     replayable = True
 
     def __init__(self, sae: TopKSAE, factors: Mapping[int, float]) -> None:
-        """``factors``: latent -> f. Raises ModelStringError for a latent that the SAE does not have."""
+        """Take ``factors``: latent -> f. Raises ModelStringError for a latent that the SAE does not have."""
         super().__init__()
         count, largest = sae.config.num_latents, max(factors)
         if largest >= count:
@@ -103,15 +103,15 @@ class ByHand(nn.Module):
         self.register_buffer("factors", values.new_ones(count).index_put((latents,), values))
         self.register_buffer("chosen", torch.zeros_like(self.factors, dtype=torch.bool).index_fill(0, latents, True))
         listed = {str(latent): factors[latent] for latent in sorted(factors)}
-        told = "+".join(f"{latent}*{factor:g}" for latent, factor in listed.items())
+        words = "+".join(f"{latent}*{factor:g}" for latent, factor in listed.items())
         if len(listed) > _LISTED:
-            told = f"{len(listed)} latents, sha256:{json_digest(listed)}"
-        self.facts = {"factors": told}
+            words = f"{len(listed)} latents, sha256:{json_digest(listed)}"
+        self.facts = {"factors": words}
 
     def forward(self, x: Tensor, batch: Batch) -> Move:
-        """Steer ``[batch, d]``."""
+        """Return the move of activations ``[batch, d]``."""
         code = batch.code(self.sae, x)
-        assert code.indices is not None  # of single activations
-        activations = code.values * self.chosen[code.indices]  # the others take no part
+        assert code.indices is not None  # the code of single activations has indices
+        activations = code.values * self.chosen[code.indices]  # 0 for latents that are not chosen
         amounts = activations * (self.factors[code.indices] - 1)
         return Move(Code(self.sae, amounts, code.indices, activations), 1.0, keep_norm=False)

@@ -1,4 +1,4 @@
-"""The context that the builder of a steering method is given."""
+"""The context that is passed to the builder of a steering method."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ __all__ = ["Context", "Task"]
 
 @dataclass(frozen=True)
 class Task:
-    """The data set under evaluation, as far as it is known."""
+    """The data set under evaluation."""
 
     dataset: str
-    """Its name, as typed."""
+    """Name of the data set, as typed."""
     root: str | None = None
-    """Where it lies."""
+    """Root folder or address of the data set; None if unknown."""
     split: str | None = None
-    """The split under evaluation."""
+    """The split under evaluation; None if unknown."""
     classes: list[str] | None = None
     """Class names; None for a data set without classes."""
     templates: list[str] | dict[str, list[str]] | None = None
     """Prompts with ``{c}`` for the class name, or prompts per class."""
     folder: str = ""
-    """The absolute path of the folder that holds the images and no other split, or what lists their shards; empty for a
-    data set that is found by its name."""
+    """Absolute path of the folder that holds the images of this split alone, or of the list of their shards; empty for
+    a data set that is found by its name."""
 
 
 @documented
 @dataclass(frozen=True)
 class Context:
-    """The parts that a builder works with, once per site. All tensors are float32."""
+    """The parts that a builder works with, one context per site. All tensors are float32."""
 
     model: nn.Module
     """The open_clip model (not yet steered)."""
     site: str
     """The hookpoint: the path, under the model, of the module whose output is steered."""
     width: int
-    """d, the width of the activations there."""
+    """d, the width of the activations at this site."""
     sae: TopKSAE | None = None
     """The SAE of this site; None for a method that needs no checkpoint, or steers the output embedding."""
     mean: Tensor | None = None
@@ -54,44 +54,44 @@ class Context:
     fvu_quantiles: dict[str, float] | None = None
     """Quantile, as text, -> FVU of held-out training activations."""
     task: Task | None = None
-    """The data set under evaluation, where it is known."""
+    """The data set under evaluation; None if unknown."""
     retriever: Retriever | None = None
     """Looks images up in the gallery, for methods with one: ``retriever.neighbours(batch)`` in each forward pass."""
     shared: dict[str, Any] = field(default_factory=dict)
-    """What a builder leaves here under a key of its own, it finds again when it is called with other options for the
-    same site of the same checkpoint: ``auto`` calls it once per candidate, a sweep once per point."""
+    """A cache for builders, each under its own key. All calls for one site of one checkpoint share it: ``auto`` calls
+    the builder once per candidate, a sweep once per point."""
     classifier: Tensor | None = None
     """For methods on logits: the class embeddings ``[embed_dim, classes]``, of unit norm."""
     unlabeled: Tensor | None = None
-    """For methods on logits, as far as their protocol lets them see any: embeddings ``[images, embed_dim]``, of unit
-    norm, of the gallery's images, or of all test images."""
+    """For methods on logits whose protocol shows images: embeddings ``[images, embed_dim]``, of unit norm, of the
+    gallery's images or of all test images."""
 
     def require_sae(self) -> TopKSAE:
-        """The SAE. Raises PluginError if the method steers along none."""
+        """Return the SAE. Raises PluginError if the method steers along none."""
         if self.sae is None:
             raise PluginError("this method steers along an SAE, but is declared without (needs_checkpoint, site)")
         return self.sae
 
     def require_mean(self) -> Tensor:
-        """The mean activation. Raises PluginError if the method steers along no SAE."""
+        """Return the mean activation. Raises PluginError if the method steers along no SAE."""
         if self.mean is None:
             raise PluginError("this method asks for the mean, but is declared without (needs_checkpoint, site)")
         return self.mean
 
     def require_classifier(self) -> Tensor:
-        """The class embeddings. Raises PluginError if the method is declared for another site than logits."""
+        """Return the class embeddings. Raises PluginError if the method is declared for another site than logits."""
         if self.classifier is None:
             raise PluginError("this method reads embeddings as classes, but is declared without (site='logits')")
         return self.classifier
 
     def require_unlabeled(self) -> Tensor:
-        """The unlabeled embeddings. Raises PluginError if the method is declared with a protocol that shows none."""
+        """Return the unlabeled embeddings. Raises PluginError if the method's declared protocol shows none."""
         if self.unlabeled is None:
             raise PluginError("this method learns from unlabeled images, but is declared without (protocol)")
         return self.unlabeled
 
     def require_retriever(self) -> Retriever:
-        """The retriever. Raises PluginError if the method is declared without a gallery."""
+        """Return the retriever. Raises PluginError if the method is declared without a gallery."""
         if self.retriever is None:
             raise PluginError("this method looks into a gallery, but is declared without (gallery)")
         return self.retriever

@@ -1,4 +1,4 @@
-"""The gate: steer only what the SAE knows. And what it saw, for the results' metrics."""
+"""The gate: steers only activations that the SAE reconstructs well, and reports FVU and coverage to the results."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ __all__ = ["Gate", "threshold"]
 
 
 def threshold(quantiles: Mapping[str, float], q: float) -> float:
-    """τ, the q-quantile of FVU over held-out training activations, interpolated between the stored ones.
+    """Return τ, the q-quantile of the FVU over held-out training activations, interpolated between stored quantiles.
 
     Raises:
-        CheckpointError: q lies outside of these.
+        CheckpointError: q lies outside the stored levels.
 
     >>> threshold({"0.9": 0.2, "0.99": 0.5}, 0.99)
     0.5
     """
     levels = sorted(quantiles, key=float)
     if not levels or not float(levels[0]) <= q <= float(levels[-1]):
-        told = f"{levels[0]} to {levels[-1]}" if levels else "none"
+        stored = f"{levels[0]} to {levels[-1]}" if levels else "none"
         raise CheckpointError(
-            f"the checkpoint has no FVU quantile for gate={q:g} (it has {told}); train the checkpoint again"
+            f"the checkpoint has no FVU quantile for gate={q:g} (it has {stored}); train the checkpoint again"
         )
     return float(np.interp(q, [float(level) for level in levels], [quantiles[level] for level in levels]))
 
 
 class Gate(nn.Module):
-    """Around any steering: steer an activation where its FVU is at most τ, and elsewhere leave it alone, bit for bit.
+    """Wraps any steering: activations whose FVU is at most τ are steered, the others left alone, bit for bit.
 
-    ``FVU(x) = ‖x - x̃‖² / ‖x - μ‖²`` with the stored μ, so that an image's fate does not depend on its batch
-    (arXiv 2506.01247). Without τ everything is steered, and the FVU is only looked at.
+    ``FVU(x) = ‖x - x̃‖² / ‖x - μ‖²`` with the stored μ, so that an image's FVU does not depend on its batch
+    (arXiv 2506.01247). Without τ everything is steered, and the FVU is only recorded.
     """
 
     mean: Tensor
@@ -47,7 +47,7 @@ class Gate(nn.Module):
         super().__init__()
         self.steering, self.sae, self.tau = steering, sae, tau
         self.register_buffer("mean", mean)
-        #: Whether to keep what :meth:`per_image` tells.
+        #: Whether to keep the values for :meth:`per_image`.
         self.recording = False
         self._tally = Tally()
         self._ratios: list[Tensor] = []
@@ -58,22 +58,22 @@ class Gate(nn.Module):
         self._ratios.clear()
 
     def per_image(self) -> dict[str, Tensor]:
-        """``fvu`` (float32) and ``steered`` (bool) of each image seen since :meth:`reset`, if :attr:`recording`."""
+        """Return ``fvu`` (float32) and ``steered`` (bool) per image since :meth:`reset`; needs :attr:`recording`."""
         ratios = torch.cat([torch.empty(0), *(ratio.cpu() for ratio in self._ratios)])
         return {"fvu": ratios, "steered": ratios <= (float("inf") if self.tau is None else self.tau)}
 
     @property
     def facts(self) -> dict[str, float]:
-        """``coverage``, the share of images steered, and ``mean_fvu``, over the images seen since :meth:`reset`."""
+        """``coverage``, the share of images steered, and ``mean_fvu``, over the images since :meth:`reset`; and τ."""
         seen = self._tally.means()
         if self.tau is None:
             return {"coverage": 1.0, **seen} if seen else {}
         return {"gate_threshold": self.tau, **seen}
 
     def forward(self, x: Tensor, batch: Batch | None = None) -> Tensor:
-        """Steer ``[batch, d]`` where the gate is open."""
+        """Steer activations ``[batch, d]`` where the gate is open."""
         batch = batch or Batch()
-        # Detached: ratios outlive the batch, and must not keep all that they were computed from.
+        # Detached: ratios outlive the batch, and must not keep its autograd graph alive.
         ratio = sample_fvu(x, batch.code(self.sae, x).reconstruction, self.mean).detach()
         opened = None if self.tau is None else ratio <= self.tau
         self._tally.add(**({} if opened is None else {"coverage": opened}), mean_fvu=ratio)

@@ -1,4 +1,4 @@
-"""Steering along decoder directions, as a value: how far along which latents, and from where."""
+"""Moves along decoder directions as values: from which base, along which latents, and how far."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Code", "Move", "keep_norm", "vs2_steer"]
 def keep_norm(steered: Tensor, x: Tensor) -> Tensor:
     """Scale ``steered``, row by row, to the norm of ``x``; both ``[batch, d]``. A row of norm 0 stays as it is."""
     norm = steered.norm(dim=-1, keepdim=True)
-    # Where nothing moved, both norms are the same number and the ratio is exactly 1.
+    # Where nothing moved, both norms are equal and the ratio is exactly 1.
     ratio: Tensor = x.norm(dim=-1, keepdim=True) / (norm + (norm == 0))
     return steered * ratio
 
@@ -36,25 +36,25 @@ class Code:
     ) -> None:
         """
         Args:
-            sae: whose latents.
-            values: ``[batch, k]`` with ``indices``; without, ``[batch, n]``, one for every latent, or a function that
-                gives them, since many of these are too large to keep.
-            indices: int64 ``[batch, k]``: which latents.
-            activations: ``[batch, k]``, the latents' activations, if the amounts are something else.
-            origin: ``[d]`` or ``[batch, d]``: what a reconstruction adds to them, if not ``b_dec``.
+            sae: the SAE.
+            values: the amounts: ``[batch, k]`` with ``indices``; without them ``[batch, n]``, one per latent, or a
+                function that returns these, since several such tensors can be too large to keep.
+            indices: numbers of the latents, int64 ``[batch, k]``.
+            activations: the latents' activations ``[batch, k]``, if they differ from the amounts.
+            origin: ``[d]`` or ``[batch, d]``, which a reconstruction adds to ``W_decᵀ c``; by default ``b_dec``.
         """
         self.sae, self._values, self.indices, self._activations = sae, values, indices, activations
         self.origin = sae.b_dec if origin is None else origin
 
     @classmethod
     def of(cls, sae: TopKSAE, x: Tensor) -> Code:
-        """The sparse code of activations ``[batch, d]``."""
+        """Return the sparse code of activations ``[batch, d]``."""
         return cls(sae, *sae.encode(x), origin=sae.origin(x))
 
     def scaled(self, factors: Tensor) -> Code:
-        """The same latents with amounts times ``factors``, which broadcast to ``[batch, k]``; the activations stay."""
-        known = self.values if self._activations is None else self._activations
-        return Code(self.sae, self.values * factors, self.indices, known, self.origin)
+        """Return this code with amounts times ``factors``, which broadcast to ``[batch, k]``; the activations stay."""
+        activations = self.values if self._activations is None else self._activations
+        return Code(self.sae, self.values * factors, self.indices, activations, self.origin)
 
     @property
     def values(self) -> Tensor:
@@ -69,7 +69,7 @@ class Code:
         return self.sae.combine(Latents(self.values, self.indices))
 
     def tensors(self) -> dict[str, Tensor | None]:
-        """What is known of it so far."""
+        """Return the tensors of the code that have been computed so far."""
         values = self._values if isinstance(self._values, Tensor) else None
         return {"values": values, "indices": self.indices, "direction": self.__dict__.get("direction")}
 
@@ -79,7 +79,7 @@ class Code:
         return self.direction + self.origin
 
     def __getitem__(self, rows: Tensor) -> Code:
-        """The code of some rows, int64 ``[m]``."""
+        """Return the code of some rows, int64 ``[m]``."""
         indices = None if self.indices is None else self.indices[rows]
         origin = self.origin if self.origin.ndim == 1 else self.origin[rows]
         part = Code(self.sae, lambda: self.values[rows], indices, origin=origin)
@@ -87,7 +87,7 @@ class Code:
         return part
 
     def active(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a row: the latents that are active, int64 ``[m]``, their activations ``[m]``, and the amounts ``[m]``."""
+        """Return the active latents of a row, int64 ``[m]``, their activations ``[m]`` and their amounts ``[m]``."""
         values = self.values[row]
         activations = values if self._activations is None else self._activations[row]
         places = activations.nonzero()[:, 0]
@@ -98,23 +98,23 @@ class Code:
 @documented
 @dataclass(frozen=True)
 class Move:
-    """``x̂ = base + strength · W_decᵀ c``, and then, unless told otherwise, back to the norm of x.
+    """``x̂ = base + strength · W_decᵀ c``, by default scaled to the norm of x.
 
-    A steering may return it in place of the steered activations. What is steered is the same; besides, ``vs2 inspect``
-    can tell what each latent contributed.
+    A steering may return a move in place of steered activations. The result is the same, but ``vs2 inspect`` can then
+    show the contribution of each latent.
     """
 
     code: Code
-    """c."""
+    """c, the code."""
     strength: float
     """α in VS2, γ in the amplified reconstruction."""
     base: Literal["x", "b_dec"] = "x"
-    """Whether the latents are added to the activation, or take its place."""
+    """Whether ``strength · W_decᵀ c`` is added to the activation x, or to the SAE's bias in place of x."""
     keep_norm: bool = True
     """Whether the result has the norm of x."""
 
     def apply(self, x: Tensor) -> Tensor:
-        """The steered activations ``[batch, d]``."""
+        """Return the steered activations ``[batch, d]``."""
         if self.base == "x" and self.strength == 0:
             return x
         base = x if self.base == "x" else self.code.origin
@@ -123,20 +123,20 @@ class Move:
 
     @property
     def gain(self) -> float:
-        """How far from x the move goes along each latent, per unit of its amount. Already in x, once, is what the SAE
-        reconstructs of it."""
+        """How far from x the move goes along each latent, per unit of its amount. With base b_dec that is strength - 1,
+        since x already contains each latent once."""
         return self.strength - (self.base == "b_dec")
 
     @property
     def rest(self) -> str:
-        """In words, the part of the change that goes along no latent."""
+        """A name for the part of the change that is along no latent."""
         if self.base == "b_dec":
             return "what the SAE does not explain, left out"
         return "back to the norm of x" if self.keep_norm else "rest"
 
 
 def vs2_steer(x: Tensor, sae: TopKSAE, alpha: float) -> Tensor:
-    """Visual Sparse Steering of ``[batch, d]`` (arXiv 2506.01247).
+    """Steer activations ``[batch, d]`` by Visual Sparse Steering (arXiv 2506.01247).
 
     ``v = D(γ c) - D(c) = (γ - 1) W_decᵀ c`` and ``x̂ = (x + λ v) · ‖x‖ / ‖x + λ v‖``. Only ``alpha = λ (γ - 1)``
     matters.

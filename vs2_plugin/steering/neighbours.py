@@ -1,7 +1,7 @@
 """Steering along the neighbours of an image, and along class prototypes: VS2++ and the baselines with a gallery.
 
-Each class here is a steering: called with activations ``[batch, d]`` and the :class:`Batch` that they are of, whose
-neighbours it asks a :class:`Retriever` for. All of arXiv 2506.01247 unless said otherwise.
+The steerings are called with activations ``[batch, d]`` and their :class:`Batch`, and look up its neighbours in a
+:class:`Retriever`. All are from arXiv 2506.01247 unless said otherwise.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ __all__ = [
 ]
 
 _CHUNK = 4096
-#: Codes of up to this many bytes are computed once and kept; of a larger gallery, those of each batch's neighbours.
+#: Up to this many bytes of codes are computed once and kept; for a larger gallery, those of each batch's neighbours are
+#: computed for each batch.
 _RESIDENT = 2 << 30
-#: Images of the gallery at a time.
+#: Images of the gallery that are yielded at a time.
 _BATCH = 2048
 _PER_CLASS = 10
 
@@ -52,27 +53,26 @@ class Activations:
         self._rows, self._device = rows, device
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        """float32 ``[*rows.shape, d]``."""
-        found = torch.from_numpy(np.asarray(self._rows[rows.flatten().cpu().numpy()]))
-        return found.to(self._device).float().view(*rows.shape, -1)
+        """Return the activations of these row numbers: float32 ``[*rows.shape, d]``."""
+        activations = torch.from_numpy(np.asarray(self._rows[rows.flatten().cpu().numpy()]))
+        return activations.to(self._device).float().view(*rows.shape, -1)
 
     def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """``Σ_j w_j x_j``: ``[batch, d]`` from row numbers and weights ``[batch, n]``."""
+        """Return ``Σ_j w_j x_j`` ``[batch, d]`` of row numbers and weights ``[batch, n]``."""
         return torch.einsum("bn,bnd->bd", weights, self[rows])
 
 
 def gallery_batches(
     gallery: Gallery, hookpoint: str, retriever: Retriever | None, device: torch.device, rows: Tensor
 ) -> Iterator[tuple[Tensor, Batch]]:
-    """Yield images of the gallery as a tower would meet them at the end: activations ``[batch, d]`` at that site (or
-    embeddings, of one that has none), and the batch that steerings ask about.
+    """Yield images of the gallery as the last site of a tower sees them: activations ``[batch, d]``, and their batch.
 
     Args:
         gallery: the images.
-        hookpoint: the tower's last site, or its output.
-        retriever: what a method looks up, if it does.
-        device: where activations are wanted.
-        rows: which images: int64 ``[count]``.
+        hookpoint: the tower's last site. Where the gallery stores no activations for it, embeddings are yielded.
+        retriever: the retriever of a method that looks up neighbours.
+        device: the device of the activations.
+        rows: row numbers of the images, int64 ``[count]``.
     """
     activations = Activations(gallery.activations.get(hookpoint, gallery.embeddings[CLIP]), device)
     for part in rows.split(_BATCH):
@@ -82,17 +82,17 @@ def gallery_batches(
 class Codes:
     """The sparse codes of the gallery's activations at one site, as directions to steer along.
 
-    They are computed when they are first asked for.
+    The codes are computed when they are first needed.
     """
 
     def __init__(self, sae: TopKSAE, activations: Activations, count: int) -> None:
         self._sae, self._activations, self._count = sae, activations, count
-        #: Whether they stay on the device.
+        #: Whether all codes are kept on the device.
         self.kept = count * sae.config.k * 8 <= _RESIDENT
         self._all: Latents | None = None
 
     def __getitem__(self, rows: Tensor) -> Latents:
-        """Values and indices ``[*rows.shape, k]``."""
+        """Return the codes of these row numbers: values and indices ``[*rows.shape, k]``."""
         if not self.kept:
             return self._sae.encode(self._activations[rows])
         if self._all is None:
@@ -106,27 +106,27 @@ class Codes:
         with torch.no_grad(), bar:
             for start in range(0, self._count, _CHUNK):
                 rows = torch.arange(start, min(start + _CHUNK, self._count))
-                found = self._sae.encode(self._activations[rows])
-                parts.append((found.values, found.indices.int()))
+                latents = self._sae.encode(self._activations[rows])
+                parts.append((latents.values, latents.indices.int()))
                 bar.update(len(rows))
         return Latents(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
     def mixed(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """``Σ_j w_j c_j``, dense: ``[batch, latents]`` from row numbers and weights ``[batch, n]``."""
+        """Return ``Σ_j w_j c_j``, dense: ``[batch, latents]`` of row numbers and weights ``[batch, n]``."""
         latents = self[rows]
         code = weights.new_zeros(len(rows), self._sae.config.num_latents)
         places, values = latents.indices.flatten(1), (latents.values * weights[..., None]).flatten(1)
         return add_at(code, places, values)
 
     def combine(self, rows: Tensor, weights: Tensor) -> Code:
-        """``Σ_j w_j c_j``, from row numbers and weights ``[batch, n]``."""
+        """Return ``Σ_j w_j c_j`` of row numbers and weights ``[batch, n]``, as a code that is computed when needed."""
         return Code(self._sae, partial(self.mixed, rows, weights))
 
 
 def contrast(labels: Tensor, chosen: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights that make a sum over neighbours the mean over S⁺ minus the mean over S⁻.
+    """Return weights with which a sum over neighbours is the mean over S⁺ minus the mean over S⁻.
 
-    S⁺ are the neighbours whose label is the chosen one, S⁻ the others. An empty one contributes nothing.
+    S⁺ are the neighbours whose label is the chosen one, S⁻ the others. An empty set contributes 0.
 
     Args:
         labels: int64 ``[batch, n]``.
@@ -143,9 +143,9 @@ def contrast(labels: Tensor, chosen: Tensor, valid: Tensor) -> tuple[Tensor, Ten
 
 
 class _Voting(nn.Module):
-    """The base of steerings along neighbours: a retriever, labels of neighbours, and how far these agree.
+    """Base class of steerings along neighbours: a retriever, the neighbours' labels, and their agreement.
 
-    ``agreement``, for the results, is the mean share of neighbours that have the chosen label.
+    The metric ``agreement`` of the results is the mean share of neighbours that have the chosen label.
     """
 
     def __init__(self, retriever: Retriever) -> None:
@@ -159,16 +159,16 @@ class _Voting(nn.Module):
 
     @property
     def facts(self) -> dict[str, float]:
-        """Flat scalars for the results' metrics."""
+        """Scalars for the metrics of the results file."""
         return self._tally.means()
 
     def _labels(self, kind: str, neighbours: Neighbours) -> Tensor:
-        """The neighbours' labels ``[batch, n]``."""
+        """Return the neighbours' labels ``[batch, n]``."""
         return self.retriever.labels(kind)[neighbours.rows]
 
 
 class _Contrast(NamedTuple):
-    """The neighbours of a batch, opposed to each other."""
+    """The contrast between the neighbours of each image in S⁺ and in S⁻."""
 
     direction: Code | Tensor
     """Mean over S⁺ minus mean over S⁻: codes, or activations ``[batch, d]``."""
@@ -184,7 +184,7 @@ class NeighbourSteering(_Voting):
     that of S⁻, and keeps the norm of x as VS2 does; CLIP steering does not. ``dataset`` is the one under evaluation.
 
     With a ``brake``, an image is left alone if S⁺ is less than that share of its neighbours: where zero-shot labels
-    disagree, the direction they give is no better than they are. (Ours, not the paper's.)
+    disagree, a direction computed from them is as unreliable as the labels. (Ours, not the paper's.)
     """
 
     def __init__(
@@ -203,22 +203,22 @@ class NeighbourSteering(_Voting):
 
     @property
     def facts(self) -> dict[str, float]:
-        """Flat scalars for the results' metrics; ``braked`` is the share of images that the brake left alone."""
+        """Scalars for the metrics of the results file; ``braked`` is the share of images that the brake left alone."""
         return {"alpha": self.alpha, **super().facts}
 
     @property
     def replayable(self) -> bool:
-        """Whether it reads nothing but what is on the device."""
+        """Whether a forward pass reads nothing but memory of the device, so that it can be replayed as a CUDA graph."""
         return isinstance(self.directions, Codes) and self.directions.kept and self.retriever.replayable
 
     def _contrast(self, batch: Batch) -> _Contrast:
         likely = self.retriever.likely(batch)
         if likely is not None:
-            found = self._towards(batch, likely)
-            if isinstance(found.direction, Code):
-                _ = found.direction.direction  # the GPU is told all of it before the processor waits
+            guess = self._towards(batch, likely)
+            if isinstance(guess.direction, Code):
+                _ = guess.direction.direction  # queues all work on the GPU before the CPU waits
             if self.retriever.neighbours(batch) is likely:
-                return found
+                return guess
         return self._towards(batch, self.retriever.neighbours(batch))
 
     def _towards(self, batch: Batch, neighbours: Neighbours) -> _Contrast:
@@ -230,20 +230,20 @@ class NeighbourSteering(_Voting):
         return _Contrast(self.directions.combine(neighbours.rows, weights), shares)
 
     def _own_classes(self, batch: Batch) -> Tensor:
-        """The query's zero-shot class, as the neighbours' labels number it."""
+        """Return the queries' zero-shot classes, numbered as the neighbours' labels. Raises DataError if none fit."""
         if self.labels == "pseudo":
             return self.retriever.classes(batch)
-        known = self.retriever.gallery.first_labels
-        if self.dataset not in known and (self.dataset is not None or len(known) > 1):
+        firsts = self.retriever.gallery.first_labels
+        if self.dataset not in firsts and (self.dataset is not None or len(firsts) > 1):
             raise DataError(
-                f"the query rule compares an image's class with the training labels of {' and '.join(known)}, and the "
+                f"the query rule compares an image's class with the training labels of {' and '.join(firsts)}, and the "
                 f"data set under evaluation is {self.dataset or 'not known'}; expected one of them, or @rule=majority"
             )
-        return self.retriever.classes(batch) + (known.get(self.dataset, 0) if self.dataset else 0)
+        return self.retriever.classes(batch) + (firsts.get(self.dataset, 0) if self.dataset else 0)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor | Move:
-        """Steer ``[batch, d]``."""
-        # All strengths of one rule go in the same direction.
+        """Steer activations ``[batch, d]``."""
+        # The direction does not depend on the strength.
         key = (self.directions, self.retriever, self.rule, self.labels, self.brake)
         direction, shares = batch.once(key, lambda: self._contrast(batch))
         self._tally.add(agreement=shares, **({} if self.brake is None else {"braked": shares < self.brake}))
@@ -255,9 +255,9 @@ class NeighbourSteering(_Voting):
 class MixedSteering(_Voting):
     """Weighted RAG, at the output embedding: ``mix q + (1 - mix) Σ_j w_j r_j`` with ``q`` and ``r_j`` of unit norm.
 
-    ``w_j`` is the similarity of a neighbour, normalised to sum 1; one below 0 counts as 0. With ``labels``, only the
-    neighbours that have the most frequent label take part (the paper does not define its oracle form; this is our
-    reading). A query without neighbours of positive similarity is left alone.
+    ``w_j`` is the similarity of a neighbour, normalised to sum 1; negative similarities count as 0. With ``labels``,
+    only the neighbours that have the most frequent label are used (the paper does not define its oracle form; this is
+    our reading). A query without neighbours of positive similarity is left alone.
     """
 
     def __init__(self, retriever: Retriever, mix: float, labels: str) -> None:
@@ -285,8 +285,8 @@ class MixedSteering(_Voting):
 class PrototypeSteering(nn.Module):
     """Oracle prototypes: ``x + α W_decᵀ c̄``, at the norm of x, with ``c̄`` the prototype of the image's true class.
 
-    The prototype is the mean sparse code of the ten gallery images that the zero-shot classifier puts into the class
-    with the highest probability. A class into which it puts none has no prototype; its images are left alone.
+    The prototype is the mean sparse code of the ten gallery images that the zero-shot classifier assigns to the class
+    with the highest probability. A class without such images has no prototype; its images are left alone.
     """
 
     def __init__(self, retriever: Retriever, codes: Codes, alpha: float) -> None:
@@ -296,7 +296,7 @@ class PrototypeSteering(nn.Module):
         self._prototypes: tuple[Tensor, Code] | None = None
 
     def prototypes(self) -> Code:
-        """``c̄`` of each class: a row per class."""
+        """Return ``c̄`` of each class: a code with a row per class."""
         pseudo = self.retriever.pseudo[0]
         if self._prototypes is None or self._prototypes[0] is not pseudo:
             count = self.retriever.classifier.shape[1]
@@ -310,7 +310,7 @@ class PrototypeSteering(nn.Module):
         return self._prototypes[1]
 
     def forward(self, x: Tensor, batch: Batch) -> Move:
-        """Steer ``[batch, d]``."""
+        """Return the move of activations ``[batch, d]``. Raises DataError unless every image has one true class."""
         targets = batch.targets
         if targets is None or targets.ndim != 1 or len(targets) != len(x):
             raise DataError(
@@ -321,7 +321,7 @@ class PrototypeSteering(nn.Module):
 
 
 class VoteSteering(_Voting):
-    """Vote of the neighbours' zero-shot classes, at the output embedding: returns the winning class's embedding.
+    """Vote of the neighbours' zero-shot classes: the output embedding becomes the embedding of the winning class.
 
     A query without neighbours is left alone. In bfloat16 (clip_benchmark's default) the winner's logit cannot be told
     from that of a class whose embedding has a cosine above about 0.997 with its own; ``--no_amp`` can.
@@ -329,11 +329,11 @@ class VoteSteering(_Voting):
 
     @property
     def replayable(self) -> bool:
-        """Whether it reads nothing but what is on the device."""
+        """Whether a forward pass reads nothing but memory of the device, so that it can be replayed as a CUDA graph."""
         return self.retriever.replayable
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        """Replace embeddings ``[batch, e]``."""
+        """Replace embeddings ``[batch, e]`` by those of the winning classes."""
         neighbours = self.retriever.neighbours(batch)
         labels = self._labels("pseudo", neighbours)
         winner = majority(labels, neighbours)

@@ -1,4 +1,4 @@
-"""Look images up in a gallery: their neighbours, and the classes of these."""
+"""Looks images up in a gallery: their neighbours, and the neighbours' classes."""
 
 from __future__ import annotations
 
@@ -17,56 +17,56 @@ from vs2_plugin.steering.batch import Batch
 
 __all__ = ["Neighbours", "Retriever", "majority"]
 
-#: A query whose nearest image is further than this is not in the gallery itself: half precision and autocast move an
+#: A query whose nearest image has a smaller cosine is not in the gallery itself: half precision and autocast change an
 #: embedding by far less.
 _SAME = 0.98
 
 
 class Neighbours(NamedTuple):
-    """The gallery's images that are nearest to each query, best first; all on the model's device."""
+    """The nearest images in the gallery of each query, best first; all tensors are on the model's device."""
 
     rows: Tensor
-    """int64 ``[batch, n]``: which images."""
+    """int64 ``[batch, n]``: row numbers of the images in the gallery."""
     similarity: Tensor
     """``[batch, n]``: cosines."""
     valid: Tensor
-    """bool ``[batch, n]``: False in places that hold no neighbour, since fewer were found."""
+    """bool ``[batch, n]``: False in places without a neighbour, where fewer than n were found."""
 
 
 def majority(labels: Tensor, neighbours: Neighbours) -> Tensor:
-    """The most frequent of the neighbours' labels: ``[batch]``.
+    """Return the most frequent of the neighbours' labels: ``[batch]``.
 
-    Of equally frequent ones, that with the greater sum of similarities is taken.
+    Among equally frequent labels, the one with the largest sum of similarities wins.
 
     Args:
-        labels: int64 ``[batch, n]``.
-        neighbours: whose labels they are.
+        labels: the neighbours' labels, int64 ``[batch, n]``.
+        neighbours: the neighbours.
     """
-    # A sum of similarities is within ± n, so that in such a unit it can only decide between equal numbers of votes.
+    # A sum of similarities is within ± n: times this unit, it only decides between equal numbers of votes.
     unit = 0.5 ** (2 * labels.shape[1]).bit_length()
     valid = neighbours.valid.double()
     votes = valid.addcmul(valid, neighbours.similarity, value=unit)
     ordered = labels.sort(dim=1).values
-    firsts = torch.searchsorted(ordered, labels)  # where each label stands first
+    firsts = torch.searchsorted(ordered, labels)  # the first place of each label
     winner = torch.zeros_like(votes).scatter_add_(1, firsts, votes).argmax(1, keepdim=True)
     return ordered.gather(1, winner)[:, 0]
 
 
 class _Found(NamedTuple):
-    """What a search found, before the images themselves are left out."""
+    """The result of a search, which still includes the query images themselves."""
 
     rows: Tensor
-    """int64 ``[batch, n + r]``, -1 after the last, with r as often as the gallery holds any one image."""
+    """int64 ``[batch, n + r]``, -1 after the last; r is the largest number of copies of an image in the gallery."""
     similarity: Tensor
     """``[batch, n + r]``."""
     near: Callable[[], Tensor]
-    """Waits for, and gives, which images may be in the gallery themselves: bool ``[batch]``, on the CPU."""
+    """Waits for the GPU, and returns which images may be in the gallery themselves: bool ``[batch]``, on the CPU."""
 
 
 class Retriever:
-    """A gallery, search in it, and the classes of its images.
+    """A gallery, the search in it, and the classes of its images.
 
-    The classes come with :meth:`set_classifier`, before the first batch.
+    :meth:`set_classifier` has to set the classes before the first batch.
     """
 
     def __init__(
@@ -85,10 +85,10 @@ class Retriever:
             gallery: the images.
             device: where the model is.
             n: N, neighbours per query.
-            search: finds them; None for a method that looks up no neighbours.
-            encode: images to queries ``[batch, e]``; None: the CLIP embedding.
-            encoder: its name in the gallery.
-            digest: of an image, as in the gallery.
+            search: finds the neighbours; None for a method that needs none.
+            encode: turns images into queries ``[batch, e]``; None: the CLIP embedding.
+            encoder: name of that encoder in the gallery.
+            digest: computes the digest of an image, as in the gallery.
         """
         self.gallery, self.device, self.n = gallery, torch.device(device), n
         self._search, self._encode, self._encoder, self._digest = search, encode, encoder, digest
@@ -98,7 +98,7 @@ class Retriever:
         self._labels = None if gallery.labels is None else torch.from_numpy(np.array(gallery.labels)).to(self.device)
 
     def shared(self, batch: Batch) -> dict[str, Tensor | None]:
-        """The tensors that all steerings read, by their names in words."""
+        """Return the tensors that all steerings share, by a name for messages."""
         named = {"the class embeddings": self._classifier, "the gallery's labels": self._labels}
         named |= zip(("the gallery's classes", "their log-odds"), self._pseudo or (), strict=False)
         neighbours: Neighbours | None = batch.known((self, "neighbours"))
@@ -107,13 +107,13 @@ class Retriever:
     # -- the classes
 
     def set_classifier(self, classifier: Tensor) -> None:
-        """Take the zero-shot classifier ``[e, classes]`` of the data set under evaluation."""
+        """Set the zero-shot classifier ``[e, classes]`` of the data set under evaluation."""
         self._classifier = F.normalize(classifier.detach().to(self.device, torch.float32), dim=0)
         self._pseudo = None
 
     @property
     def classifier(self) -> Tensor:
-        """The class embeddings ``[e, classes]``: float32, of unit norm. Raises HarnessError if they are not known."""
+        """The class embeddings ``[e, classes]``: float32, of unit norm. Raises HarnessError if they are not set."""
         if self._classifier is None:
             raise HarnessError(
                 "this method needs the classes of the data set, but none are known; in Python, call "
@@ -125,8 +125,8 @@ class Retriever:
     def pseudo(self) -> tuple[Tensor, Tensor]:
         """The gallery's zero-shot classes, int64 ``[count]``, and the log-odds of each, ``[count]``.
 
-        The log-odds are those of a softmax at CLIP's logit scale of 100, as clip_benchmark has it. They order images as
-        the probabilities do, many of which float32 would round to 1.
+        The log-odds are those of a softmax at CLIP's logit scale of 100, as in clip_benchmark. They order images as the
+        probabilities do, but float32 would round many of the probabilities to 1.
         """
         if self._pseudo is None:
             classes, confidence = [], []
@@ -140,8 +140,8 @@ class Retriever:
         return self._pseudo
 
     def labels(self, kind: str) -> Tensor:
-        """The gallery's labels, int64 ``[count]``: ``pseudo``, its zero-shot classes, or ``oracle``, the
-        training labels. Raises DataError if there are none."""
+        """Return the gallery's labels, int64 ``[count]``: its zero-shot classes for ``pseudo``, or its training labels
+        for ``oracle``. Raises DataError if the gallery has no training labels."""
         if kind == "pseudo":
             return self.pseudo[0]
         if self._labels is None:
@@ -150,13 +150,13 @@ class Retriever:
 
     @property
     def replayable(self) -> bool:
-        """Whether a GPU finds neighbours by itself, of the CLIP embedding."""
+        """Whether neighbours are those of the CLIP embedding, and a GPU finds them without the CPU."""
         return self._encode is None and isinstance(self._search, ScreenedSearch)
 
     # -- the images at hand
 
     def own(self, rows: Tensor) -> Batch:
-        """Images of the gallery itself as a batch: int64 ``[batch]``. What is known of them is not computed anew."""
+        """Return a batch of the gallery's own images, int64 ``[batch]``, with their stored embeddings."""
         return Batch(rows=rows, embed=lambda: self._stored(CLIP, rows))
 
     def _stored(self, encoder: str, rows: Tensor) -> Tensor:
@@ -164,16 +164,18 @@ class Retriever:
         return stored.to(self.device).float()
 
     def classes(self, batch: Batch) -> Tensor:
-        """The zero-shot class of each image: int64 ``[batch]``."""
+        """Return the zero-shot class of each image: int64 ``[batch]``."""
         return batch.once((self, "classes"), lambda: (batch.embedding() @ self.classifier).argmax(1))
 
     def neighbours(self, batch: Batch) -> Neighbours:
-        """The N nearest images of each image, which is never its own neighbour."""
+        """Return the N nearest images of each image; an image is never its own neighbour."""
         return batch.once((self, "neighbours"), lambda: self._neighbours(batch))
 
     def likely(self, batch: Batch) -> Neighbours | None:
-        """The same without a wait for the GPU, as long as no image is in the gallery itself: if so, :meth:`neighbours`
-        gives this very object. None where there is nothing to wait for."""
+        """Return the neighbours without waiting for the GPU, on the assumption that no image is in the gallery itself.
+
+        Where that holds, :meth:`neighbours` returns this very object. None where there is no GPU to wait for.
+        """
         if self.device.type == "cpu" or batch.rows is not None or batch.known((self, "neighbours")) is not None:
             return None
         return self._nearest(batch)
@@ -186,18 +188,18 @@ class Retriever:
             return F.normalize(self._stored(self._encoder, rows), dim=-1)
         if images is None:
             raise HarnessError("methods with a gallery steer within encode_image only; call model.encode_image")
-        # Retrievers of several N share an encoder.
+        # Retrievers of different N share an encoder, and so the queries.
         return batch.once(encode, lambda: F.normalize(encode(images), dim=-1))
 
     def _found(self, batch: Batch) -> _Found:
         if self._search is None:
             raise PluginError("this method looks up neighbours; declare it with gallery='neighbours'")
-        # As many more as an image can be in the gallery, so that n are left without them.
+        # As many more as an image has copies in the gallery, so that n are left after these are removed.
         similarity, rows = self._search(self._queries(batch), min(len(self.gallery), self.n + self._repeated))
         return _Found(rows, similarity, batch.ask(similarity[:, 0].ge(_SAME)))
 
     def _nearest(self, batch: Batch) -> Neighbours:
-        """The N nearest images of each image, itself among them."""
+        """Return the N nearest images of each image; an image that is in the gallery is among its own."""
 
         def made() -> Neighbours:
             found = batch.once((self, "found"), lambda: self._found(batch))
@@ -212,13 +214,15 @@ class Retriever:
         if same is None:
             return self._nearest(batch)
         valid = rows.ge(0) & ~same
-        # Stable: those that are valid first, still best first.
+        # A stable sort: valid images first, and still in the order of similarity.
         order = (~valid).to(torch.uint8).sort(dim=1, stable=True).indices[:, : self.n]
         return Neighbours(*(part.gather(1, order) for part in (rows.clamp_min(0), similarity, valid)))
 
     def _same_image(self, batch: Batch, rows: Tensor, near: list[int]) -> Tensor | None:
-        """Which of the rows found hold the very image that is looked up: bool, of their shape. None: none do, as told
-        by the bytes of those images that are ``near`` to one."""
+        """Return which of ``rows`` are copies of the query image, bool of the same shape; None if there are no copies.
+
+        Only the queries ``near`` are compared, by the digests of the images' bytes.
+        """
         same = torch.zeros(rows.shape, dtype=torch.bool)
         for index in near:
             digest = self._digest_of(batch, index)

@@ -1,6 +1,6 @@
-"""Selective amplification: VS2 that amplifies a latent the more, the more it differs between classes.
+"""Selective amplification: VS2 that amplifies a latent more, the more the latent differs between classes.
 
-Which classes the gallery's images are of is told by their zero-shot probabilities, so that no labels are needed.
+The zero-shot probabilities of the gallery's images stand in for their classes, so that no labels are needed.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from vs2_plugin.steering.retriever import Retriever
 
 __all__ = ["SelectiveSteering", "Selectivity", "class_selectivity", "latent_weights"]
 
-#: Images that the statistics are taken over, and how many at a time.
+#: Images that the statistics are taken over, at most, and images per batch.
 _IMAGES, _BATCH = 50_000, 2048
 
 
 def class_selectivity(batches: Iterator[tuple[Latents, Tensor]], num_latents: int) -> Tensor:
-    """``r_j`` of each latent: the share of its standard deviation that lies between classes. float32 ``[latents]``.
+    """Return ``r_j`` of each latent, the share of its standard deviation between classes: float32 ``[latents]``.
 
     ``r_j² = (S_B - (K - 1) M_W) / (S_T + M_W)``, ω² of the analysis of variance, with the sum of squares between
     class means ``S_B``, in total ``S_T``, the mean square within ``M_W = (S_T - S_B) / (n - K)`` and K classes. Unlike
-    ``S_B / S_T`` it is 0 in the mean for a latent that has nothing to do with the classes. An image counts for each
-    class by its probability; classes of a mass below one image are left out.
+    ``S_B / S_T`` its expectation is 0 for a latent that is independent of the classes. An image counts for each class
+    by its probability; classes with a total probability below one image are left out.
 
     Args:
         batches: sparse codes ``[batch, k]`` with class probabilities ``[batch, classes]`` (rows sum to 1).
@@ -54,12 +54,12 @@ def class_selectivity(batches: Iterator[tuple[Latents, Tensor]], num_latents: in
     between = (mass[present, None] * (sums[present] / mass[present, None] - mean).square()).sum(0)
     noise = (total - between).clamp_min(0) / within
     omega = (between - (classes - 1) * noise) / (total + noise)
-    # A latent that is never active has no variance, and no class.
+    # A latent that is never active has no variance: 0/0 becomes 0.
     return omega.nan_to_num(0).clamp(0, 1).sqrt().float()
 
 
 def latent_weights(selectivity: Tensor, p: float) -> Tensor:
-    """``w_j = (r_j / mean of the positive r)^p``, ``[latents]``. All 1 for ``p = 0``, and if no latent is selective."""
+    """Return ``w_j = (r_j / mean of the positive r)^p``, ``[latents]``; all 1 if p = 0 or no latent is selective."""
     positive = selectivity[selectivity > 0]
     if p == 0 or len(positive) == 0:
         return torch.ones_like(selectivity)
@@ -67,20 +67,20 @@ def latent_weights(selectivity: Tensor, p: float) -> Tensor:
 
 
 class Selectivity:
-    """:func:`class_selectivity` over a gallery, computed when it is first asked for and again for other classes.
+    """The :func:`class_selectivity` over a gallery, computed when first needed, and again for another classifier.
 
-    Of a large gallery, images evenly spread over it are used.
+    For a large gallery, a sample of images, evenly spread over the gallery, is used.
     """
 
     def __init__(self, sae: TopKSAE, activations: Activations, retriever: Retriever) -> None:
-        """``activations`` are the gallery's, at the SAE's site."""
+        """Take the gallery's ``activations`` at the SAE's site."""
         self._sae, self._activations, self._retriever = sae, activations, retriever
         self._known_for: Tensor | None = None
         self._rows = spread(len(retriever.gallery), _IMAGES).split(_BATCH)
         self._kept: list[tuple[Tensor, Tensor]] = []
 
     def _codes(self) -> Iterator[Latents]:
-        """Those of the images, computed once and kept: with 64 latents each, 26 MB at most."""
+        """Yield the codes of the images, batch by batch, computed once and kept: at most 26 MB with k = 64."""
         for number, rows in enumerate(self._rows):
             if number == len(self._kept):
                 latents = self._sae.encode(self._activations[rows])
@@ -89,15 +89,15 @@ class Selectivity:
             yield Latents(values, indices.long())
 
     def _batches(self) -> Iterator[tuple[Latents, Tensor]]:
-        """Codes, and the zero-shot probabilities at CLIP's logit scale of 100."""
+        """Yield codes, and zero-shot probabilities at CLIP's logit scale of 100."""
         embeddings = Activations(self._retriever.gallery.embeddings[CLIP], self._retriever.device)
         for rows, latents in zip(self._rows, self._codes(), strict=True):
             logits = 100 * F.normalize(embeddings[rows], dim=-1) @ self._retriever.classifier
             yield latents, logits.softmax(1)
 
     def weights(self, p: float) -> tuple[Tensor, float]:
-        """:func:`latent_weights`, and the factor that gives the weighted steering vectors the mean length over the
-        gallery that VS2's have, so that α means the same for both."""
+        """Return the :func:`latent_weights`, and the factor that gives the weighted steering vectors the mean length of
+        those of VS2 over the gallery, so that α means the same for both."""
         if self._known_for is not self._retriever.classifier:
             self._known_for = self._retriever.classifier
             self._r = class_selectivity(self._batches(), self._sae.config.num_latents)
@@ -116,7 +116,7 @@ class Selectivity:
 
 
 def weighted(latents: Latents, weights: Tensor) -> Latents:
-    """``w ⊙ c``."""
+    """Return the code ``w ⊙ c``."""
     return Latents(latents.values * weights[latents.indices], latents.indices)
 
 
@@ -131,9 +131,9 @@ class SelectiveSteering(nn.Module):
         self.facts = {"alpha": alpha, "p": p}
 
     def forward(self, x: Tensor, batch: Batch) -> Move:
-        """Steer ``[batch, d]``."""
+        """Return the move of activations ``[batch, d]``."""
         code = batch.code(self.sae, x)
-        # Strengths share a direction.
+        # The direction does not depend on the strength.
         return Move(batch.once((code, self.selectivity, self.p), lambda: self._weighted(code)), self.alpha)
 
     @torch.no_grad()

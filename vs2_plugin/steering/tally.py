@@ -11,14 +11,14 @@ from torch import Tensor
 
 __all__ = ["Counted", "Tally", "counted"]
 
-#: A tally, the sums over a batch that it was told, and the number of images.
+#: A tally, the sums over a batch to add to it, and the number of images.
 Counted = tuple["Tally", Mapping[str, Tensor], int]
 
 _COUNTED: ContextVar[list[Counted] | None] = ContextVar("counted", default=None)
 
 
 class Tally:
-    """Sums over images, kept on their device: to ask for the numbers after every batch would wait for it."""
+    """Sums over images, kept on the device of the values: reading them after every batch would wait for the GPU."""
 
     def __init__(self) -> None:
         self.reset()
@@ -29,7 +29,7 @@ class Tally:
         self._sums: dict[str, list[Tensor]] = {}
 
     def add(self, **values: Tensor) -> None:
-        """Count a batch: each value is bool or a number for every image, ``[batch]``."""
+        """Add a batch: each value is ``[batch]``, a bool or a number per image."""
         sums = {name: value.detach().sum(dtype=torch.double) for name, value in values.items()}
         count = max(map(len, values.values()), default=0)
         apart = _COUNTED.get()
@@ -39,13 +39,13 @@ class Tally:
             apart.append((self, sums, count))
 
     def keep(self, sums: Mapping[str, Tensor], count: int) -> None:
-        """Count a batch of so many images by its sums."""
+        """Add a batch of ``count`` images by its sums."""
         for name, total in sums.items():
-            self._sums.setdefault(name, []).append(total)  # adding them up takes a GPU's time once, not with each batch
+            self._sums.setdefault(name, []).append(total)  # added up once, not per batch, to save GPU time
         self._seen += count
 
     def means(self) -> dict[str, float]:
-        """The mean of each value; nothing before the first batch."""
+        """Return the mean of each value; an empty dict before the first batch."""
         return {name: _total(sums) / self._seen for name, sums in self._sums.items()} if self._seen else {}
 
 
@@ -56,10 +56,10 @@ def _total(sums: list[Tensor]) -> float:
 
 @contextmanager
 def counted() -> Iterator[list[Counted]]:
-    """Give what tallies are told within a ``with`` block, in place of counting it."""
-    told: list[Counted] = []
-    token = _COUNTED.set(told)
+    """Collect the batches that are added to tallies within a ``with`` block, in place of counting them."""
+    batches: list[Counted] = []
+    token = _COUNTED.set(batches)
     try:
-        yield told
+        yield batches
     finally:
         _COUNTED.reset(token)
