@@ -1,1 +1,1 @@
-"""From clip_benchmark's result files to a page, a Markdown table and figures."""
+"""Turns clip_benchmark's result files into a page, a Markdown table and figures."""

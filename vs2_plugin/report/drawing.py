@@ -1,4 +1,4 @@
-"""The look of all figures: drawn by matplotlib, as PNG files and as SVG that takes its colours from the page."""
+"""The style of all figures: matplotlib draws them as PNG files, and as SVG that takes its colours from the page."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 
 __all__ = ["COLOURS", "FAINT", "INK", "LINES", "PAPER", "PLAIN", "Picture", "new_figure", "picture"]
 
-#: CSS variable -> its colour on white (Okabe and Ito's, which colour-blind readers can tell apart). The page gives
-#: others for a dark background; no other colour may be one of these.
+#: CSS variable -> its colour on white (after Okabe and Ito, for colour-blind readers). The page sets other colours for
+#: a dark background. Figures use these values for nothing else, since the SVG text gets the variables in their place.
 COLOURS = {
     "--paper": "#fefefe",
     "--ink": "#1c2733",
@@ -56,7 +56,7 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure, drawn."""
+    """A figure that has been drawn."""
 
     name: str
     title: str
@@ -67,10 +67,10 @@ class Picture:
 
 
 def picture(name: str, title: str, caption: str, plot: Callable[..., Figure], *args: object) -> Picture:
-    """Return the figure that ``plot(*args)`` draws, in the style of all."""
-    # Whatever the user's own matplotlib settings are, and without changing them.
+    """Return the figure that ``plot(*args)`` draws, in the common style."""
+    # Neither depends on the user's own matplotlib settings nor changes them.
     with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # names in letters that the font has not
+        warnings.filterwarnings("ignore", message="Glyph")  # names in letters that the font lacks
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE | {"svg.hashsalt": name})
         return Picture(name, title, caption, *_render(plot(*args)))
@@ -89,7 +89,7 @@ def _render(figure: Figure) -> tuple[str, bytes]:
     text = svg.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # the same in every figure; what is referred to has a hash
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # these ids repeat in every figure; ids in use have a hash
     text = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true">', text, count=1)
     for variable, colour in COLOURS.items():
         text = text.replace(colour, f"var({variable})")

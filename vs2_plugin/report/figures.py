@@ -18,9 +18,9 @@ from vs2_plugin.results.statistics import Array, Calibration, Interval, share_in
 __all__ = ["draw"]
 
 _MARKERS = "osD^vP"
-#: Of lines, where there are more than colours.
+#: Line styles, for figures with more lines than colours.
 _STYLES = ("-", "--", ":")
-#: Kind of result -> colour, marker, fill, words.
+#: Kind of result -> colour, marker, fill, text of the legend.
 _KINDS = {
     "": (PLAIN, "s", "full", "zero-shot"),
     "image": (LINES[5], "o", "none", "no labels, the image alone"),
@@ -34,7 +34,7 @@ _KINDS = {
 
 
 def draw(group: Group) -> list[Picture]:
-    """Draw every figure for which the results of one backbone hold the data."""
+    """Draw all figures that the results of one backbone have the data for."""
     pictures = []
 
     def add(name: str, title: str, caption: str, plot: Callable[..., Figure], *args: object) -> None:
@@ -115,7 +115,7 @@ def _spread(values: list[float], intervals: Sequence[Interval | None]) -> Array 
 def _accuracy(rows: list[Row]) -> Figure:
     names = [textwrap.fill(row.title, 42) for row in rows]
     lines = np.array([name.count("\n") + 1 for name in names])
-    # A row is its name's lines and, below them, its dot: names stand above so that a phone has room for both.
+    # Names stand above the dots, not beside them, so that a phone's screen has room for both.
     heights = 0.17 * lines + 0.22
     places = np.cumsum(heights) - 0.1
     figure = new_figure(heights.sum() + 0.95)
@@ -130,7 +130,7 @@ def _accuracy(rows: list[Row]) -> Figure:
         axes.text(
             0.01, place - 0.13, name, transform=axes.get_yaxis_transform(), verticalalignment="baseline",
             linespacing=1.15,
-            bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.5},  # or the dashed line would cross it
+            bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.5},  # hides the dashed line behind the name
         )  # fmt: skip
         axes.axhline(place + 0.1, color=FAINT, linewidth=0.6)
         axes.annotate(
@@ -182,7 +182,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 
 def _curve(key: str, curves: list[Curve], zero: Row | None) -> Figure:
-    figure = new_figure(3.0 + 0.22 * max(0, len(curves) - 4))  # the legend has a line for each
+    figure = new_figure(3.0 + 0.22 * max(0, len(curves) - 4))  # the legend has a line for each curve
     axes = figure.add_subplot()
     _zero_line(axes, zero)
     _lines(axes, curves, lambda x: x or 0.0, lambda row: row.top1, spread=True)
@@ -240,14 +240,14 @@ def _grid(cells: dict[tuple[float, float], Row]) -> Figure:
 def _fvu(row: Row, both: Pairing) -> Figure:
     figure = new_figure(3.0)
     axes = figure.add_subplot()
-    edges = [row.bins[0].low, *(found.high for found in row.bins)]
+    edges = [row.bins[0].low, *(part.high for part in row.bins)]
     series = (
         ("zero-shot", both.was_correct, PLAIN, "s", -0.07),
         (row.label, both.after.correct, LINES[0], "o", 0.07),
     )
     for label, correct, colour, marker, shift in series:
-        shares = [float(correct[found.images].mean()) for found in row.bins]
-        intervals = [share_interval(correct[found.images]) for found in row.bins]
+        shares = [float(correct[part.images].mean()) for part in row.bins]
+        intervals = [share_interval(correct[part.images]) for part in row.bins]
         axes.errorbar(
             np.arange(len(shares)) + 0.5 + shift, 100 * np.array(shares), yerr=_spread(shares, intervals),
             color=colour, marker=marker, capsize=2, elinewidth=0.8, label=_short(label),
@@ -255,7 +255,7 @@ def _fvu(row: Row, both: Pairing) -> Figure:
     threshold = row.run.number("vs2_gate_threshold")
     if threshold is not None and edges[0] < threshold < edges[-1]:
         axes.axvline(np.interp(threshold, edges, range(len(edges))), color=INK, linestyle=":")
-    # Every other label: all of them would run into each other.
+    # Every other label only, so that labels do not overlap.
     axes.set_xticks(range(len(edges)), ["" if number % 2 else f"{edge:.2g}" for number, edge in enumerate(edges)])
     axes.set_xlabel("FVU of the image (edges of the bins)")
     axes.set_ylabel("top-1 accuracy, %")
@@ -267,13 +267,13 @@ def _reliability(label: str, before: Calibration, after: Calibration) -> Figure:
     figure = new_figure(4.4)
     above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     above.plot((0, 100), (0, 100), color=INK, linewidth=0.8, linestyle=":")
-    for name, found, colour, marker in (("zero-shot", before, PLAIN, "s"), (label, after, LINES[0], "o")):
-        filled = found.share > 0
-        text = f"{_short(name)}: ECE {100 * found.ece:.1f} points"
-        places = 100 * found.confidence[filled], 100 * found.accuracy[filled]
+    for name, fit, colour, marker in (("zero-shot", before, PLAIN, "s"), (label, after, LINES[0], "o")):
+        filled = fit.share > 0
+        text = f"{_short(name)}: ECE {100 * fit.ece:.1f} points"
+        places = 100 * fit.confidence[filled], 100 * fit.accuracy[filled]
         above.plot(*places, color=colour, marker=marker, markersize=3, linewidth=0.8, label=text)
-        above.scatter(*places, 100 * found.share[filled], color=colour, marker=marker, clip_on=False, zorder=3)
-        below.stairs(100 * found.share, np.linspace(0, 100, len(found.share) + 1), color=colour, linewidth=1.4)
+        above.scatter(*places, 100 * fit.share[filled], color=colour, marker=marker, clip_on=False, zorder=3)
+        below.stairs(100 * fit.share, np.linspace(0, 100, len(fit.share) + 1), color=colour, linewidth=1.4)
     above.set_xlim(0, 100)
     above.set_ylim(0, 100)
     above.set_ylabel("accuracy, %")

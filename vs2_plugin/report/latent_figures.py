@@ -1,5 +1,5 @@
-"""The figures of ``vs2 latents``: how often latents are active, how strongly, and how pure their top images are. And
-those of ``vs2 sae``: how alike the images of latents are, what other seeds find again."""
+"""The figures of ``vs2 latents`` (frequency and strength of latents, and purity of their top images) and of ``vs2 sae``
+(similarity of the images that activate a latent, and stability across seeds)."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ _AGREEMENT = (
 def draw_latents(
     frequencies: np.ndarray, means: np.ndarray, even: float, dense: float, pure: np.ndarray, chance: np.ndarray
 ) -> list[Picture]:
-    """Draw the figures of one SAE.
+    """Draw the figures of ``vs2 latents`` for one SAE.
 
     Args:
-        frequencies: ``[n]``, 0 for dead latents.
+        frequencies: activation frequency ``[n]``, 0 for dead latents.
         means: ``[n]``, mean activation where active.
         even: k/n.
         dense: the frequency above which latents are called dense.
-        pure: how many of its top images have their most frequent class, for each latent that has all top images.
+        pure: for each latent with all top images, how many of these have the most frequent class among them.
         chance: the probability of each such number, 0 to top, for images drawn at random, ``[top + 1]``.
     """
     alive = frequencies > 0
@@ -63,13 +63,13 @@ def draw_latents(
 
 
 def draw_sae(frequencies: np.ndarray, dense: float, scores: np.ndarray, shuffled: np.ndarray) -> list[Picture]:
-    """Draw the figures of one SAE.
+    """Draw the figures of ``vs2 sae`` for one SAE.
 
     Args:
-        frequencies: ``[n]``, 0 for dead latents.
-        dense: where latents are called dense.
-        scores: of the latents that have one.
-        shuffled: the same with the images shuffled.
+        frequencies: activation frequency ``[n]``, 0 for dead latents.
+        dense: the frequency above which latents are called dense.
+        scores: monosemanticity scores of the latents that have one.
+        shuffled: the scores with the images shuffled.
     """
     alive = frequencies[frequencies > 0]
     pictures = []
@@ -83,7 +83,7 @@ def draw_sae(frequencies: np.ndarray, dense: float, scores: np.ndarray, shuffled
 
 
 def draw_agreement(cosines: np.ndarray, random: np.ndarray, stable: float) -> Picture:
-    """Draw the cosines of assigned directions; ``stable`` is where they count as found again."""
+    """Draw the cosines of assigned directions; from a cosine of ``stable`` on, a direction counts as found again."""
     words = "cosine with the assigned direction", "random dictionary", stable
     return picture("agreement", "Stability across seeds", _AGREEMENT, _two, cosines, random, *words)
 

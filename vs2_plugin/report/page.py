@@ -23,15 +23,15 @@ from vs2_plugin.results.statistics import ClassChange, Interval
 
 __all__ = ["Column", "columns", "hints", "notes", "write"]
 
-#: What is said of results of the models and images that come with the package.
+#: A note on results of the model and images that come with the package.
 STAND_IN = (
     "The tiny CLIP and the handwritten digits that come with this package: they show that the machinery works, and say "
     "nothing about other CLIPs or about photographs."
 )
-#: Stands in every file that a report writes, near the beginning.
+#: Stands near the beginning of every file that a report writes; files with it may be overwritten.
 MARK = "vs2 report"
 _SHOWN_CLASSES = 8
-#: Of more rows of a kind, so many are shown at once; the others open by a click.
+#: Of a kind with more than _MANY_ROWS rows, _SHOWN_ROWS are shown; the others are folded.
 _MANY_ROWS, _SHOWN_ROWS = 20, 12
 
 
@@ -41,28 +41,28 @@ class Column:
 
     title: str
     cells: list[str]
-    """In the order of the rows; empty where there is nothing to say."""
+    """A text per row; empty where there is no value."""
     meaning: str
     bars: tuple[float, ...] = ()
-    """Beside each cell, a bar as long as this; none for a column without bars."""
+    """Length of the bar beside each cell; empty for a column without bars."""
 
 
 def write(runs: Iterable[Run], folder: Path) -> list[Path]:
     """Write ``index.html``, ``report.md``, ``report.json`` and the figures into ``folder``, and return their paths.
 
     Raises:
-        DataError: a file of that name is there that no report wrote, or the folder cannot be written to.
+        DataError: a file of such a name exists that no report wrote, or the folder cannot be written to.
     """
     runs = list(runs)
     sections = summarise(runs)
     files: dict[str, bytes] = {}
-    named: dict[Group, list[tuple[Picture, str]]] = {}
+    pictures: dict[Group, list[tuple[Picture, str]]] = {}
     for section in sections:
         for group in section.groups:
-            whose = (group.backbone, group.pretrained, group.prompts) if len(section.groups) > 1 else ()
+            names = (group.backbone, group.pretrained, group.prompts) if len(section.groups) > 1 else ()
             for picture in draw(group):
-                name = _unused(_slug(section.title, *whose, picture.name), files)
-                named.setdefault(group, []).append((picture, name))
+                name = _unused(_slug(section.title, *names, picture.name), files)
+                pictures.setdefault(group, []).append((picture, name))
                 files[name] = picture.png
     context = {
         "notes": notes(runs),
@@ -75,7 +75,7 @@ def write(runs: Iterable[Run], folder: Path) -> list[Path]:
         "hints": hints,
         "gains_and_losses": gains_and_losses,
         "metric_names": metric_names,
-        "pictures": named.__getitem__,
+        "pictures": pictures.__getitem__,
         "by_kind": by_kind,
     }
     page = {name: render(name, MARK, context) for name in ("index.html", "report.md")}
@@ -86,20 +86,20 @@ def write(runs: Iterable[Run], folder: Path) -> list[Path]:
 
 
 def notes(runs: Sequence[Run]) -> list[str]:
-    """Return in sentences what makes results doubtful."""
-    found = []
+    """Return a sentence for each reason to doubt results."""
+    sentences = []
     changed = ", ".join(sorted(str(run.path) for run in runs if run.changed))
     if changed:
-        found.append(f"Changed after they were written, according to the digest in them: {changed}.")
+        sentences.append(f"Changed after they were written, according to the digest in them: {changed}.")
     useless = {run.model: run.fact("sae_warning") for run in runs if run.fact("sae_warning")}
-    return found + [f"The SAE of {model} is useless: {warning}." for model, warning in sorted(useless.items())]
+    return sentences + [f"The SAE of {model} is useless: {warning}." for model, warning in sorted(useless.items())]
 
 
 def figures_of(sections: Iterable[Section]) -> Iterator[dict[str, Any]]:
-    """Yield what the report has computed of each result, as plain JSON values; accuracies and ECE as shares."""
+    """Yield the report's figures of each result as plain JSON values; accuracies and ECE are shares."""
     for section in sections:
-        for row in (one for group in section.groups for one in group.results):
-            found = {
+        for row in (member for group in section.groups for member in group.results):
+            figures = {
                 "acc1": row.top1,
                 "interval": row.interval,
                 "change": row.change,
@@ -113,13 +113,13 @@ def figures_of(sections: Iterable[Section]) -> Iterator[dict[str, Any]]:
             }
             about = {name: getattr(row.run, name) for name in ("dataset", "model", "pretrained", "language")}
             about |= {"changed": True} if row.run.changed else {}
-            yield {**about, **{name: value for name, value in found.items() if value is not None}}
+            yield {**about, **{name: value for name, value in figures.items() if value is not None}}
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:
-    """Return the columns of the main table that have something to say, but for the first two."""
-    found = [*_changes(rows), *_metrics(rows), *_costs(rows)]
-    return [column for column in found if any(column.cells)]
+    """Return the columns of the main table that have any values, but for the first two."""
+    candidates = [*_changes(rows), *_metrics(rows), *_costs(rows)]
+    return [column for column in candidates if any(column.cells)]
 
 
 def _between(bounds: Iterable[Interval | None], sign: bool = False) -> list[str]:
@@ -127,7 +127,7 @@ def _between(bounds: Iterable[Interval | None], sign: bool = False) -> list[str]
 
 
 def _changes(rows: Sequence[Row]) -> list[Column]:
-    """Return the columns that say most. On a phone only the first ones are seen at once."""
+    """Return the most important columns, the first of the table: a phone shows only a few without scrolling."""
     several = any(row.spread is not None for row in rows)
     over = "; of several seeds of the SAE, the mean +- standard deviation" if several else ""
     these = "; of several seeds, of their mean, which says nothing about other SAEs" if several else ""
@@ -180,31 +180,30 @@ def _costs(rows: Sequence[Row]) -> list[Column]:
 
 
 def by_kind(pictures: Iterable[tuple[Picture, str]]) -> dict[str, list[tuple[Picture, str]]]:
-    """Return title and figures, those of several rows under one title: what stands before a colon."""
-    found: dict[str, list[tuple[Picture, str]]] = {}
+    """Group figures by title: those of several rows share the part of the title before the colon."""
+    groups: dict[str, list[tuple[Picture, str]]] = {}
     for picture, name in pictures:
-        found.setdefault(picture.title.partition(":")[0], []).append((picture, name))
-    return {some[0][0].title if len(some) == 1 else f"{kind} ({len(some)})": some for kind, some in found.items()}
+        groups.setdefault(picture.title.partition(":")[0], []).append((picture, name))
+    return {group[0][0].title if len(group) == 1 else f"{kind} ({len(group)})": group for kind, group in groups.items()}
 
 
 def parts(group: Group) -> tuple[dict[str, list[Row]], dict[str, list[Row]]]:
-    """Return the rows of the table by their kind, and those that are folded: of many of a kind, those that gain least.
-    """
+    """Return the rows of the table by their kind, and the folded rows: where a kind has many, those that gain least."""
     folded = {kind: rows[_SHOWN_ROWS:] for kind, rows in group.kinds.items() if len(rows) > _MANY_ROWS}
     return {kind: rows[:_SHOWN_ROWS] if kind in folded else rows for kind, rows in group.kinds.items()}, folded
 
 
 def gains_and_losses(row: Row) -> list[tuple[str, ClassChange, str]]:
-    """Return class name, change, and the confusion mended or made, of the largest gains and losses."""
+    """Return class name, change, and most frequent confusion mended or made, of the largest gains and losses."""
     if row.pairing is None:
         return []
     name = row.pairing.after.name
 
     def confusion(change: ClassChange) -> str:
-        found = change.mended_from if change.change > 0 else change.broken_to
-        if found is None:
+        most = change.mended_from if change.change > 0 else change.broken_to
+        if most is None:
             return ""
-        label, times = found
+        label, times = most
         of = change.mended if change.change > 0 else change.broken
         return f"{'was' if change.change > 0 else 'became'} {name(label)} ({times} of {of})"
 
@@ -214,22 +213,22 @@ def gains_and_losses(row: Row) -> list[tuple[str, ClassChange, str]]:
 
 
 def metric_names(runs: Sequence[Run]) -> list[str]:
-    """Return the names of the numbers that any result holds, but for what steered models say of themselves."""
+    """Return the names of the metrics that are a number in any result, without those that steered models add."""
     names = dict.fromkeys(name for run in runs for name in run.metrics)
     return [name for name in names if not name.startswith("vs2_") and any(run.number(name) is not None for run in runs)]
 
 
-#: What asks the commands for per-image results.
+#: Makes the commands write per-image results.
 _PER_IMAGE = "VS2_PER_IMAGE=1 "
 
 
 def hints(group: Group, section: Section) -> list[tuple[str, str]]:
-    """Return what is not shown for lack of data, and the commands that get it."""
-    wanted = []
+    """Return what the report cannot show for lack of data, with the command that creates the data."""
+    missing = []
 
     def want(what: str, *models: str, before: str = "", tool: str = "clip_benchmark eval") -> None:
         words = (*tool.split(), "--model", *models, "--pretrained", group.pretrained, "--dataset", section.dataset)
-        wanted.append((what, before + shlex.join(words)))
+        missing.append((what, before + shlex.join(words)))
 
     if group.zero is None:
         want("Changes over zero-shot: there is no result of the plain model.", group.backbone)
@@ -246,29 +245,29 @@ def hints(group: Group, section: Section) -> list[tuple[str, str]]:
     if not group.grids():
         model = f"vs2:{group.backbone}@gamma=1:3:0.25@lam=0:10:1"
         want("The heat map of gamma and lambda: needs results that differ in these two only.", model, tool="vs2 sweep")
-    return wanted
+    return missing
 
 
 def _want_images(group: Group, want: Callable[..., None]) -> None:
-    """Want per-image results of the rows that have none, or none that can be paired with zero-shot's."""
+    """Call ``want`` for rows without per-image results, and for rows whose images cannot be paired with zero-shot's."""
     rows = group.results
     bare = [row for row in rows if row.run.images is None]
     if bare:
         whose = "" if len(bare) == len(rows) else f" of {_some(bare)}"
-        told = all("vs2_ece" in row.run.metrics for row in bare)  # the metrics themselves say the rest
-        what = "classes" if told else "images mended and broken, classes, calibration, time and memory"
+        complete = all("vs2_ece" in row.run.metrics for row in bare)  # the rest is in the metrics
+        what = "classes" if complete else "images mended and broken, classes, calibration, time and memory"
         want(
             f"Intervals, accuracy by FVU, {what}{whose}: there are no per-image results.",
             *(row.run.model for row in bare),
             before=_PER_IMAGE,
         )
-    elsewhere = [row for row in rows if row.is_of_other_images]
-    if elsewhere:
+    unpaired = [row for row in rows if row.is_of_other_images]
+    if unpaired:
         want(
-            f"Comparison image by image of {_some(elsewhere)}: zero-shot was evaluated on other images, or with other "
+            f"Comparison image by image of {_some(unpaired)}: zero-shot was evaluated on other images, or with other "
             "class names.",
             group.backbone,
-            *(row.run.model for row in elsewhere),
+            *(row.run.model for row in unpaired),
             before=_PER_IMAGE,
         )
 

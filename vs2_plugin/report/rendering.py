@@ -1,4 +1,4 @@
-"""How all pages are made: templates, their filters, and files that never replace somebody else's."""
+"""Renders and saves pages: templates, their filters, and writing that never replaces files of other programs."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ __all__ = ["fixed", "render", "save"]
 
 
 def render(template: str, mark: str, context: Mapping[str, Any]) -> bytes:
-    """Return the file that ``template`` (its name, without ``.jinja``) makes of ``context``.
+    """Return the file that ``template`` (a name without ``.jinja``) renders from ``context``.
 
-    ``mark``, the command that writes it, comes to stand near its beginning, where :func:`save` looks for it.
+    Near its beginning stands ``mark``, the command that writes the file, where :func:`save` looks for it.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -40,7 +40,7 @@ def render(template: str, mark: str, context: Mapping[str, Any]) -> bytes:
 
 
 def fixed(value: float | None, digits: int = 2, sign: bool = False, scale: float = 100) -> str:
-    """Return ``scale * value`` with so many decimals, by default a share in percent; nothing for None.
+    """Return ``scale * value`` with ``digits`` decimals, by default a share in percent; empty for None and NaN.
 
     >>> fixed(0.58863), fixed(-0.0011, sign=True), fixed(-1e-9, sign=True), fixed(None)
     ('58.86', '-0.11', '+0.00', '')
@@ -52,26 +52,26 @@ def fixed(value: float | None, digits: int = 2, sign: bool = False, scale: float
 
 
 def _cell(text: object) -> str:
-    """Text for Markdown, where a name may hold anything."""
+    """Return text escaped for Markdown, since a name may hold any characters."""
     flat = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", flat)
 
 
 def _code(text: object) -> str:
-    """Text for a code span in a Markdown table."""
+    """Return text as a code span for a Markdown table."""
     return "`" + " ".join(str(text).replace("`", "'").split()).replace("|", "\\|") + "`"
 
 
 def save(
     folder: Path, files: Mapping[str, bytes], mark: str, *others: str, remedy: str = "another folder with --out"
 ) -> list[Path]:
-    """Write all ``files``, by their names, or, where a file is there that does not bear ``mark``, nothing.
+    """Write ``files``, name -> content, and return their paths; write none if one exists that does not bear ``mark``.
 
-    ``others`` are marks of files that have no place for a command's name, such as the header of a CSV; ``remedy`` is
-    what to name where files cannot be written.
+    ``others`` are marks of files that cannot hold a command's name, such as the header of a CSV; ``remedy`` is the
+    advice in the error message.
 
     Raises:
-        DataError: such a file is there, or the folder cannot be written to.
+        DataError: such a file exists, or the folder cannot be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

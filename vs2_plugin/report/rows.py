@@ -1,4 +1,4 @@
-"""The rows of a report: a result, or the mean of several that differ in the seed of the SAE only."""
+"""The rows of a report: a result, or the mean of several results that differ in the seed of the SAE only."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vs2_plugin.results.statistics import (
 
 __all__ = ["Mean", "Pairing", "Row"]
 
-#: Confidences above this, all of them, are not meant as probabilities.
+#: If all confidences are above this, they are not probabilities.
 _CERTAIN = 0.9999
 
 
@@ -36,9 +36,9 @@ class Pairing:
 
     after: Images
     before: Images
-    """Zero-shot's, in an order of its own."""
+    """The zero-shot result, in its own order."""
     order: Array
-    """The indices that put them into the order of ``after``."""
+    """The indices that put ``before`` into the order of ``after``."""
 
     @cached_property
     def prediction(self) -> Array:
@@ -52,7 +52,7 @@ class Pairing:
 
     @cached_property
     def change(self) -> Array:
-        """1 for an image that was mended, -1 for one that was broken, else 0: int ``[n]``, in the order of after."""
+        """1 for an image that was mended, -1 for a broken one, else 0: int ``[n]``, in the order of ``after``."""
         return np.asarray(self.after.correct.astype(int) - self.was_correct)
 
     @classmethod
@@ -67,32 +67,32 @@ class Pairing:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A result, and what it changes over zero-shot. What it has no data for is None."""
+    """A result, and its change over zero-shot. Properties without data are None."""
 
     run: Run
     label: str
     """Method and options."""
     zero: Run | None = field(default=None, repr=False)
-    """The zero-shot result that it is compared with: of the plain model or, where there is none of the same images, the
-    one that the run recorded itself. None for a zero-shot result."""
+    """The zero-shot result that the run is compared with: the one that it recorded itself or else one of the plain
+    model. None for a zero-shot result."""
     about: str = ""
-    """What else tells it from other rows: the strength, k and size of the SAE, its seed."""
+    """Other facts that tell this row from others: strength, and k, size and seed of the SAE."""
     shown: str = ""
-    """The name of its checkpoint as far as it stands in the label."""
+    """The name of the checkpoint as it stands in the label; empty if it does not."""
 
     @property
     def title(self) -> str:
-        """Label, and what else there is to tell it by."""
+        """The label, and the facts that tell this row from others."""
         return f"{self.label} ({self.about})" if self.about else self.label
 
     @property
     def members(self) -> tuple[Row, ...]:
-        """The results that it stands for: itself, or those of several seeds."""
+        """The results that this row stands for: itself, or those of several seeds."""
         return (self,)
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation of the accuracy over the seeds of the SAE; None for one."""
+        """Standard deviation of the accuracy over the seeds of the SAE; None for a single seed."""
         return None
 
     def number(self, name: str) -> float | None:
@@ -116,17 +116,17 @@ class Row:
 
     @cached_property
     def pairing(self) -> Pairing | None:
-        """The same images before and after; None where they cannot be paired."""
+        """The pairing with the zero-shot result; None where images cannot be paired."""
         return Pairing.of(self.run, self.zero)
 
     @property
     def is_of_other_images(self) -> bool:
-        """Whether the images of both are known, and cannot be paired."""
+        """Whether the images of this run and of its zero-shot result are known, but cannot be paired."""
         return bool(self.run.images and self.zero and self.zero.images and self.pairing is None)
 
     @cached_property
     def change_interval(self) -> Interval | None:
-        """95 % bootstrap interval of the change, over the same images."""
+        """95 % bootstrap interval of the change, over the paired images."""
         both = self.pairing
         return None if both is None else interval(both.change)
 
@@ -158,21 +158,21 @@ class Row:
 
     @cached_property
     def calibration(self) -> Calibration | None:
-        """How well the confidences fit. None where all are 1, which says nothing: so it is with votes."""
+        """Calibration of the confidences; None without them, or where all are 1, as with votes."""
         images = self.run.images
-        found = self.run.calibration() if images is None else calibration(images.confidence, images.correct)
-        return None if found is None or np.nanmin(found.confidence) > _CERTAIN else found
+        fit = self.run.calibration() if images is None else calibration(images.confidence, images.correct)
+        return None if fit is None or np.nanmin(fit.confidence) > _CERTAIN else fit
 
     @cached_property
     def calibration_before(self) -> Calibration | None:
-        """How well those of zero-shot fit, on the same images; None where they are not known."""
+        """Calibration of zero-shot's confidences on the same images; None where these are not known."""
         if self.pairing is None:
             return self.run.calibration("_before")
         return calibration(self.pairing.before.confidence, self.pairing.before.correct)
 
     @property
     def ece(self) -> float | None:
-        """Expected calibration error."""
+        """Expected calibration error; None where the confidences are no probabilities."""
         if self.calibration is None and (self.run.images is not None or self.run.calibration() is not None):
             return None
         return self.run.number("vs2_ece") if self.calibration is None else self.calibration.ece
@@ -185,13 +185,13 @@ class Row:
 
     @cached_property
     def classes(self) -> list[ClassChange]:
-        """Every class, from the largest gain to the largest loss; empty where images cannot be paired."""
+        """The change of every class, from the largest gain to the largest loss; empty where images cannot be paired."""
         both = self.pairing
         return [] if both is None else class_changes(both.after.target, both.prediction, both.after.prediction)
 
     @cached_property
     def bins(self) -> list[Bin]:
-        """The images by FVU; empty where images cannot be paired, have no FVU, or are too few for two bins."""
+        """Bins of the images by FVU; empty where images cannot be paired, have no FVU, or are too few for two bins."""
         if self.pairing is None or self.pairing.after.fvu is None:
             return []
         bins = by_fvu(self.pairing.after.fvu)
@@ -200,11 +200,13 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Mean(Row):
-    """The mean of results that differ in the seed of the SAE only. What it is of one of them, as its classes, bins and
-    calibration are, is of the first, whose run is ``run``."""
+    """The mean of results that differ in the seed of the SAE only.
+
+    Classes, bins and calibration are not averaged: they are those of the first seed, whose run is ``run``.
+    """
 
     seeds: tuple[Row, ...] = ()
-    """By rising seed; at least two."""
+    """The results by rising seed; at least two."""
 
     @property
     def members(self) -> tuple[Row, ...]:
@@ -213,11 +215,11 @@ class Mean(Row):
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation of the accuracy over the seeds, of the sample."""
+        """Sample standard deviation of the accuracy over the seeds."""
         return stdev(row.top1 for row in self.seeds)
 
     def number(self, name: str) -> float | None:
-        """Return the mean of the metric; None where not all have it."""
+        """Return the mean of the metric over the seeds; None unless all have it."""
         return self._over(lambda row: row.run.number(name))
 
     @property
@@ -232,12 +234,12 @@ class Mean(Row):
 
     @cached_property
     def interval(self) -> Interval | None:
-        """95 % bootstrap interval of the mean accuracy, over images: the SAEs are these."""
+        """95 % bootstrap interval of the mean accuracy, over images but not over seeds."""
         return self._of_images(lambda row: None if row.run.images is None else row.run.images.correct)
 
     @cached_property
     def change_interval(self) -> Interval | None:
-        """95 % bootstrap interval of the mean change, over images: the SAEs are these."""
+        """95 % bootstrap interval of the mean change, over images but not over seeds."""
         return self._of_images(lambda row: None if row.pairing is None else row.pairing.change)
 
     @property
@@ -266,26 +268,26 @@ class Mean(Row):
         return self._over(lambda row: row.ece)
 
     def _over(self, value: Callable[[Row], float | None]) -> float | None:
-        found = [value(row) for row in self.seeds]
-        told = [one for one in found if one is not None]
-        return fmean(told) if len(told) == len(found) else None
+        values = [value(row) for row in self.seeds]
+        numbers = [number for number in values if number is not None]
+        return fmean(numbers) if len(numbers) == len(values) else None
 
     def _of_images(self, values: Callable[[Row], Array | None]) -> Interval | None:
-        """Return the interval of what all seeds tell of each image, averaged over them."""
-        found = [values(row) for row in self.seeds]
-        told = _aligned([row.run.images for row in self.seeds], [one for one in found if one is not None])
-        return None if told is None else interval(np.sum(told, axis=0) / len(told))
+        """Return the bootstrap interval of per-image ``values``, averaged over the seeds; None unless all have them."""
+        parts = [values(row) for row in self.seeds]
+        aligned = _aligned([row.run.images for row in self.seeds], [part for part in parts if part is not None])
+        return None if aligned is None else interval(np.sum(aligned, axis=0) / len(aligned))
 
 
 def _aligned(images: Sequence[Images | None], values: Sequence[Array]) -> list[Array] | None:
-    """Return values ``[n]`` of several runs in the order of the first one's images; None where these are others."""
+    """Return values ``[n]`` of runs in the order of the first run's images; None unless all have these images."""
     first, *others = images
     if first is None or len(values) < len(images):
         return None
-    told = [values[0]]
+    aligned = [values[0]]
     for other, value in zip(others, values[1:], strict=True):
         order = None if other is None else pair(first.digest, first.target, other.digest, other.target)
         if order is None:
             return None
-        told.append(value[order])
-    return told
+        aligned.append(value[order])
+    return aligned

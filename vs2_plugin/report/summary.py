@@ -1,4 +1,4 @@
-"""Puts results side by side: data sets, backbones, each method against the zero-shot result of its backbone."""
+"""Groups results by data set and backbone, and compares each method with the zero-shot result of its backbone."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from vs2_plugin.text import printable
 __all__ = ["Curve", "Group", "Section", "summarise"]
 
 _STRENGTH = {"gamma", "lam", "alpha"}
-#: Kinds of results, in the order in which they stand.
+#: Kinds of results, in the order of the report.
 _KINDS = ("", "image", "unlabeled", "stream", "transductive", "train", "oracle")
 #: Two zero-shot results that agree on fewer images than this were made with other prompts. Precision and batch size
 #: change fewer predictions.
 _SAME_PROMPTS = 0.98
-#: How far apart zero-shot accuracies of the same prompts may be: autocast moves some images.
+#: How far apart zero-shot accuracies of the same prompts may be: autocast changes some predictions.
 _SAME_ACCURACY = 0.005
-#: Data set and backbone of the demo, and of tables that are run on the stand-in.
+#: Data set and backbone of the demo, and of the paper's tables when they run on the stand-in.
 _STAND_IN = ("wds/digits", "tiny-clip")
-#: No setting is larger than this, and an axis to it could not be drawn.
+#: Larger values are no valid settings, and matplotlib could not draw an axis up to them.
 _LARGEST = 1e12
-#: More rows than this are too many for one figure.
+#: The largest number of rows in one figure.
 _MANY = 16
 
 
@@ -42,83 +42,83 @@ class Curve:
 
     label: str
     points: tuple[tuple[float | None, Row], ...]
-    """Value and result, by rising value; the value None (no gate) stands last."""
+    """Value and result, by rising value; the value None (no gate) is last."""
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """The results of one backbone on one data set, with the same prompts as far as that can be told."""
+    """The results of one backbone on one data set, with the same prompts as far as results show them."""
 
     backbone: str
     pretrained: str
     rows: list[Row]
-    """Zero-shot first, then by what they saw and the labels used, vs2 before other methods."""
+    """Zero-shot first, then by the images and labels that methods use, vs2 before other methods."""
     alone: bool = True
-    """True if all results of the backbone are here: those with other prompts, which have another zero-shot accuracy,
-    are in a group of their own."""
+    """Whether this group has all results of the backbone: results with other prompts, and so another zero-shot
+    accuracy, are in a separate group."""
     common: str = ""
-    """What all of its SAEs have in common, in words."""
+    """The facts that all SAEs of the group have in common, in words."""
     dataset: str = ""
 
     @property
     def prompts(self) -> str:
-        """A name for these results beside those with other prompts; empty if there are none."""
+        """A name for these results that tells them from those with other prompts; empty if there are none."""
         return "" if self.alone or self.zero is None else f"zero-shot {100 * self.zero.top1:.2f} %"
 
     @property
     def title(self) -> str:
-        """The backbone, its weights, and what tells its prompts."""
+        """The backbone, its weights, and the name of its prompts."""
         prompts = self.prompts and f"prompts with {self.prompts}"
         return ", ".join(filter(None, (self.backbone, self.pretrained, prompts)))
 
     @property
     def zero(self) -> Row | None:
-        """The zero-shot result that the others are compared with."""
+        """The zero-shot result; None if the group has none."""
         return next((row for row in self.rows if row.run.method is None), None)
 
     @property
     def images(self) -> Images | None:
-        """Per-image results of one of the rows."""
+        """Per-image results of the first row that has any."""
         return next((row.run.images for row in self.rows if row.run.images), None)
 
     @property
     def steered(self) -> list[Row]:
-        """All but zero-shot."""
+        """All rows but zero-shot."""
         return [row for row in self.rows if row.run.method is not None]
 
     @property
     def methods(self) -> list[Row]:
-        """The first result of each method: the ones with figures of their own."""
+        """The first row of each method: these have figures of their own."""
         return list({row.run.method: row for row in reversed(self.steered)}.values())[::-1]
 
     @cached_property
     def kinds(self) -> dict[str, list[Row]]:
-        """Kind of result -> the rows, from the largest gain to the largest loss: by what they saw, least first, then
-        those that used labels; zero-shot before them all."""
-        found: dict[str, list[Row]] = {}
+        """Kind of result -> its rows, from the largest gain to the largest loss. Zero-shot is first, then kinds without
+        labels, from the fewest to the most images seen, then kinds with labels."""
+        rows: dict[str, list[Row]] = {}
         for row in sorted(self.rows, key=lambda row: (_kind_rank(row.run), _by_change(row))):
-            found.setdefault(row.run.kind, []).append(row)
-        return found
+            rows.setdefault(row.run.kind, []).append(row)
+        return rows
 
     @property
     def results(self) -> list[Row]:
-        """A row for each result, several seeds of an SAE taken apart."""
-        return [one for row in self.rows for one in row.members]
+        """One row per result: the seeds of an SAE are separate rows."""
+        return [member for row in self.rows for member in row.members]
 
     @property
     def table(self) -> list[Row]:
-        """All rows as they stand in a table."""
+        """All rows in the order of the table."""
         return [row for rows in self.kinds.values() for row in rows]
 
     @property
     def is_stand_in(self) -> bool:
-        """Whether it is of the tiny CLIP and the digits that come with the package."""
+        """Whether the group is of the tiny CLIP and the digits that come with the package."""
         name = self.backbone.removeprefix(LOCAL).rstrip("/").rpartition("/")[2]
         return self.backbone.startswith(LOCAL) and (self.dataset, name) == _STAND_IN
 
     @property
     def main(self) -> list[Row]:
-        """The rows without, where there are many, those of a method that curves and grids show."""
+        """The rows of the accuracy figure: all or, where there are many, without most of those in curves and grids."""
         if len(self.rows) <= _MANY:
             return self.table
         shown = {row for curves in self.curves().values() for curve in curves for _, row in curve.points}
@@ -127,16 +127,16 @@ class Group:
         return [row for row in self.table if row not in left_out]
 
     def curves(self) -> dict[str, list[Curve]]:
-        """Return curves along each setting. ``alpha`` stands for gamma and lam where both are there."""
-        found = {"alpha": self._along("alpha", _STRENGTH)}
-        found["gamma"] = self._along("gamma", {"gamma"}, without="alpha")
-        found["k"] = self._along("k", {"k", "checkpoint"})  # an SAE of another k is another checkpoint
+        """Return setting -> its curves. Results that tell alpha are drawn along ``alpha``, not gamma or lam."""
+        by_key = {"alpha": self._along("alpha", _STRENGTH)}
+        by_key["gamma"] = self._along("gamma", {"gamma"}, without="alpha")
+        by_key["k"] = self._along("k", {"k", "checkpoint"})  # an SAE of another k is another checkpoint
         for key in sorted(self._options - _STRENGTH - {"k"}):
-            found[key] = self._along(key, {key})
-        return {key: curves for key, curves in found.items() if curves}
+            by_key[key] = self._along(key, {key})
+        return {key: curves for key, curves in by_key.items() if curves}
 
     def grids(self) -> list[tuple[str, dict[tuple[float, float], Row]]]:
-        """Return label and results by (gamma, lam), of results that differ in these only; at least two of each."""
+        """Return label and results by (gamma, lam) of results that differ in these only, with several values each."""
         grids = []
         for label, rows in self._alike(_STRENGTH):
             cells = {}
@@ -153,11 +153,11 @@ class Group:
         return set().union(*(row.run.parts.given for row in self.steered))
 
     def _along(self, key: str, free: set[str], without: str = "") -> list[Curve]:
-        """Return curves along a setting through results that differ in ``free`` ones only and have none ``without``."""
+        """Return curves along ``key`` of results that differ only in settings ``free`` and lack fact ``without``."""
         curves = []
         for label, rows in self._alike(free):
-            told = [(row.run.number(f"vs2_{key}"), row) for row in reversed(rows) if row.run.fact(without) is None]
-            points = {value: row for value, row in told if abs(value or 0.0) < _LARGEST}
+            pairs = [(row.run.number(f"vs2_{key}"), row) for row in reversed(rows) if row.run.fact(without) is None]
+            points = {value: row for value, row in pairs if abs(value or 0.0) < _LARGEST}
             if key != "gate":  # there, None is one of the values: no gate
                 points.pop(None, None)
             values = sorted(points, key=lambda value: (value is None, value or 0.0))
@@ -168,7 +168,7 @@ class Group:
     def _alike(self, free: set[str]) -> list[tuple[str, list[Row]]]:
         """Return the steered results that agree in method, checkpoint, site and all options but the ``free`` ones.
 
-        One whose options were chosen automatically stands for itself."""
+        Results whose options were chosen automatically are left out."""
         fixed = sorted(({"method", "checkpoint", "latents", "site"} | self._options) - free)
         alike: dict[tuple[str, ...], list[Row]] = {}
         for row in self.steered:
@@ -187,11 +187,11 @@ class Section:
     language: str
     groups: list[Group]
     others: dict[str, list[Run]]
-    """Task -> results that have no accuracy."""
+    """Task -> results without top-1 accuracy."""
 
     @property
     def title(self) -> str:
-        """The data set, and the language where it is not English."""
+        """The data set, and the language unless it is English."""
         return self.dataset if self.language == "en" else f"{self.dataset} ({self.language})"
 
 
@@ -213,23 +213,24 @@ def summarise(runs: Iterable[Run]) -> list[Section]:
 
 
 def _by(runs: Iterable[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
-    found: dict[Any, list[Run]] = {}
+    groups: dict[Any, list[Run]] = {}
     for run in sorted(runs, key=lambda run: (key(run), _natural(run.model), str(run.path))):
-        found.setdefault(key(run), []).append(run)
-    return found
+        groups.setdefault(key(run), []).append(run)
+    return groups
 
 
 def _weights(run: Run) -> str:
-    """Return the weights' tag, unless the weights come with the backbone's name: it says nothing then."""
+    """Return the weights' tag; empty where the backbone's name already determines the weights."""
     return "" if run.parts.backbone.startswith(SCHEMES) else run.pretrained
 
 
 def _by_prompts(runs: list[Run]) -> list[list[Run]]:
-    """Put runs together whose zero-shot predictions are nearly the same.
+    """Group runs whose zero-shot predictions are nearly the same, and so their prompts.
 
-    Results do not name their prompts: zero-shot's predictions tell, of a plain model or recorded in a steered run, and
-    where none are kept, the plain model's accuracy. Steered runs that recorded none are with the others if these are
-    all alike, else with the plain model of their folder, if one alone is there, else by themselves.
+    Results do not name their prompts. So the zero-shot predictions of a plain model, or those recorded in a steered
+    run, are compared; where there are none, the plain models' accuracies. Steered runs without zero-shot predictions
+    join the others if these form one group, else the plain model in their folder if there is exactly one, else a group
+    of their own.
     """
     parts: list[tuple[Run, list[Run]]] = []
     unknown = []
@@ -243,14 +244,14 @@ def _by_prompts(runs: list[Run]) -> list[list[Run]]:
             parts.append((plain, [run]))
         else:
             parts[place][1].append(run)
-    told = [members for _, members in parts]
-    if len(told) == 1:
-        return [told[0] + unknown]
-    return _with_folders(told, unknown)
+    groups = [members for _, members in parts]
+    if len(groups) == 1:
+        return [groups[0] + unknown]
+    return _with_folders(groups, unknown)
 
 
 def _with_folders(told: list[list[Run]], unknown: Sequence[Run]) -> list[list[Run]]:
-    """Put runs to the one part that has a plain model in their folder; those that have none are one of their own."""
+    """Add runs to the group with a plain model in their folder; those without exactly one form another group."""
     homes = [{run.path.parent for run in members if run.method is None} for members in told]
     left: list[Run] = []
     for run in unknown:
@@ -260,11 +261,11 @@ def _with_folders(told: list[list[Run]], unknown: Sequence[Run]) -> list[list[Ru
 
 
 def _alike_in(plain: Run, others: list[Run]) -> int | None:
-    """Return which of some zero-shot results agrees most with ``plain``; None if none has the same prompts."""
+    """Return the index of the zero-shot result that agrees most with ``plain``; None if none has the same prompts."""
     agreed = [_agreement(plain, other) for other in others]
     most = max((share for share in agreed if share is not None), default=None)
     if most is None and all(other.images is not None for other in (plain, *others)):
-        return 0 if others else None  # with other images, there is no telling
+        return 0 if others else None  # results of other images cannot be compared
     if most is None:
         apart = [abs((plain.number("acc1") or 0.0) - (other.number("acc1") or 0.0)) for other in others]
         return apart.index(min(apart)) if apart and min(apart) <= _SAME_ACCURACY else None
@@ -272,7 +273,7 @@ def _alike_in(plain: Run, others: list[Run]) -> int | None:
 
 
 def _agreement(plain: Run, other: Run) -> float | None:
-    """Return the share of images that two zero-shot results give one class; None if they are not of the same ones."""
+    """Return the share of images with equal predictions in two zero-shot results; None if the images differ."""
     both = Pairing.of(plain, other)
     return None if both is None else float((both.after.prediction == both.prediction).mean())
 
@@ -286,8 +287,8 @@ def _group(backbone: str, pretrained: str, runs: list[Run], alone: bool) -> Grou
     facts = [facts_of(entry) for entry in entries]
     common = _common(facts)
     rows = []
-    for entry, told in zip(entries, facts, strict=True):
-        own = {name: value for name, value in told.items() if name not in common}
+    for entry, texts in zip(entries, facts, strict=True):
+        own = {name: value for name, value in texts.items() if name not in common}
         shown = own.pop("checkpoint", "")
         first, *others = (
             Row(run, label_of(run, shown), _before(run, zero, runs), written(own), shown) for run in entry
@@ -302,8 +303,8 @@ def _group(backbone: str, pretrained: str, runs: list[Run], alone: bool) -> Grou
 
 
 def _before(run: Run, zero: Run | None, runs: Sequence[Run]) -> Run | None:
-    """Return the zero-shot result that a steered one is compared with: what it recorded itself, else one of the same
-    images, as far as these are known, or of the same folder. None where nothing tells which one that is."""
+    """Return the zero-shot result that a steered run is compared with: the one that the run recorded itself, else one
+    of the same images, else one in the same folder, else ``zero`` if all plain results may be of the same images."""
     if run.method is None or run.plain is not None:
         return run.plain
     plain = [other for other in runs if other.method is None]
@@ -314,42 +315,42 @@ def _before(run: Run, zero: Run | None, runs: Sequence[Run]) -> Run | None:
 
 
 def _by_seed(runs: Sequence[Run]) -> list[list[Run]]:
-    """Put runs together that differ in the seed of their SAE only, by rising seed, at the place of the first."""
+    """Group runs that differ in the seed of their SAE only, by rising seed, at the place of the first run."""
     alike: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         if run.method is not None and seed_of(run) is not None:
             alike.setdefault(same_but_for_the_seed(run), []).append(run)
-    seeds = [[seed_of(run) for run in some] for some in alike.values()]
-    # The same seed twice is another difference, which nothing tells.
-    joined = [some for some, own in zip(alike.values(), seeds, strict=True) if 1 < len(some) == len(set(own))]
+    seeds = [[seed_of(run) for run in group] for group in alike.values()]
+    # Runs with the same seed differ in something unknown: they are not averaged.
+    joined = [group for group, own in zip(alike.values(), seeds, strict=True) if 1 < len(group) == len(set(own))]
     joined = [*filter(_are_of_the_same, joined)]
-    first = {some[0]: sorted(some, key=lambda run: seed_of(run) or 0) for some in joined}
-    others = {run for some in joined for run in some[1:]}
+    first = {group[0]: sorted(group, key=lambda run: seed_of(run) or 0) for group in joined}
+    others = {run for group in joined for run in group[1:]}
     return [first.get(run, [run]) for run in runs if run not in others]
 
 
 def _are_of_the_same(runs: Iterable[Run]) -> bool:
-    """Tell whether runs are of the same images in any order, as far as these are known."""
-    known = (run.images.digest for run in runs if run.images)
-    return len({(len(digests), int(np.bitwise_xor.reduce(digests))) for digests in known}) < 2
+    """Return whether all runs with per-image results are of the same images, in any order."""
+    images = (run.images.digest for run in runs if run.images)
+    return len({(len(digests), int(np.bitwise_xor.reduce(digests))) for digests in images}) < 2
 
 
 def _common(facts: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Return the facts that all rows share that tell them at all."""
-    found = {}
+    """Return the facts that are equal in all rows that have them."""
+    common = {}
     for name in ("checkpoint", "k", "expansion", "latents", "seed"):
-        values = [told[name] for told in facts if name in told]
+        values = [texts[name] for texts in facts if name in texts]
         if len(set(values)) == 1:
-            found[name] = values[0]
-    return found
+            common[name] = values[0]
+    return common
 
 
 def _told_apart(rows: list[Row]) -> list[Row]:
-    """Return the rows, of which those with one name name their checkpoint too, and where their file lies if need be."""
+    """Return the rows with unique titles: equal titles get the checkpoint added and, if still equal, the file."""
     for tell in (_checkpoint, _file):
-        again = Counter(row.title for row in rows)
+        counts = Counter(row.title for row in rows)
         rows = [
-            replace(row, about=", ".join(filter(None, (row.about, tell(row))))) if again[row.title] > 1 else row
+            replace(row, about=", ".join(filter(None, (row.about, tell(row))))) if counts[row.title] > 1 else row
             for row in rows
         ]
     return rows
@@ -365,8 +366,8 @@ def _file(row: Row) -> str:
 
 
 def _rank(run: Run) -> tuple[bool, bool, int, bool, str, int]:
-    """Return what rows are sorted by."""
-    # Of several zero-shot results, the one that has per-image results is the one to compare with.
+    """Return the sort key of runs."""
+    # A zero-shot result with per-image results comes first: the others are compared with it.
     bare = run.method is None and run.images is None
     return run.method is not None, bare, _kind_rank(run), run.method != "vs2", run.method or "", len(run.parts.words)
 
@@ -376,12 +377,12 @@ def _kind_rank(run: Run) -> int:
 
 
 def _by_change(row: Row) -> tuple[bool, float]:
-    """Return what rows of a kind are sorted by in a table. Where no change is known, by accuracy."""
+    """Return the sort key of rows in a table: the change or, where it is unknown, the accuracy, largest first."""
     return row.run.method is not None, -(row.top1 if row.change is None else row.change)
 
 
 def _natural(text: str) -> list[str | float]:
-    """Return what sorts ``n=9`` before ``n=10``.
+    """Return a sort key by which ``n=9`` is before ``n=10``.
 
     >>> _natural("gamma=-1.5")
     ['gamma=', -1.5, '']

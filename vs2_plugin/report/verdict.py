@@ -1,4 +1,4 @@
-"""What a group of results comes to, in sentences: what steering did, by how much, and whether that is beyond chance."""
+"""Sums up a group of results in sentences: what steering changed, by how much, and whether that is beyond chance."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from vs2_plugin.text import counted
 __all__ = ["Verdict", "verdict"]
 
 
-#: Protocols by which a method sees other test images, in words.
+#: Protocol by which a method sees other test images -> these images in words.
 _OTHERS = {"stream": "earlier test images", "transductive": "all test images at once"}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What to read first."""
+    """The summary of a group, which stands first in the report."""
 
     sentences: tuple[str, ...]
-    """The first says what steering did, the second which label-free row is best; or why that cannot be said."""
+    """The first says what steering changed, the second which label-free row is best; or why that is not known."""
     tone: str = ""
     """``up`` or ``down`` where the change is beyond chance, else empty."""
     short: str = ""
-    """The same in a few words, for a list of several."""
+    """A short form, for a list of several verdicts."""
     best: Row | None = None
-    """The label-free row that gains most, if one gains."""
+    """The label-free row that gains most; None if none gains."""
 
 
 def verdict(group: Group) -> Verdict | None:
@@ -42,9 +42,9 @@ def verdict(group: Group) -> Verdict | None:
         return None
     before = usual.members[0].zero
     if before is None:
-        told = f"{usual.title}: top-1 accuracy {fixed(usual.top1)} %{_seeds(usual)}."
+        accuracy = f"{usual.title}: top-1 accuracy {fixed(usual.top1)} %{_seeds(usual)}."
         missing = f"What steering changed is not known: there is no zero-shot result of {group.backbone}."
-        return Verdict((told, missing), short=f"{usual.label} {fixed(usual.top1)} %")
+        return Verdict((accuracy, missing), short=f"{usual.label} {fixed(usual.top1)} %")
     changed = [row for row in free if row.change is not None]
     first, tone, short = _headline(usual, float(before.metrics["acc1"]), changed)
     sentences = [first]
@@ -59,19 +59,19 @@ def verdict(group: Group) -> Verdict | None:
 
 
 def _headline(usual: Row, before: float, changed: Sequence[Row]) -> tuple[str, str, str]:
-    """Return what steering did, in a sentence, its tone, and a few words. Of a sweep without the default setting, no
-    point stands for the others."""
+    """Return a sentence on what steering changed, its tone, and its short form. In a sweep without the default setting,
+    no point stands for the others: the sentence gives their range."""
     run, given = usual.run, usual.run.parts.given
     alike = [row for row in changed if row.run.method == run.method and row.run.parts.given.keys() == given.keys()]
     if not given or len(alike) < 3:
         return _did(usual, before), _tone(usual), f"{usual.label} {_points(usual)}"
     changes = [100 * (row.change or 0.0) for row in alike]
     words = " ".join(f"@{name}" for name in given)
-    told = (
+    sentence = (
         f"{len(alike)} settings of {run.method} ({words}) change top-1 accuracy by {min(changes):+.2f} to "
         f"{max(changes):+.2f} points; the default setting is not among them."
     )
-    return told, "", f"{run.method}, {len(alike)} settings"
+    return sentence, "", f"{run.method}, {len(alike)} settings"
 
 
 def _own_images_only(rows: Sequence[Row]) -> list[Row]:
@@ -80,19 +80,19 @@ def _own_images_only(rows: Sequence[Row]) -> list[Row]:
 
 
 def _of_others(rows: Sequence[Row]) -> list[str]:
-    """Return, of the rows that see other test images, what the best gain of each protocol is."""
-    told = []
+    """Return a sentence on the best row of each protocol that sees other test images."""
+    sentences = []
     for protocol, words in _OTHERS.items():
-        found = [row for row in rows if row.run.protocol == protocol and row.change is not None]
-        if found:
-            best = max(found, key=lambda row: row.change or 0.0)
-            told.append(f"Of those that see {words}, which is a different setting: {best.title}, {_points(best)} "
+        seen = [row for row in rows if row.run.protocol == protocol and row.change is not None]
+        if seen:
+            best = max(seen, key=lambda row: row.change or 0.0)
+            sentences.append(f"Of those that see {words}, which is a different setting: {best.title}, {_points(best)} "
                         "points.")
-    return told
+    return sentences
 
 
 def _did(row: Row, before: float) -> str:
-    """Return what a row did to the accuracy, with its interval, and whether that is beyond chance."""
+    """Return a sentence on a row's change of the accuracy, with its interval, and whether that is beyond chance."""
     change = row.change or 0.0
     verb = "raises" if change > 0 else "lowers" if change < 0 else "leaves"
     moved = f"from {fixed(before)} % to {fixed(row.top1)} %" if change else f"at {fixed(before)} %"
@@ -120,8 +120,8 @@ def _tone(row: Row) -> str:
 
 
 def _are_few(row: Row) -> bool:
-    """Tell whether so few images changed that coins would fall so one-sided in a twentieth of cases or more (McNemar's
-    exact test): an interval by the bootstrap is too narrow then."""
+    """Return whether so few images changed that McNemar's exact test gives p >= 0.05: the bootstrap interval is too
+    narrow then."""
     mended, broken = round(row.mended or 0), round(row.broken or 0)
     return row.change_interval is not None and binomtest(min(mended, broken), max(mended + broken, 1)).pvalue >= 0.05
 
