@@ -1,1 +1,1 @@
-"""Result files, per-image results, and statistics over them. Knows NumPy, and nothing of models."""
+"""Results files, per-image results, and their statistics. Knows NumPy, and nothing of models."""

@@ -1,4 +1,4 @@
-"""The results of a run image by image: the file ``X.images.npz`` beside ``X.json``, written and read here.
+"""Reads and writes the per-image results of a run: the file ``X.images.npz`` beside ``X.json``.
 
 Its columns are the fields of :class:`Images` that :func:`_column` describes.
 """
@@ -26,7 +26,7 @@ Array = NDArray[Any]
 
 
 def images_file(results: Path) -> Path:
-    """Return where the per-image results of a results file lie.
+    """Return the path of the per-image results of a results file.
 
     >>> images_file(Path("results/vs2:ViT-B-32@gate=0.9.json")).name
     'vs2:ViT-B-32@gate=0.9.images.npz'
@@ -41,36 +41,36 @@ def _column(dtype: str, holds: str = "") -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Images:
-    """One run's results for every image; the order is the run's own."""
+    """The results of one run for every image, in the order of the run."""
 
     digest: Array = field(metadata=_column("uint64"))
-    """Of the preprocessed tensor: identifies an image across runs."""
+    """Digest of the preprocessed tensor, which identifies an image across runs."""
     target: Array = field(metadata=_column("int32", "class"))
     """The true class."""
     prediction: Array = field(metadata=_column("int32", "class"))
-    """The class given."""
+    """The predicted class."""
     rank: Array = field(metadata=_column("int32"))
-    """How many classes the model prefers to the true one."""
+    """Number of classes with a higher score than the true one."""
     confidence: Array = field(metadata=_column("float32", "share"))
     """Probability of the prediction (softmax at the logit scale of 100)."""
     target_probability: Array = field(metadata=_column("float32"))
     """Probability of the true class."""
     fvu: Array | None = field(default=None, metadata=_column("float32"))
-    """Of a steered model: the share of the activation's variance that the SAE of the last site does not explain."""
+    """FVU of the image's activation by the SAE of the last site; for steered models."""
     steered: Array | None = field(default=None, metadata=_column("bool"))
-    """Of a steered model: whether the gate of the last site let the image through."""
+    """Whether the gate of the last site let the image through; for steered models."""
     plain_prediction: Array | None = field(default=None, metadata=_column("int32", "class"))
-    """Of a steered model: the class that the plain model gives in the same batch, bit for bit."""
+    """The plain model's prediction, from the same batch, bit for bit; for steered models."""
     plain_confidence: Array | None = field(default=None, metadata=_column("float32", "share"))
-    """Of a steered model: the plain model's probability of that class."""
+    """The plain model's probability of its prediction; for steered models."""
     paths: Sequence[str] = ()
-    """The images' files, relative to their data set; empty where they are none."""
+    """The images' files, relative to their data set; empty where images are not files."""
     classes: tuple[str, ...] = ()
-    """The classes' names; empty where the run did not know them."""
+    """The classes' names; empty where the run did not have them."""
     seconds: float | None = None
-    """Wall clock of the run, loading included, without what the plain model took of a steered run."""
+    """Wall clock of the run, with loading, but without the time of the plain model in a steered run."""
     peak_memory: float | None = None
-    """Peak in bytes: the process's resident set, or what torch allocated on the CUDA device."""
+    """Peak memory in bytes: the process's resident set, or the memory that torch allocated on the CUDA device."""
 
     def name(self, label: int) -> str:
         """Return the name of a class."""
@@ -94,8 +94,8 @@ class Images:
 
     @property
     def plain(self) -> Images | None:
-        """The plain model's results, if the run recorded them. Ranks and the probability of the target are not of it,
-        and it knows no time or memory."""
+        """The plain model's results, without time and memory; None if the run did not record them. ``rank`` and
+        ``target_probability`` are still those of the steered model."""
         if self.plain_prediction is None or self.plain_confidence is None:
             return None
         return replace(
@@ -104,25 +104,27 @@ class Images:
         )  # fmt: skip
 
     def changed(self, limit: int = 20) -> dict[str, list[tuple[str, str, str]]]:
-        """Return some of the files that steering ``mended`` and ``broke``, those first that it is surest of: path, the
-        class before, the class after. Empty without files or the plain model's results."""
+        """Return up to ``limit`` files each for ``mended`` and ``broken``, those of highest confidence first.
+
+        Each is a path, the class before and the class after. Empty without files or the plain model's results.
+        """
         plain = self.plain
         if plain is None or not len(self.paths):
             return {}
-        found = {}
+        changes = {}
         for name, hit in (("mended", self.correct & ~plain.correct), ("broken", plain.correct & ~self.correct)):
             rows = np.flatnonzero(hit)
             rows = rows[np.argsort(-self.confidence[rows], kind="stable")][:limit].tolist()
-            classes = [tuple(self.name(int(one.prediction[row])) for one in (plain, self)) for row in rows]
-            found[name] = [
+            classes = [tuple(self.name(int(images.prediction[row])) for images in (plain, self)) for row in rows]
+            changes[name] = [
                 (printable(self.paths[row]), was, now) for row, (was, now) in zip(rows, classes, strict=True)
             ]
-        return {name: files for name, files in found.items() if files}
+        return {name: files for name, files in changes.items() if files}
 
     def write(self, path: Path) -> None:
-        """Write the file, whole or not at all."""
-        given = {name: getattr(self, name) for name in _COLUMNS}
-        arrays = {n: np.asarray(array, _COLUMNS[n]["dtype"]) for n, array in given.items() if array is not None}
+        """Write the per-image results to ``path``, whole or not at all."""
+        columns = {name: getattr(self, name) for name in _COLUMNS}
+        arrays = {n: np.asarray(array, _COLUMNS[n]["dtype"]) for n, array in columns.items() if array is not None}
         if self.paths:
             text, ends = _joined(self.paths)
             arrays |= {"paths": np.frombuffer(text, dtype=np.uint8), "path_ends": ends}
@@ -133,20 +135,20 @@ class Images:
 
     @classmethod
     def read(cls, path: Path) -> Images:
-        """Read the file.
+        """Read per-image results.
 
         Raises:
-            DataError: it is damaged; the message says what is wrong.
+            DataError: the file is damaged; the message says what is wrong.
         """
         try:
             with np.load(path, allow_pickle=False) as file:
                 held = {name: file[name] for name in file.files}
-        except Exception as error:  # numpy and zipfile raise about everything for bytes that were damaged
+        except Exception as error:  # numpy and zipfile raise almost any error for damaged bytes
             raise _damaged(path, reason_of(error)) from error
         for problem in _problems(held):
             raise _damaged(path, problem)
         arrays = {name: held[name] for name in _COLUMNS if name in held}
-        seconds, memory = (float(held.get(name, 0)) or None for name in _NUMBERS)  # 0: it could not be told
+        seconds, memory = (float(held.get(name, 0)) or None for name in _NUMBERS)  # 0: unknown
         names = tuple(map(printable, held["classes"]))
         paths = Paths(held["paths"].tobytes(), held["path_ends"]) if "paths" in held else ()
         return cls(**arrays, paths=paths, classes=names, seconds=seconds, peak_memory=memory)
@@ -165,7 +167,7 @@ def _damaged(path: Path, problem: str) -> DataError:
 
 
 def _problems(held: Mapping[str, Array]) -> Iterator[str]:
-    """Give what is wrong with the arrays of a file. Each check relies on those before it."""
+    """Yield the problems of the arrays of a file. Each check relies on the checks before it."""
     missing = ", ".join(name for name in _NEEDED if name not in held)
     if missing:
         yield f"it holds no {missing}"
@@ -187,7 +189,7 @@ def _problems(held: Mapping[str, Array]) -> Iterator[str]:
 
 
 def _joined(paths: Sequence[str]) -> tuple[bytes, Array]:
-    """Return what :class:`vs2_plugin.paths.Paths` is made of."""
+    """Return the text and the ends that make up :class:`vs2_plugin.paths.Paths`."""
     if isinstance(paths, Paths):
         return paths.text, paths.ends
     parts = [os.fsencode(path) for path in paths]
@@ -195,7 +197,7 @@ def _joined(paths: Sequence[str]) -> tuple[bytes, Array]:
 
 
 def _path_problems(held: Mapping[str, Array]) -> Iterator[str]:
-    """Give what is wrong with the names of files, if there are any."""
+    """Yield the problems of the arrays of file names, if there are any."""
     if "paths" not in held and "path_ends" not in held:
         return
     text, ends = (held.get(name, np.zeros(0)) for name in ("paths", "path_ends"))
@@ -212,7 +214,7 @@ def _is_number(value: Array) -> bool:
 
 
 def _malformed(name: str, array: Array, count: int) -> Iterator[str]:
-    """Give what is wrong with the form of a column of so many images."""
+    """Yield the problems of a column's shape, dtype and finiteness, for ``count`` images."""
     kind = _COLUMNS[name]["dtype"].kind
     if array.shape != (count,) or array.dtype.kind != kind or count == 0:
         yield f"{name} is {_shape(array)} for {count} images"
@@ -221,7 +223,7 @@ def _malformed(name: str, array: Array, count: int) -> Iterator[str]:
 
 
 def _out_of_range(name: str, array: Array, classes: int) -> Iterator[str]:
-    """Give what is wrong with the values of a column, for so many classes (0: not known)."""
+    """Yield the problems of a column's range, for this number of classes (0: unknown)."""
     holds = _COLUMNS[name]["holds"]
     if holds == "class" and (array.min() < 0 or array.max() >= (classes or np.inf)):
         yield f"{name} names a class outside the {classes} classes"

@@ -1,4 +1,4 @@
-"""clip_benchmark's results files: written and read here, as is the table of several."""
+"""Reads and writes clip_benchmark's results files, and writes the table of several."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from vs2_plugin.text import printable
 
 __all__ = ["DIGEST", "Run", "digest_of", "forget_images", "read", "read_run", "sign", "write_run", "write_table"]
 
-#: The metric that tells whether the results were changed after they were written.
+#: The metric that holds the digest, which shows whether the results were changed after they were written.
 DIGEST = "vs2_results_digest"
 _CONTENT = ("dataset", "model", "pretrained", "task", "metrics", "language")
 
 EXPECTED = 'a results file of clip_benchmark: a JSON object with "dataset", "model", "task" and "metrics"'
-#: The harness breaks ties between classes in its own way, so its accuracy may differ a little from the predictions'.
+#: The harness breaks ties between classes in its own way, so its accuracy may differ from the predictions' by this.
 _TIES = 0.02
 
 
@@ -42,9 +42,9 @@ class Run:
     language: str
     metrics: dict[str, Any] = field(repr=False)
     images: Images | None = field(default=None, repr=False)
-    """The per-image results beside it, where :func:`read` found some."""
+    """The per-image results beside the file; None where :func:`read` found none."""
     changed: bool = field(default=False, repr=False)
-    """Whether it was changed after it was written: it tells a digest, and that of something else."""
+    """Whether the file was changed after it was written: its digest does not fit its content."""
 
     def number(self, name: str) -> float | None:
         """Return the metric of that name, if it is a finite number."""
@@ -54,7 +54,7 @@ class Run:
         return float(value)
 
     def fact(self, name: str) -> Any:
-        """Return what a steered model said of itself under ``vs2_{name}``, or None."""
+        """Return the metric ``vs2_{name}``, by which a steered model describes itself; None if there is none."""
         return self.metrics.get(f"vs2_{name}")
 
     @property
@@ -70,7 +70,7 @@ class Run:
 
     @cached_property
     def plain(self) -> Run | None:
-        """The zero-shot result that a steered run recorded beside its own. It knows no ranks, time or memory."""
+        """The zero-shot result that a steered run recorded (no top-5 accuracy, time or memory); None if it did not."""
         images = self.images.plain if self.images and self.method is not None else None
         if images is None:
             return None
@@ -79,7 +79,7 @@ class Run:
 
     @property
     def seconds(self) -> float | None:
-        """Wall clock of the run."""
+        """Wall clock of the run, in seconds."""
         return self.number("vs2_seconds") or (self.images.seconds if self.images else None)
 
     @property
@@ -88,7 +88,7 @@ class Run:
         return self.number("vs2_peak_memory") or (self.images.peak_memory if self.images else None)
 
     def calibration(self, suffix: str = "") -> Calibration | None:
-        """Return what the metrics say of the calibration, or with ``_before`` of zero-shot's; None if they do not."""
+        """Return the calibration from the metrics, or zero-shot's with suffix ``_before``; None if they hold none."""
         ece = self.number(f"vs2_ece{suffix}")
         try:
             return None if ece is None else calibration_of_bins(self.metrics[f"vs2_ece{suffix}_bins"], ece)
@@ -97,29 +97,29 @@ class Run:
 
     @property
     def labels(self) -> str:
-        """The labels used: ``none``, ``train`` or ``oracle``; of a steered model that does not say, ``?``."""
+        """The labels used: ``none``, ``train`` or ``oracle``; ``?`` for a steered model whose results do not say."""
         return "none" if self.method is None else printable(self.metrics.get("vs2_labels", "?"))
 
     @property
     def protocol(self) -> str:
-        """What it saw beside the image at hand: ``image`` (nothing), ``unlabeled``, ``stream`` or ``transductive``.
-        Older results do not say; a checkpoint was made of unlabeled images."""
-        told = self.fact("protocol")
-        if told is not None:
-            return printable(told)
+        """The other images that the model saw: ``image`` (none), ``unlabeled``, ``stream`` or ``transductive``. Older
+        results do not say: with a checkpoint, which is trained on unlabeled images, they count as ``unlabeled``."""
+        protocol = self.fact("protocol")
+        if protocol is not None:
+            return printable(protocol)
         return "image" if self.fact("checkpoint") is None else "unlabeled"
 
     @property
     def kind(self) -> str:
-        """What it is to be compared with: the labels that it used or, where it used none, its protocol. Empty for a
-        plain model."""
+        """The kind of results to compare this one with: the labels used or, where none were used, the protocol. Empty
+        for a plain model."""
         if self.method is None:
             return ""
         return self.protocol if self.labels == "none" else self.labels
 
     @cached_property
     def parts(self) -> Parts:
-        """The model's name, taken apart; a plain model's is its backbone.
+        """The parts of the model's name; for a plain model, the backbone alone.
 
         >>> Run(Path(), "d", "vs2:hf-hub:a/b@sae@gate=0.9", "", "t", "en", {"vs2_method": "vs2"}).parts.words
         ('sae', 'gate=0.9')
@@ -129,8 +129,8 @@ class Run:
     def setting(self, name: str) -> Any:
         """Return the value of an option, given or default.
 
-        A word in the model string goes before what the results say: their ``vs2_labels`` are the labels that were
-        read, whereas ``@labels=pseudo`` reads none.
+        A word in the model string takes precedence over the metric: ``vs2_labels`` holds the labels that were read,
+        whereas ``@labels=pseudo`` reads none.
         """
         fact = self.fact(name)
         return fact if isinstance(fact, (int, float)) else self.parts.given.get(name, fact)
@@ -140,10 +140,11 @@ def read(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
     """Read the results in files and folders, each once, with the per-image results beside them.
 
     Returns:
-        The results, and why other JSON files found in folders were passed over.
+        The results, and the reasons why other JSON files in the folders were skipped.
 
     Raises:
-        DataError: a file that was named is missing or no result, what lies beside it is damaged, or nothing was found.
+        DataError: a file that was named is missing, no results file, or has damaged per-image results; or no results
+            were found.
     """
     runs: dict[Path, Run] = {}
     passed_over: list[str] = []
@@ -166,10 +167,10 @@ def read(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
 
 
 def read_run(path: Path) -> Run:
-    """Read a results file, without what lies beside it.
+    """Read a results file, without per-image results.
 
     Raises:
-        DataError: it cannot be read, is no results file, or has an accuracy that is none.
+        DataError: the file cannot be read, is no results file, or has an accuracy outside 0 to 1.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_int=_whole)
@@ -180,9 +181,9 @@ def read_run(path: Path) -> Run:
     fits = isinstance(content, dict) and isinstance(content.get("metrics"), dict)
     if not fits or not all(isinstance(content.get(key), str) for key in ("dataset", "model", "task")):
         raise DataError(f"{path} is not {EXPECTED}")
-    told = content["metrics"].get("acc1")
-    if told is not None and not (isinstance(told, (int, float)) and 0 <= told <= 1):
-        raise DataError(f"{path}: acc1 is {printable(told)}; expected a share from 0 to 1")
+    accuracy = content["metrics"].get("acc1")
+    if accuracy is not None and not (isinstance(accuracy, (int, float)) and 0 <= accuracy <= 1):
+        raise DataError(f"{path}: acc1 is {printable(accuracy)}; expected a share from 0 to 1")
     language = content.get("language") or "en"
     languages = [language] if isinstance(language, str) else language
     return Run(
@@ -200,24 +201,24 @@ def read_run(path: Path) -> Run:
 def _is_changed(content: Mapping[str, Any]) -> bool:
     try:
         return DIGEST in content["metrics"] and content["metrics"][DIGEST] != digest_of(content)
-    except RecursionError:  # lists within lists, which nobody wrote
+    except RecursionError:  # deeply nested lists, which no run writes
         return True
 
 
 def _whole(digits: str) -> float:
-    """Return a whole number; of more digits than a float holds, infinity, which is no measure."""
+    """Return a whole number, or for over 300 digits a float, which is infinite if too large: no valid metric."""
     return int(digits) if len(digits) <= 300 else float(digits)
 
 
 def _with_images(run: Run) -> Run:
-    """Return the run with the per-image results beside it, if there are any; DataError where they do not fit."""
-    acc1, beside = run.number("acc1"), images_file(run.path)
-    if not beside.is_file():
+    """Return the run with the per-image results beside its file, if any. Raises DataError where they do not fit."""
+    acc1, file = run.number("acc1"), images_file(run.path)
+    if not file.is_file():
         return run
-    images = Images.read(beside)
+    images = Images.read(file)
     if acc1 is not None and abs(images.accuracy - acc1) > _TIES:
         raise DataError(
-            f"{beside} does not belong to the run of {run.path.name}: its predictions are right for "
+            f"{file} does not belong to the run of {run.path.name}: its predictions are right for "
             f"{images.accuracy:.2%} of the images, the results say {acc1:.2%}; run the evaluation again with "
             "VS2_PER_IMAGE=1"
         )
@@ -225,16 +226,19 @@ def _with_images(run: Run) -> Run:
 
 
 def digest_of(content: Mapping[str, Any]) -> str:
-    """Return the digest of a results file's content, which a steered or recorded run tells among its metrics: the first
-    16 hexadecimal digits of a SHA-256 over the rest. It tells changes from what was written; it is no signature."""
+    """Return the digest of a results file's content, which steered and recorded runs store as a metric.
+
+    It is the first 16 hexadecimal digits of a SHA-256 over the rest of the file. It shows later changes, but is no
+    signature.
+    """
     metrics = {name: value for name, value in content["metrics"].items() if name != DIGEST}
     whole = {**{name: content.get(name) for name in _CONTENT}, "metrics": metrics}
     return json_digest(whole)[:16]
 
 
 def sign(path: Path) -> None:
-    """Put the digest into a results file that was just written. Where that cannot be, it is left as it is."""
-    if not path.is_file():  # a terminal, say
+    """Add the digest to a results file that was just written. If the file cannot be accessed, leave it as it is."""
+    if not path.is_file():  # for example a terminal
         return
     with suppress(OSError):
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -244,7 +248,7 @@ def sign(path: Path) -> None:
 
 
 def write_run(run: Run) -> Run:
-    """Write the results file of a run as clip_benchmark does, whole or not at all. Return what is in it."""
+    """Write the results file of a run as clip_benchmark does, whole or not at all. Return the run as written."""
     content = {name: getattr(run, name) for name in _CONTENT}
     if run.method is not None:
         run = replace(run, metrics={**run.metrics, DIGEST: digest_of(content)})
@@ -255,7 +259,7 @@ def write_run(run: Run) -> Run:
 
 
 def forget_images(path: Path) -> None:
-    """Remove per-image results beside a results file that was written without any: they are of an earlier one."""
+    """Remove per-image results beside a results file that was written without any: they are of an earlier run."""
     with suppress(OSError):
         images_file(path).unlink(missing_ok=True)
 

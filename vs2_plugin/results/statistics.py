@@ -27,9 +27,9 @@ __all__ = [
 Array = NDArray[Any]
 #: Bins of the expected calibration error.
 BINS = 15
-#: What lies below an interval, and above it; the draws of a bootstrap.
+#: Probability below a 95 % interval, and above it; resamples of a bootstrap.
 _TAIL, _RESAMPLES = (1 - 0.95) / 2, 10_000
-#: Bins of FVU at most, and images in each at least.
+#: Largest number of FVU bins, and smallest number of images in a bin.
 _FVU_BINS, _LEAST = 10, 20
 
 
@@ -41,7 +41,7 @@ class Interval(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """How well confidences fit accuracies, over equal bins of confidence; ``nan`` in empty ones."""
+    """Fit of confidences to accuracies, over equal bins of confidence; means are ``nan`` in empty bins."""
 
     ece: float
     """Expected calibration error."""
@@ -65,11 +65,11 @@ class ClassChange(NamedTuple):
     mended: int
     """Images that zero-shot got wrong and steering right."""
     mended_from: tuple[int, int] | None
-    """The class that zero-shot gave most of the mended images, and how many."""
+    """Zero-shot's most frequent prediction for the mended images, and its count."""
     broken: int
     """Images that zero-shot got right and steering wrong."""
     broken_to: tuple[int, int] | None
-    """The class that steering gave most of the broken images, and how many."""
+    """The steered model's most frequent prediction for the broken images, and its count."""
 
     @property
     def change(self) -> float:
@@ -83,14 +83,14 @@ class Bin(NamedTuple):
     low: float
     high: float
     images: Array
-    """Which images, bool ``[n]``."""
+    """Mask of the images in the bin, bool ``[n]``."""
 
 
 def interval(values: Array) -> Interval:
     """Return the 95 % percentile bootstrap interval of the mean of ``values`` ``[n]``.
 
-    Drawing n images with replacement draws each distinct value a multinomial number of times. That is what is drawn
-    here: the same distribution as with a weight per image, at a cost that does not grow with n.
+    Drawing n images with replacement draws each distinct value a multinomial number of times. So these numbers are
+    drawn directly: the distribution is the same, and the cost grows with the distinct values, not with n.
     """
     distinct, counts = np.unique(np.asarray(values, dtype=float), return_counts=True)
     n = counts.sum()
@@ -101,7 +101,7 @@ def interval(values: Array) -> Interval:
 def share_interval(hits: Array) -> Interval:
     """Return the 95 % interval of the share of true values among ``hits``, bool ``[n]``: Wilson's score interval.
 
-    Unlike a bootstrap it has a width where all are right, or none. Source: Wilson 1927, doi:10.2307/2276774.
+    Unlike a bootstrap's, its width is above 0 if all or none are true. Source: Wilson 1927, doi:10.2307/2276774.
     """
     n, share = len(hits), float(np.mean(hits))
     z = NormalDist().inv_cdf(1 - _TAIL)
@@ -113,24 +113,24 @@ def share_interval(hits: Array) -> Interval:
 def pair(
     digest: Array, target: Array, other_digest: Array, other_target: Array
 ) -> Array | None:
-    """Return the indices that put the images of another run into the order of this one, or None if they are others.
+    """Return the indices that put the images of another run into the order of this run; None if the images differ.
 
-    Images that occur more than once are paired in the order of their occurrence: their pixels are the same, so it
-    does not matter which is which.
+    Images that occur more than once are paired in the order of their occurrence: their pixels are the same, so any
+    pairing will do.
     """
     if len(digest) != len(other_digest):
         return None
-    here, there = np.lexsort((target, digest)), np.lexsort((other_target, other_digest))
-    same = np.array_equal(digest[here], other_digest[there]) and np.array_equal(target[here], other_target[there])
+    ours, theirs = np.lexsort((target, digest)), np.lexsort((other_target, other_digest))
+    same = np.array_equal(digest[ours], other_digest[theirs]) and np.array_equal(target[ours], other_target[theirs])
     if not same:
         return None
-    order: Array = np.empty_like(here)
-    order[here] = there
+    order: Array = np.empty_like(ours)
+    order[ours] = theirs
     return order
 
 
 def calibration(confidence: Array, correct: Array) -> Calibration:
-    """Return how well ``[n]`` probabilities of the predicted class fit which of the predictions are ``correct``.
+    """Return the calibration of the predicted classes' probabilities ``[n]``, given which predictions are ``correct``.
 
     ``ECE = Σ_b n_b/n |acc_b - conf_b|`` over equal bins ``(b/15, (b+1)/15]`` of confidence (arXiv 1706.04599).
     """
@@ -145,10 +145,10 @@ def calibration(confidence: Array, correct: Array) -> Calibration:
 
 
 def calibration_of_bins(rows: Sequence[Sequence[float]], ece: float) -> Calibration:
-    """Return the same from bins that hold images, ``[images, mean confidence, accuracy]`` each.
+    """Return a calibration from its non-empty bins, ``[images, mean confidence, accuracy]`` each, and its ECE.
 
     Raises:
-        ValueError: anything else is given; TypeError, too.
+        ValueError: ``rows`` are no such bins; depending on the type, TypeError instead.
     """
     images, mean, right = np.array(rows, dtype=float).reshape(-1, 3).T
     if not 0 < images.sum() < np.inf or not np.isfinite([mean, right]).all():
@@ -164,9 +164,9 @@ def _bin_of(confidence: Array) -> Array:
 
 
 def class_changes(target: Array, before: Array, after: Array) -> list[ClassChange]:
-    """Return what changed for each class that has images, from the largest gain to the largest loss.
+    """Return the change of each class that has images, from the largest gain to the largest loss.
 
-    Takes true classes and both predictions ``[n]`` of the same images in the same order.
+    ``target`` are the true classes, ``before`` and ``after`` the predictions, all ``[n]`` and in the same order.
     """
     changes = []
     order = np.argsort(target, kind="stable")
@@ -184,7 +184,7 @@ def class_changes(target: Array, before: Array, after: Array) -> list[ClassChang
 
 
 def _most(given: Array) -> tuple[int, int] | None:
-    """Return the most frequent class, the first of several, and how often; None of none."""
+    """Return the most frequent class (of several, the smallest) and its count; None for an empty array."""
     if not len(given):
         return None
     labels, counts = np.unique(given, return_counts=True)
@@ -192,7 +192,7 @@ def _most(given: Array) -> tuple[int, int] | None:
 
 
 def by_fvu(fvu: Array) -> list[Bin]:
-    """Return bins of about as many images each, at least 20, by rising FVU ``[n]``; equal values share a bin."""
+    """Return up to 10 bins of about equal numbers of images (20 or more), by rising FVU; equal values share a bin."""
     bins = max(1, min(_FVU_BINS, len(fvu) // _LEAST))
     edges = np.unique(np.quantile(fvu, np.linspace(0, 1, bins + 1)))
     index = np.clip(np.searchsorted(edges, fvu, side="left") - 1, 0, max(len(edges) - 2, 0))

@@ -1,4 +1,4 @@
-"""How strongly to steer, told from unlabeled images: the criterion behind the word ``auto`` in a model string."""
+"""Chooses how strongly to steer from unlabeled images: the criterion behind the word ``auto`` in a model string."""
 
 from vs2_plugin.strength.choice import RULE, Choice, Rule, choose
 from vs2_plugin.strength.criterion import NEIGHBOURS, Scores, neighbour_graph, scores

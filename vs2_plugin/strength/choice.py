@@ -1,6 +1,6 @@
-"""The rule that turns evidence into a choice. Its constants were chosen on half of the study's sources.
+"""The rule that chooses a candidate by its scores. Its constants were tuned on half of the study's sources.
 
-See ``benchmark_configs/strength`` for the study, and for how the choices fared on the other half.
+See ``benchmark_configs/strength`` for the study, and for the results of the rule on the other half.
 """
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ __all__ = ["RULE", "Choice", "Rule", "choose"]
 
 
 class Rule(NamedTuple):
-    """The evidence that a candidate has to show to be chosen."""
+    """The evidence that a candidate needs to be chosen."""
 
     errors: float
-    """A gain of fewer standard errors is no gain. Nor may the shares of the predicted classes move away by more from
-    what they should be: all equal, unless a prior is known."""
+    """Least gain of information, in standard errors. Nor may the shares of the predicted classes move away from the
+    prior (by default all equal) by more standard errors than this."""
     gain: float
-    """Nats. A smaller gain, however sure, is often a class that falls apart into two: many images tell even that."""
+    """Least gain of information, in nats. A smaller one, however significant, often only means that a class is split in
+    two, which many images make significant too."""
     known: float
-    """Of what there is to tell of a neighbour's class (the entropy of the predicted classes), the share that a class
-    must tell, for each option that leaves its first value. With less, neighbours are mostly of other classes: the graph
-    then knows how images look, but not which class they are of."""
+    """Least share of the entropy of the predicted classes that a class must tell about its neighbour's, per option that
+    leaves its first value. With less, neighbours are mostly of other classes: the graph then shows which images look
+    alike, but not which are of one class."""
 
     def objection(self, candidates: Sequence[Mapping[str, Scalar]], scores: Scores, index: int) -> str | None:
-        """What speaks against a candidate, in words; None if nothing does."""
-        told, entropy = scores.information[index], scores.entropy[index]
-        gained, errors = told - scores.information[0], scores.information_errors[index]
+        """Return the objection to a candidate, in words; None if there is none."""
+        nats, entropy = scores.information[index], scores.entropy[index]
+        gained, errors = nats - scores.information[0], scores.information_errors[index]
         if not (gained > self.gain and errors > self.errors):
             return f"that is not clearly more, or not by much ({gained:+.3f} nats, {errors:+.1f} standard errors)"
-        if told < self.known * _used(candidates, index) * entropy:
-            return f"that is only {told / entropy:.0%} of what could be known: neighbours are mostly of other classes"
+        if nats < self.known * _used(candidates, index) * entropy:
+            return f"that is only {nats / entropy:.0%} of what could be known: neighbours are mostly of other classes"
         if scores.divergence_errors[index] > self.errors:
             return (
                 "the shares of the classes move away from what they should be "
@@ -46,11 +47,11 @@ class Rule(NamedTuple):
         return None
 
     def pick(self, candidates: Sequence[Mapping[str, Scalar]], scores: Scores) -> int:
-        """Which candidate to choose by its scores: 0, the plain model, unless others stand up to all objections.
+        """Return the index of the candidate to choose: 0, the plain model, if there is an objection to every other one.
 
-        Of those, the one with most evidence, as the sum of the standard errors by which more is told and the shares
-        move to what they should be. (Most information would be the strongest: strength goes on smoothing predictions
-        where it no longer mends them.)
+        Among the others the one with most evidence is chosen: the sum of the standard errors by which information
+        rises and by which the shares of the classes move towards the prior. (By information alone, the strongest would
+        be chosen: more strength goes on smoothing predictions where it no longer corrects them.)
         """
         best, chosen = -float("inf"), 0
         for index in range(1, len(candidates)):
@@ -61,7 +62,7 @@ class Rule(NamedTuple):
 
 
 def _used(candidates: Sequence[Mapping[str, Scalar]], index: int) -> int:
-    """Number of options that leave their first value."""
+    """Return the number of options of a candidate that differ from the first candidate's."""
     return sum(value != candidates[0][name] for name, value in candidates[index].items())
 
 
@@ -70,16 +71,16 @@ RULE = Rule(errors=2.5, gain=0.075, known=0.25)
 
 @dataclass(frozen=True)
 class Choice:
-    """Values for the automatic options, and what speaks for them."""
+    """Values for the automatic options, and the evidence for them."""
 
     candidates: Sequence[Mapping[str, Scalar]]
-    """All that could be chosen; the first leaves the activations as they are."""
+    """All candidates; the first leaves the activations unchanged."""
     index: int
-    """Which was."""
+    """Index of the chosen candidate."""
     scores: Scores
-    """Of each candidate."""
+    """The scores of all candidates."""
     images: int
-    """Unlabeled images that were looked at."""
+    """Number of unlabeled images used."""
 
     @property
     def values(self) -> dict[str, Scalar]:
@@ -88,7 +89,7 @@ class Choice:
 
     @property
     def reason(self) -> str:
-        """Why not something else, in words."""
+        """The reason for the choice, in words."""
         scores = self.scores
         if self.index == 0:
             rest = range(1, len(self.candidates))
@@ -105,11 +106,11 @@ class Choice:
 
     def _is_end(self, name: str, value: Scalar) -> bool:
         offered = {candidate[name] for candidate in self.candidates}
-        return len(offered) > 2 and value == max(offered)  # of two, one is always the larger
+        return len(offered) > 2 and value == max(offered)  # with two values, one is always the larger
 
     @property
     def facts(self) -> dict[str, Scalar]:
-        """Flat scalars for the results' metrics."""
+        """Scalars for the metrics of the results file."""
         scores = self.scores
         evidence = " ".join(
             f"{'/'.join(f'{value:g}' for value in candidate.values())}:{nats:.3f}"
@@ -134,24 +135,24 @@ class Choice:
         over = f"over {self.images} unlabeled images, a class carries"
         if self.index == 0:
             return f"{chosen}: {over} {plain} about the neighbours' classes, {self.reason}"
-        told = self.scores.information[self.index]
+        nats = self.scores.information[self.index]
         return (
-            f"{chosen}: {over} {told:.3f} nats about the neighbours' classes, {plain} at {_words(self.candidates[0])} "
+            f"{chosen}: {over} {nats:.3f} nats about the neighbours' classes, {plain} at {_words(self.candidates[0])} "
             f"({self.reason})"
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values for :meth:`from_json`."""
+        """Return the choice as plain values for :meth:`from_json`."""
         return {"candidates": self.candidates, "index": self.index, "images": self.images, **self.scores._asdict()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Choice:
-        """The choice that was written. Raises TypeError, ValueError or LookupError for something else."""
+        """Read the values of :meth:`to_json`. Raises TypeError, ValueError or LookupError for any others."""
         data = dict(data)
-        told = Scores(**{name: data.pop(name) for name in Scores._fields})
-        found = cls(scores=told, **data)
-        str(found), found.facts  # a damaged one cannot be told
-        return found
+        read = Scores(**{name: data.pop(name) for name in Scores._fields})
+        choice = cls(scores=read, **data)
+        str(choice), choice.facts  # a damaged choice fails to render
+        return choice
 
 
 def _words(candidate: Mapping[str, Scalar]) -> str:
@@ -165,17 +166,17 @@ def choose(
     count: int,
     prior: Tensor | None = None,
 ) -> Choice:
-    """Choose between candidates by the classes that they give to the same unlabeled images.
+    """Choose a candidate by the classes that each one predicts for the same unlabeled images.
 
-    See :class:`Rule` for what a candidate has to show, and :data:`RULE` for the constants.
+    See :class:`Rule` for the evidence that a candidate needs, and :data:`RULE` for the constants.
 
     Args:
-        candidates: values of the options; the first leaves the activations as they are.
-        ways: classes of the images with each candidate, int64 ``[n]``.
+        candidates: values of the options; the first leaves the activations unchanged.
+        ways: predicted classes of the images with each candidate, int64 ``[n]`` each.
         graph: int64 ``[n, k]``, neighbours of the images; see :func:`neighbour_graph`.
         count: number of classes.
         prior: shares of the classes ``[count]``, if they are known; by default all equal.
     """
-    told = scores(ways, graph, count, prior)
+    evidence = scores(ways, graph, count, prior)
     rows = [dict(row) for row in candidates]
-    return Choice(rows, RULE.pick(rows, told), told, len(graph))
+    return Choice(rows, RULE.pick(rows, evidence), evidence, len(graph))
