@@ -1,1 +1,1 @@
-"""The tables of arXiv 2506.01247, measured: from a file to commands, from their results to a table."""
+"""Measures the tables of arXiv 2506.01247: turns a file into commands, and their results into a table."""

@@ -1,4 +1,4 @@
-"""A table of the paper: its cells, and what is to be trained and run for each. No heavy imports."""
+"""A table of the paper: its cells, with the trainings and evaluations that each one needs. No heavy imports."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from vs2_plugin.training.request import TrainRequest
 
 __all__ = ["METRICS", "Cell", "Evaluation", "Sae", "Table"]
 
-#: What a cell may be a number of -> its decimals.
+#: Metric of a cell -> decimals of its number.
 METRICS = {"accuracy": 2, "coverage": 2, "fvu": 4, "gain": 2}
 
 
 @dataclass(frozen=True)
 class Sae:
-    """One training: the SAEs of one checkpoint, but for the seed."""
+    """A training of SAEs, without the seed: a checkpoint is one of these with a seed."""
 
     backbone: str
     weights: str
@@ -30,20 +30,20 @@ class Sae:
     flags: tuple[tuple[str, Any], ...]
     """Flags of ``vs2-train-sae``, sorted."""
     transductive: bool = False
-    """True if images that are evaluated may be among them."""
+    """Whether the training images may include images that are evaluated."""
 
     @property
     def base(self) -> str:
-        """The name of its checkpoints, but for the seed: two trainings share one if they are the same."""
+        """The name of the checkpoints without the seed; equal trainings have the same name."""
         digest = json_digest([self.backbone, self.weights, self.datasets, self.flags])[:8]
         return f"{checkpoint_name(self.backbone, self.weights, '+'.join(self.datasets))}-{digest}"
 
     def name(self, seed: int) -> str:
-        """Return the name of a checkpoint, which ``vs2-train-sae`` gives too where it is told several seeds."""
+        """Return the name of the checkpoint of a seed, as ``vs2-train-sae`` names each of several seeds."""
         return f"{self.base}-seed{seed}"
 
     def request(self, seeds: Sequence[int], dataset_root: str) -> TrainRequest:
-        """Return the training of some seeds."""
+        """Return the request to train some seeds."""
         return TrainRequest(
             model=self.backbone,
             pretrained=self.weights,
@@ -66,12 +66,12 @@ class Evaluation:
     weights: str
     dataset: str
     prompts: tuple[str, ...]
-    """Empty: the harness's own."""
+    """Empty: those of the harness."""
     checkpoint: str | None = None
 
     @property
     def file(self) -> str:
-        """The name of its results file."""
+        """The name of the results file."""
         return f"{file_stem(self.model)}.json"
 
 
@@ -91,67 +91,67 @@ class Cell:
     dataset: str
     prompts: tuple[str, ...]
     sae: Sae | None
-    """The training of its checkpoint, if it has one."""
+    """The training of the checkpoint; None if the model needs none."""
     seeds: tuple[int, ...]
-    """Seeds of the SAE; one where there is none."""
+    """Seeds of the SAE; a single one without an SAE."""
     of_class: str | None = None
-    """The class whose gain it is; None: the largest gain of any class."""
+    """For the metric gain: the class; None: the class of the largest gain."""
     best_of: tuple[str, ...] = ()
-    """Rows whose best number it is. It has no model of its own then."""
+    """Rows of which the cell shows the best number; such a cell has no model."""
 
     @property
     def title(self) -> str:
-        """Its row and column."""
+        """Row and column of the cell."""
         return f"{self.row} / {self.column}"
 
     @property
     def is_wanted(self) -> bool:
-        """Whether a number is to be found for it, and not only the published one shown."""
+        """Whether a number is to be measured for the cell; else only the published one is shown."""
         return self.model is not None or bool(self.best_of)
 
     @property
     def ends(self) -> tuple[float, ...]:
-        """The published number, or both ends of the interval; empty if none was published."""
+        """The published number, or both ends of the published interval; empty if there is neither."""
         if self.published is None:
             return ()
         return self.published if isinstance(self.published, tuple) else (self.published,)
 
     @property
     def spec(self) -> ModelString | None:
-        """The model string, read; None for a plain model."""
+        """The parsed model string; None for a plain model."""
         return parse(self.model) if self.model is not None and is_steered(self.model) else None
 
     def evaluation(self, seed: int) -> Evaluation:
-        """Return the run of its model, with the SAE of a seed."""
+        """Return the evaluation of the cell's model with the SAE of a seed."""
         name = self.sae.name(seed) if self.sae else None
         model = _canonical(replace(self.spec, checkpoint=name)) if self.spec else self.backbone
         return replace(self.plain, model=model, checkpoint=name)
 
     @property
     def plain(self) -> Evaluation:
-        """The run of the same model without steering."""
+        """The evaluation of the same backbone without steering."""
         return Evaluation(self.backbone, self.backbone, self.weights, self.dataset, self.prompts)
 
     def evaluations(self, seed: int) -> list[Evaluation]:
-        """Return all runs that its number comes from."""
-        if self.model is None or self.metric == "fvu":  # the checkpoint tells it
+        """Return all evaluations that the cell's number is computed from."""
+        if self.model is None or self.metric == "fvu":  # the checkpoint holds its FVU
             return []
         return [*([self.plain] if self.metric == "gain" else []), self.evaluation(seed)]
 
 
 def _canonical(spec: ModelString) -> str:
-    """Return one string for all models of one meaning: options in the method's order, those that say nothing left out.
+    """Return the same string for all equivalent specs: options in the method's order, without redundant ones.
 
     >>> _canonical(parse("vs2:ViT-B-32@lam=3@gamma=1.5"))
     'vs2:ViT-B-32@lam=3.0'
     """
     fill = spec.method.fill
-    given = {option.name: spec.given[option.name] for option in spec.method.all_options if option.name in spec.given}
-    for name in list(given):
-        without = {key: value for key, value in given.items() if key != name}
-        if fill(without) == fill(given):  # a default may say something too: it unsets the options that it excludes
-            given = without
-    return str(replace(spec, given=given))
+    options = {option.name: spec.given[option.name] for option in spec.method.all_options if option.name in spec.given}
+    for name in list(options):
+        without = {key: value for key, value in options.items() if key != name}
+        if fill(without) == fill(options):  # a default may matter too: it unsets the options that it excludes
+            options = without
+    return str(replace(spec, given=options))
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,6 @@ class Table:
     source: str
     notes: tuple[str, ...]
     cells: tuple[Cell, ...]
-    """Row by row."""
+    """All cells, row by row."""
     stand_in: bool = False
-    """True if the cells are those of the stand-in, and not the paper's."""
+    """Whether the cells are those of the stand-in instead of the paper's."""

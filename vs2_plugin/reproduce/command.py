@@ -1,4 +1,4 @@
-"""Runs a command of clip_benchmark, says in a line why it failed, and sets what surrounds commands."""
+"""Runs commands of clip_benchmark, in a given folder and environment, and says in a line why one failed."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ __all__ = ["run_command", "surroundings"]
 
 
 def run_command(words: Sequence[str], log: Path, quiet: bool, look: Callable[[], None]) -> str | None:
-    """Run a command, and return why it failed, or None.
+    """Run a command and return the reason if it failed, else None.
 
     Args:
         words: the command.
-        log: what it says on stderr is added there.
-        quiet: show nothing of what it says.
-        look: called before it starts, and again whenever it says something on stderr.
+        log: file to which the command's stderr is appended.
+        quiet: whether to hide the command's output.
+        look: called before the command starts, and whenever it writes to stderr.
     """
-    # The script installed beside this Python, whether or not its environment is the active one.
+    # The script installed beside this Python is preferred, even if another environment is active.
     script = shutil.which(words[0], path=os.path.dirname(sys.executable)) or shutil.which(words[0])
     if script is None:
         return f"the command {words[0]} is not installed beside {sys.executable}"
     shown = not quiet and sys.stderr.isatty()
-    said = b""
+    tail = b""
     look()
     with open(log, "ab") as file:
         file.write(f"\n$ {shlex.join(words)}\n".encode())
@@ -42,7 +42,7 @@ def run_command(words: Sequence[str], log: Path, quiet: bool, look: Callable[[],
             try:
                 while chunk := stream.read1(65536):
                     look()
-                    said = (said + chunk)[-65536:]
+                    tail = (tail + chunk)[-65536:]
                     file.write(chunk)
                     if shown:
                         sys.stderr.buffer.write(chunk)
@@ -50,12 +50,12 @@ def run_command(words: Sequence[str], log: Path, quiet: bool, look: Callable[[],
             except BaseException:
                 process.terminate()
                 raise
-    return None if process.returncode == 0 else _reason(said.decode(errors="replace"), process.returncode)
+    return None if process.returncode == 0 else _reason(tail.decode(errors="replace"), process.returncode)
 
 
 @contextmanager
 def surroundings(folder: Path, variables: Mapping[str, str]) -> Iterator[None]:
-    """Work in a folder and with environment variables, here and in commands, for the length of a ``with`` block."""
+    """Change the working folder and environment variables, for this process and commands, within a ``with`` block."""
     place, environment = Path.cwd(), dict(os.environ)
     os.chdir(folder)
     os.environ.update(variables)
@@ -68,7 +68,7 @@ def surroundings(folder: Path, variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def _reason(said: str, code: int) -> str:
-    """Return why a command failed, from what it said on stderr."""
+    """Return why a command failed, from the end of its stderr."""
     lines = [line for line in said.replace("\r", "\n").splitlines() if line.strip()]
     ours = [line.partition("error: ")[2] for line in lines if line.startswith("vs2: error: ")]
     if ours:

@@ -1,5 +1,5 @@
-"""Fetches weights and data sets before the first run that needs them, so that what is missing is told once, and how
-to get it."""
+"""Fetches weights and data sets before the first run that needs them, so that each missing one is reported once, with
+the way to get it."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ __all__ = ["Missing", "missing_data", "missing_encoder", "missing_weights"]
 
 @dataclass(frozen=True)
 class Missing:
-    """Something that is missing and could not be fetched."""
+    """Weights or a data set that are missing and could not be fetched."""
 
     what: str
-    """A few words, for each cell that lacks it."""
+    """A short text, for each cell that needs the missing part."""
     why: str
-    """The reason."""
+    """The reason why the part is missing."""
     remedy: str
-    """How to get it."""
+    """How to get the part."""
 
     def __str__(self) -> str:
         return f"{self.why}; {self.remedy}" if self.remedy else self.why
 
 
 def missing_weights(backbone: str, weights: str) -> Missing | None:
-    """Return why a model cannot be loaded, and how to get it; None if it can."""
+    """Return why a model cannot be loaded, and how to get its weights; None if it can."""
     from vs2_plugin.clip.backbone import load_backbone
 
     return _try(
@@ -64,12 +64,12 @@ def missing_encoder(text: str) -> Missing | None:
 
 
 def _try(load: Callable[[], object], what: str, remedy: str) -> Missing | None:
-    """Load a model; return why that cannot be done."""
-    logging.disable(logging.ERROR)  # the hub's client complains of every attempt
+    """Call ``load`` and return why it failed; None if it did not."""
+    logging.disable(logging.ERROR)  # the hub's client logs every failed attempt
     try:
         load()
     except Vs2Error as error:
-        if error.__cause__ is None:  # a name that is not known, which is said without trying
+        if error.__cause__ is None:  # an unknown name, which fails without an attempt to load
             return Missing(one_line(str(error), 1000), one_line(str(error), 1000), "")
         return Missing(f"{what} cannot be obtained", f"could not load {what} ({reason_of(error.__cause__)})", remedy)
     finally:
@@ -81,21 +81,21 @@ def missing_data(dataset: str, dataset_root: str, split: str) -> Missing | None:
     """Return why a data set cannot be built, and how to get it; None if it can.
 
     Args:
-        dataset: clip_benchmark's name of it.
-        dataset_root: its folder, in which ``{dataset}`` is filled in.
+        dataset: clip_benchmark's name of the data set.
+        dataset_root: folder of the data set, in which ``{dataset}`` is filled in.
         split: the split that is needed.
     """
     named = DataSet.of(dataset, dataset_root)
     root = named.root
     if named.is_shards:
         return _missing_shards(named, dataset, split)
-    said = StringIO()
+    output = StringIO()
     try:
-        with redirect_stdout(said), warnings.catch_warnings():
+        with redirect_stdout(output), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # clip_benchmark warns that it ignores the split
             build(named, "test")
     except DataError as error:
-        reason = one_line(f"{reason_of(error.__cause__ or error)} {said.getvalue()}")
+        reason = one_line(f"{reason_of(error.__cause__ or error)} {output.getvalue()}")
         return Missing(
             f"{dataset} is missing",
             f"clip_benchmark could not fetch {dataset} into {root} ({reason})",
@@ -120,10 +120,10 @@ def _missing_shards(named: DataSet, dataset: str, split: str) -> Missing | None:
 
 
 def _how_to_make(dataset: str, root: str) -> str:
-    """Return how shards come about that nobody fetches."""
-    found = official_of(dataset)
-    if found is not None:
-        word, official = found
+    """Return how to make shards that cannot be downloaded automatically."""
+    entry = official_of(dataset)
+    if entry is not None:
+        word, official = entry
         command = shlex.join(["vs2", "data", word, official.archive, root])
         return f"get {official.archive} ({official.url}), and: {command}"
     return (

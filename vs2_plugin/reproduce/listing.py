@@ -1,4 +1,4 @@
-"""Tables in words, cell by cell."""
+"""Lists tables in words, cell by cell."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["listing"]
 
 
 def listing(tables: Sequence[Table]) -> Iterator[str]:
-    """Yield a line per table and cell. A setting that does not differ within a table is said once."""
+    """Yield a line per table and cell. Settings that are the same in a whole table are listed once."""
     for table in tables:
         name = table.path.stem if table.path.parent == PAPER else table.path
         yield f"{name}: {table.title}, {len(table.cells)} cells"
@@ -26,7 +26,7 @@ def listing(tables: Sequence[Table]) -> Iterator[str]:
 
 
 def _common(cells: Sequence[Cell], settings: Sequence[dict[str, str]]) -> dict[str, str]:
-    """Return the settings that are the same wherever they apply: prompts of every cell, others of those with an SAE."""
+    """Return the settings that are equal wherever they apply: prompts in all cells, others in all cells with an SAE."""
     common = {}
     trained = sum(cell.sae is not None for cell in cells)
     for name in dict.fromkeys(name for mine in settings for name in mine):
@@ -37,7 +37,7 @@ def _common(cells: Sequence[Cell], settings: Sequence[dict[str, str]]) -> dict[s
 
 
 def _what(cell: Cell) -> str:
-    """Return what a cell is a number of."""
+    """Return a description of the number in a cell."""
     if cell.best_of:
         return f"the best {cell.metric} of the rows {', '.join(map(repr, cell.best_of))}"
     if cell.model is None:
@@ -48,7 +48,7 @@ def _what(cell: Cell) -> str:
 
 
 def _settings(cell: Cell) -> dict[str, str]:
-    """Return what a cell is run with beside its model: setting -> in words."""
+    """Return setting -> text for the settings of a cell besides its model."""
     if cell.model is None:
         return {}
     prompts = ", ".join(map(repr, cell.prompts)) or "those of clip_benchmark"

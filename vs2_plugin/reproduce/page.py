@@ -1,4 +1,4 @@
-"""The tables as one page that opens from disk."""
+"""Writes the tables as one page that opens from disk."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class _Shown:
 
     table: Table
     sentences: list[str]
-    """What it comes to."""
+    """A summary of the table."""
     columns: list[str]
     rows: dict[str, list[Measured | None]]
-    """Row -> its cells, a place for each column."""
+    """Row -> its cells, one per column; None where there is no cell."""
     units: list[str]
-    """Of the cells; if there is one only, no cell names it."""
+    """Units of the cells; a single unit is not repeated in each cell."""
     notes: list[str]
 
 
@@ -35,7 +35,7 @@ def write_page(tables: Sequence[tuple[Table, Sequence[Measured]]], folder: Path)
     """Write ``index.html`` into ``folder`` and return its path.
 
     Raises:
-        DataError: a file of that name is there that no reproduction wrote, or the folder cannot be written to.
+        DataError: such a file exists that no reproduction wrote, or the folder cannot be written to.
     """
     context = {
         "tables": [_shown(table, cells) for table, cells in tables],
@@ -48,24 +48,24 @@ def write_page(tables: Sequence[tuple[Table, Sequence[Measured]]], folder: Path)
 
 
 def _shown(table: Table, cells: Sequence[Measured]) -> _Shown:
-    columns = list(dict.fromkeys(one.cell.column for one in cells))
-    rows: dict[str, list[Measured | None]] = {one.cell.row: [None] * len(columns) for one in cells}
-    for one in cells:
-        rows[one.cell.row][columns.index(one.cell.column)] = one
-    units = list(dict.fromkeys(UNITS[one.cell.metric] for one in cells))
+    columns = list(dict.fromkeys(measured.cell.column for measured in cells))
+    rows: dict[str, list[Measured | None]] = {measured.cell.row: [None] * len(columns) for measured in cells}
+    for measured in cells:
+        rows[measured.cell.row][columns.index(measured.cell.column)] = measured
+    units = list(dict.fromkeys(UNITS[measured.cell.metric] for measured in cells))
     return _Shown(table, list(_told(cells)), columns, rows, units, list(notes(table, cells)))
 
 
 def _told(cells: Sequence[Measured]) -> Iterator[str]:
-    """Yield in sentences how many cells were measured, and how far they are from what was published."""
+    """Yield sentences on how many cells were measured, and on their differences to the published numbers."""
     wanted = [one for one in cells if one.cell.is_wanted]
     yield f"{sum(one.mean is not None for one in wanted)} of {len(wanted)} cells were measured."
     for metric, decimals in METRICS.items():
-        apart = [(one.difference, one) for one in wanted if one.cell.metric == metric and one.difference is not None]
-        if apart:
-            mean = fmean(difference for difference, _ in apart)
-            most, where = max(apart, key=lambda pair: abs(pair[0]))
+        gaps = [(one.difference, one) for one in wanted if one.cell.metric == metric and one.difference is not None]
+        if gaps:
+            mean = fmean(difference for difference, _ in gaps)
+            most, where = max(gaps, key=lambda pair: abs(pair[0]))
             yield (
-                f"Measured minus published, {UNITS[metric]}: {mean:+.{decimals}f} on average over {len(apart)}, at "
+                f"Measured minus published, {UNITS[metric]}: {mean:+.{decimals}f} on average over {len(gaps)}, at "
                 f"most {most:+.{decimals}f} ({where.cell.title})."
             )

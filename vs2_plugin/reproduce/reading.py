@@ -1,7 +1,7 @@
-"""Reads a table of the paper, written down in YAML, into its cells.
+"""Reads a table of the paper from a YAML file into cells.
 
-A file names what the columns and rows are, and the published numbers; ``benchmark_configs/paper/README.md`` says how.
-Whatever is wrong in it is one line, with the file's name and the place. No heavy imports.
+A file declares columns, rows and published numbers; ``benchmark_configs/paper/README.md`` describes the format. Errors
+are one line, with the file's name and the place in it. No heavy imports.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from vs2_plugin.training.request import TrainRequest
 
 __all__ = ["PAPER", "SAE_FLAGS", "read", "read_all"]
 
-#: The folder of the paper's tables: beside the package where it was installed, of `benchmark_configs` in a clone.
+#: The folder of the paper's tables: beside the installed package, or in `benchmark_configs` of a clone.
 PAPER = Path(__file__).parents[2] / "vs2_plugin_paper"
 if not PAPER.is_dir():
     PAPER = Path(__file__).parents[2] / "benchmark_configs" / "paper"
-#: The word for all of them.
+#: The word for all tables of the paper.
 _ALL = "paper"
 #: The flags of ``vs2-train-sae`` that a file may set under ``sae``: those that the SAE itself depends on.
 SAE_FLAGS = (
     "recipe", "blocks", *(name for name in settings.settings_of(TrainConfig) if name not in ("seed", "rescale")),
     "calibrate_on", "gallery_labels", "retrieval_encoder", "max_images", "no_amp",
 )  # fmt: skip
-#: What may stand at the top of a file, in a column and in a row. A row goes before a column, a column before the top;
-#: those with several values, sae and options, are merged.
+#: Settings that are allowed at the top of a file, in a column and in a row. A row overrides a column, a column the top;
+#: the mappings sae and options are merged.
 _SETTINGS = ("model", "options", "backbone", "dataset", "prompts", "metric", "class", "seeds", "sae", "train_on")
 _TOP = ("title", "source", "notes", "transductive", "columns", "rows", "published", *_SETTINGS)
 #: The word for clip_benchmark's own prompts.
@@ -47,10 +47,10 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def read_all(paths: Iterable[Path]) -> list[Table]:
-    """Read files, those in folders, and tables of the paper by their names.
+    """Read files, the files in folders, and tables of the paper by their names.
 
     Raises:
-        SettingError: what is wrong, with the file and the place.
+        SettingError: a file is wrong; the message names the file and the place.
     """
     files = list({file.resolve(): file for path in paths for file in _files(path)}.values())
     for stem, count in sorted(Counter(file.stem for file in files).items()):
@@ -60,7 +60,7 @@ def read_all(paths: Iterable[Path]) -> list[Table]:
 
 
 def _files(path: Path) -> list[Path]:
-    """Return the files that a word names. What lies here goes before a name."""
+    """Return the files that a word names. An existing path takes precedence over a table of the same name."""
     shipped = {file.stem: file for file in sorted(PAPER.glob("*.yaml"))}
     if path.is_dir() or (str(path) == _ALL and not path.exists()):
         tables = sorted(path.glob("*.yaml")) if path.is_dir() else list(shipped.values())
@@ -81,13 +81,13 @@ def read(path: Path) -> Table:
     """Read a file.
 
     Raises:
-        SettingError: what is wrong, with the file and the place.
+        SettingError: the file is wrong; the message names the file and the place.
     """
     return _Reader(path).table()
 
 
 class _Reader:
-    """Reads one file; every complaint names it."""
+    """Reads one file; every error names the file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -118,16 +118,16 @@ class _Reader:
     def part(self, kind: str, top: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Read the columns or the rows: title -> settings."""
         parts = {}
-        for title, given in self.mapping(top[kind], kind).items():
+        for title, content in self.mapping(top[kind], kind).items():
             place = f"{kind}: {title}"
-            parts[title] = self.mapping({} if given is None else given, place)
+            parts[title] = self.mapping({} if content is None else content, place)
             self.known(parts[title], names, place)
         if not parts:
             raise self.wrong(kind, "is empty")
         return parts
 
     def best_of(self, cells: Iterable[Cell]) -> None:
-        """Refuse rows that cannot be the best of those they name."""
+        """Raise SettingError for a ``best_of`` that names a row without a comparable number."""
         places = {(cell.row, cell.column): cell for cell in cells}
         for cell in places.values():
             for row in cell.best_of:
@@ -139,7 +139,7 @@ class _Reader:
                     )
 
     def published(self, given: Any, rows: Iterable[str], columns: Sequence[str] | Mapping[str, Any]) -> dict[Any, Any]:
-        """Return the published number of each row and column."""
+        """Return (row, column) -> published number."""
         numbers = {}
         for row, values in self.mapping(given, "published").items():
             place = f"published: {row}"
@@ -155,7 +155,7 @@ class _Reader:
 
     def number(self, value: Any, place: str) -> float | tuple[float, float] | None:
         if value is None or _is_number(value):
-            return value  # type: ignore[no-any-return]  # a number as it is written: 25 is no 25.0
+            return value  # type: ignore[no-any-return]  # returned as written: 25 stays an int
         if isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)) and value[0] <= value[1]:
             return value[0], value[1]
         raise self.wrong(place, f"{value!r}; expected a number, an interval [low, high], or null")
@@ -164,51 +164,51 @@ class _Reader:
         self, row: str, column: str, levels: Sequence[dict[str, Any]], published: Any, transductive: Sequence[str]
     ) -> Cell:
         place = f"row {row!r}, column {column!r}"
-        given = self.merged(levels, place)
-        best_of = self.texts(given["best_of"], f"{place}: best_of")
+        entries = self.merged(levels, place)
+        best_of = self.texts(entries["best_of"], f"{place}: best_of")
         if best_of:
             if "model" in levels[-1]:
                 raise self.wrong(place, "best_of takes its number from other rows; leave out model")
-            given["model"] = None
+            entries["model"] = None
         for needed in ("model", "backbone", "dataset"):
-            if needed not in given:
+            if needed not in entries:
                 raise self.wrong(place, f"no {needed!r}, neither in the row nor in the column nor at the top")
-        backbone, comma, weights = self.text(given["backbone"], f"{place}: backbone").partition(",")
+        backbone, comma, weights = self.text(entries["backbone"], f"{place}: backbone").partition(",")
         if not comma or is_steered(backbone):
-            raise self.wrong(place, f"backbone {given['backbone']!r}; expected MODEL,WEIGHTS with a plain model")
-        dataset = self.text(given["dataset"], f"{place}: dataset")
-        model = self.model(given, backbone, place)
+            raise self.wrong(place, f"backbone {entries['backbone']!r}; expected MODEL,WEIGHTS with a plain model")
+        dataset = self.text(entries["dataset"], f"{place}: dataset")
+        model = self.model(entries, backbone, place)
         spec = self.spec(model, backbone, place)
-        self.check_metric(given, model, spec, place)
-        seeds = self.seeds(given["seeds"], f"{place}: seeds")
-        datasets = self.texts(given["train_on"] or [dataset], f"{place}: train_on")
+        self.check_metric(entries, model, spec, place)
+        seeds = self.seeds(entries["seeds"], f"{place}: seeds")
+        datasets = self.texts(entries["train_on"] or [dataset], f"{place}: train_on")
         transductive_here = not set(datasets).isdisjoint(transductive)
-        flags = self.flags(given["sae"], f"{place}: sae")
+        flags = self.flags(entries["sae"], f"{place}: sae")
         has_sae = spec is not None and spec.method.needs_checkpoint
         return Cell(
             row=row,
             column=column,
-            metric=given["metric"],
+            metric=entries["metric"],
             published=published,
             model=model,
             backbone=backbone,
             weights=weights,
             dataset=dataset,
-            prompts=self.prompts(given["prompts"], f"{place}: prompts"),
+            prompts=self.prompts(entries["prompts"], f"{place}: prompts"),
             sae=Sae(backbone, weights, datasets, flags, transductive_here) if has_sae else None,
             seeds=seeds if has_sae else (0,),
-            of_class=None if given["class"] is None else self.text(given["class"], f"{place}: class"),
+            of_class=None if entries["class"] is None else self.text(entries["class"], f"{place}: class"),
             best_of=best_of,
         )
 
     def merged(self, levels: Iterable[dict[str, Any]], place: str) -> dict[str, Any]:
-        """Return the settings of a cell, from those at the top, of its column and of its row."""
-        given, merged = dict(_DEFAULTS), {name: dict[str, Any]() for name in ("sae", "options")}
+        """Return the settings of a cell, merged from the top, its column and its row."""
+        entries, merged = dict(_DEFAULTS), {name: dict[str, Any]() for name in ("sae", "options")}
         for level in levels:
-            given |= level
+            entries |= level
             for name in merged:
                 merged[name] |= self.mapping(level.get(name) or {}, f"{place}: {name}")
-        return given | merged
+        return entries | merged
 
     def model(self, given: Mapping[str, Any], backbone: str, place: str) -> str | None:
         if given["model"] is None:
@@ -260,7 +260,7 @@ class _Reader:
         return tuple(value)
 
     def flags(self, given: Mapping[str, Any], place: str) -> tuple[tuple[str, Any], ...]:
-        """Return flags and values as they are written, without those that say nothing; words in a list as a tuple."""
+        """Return flags and values as written, lists as tuples, without flags that are null or false."""
         self.known(given, SAE_FLAGS, place)
         given = {name: value for name, value in given.items() if value is not None and value is not False}
         try:
@@ -310,7 +310,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _load(path: Path) -> Any:
-    """Return the content of a YAML file, in which no key stands twice."""
+    """Return the content of a YAML file. Raises SettingError if it cannot be read or holds a key twice."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -330,7 +330,7 @@ def _load(path: Path) -> Any:
     Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
     try:
         with open(path, encoding="utf-8") as file:
-            return yaml.load(file, Loader)  # a SafeLoader, which makes plain values only
+            return yaml.load(file, Loader)  # a SafeLoader, which creates plain values only
     except OSError as error:
         raise SettingError(f"{path}: cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:

@@ -1,14 +1,14 @@
-"""Trains what is missing, evaluates what is not there yet, and gathers the numbers.
+"""Trains missing checkpoints, makes missing results, and gathers the numbers.
 
-Trainings run in this process; evaluations are the stock ``clip_benchmark eval``. All that is done is found again:
-checkpoints by their names, which tell their settings, and results by the digest of their checkpoint. So an
-interruption loses at most the run at hand.
+Trainings run in this process; evaluations are the stock ``clip_benchmark eval``. Finished work is recognised later:
+checkpoints by their names, which include a digest of their settings, and results by the digest of their checkpoint. So
+an interruption loses at most the current run.
 
     OUT/results/…/{model}.json, {model}.images.npz    results, as clip_benchmark writes them
     OUT/prompts/….json                                prompts, for --custom_template_file
-    OUT/log.txt                                       what the evaluations said on stderr
+    OUT/log.txt                                       stderr of the evaluations
     OUT/TABLE.md, TABLE.json                          the tables
-    OUT/index.html                                    all of them on a page
+    OUT/index.html                                    all tables on a page
 """
 
 from __future__ import annotations
@@ -50,56 +50,56 @@ _METRICS = {"accuracy": "acc1", "coverage": "vs2_coverage"}
 
 @dataclass
 class Reproduction:
-    """Some tables, the runs that their numbers come from, and the numbers."""
+    """Tables, with the trainings and evaluations that their numbers come from, and the numbers."""
 
     tables: Sequence[Table]
     out: Path
     """The folder of results and tables."""
     dataset_root: str
-    """Where data sets are; ``{dataset}`` is filled in."""
+    """Root of the data sets, in which ``{dataset}`` is filled in."""
     quiet: bool = False
-    """True: trainings and evaluations show no progress."""
+    """Whether trainings and evaluations hide their progress."""
     report: Callable[[str], None] = _LOG.info
-    """Takes a line whenever something begins."""
+    """Called with a line of text whenever a step begins."""
     problems: dict[Hashable, tuple[str, ...]] = field(default_factory=dict)
-    """A run or a checkpoint that could not be made -> why; one reason or several."""
+    """Evaluation, or name of a checkpoint, that could not be made -> the reasons."""
     _looked_for: dict[Hashable, Missing | None] = field(default_factory=dict, init=False)
     _numbers: dict[Evaluation, int] = field(default_factory=dict, init=False)
-    """The place of every evaluation in this run, from 1."""
+    """The number of every evaluation in this run, from 1."""
 
     @property
     def cells(self) -> list[Cell]:
-        """The cells of all tables that something is to be run for."""
+        """The cells of all tables that have a model to run."""
         return [cell for table in self.tables for cell in table.cells if cell.model is not None]
 
     @property
     def stand_in(self) -> bool:
-        """True if it all runs on the stand-in, which is there and small."""
+        """Whether all tables run on the stand-in, which is small and needs no download."""
         return self.tables[0].stand_in
 
     @cached_property
     def store(self) -> Store:
-        """Where the checkpoints are."""
+        """The store of the checkpoints."""
         return Store.default()
 
-    # ------------------------------------------------------------------ what is to be done
+    # ------------------------------------------------------------------ remaining work
 
     def trainings(self) -> list[tuple[Sae, list[int]]]:
-        """Return the trainings that are missing, with their seeds."""
-        wanted = dict.fromkeys((cell.sae, seed) for cell in self.cells if cell.sae for seed in cell.seeds)
+        """Return the trainings whose checkpoints are missing, with the missing seeds."""
+        pairs = dict.fromkeys((cell.sae, seed) for cell in self.cells if cell.sae for seed in cell.seeds)
         missing: dict[Sae, list[int]] = {}
-        for sae, seed in wanted:
+        for sae, seed in pairs:
             if self.checkpoint(sae.name(seed)) is None:
                 missing.setdefault(sae, []).append(seed)
         return list(missing.items())
 
     def evaluations(self) -> list[list[Evaluation]]:
-        """Return the evaluations whose results are not there or of another checkpoint, by their commands."""
-        wanted = dict.fromkeys(run for cell in self.cells for seed in cell.seeds for run in cell.evaluations(seed))
-        missing = [run for run in wanted if not self.is_done(run)]
+        """Return the evaluations whose results are missing or of another checkpoint, grouped by command."""
+        runs = dict.fromkeys(run for cell in self.cells for seed in cell.seeds for run in cell.evaluations(seed))
+        missing = [run for run in runs if not self.is_done(run)]
 
         def command(run: Evaluation) -> tuple[Hashable, ...]:
-            alone = run.model if run.file != f"{run.model}.json" else ""  # its name cannot stand in a file's
+            alone = run.model if run.file != f"{run.model}.json" else ""  # its name is no valid file name
             return run.backbone, run.weights, run.dataset, run.prompts, alone
 
         order = {key: number for number, key in enumerate(dict.fromkeys(map(command, missing)))}
@@ -107,27 +107,27 @@ class Reproduction:
         return [list(group) for _, group in groupby(missing, command)]
 
     def checkpoint(self, name: str) -> Checkpoint | None:
-        """Return the checkpoint of that name, if it is there and can be read."""
+        """Return the checkpoint of that name; None if it is missing or unreadable."""
         try:
             return self.store.find(name)
         except CheckpointError:
             return None
 
     def is_done(self, run: Evaluation) -> bool:
-        """Return whether the results are there, whole, and of the checkpoint as it is now."""
+        """Return whether the results exist, with per-image results, and are of the present checkpoint."""
         file = self.results(run)
         try:
-            found, name = read_run(file), DataSet.of(run.dataset, self.dataset_root).name
+            result, name = read_run(file), DataSet.of(run.dataset, self.dataset_root).name
         except DataError:
             return False
-        same = (found.model, found.pretrained, found.dataset) == (run.model, run.weights, name)
+        same = (result.model, result.pretrained, result.dataset) == (run.model, run.weights, name)
         if not same or not images_file(file).is_file():
             return False
         checkpoint = self.checkpoint(run.checkpoint) if run.checkpoint else None
-        used = found.fact("checkpoint_digest")
+        used = result.fact("checkpoint_digest")
         return used == (checkpoint.digest[:16] if checkpoint else None) and bool(checkpoint) == bool(run.checkpoint)
 
-    # ------------------------------------------------------------------ where things are
+    # ------------------------------------------------------------------ files
 
     def results(self, run: Evaluation) -> Path:
         """Return the results file of a run."""
@@ -135,36 +135,36 @@ class Reproduction:
         return self.out / "results" / "_".join(re.sub(r"[^\w.+-]+", "-", part) for part in parts if part) / run.file
 
     def prompts(self, run: Evaluation) -> Path:
-        """Return the file of its prompts."""
+        """Return the file of the prompts of a run."""
         return self.out / "prompts" / f"{_prompt_name(run.prompts)}.json"
 
     # ------------------------------------------------------------------ the commands
 
     def request(self, sae: Sae, seeds: Sequence[int]) -> TrainRequest:
-        """Return the training of some seeds."""
+        """Return the request to train some seeds, which overwrites damaged checkpoints."""
         damaged = any((self.store.checkpoints / sae.name(seed)).exists() for seed in seeds)
         request = replace(sae.request(seeds, self.dataset_root), overwrite=damaged)
-        return replace(request, num_workers=0, amp=False) if self.stand_in else request  # as fast on every processor
+        return replace(request, num_workers=0, amp=False) if self.stand_in else request  # no slower, on any processor
 
     def evaluate_words(self, runs: Sequence[Evaluation]) -> list[str]:
-        """Return the command that evaluates models which differ in nothing else."""
+        """Return the command that evaluates several models, whose evaluations are otherwise equal."""
         first = runs[0]
-        one = len(runs) == 1
-        output = str(self.results(first) if one else self.results(first).parent).replace("{", "{{").replace("}", "}}")
+        alone = len(runs) == 1
+        output = str(self.results(first) if alone else self.results(first).parent).replace("{", "{{").replace("}", "}}")
         words = ["clip_benchmark", "eval", "--model", *(run.model for run in runs), "--pretrained", first.weights]
         words += ["--dataset", first.dataset, "--dataset_root", self.dataset_root]
         if first.prompts:
             words += ["--custom_template_file", str(self.prompts(first))]
         if self.stand_in:
             words += ["--num_workers", "0", "--no_amp"]
-        return [*words, "--output", output + ("" if one else os.sep + "{model}.json"), "--quiet"]
+        return [*words, "--output", output + ("" if alone else os.sep + "{model}.json"), "--quiet"]
 
     def commands(self) -> Iterator[str]:
-        """Yield all that is still to be done, as a person would type it, and before it what only a person can do."""
+        """Yield the remaining commands as a person would type them, after comments on data sets that are missing."""
         trainings, groups = self.trainings(), self.evaluations()
         folders = [] if self.stand_in else self._folders(trainings, groups)
-        missing = [missing_data(name, self.dataset_root, split) for name, split in folders]
-        yield from dict.fromkeys(f"# missing: {one}" for one in missing if one)
+        gaps = [missing_data(name, self.dataset_root, split) for name, split in folders]
+        yield from dict.fromkeys(f"# missing: {gap}" for gap in gaps if gap)
         yield from (_typed(path, text) for path, text in self._preparations(groups))
         for sae, seeds in trainings:
             yield shlex.join(self.request(sae, seeds).words())
@@ -172,17 +172,17 @@ class Reproduction:
             yield shlex.join(self.evaluate_words(runs))
 
     def _preparations(self, groups: Sequence[Sequence[Evaluation]]) -> list[tuple[Path, str | None]]:
-        """Return the folders that the commands need, and the files with their text."""
+        """Return path -> text of the files that the commands need; the text is None for folders."""
         needed: dict[Path, str | None] = {self.results(runs[0]).parent: None for runs in groups}
         for run in (runs[0] for runs in groups if runs[0].prompts):
-            # clip_benchmark takes those of imagenet1k for every data set that has none of its own in the file.
+            # clip_benchmark uses the prompts of imagenet1k for every data set that the file does not name.
             needed[self.prompts(run)] = json.dumps({"imagenet1k": list(run.prompts)})
         return list(needed.items())
 
-    # ------------------------------------------------------------------ doing it
+    # ------------------------------------------------------------------ execution
 
     def run(self) -> None:
-        """Do all of it. What cannot be done is kept in :attr:`problems`, and the rest goes on."""
+        """Run all trainings and evaluations. Failures are collected in :attr:`problems`, and the rest goes on."""
         self.out.mkdir(parents=True, exist_ok=True)
         trainings, groups = self.trainings(), self.evaluations()
         runs = [run for group in groups for run in group]
@@ -194,7 +194,7 @@ class Reproduction:
             if text is not None:
                 path.write_text(text + "\n")
         self._numbers = {run: number for number, run in enumerate(runs, 1)}
-        for name, split in self._folders(trainings, groups):  # before anything is waited for
+        for name, split in self._folders(trainings, groups):  # before any long training
             self._data(name, split)
         for sae, seeds in trainings:
             self._train(sae, seeds)
@@ -204,27 +204,27 @@ class Reproduction:
     def _folders(
         self, trainings: Sequence[tuple[Sae, list[int]]], groups: Sequence[Sequence[Evaluation]]
     ) -> list[tuple[str, str]]:
-        """Return the data sets that only the user can put there, with their splits."""
+        """Return the data sets that only the user can provide (``wds/…``), with their splits."""
         needed = [(name, "train") for sae, _ in trainings for name in sae.datasets]
         needed += [(runs[0].dataset, "test") for runs in groups]
         return [(name, split) for name, split in dict.fromkeys(needed) if name.startswith("wds/")]
 
     def missing(self) -> dict[str, list[str]]:
-        """Return how to get what was looked for and not found -> why it is not there, each once."""
-        found: dict[str, list[str]] = {}
-        for one in dict.fromkeys(missing for missing in self._looked_for.values() if missing and missing.remedy):
-            found.setdefault(one.remedy, []).append(one.why)
-        return found
+        """Return remedy -> reasons, for all weights, encoders and data sets that were not found."""
+        reasons: dict[str, list[str]] = {}
+        for gap in dict.fromkeys(missing for missing in self._looked_for.values() if missing and missing.remedy):
+            reasons.setdefault(gap.remedy, []).append(gap.why)
+        return reasons
 
     def _missing(
         self, backbone: str, weights: str, datasets: Sequence[str], split: str, encoders: Sequence[str] = ()
     ) -> tuple[str, ...]:
-        """Return all reasons why a run cannot be made, in words."""
-        found = [self._data(name, split) for name in datasets]
-        what = f"the weights of {','.join(filter(None, (backbone, weights)))}"
-        found.append(self._look_for(what, missing_weights, backbone, weights))
-        found += [self._look_for(f"the retrieval encoder {name}", missing_encoder, name) for name in encoders]
-        return tuple(missing.what for missing in found if missing)
+        """Return all weights, encoders and data sets that a run needs but that are missing, in words."""
+        gaps = [self._data(name, split) for name in datasets]
+        label = f"the weights of {','.join(filter(None, (backbone, weights)))}"
+        gaps.append(self._look_for(label, missing_weights, backbone, weights))
+        gaps += [self._look_for(f"the retrieval encoder {name}", missing_encoder, name) for name in encoders]
+        return tuple(missing.what for missing in gaps if missing)
 
     def _data(self, name: str, split: str) -> Missing | None:
         if name.startswith("wds/"):
@@ -232,8 +232,8 @@ class Reproduction:
         return self._look_for(f"the data set {name}", missing_data, name, self.dataset_root, "")  # all of its splits
 
     def _look_for(self, what: str, look: Callable[..., Missing | None], *given: str) -> Missing | None:
-        """Look for something, or fetch it, once in this run. That it is missing is said at once."""
-        if self.stand_in:  # it is there
+        """Call ``look(*given)``, once in this run, to find or fetch something; log a warning if it is missing."""
+        if self.stand_in:  # comes with the package
             return None
         key = (look, *given)
         if key not in self._looked_for:
@@ -246,7 +246,7 @@ class Reproduction:
         return self._looked_for[key]
 
     def _train(self, sae: Sae, seeds: Sequence[int]) -> None:
-        """Train some seeds, if that can be done."""
+        """Train some seeds; record in :attr:`problems` why that failed, if it did."""
         encoders = dict(sae.flags).get("retrieval_encoder", ())
         problems = self._missing(sae.backbone, sae.weights, sae.datasets, "train", encoders)
         if not problems:
@@ -254,7 +254,7 @@ class Reproduction:
             self.report(f"\n$ {shlex.join(request.words())}")
             try:
                 train(replace(request, quiet=self.quiet), report=self.report)
-            except Exception as error:  # this package's own, or the memory, or the disk: the other cells go on
+            except Exception as error:  # whatever failed, even memory or disk: the other cells go on
                 problem = _flat(str(error) if isinstance(error, Vs2Error) else f"{type(error).__name__}: {error}")
                 _LOG.warning("not trained: %s", problem)
                 problems = (problem,)
@@ -262,8 +262,8 @@ class Reproduction:
             self.problems |= {sae.name(seed): problems for seed in seeds}
 
     def _evaluate(self, runs: Sequence[Evaluation]) -> None:
-        """Evaluate what can be: one model that fails does not keep the others from it."""
-        # A training may have given the same checkpoint again: then it is done.
+        """Evaluate all models that can be evaluated: one model that fails does not stop the others."""
+        # A training may have made the same checkpoint again, whose results exist already.
         batches = [[run for run in runs if self._is_possible(run) and not self.is_done(run)]]
         while batches:
             batch = batches.pop(0)
@@ -271,24 +271,24 @@ class Reproduction:
             left = [run for run in batch if not self.is_done(run)]
             if left and len(batch) == 1:
                 self.problems[batch[0]] = (problem or "clip_benchmark wrote no results for it",)
-            elif left:  # one of them is to blame: if not even the first went well, each gets a command of its own
+            elif left:  # one model failed: retry the rest together, or each alone if not even the first succeeded
                 batches += [left] if len(left) < len(batch) else [[run] for run in left]
 
     def _is_possible(self, run: Evaluation) -> bool:
-        """Return whether all that an evaluation needs is there; else the reasons are kept."""
+        """Return whether an evaluation has all it needs; else record the reasons in :attr:`problems`."""
         problems = self.problems.get(run.checkpoint) or self._missing(run.backbone, run.weights, [run.dataset], "test")
         if problems:
             self.problems[run] = problems
         return not problems
 
     def _command(self, batch: Sequence[Evaluation]) -> str | None:
-        """Evaluate models by one command; return why it failed, or None."""
+        """Evaluate models by one command; return the reason if it failed, else None."""
         words = self.evaluate_words(batch)
         self.report(f"\n$ {shlex.join(words)}")
         return run_command(words, self.out / "log.txt", self.quiet, self._announcer(batch))
 
     def _announcer(self, batch: Sequence[Evaluation]) -> Callable[[], None]:
-        """Return a function that reports which model the command has come to, which its own bars do not tell."""
+        """Return a function that reports the model under evaluation, which the command's progress bars do not show."""
         before = [_written(self.results(run)) for run in batch]
         said = 0
 
@@ -307,11 +307,11 @@ class Reproduction:
     # ------------------------------------------------------------------ the numbers
 
     def measured(self, table: Table) -> list[Measured]:
-        """Return the cells of a table with what was found."""
-        found = {(cell.row, cell.column): self._measure(cell) for cell in table.cells}
+        """Return the cells of a table with their numbers."""
+        by_place = {(cell.row, cell.column): self._measure(cell) for cell in table.cells}
         return [
-            best(cell, [found[row, cell.column] for row in cell.best_of]) if cell.best_of else measured
-            for cell, measured in zip(table.cells, found.values(), strict=True)
+            best(cell, [by_place[row, cell.column] for row in cell.best_of]) if cell.best_of else measured
+            for cell, measured in zip(table.cells, by_place.values(), strict=True)
         ]
 
     def _measure(self, cell: Cell) -> Measured:
@@ -331,12 +331,12 @@ class Reproduction:
         facts = {
             "results": [str(self.results(run)) for seed in cell.seeds for run in cell.evaluations(seed)],
             "checkpoints": names,
-            "transductive": any(found.transductive for found in map(self.checkpoint, names) if found),
+            "transductive": any(saved.transductive for saved in map(self.checkpoint, names) if saved),
         }
         return Measured(cell, values, tuple(dict.fromkeys(problems)), facts)
 
     def _trouble(self, cell: Cell, seed: int) -> tuple[str, ...]:
-        """Return why nothing could be run for a cell."""
+        """Return why a cell's checkpoint or evaluations could not be made; empty if they could."""
         keys = [*([cell.sae.name(seed)] if cell.sae else []), *cell.evaluations(seed)]
         return next((self.problems[key] for key in keys if key in self.problems), ())
 
@@ -354,15 +354,15 @@ class Reproduction:
         return 100 * number
 
     def finish(self) -> tuple[list[str], int]:
-        """Write the tables and the page of them all. Returns them as text, and how many cells could not be measured.
+        """Write the tables and the page. Return the tables as text, and the number of cells with problems.
 
         Raises:
-            DataError: a page is there that no reproduction wrote; the tables are written then.
+            DataError: the page exists, but no reproduction wrote it; the tables are written all the same.
         """
         texts, missing, measured = [], 0, []
         for table in self.tables:
             cells = self.measured(table)
-            missing += sum(bool(one.problems) for one in cells)
+            missing += sum(bool(entry.problems) for entry in cells)
             texts.append(markdown(table, cells))
             write(table, cells, self.out)
             measured.append((table, cells))
@@ -371,7 +371,7 @@ class Reproduction:
 
 
 def _typed(path: Path, text: str | None) -> str:
-    """Return the command that makes a folder, or a file with a text."""
+    """Return the command that creates a folder, or a file with a text."""
     if text is None:
         return shlex.join(["mkdir", "-p", str(path)])
     return f"mkdir -p {shlex.quote(str(path.parent))}; echo {shlex.quote(text)} > {shlex.quote(str(path))}"
@@ -389,7 +389,7 @@ def _flat(text: str) -> str:
 
 
 def _written(file: Path) -> int | None:
-    """Return when a file was written; None if it is not there."""
+    """Return the time of a file's last change, in ns; None if the file is missing."""
     try:
         return file.stat().st_mtime_ns
     except OSError:
@@ -397,9 +397,9 @@ def _written(file: Path) -> int | None:
 
 
 def _gain(plain: Path, steered: Path, name: str | None) -> float:
-    """Return how many points more of a class's images are classified correctly; without a name, the most of any."""
+    """Return the gain in accuracy on a class's images, in points; without a name, the largest gain of any class."""
     before, after = (Images.read(images_file(file)) for file in (plain, steered))
-    if not before.classes == after.classes != ():  # without names, nothing bounds the classes that the files number
+    if not before.classes == after.classes != ():  # without names, the number of classes is unknown
         raise DataError(f"{plain} and {steered} name {len(before.classes)} and {len(after.classes)} classes; expected "
                         "those of one data set, evaluated with VS2_PER_IMAGE=1")  # fmt: skip
     gains = _recalls(after) - _recalls(before)

@@ -1,4 +1,4 @@
-"""The offline stand-in for a table: the tiny CLIP for every model, handwritten digits for every data set."""
+"""Makes the offline stand-in of a table: the tiny CLIP replaces every model, handwritten digits every data set."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["DATASET", "MODEL", "ROOT", "stand_in", "workplace"]
 
 MODEL, DATASET, ROOT = "local-dir:tiny-clip", "wds/digits", "digits"
 _BLOCKS, _WIDTH = 4, 128  # of the tiny CLIP
-#: Activations seen in training: enough for the digits, and few.
+#: Activations seen in training: few, but enough for the digits.
 _SAMPLES = 20_000
 
 
 def workplace(folder: Path, write: bool) -> Path:
-    """Return the folder to work in: ``folder``, with the digits and the tiny CLIP in it, written unless they are there.
+    """Return the folder to work in: ``folder``, into which missing digits and the tiny CLIP are written.
 
-    Where nothing shall be written and there is no such folder, it is the current one.
+    Without ``write``, nothing is written, and a missing folder is replaced by the current one.
     """
     sources: dict[str, Callable[[Path], object]] = {
         ROOT: write_digits,
@@ -42,11 +42,12 @@ def workplace(folder: Path, write: bool) -> Path:
 
 
 def stand_in(table: Table) -> Table:
-    """Return the same table with every model and data set replaced, and without the published numbers. Its title names
-    the file and what is in its place, and neither the paper nor its models and data sets.
+    """Return the table with every model and data set replaced, and without the published numbers.
+
+    The title names the file and the stand-in, but neither the paper nor its models and data sets.
 
     Raises:
-        SettingError: a backbone is not known to open_clip, so that its size is not.
+        SettingError: open_clip does not know a backbone, so that its size is unknown.
     """
     names = dict.fromkeys(cell.of_class for cell in table.cells if cell.of_class)
     classes = {name: CLASSES[number % len(CLASSES)] for number, name in enumerate(names)}
@@ -88,15 +89,15 @@ def _size(backbone: str) -> tuple[int, int]:
 def _model(spec: ModelString | None, blocks: int) -> str:
     if spec is None:
         return MODEL
-    given = {key: value for key, value in spec.given.items() if key != "encoder"}  # there is no such encoder offline
-    if given.get("blocks", "all") != "all":
-        numbers = sorted({_block(int(number), blocks) for number in str(given["blocks"]).split("+")})
-        given["blocks"] = "+".join(map(str, numbers))
-    return str(replace(spec, backbone=MODEL, given=given))
+    options = {key: value for key, value in spec.given.items() if key != "encoder"}  # not available offline
+    if options.get("blocks", "all") != "all":
+        numbers = sorted({_block(int(number), blocks) for number in str(options["blocks"]).split("+")})
+        options["blocks"] = "+".join(map(str, numbers))
+    return str(replace(spec, backbone=MODEL, given=options))
 
 
 def _block(number: int, blocks: int) -> int:
-    """Return the same block, counted from the end.
+    """Return the block of the tiny CLIP that is as far from the end as block ``number`` of ``blocks``.
 
     >>> _block(11, 12), _block(9, 12), _block(0, 12)
     (3, 1, 0)
@@ -110,7 +111,7 @@ def _flags(flags: dict[str, Any], blocks: int, width: int) -> dict[str, Any]:
     if "blocks" in flags:
         words = (word if whole(word) is None else _block(int(word), blocks) for word in flags["blocks"])
         flags["blocks"] = tuple(dict.fromkeys(words))
-    # As many latents per dimension, and the same share of them active.
+    # The number of latents per dimension and the share of active latents stay the same.
     flags["k"] = max(1, min(_WIDTH, round(flags.get("k", 64) * _WIDTH / width)))
     # The paper's learning rate would need the paper's number of steps.
     return {**flags, "recipe": "default", "samples": _SAMPLES}

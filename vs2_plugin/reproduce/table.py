@@ -1,4 +1,4 @@
-"""The table of what was published and what was measured: on the terminal, as Markdown and as JSON."""
+"""Writes tables of published and measured numbers: as text for the terminal, as Markdown and as JSON."""
 
 from __future__ import annotations
 
@@ -15,48 +15,48 @@ from vs2_plugin.reproduce.cells import METRICS, Cell, Table
 
 __all__ = ["STAND_IN", "UNITS", "Measured", "best", "markdown", "notes", "write"]
 
-#: What is said of a table that was measured on it.
+#: A note on tables that were measured on the stand-in.
 STAND_IN = (
     "Stand-in: the tiny CLIP and handwritten digits that come with this package, in place of the paper's models and "
     "data sets. These numbers say nothing about the paper's, which are therefore left out."
 )
-#: What a cell is a number of, in words.
+#: Metric of a cell -> its unit.
 UNITS = {"accuracy": "top-1 %", "coverage": "steered %", "fvu": "FVU", "gain": "gain, points"}
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A cell with what was found."""
+    """A cell with its measured numbers."""
 
     cell: Cell
     values: Mapping[int, float] = field(default_factory=dict)
-    """Seed -> number."""
+    """Seed -> measured number."""
     problems: tuple[str, ...] = ()
-    """Why there is no number, or not for every seed."""
+    """Reasons why numbers are missing, for some seeds or all."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Other entries of the JSON file: results files, checkpoints, and so on."""
 
     @property
     def mean(self) -> float | None:
-        """Over the seeds."""
+        """Mean over the seeds; None without numbers."""
         return fmean(self.values.values()) if self.values else None
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation over the seeds, where there are several."""
+        """Sample standard deviation over the seeds; None for fewer than two."""
         return stdev(self.values.values()) if len(self.values) > 1 else None
 
     @property
     def difference(self) -> float | None:
-        """Measured minus published; to an interval, the distance to its nearer end."""
+        """Measured minus published; for an interval, minus its nearer end, and 0 inside it."""
         if not self.cell.ends or self.mean is None:
             return None
         return self.mean - min(max(self.mean, self.cell.ends[0]), self.cell.ends[-1])
 
 
 def best(cell: Cell, candidates: Sequence[Measured]) -> Measured:
-    """Return a cell that is the best of others. It has a number only if all of them have theirs."""
-    means = [one.mean for one in candidates if one.mean is not None and not one.problems]
+    """Return a ``best_of`` cell with the best number of the candidates, or a problem unless all have theirs."""
+    means = [candidate.mean for candidate in candidates if candidate.mean is not None and not candidate.problems]
     if len(means) < len(candidates):
         return Measured(cell, problems=("not all of the rows it is the best of could be measured",))
     chosen = candidates[means.index(max(means))]
@@ -64,7 +64,7 @@ def best(cell: Cell, candidates: Sequence[Measured]) -> Measured:
 
 
 def markdown(table: Table, cells: Sequence[Measured]) -> str:
-    """Return the table as text: a heading, a line per cell, and what there is to say about them."""
+    """Return the table as Markdown: a heading, a line per cell, and notes."""
     above = table.source or (f"**{STAND_IN}**" if table.stand_in else "")
     lines = _lines([_head(table), *(_row(table, measured) for measured in cells)])
     below = (line for note in notes(table, cells) for line in ("", note))
@@ -72,7 +72,7 @@ def markdown(table: Table, cells: Sequence[Measured]) -> str:
 
 
 def _lines(rows: list[list[str]]) -> Iterator[str]:
-    """Yield the lines of the table; its first three columns are words, the others numbers."""
+    """Yield the lines of the table; the first three columns are text, the others numbers."""
     widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, [*("-" * width for width in widths[:3]), *("-" * (width - 1) + ":" for width in widths[3:])])
     for row in rows:
@@ -82,7 +82,7 @@ def _lines(rows: list[list[str]]) -> Iterator[str]:
 
 
 def notes(table: Table, cells: Sequence[Measured]) -> Iterator[str]:
-    """Yield what there is to say about the cells."""
+    """Yield the notes on a table and its cells."""
     yield from () if table.stand_in else table.notes
     transductive = dict.fromkeys(measured.cell.title for measured in cells if measured.facts.get("transductive"))
     if transductive:
@@ -100,7 +100,7 @@ def notes(table: Table, cells: Sequence[Measured]) -> Iterator[str]:
 
 
 def _not_measured(cells: Sequence[Measured]) -> Iterator[str]:
-    """Yield a line per reason, with the cells that it concerns."""
+    """Yield a line per problem, with the cells that have it."""
     reasons: dict[str, list[Cell]] = {}
     for measured in cells:
         for problem in measured.problems:
@@ -112,7 +112,7 @@ def _not_measured(cells: Sequence[Measured]) -> Iterator[str]:
 
 
 def _names(cells: Sequence[Cell], wanted: Sequence[Cell]) -> list[str]:
-    """Return cells in words: whole columns and rows by their titles, where these have several cells."""
+    """Return the cells' names; whole columns and rows of several cells are named by their titles."""
     if len(cells) == len(wanted) > 1:
         return ["all of the table"]
     names, left = [], list(cells)
@@ -126,7 +126,7 @@ def _names(cells: Sequence[Cell], wanted: Sequence[Cell]) -> list[str]:
 
 
 def _head(table: Table) -> list[str]:
-    if table.stand_in:  # its columns still bear the names of what is replaced
+    if table.stand_in:  # its columns still have the names of the replaced models
         return ["", "in place of", "of", "measured"]
     return ["", "", "of", "published", "measured", "difference"]
 
@@ -139,11 +139,11 @@ def _row(table: Table, measured: Measured) -> list[str]:
         return "" if value is None else f"{value:{sign}.{decimals}f}"
 
     published = " to ".join(map(number, cell.ends))
-    found = number(measured.mean)
+    mean = number(measured.mean)
     if measured.spread is not None:
-        found += f" +- {number(measured.spread)}"
+        mean += f" +- {number(measured.spread)}"
     texts = [cell.row, cell.column, UNITS[cell.metric]]
-    texts += [found] if table.stand_in else [published, found, number(measured.difference, "+")]
+    texts += [mean] if table.stand_in else [published, mean, number(measured.difference, "+")]
     return [text.replace("|", "\\|") for text in texts]
 
 
