@@ -1,4 +1,4 @@
-"""How well an SAE fits activations."""
+"""Measures how well an SAE fits activations."""
 
 from __future__ import annotations
 

@@ -202,8 +202,8 @@ class Retriever:
         """Return the N nearest images of each image; an image that is in the gallery is among its own."""
 
         def made() -> Neighbours:
-            found = batch.once((self, "found"), lambda: self._found(batch))
-            rows, similarity = (part[:, : self.n] for part in found[:2])
+            hits = batch.once((self, "found"), lambda: self._found(batch))
+            rows, similarity = (part[:, : self.n] for part in hits[:2])
             return Neighbours(rows.clamp_min(0), similarity, rows.ge(0))
 
         return batch.once((self, "nearest"), made)
