@@ -24,13 +24,27 @@ def test_it_is_measured_and_not_changed(found):
     sae, mean, figures = adopt(found, x.numpy(), calibration)
     assert all(torch.equal(tensor, before[name]) for name, tensor in sae.state_dict().items())
     torch.testing.assert_close(mean, x.mean(0))
-    assert figures.fvu == pytest.approx(fvu(x, sae(x)).item(), abs=1e-5)
-    median = sample_fvu(x[:200], sae(x[:200]), mean).median().item()
-    assert figures.fvu_quantiles["0.5"] == pytest.approx(median, abs=0.02)
+    order = np.random.default_rng(0).permutation(300)
+    held, others = x[np.sort(order[:150])], x[order[150:]]
+    assert figures.fvu == pytest.approx(fvu(held, sae(held)).item(), abs=1e-5)
+    calibrated = x[np.sort(order[:150][calibration[order[:150]]])]
+    median = sample_fvu(calibrated, sae(calibrated), mean).double().quantile(0.5).item()
+    assert figures.fvu_quantiles["0.5"] == pytest.approx(median, abs=1e-6)
     active = torch.zeros(32, dtype=torch.bool)
-    active[sae.encode(x).indices[sae.encode(x).values > 0]] = True
+    active[sae.encode(others).indices[sae.encode(others).values > 0]] = True
     assert figures.dead == pytest.approx(1 - active.float().mean().item(), abs=1e-6)
-    assert (figures.held_out_count, figures.train_count, figures.steps) == (300, 0, 0)
+    assert (figures.held_out_count, figures.train_count, figures.steps) == (150, 0, 0)
+
+
+def test_principal_components_beside_it_have_not_seen_what_they_explain(found):
+    noise = np.random.default_rng(0).normal(size=(24, 16)).astype(np.float32)
+    figures = adopt(found, noise, np.ones(24, dtype=bool)).figures
+    order = np.random.default_rng(0).permutation(24)
+    held, others = noise[order[:12]], noise[order[12:]]
+    centre = others.mean(0)
+    components = np.linalg.svd(others - centre)[2][:4]
+    rest = (held - centre) - (held - centre) @ components.T @ components
+    assert figures.pca_fvu == pytest.approx((rest**2).sum() / ((held - held.mean(0)) ** 2).sum(), abs=1e-4)
 
 
 def test_activations_of_another_width_are_refused(found):

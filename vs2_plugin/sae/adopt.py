@@ -18,7 +18,8 @@ __all__ = ["adopt"]
 def adopt(found: ForeignSAE, activations: Rows, calibration: np.ndarray, *, device: Device = "cpu") -> Trained:
     """Return an existing SAE with its fit to activations ``[count, d]``, none of which it was trained on.
 
-    FVU and its quantiles are measured on at most 10,000 activations, drawn at random.
+    FVU and its quantiles are measured on half of the activations, at most 10,000, drawn at random; dead latents are
+    counted on the others, and principal components are of these, so that they too have not seen what they explain.
 
     Args:
         found: the SAE.
@@ -39,8 +40,9 @@ def adopt(found: ForeignSAE, activations: Rows, calibration: np.ndarray, *, devi
         )
     source.check()
     order = np.random.default_rng(0).permutation(len(activations))
-    held = np.sort(order[:HELD_OUT])
-    fit = fit_of(found.sae.to(device), source, held, held[calibration[held]], order)
+    half = min(HELD_OUT, -(-len(order) // 2))
+    held, others = np.sort(order[:half]), order[half:]
+    fit = fit_of(found.sae.to(device), source, held, held[calibration[held]], others)
     seconds = round(time.monotonic() - started, 2)
     figures = Figures(**vars(fit), train_count=0, held_out_count=len(held), steps=0, seconds=seconds)
     return Trained(found.sae.cpu(), source.mean, figures)
