@@ -1,1 +1,1 @@
-"""The steered model: put together from a model string, a checkpoint and a tower; it classifies and explains."""
+"""The steered model, built from a model string, a checkpoint and a vision tower: it classifies and explains images."""

@@ -1,4 +1,4 @@
-"""Steers activations by themselves, outside of a tower: those that Python code has at hand."""
+"""Steers activations that are given as a tensor or an array, outside of a tower."""
 
 from __future__ import annotations
 
@@ -17,43 +17,43 @@ from vs2_plugin.steering.batch import Batch
 
 __all__ = ["Activations", "steer_activations"]
 
-#: A torch tensor or a NumPy array; what comes back is of the same kind.
+#: A torch tensor or a NumPy array; steered activations are returned as the type that was passed in.
 Activations = TypeVar("Activations", Tensor, np.ndarray)
 
 
 def steer_activations(
     model: ClipModel, sites: Sites, places: Places, activations: Activations, block: int | None
 ) -> Activations:
-    """Steer activations ``[batch, d]`` at one of the places; see :meth:`SteeredCLIP.steer`.
+    """Return activations ``[batch, d]`` as one of the places steers them; see :meth:`SteeredCLIP.steer`.
 
     Raises:
-        DataError: they are no such activations, or the model is not steered at that block.
+        DataError: activations of another type or shape, or not finite; or no place, or several, at ``block``.
     """
     place = _place_at(places, block)
     if isinstance(activations, np.ndarray) and activations.dtype not in FLOATS:
         raise DataError(f"activations of type {activations.dtype}; expected native float16, float32 or float64")
-    given = torch.as_tensor(np.array(activations) if isinstance(activations, np.ndarray) else activations)
-    if given.ndim != 2 or given.shape[1] != place.site.width or not given.is_floating_point():
-        hint = "; one alone is x[None]" if given.ndim == 1 else ""
+    tensor = torch.as_tensor(np.array(activations) if isinstance(activations, np.ndarray) else activations)
+    if tensor.ndim != 2 or tensor.shape[1] != place.site.width or not tensor.is_floating_point():
+        hint = "; one alone is x[None]" if tensor.ndim == 1 else ""
         raise DataError(
-            f"activations of shape {list(given.shape)} and type {str(given.dtype).removeprefix('torch.')}; expected "
+            f"activations of shape {list(tensor.shape)} and type {str(tensor.dtype).removeprefix('torch.')}; expected "
             f"floats [batch, {place.site.width}], as they are at {place.site}{hint}"
         )
-    x = given.to(next(model.parameters()).device, torch.float32)
+    x = tensor.to(next(model.parameters()).device, torch.float32)
     wrong = ~x.isfinite().all(1)
     if wrong.any():
         raise DataError(f"row {int(wrong.int().argmax())} of the activations holds NaN or infinity, as float32")
-    # Behind another place, the activation is steered already, and does not tell the plain embedding.
+    # After an earlier place the activation is steered already, so it does not determine the plain embedding.
     plain = sites.at_end(place.site) and place is places[0]
     batch = Batch(embed=(lambda: embedding_from(model, place.site, x)) if plain else None)
-    steered = place.steer(x, batch).to(given)
+    steered = place.steer(x, batch).to(tensor)
     return steered.detach().numpy() if isinstance(activations, np.ndarray) else steered
 
 
 def _place_at(places: Places, block: int | None) -> Place:
-    found = [place for place in places if block is None or place.site.block == block]
-    if len(found) == 1:
-        return found[0]
+    matching = [place for place in places if block is None or place.site.block == block]
+    if len(matching) == 1:
+        return matching[0]
     steered = " and ".join(str(place.site) for place in places)
-    asked = "block= is missing" if found else f"block={block}"
+    asked = "block= is missing" if matching else f"block={block}"
     raise DataError(f"{asked}: the model steers at {steered}; expected the number of one of its blocks")

@@ -1,9 +1,9 @@
-"""The word ``auto`` in a model string: options chosen from a checkpoint's gallery once the classes are known.
+"""The word ``auto`` in a model string: options that are chosen from a checkpoint's gallery once the classes are known.
 
-Needed are the gallery's activations at the tower's last site, the plain embeddings and the class embeddings; no labels,
-and no image of the data set under evaluation. A choice is kept in the gallery's folder:
+A choice reads the gallery's activations at the tower's last site, the plain embeddings and the class embeddings, but no
+labels and no image of the data set under evaluation. It is stored in the gallery's folder:
 
-auto/<key>.json     the evidence; the key is a digest of checkpoint, method, options and class embeddings
+auto/<key>.json     the choice and its evidence; the key is a digest of checkpoint, method, options and class embeddings
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ __all__ = ["Automatic", "choose", "read_prior", "settle"]
 
 logger = logging.getLogger(__name__)
 
-#: Images that are looked at, evenly spread over a larger gallery, and how many at a time.
+#: Most images of a gallery that a choice reads, evenly spread over the gallery, and images in one batch.
 _IMAGES, _BATCH = 10_000, 2048
-#: Of its norm, how far an activation may be moved by rounding alone.
+#: Largest change of an activation, as a share of its norm, that counts as rounding error.
 _STILL = 1e-4
 
 
 class Automatic(nn.Module):
-    """A steering that is built with values of its automatic options: with each candidate, and then to stay."""
+    """A steering whose automatic options are tried with each candidate and then set to the chosen values."""
 
     def __init__(
         self,
@@ -58,12 +58,12 @@ class Automatic(nn.Module):
         build: Callable[[Mapping[str, Scalar | None]], Steering],
         given: Mapping[str, Scalar | None],
     ) -> None:
-        """``build`` makes the steering of ``method`` of all its options, of which some are automatic in ``given``."""
+        """``build`` makes the steering of ``method`` from all its options, some of which are ``auto`` in ``given``."""
         super().__init__()
         self.method = method
         self._build, self._given = build, given
         options = method.automatic(given)
-        #: Every combination of values; the first leaves activations as they are.
+        #: Every combination of the automatic options' values; the first one leaves activations unchanged.
         self.candidates = [
             dict(zip([option.name for option in options], values, strict=True))
             for values in product(*(option.auto or () for option in options))
@@ -73,36 +73,36 @@ class Automatic(nn.Module):
 
     @property
     def fixed(self) -> dict[str, float]:
-        """The numbers given for options that accept auto."""
-        given = ((option.name, self._given[option.name]) for option in self.method.options if option.auto)
-        return {name: value for name, value in given if isinstance(value, (int, float))}
+        """Options that accept ``auto`` but were given as numbers, with these numbers."""
+        values = ((option.name, self._given[option.name]) for option in self.method.options if option.auto)
+        return {name: value for name, value in values if isinstance(value, (int, float))}
 
     def build(self, values: Mapping[str, Scalar]) -> Steering:
-        """The steering with these values."""
+        """Return the steering with these values of the automatic options."""
         return self._build({**self._given, **values})
 
     def use(self, steering: Steering) -> None:
-        """Steer so."""
-        self._modules.pop("steering", None)  # torch would refuse a function where a module was
+        """Make ``steering`` the one in use."""
+        self._modules.pop("steering", None)  # torch refuses to replace a module by a plain function
         self.steering = steering
 
     def settle(self, choice: Choice, classifier: Tensor | None = None) -> None:
-        """Steer with the values that were chosen (for these classes) from now on."""
+        """Steer with the chosen values from now on; ``classifier``: the class embeddings that the choice is for."""
         self.use(self.build(choice.values))
         self.choice, self._classes = choice, None if classifier is None else digest_of({"": classifier})
 
     def is_settled(self, classifier: Tensor) -> bool:
-        """Tell whether the choice was made for these classes."""
+        """Return whether the choice was made for these class embeddings."""
         return self.choice is not None and self._classes == digest_of({"": classifier})
 
     @property
     def facts(self) -> dict[str, Scalar]:
-        """Those of the steering, and of the choice."""
+        """Facts of the steering in use and of the choice, for the results."""
         return {**getattr(self.steering, "facts", {}), **({} if self.choice is None else self.choice.facts)}
 
     @property
     def replayable(self) -> bool:
-        """Whether the steering is."""
+        """Whether a GPU may replay the steering in use."""
         return bool(getattr(self.steering, "replayable", False))
 
     def reset(self) -> None:
@@ -111,7 +111,7 @@ class Automatic(nn.Module):
             self.steering.reset()
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor | Move:
-        """Steer ``[batch, d]``. Raises HarnessError while the classes are not known."""
+        """Steer activations ``[batch, d]``. Raises HarnessError while the classes are not known."""
         if self.steering is None:
             raise HarnessError(
                 "auto needs the classes of the data set, but none are known; in Python, load the model with "
@@ -133,13 +133,13 @@ def choose(
     classes: Sequence[str] | None,
     quiet: bool,
 ) -> None:
-    """Choose among the candidates of ``automatic``, or take the choice that was kept, and log it unless ``quiet``.
+    """Choose among the candidates of ``automatic``, or read the stored choice, and log the choice unless ``quiet``.
 
     Args:
-        steer: ``automatic`` with what is around it (a gate).
-        classes: names of the classes, as far as they are known.
+        steer: ``automatic``, inside its gate if there is one.
+        classes: names of the classes, if they are known.
 
-    The others are as for :func:`settle`.
+    The other arguments are those of :func:`settle`.
     """
     path = spec.options["prior"]
     prior = None if path is None else read_prior(str(path), classes, classifier.shape[1])
@@ -176,18 +176,18 @@ def settle(
     prior: Tensor | None = None,
     name: str | None = None,
 ) -> Choice:
-    """Choose among the candidates by the zero-shot classes that they give to images of the gallery.
+    """Choose among the candidates by the zero-shot classes that the gallery's images get under each of them.
 
     Args:
         automatic: the candidates.
         steer: steers activations ``[batch, d]`` of a ``batch`` by the candidate in use.
         model: the open_clip model.
-        site: its last site, or the output.
-        gallery: the images.
-        classifier: ``[embed_dim, classes]``, as clip_benchmark makes it.
-        retriever: what the steering asks about the images at hand.
-        prior: shares of the classes, if known.
-        name: of the progress bar; None: there is none.
+        site: the model's last site, or its output.
+        gallery: the gallery whose images are classified.
+        classifier: class embeddings ``[embed_dim, classes]``, as clip_benchmark makes them.
+        retriever: looks up neighbours of the images, for a steering that needs them.
+        prior: shares of the classes ``[classes]``, if known.
+        name: label of the progress bar; None shows no bar.
     """
     rows = spread(len(gallery), _IMAGES)
     if len(rows) < 2:
@@ -195,13 +195,13 @@ def settle(
                            "hundred")
     embeddings = Activations(gallery.embeddings[CLIP], classifier.device)
     graph = neighbour_graph(torch.cat([embeddings[part] for part in rows.split(_BATCH)]))
-    # The candidates share batches, and with them codes and neighbours.
+    # All candidates use the same batches, so that sparse codes and neighbours are computed once.
     batches = [*gallery_batches(gallery, site.hookpoint, retriever, classifier.device, rows)]
-    # All of them take each batch in turn: many classes come of a few products then.
+    # All candidates steer a batch before the next one: ZeroShot then classifies them by a few matrix products.
     steerings = [automatic.build(values) for values in automatic.candidates]
     automatic.use(steerings[0])
     _check_first(automatic, batches)
-    ways: list[Tensor] = []
+    classes: list[Tensor] = []
     with torch.no_grad(), torch.autocast(classifier.device.type, enabled=False):
         zero_shot = ZeroShot(model, site, classifier.float())
         for x, batch in tqdm(batches, name, unit="batch", disable=None if name else True, leave=False):
@@ -209,18 +209,18 @@ def settle(
             for steering in steerings:
                 automatic.use(steering)
                 steered.append(in_float32(partial(steer, batch=batch), x))
-            ways.append(zero_shot(steered))
-    return choose_by_evidence(automatic.candidates, torch.cat(ways).unbind(1), graph, classifier.shape[1], prior)
+            classes.append(zero_shot(steered))
+    return choose_by_evidence(automatic.candidates, torch.cat(classes).unbind(1), graph, classifier.shape[1], prior)
 
 
 @torch.no_grad()
 def _check_first(automatic: Automatic, batches: Sequence[tuple[Tensor, Batch]]) -> None:
-    """Raise PluginError unless the first candidate, in use, leaves activations as they are."""
+    """Raise PluginError (ModelStringError if an option is fixed) unless the first candidate moves no activation."""
     for x, batch in batches:
         moved = (in_float32(partial(steer, automatic, batch=batch), x) - x).norm(dim=-1)
         if not (moved <= _STILL * x.norm(dim=-1)).all():
             chosen = ", ".join(automatic.candidates[0])
-            told = ", ".join(f"{name}={value:g}" for name, value in automatic.candidates[0].items())
+            values = ", ".join(f"{name}={value:g}" for name, value in automatic.candidates[0].items())
             if fixed := automatic.fixed:
                 raise ModelStringError(
                     f"with {', '.join(f'{name}={value:g}' for name, value in fixed.items())}, method "
@@ -228,31 +228,31 @@ def _check_first(automatic: Automatic, batches: Sequence[tuple[Tensor, Batch]]) 
                     f"model as it is; expected auto for {', '.join(fixed)} too, or numbers for all"
                 )
             raise PluginError(
-                f"method {automatic.method.name!r} moves activations by up to {float(moved.max()):.3g} with {told}; "
+                f"method {automatic.method.name!r} moves activations by up to {float(moved.max()):.3g} with {values}; "
                 "expected that its automatic options, all at their first value, leave activations as they are, since "
                 "auto compares the others with that"
             )
 
 
 def _kept(folder: Path, identity: Mapping[str, Any], classifier: Tensor, make: Callable[[], Choice]) -> Choice:
-    """The choice that was made before with the same ``identity`` and classifier; else it is made, and kept if possible.
+    """Return the choice stored for the same ``identity`` and classifier; else make one and store it if possible.
 
     Args:
-        folder: where choices are kept.
-        identity: plain values that the choice depends on.
-        classifier: the class embeddings, which hold classes and prompts.
-        make: makes the choice.
+        folder: the folder of stored choices.
+        identity: JSON values that the choice depends on.
+        classifier: the class embeddings, which depend on class names and prompts.
+        make: makes a new choice.
     """
     key = json_digest({**identity, "classifier": digest_of({"": classifier})})
     path = folder / f"{key[:32]}.json"
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["sha256"] != json_digest(kept["choice"]):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["sha256"] != json_digest(record["choice"]):
             raise ValueError("it is not what was written")
-        return Choice.from_json(kept["choice"])
-    except (OSError, ValueError, TypeError, AttributeError, LookupError):  # none yet, or no choice: it is made anew
+        return Choice.from_json(record["choice"])
+    except (OSError, ValueError, TypeError, AttributeError, LookupError):  # no file yet, or a damaged one: choose anew
         choice = make()
-    with suppress(OSError):  # in a folder that cannot be written, the choice serves this run only
+    with suppress(OSError):  # where the folder cannot be written, the choice serves this run only
         folder.mkdir(exist_ok=True)
         with atomic_file(path) as scratch:
             written = choice.to_json()
@@ -261,12 +261,12 @@ def _kept(folder: Path, identity: Mapping[str, Any], classifier: Tensor, make: C
 
 
 def read_prior(path: str, classes: Sequence[str] | None = None, count: int | None = None) -> Tensor:
-    """Shares of the classes ``[classes]``, float64 with sum 1, from a JSON file: {class: share}, or a list.
+    """Read shares of the classes ``[classes]``, float64 with sum 1, from a JSON file: {class: share}, or a list.
 
     Args:
-        path: the file.
-        classes: their names in order, as far as they are known.
-        count: their number, as far as it is known.
+        path: the JSON file.
+        classes: names of the classes in order, if they are known.
+        count: number of classes, if it is known.
 
     Raises:
         ModelStringError: the file cannot be read, or does not fit the classes.
@@ -279,18 +279,18 @@ def read_prior(path: str, classes: Sequence[str] | None = None, count: int | Non
         )
 
     try:
-        found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: too deep, or a home folder of nobody
+        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: nested too deeply, or an unknown user's ~
         raise wrong(" ".join(str(error).split())) from None
-    by_name = isinstance(found, dict)
-    shares = list(found.values()) if by_name else found
+    by_name = isinstance(content, dict)
+    shares = list(content.values()) if by_name else content
     if not isinstance(shares, list) or not all(map(_is_share, shares)) or sum(shares) <= 0:
         raise wrong("shares must be numbers of at least 0, not all of them 0")
     if by_name and classes is not None:
-        unknown = sorted(set(found) - set(classes))
+        unknown = sorted(set(content) - set(classes))
         if unknown:
             raise wrong(f"{', '.join(map(repr, unknown[:3]))} is not a class of the data set")
-        shares = [found.get(name, 0) for name in classes]
+        shares = [content.get(name, 0) for name in classes]
     if count is not None and (len(shares) != count or (by_name and classes is None)):
         raise wrong(f"{len(shares)} shares for {count} classes, whose names are {'' if classes else 'not '}known")
     prior = torch.tensor(shares, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Builds what a method declares, and says whose it is where that fails."""
+"""Builds the steering that a method declares; an error names the method and its plugin."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["build", "read_by_all", "whose"]
 
 
 def build(method: Method, context: Context, options: Mapping[str, Scalar | None]) -> Steering:
-    """What a method builds with these options.
+    """Return the steering that a method builds with these options.
 
     Raises:
-        PluginError: its builder failed, or built something else.
+        PluginError: the builder failed, edited a shared tensor, or built no function.
     """
     model, retriever, sae = context.model, context.retriever, context.sae
 
@@ -47,11 +47,11 @@ def build(method: Method, context: Context, options: Mapping[str, Scalar | None]
 
 
 def whose(method: str) -> str:
-    """A method with its plugin, in words."""
+    """Return the name of a method and of its plugin, in words."""
     return f"method {method!r} of {registry().owners.get(method, '?')}"
 
 
 def read_by_all(sae: TopKSAE | None, retriever: Retriever | None, batch: Batch) -> dict[str, Tensor | None]:
-    """The tensors that a method is shown and the framework reads too, by their names in words."""
+    """Return the tensors, by name, that a method is given but must not edit, since the framework reads them too."""
     weights = {} if sae is None else {f"context.sae.{name}": weight for name, weight in sae.named_parameters()}
     return {**weights, **batch.shared(), **({} if retriever is None else retriever.shared(batch))}

@@ -1,4 +1,4 @@
-"""How a model is steered, in words."""
+"""Describes in words how a model is steered."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vs2_plugin.steering.builtin import STRENGTH, strength
 
 __all__ = ["describe", "told"]
 
-#: Each protocol in words.
+#: Protocol of a method on logits -> the images that it sees, in words.
 _SEES = {
     "image": "each image by itself",
     "unlabeled": "unlabeled images of the domain",
@@ -22,11 +22,11 @@ _SEES = {
 
 
 def describe(spec: ModelString, places: Places | None, classifier: Classifier | None) -> str:
-    """Return how a model is steered, a line per fact.
+    """Return a description of how a model is steered, one line per fact.
 
     Args:
         spec: the model string.
-        places: where it is steered; None while that is not known.
+        places: the sites where the model is steered; None while they are not known.
         classifier: the classes, if they are known.
     """
     summaries = [method.summary for method, _ in reversed(spec.methods)]
@@ -37,7 +37,7 @@ def describe(spec: ModelString, places: Places | None, classifier: Classifier | 
 
 
 def told(spec: ModelString, places: Places, classifier: Classifier | None) -> list[tuple[str, str]]:
-    """Return names and values: what is steered where, along which SAE, how strongly and why, for which classes."""
+    """Return the description's facts as names and values: sites, checkpoint and SAE, options and choice, classes."""
     where = "no activations" if spec.method.site == "logits" else " and ".join(str(place.site) for place in places)
     facts = [("steered", where)]
     if spec.reading is not None:
@@ -66,16 +66,16 @@ def _checkpoint(checkpoint: Checkpoint, places: Places) -> str:
 
 
 def _options(spec: ModelString, places: Places) -> str:
-    """Say the options, and what was chosen of those that are automatic."""
+    """Return the options with their values, and the values chosen for automatic ones, in words."""
     options = {name: value for name, value in spec.all_options.items() if value is not None}
-    told = ", ".join(f"{name} = {_word(value)}" for name, value in options.items()) or "none"
+    text = ", ".join(f"{name} = {_word(value)}" for name, value in options.items()) or "none"
     if all(spec.method.option(one.name) is one and one.name in options for one in STRENGTH[:2]):
-        told += f", which is alpha = {strength(float(options['gamma']), float(options['lam']), None):g}"
+        text += f", which is alpha = {strength(float(options['gamma']), float(options['lam']), None):g}"
     last: Place = places[-1]
     if isinstance(last.steering, Automatic):
         choice = last.steering.choice
-        told += "; chosen: " + ("nothing yet, the classes are not known" if choice is None else str(choice))
-    return told
+        text += "; chosen: " + ("nothing yet, the classes are not known" if choice is None else str(choice))
+    return text
 
 
 def _word(value: object) -> str:

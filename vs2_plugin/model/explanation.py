@@ -1,4 +1,4 @@
-"""What steering did to one image: its classes, and what each latent contributed to their change. All in float32."""
+"""Explains what steering did to one image: how its classes changed, and each latent's contribution. All in float32."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ __all__ = [
     "without", "words_of",
 ]  # fmt: skip
 
-#: The built-in method that leaves latents out.
+#: Name of the built-in method that can leave latents out.
 BY_HAND = "latents"
+#: Nearest words shown for each latent.
 _NEAREST = 3
 
 
 class Steered(Protocol):
-    """What is asked of a steered model; ``SteeredCLIP`` is one."""
+    """The attributes of a steered model that this module uses; ``SteeredCLIP`` has them."""
 
     model: ClipModel
     sites: Sites
@@ -52,7 +53,7 @@ class Steered(Protocol):
 @documented
 @dataclass(frozen=True)
 class ClassChange:
-    """One class: probabilities, and the change of its logit."""
+    """One class: its probabilities before and after steering, and the change of its logit."""
 
     name: str
     before: float
@@ -63,32 +64,32 @@ class ClassChange:
 @documented
 @dataclass(frozen=True)
 class Line:
-    """A line of the table of contributions; ``latent`` is None for a sum."""
+    """A line of the table of contributions; ``latent`` is None for a line that is not of one latent."""
 
     name: str
     values: list[float]
-    """What it contributed: to the lead, and to the logit of each shown class."""
+    """Contributions to the lead, and to the logit of each shown class."""
     latent: int | None = None
     activation: float | None = None
     words: tuple[tuple[str, float], ...] = ()
-    """The classes that the latent's direction is nearest to, with their cosines; none before the tower's end."""
+    """The classes nearest to the latent's direction, with their cosines; none before the tower's end."""
 
 
 @documented
 @dataclass(frozen=True)
 class PlaceChange:
-    """What happened at one site."""
+    """The effect of steering at one site."""
 
     site: str
     decision: str
-    """FVU and gate, in words."""
+    """FVU of the activation and the gate's decision, in words."""
     note: str = ""
-    """In place of contributions, why there are none."""
+    """Why there are no contributions, where there are none."""
     shown: str = ""
-    """Which latents are shown."""
+    """Which latents are shown, in words."""
     lines: tuple[Line, ...] = ()
     without: str = ""
-    """The model string that leaves out the latents of the lines; empty where there is none."""
+    """The model string that leaves out the shown latents; empty where there is none."""
 
     def told(self) -> Iterator[str]:
         """Yield the table of contributions as text."""
@@ -106,18 +107,18 @@ class PlaceChange:
 @documented
 @dataclass(frozen=True)
 class Explanation:
-    """What steering did to an image. Its ``repr`` is a table."""
+    """The effect of steering on one image. Its ``repr`` is a table."""
 
     classes: list[ClassChange]
-    """The best before and the best after, by probability after."""
+    """The best classes before and the best after steering, sorted by probability after."""
     lead: str
-    """What the lead is of, in words: the best class after over the best before, or over the next one."""
+    """The two classes of the lead, in words: the best after steering over the best before, or over the second best."""
     places: Sequence[PlaceChange]
-    """Where the tower was steered, in its order."""
+    """The sites where the tower was steered, in the tower's order."""
 
     @property
     def told(self) -> str:
-        """Which class the image had before and has after, in a sentence."""
+        """The image's class before and after steering, in a sentence."""
         before = max(self.classes, key=lambda one: one.before)
         after = max(self.classes, key=lambda one: one.after)
         if before is after:
@@ -147,7 +148,7 @@ class Explanation:
 
 
 def sae_at(place: Place) -> tuple[TopKSAE, Tensor]:
-    """Return the SAE at a place that has one, and its mean activation ``[d]``."""
+    """Return the SAE at a place, and the mean activation ``[d]``. Raises ValueError if the place has no SAE."""
     if place.gate is None:
         raise ValueError(f"no SAE at {place.site}")
     return place.gate.sae, place.gate.mean
@@ -156,15 +157,15 @@ def sae_at(place: Place) -> tuple[TopKSAE, Tensor]:
 def words_of(
     model: Steered, place: Place, latents: Tensor, amounts: Tensor, words: Sequence[str], texts: Tensor
 ) -> list[list[tuple[str, float]]]:
-    """Return the words nearest to latents and their cosines; none before the tower's end.
+    """Return for each latent the nearest words with their cosines; no words before the tower's end.
 
     Args:
         model: the steered model.
-        place: where the latents are.
-        latents: their numbers, int64 ``[m]``.
-        amounts: a usual activation of each, ``[m]``; one of 0 has no words.
-        words: the words.
-        texts: their embeddings ``[words, e]``, of unit norm.
+        place: the place whose SAE has the latents.
+        latents: indices of the latents, int64 ``[m]``.
+        amounts: a usual activation of each latent, ``[m]``; a latent with 0 gets no words.
+        words: the words to choose from.
+        texts: embeddings of the words ``[words, e]``, of unit norm.
     """
     if not model.sites.at_end(place.site):
         return [[] for _ in latents]
@@ -178,8 +179,8 @@ def words_of(
 
 
 def without(spec: ModelString, place: Place, latents: Sequence[int]) -> str:
-    """Return the model string that leaves out latents at a place, where ``spec`` steers along the same SAE; empty for
-    the SAE of PASS, and where ``spec`` chooses latents itself."""
+    """Return the model string that leaves out ``latents`` at a place where ``spec`` steers along the same SAE; empty
+    for the SAE of PASS, without latents, and where ``spec`` chooses latents itself."""
     method = spec.method
     if place.gate is None or method.sae != "plain" or method.name == BY_HAND or not latents:
         return ""
@@ -190,7 +191,7 @@ def without(spec: ModelString, place: Place, latents: Sequence[int]) -> str:
 
 
 def require_explainable(model: ModelString) -> None:
-    """Raise HarnessError for a method that reads the true class, which an image does not tell, or is on logits."""
+    """Raise HarnessError for a method on logits, or one that reads the true class, which an image does not hold."""
     if model.reading is not None:
         inner = f"{model.method.name}:{model.backbone}" if model.outer else f"vs2:{model.backbone}"
         raise HarnessError(
@@ -207,18 +208,18 @@ def require_explainable(model: ModelString) -> None:
 def explain(
     model: Steered, image: Tensor, names: Sequence[str], texts: Tensor, *, top: int = 5, latents: int = 8
 ) -> Explanation:
-    """Return what steering did to an image, latent by latent.
+    """Explain what steering did to an image, latent by latent.
 
     Args:
         model: the steered model.
-        image: ``[1, 3, height, width]``, as preprocessed for the tower.
-        names: the classes.
-        texts: their embeddings ``[classes, e]``, float32, of unit norm.
+        image: ``[1, 3, height, width]``, preprocessed for the tower.
+        names: names of the classes.
+        texts: embeddings of the classes ``[classes, e]``, float32, of unit norm.
         top: classes shown, the best before and the best after.
         latents: latents shown for each site.
 
     Raises:
-        HarnessError: the method needs the image's true class, or there is one class only.
+        HarnessError: the method is on logits or needs the image's true class, or there is one class only.
     """
     require_explainable(model.spec)
     if len(names) < 2:
@@ -242,7 +243,7 @@ def explain(
 
 
 def _logits(embedding: Tensor, texts: Tensor) -> Tensor:
-    """Return the logits ``[batch, classes]`` of embeddings ``[batch, e]``, as clip_benchmark has them."""
+    """Return the logits ``[batch, classes]`` of embeddings ``[batch, e]``, as clip_benchmark computes them."""
     return 100.0 * F.normalize(embedding.float(), dim=-1) @ texts.T
 
 
@@ -256,7 +257,7 @@ def _embeddings(model: Steered, image: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _activations(model: Steered, index: int, image: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the activation ``[1, d]`` at the place ``index`` without and with the steering there.
+    """Return the activation ``[1, d]`` at place number ``index``, without and with the steering there.
 
     Earlier places steer, later ones do not.
     """
@@ -280,7 +281,7 @@ def _at_place(
     texts: Tensor,
     latents: int,
 ) -> PlaceChange:
-    """Return what happened at one site. ``classes``: the two that the lead is between, then those shown."""
+    """Return the effect of steering at one site. ``classes``: the two classes of the lead, then the shown ones."""
     place = model.places[index]
     x, steered = _activations(model, index, image)
     site, decision = str(place.site), _decision(place, x, model.spec.options.get("gate"))
@@ -292,7 +293,7 @@ def _at_place(
         return PlaceChange(site, decision, f"{name} does not steer by a sparse code of its own, so no latents are "
                                            "shown.")
     move, shares = change
-    moves = bool(move.amounts.any())  # REC goes along none
+    moves = bool(move.amounts.any())  # REC moves along no latent
     rank = _columns(shares.latents)[:, 0] if moves else move.activations
     chosen = rank.abs().argsort(descending=True, stable=True)[:latents]
     why = "those that contributed most, up or down, to the lead" if moves else "the strongest; none is amplified"
@@ -305,10 +306,10 @@ def _at_place(
 def _contributions(
     model: Steered, index: int, batch: Batch, x: Tensor, steered: Tensor, texts: Tensor
 ) -> tuple[Movement, Attribution] | None:
-    """Return how the steering at the place ``index`` moves an image along latents, and what that does to its logits.
+    """Return how the steering at place number ``index`` moves an image along latents, and the latents' contributions.
 
-    ``x`` is its activation there ``[1, d]``, ``steered`` the same after the steering; ``texts`` ``[classes, e]`` are
-    the classes whose logits are meant. None for a method that has no sparse code.
+    ``x`` and ``steered`` are the image's activation there ``[1, d]`` before and after the steering, ``texts`` the
+    embeddings ``[classes, e]`` of the classes whose logits are explained. None for a method without a sparse code.
     """
     place = model.places[index]
     with torch.no_grad():
@@ -323,7 +324,7 @@ def _contributions(
 
 
 def _columns(values: Tensor) -> Tensor:
-    """Return contributions ``[..., 2 + shown]`` to logits as those to the lead and to the classes shown."""
+    """Return contributions to logits ``[..., 2 + shown]`` as contributions to the lead and to the shown classes."""
     return torch.cat([values[..., :1] - values[..., 1:2], values[..., 2:]], dim=-1)
 
 
@@ -342,7 +343,7 @@ def _lines(
 
 
 def _decision(place: Place, x: Tensor, q: object) -> str:
-    """Return FVU and gate in words."""
+    """Return the FVU of ``x`` ``[1, d]`` and the gate's decision in words; ``q`` is the gate's quantile."""
     if place.gate is None or place.facts is None:
         return "no SAE here, so there is neither FVU nor gate"
     sae, mean = sae_at(place)

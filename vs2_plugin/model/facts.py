@@ -1,4 +1,4 @@
-"""What a method says of itself in the results, under names with ``vs2_`` before them: only what fits there."""
+"""Facts that a method reports of itself in the results, as ``vs2_NAME``; those that do not fit there are rejected."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _LONGEST = 10_000
 
 
 def facts_of(steering: object) -> tuple[dict[str, Scalar], list[str]]:
-    """Return what a steering says of itself as far as it fits into results, and what is wrong with the rest.
+    """Return the facts of a steering that fit into results, and a description of the problem for each other one.
 
-    Its ``facts`` may be computed whenever they are asked for, so that they may be wrong at the end only.
+    ``steering.facts`` may be a property, computed at each access, so a problem may appear only after the evaluation.
     """
     try:
-        told = dict(getattr(steering, "facts", {}))
+        facts = dict(getattr(steering, "facts", {}))
     except Exception as error:
         return {}, [f"facts that cannot be read ({reason_of(error)}); expected a mapping of names to values"]
-    problems = {name: problem for name, value in told.items() if (problem := _problem(name, value))}
-    return {name: value for name, value in told.items() if name not in problems}, list(problems.values())
+    problems = {name: problem for name, value in facts.items() if (problem := _problem(name, value))}
+    return {name: value for name, value in facts.items() if name not in problems}, list(problems.values())
 
 
 def _problem(name: object, value: object) -> str | None:
-    """Return in words why that cannot stand in results."""
+    """Return why a fact does not fit into results, in words; None if it fits."""
     if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,99}", name):
         return f"a fact named {reprlib.repr(name)}; expected lower-case letters, digits and '_'"
     if name in TOLD_OF_ALL:

@@ -1,4 +1,4 @@
-"""What steered models are made of: SAEs, galleries and retrievers of checkpoints."""
+"""Parts of steered models, opened from a checkpoint: SAEs, galleries and retrievers."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ T = TypeVar("T")
 def find_checkpoint(
     spec: ModelString, store: Store, pretrained: str, dataset: str, home: str = ""
 ) -> Checkpoint | None:
-    """The checkpoint of a model string: the one that it names, else that of the data set. None: it needs none.
+    """Return the checkpoint that a model string names, else the data set's; None for a method that needs no checkpoint.
 
-    The others are as for :meth:`Store.find_for`, and so are the errors.
+    The other arguments and the errors are those of :meth:`Store.find_for`.
     """
     if not spec.needs_checkpoint:
         return None
@@ -42,10 +42,10 @@ def find_checkpoint(
 
 
 def require(checkpoint: Checkpoint, spec: ModelString) -> list[SiteSAE]:
-    """The SAEs of a checkpoint along which a model string steers.
+    """Return the SAEs of a checkpoint along which a model string steers.
 
     Raises:
-        CheckpointError: it lacks one of them, or what its methods look up in a gallery.
+        CheckpointError: the checkpoint lacks one of these SAEs, or the gallery that a method or ``auto`` reads.
     """
     method, options, reading = spec.method, spec.options, spec.reading
     if method.gallery == "neighbours":
@@ -60,7 +60,7 @@ def require(checkpoint: Checkpoint, spec: ModelString) -> list[SiteSAE]:
 
 
 class Parts:
-    """The parts of steered models of one tower. Each is opened once, however many models ask for it."""
+    """The parts of steered models that share one tower. Each part is opened once, however many models use it."""
 
     def __init__(self, model: ClipModel, sites: Sites, tower: Tower | None = None) -> None:
         self.model, self.sites, self.tower = model, sites, tower
@@ -68,14 +68,14 @@ class Parts:
         self._opened: dict[Hashable, Any] = {}
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The result of ``make()``, which is called once for each key."""
+        """Return the result of ``make()``, which is called only at the first use of ``key``."""
         if key not in self._opened:
             self._opened[key] = make()
         part: T = self._opened[key]
         return part
 
     def sae(self, checkpoint: Checkpoint, facts: SiteSAE) -> tuple[TopKSAE, Tensor]:
-        """An SAE of a checkpoint with its mean ``[d]``, on the model's device."""
+        """Return an SAE of a checkpoint and the mean activation ``[d]`` at its site, on the model's device."""
 
         def load() -> tuple[TopKSAE, Tensor]:
             sae, mean = checkpoint.sae(facts)
@@ -84,11 +84,11 @@ class Parts:
         return self.once(("sae", checkpoint.folder, facts.folder), load)
 
     def gallery(self, checkpoint: Checkpoint) -> Gallery:
-        """The gallery of a checkpoint."""
+        """Return the gallery of a checkpoint, with arrays that cannot be written to."""
 
         def opened() -> Gallery:
             gallery = checkpoint.open_gallery()
-            for array in (gallery.digests, gallery.labels):  # the others are memory maps for reading
+            for array in (gallery.digests, gallery.labels):  # the other arrays are read-only memory maps
                 if array is not None:
                     array.setflags(write=False)
             return gallery
@@ -96,7 +96,7 @@ class Parts:
         return self.once(("gallery", checkpoint.folder), opened)
 
     def retriever(self, checkpoint: Checkpoint, spec: ModelString) -> Retriever | None:
-        """The retriever of a method with a gallery, which is there: see :func:`require`."""
+        """Return the retriever of a method with a gallery, else None. :func:`require` has checked that gallery."""
         method, options = spec.method, spec.options
         if method.gallery == "none" or method.site == "logits":
             return None
@@ -109,12 +109,12 @@ class Parts:
         gallery, name, folder = self.gallery(checkpoint), options["encoder"], checkpoint.folder
         encode = None
         if name != CLIP:
-            known = gallery.encoders[name]
+            record = gallery.encoders[name]
             assert self.tower is not None
             preprocessing = self.tower.preprocessing
             encode = self.once(
                 ("encoder", folder, name),
-                lambda: load_encoder(name, known.weights, preprocessing, self.device, known),
+                lambda: load_encoder(name, record.weights, preprocessing, self.device, record),
             )
         file, kind = index_file(checkpoint.gallery_folder, name), options["search"]
         search = self.once(

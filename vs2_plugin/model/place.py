@@ -1,4 +1,4 @@
-"""One site at which a model is steered, and by what."""
+"""One site at which a model is steered, with the steering, gate and retriever there."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ __all__ = ["Current", "Place"]
 
 
 class Current:
-    """The batch that a tower is running on, and whose turn it is: threads that call a model wait for each other. One
-    object is shared by a model and its places, also in a copy of both."""
+    """The batch that a tower is running on, and the lock by which threads that call a model wait for each other. One
+    object is shared by a model and its places; a copy of the model shares another one with its own places."""
 
     def __init__(self) -> None:
         self.turn = RLock()
@@ -36,7 +36,7 @@ class Current:
 
     @property
     def batch(self) -> Batch | None:
-        """The batch; None in a thread that runs the tower by itself meanwhile."""
+        """The batch; None in another thread, which runs the tower at the same time without :meth:`running`."""
         return self._batch if torch.compiler.is_compiling() or self._thread == get_ident() else None
 
     @batch.setter
@@ -47,7 +47,7 @@ class Current:
 
     @contextmanager
     def running(self, batch: Batch) -> Iterator[None]:
-        """Within the block, the tower runs on these images."""
+        """Make ``batch`` the current batch within a ``with`` block that runs the tower on its images."""
         self.batch = batch
         try:
             yield
@@ -72,45 +72,45 @@ class Place(nn.Module):
         current: Current,
     ) -> None:
         super().__init__()
-        #: Of the method.
+        #: Name of the method.
         self.name = name
         self.site = site
         self.retriever = retriever
-        #: What the checkpoint tells of the SAE there, if the method steers along one.
+        #: The checkpoint's record of the SAE here, if the method steers along one.
         self.facts = facts
         #: The method's own steering, without the gate.
         self.steering = steering
-        #: Around it, where there is an SAE. It holds the SAE and its mean.
+        #: The gate around the steering, where there is an SAE. It holds the SAE and the mean activation.
         self.gate = gate
         self.current = current
-        #: Of the first place, at the tower's end: the model, whose plain embedding is what the rest of the tower makes
-        #: of the activation here. In a tuple: the model is no part of its own steering.
+        #: At the first place, if it is at the tower's end: the model, whose plain embedding the rest of the tower then
+        #: computes from the activation here. In a tuple, so that the model is no submodule of its own steering.
         self.shows: tuple[ClipModel, ...] = ()
         self._tally = Tally()
 
     @property
     def of_sae(self) -> dict[str, Scalar]:
-        """What tells the SAE here from others, for the results; empty where there is none."""
+        """Figures that identify the SAE here in the results; empty where there is none."""
         if self.gate is None:
             return {}
         config, trained = self.gate.sae.config, {} if self.facts is None else self.facts.training
         facts: dict[str, Scalar] = {"k": config.k, "latents": config.num_latents}
         facts["expansion"] = round(config.num_latents / config.d_in, 3)
-        told = {"seed": trained.get("seed"), "pass_weight": trained.get("pass_weight") or None}
-        return facts | {name: value for name, value in told.items() if value is not None}
+        training = {"seed": trained.get("seed"), "pass_weight": trained.get("pass_weight") or None}
+        return facts | {name: value for name, value in training.items() if value is not None}
 
     def steer(self, x: Tensor, batch: Batch, wait: bool = True) -> Tensor:
-        """The steered activations ``[batch, d]``, float32, of the images at hand.
+        """Return the activations ``[batch, d]`` of a batch of images, float32, steered where the gate is open.
 
         Raises:
-            PluginError: they are no such activations; or not finite though x is, and accuracy would be computed of
-                them all the same; or the method edited what is not its own. Without ``wait``, a GPU is not waited for,
-                and :meth:`require_finite` tells of activations that are not finite.
+            PluginError: the method returned something else, or activations that are not finite though x is, or edited
+                a tensor that is not its own. Without ``wait``, a GPU is not waited for: :meth:`require_finite` then
+                raises the error for activations that are not finite.
         """
         return self._checked(self.gate or partial(steer, self.steering), x, batch, wait)
 
     def steer_all(self, x: Tensor, batch: Batch) -> Tensor:
-        """The same without the gate."""
+        """Return the activations ``[batch, d]`` steered without the gate, otherwise as :meth:`steer` does."""
         return self._checked(partial(steer, self.steering), x, batch, True)
 
     def _checked(self, steer: Callable[[Tensor, Batch], Tensor], x: Tensor, batch: Batch, wait: bool) -> Tensor:
@@ -127,9 +127,9 @@ class Place(nn.Module):
         return steered
 
     def require_finite(self) -> None:
-        """Raise PluginError if activations that were finite have been steered to others since :meth:`reset`.
+        """Raise PluginError if finite activations were steered to NaN or infinity since :meth:`reset`.
 
-        It is for those that :meth:`steer` did not wait for.
+        This checks the batches for which :meth:`steer` did not wait for the GPU.
         """
         means = self._tally.means()
         if means and not math.isfinite(means["steered"]) and math.isfinite(means["given"]):
@@ -148,25 +148,25 @@ class Place(nn.Module):
 
     @property
     def whose(self) -> str:
-        """The method with its plugin, in words."""
+        """Name of the method and of its plugin, in words."""
         return whose(self.name)
 
     def move(self, x: Tensor, batch: Batch) -> Move | None:
-        """How the method moves ``[batch, d]`` along latents, without the gate; None for a method that tells no move."""
+        """Return the method's move of activations ``[batch, d]``, without the gate; None if it does not return one."""
         moved = call(self.steering, x, batch)
         return moved if isinstance(moved, Move) else None
 
     @property
     def replayable(self) -> bool:
-        """Whether a GPU can be told once for all batches what is done here: it tells nothing of each image, and the
-        steering has an attribute ``replayable``, since it does the same with all, and asks nothing but the GPU."""
-        told = self.gate is not None and self.gate.recording
-        return bool(getattr(self.steering, "replayable", False)) and not told
+        """Whether a GPU may replay the work of this place for every batch: the gate records no images, and the steering
+        has a true attribute ``replayable``, which says that its work is the same for all batches and needs no CPU."""
+        records_images = self.gate is not None and self.gate.recording
+        return bool(getattr(self.steering, "replayable", False)) and not records_images
 
     def forward(self, x: Tensor) -> Tensor:
-        """Steer ``[batch, d]`` in the tower that is running."""
+        """Steer activations ``[batch, d]`` in the tower that is running."""
         batch = self.current.batch
-        if batch is None:  # the tower runs by itself
+        if batch is None:  # the tower runs outside of encode_image
             return self.steer(x, Batch(), wait=False)
         if self.shows and batch.embed is None:
             batch.embed = lambda: embedding_from(self.shows[0], self.site, x)
@@ -174,5 +174,5 @@ class Place(nn.Module):
 
 
 def _is_finite(x: Tensor) -> bool:
-    """Whether all numbers are. A sum that is tells so in a twentieth of the time."""
+    """Return whether all numbers are finite. The sum is tried first: if finite, it takes a twentieth of the time."""
     return bool(x.sum().isfinite() or x.isfinite().all())

@@ -1,4 +1,4 @@
-"""Where a model is steered and by what: put together from a model string, a checkpoint and a tower."""
+"""The places where a model is steered, built from a model string, a checkpoint and a tower."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Places(Sequence[Place]):
-    """Where one model is steered, in the order of the tower."""
+    """The places where one model is steered, in the order of the tower."""
 
     def __init__(
         self,
@@ -49,11 +49,11 @@ class Places(Sequence[Place]):
         self.spec, self.checkpoint, self.task, self.retriever = spec, checkpoint, task, retriever
         self._places = tuple(places)
         self._model = (parts.model,)
-        #: Whether steering begins before the tower's end. The plain embedding then takes a run of its own.
+        #: Whether steering begins before the tower's end. The plain embedding then needs a forward pass of its own.
         self.inside = not parts.sites.at_end(places[0].site)
         if not self.inside:
             places[0].shows = self._model
-        #: The method on logits that reads what comes out of the tower, if there is one.
+        #: The method on logits that reads the tower's embeddings as classes, if there is one.
         self.readout = self._readout(parts)
         self._declared = self._describe()
         self._require_facts()
@@ -69,19 +69,19 @@ class Places(Sequence[Place]):
 
     @property
     def gates(self) -> list[Gate]:
-        """The gates; none for a method that steers along no SAE."""
+        """The gates of all places; none for a method that steers along no SAE."""
         return [place.gate for place in self if place.gate is not None]
 
     @cached_property
     def transductive(self) -> bool:
-        """Whether images that are evaluated were trained on, as far as that is known."""
+        """Whether the checkpoint was trained on images that are evaluated, as far as that is known."""
         if self.checkpoint is None:
             return False
         return self.checkpoint.transductive or self.checkpoint.data.holds(self.task.folder if self.task else "")
 
     @property
     def _split(self) -> str | None:
-        """The split under evaluation, unless it is the usual one."""
+        """The split under evaluation; None for the usual one, ``test``."""
         return None if self.task is None or self.task.split == "test" else self.task.split
 
     def _describe(self) -> dict[str, Scalar]:
@@ -93,7 +93,7 @@ class Places(Sequence[Place]):
             "protocol": widest([self.spec.protocol, "transductive" if self.transductive else "image"]),
         }
         facts |= {name: value for name, value in {"split": self._split, **options}.items() if value is not None}
-        if "labels" in facts:  # the word also says which labels were used at all, just below
+        if "labels" in facts:  # "labels" below says which labels were used at all
             facts["neighbour_labels"] = facts.pop("labels")
         used = [self.spec.labels_used, *(place.facts.labels for place in self if place.facts is not None)]
         if checkpoint is not None:
@@ -105,30 +105,30 @@ class Places(Sequence[Place]):
             warnings = [f"{place.site}: {place.facts.warning}" for place in self if place.facts and place.facts.warning]
             facts |= {"sae_warning": "; ".join(warnings)} if warnings else {}
         of_sae = next((place.of_sae for place in reversed(self) if place.gate is not None), {})
-        facts = {**facts, **of_sae, **facts}  # an option of that name stays
+        facts = {**facts, **of_sae, **facts}  # an option of the same name takes precedence
         facts["labels"] = max(used, key=LABELS_USED.index)
         return facts
 
     def results(self) -> dict[str, Scalar]:
-        """The metrics that describe the steering: flat scalars.
+        """Return the metrics that describe the steering, as flat scalars.
 
         ``vs2_coverage`` and ``vs2_mean_fvu`` are of the images seen since :meth:`reset`, at the last of several sites.
 
         Raises:
-            PluginError: a GPU, which is not waited for sooner, steered to what is not finite.
+            PluginError: the method steered to NaN or infinity on a GPU, which is checked only here.
         """
         for place in self:
             place.require_finite()
         last = self[-1]
-        told, problems = facts_of(last.steering)
-        for problem in problems:  # an evaluation is not lost for it
+        facts, problems = facts_of(last.steering)
+        for problem in problems:  # no reason to lose an evaluation
             _LOG.warning("%s has %s; it is left out of the results", last.whose, problem)
-        seen = {**told, **({} if last.gate is None else last.gate.facts)}
+        seen = {**facts, **({} if last.gate is None else last.gate.facts)}
         seen |= {} if self.readout is None else self.readout.facts
         return {f"vs2_{name}": value for name, value in {**self._declared, **seen}.items()}
 
     def _require_facts(self) -> None:
-        """Raise PluginError where a method says of itself what cannot stand in results."""
+        """Raise PluginError if a method reports a fact that does not fit into results."""
         for place in self:
             for problem in facts_of(place.steering)[1]:
                 raise PluginError(f"{place.whose} has {problem}")
@@ -141,12 +141,12 @@ class Places(Sequence[Place]):
             self.readout.start()
 
     def set_classifier(self, classifier: Tensor, quiet: bool = False) -> None:
-        """Tell the zero-shot classifier ``[embed_dim, classes]``. Options that are ``auto`` are chosen by it."""
+        """Set the zero-shot classifier ``[embed_dim, classes]``, and choose options that are ``auto`` by it."""
         if self.retriever is not None:
             self.retriever.set_classifier(classifier)
         classifier = classifier.detach()
         for place in self:
-            # A sweep tells them twice; the steering keeps what it has seen in between.
+            # A sweep sets the classifier twice; a settled steering stays, with the images that it has seen in between.
             if isinstance(place.steering, Automatic) and not place.steering.is_settled(classifier):
                 self._choose(place, place.steering, classifier, quiet)
         if self.readout is not None:
@@ -154,7 +154,7 @@ class Places(Sequence[Place]):
         self._require_facts()
 
     def _choose(self, place: Place, automatic: Automatic, classifier: Tensor, quiet: bool) -> None:
-        assert self.checkpoint is not None  # its gallery tells: a method without a checkpoint has no automatic option
+        assert self.checkpoint is not None  # a method without a checkpoint has no automatic option
         gated = self.spec.options.get("gate") is not None
         choose(
             automatic,
@@ -169,13 +169,13 @@ class Places(Sequence[Place]):
             quiet,
         )
         if gated and place.gate is not None:
-            place.gate.reset()  # it saw the gallery
+            place.gate.reset()  # its figures so far are of the gallery's images
 
     def _readout(self, parts: Parts) -> Readout | None:
-        """The method on logits.
+        """Return the method on logits; None if there is none.
 
         Raises:
-            ModelStringError: it learns from steered images, of which the gallery holds too little.
+            ModelStringError: the method learns from steered images, but the gallery lacks the activations to steer.
         """
         reading = self.spec.reading
         if reading is None:
@@ -183,7 +183,7 @@ class Places(Sequence[Place]):
         context = partial(Context, parts.model, "logits", parts.sites.output.width, task=deepcopy(self.task))
         if reading.protocol != "unlabeled":
             return Readout(reading, context, None)
-        assert self.checkpoint is not None  # it needs one
+        assert self.checkpoint is not None  # a method that learns from unlabeled images needs one
         gallery = parts.gallery(self.checkpoint)
         if self.spec.outer is None:
             return Readout(reading, context, partial(plain_gallery, gallery, parts.device))
@@ -196,19 +196,19 @@ class Places(Sequence[Place]):
         return Readout(reading, context, partial(steered_gallery, gallery, parts.model, self[0]))
 
     def per_image(self) -> dict[str, Tensor]:
-        """What gates made of each image while they were recording: ``fvu`` at the last site, ``steered`` at any."""
-        told = [gate.per_image() for gate in self.gates if gate.recording]
-        return {**told[-1], "steered": torch.stack([one["steered"] for one in told]).any(0)} if told else {}
+        """Return what recording gates know of each image: ``fvu`` at the last site, and ``steered`` at any site."""
+        records = [gate.per_image() for gate in self.gates if gate.recording]
+        return {**records[-1], "steered": torch.stack([one["steered"] for one in records]).any(0)} if records else {}
 
 
 def build_places(
     spec: ModelString, checkpoint: Checkpoint | None, task: Task | None, parts: Parts, current: Current
 ) -> Places:
-    """Build the steerings of a model string. The tower itself is not touched.
+    """Build the places of a model string with their steerings. The tower itself is not changed.
 
     Raises:
-        CheckpointError: the checkpoint is of another tower, or lacks something.
-        ModelStringError: options that do not go with the sites.
+        CheckpointError: the checkpoint is of another tower, or lacks an SAE or a gallery.
+        ModelStringError: options that cannot be used at the sites.
         PluginError: the method could not be built.
     """
     retriever, saes = None, []
@@ -226,7 +226,7 @@ def build_places(
 def _sites(
     spec: ModelString, checkpoint: Checkpoint | None, saes: Sequence[SiteSAE], sites: Sites
 ) -> list[tuple[Site, SiteSAE | None]]:
-    """Where to steer, with the SAE there, if the method steers along one."""
+    """Return the sites to steer at, each with the checkpoint's record of its SAE, if the method steers along one."""
     if spec.method.site in ("output", "logits"):
         return [(sites.output, None)]
     if checkpoint is None or not saes:
@@ -243,7 +243,7 @@ def _sites(
 
 
 def _require_end(spec: ModelString, chosen: Sequence[Site], sites: Sites) -> None:
-    """Refuse to choose further in: of the gallery's images, only the activations are known."""
+    """Raise ModelStringError for ``auto`` before the tower's end: the gallery holds activations, not images."""
     automatic = spec.method.automatic(spec.options)
     if automatic and not all(map(sites.at_end, chosen)):
         names = ", ".join(option.name for option in automatic)
@@ -264,15 +264,15 @@ def _place(
     current: Current,
 ) -> Place:
     given = (site.hookpoint, site.width)
-    task = deepcopy(task)  # a plugin's own, as the mean and the quantiles: it may do with them as it likes
+    task = deepcopy(task)  # the plugin gets copies, also of mean and quantiles, which it may edit
     if facts is None or checkpoint is None:
         context = Context(parts.model, *given, task=task, retriever=retriever)
         steering = as_it_is if spec.method.site == "logits" else _steering(spec, context)
         return Place(spec.method.name, site, None, steering, None, retriever, current)
     sae, mean = parts.sae(checkpoint, facts)
     if facts.warning:
-        told = f"checkpoint {checkpoint.name!r}: the SAE at {site} is useless: {facts.warning}; {RETRAIN}"
-        parts.once(("warning", checkpoint.folder, facts.folder), lambda: _LOG.warning("%s", told))
+        warning = f"checkpoint {checkpoint.name!r}: the SAE at {site} is useless: {facts.warning}; {RETRAIN}"
+        parts.once(("warning", checkpoint.folder, facts.folder), lambda: _LOG.warning("%s", warning))
     shared: dict[str, Any] = parts.once(("shared", checkpoint.folder, facts.folder), dict)
     context = Context(parts.model, *given, sae, mean.clone(), dict(facts.fvu_quantiles), task, retriever, shared)
     steering, q = _steering(spec, context), spec.options["gate"]
@@ -281,7 +281,7 @@ def _place(
 
 
 def as_it_is(x: Tensor, batch: Batch) -> Tensor:
-    """What a method on logits does to activations: nothing."""
+    """Return activations unchanged: the steering of a method on logits."""
     return x
 
 
@@ -291,5 +291,5 @@ as_it_is.replayable = True  # type: ignore[attr-defined]
 def _steering(spec: ModelString, context: Context) -> Steering:
     options = {option.name: spec.options[option.name] for option in spec.method.options}
     if spec.method.automatic(options):
-        return Automatic(spec.method, partial(build, spec.method, context), options)  # no closure: it can be pickled
+        return Automatic(spec.method, partial(build, spec.method, context), options)  # no closure, to be picklable
     return build(spec.method, context, options)

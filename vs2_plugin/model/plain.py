@@ -1,4 +1,4 @@
-"""The plain model's embedding of the images that a steered model encodes."""
+"""Computes the plain model's embedding of the images that a steered model encodes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["PlainEmbedding"]
 class PlainEmbedding:
     """The plain model's embedding of each batch that a steered model encodes, bit for bit.
 
-    Where the first edit is at the tower's end, what is left of the tower runs on the activation there. Whether that
-    gives the same bits as the whole tower, the first batch of each shape tells. Where it does not, and with an edit
-    further in, the whole tower runs once more.
+    Where the first edit is at the tower's end, only the rest of the tower runs on the activation kept there. The first
+    batch of each shape shows whether this gives the same bits as the whole tower. If not, or if an edit is further in,
+    the whole tower runs once more.
     """
 
     def __init__(self, model: ClipModel, edits: Sequence[Edit], inside: bool) -> None:
@@ -28,7 +28,7 @@ class PlainEmbedding:
         edits[0].keeping = not inside
 
     def of(self, image: Tensor) -> Tensor:
-        """The plain embedding ``[batch, embed_dim]`` of the batch just encoded."""
+        """Return the plain embedding ``[batch, embed_dim]`` of the images that were just encoded."""
         before = self._edits[0].before
         quick = None if self._inside or before is None else finish(self._model, self._edits[0].site, before)
         if quick is not None and self._exact.get(image.shape):
@@ -39,5 +39,5 @@ class PlainEmbedding:
         return plain
 
     def stop(self) -> None:
-        """Keep no more activations."""
+        """Stop keeping activations, and drop the kept one."""
         self._edits[0].keeping, self._edits[0].before = False, None

@@ -1,4 +1,4 @@
-"""What a steered model makes of images: the probabilities of named classes, with steering and without it."""
+"""Predictions of a steered model: the probabilities of named classes for images, with steering and without it."""
 
 from __future__ import annotations
 
@@ -31,60 +31,60 @@ __all__ = [
 ]  # fmt: skip
 
 _LOG = logging.getLogger(__name__)
-#: What can be classified: a picture, a file, a folder, a list of pictures or files, or preprocessed images
+#: Images to classify: a picture, a file, a folder, a list of pictures or files, or preprocessed images
 #: ``[batch, 3, h, w]``.
 Images = Image.Image | str | Path | Sequence[Image.Image | str | Path | Tensor | np.ndarray] | Tensor | np.ndarray
-#: One of them.
+#: One image to classify or explain.
 OneImage = Image.Image | str | Path | Tensor | np.ndarray
 _EXPECTED = "expected a PIL image, a path, a list of these, or preprocessed images [batch, 3, height, width]"
-#: Lines that a repr shows.
+#: Images that a repr shows.
 _SHOWN = 10
 #: Names that a warning shows.
 _NAMED = 3
-#: How far from 1 the norm of a class embedding may be: bfloat16 has three digits.
+#: Accepted distance of a class embedding's norm from 1: bfloat16 has three digits.
 _UNIT = 0.05
 
 
 def class_names(names: Sequence[str], what: str = "classes") -> tuple[str, ...]:
-    """Return the names of classes, checked.
+    """Return the names of classes, checked and without surrounding spaces.
 
     Args:
-        names: theirs.
-        what: what the names were given by, for the error.
+        names: the names.
+        what: the option or argument that the names come from, for the error message.
 
     Raises:
-        SettingError: they are no list of at least two names, or one stands there twice.
+        SettingError: not a list of at least two names, an empty name, or a name that is given twice.
     """
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise SettingError(f"{what} is {names!r:.80}; expected a list of names, such as ['cat', 'dog']")
-    found = tuple(name.strip() for name in names)
-    if "" in found:
-        raise SettingError(f"{what}: name number {found.index('') + 1} is empty; expected one name per class")
-    twice = next((name for number, name in enumerate(found) if name in found[:number]), None)
+    stripped = tuple(name.strip() for name in names)
+    if "" in stripped:
+        raise SettingError(f"{what}: name number {stripped.index('') + 1} is empty; expected one name per class")
+    twice = next((name for number, name in enumerate(stripped) if name in stripped[:number]), None)
     if twice is not None:
         raise SettingError(f"{what}: {twice!r} is given twice; expected each class once")
-    if len(found) < 2:
-        told = f"{found[0]!r} alone" if found else "none"
-        raise SettingError(f"{what}: {told}; expected at least two, since probabilities compare classes")
-    return found
+    if len(stripped) < 2:
+        problem = f"{stripped[0]!r} alone" if stripped else "none"
+        raise SettingError(f"{what}: {problem}; expected at least two, since probabilities compare classes")
+    return stripped
 
 
 def prompts_of(prompts: Sequence[str] | str | None) -> tuple[str, ...]:
     """Return prompts with ``{c}`` for the class name, as clip_benchmark fills them in.
 
     Args:
-        prompts: with ``{}`` or ``{c}`` each; by default CLIP's usual one.
+        prompts: one or several prompts, each with ``{}`` or ``{c}``; None stands for CLIP's usual prompt.
 
     Raises:
-        SettingError: there are none, or one has no place for the class name.
+        SettingError: an empty list, or a prompt without a place for the class name.
 
     >>> prompts_of(["a sketch of a {}"])
     ('a sketch of a {c}',)
     """
-    given = [PROMPT] if prompts is None else [prompts] if isinstance(prompts, str) else list(prompts)
-    if not given:
+    templates = [PROMPT] if prompts is None else [prompts] if isinstance(prompts, str) else list(prompts)
+    if not templates:
         raise SettingError("prompts: none; expected at least one, such as 'a photo of a {c}'")
-    return tuple(map(_prompt, given))
+    return tuple(map(_prompt, templates))
 
 
 def _prompt(text: object) -> str:
@@ -102,11 +102,11 @@ class Classifier:
     """A zero-shot classifier."""
 
     names: tuple[str, ...]
-    """Of the classes."""
+    """Names of the classes."""
     weights: Tensor
-    """``[embed_dim, classes]``, on the model's device."""
+    """Class embeddings ``[embed_dim, classes]``, on the model's device."""
     prompts: tuple[str, ...] = ()
-    """With ``{c}`` for the class name; none where they are not known."""
+    """The prompts, with ``{c}`` for the class name; empty where they are not known."""
     amp: bool = True
     """Whether images are classified under autocast, as the classes were embedded."""
 
@@ -114,10 +114,10 @@ class Classifier:
     def of(
         cls, model: Any, tokenizer: Any, names: Sequence[str], prompts: Sequence[str] | str | None, amp: bool
     ) -> Classifier:
-        """Make one of class names and prompts, by clip_benchmark's own function.
+        """Build a classifier from class names and prompts, by clip_benchmark's own function.
 
         Raises:
-            SettingError: names or prompts that cannot be used.
+            SettingError: class names or prompts that cannot be used.
         """
         classes, templates = class_names(names), prompts_of(prompts)
         device = next(model.parameters()).device.type
@@ -128,15 +128,15 @@ class Classifier:
 
     @classmethod
     def unnamed(cls, weights: Tensor, amp: bool = True) -> Classifier:
-        """One whose classes have numbers for names."""
+        """Build a classifier from class embeddings; its classes are named by their numbers."""
         if ((weights.float().norm(dim=0) - 1).abs() > _UNIT).any():
             _LOG.warning("class embeddings are not of unit norm, as clip_benchmark's are: accuracies will differ")
         return cls(tuple(map(str, range(weights.shape[-1]))), weights, (), amp)
 
 
 def warn_of_equals(names: Sequence[str], weights: Tensor) -> None:
-    """Warn of classes whose embeddings are equal, as they are for names that differ in capital letters, and for words
-    that are all new to the tokenizer."""
+    """Warn of classes whose embeddings are equal, such as names that differ only in capital letters, or words that the
+    tokenizer does not know."""
     equals: dict[bytes, list[str]] = {}
     for name, column in zip(names, weights.T.float().cpu().numpy(), strict=True):
         equals.setdefault(column.tobytes(), []).append(name)
@@ -151,36 +151,36 @@ def warn_of_equals(names: Sequence[str], weights: Tensor) -> None:
 @documented
 @dataclass(frozen=True, eq=False, repr=False)
 class Predictions:
-    """What a model makes of some images. All tensors are on the CPU.
+    """Predictions of a model for some images. All tensors are on the CPU.
 
-    >>> found = Predictions(("cat", "dog"), torch.tensor([[3.0, 1]]), torch.tensor([[1.0, 2]]),
-    ...                     torch.tensor([0.25]), torch.tensor([True]), ("a.jpg",))
-    >>> found.names, found.changed.tolist(), found.top(1)
+    >>> result = Predictions(("cat", "dog"), torch.tensor([[3.0, 1]]), torch.tensor([[1.0, 2]]),
+    ...                      torch.tensor([0.25]), torch.tensor([True]), ("a.jpg",))
+    >>> result.names, result.changed.tolist(), result.top(1)
     (['cat'], [True], [[('cat', 0.8807970285415649)]])
-    >>> found
+    >>> result
     1 image, 2 classes; steering changed 1
       a.jpg: cat 88.1 %, without steering dog 73.1 %; FVU 0.250
     """
 
     classes: tuple[str, ...]
-    """Their names, in the order of the columns."""
+    """Names of the classes, in the order of the columns of ``logits``."""
     logits: Tensor
-    """100 times the cosines, as clip_benchmark has them: float32 ``[images, classes]``."""
+    """Logits, 100 times the cosines unless a method on logits gives them: float32 ``[images, classes]``."""
     plain_logits: Tensor
-    """Those of the model without steering, bit for bit."""
+    """Logits of the model without steering, bit for bit: float32 ``[images, classes]``."""
     fvu: Tensor
-    """The share of variance that the SAE leaves unexplained: float32 ``[images]``; NaN without an SAE."""
+    """FVU, the share of variance that the SAE leaves unexplained: float32 ``[images]``; NaN without an SAE."""
     steered: Tensor
     """Whether the gate let the image be steered: bool ``[images]``."""
     images: tuple[str, ...] = ()
-    """What the images are called: their paths, or numbers."""
+    """Names of the images: their paths, or numbers."""
 
     def __len__(self) -> int:
         return len(self.logits)
 
     @property
     def probabilities(self) -> Tensor:
-        """float32 ``[images, classes]``."""
+        """The probabilities with steering: float32 ``[images, classes]``."""
         return self.logits.softmax(1)
 
     @property
@@ -190,17 +190,17 @@ class Predictions:
 
     @property
     def labels(self) -> Tensor:
-        """The number of the best class: int64 ``[images]``."""
+        """Index of each image's best class with steering: int64 ``[images]``."""
         return best_first(self.logits)[:, 0]
 
     @property
     def plain_labels(self) -> Tensor:
-        """The same without steering."""
+        """Index of each image's best class without steering: int64 ``[images]``."""
         return best_first(self.plain_logits)[:, 0]
 
     @property
     def names(self) -> list[str]:
-        """The name of each image's best class."""
+        """Name of each image's best class with steering."""
         return [self.classes[label] for label in self.labels.tolist()]
 
     @property
@@ -209,7 +209,7 @@ class Predictions:
         return self.labels != self.plain_labels
 
     def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
-        """The ``k`` best classes of each image with their probabilities, best first. Raises SettingError: k below 1."""
+        """Return each image's ``k`` best classes with their probabilities, best first. Raises SettingError if k < 1."""
         if k < 1:
             raise SettingError(f"k is {k}; expected a number of classes, at least 1")
         order = best_first(self.logits, max(k, 5))[:, :k]
@@ -220,7 +220,7 @@ class Predictions:
         ]
 
     def rows(self) -> list[dict[str, Any]]:
-        """One mapping per image, for a table: ``pandas.DataFrame(predictions.rows())``."""
+        """Return one mapping per image, for a table: ``pandas.DataFrame(predictions.rows())``."""
         plain_chances = self.plain.gather(1, self.plain_labels[:, None])[:, 0]
         columns = {
             "image": self.images or tuple(map(str, range(len(self)))),
@@ -252,12 +252,12 @@ def _line(row: dict[str, Any]) -> str:
 def best_first(logits: Tensor, count: int = 5) -> Tensor:
     """Return the classes of the largest logits, best first: int64 ``[images, count]``, or as many as there are.
 
-    Autocast makes equal logits. Among the first five, the order is that of clip_benchmark's own top-5."""
+    Under autocast, logits may be equal. The order of the first five is that of clip_benchmark's own top-5."""
     return logits.topk(min(count, logits.shape[1]), dim=1).indices
 
 
 class _Steered(Protocol):
-    """A model that tells of each batch what it is without steering; as ``SteeredCLIP``."""
+    """A model that also gives each batch's embeddings without steering, such as ``SteeredCLIP``."""
 
     @property
     def readout(self) -> Readout | None: ...
@@ -269,17 +269,18 @@ class _Steered(Protocol):
 def predict(
     model: _Steered, classifier: Classifier, images: Images, transform: Callable[[Any], Tensor], batch_size: int
 ) -> Predictions:
-    """Classify images by clip_benchmark's own function, so that logits are those of its evaluation, bit for bit.
+    """Classify images by clip_benchmark's own function, so that logits equal those of its evaluation, bit for bit.
 
     Raises:
-        DataError: something that is no image.
+        DataError: an object or a file that is no image.
+        SettingError: ``batch_size`` is below 1.
     """
     weights, plain = classifier.weights, []
     pictures = _pictures(images, transform)
     if batch_size < 1:
         raise SettingError(f"batch_size is {batch_size}; expected a whole number, at least 1")
 
-    def see(embedding: Callable[[], Tensor]) -> None:  # under the autocast of run_classification, and as it does
+    def see(embedding: Callable[[], Tensor]) -> None:  # inside run_classification's autocast, by its own formula
         plain.append((100.0 * F.normalize(embedding(), dim=-1) @ weights).float().cpu())
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -314,7 +315,7 @@ def one_image(image: OneImage, transform: Callable[[Any], Tensor]) -> Tensor:
     """Return one image, preprocessed: ``[1, 3, height, width]``.
 
     Raises:
-        DataError: it is none, or several.
+        DataError: no image, or several.
     """
     pictures = _pictures(image, transform)
     if len(pictures) != 1:
@@ -323,12 +324,12 @@ def one_image(image: OneImage, transform: Callable[[Any], Tensor]) -> Tensor:
 
 
 def _pictures(images: Any, transform: Callable[[Any], Tensor]) -> Sequence[Any]:
-    """Return images one by one: pictures or paths in a list, or a tensor ``[batch, 3, height, width]``."""
+    """Return images as a sequence: a list of pictures or paths, or a tensor ``[batch, 3, height, width]``."""
     if isinstance(images, (str, Path)) and os.path.isdir(images):
         return open_files([images]).paths
     if isinstance(images, (Image.Image, str, Path)):
         return [images]
-    if isinstance(images, np.ndarray) and images.dtype == np.uint8:  # pixels, as of a picture
+    if isinstance(images, np.ndarray) and images.dtype == np.uint8:  # pixels of one picture or several
         images = list(images) if images.ndim == 4 else [images]
     if isinstance(images, (Tensor, np.ndarray)):
         tensor = torch.as_tensor(images)
@@ -339,24 +340,24 @@ def _pictures(images: Any, transform: Callable[[Any], Tensor]) -> Sequence[Any]:
                 f"images of shape {tuple(images.shape)} and type {images.dtype}; expected floats "
                 f"[images, 3, {height}, {width}], as the model's transform makes them, or PIL images or paths in a list"
             )
-        found: Sequence[Any] = tensor  # type: ignore[assignment]  # it is one of tensors
+        pictures: Sequence[Any] = tensor  # type: ignore[assignment]  # a tensor is a sequence of tensors
     elif isinstance(images, Iterable):
-        found = list(images)
+        pictures = list(images)
     else:
         raise DataError(f"{type(images).__name__} is not an image; {_EXPECTED}")
-    if len(found) == 0:
+    if len(pictures) == 0:
         raise DataError(f"no images; {_EXPECTED}")
-    return found
+    return pictures
 
 
 def _batch(pictures: Sequence[Any], transform: Callable[[Any], Tensor], first: int = 0) -> Tensor:
-    """Return preprocessed images ``[batch, 3, height, width]``, of which the first has that number."""
+    """Return preprocessed images ``[batch, 3, height, width]``; ``first`` is the first one's number, for errors."""
     if isinstance(pictures, Tensor):
         batch = pictures.float()
     else:
         prepare = Prepare(transform)
         batch = torch.stack([prepare(number, picture) for number, picture in enumerate(pictures, first)])
-    if not batch.sum().isfinite():  # a sum that is tells of all, in a twentieth of the time
+    if not batch.sum().isfinite():  # a finite sum shows that all are finite, in a twentieth of the time
         wrong = ~batch.flatten(1).isfinite().all(1)
         if wrong.any():
             raise DataError(f"image number {first + int(wrong.int().argmax())} holds NaN or infinity; {_EXPECTED}")

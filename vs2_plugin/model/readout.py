@@ -1,8 +1,8 @@
-"""Methods on logits at work: they read the image embeddings of an evaluation as classes, each by its protocol.
+"""Runs methods on logits: they read the image embeddings of an evaluation as classes, each by its protocol.
 
-``image`` and ``unlabeled``: each batch as it comes. ``stream``: image by image, once all are there, in an order that
-only the images and a seed tell, so that loader workers do not change it. ``transductive``: all images at once. What
-comes out takes the place of the logits that clip_benchmark made of the same images, and the metrics are its own.
+``image`` and ``unlabeled``: each batch as it comes. ``stream``: image by image, after the last batch, in an order that
+depends only on the images and a seed, not on loader workers. ``transductive``: all images at once. The method's logits
+replace those that clip_benchmark computed for the same images; the metrics are clip_benchmark's own.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from vs2_plugin.strength import RULE, choose, neighbour_graph
 
 __all__ = ["Read", "Readout", "plain_gallery", "steered_gallery", "stream_order"]
 
-#: How many images of the gallery tell whether a method is used, evenly spread over more.
+#: Most images by which ``@use=auto`` decides whether a method is used, evenly spread over all.
 _JUDGED = 10_000
 
 
 class Readout:
-    """A method on logits, in the evaluations of one model."""
+    """A method on logits, for the evaluations of one model."""
 
     def __init__(
         self,
@@ -51,14 +51,14 @@ class Readout:
         """
         Args:
             reading: the method and its options.
-            context: makes what the builder is told, of a ``classifier`` and of ``unlabeled`` embeddings.
-            gallery: gives the embeddings ``[images, embed_dim]``, of unit norm, of the gallery's images, steered as
-                images are; None for a protocol that does not show them.
+            context: makes the builder's context from a ``classifier`` and from ``unlabeled`` embeddings.
+            gallery: returns the embeddings ``[images, embed_dim]``, of unit norm, of the gallery's images, steered as
+                evaluated images are; None for a protocol that does not read the gallery.
         """
         self.method, self.options = reading.method, reading.options
         self.protocol = reading.protocol
         views = self.options.get("views") if self.method.views else None
-        #: How many views of each image it sees.
+        #: Number of views of each image that the method sees.
         self.views = int(views or 1)
         self._context, self._gallery = context, gallery
         self._read: Steering | None = None
@@ -75,8 +75,8 @@ class Readout:
         self._digests: list[int] = []
 
     def set_classifier(self, classifier: Tensor) -> None:
-        """Tell the zero-shot classifier ``[embed_dim, classes]``. What learns from the gallery does so now, once for
-        the same classes."""
+        """Set the zero-shot classifier ``[embed_dim, classes]``. A method that learns from the gallery does so now, and
+        not again for the same classes."""
         classifier = F.normalize(classifier.detach().float(), dim=0)
         known_for = digest_of({"": classifier})
         if known_for != self._known_for:
@@ -85,39 +85,40 @@ class Readout:
             self._learned()
 
     def _learned(self) -> Steering:
-        """What reads each batch as it comes."""
+        """Return the function that reads each batch as it comes, built at the first use."""
         if self._read is None:
             self._read = self._build(None) if self._gallery is None else self._stood_up(self._gallery())
         return self._read
 
     @torch.no_grad()
     def _stood_up(self, unlabeled: Tensor) -> Steering:
-        """What the method learns from images ``[m, embed_dim]``; with ``@use=auto``, what reads as plain CLIP does
-        unless their classes fit their neighbours' better by it, as for strengths. Its reading of an image that it
-        learned from is compared, which hides what it only knows by heart, but never speaks for that."""
+        """Return the reading learned from embeddings ``[m, embed_dim]``; with ``@use=auto`` plain CLIP's instead,
+        unless the images' classes agree better with their neighbours' by the method; the rule is that for strengths.
+        The method is judged on images that it learned from: merely memorised classes show no gain, so they never
+        speak for it."""
         read, classifier = self._build(unlabeled), self._classifier
         if self.options.get("use") != AUTO:
             return read
         assert classifier is not None
         rows = spread(len(unlabeled), _JUDGED).to(unlabeled.device)
         judged = unlabeled[rows]
-        told = self._checked(read, judged, Batch(rows=rows))
-        ways = [(judged @ classifier).argmax(1).cpu(), told.argmax(1)]
-        choice = choose([{"use": 0.0}, {"use": 1.0}], ways, neighbour_graph(judged).cpu(), classifier.shape[1])
-        plain, its = choice.scores.information
+        logits = self._checked(read, judged, Batch(rows=rows))
+        classes = [(judged @ classifier).argmax(1).cpu(), logits.argmax(1)]
+        choice = choose([{"use": 0.0}, {"use": 1.0}], classes, neighbour_graph(judged).cpu(), classifier.shape[1])
+        plain, by_it = choice.scores.information
         self._chosen = {
             "used": bool(choice.index),
             "use_reason": f"over {len(judged)} images, a class carries {plain:.3f} nats about the neighbours' classes, "
-            f"and {its:.3f} by {self.method.name}: {RULE.objection(choice.candidates, choice.scores, 1) or 'enough'}",
+            f"and {by_it:.3f} by {self.method.name}: {RULE.objection(choice.candidates, choice.scores, 1) or 'enough'}",
         }
         return read if choice.index else lambda x: 100 * x @ classifier
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_read": None}  # a function within another cannot be pickled; it is built anew
+        return self.__dict__ | {"_read": None}  # it may be a closure, which cannot be pickled; it is built anew
 
     def encode(self, model: Any, images: Any) -> Tensor:
-        """Encode a batch by ``model``, read it, and return the embedding ``[batch, embed_dim]`` of the images
-        themselves."""
+        """Encode a batch by ``model`` and read it (all views of each image, if there are several). Return the embedding
+        ``[batch, embed_dim]`` of the images themselves."""
         if self.views == 1:
             embedding: Tensor = model.encode_image(images)
             self._see(embedding, images)
@@ -138,16 +139,16 @@ class Readout:
             return
         self._embeddings.append(x)
         if self.protocol == "stream":
-            known = getattr(images, "digests", None)
-            self._digests += [image_digest(image) for image in images] if known is None else known
+            digests = getattr(images, "digests", None)
+            self._digests += [image_digest(image) for image in images] if digests is None else digests
 
     @torch.no_grad()
     def logits(self, rows: Sequence[int] | None = None) -> Tensor:
-        """What it makes of all images since :meth:`start`, or of some ``rows`` of them as if they were all: float32
-        ``[images, classes]``, on the CPU. A stream comes in its own order, and with ``rows`` in theirs.
+        """Return the method's logits of all images since :meth:`start`, or of ``rows`` as if there were no others:
+        float32 ``[images, classes]``, on the CPU. A stream is read in its own order, or in that of ``rows``.
 
         Raises:
-            PluginError: it could not be built, or gave something else.
+            PluginError: the method could not be built, or did not return finite logits.
         """
         if self.protocol in ("image", "unlabeled"):
             logits = torch.cat(self._logits)
@@ -156,11 +157,11 @@ class Readout:
         x = x if rows is None else x[list(rows)]
         if self.protocol == "transductive":
             return self._checked(self._stood_up(x), x, Batch(rows=torch.arange(len(x), device=x.device)))
-        read, found = self._build(None), [torch.empty(0)] * len(x)
+        read, logits_of = self._build(None), [torch.empty(0)] * len(x)
         order = stream_order(self._digests, int(self.options["order"] or 0)) if rows is None else range(len(x))
         for row in order:
-            found[row] = self._checked(read, x[row : row + 1], Batch())
-        return torch.cat(found)
+            logits_of[row] = self._checked(read, x[row : row + 1], Batch())
+        return torch.cat(logits_of)
 
     def _build(self, unlabeled: Tensor | None) -> Steering:
         if self._classifier is None:
@@ -174,10 +175,10 @@ class Readout:
         return read
 
     def _checked(self, read: Steering, x: Tensor, batch: Batch) -> Tensor:
-        """Return the logits ``[batch, classes]``, on the CPU.
+        """Return the logits ``[batch, classes]`` that ``read`` gives, on the CPU.
 
         Raises:
-            PluginError: they are no such, or not finite.
+            PluginError: logits of another shape, or not finite; or the method edited a tensor that is not its own.
         """
         assert self._classifier is not None
         with torch.autocast(x.device.type, enabled=False):
@@ -188,8 +189,8 @@ class Readout:
                 raise PluginError(f"{whose(self.method.name)} failed: {error}") from error
         expected = (len(x), self._classifier.shape[1])
         if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
-            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise PluginError(f"{whose(self.method.name)} returned {found}; expected logits {expected}")
+            returned = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise PluginError(f"{whose(self.method.name)} returned {returned}; expected logits {expected}")
         logits = logits.float().cpu()
         if not logits.isfinite().all():
             raise PluginError(f"{whose(self.method.name)} gave logits of NaN or infinity; expected finite ones")
@@ -198,13 +199,13 @@ class Readout:
 
     @property
     def facts(self) -> Mapping[str, Scalar]:
-        """What the method says of itself, and whether it is used where that was left open."""
+        """Facts that the method reports of itself, and with ``@use=auto`` whether it is used and why."""
         return {**self._told, **self._chosen}
 
 
 class Read:
-    """A model whose classification is that of its method on logits: what clip_benchmark's ``run_classification`` is
-    given in its place. The logits it makes of the embeddings are then to be replaced by :meth:`Readout.logits`."""
+    """A model with a method on logits, as passed to clip_benchmark's ``run_classification``: each encoded batch is also
+    read by the method. The caller replaces clip_benchmark's logits by :meth:`Readout.logits`."""
 
     def __init__(self, model: Any, readout: Readout) -> None:
         self._model, self._readout = model, readout
@@ -214,13 +215,13 @@ class Read:
         return getattr(self._model, name)
 
     def encode_image(self, images: Any) -> Tensor:
-        """The embedding ``[batch, embed_dim]``, which is read as classes by the way."""
+        """Return the embedding ``[batch, embed_dim]``, after the method on logits has read it."""
         return self._readout.encode(self._model, images)
 
 
 def stream_order(digests: Sequence[int], seed: int) -> list[int]:
-    """Return the indices of images in the order of a stream: a permutation by a seed, the same whatever the order in
-    which they were loaded."""
+    """Return the indices of images in the order of a stream: a permutation that depends on the images and a seed, not
+    on the order of loading."""
     by_digest = sorted(range(len(digests)), key=digests.__getitem__)
     shuffled = torch.randperm(len(digests), generator=torch.Generator().manual_seed(seed))
     return [by_digest[index] for index in shuffled.tolist()]
@@ -233,10 +234,10 @@ def plain_gallery(gallery: Gallery, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def steered_gallery(gallery: Gallery, model: ClipModel, place: Place) -> Tensor:
-    """Return the same as they are steered at the end of the tower."""
-    site, device, found = place.site, next(model.parameters()).device, []
+    """Return the embeddings ``[images, embed_dim]``, of unit norm, of the gallery's images, steered at ``place``."""
+    site, device, embeddings = place.site, next(model.parameters()).device, []
     for x, batch in gallery_batches(gallery, site.hookpoint, place.retriever, device, torch.arange(len(gallery))):
         steered = in_float32(partial(place.steer, batch=batch), x)
-        found.append(F.normalize(embedding_from(model, site, steered), dim=-1))
-    place.reset()  # these are not the images under evaluation
-    return torch.cat(found)
+        embeddings.append(F.normalize(embedding_from(model, site, steered), dim=-1))
+    place.reset()  # its figures so far are not of images under evaluation
+    return torch.cat(embeddings)

@@ -1,5 +1,5 @@
-"""The forward pass of a steered tower on a GPU as a CUDA graph: its hundreds of small kernels take longer to tell than
-to do."""
+"""Replays the forward pass of a steered tower on a GPU as a CUDA graph, since launching its hundreds of small kernels
+takes longer than running them."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from vs2_plugin.text import sentence_of
 __all__ = ["Replays", "can_replay"]
 
 _LOG = logging.getLogger(__name__)
-#: Shapes of images that are told apart: a data set has two, its batches and the last one.
+#: Most graphs that are kept, one for each shape of images: a data set has two, full batches and the last one.
 _MOST = 4
 
-#: After so many batches in a row that have to be asked of the steering itself, all are.
+#: After so many batches in a row whose assumptions were wrong, a shape is not replayed any more.
 _REFUSED = 3
 
-#: What weights are; others, quantized ones say, may lie nowhere.
+#: Types of weights that have a memory address; others, such as quantized ones, may have none.
 _PLAIN = (Tensor, nn.Parameter)
 
-#: Ways to compute attention, each of which may be switched off.
+#: Implementations of attention, each of which torch can switch off.
 _ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
 
-#: Gives steered embeddings ``[batch, embed_dim]`` of the images at hand.
+#: Computes the steered embeddings ``[batch, embed_dim]`` of a batch of images.
 Encode = Callable[[Batch], Tensor]
 
 
 def can_replay(images: Tensor) -> bool:
-    """Whether what is done to a tensor could be replayed: on a GPU, where nothing looks at each operation."""
+    """Return whether work on ``images`` could be replayed: they are on a GPU, and nothing observes each operation."""
     if type(images) is not Tensor or not images.is_cuda or torch.is_grad_enabled() or is_in_torch_dispatch_mode():
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
@@ -52,30 +52,30 @@ def can_replay(images: Tensor) -> bool:
 
 
 class Replays:
-    """A tower's forward pass, as it was told for each shape of images. It goes on with the tensors that it was told:
-    other weights of the tower it finds by itself, for others :meth:`forget`. A copy of it has been told nothing."""
+    """CUDA graphs of a tower's forward pass, one for each shape of images. A graph reads the tensors of its capture:
+    replaced weights of the tower are noticed, for other tensors call :meth:`forget`. A copy starts without graphs."""
 
     def __init__(self) -> None:
         self._told: dict[Hashable, _Told | None] = {}
         self._parts: _Parts | None = None
-        #: Memory to work in, by stream: no two passes of one stream are made at a time.
+        #: Stream -> memory pool of its graphs, which can share one since passes of one stream never overlap.
         self._rooms: dict[int, Any] = {}
 
     def __reduce__(self) -> tuple[type[Replays], tuple[()]]:
         return Replays, ()
 
     def forget(self) -> None:
-        """Be told anew."""
+        """Drop all graphs; they are captured anew when they are needed."""
         self._parts = None
         self._told.clear()
         self._rooms.clear()
 
     def __call__(self, tower: nn.Module, encode: Encode, images: Tensor) -> Tensor | None:
-        """What ``encode`` gives of images, by way of this tower. None where that has to be asked of ``encode`` itself:
-        it has hooks, which are to be called each time, trains, or asks more than a GPU knows."""
+        """Return the embeddings that ``encode`` gives by this tower; None where the caller has to run ``encode``: the
+        tower has hooks, which must run each time, is in training mode, or needs the CPU in between."""
         try:
             return self._embeddings(tower, encode, images)
-        except Exception as error:  # if it is no matter of graphs, encoding itself will raise it
+        except Exception as error:  # if graphs are not the cause, the caller's encode raises it
             _LOG.info("the model is launched on the GPU anew for each batch: %s", sentence_of(error))
             return None
 
@@ -88,15 +88,15 @@ class Replays:
         stream = torch.cuda.current_stream(images.device).cuda_stream
         key = stream, _setting(images)
         if key not in self._told:
-            room = self._rooms.get(stream) or torch.cuda.graph_pool_handle()
-            self._rooms[stream] = room
-            self._told[key] = _Told(images, room) if len(self._told) < _MOST else None
-        told, embeddings, useful = self._told[key], None, False
-        if told is None:
+            pool = self._rooms.get(stream) or torch.cuda.graph_pool_handle()
+            self._rooms[stream] = pool
+            self._told[key] = _Told(images, pool) if len(self._told) < _MOST else None
+        graph, embeddings, useful = self._told[key], None, False
+        if graph is None:
             return None
         try:
-            embeddings = told(encode, images, self._are_the_same)
-            useful = told.refused < _REFUSED
+            embeddings = graph(encode, images, self._are_the_same)
+            useful = graph.refused < _REFUSED
         finally:
             if not useful and key in self._told:
                 self._told[key] = None
@@ -110,7 +110,7 @@ class Replays:
 
 
 class _Parts:
-    """What a forward pass is of: modules, and their weights, which stay where they are as long as this does."""
+    """The modules and weights that a forward pass uses, held so that their memory is not given to other tensors."""
 
     def __init__(self, tower: nn.Module, found: list[object], tensors: list[Tensor]) -> None:
         self.tower, self._found, self._tensors = tower, found, tensors
@@ -118,34 +118,34 @@ class _Parts:
 
     @classmethod
     def of(cls, tower: nn.Module) -> _Parts | None:
-        """What a pass through a tower is of; None if it is to be made each time."""
-        found = _parts_of(tower)
-        tensors = [part for part in found or () if isinstance(part, Tensor)]
-        return cls(tower, found, tensors) if found and all(type(one) in _PLAIN for one in tensors) else None
+        """Return the parts of a tower's forward pass; None if the pass must not be replayed."""
+        parts = _parts_of(tower)
+        tensors = [part for part in parts or () if isinstance(part, Tensor)]
+        return cls(tower, parts, tensors) if parts and all(type(one) in _PLAIN for one in tensors) else None
 
     def _where(self) -> list[int]:
         return [tensor.data_ptr() for tensor in self._tensors]
 
     def have_moved(self) -> bool:
-        """Whether weights are elsewhere now: to be asked before a GPU looks for them."""
+        """Return whether a weight has another address now; to be checked before a GPU reads the old address."""
         return self._where() != self._places
 
     def are_the_same(self) -> bool:
-        """Whether it would be the same forward pass now, and none that is to be made each time."""
-        found = _parts_of(self.tower)
-        return found is not None and len(found) == len(self._found) and all(map(is_, found, self._found))
+        """Return whether the tower still has these parts and may still be replayed."""
+        parts = _parts_of(self.tower)
+        return parts is not None and len(parts) == len(self._found) and all(map(is_, parts, self._found))
 
 
 def _parts_of(module: nn.Module) -> list[object] | None:
-    """Modules, their weights, and all else that is an attribute of theirs, which is compared by identity. None where
-    others' hooks are called in it, or it is one of training. It is looked up for every batch, hence by dictionaries."""
+    """Return the modules under a module, with their weights and all other attribute values, to be compared by identity.
+    None if any has hooks or is in training mode. Reads ``__dict__`` only, for speed, since every batch calls this."""
     own = vars(module)
-    if own.get("training", True) or is_hooked(module):  # compiled modules have no such entry
+    if own.get("training", True) or is_hooked(module):  # compiled modules have no entry "training"
         return None
     parts = [module, *own["_parameters"].values(), *own["_buffers"].values()]
-    if not isinstance(module, Edit):  # which keeps what changes, and is asked by is_hooked
+    if not isinstance(module, Edit):  # an Edit's attributes change; is_hooked checks them
         parts += own.values()
-        parts += getattr(own.get("steering"), "__dict__", {}).values()  # one that is no module
+        parts += getattr(own.get("steering"), "__dict__", {}).values()  # of a steering that is no module
     for child in own["_modules"].values():
         if child is not None:
             inner = _parts_of(child)
@@ -156,11 +156,11 @@ def _parts_of(module: nn.Module) -> list[object] | None:
 
 
 def _setting(images: Tensor) -> tuple[Hashable, ...]:
-    """What decides which kernels run."""
+    """Return everything that decides which kernels run: layout of the images, autocast, precision and attention."""
     device = images.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     kinds = [torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv", torch.backends.cudnn)]
-    # Of torch 2.9 and later the second raises where the first was set.
+    # In torch 2.9 and later, reading allow_tf32 raises where fp32_precision was set.
     precisions = [kind.fp32_precision if hasattr(kind, "fp32_precision") else kind.allow_tf32 for kind in kinds]
     attention = [getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in _ATTENTION]
     same = torch.are_deterministic_algorithms_enabled()
@@ -168,29 +168,29 @@ def _setting(images: Tensor) -> tuple[Hashable, ...]:
 
 
 class _Told:
-    """The same for one shape."""
+    """The CUDA graph of a forward pass for one shape of images."""
 
     def __init__(self, images: Tensor, room: Any) -> None:
         with torch.inference_mode(False):
             self._images = torch.empty_like(images)
         self._embeddings, self._sums = self._images, torch.empty(0)
         self._counted: list[Counted] = []
-        #: Each waits for, and gives, whether what was assumed is wrong.
+        #: Each function waits for the GPU and returns whether an assumption was wrong.
         self._answers: list[Callable[[], Tensor]] = []
         self._replayed, self._batches = Replayed(room), 0
-        #: Batches in a row of which something that was assumed was wrong.
+        #: Number of latest batches in a row for which an assumption was wrong.
         self.refused = 0
 
     def _encode(self, encode: Encode) -> None:
         batch = Batch(self._images)
         batch.assume = self._assume
         device = self._images.device.type
-        # Weights that autocast has cast before are not there when the graph is replayed.
+        # Without autocast's cache, since weights that were cast before are gone when the graph is replayed.
         dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-        with torch.autocast(device, dtype, enabled, cache_enabled=False), counted() as told:
+        with torch.autocast(device, dtype, enabled, cache_enabled=False), counted() as counts:
             self._embeddings = encode(batch)
-            self._counted = told
-            totals = [total for _, sums, _ in told for total in sums.values()]
+            self._counted = counts
+            totals = [total for _, sums, _ in counts for total in sums.values()]
             self._sums = torch.stack(totals) if totals else torch.empty(0)
 
     def _assume(self, of_images: Tensor) -> None:
@@ -198,21 +198,24 @@ class _Told:
         self._replayed.pause(lambda: answers.append(to_processor(wrong)))
 
     def __call__(self, encode: Encode, images: Tensor, same: Callable[[], bool]) -> Tensor | None:
-        """``same``: whether it still is what it was told; a GPU that works by itself is not kept waiting for that."""
-        # To leave the inference mode asks for gradients.
+        """Return the embeddings; None if the parts have changed or an assumption was wrong.
+
+        ``same`` tells whether the parts are unchanged; a captured graph is launched first, so that no GPU waits for it.
+        """
+        # Outside of the inference mode, gradients would be recorded: hence no_grad.
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device_of(images):
-            works_by_itself = self._replayed.is_told
-            if not works_by_itself and not same():
+            captured = self._replayed.is_told
+            if not captured and not same():
                 return None
             self._images.copy_(images)
             self._answers.clear()
             self._batches += 1
-            with _without_waits() if self._batches == 2 else nullcontext():  # at first, things are set up
+            with _without_waits() if self._batches == 2 else nullcontext():  # the first batch may wait
                 self._replayed(partial(self._encode, encode))
             embeddings, totals = self._embeddings.clone(), self._sums.clone()  # the next batch overwrites them
-            if works_by_itself and not same():
+            if captured and not same():
                 return None
-            wrong = any(answer() for answer in self._answers)  # asked in between, they wait for no more than that
+            wrong = any(answer() for answer in self._answers)  # each waits for its part of the graph only
             self.refused = self.refused + 1 if wrong else 0
             if wrong:
                 return None
@@ -224,15 +227,15 @@ class _Told:
 
 @contextmanager
 def _without_waits() -> Iterator[None]:
-    """Raise RuntimeError if the processor waited for the GPU in the block: as a graph that fails, and not without
-    traces. Waits of other threads count too, as nobody can tell."""
+    """Raise RuntimeError if the CPU waited for the GPU in a ``with`` block: a graph capture would fail there, and with
+    after-effects. Waits of other threads count too, since they cannot be told apart."""
     before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             yield
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    if any("called a synchronizing CUDA operation" in str(one.message) for one in said):
+    if any("called a synchronizing CUDA operation" in str(one.message) for one in raised):
         raise RuntimeError("something in it waits for the GPU")

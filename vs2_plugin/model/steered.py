@@ -1,4 +1,4 @@
-"""The steered model, as clip_benchmark sees it."""
+"""The steered model, with the interface that clip_benchmark expects of a model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ R = TypeVar("R")
 
 
 def _in_turn(method: Callable[Concatenate[SteeredCLIP, P], R]) -> Callable[Concatenate[SteeredCLIP, P], R]:
-    """Have threads that call a model wait for each other: what is known of a batch lies in the model meanwhile."""
+    """Make threads that call a model wait for each other, since the model holds the batch of the running call."""
 
     @functools.wraps(method)
     def called(model: SteeredCLIP, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -54,7 +54,7 @@ def _in_turn(method: Callable[Concatenate[SteeredCLIP, P], R]) -> Callable[Conca
 
 
 def _require_classifier(weights: object, width: int) -> None:
-    """Raise SettingError if these are no class embeddings of that width."""
+    """Raise SettingError unless ``weights`` are finite class embeddings ``[width, classes]``."""
     expected = f"expected a tensor [{width}, classes] of floats, as clip_benchmark's zero_shot_classifier gives it"
     if not isinstance(weights, Tensor) or not weights.is_floating_point():
         kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
@@ -68,7 +68,7 @@ def _require_classifier(weights: object, width: int) -> None:
 class SteeredCLIP(nn.Module):
     """An open_clip model whose image activations are steered in every forward pass.
 
-    It has the methods and attributes of the model inside (``encode_image``, ``encode_text``, ``generate``,
+    It also has the methods and attributes of the model inside (``encode_image``, ``encode_text``, ``generate``,
     ``logit_scale``, …). Steering sits in a hook of the vision tower, so whatever runs the tower is steered.
     """
 
@@ -85,9 +85,9 @@ class SteeredCLIP(nn.Module):
         self.sites: Sites = loaded.sites
         #: The preprocessing of an image.
         self.transform: Callable[[Any], Tensor] = loaded.transform
-        #: Whether images are classified under autocast, where class embeddings are given.
+        #: Whether images are classified under autocast, for a classifier that was set as class embeddings only.
         self.amp = amp
-        #: The classes that it was told last.
+        #: The classifier that was set last.
         self.classifier: Classifier | None = None
         self._tower = Tower.of(loaded.model, loaded.transform) if spec.needs_checkpoint else None
         self._find_checkpoint = find_checkpoint
@@ -97,7 +97,7 @@ class SteeredCLIP(nn.Module):
         self._targets: Tensor | None = None
         self._plain: PlainEmbedding | None = None
         self._show: ShowPlain | None = None
-        #: Whether a GPU may replay what it was told of other batches; results are the same either way.
+        #: Whether a GPU may replay a captured forward pass; results are the same either way.
         self.replaying = True
         self._replays = Replays()
         self.eval()
@@ -109,7 +109,7 @@ class SteeredCLIP(nn.Module):
             return getattr(super().__getattr__("model"), name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SteeredCLIP:
-        self._replays.forget()  # for its memory, where it goes to another device
+        self._replays.forget()  # to free GPU memory where the model moves to another device
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -121,7 +121,7 @@ class SteeredCLIP(nn.Module):
         """Find the checkpoint for ``task`` (None: the one that the model string names) and start steering.
 
         Raises:
-            CheckpointError: there is none, or it is of another tower.
+            CheckpointError: no checkpoint is found, or it is of another tower.
             PluginError: the method could not be built.
         """
         for again in (True, True, False):
@@ -132,7 +132,7 @@ class SteeredCLIP(nn.Module):
             except CheckpointReplaced:
                 if not again:
                     raise
-        # Only when all of it could be built is the tower touched.
+        # The tower is changed only after everything has been built.
         while self._edits:
             self._edits.pop().remove()
         self._places, self.classifier = places, None
@@ -141,7 +141,7 @@ class SteeredCLIP(nn.Module):
 
     @property
     def places(self) -> Places:
-        """Where the tower is steered, in its order.
+        """The places where the tower is steered, in its order.
 
         Raises:
             ModelStringError: the model is not bound to a data set yet.
@@ -155,85 +155,86 @@ class SteeredCLIP(nn.Module):
 
     @property
     def checkpoint(self) -> Checkpoint | None:
-        """The checkpoint that it steers along, if its method needs one."""
+        """The checkpoint that the method uses; None if it needs none, or before :meth:`bind`."""
         return None if self._places is None else self._places.checkpoint
 
     @property
     def readout(self) -> Readout | None:
-        """The method on logits that reads what comes out of the tower, if there is one."""
+        """The method on logits that reads the embeddings as classes, if there is one."""
         return self.places.readout
 
     @_in_turn
     def set_classifier(self, classifier: Tensor | Classifier, quiet: bool = False) -> None:
-        """Tell a method that needs the classes the zero-shot classifier ``[embed_dim, classes]``. The harness glue does
-        so, and :func:`vs2_plugin.load` with ``classes``; elsewhere it is up to the caller, before the first image is
-        encoded. Options that are ``auto`` are chosen now, and the choice is logged unless ``quiet``.
+        """Set the zero-shot classifier ``[embed_dim, classes]``, for classification and methods that need the classes.
+
+        The harness glue calls this, and :func:`vs2_plugin.load` with ``classes``; other callers have to, before they
+        encode the first image. Options that are ``auto`` are chosen now, and the choice is logged unless ``quiet``.
 
         Raises:
-            SettingError: it is no such matrix, or holds NaN or infinity.
+            SettingError: a matrix of another type or shape, or one with NaN or infinity.
         """
         weights = classifier.weights if isinstance(classifier, Classifier) else classifier
         _require_classifier(weights, self.sites.output.width)
-        if weights.dtype == torch.float64:  # which no model has
+        if weights.dtype == torch.float64:  # no model computes in float64
             weights = weights.float()
-        told = classifier if isinstance(classifier, Classifier) else Classifier.unnamed(weights, self.amp)
+        named = classifier if isinstance(classifier, Classifier) else Classifier.unnamed(weights, self.amp)
         self._replays.forget()
-        self.places.set_classifier(told.weights, quiet)
-        self.classifier = told
+        self.places.set_classifier(named.weights, quiet)
+        self.classifier = named
 
     def classify(self, images: Images, batch_size: int = 64) -> Predictions:
-        """Return what the steered model, and the plain one beside it, make of images: the numbers of ``clip_benchmark
-        eval`` with batches of that size, bit for bit.
+        """Return the steered and the plain model's predictions for images: the numbers of ``clip_benchmark eval`` with
+        batches of that size, bit for bit.
 
         Args:
             images: a PIL image, a path, a list of these, a folder, or preprocessed images ``[images, 3, height,
                 width]``, as a tensor or an array.
-            batch_size: how many go through the tower at a time.
+            batch_size: images that go through the tower at a time.
 
         Raises:
             HarnessError: no classes are known, or the model was cast to another dtype.
-            DataError: something is no image.
+            DataError: an object or a file is no image.
         """
-        if isinstance(images, Iterator):  # before the turn, for which somebody may wait who is to give them
+        if isinstance(images, Iterator):  # outside of the lock: another thread may need the lock to produce them
             images = list(images)
         with self._current.turn:
             return predict(self, self._require_classes(), images, self.transform, batch_size)
 
     @_in_turn
     def explain(self, image: OneImage, *, top: int = 5, latents: int = 8) -> Explanation:
-        """Return what steering did to one image, latent by latent, in float32: what ``vs2 inspect`` says of it.
+        """Explain what steering did to one image, latent by latent, in float32, as ``vs2 inspect`` does.
 
         Args:
             image: a PIL image, a path, or a preprocessed image ``[3, height, width]``, as a tensor or an array.
             top: classes shown, the best before and the best after.
-            latents: latents shown for each place, those that contributed most to the change.
+            latents: latents shown for each place, those that contributed most to the lead.
 
         Raises:
-            HarnessError: fewer than two classes are known, the method reads the true class, or the model was cast to
-                another dtype.
-            DataError: it is no image, or more than one.
-            SettingError: fewer than one class or latent.
+            HarnessError: fewer than two classes are known, the method is on logits or reads the true class, or the
+                model was cast to another dtype.
+            DataError: no image, or more than one.
+            SettingError: ``top`` or ``latents`` is below 1.
         """
         if min(top, latents) < 1:
             raise SettingError(f"top is {top} and latents {latents}; expected whole numbers, at least 1")
         classifier = self._require_classes()
-        with torch.inference_mode(False), torch.enable_grad():  # latents are told by gradients, whoever calls
+        with torch.inference_mode(False), torch.enable_grad():  # contributions need gradients, in any caller's mode
             prepared = one_image(image, self.transform).to(classifier.weights.device)
             texts = classifier.weights.float().T.contiguous()
             return explain(self, prepared, classifier.names, texts, top=top, latents=latents)
 
     @_in_turn
     def steer(self, activations: Activations, block: int | None = None) -> Activations:
-        """Steer activations ``[batch, d]`` by themselves, gate included, as the tower does on its way.
+        """Return steered activations ``[batch, d]``, gate included, as a forward pass of the tower steers them.
 
         Args:
-            activations: of one place where the model steers, such as the CLS tokens after a block: floats, on any
-                device. What comes back is of the same kind: a tensor or an array, of that dtype.
-            block: which place, where the model steers at several.
+            activations: activations at one of the places, such as the CLS tokens after a block: a tensor or an array of
+                floats, on any device. The result is of the same type and dtype.
+            block: number of the place's block, needed where the model steers at several places.
 
         Raises:
-            DataError: activations of another shape, or that are not finite; or a block where it does not steer.
-            HarnessError: the method asks about images, which are not at hand.
+            DataError: activations of another shape or not finite, or a block where the model does not steer.
+            HarnessError: the method needs the images themselves.
         """
         return steer_activations(self.model, self.sites, self.places, activations, block)
 
@@ -249,7 +250,7 @@ class SteeredCLIP(nn.Module):
         return self.classifier
 
     def set_targets(self, targets: Tensor | None) -> None:
-        """Tell an oracle the true classes ``[batch]`` of the images that are encoded next."""
+        """Set the true classes ``[batch]`` of the images that are encoded next, for oracles."""
         self._targets = targets
 
     def reset_statistics(self) -> None:
@@ -257,16 +258,16 @@ class SteeredCLIP(nn.Module):
         self.places.reset()
 
     def vs2_facts(self) -> dict[str, Scalar]:
-        """The metrics that describe the steering; see :meth:`Places.results`."""
+        """Return the metrics that describe the steering; see :meth:`Places.results`."""
         return self.places.results()
 
     def record_images(self, recording: bool, show: ShowPlain | None = None) -> None:
-        """Keep, or no longer keep, what :meth:`per_image` tells.
+        """Start or stop keeping the figures that :meth:`per_image` returns.
 
-        ``show`` is called after each batch, under the autocast of the moment, with a function that gives the plain
+        ``show`` is called after each batch, under the autocast of the moment, with a function that returns the plain
         model's embedding of the same images ``[batch, embed_dim]``, bit for bit.
         """
-        self._replays.forget()  # for its memory
+        self._replays.forget()  # to free its GPU memory
         for gate in self.places.gates:
             gate.recording = recording
         if self._plain is not None:
@@ -276,7 +277,7 @@ class SteeredCLIP(nn.Module):
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Within the ``with`` block, images that are encoded are not recorded: they are views of others that were."""
+        """Record no images within a ``with`` block that encodes further views of images already recorded."""
         gates = [(gate, gate.recording) for gate in self.places.gates]
         show, self._show = self._show, None
         for gate, _ in gates:
@@ -289,12 +290,12 @@ class SteeredCLIP(nn.Module):
                 gate.recording = recording
 
     def per_image(self) -> dict[str, Tensor]:
-        """The last site's gate on each image since :meth:`reset_statistics`: ``fvu`` and ``steered``."""
+        """Return figures of the images recorded since :meth:`reset_statistics`; see :meth:`Places.per_image`."""
         return self.places.per_image()
 
     @_in_turn
     def encode_image(self, image: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The steered image embedding ``[batch, embed_dim]``, in the dtype of the model inside.
+        """Return the steered image embedding ``[batch, embed_dim]``, in the dtype of the model inside.
 
         Raises:
             HarnessError: the tower ran without its steering.
@@ -307,8 +308,8 @@ class SteeredCLIP(nn.Module):
         embedding = self._encode(batch, *args, **kwargs)
         if self._show is not None and self._plain is not None:
             plain = self._plain
-            known = batch.embed if self.places.inside else None
-            self._show(known or (lambda: plain.of(image)))
+            embed = batch.embed if self.places.inside else None
+            self._show(embed or (lambda: plain.of(image)))
         return embedding
 
     def _can_replay(self, image: Tensor) -> bool:
@@ -322,7 +323,7 @@ class SteeredCLIP(nn.Module):
         return embedding
 
     def at_hand(self, image: Tensor) -> AbstractContextManager[Batch]:
-        """Within the ``with`` block the tower runs on these images, which steerings may ask about."""
+        """Return a context manager that makes images known to the steerings while the tower runs on them."""
         return self._running(Batch(image, self._targets))
 
     @contextmanager
@@ -337,30 +338,30 @@ class SteeredCLIP(nn.Module):
 
     @contextmanager
     def _all_steered(self) -> Iterator[None]:
-        """Refuse a forward pass in the block that did not run through every edit: torch.compile does not look whether
+        """Raise HarnessError if the forward pass in a ``with`` block missed an edit: torch.compile does not check if
         hooks were added since it compiled another tower of the same class."""
         # A replica by DataParallel has edits of its own.
-        edits: list[Any] = [self.model.get_submodule(one.path) for one in self._edits]
-        for one in edits:
-            one.ran = False
+        edits: list[Any] = [self.model.get_submodule(edit.path) for edit in self._edits]
+        for edit in edits:
+            edit.ran = False
         yield
-        if not all(one.ran for one in edits):
+        if not all(edit.ran for edit in edits):
             raise HarnessError(
                 f"model {str(self.spec)!r}: the tower ran without its steering: it was code that torch.compile made "
                 "for another tower; call torch._dynamo.reset() before torch.compile"
             )
 
     def unsteered(self, start: int = 0) -> AbstractContextManager[None]:
-        """Leave the tower, within a ``with`` block, as it is without its steerings from that place on."""
+        """Return a context manager that runs the tower without its steerings, from place number ``start`` on."""
         return paused(self._edits[start:])
 
     def encode_text(self, text: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The text embedding; steering leaves it alone."""
+        """Return the text embedding, which steering does not change."""
         return self.model.encode_text(text, *args, **kwargs)
 
     @_in_turn
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward pass of the model inside, of images and texts."""
+        """Run the forward pass of the model inside on images and texts, with steering."""
         image = kwargs.get("image", args[0] if args else None)
         if image is None:
             return self.model(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""The words that a latent's direction is nearest to, in the space that CLIP's images and texts share."""
+"""Finds the words nearest to a latent's direction, in CLIP's common space of images and texts."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["latent_embeddings", "nearest"]
 
 @torch.no_grad()
 def latent_embeddings(model: ClipModel, site: Site, mean: Tensor, steps: Tensor) -> Tensor:
-    """Return what a latent adds to the embedding of the mean image: ``e(μ + t w_j) - e(μ)``, ``[m, e]``.
+    """Return each latent's change of the embedding of the mean activation: ``e(μ + t w_j) - e(μ)``, ``[m, e]``.
 
     Args:
-        model: the CLIP.
-        site: the tower's default site or its output; ``e`` is what comes after it.
-        mean: μ ``[d]``.
+        model: the CLIP model.
+        site: the tower's default site or its output; ``e`` is the rest of the tower after it.
+        mean: mean activation μ ``[d]``.
         steps: ``t w_j``, ``[m, d]``, with t a usual activation of latent j.
     """
     return embedding_from(model, site, mean + steps) - embedding_from(model, site, mean[None])
@@ -27,16 +27,16 @@ def latent_embeddings(model: ClipModel, site: Site, mean: Tensor, steps: Tensor)
 def nearest(directions: Tensor, texts: Tensor, top: int) -> tuple[Tensor, Tensor]:
     """Find the texts with the largest ``cos(direction, text - mean text)``.
 
-    What all texts have in common (the prompt, say) tells none from another, so it is taken off. With fewer than two
-    texts there is nothing to tell apart.
+    The mean text is subtracted since the part that all texts share, such as the prompt, distinguishes none of them. A
+    single text is its own mean, so its cosine is 0.
 
     Args:
-        directions: ``[m, e]``.
-        texts: ``[words, e]``, of unit norm.
-        top: how many.
+        directions: changes of the embedding, ``[m, e]``.
+        texts: embeddings of the words, ``[words, e]``, of unit norm.
+        top: number of texts per direction.
 
     Returns:
-        Cosines and indices, ``[m, top]``, best first.
+        Cosines and indices of the texts, ``[m, top]`` (fewer columns for fewer texts), best first.
     """
     cosines = F.normalize(directions, dim=-1) @ F.normalize(texts - texts.mean(0), dim=-1).T
     best = cosines.topk(min(top, len(texts)), dim=-1)
