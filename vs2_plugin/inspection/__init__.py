@@ -1,4 +1,4 @@
-"""What the latents of an SAE stand for, and what they did to images.
+"""Shows the meaning of an SAE's latents, and their contributions to the steering of images.
 
 From Python::
 
@@ -16,6 +16,6 @@ From Python::
         print(line.name, line.values[0])  # what each latent contributed to the lead
     write_survey(survey_latents(subject), Path("latents"))
 
-From below: notes (texts), latents and pictures; subject, a steered model that is loaded; findings and survey, which say
-what there is to see; pages, which writes that. What explains one image is harness.explanation.
+From below: notes (texts), latents (statistics) and pictures; subject, a loaded steered model; findings (of images) and
+survey (of all latents); pages, which writes both. A single image is explained by model.explanation.
 """

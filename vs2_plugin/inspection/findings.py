@@ -1,4 +1,4 @@
-"""What steering did to images: classes, contributions of latents, neighbours."""
+"""Findings on images: how steering changed their classes, the contributions of latents, and neighbours."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ __all__ = ["AtPlace", "Finding", "Inspection", "inspect_images"]
 
 @dataclass(frozen=True)
 class AtPlace(PlaceChange):
-    """What happened at one site."""
+    """The effect of steering at one site, with cards of the latents shown."""
 
     cards: tuple[Card, ...] = ()
-    """One for each line of a latent."""
+    """One card for each line of a latent."""
 
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A training image that was looked up."""
+    """A training image that the method looked up."""
 
     similarity: float
     label: str
     side: str
-    """S+ or S-, or empty for a method that has no such sets."""
+    """``S+`` or ``S-``, the set that the image belongs to; empty for a method without these sets."""
     picture: Thumbnail | None
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The training images that were looked up."""
+    """The training images that the method looked up for one image."""
 
     about: str
     images: list[Neighbour]
@@ -49,7 +49,7 @@ class Neighbours:
 
 @dataclass(frozen=True, repr=False)
 class Finding(Explanation):
-    """What steering did to one image."""
+    """An explanation of one image, with its picture and neighbours."""
 
     places: Sequence[AtPlace]
     name: str
@@ -59,17 +59,17 @@ class Finding(Explanation):
 
 @dataclass(frozen=True)
 class Inspection:
-    """What steering did to some images."""
+    """Findings on some images."""
 
     title: list[tuple[str, str]]
-    """What was looked at: names and values."""
+    """Names and values that describe the model, its checkpoint and the classes."""
     findings: list[Finding]
     problems: list[str]
-    """What could not be shown, and why."""
+    """Sentences that say what could not be shown, and why."""
 
 
 def inspect_images(subject: Subject, images: Iterable[ImageFile], *, top: int = 5, latents: int = 8) -> Inspection:
-    """Return what steering did to images, latent by latent, all in float32.
+    """Explain what steering did to images, latent by latent, all in float32.
 
     Args:
         subject: the steered model.
@@ -78,7 +78,7 @@ def inspect_images(subject: Subject, images: Iterable[ImageFile], *, top: int = 
         latents: latents shown for each image and site.
 
     Raises:
-        HarnessError: the method needs the images' true classes.
+        HarnessError: the method is on logits or needs the images' true classes, or there is one class only.
     """
     require_explainable(subject.model.spec)
     findings = [_inspect(subject, image, top, latents) for image in images]
@@ -87,14 +87,14 @@ def inspect_images(subject: Subject, images: Iterable[ImageFile], *, top: int = 
 
 def _inspect(subject: Subject, file: ImageFile, top: int, latents: int) -> Finding:
     image = subject.transform(file.image)[None].to(subject.device)
-    found = explain(subject.model, image, subject.classes, subject.class_texts, top=top, latents=latents)
-    places = [_with_cards(subject, *pair) for pair in zip(subject.model.places, found.places, strict=True)]
+    explanation = explain(subject.model, image, subject.classes, subject.class_texts, top=top, latents=latents)
+    places = [_with_cards(subject, *pair) for pair in zip(subject.model.places, explanation.places, strict=True)]
     picture, neighbours = thumbnail(file.image, 240), _neighbours(subject, image)
-    return Finding(found.classes, found.lead, places, file.name, picture, neighbours)
+    return Finding(explanation.classes, explanation.lead, places, file.name, picture, neighbours)
 
 
 def _with_cards(subject: Subject, place: Place, change: PlaceChange) -> AtPlace:
-    """Return what happened at a site with what is known of the latents there, and words by that."""
+    """Return the change at a site with cards of its latents, and with words by their usual activations."""
     shown = [line for line in change.lines if line.latent is not None]
     latents = np.array([line.latent for line in shown], dtype=np.int64)
     cards = _cards(subject, place, latents, np.array([line.activation for line in shown])) if shown else []
@@ -106,7 +106,7 @@ def _with_cards(subject: Subject, place: Place, change: PlaceChange) -> AtPlace:
 def _cards(
     subject: Subject, place: Place, latents: np.ndarray, amounts: np.ndarray
 ) -> list[Card]:
-    """Return what is known of latents that have the activations ``amounts`` in the image at hand."""
+    """Return the cards of latents; ``amounts`` are their activations in the image, used where the gallery has none."""
     statistics = subject.statistics(place)
     if statistics is not None:
         amounts = np.where(statistics.counts[latents] > 0, statistics.means[latents], amounts)

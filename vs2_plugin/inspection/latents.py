@@ -1,4 +1,4 @@
-"""What an SAE's latents do on a gallery of images: how often, how strongly, and on which images most."""
+"""Statistics of an SAE's latents on a gallery: how often and how strongly they are active, and their top images."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from vs2_plugin.text import counted
 
 __all__ = ["LatentStatistics", "chance", "choose", "kinds", "scan"]
 
+#: Images encoded at a time.
 _BLOCK = 2048
 #: A latent is rare where its frequency is this many times below k/n, the mean of all latents.
 _APART = 10
@@ -26,7 +27,7 @@ _APART = 10
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """The latents of one SAE over one gallery."""
+    """Statistics of the latents of one SAE over one gallery."""
 
     images: int
     """Images in the gallery."""
@@ -35,11 +36,11 @@ class LatentStatistics:
     means: np.ndarray
     """``[n]``: mean activation over those images; 0 for a dead latent."""
     rows: np.ndarray
-    """int64 ``[n, top]``: the images of largest activation (by magnitude), best first; -1 where there are fewer."""
+    """int64 ``[n, top]``: rows of the top images, those of largest activation by magnitude; -1 after the last one."""
     values: np.ndarray
-    """float32 ``[n, top]``: the activations there."""
+    """float32 ``[n, top]``: the activations in the top images."""
     classes: np.ndarray
-    """int64 ``[n, top]``: the zero-shot classes of these images; -1 where there is no image."""
+    """int64 ``[n, top]``: the zero-shot classes of the top images; -1 where there is no image."""
     class_counts: np.ndarray
     """int64 ``[classes]``: images of each zero-shot class in the gallery."""
 
@@ -50,13 +51,13 @@ class LatentStatistics:
 
     @cached_property
     def shown(self) -> np.ndarray:
-        """int64 ``[n]``: how many top images there are."""
+        """int64 ``[n]``: number of top images of each latent."""
         return np.asarray((self.rows >= 0).sum(1))
 
     @cached_property
     def purity(self) -> tuple[np.ndarray, np.ndarray]:
-        """The most frequent zero-shot class among a latent's top images (of equals, the first by number), int64
-        ``[n]``, and how many of them have it. A dead latent has class -1 and none."""
+        """The most frequent zero-shot class among each latent's top images (of equally frequent ones, the lowest
+        number), int64 ``[n]``, and the number of top images of that class. A dead latent has class -1 and number 0."""
         same = (self.classes[:, :, None] == self.classes[:, None, :]) & (self.classes >= 0)[:, :, None]
         votes = same.sum(2)
         most = votes.max(1)
@@ -65,22 +66,22 @@ class LatentStatistics:
 
     @property
     def full(self) -> np.ndarray:
-        """bool ``[n]``: the latents that have all top images."""
+        """bool ``[n]``: the latents with the full number of top images."""
         return np.asarray(self.shown == self.rows.shape[1])
 
     @cached_property
     def chance(self) -> np.ndarray:
-        """``[top + 1, top + 1]``; see :func:`chance`."""
+        """``[top + 1, top + 1]``: distribution of purity by chance; see :func:`chance`."""
         return chance(self.class_counts, self.rows.shape[1])
 
     def purity_by_chance(self, latent: int) -> tuple[float, float]:
-        """Return the mean purity by chance, and the probability of one at least as large as this latent's."""
+        """Return the mean purity by chance, and the probability by chance of a purity at least that of the latent."""
         shown, votes = self.shown[latent], self.purity[1][latent]
         row = self.chance[shown]
         return float(row @ np.arange(len(row)) / shown), min(1.0, float(row[votes:].sum()))
 
     def about(self, latent: int, classes: Sequence[str]) -> str:
-        """Return the figures of a latent as a line; ``classes`` are the names of the zero-shot classes."""
+        """Return the figures of a latent as a line of text; ``classes`` are the names of the zero-shot classes."""
         images = counted(self.images, "training image")
         if not self.counts[latent]:
             return f"active in none of {images}"
@@ -101,15 +102,15 @@ def scan(
     top: int,
     progress: Callable[[int], object] = lambda images: None,
 ) -> LatentStatistics:
-    """Go through a gallery once, in blocks. Only ``top`` images per latent are kept, however many there are.
+    """Compute the statistics of all latents in one pass over a gallery, in blocks.
 
     Args:
-        sae: on the device that shall do the work.
-        activations: ``[count, d]``, at the SAE's site.
-        embeddings: ``[count, e]``, CLIP's, of the same images.
+        sae: the SAE, on the device that encodes.
+        activations: activations at the SAE's site, ``[count, d]``.
+        embeddings: CLIP embeddings of the same images, ``[count, e]``.
         classifier: the zero-shot classifier ``[e, classes]``.
-        top: images kept per latent.
-        progress: told the number of images of each block.
+        top: top images kept per latent.
+        progress: called with the number of images of each block.
     """
     n, device = sae.config.num_latents, sae.W_dec.device
     classifier = F.normalize(classifier.to(device, torch.float32), dim=0)
@@ -130,7 +131,7 @@ def scan(
         active = value != 0
         counts += np.bincount(latent[active], minlength=n)
         sums += np.bincount(latent[active], value[active], minlength=n)
-        # An image that comes later has to be stronger than the weakest one kept.
+        # Of equally strong images the earlier one is kept, so a later image must be stronger than the weakest one.
         strong = np.abs(value) > np.abs(values[latent, -1])
         _merge((rows, values, labels), latent[strong], (start + row[strong], value[strong], classes[row[strong]]))
         progress(len(x))
@@ -139,14 +140,14 @@ def scan(
 
 
 def _merge(best: tuple[np.ndarray, ...], latent: np.ndarray, block: tuple[np.ndarray, ...]) -> None:
-    """Put a block's activations of latents (rows, values, classes of each) in their places among the ``best``."""
+    """Merge a block's activations of latents into ``best``; both hold arrays of rows, values and classes."""
     top = best[0].shape[1]
     touched = np.unique(latent)
     owner = np.concatenate([np.repeat(touched, top), latent])
     rows, values, classes = (
         np.concatenate([old[touched].ravel(), new]) for old, new in zip(best, block, strict=True)
     )  # fmt: skip
-    # By latent; then by strength; of equals the earlier image, so that the blocks' size changes nothing.
+    # By latent, then by strength, then the earlier image first, so that results do not depend on the block size.
     order = np.lexsort((np.where(rows < 0, np.iinfo(rows.dtype).max, rows), -np.abs(values), owner))
     starts = np.searchsorted(owner[order], touched)
     first = order[starts[:, None] + np.arange(top)]
@@ -155,17 +156,17 @@ def _merge(best: tuple[np.ndarray, ...], latent: np.ndarray, block: tuple[np.nda
 
 
 def kinds(frequencies: np.ndarray, k: int) -> np.ndarray:
-    """Return ``dead`` (never active), ``rare`` (below k/n / 10), ``dense`` (in more than a tenth of the images) or an
-    empty word: ``[n]``.
+    """Return the kind of each latent ``[n]``: ``dead`` (never active), ``rare`` (frequency below a tenth of k/n),
+    ``dense`` (active in more than a tenth of the images), or an empty text.
 
-    k/n is what the frequency would be if all latents were active equally often.
+    k/n is the mean frequency: all latents would have it if they were active equally often.
     """
     least = k / len(frequencies) / _APART
     return np.select([frequencies == 0, frequencies < least, frequencies > DENSE], ["dead", "rare", "dense"], "")
 
 
 def chance(class_counts: np.ndarray, top: int) -> np.ndarray:
-    """Return how pure images drawn at random are: ``[top + 1, top + 1]``.
+    """Return the distribution of the purity of images drawn at random: ``[top + 1, top + 1]``.
 
     Entry ``[t, m]`` is the probability that of t images, drawn with the classes' shares p_c, the most frequent class
     has exactly m. Exact: ``P(all classes ≤ m) = t! [z^t] Π_c Σ_{i ≤ m} (p_c z)^i / i!``.
@@ -183,11 +184,12 @@ def chance(class_counts: np.ndarray, top: int) -> np.ndarray:
 
 
 def choose(statistics: LatentStatistics, limit: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Choose latents to look at: in four ways, up to ``limit`` in all, none of them dead.
+    """Choose latents to show, in four ways, up to ``limit`` in all, none of them dead.
 
-    ``random`` are drawn evenly from all that are alive, and so stand for the SAE; ``frequent`` are active in most
-    images (the densest), ``strong`` have the largest mean activation, ``pure`` most top images of one class, among
-    those that have all top images (a latent with one image is pure by itself). A latent may be chosen in several ways.
+    ``random`` latents are drawn evenly from all that are alive, and so represent the SAE; ``frequent`` ones are active
+    in the most images (the densest), ``strong`` ones have the largest mean activation by magnitude, and ``pure`` ones
+    the most top images of one class, among latents with the full number of top images (a single image is always pure).
+    A latent may be chosen in several ways.
     """
     alive = np.flatnonzero(statistics.counts)
     each = [len(part) for part in np.array_split(np.arange(limit), 4)]

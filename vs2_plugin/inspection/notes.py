@@ -1,10 +1,10 @@
-"""How the numbers are made, in words for the reader: shown by ``--help`` and on the pages. Imports nothing."""
+"""Texts that explain to the reader how figures are computed; shown by ``--help`` and on pages. Imports nothing."""
 
 from __future__ import annotations
 
 __all__ = ["ATTRIBUTION", "GROUPS", "NO_GALLERY", "NO_WORDS", "PURITY", "TOP_IMAGES", "WORDS"]
 
-#: Top-activating images of each latent.
+#: Number of top-activating images of each latent.
 TOP_IMAGES = 10
 ATTRIBUTION = (
     "Logits are 100 x cosine, as in clip_benchmark. Contributions: steering moves the activation x by a w along the "

@@ -1,4 +1,4 @@
-"""The pages of inspections and surveys, which open from disk."""
+"""Writes the pages of inspections and surveys, which open from disk."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from vs2_plugin.sae.fit import DENSE
 
 __all__ = ["write_inspection", "write_survey"]
 
-#: Stand in the files near the beginning, so that only they are written over.
+#: Marks near the beginning of the pages, so that only such pages are overwritten.
 _INSPECTION, _SURVEY = "vs2 inspect", "vs2 latents"
 
 
 def write_inspection(inspection: Inspection, folder: Path) -> list[Path]:
-    """Write ``index.html`` into ``folder``; return the files written.
+    """Write ``index.html`` into ``folder``, and return the files written.
 
     Raises:
         DataError: another file of that name is there, or the folder cannot be written to.
@@ -28,7 +28,7 @@ def write_inspection(inspection: Inspection, folder: Path) -> list[Path]:
 
 
 def write_survey(survey: LatentSurvey, folder: Path) -> list[Path]:
-    """Write ``index.html`` and ``latents.csv``, a table of all latents, into ``folder``; return the files written.
+    """Write ``index.html`` and ``latents.csv``, a table of all latents, into ``folder``, and return the files written.
 
     Raises:
         DataError: another file of such a name is there, or the folder cannot be written to.

@@ -1,4 +1,4 @@
-"""Pictures for pages: image files, and training images read again by their row in a gallery."""
+"""Pictures for pages: of image files, and of training images that are read again by their row in a gallery."""
 
 from __future__ import annotations
 
@@ -25,29 +25,30 @@ from vs2_plugin.text import printable
 
 __all__ = ["ImageFile", "Thumbnail", "TrainingPictures", "read_image", "thumbnail"]
 
+#: Usual side of a thumbnail, in pixels.
 _SIDE = 160
 
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A small picture that stands in the page itself."""
+    """A small picture that is embedded in the page."""
 
     uri: str
     width: int
     height: int
     name: str = ""
-    """Of its file; empty for a picture that is none."""
+    """Name of the picture's file; empty for a picture that has no file."""
 
 
 class ImageFile(NamedTuple):
-    """An image and what it is called."""
+    """An image and its name."""
 
     name: str
     image: Image.Image
 
 
 def thumbnail(image: Image.Image, side: int = _SIDE, name: str = "") -> Thumbnail:
-    """Return the image, at most ``side`` pixels wide and high. Smaller ones stay as they are."""
+    """Return the image scaled down to at most ``side`` pixels in width and height; a smaller image is not scaled."""
     small = image.convert("RGB")
     small.thumbnail((side, side))
     data = io.BytesIO()
@@ -62,7 +63,7 @@ def read_image(path: Path) -> ImageFile:
     """Read and decode an image file.
 
     Raises:
-        DataError: there is none that can be read.
+        DataError: the file cannot be read as an image.
     """
     return ImageFile(str(path), open_picture(path))
 
@@ -82,7 +83,7 @@ class TrainingPictures:
         wds_cache_dir: str | None,
         problems: dict[str, None],
     ) -> None:
-        """Why pictures are not shown is added to ``problems``, one sentence each, as they are asked for."""
+        """Reasons why pictures cannot be shown are added to ``problems``, one sentence each, as rows are requested."""
         self._parts = checkpoint.require_gallery().parts
         self.gallery = checkpoint.open_gallery()
         self._checkpoint, self._transform, self._problems = checkpoint, transform, problems
@@ -103,11 +104,11 @@ class TrainingPictures:
         return self._thumbnails[row]
 
     def of(self, rows: Iterable[int]) -> list[Thumbnail]:
-        """Return the pictures of several rows that can be shown; a row of -1 stands for none."""
+        """Return the pictures of those ``rows`` that can be shown; a row of -1 is skipped."""
         return [picture for row in rows if row >= 0 and (picture := self(int(row))) is not None]
 
     def _open(self, part: int) -> Any:
-        """Return the images of a data set, or None where it cannot be read by row."""
+        """Return the images of a part of the gallery, or None where they cannot be read by row."""
         dataset, count, checkpoint = self._parts[part].dataset, self._parts[part].count, self._checkpoint
         try:
             if checkpoint.data.splits[part] == GIVEN:
@@ -130,7 +131,7 @@ class TrainingPictures:
         return source
 
     def _data_set(self, part: int) -> DataSet:
-        """Return where the images of a part are read: those of another folder than the one at hand, where they lay."""
+        """Return the data set to read a part from: the part's own folder, if another one than the data set at hand."""
         name, folders = self._parts[part].dataset, self._checkpoint.data.folders
         folder = folders[part] if folders else ""
         if folder and (name != self._at_hand.name or not self._checkpoint.data.is_of(self._at_hand.home)):
@@ -143,10 +144,10 @@ class TrainingPictures:
             item = images[row - self._starts[part]]
             image = item[0] if isinstance(item, (tuple, list)) else item
             same = isinstance(image, Tensor) and image_digest(image) == int(self.gallery.digests[row])
-        except Exception as error:  # whatever a data set's own code raises
+        except Exception as error:  # a data set's own code may raise anything
             self._problems[f"Some training images of {dataset} are not shown: {type(error).__name__}: {error}"] = None
             return None
-        if self._seen is None or not same:  # what cannot be read any more is told by what took its place
+        if self._seen is None or not same:  # None: an unreadable image was replaced by another
             self._problems[
                 f"Some training images of {dataset} are not shown: what --dataset_root holds now is not what the "
                 "checkpoint's gallery was made from"
@@ -155,13 +156,13 @@ class TrainingPictures:
         return thumbnail(self._seen, name=_path(images, row - self._starts[part]))
 
     def _prepare(self, image: Image.Image) -> Tensor:
-        """Return what the tower's preprocessing makes of an image, and keep a copy of what comes before it."""
+        """Return the preprocessed image, and keep the image before preprocessing, for its thumbnail."""
         self._seen = image
         return self._transform(image)
 
 
 def _path(images: Any, row: int) -> str:
-    """Return the file of an image; an empty word for what is no file."""
+    """Return the path of an image's file; an empty text for an image without a file."""
     while isinstance(images, Subset):
         images, row = images.dataset, images.indices[row]
     return images.paths[row] if hasattr(images, "paths") else ""

@@ -1,4 +1,4 @@
-"""What is inspected: a steered model bound to a data set, its training images, and the words to speak of it with."""
+"""The subject of an inspection: a steered model bound to a data set, its training images, classes and words."""
 
 from __future__ import annotations
 
@@ -30,26 +30,27 @@ from vs2_plugin.steering.context import Task
 
 __all__ = ["Card", "Subject", "open_subject"]
 
+#: Prompt of class names and words that are given by the user.
 _PROMPT = "a photo of a {c}"
 
 
 @dataclass(frozen=True)
 class Card:
-    """What is shown of one latent."""
+    """The description of one latent: words, figures and pictures."""
 
     latent: int
     words: list[tuple[str, float]]
-    """The nearest, with their cosines; empty before the tower's end."""
+    """The nearest words, with their cosines; empty before the tower's end."""
     about: str
     pictures: list[Thumbnail]
-    """Its top-activating training images."""
+    """The latent's top-activating training images."""
     kind: str = ""
-    """See :func:`vs2_plugin.inspection.latents.kinds`."""
+    """``dead``, ``rare``, ``dense`` or empty; see :func:`vs2_plugin.inspection.latents.kinds`."""
 
 
 @dataclass
 class Subject:
-    """A steered model, bound to a data set, and the words to speak of it with."""
+    """A steered model that is bound to a data set, with classes and words that describe its latents."""
 
     model: SteeredCLIP
     transform: Callable[[Any], Tensor]
@@ -59,21 +60,21 @@ class Subject:
     prompts: str
     """The prompts of the classes, in words."""
     class_texts: Tensor
-    """``[classes, e]``: float32, unit norm."""
+    """Class embeddings ``[classes, e]``: float32, unit norm."""
     words: list[str]
     word_texts: Tensor
-    """``[words, e]``."""
+    """Embeddings of the words ``[words, e]``: float32, unit norm."""
     pictures: TrainingPictures | None
     """The checkpoint's training images, if it keeps any."""
     problems: dict[str, None]
-    """What could not be shown so far, and why, one sentence each."""
+    """Sentences that say what could not be shown so far, and why; the values are unused."""
     progress: bool = False
-    """Whether a bar on stderr tells how far a scan of the gallery is."""
+    """Whether a progress bar on stderr shows the scan of the gallery."""
     _statistics: dict[str, LatentStatistics] = field(default_factory=dict)
 
     @property
     def title(self) -> list[tuple[str, str]]:
-        """Names and values that tell what is looked at."""
+        """Names and values that describe the model, its checkpoint, the classes and the concepts."""
         spec, checkpoint = self.model.spec, self.model.checkpoint
         title = [("model", str(spec))]
         if checkpoint is not None:
@@ -88,12 +89,12 @@ class Subject:
         return title
 
     def statistics(self, place: Place) -> LatentStatistics | None:
-        """Return what the latents at a place do on the gallery, which is read once; None without a gallery."""
+        """Return the statistics of a place's latents on the gallery, computed once; None without a gallery."""
         hookpoint = place.site.hookpoint
         if hookpoint not in self._statistics and self.pictures is not None:
             gallery = self.pictures.gallery
             activations, embeddings = gallery.activations[hookpoint], gallery.embeddings[CLIP]
-            hidden = None if self.progress else True  # None: where stderr is no terminal
+            hidden = None if self.progress else True  # None hides the bar if stderr is no terminal
             with tqdm(total=len(gallery), desc="latents", unit="img", disable=hidden, leave=False) as bar:
                 self._statistics[hookpoint] = scan(
                     sae_at(place)[0], activations, embeddings, self.class_texts.T, TOP_IMAGES, bar.update
@@ -101,9 +102,9 @@ class Subject:
         return self._statistics.get(hookpoint)
 
     def words_of(self, place: Place, latents: np.ndarray, amounts: np.ndarray) -> list[list[tuple[str, float]]]:
-        """Return the nearest words of latents and their cosines; none before the tower's end.
+        """Return for each latent the nearest words with their cosines; no words before the tower's end.
 
-        ``amounts`` is a usual activation of each; a latent without one has no words.
+        ``amounts`` are usual activations of the ``latents``; a latent with 0 gets no words.
         """
         if not self.model.sites.at_end(place.site):
             self.problems[NO_WORDS] = None
@@ -113,7 +114,7 @@ class Subject:
     def card(
         self, latent: int, words: list[tuple[str, float]], statistics: LatentStatistics | None, kind: str = ""
     ) -> Card:
-        """Return what is shown of a latent, without a gallery its ``words`` only."""
+        """Return the card of a latent; without a gallery, only its ``words``."""
         if statistics is None or self.pictures is None:
             return Card(latent, words, "", [], kind)
         pictures = self.pictures.of(statistics.rows[latent])
@@ -137,17 +138,17 @@ def open_subject(
     Args:
         model: a model string, ``method:backbone[@checkpoint][@key=value]…``.
         pretrained: open_clip's weights tag or file; empty for random weights.
-        dataset: the data set whose classes and checkpoint are meant; a folder of images, ``photos/``, or ``wds/NAME``
+        dataset: the data set whose classes and checkpoint are used; a folder of images, ``photos/``, or ``wds/NAME``
             for shards.
-        dataset_root: where it lies if it is named by no path. Training images are read there again to be shown.
-        classes: class names in place of the data set's.
+        dataset_root: the folder that holds a data set given by name. Training images are read from there again.
+        classes: class names to use instead of the data set's.
         concepts: words to compare latents with in place of the classes.
         model_cache_dir: where downloaded models are kept.
         wds_cache_dir: where downloaded shards are kept.
         progress: show progress bars on stderr.
 
     Raises:
-        Vs2Error: what is wrong, and what mends it.
+        Vs2Error: the model or the data set cannot be loaded, or there are fewer than two classes or concepts.
     """
     prompts: list[str] | dict[str, list[str]] = [_PROMPT]
     named = DataSet.of(dataset, dataset_root)
@@ -157,7 +158,7 @@ def open_subject(
         if words is not None and len(set(words)) < 2:
             raise DataError(f"{name}: {', '.join(map(repr, words[:3])) or 'none'}; expected two words or more")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with seeded(0):  # random weights: as clip_benchmark has them
+    with seeded(0):  # random weights equal clip_benchmark's
         steered, transform, tokenizer = load(model, pretrained, model_cache_dir, device)
     steered.bind(Task(named.name, named.root, "test", classes, prompts))
     with zero_shot_classification() as harness:
@@ -167,9 +168,9 @@ def open_subject(
     warn_of_equals(classes, class_texts.T)
     steered.set_classifier(class_texts.T)
     if isinstance(prompts, dict):
-        said = "prompts of their own"
+        wording = "prompts of their own"
     else:
-        said = f"the prompt {prompts[0]!r}" if len(prompts) == 1 else f"{len(prompts)} prompts"
+        wording = f"the prompt {prompts[0]!r}" if len(prompts) == 1 else f"{len(prompts)} prompts"
     problems: dict[str, None] = {}
     pictures, checkpoint = None, steered.checkpoint
     if checkpoint is not None and checkpoint.gallery is not None:
@@ -177,7 +178,7 @@ def open_subject(
     elif checkpoint is not None:
         problems[NO_GALLERY] = None
     return Subject(
-        steered, transform, device, classes, said, class_texts, concepts or classes, word_texts, pictures, problems,
+        steered, transform, device, classes, wording, class_texts, concepts or classes, word_texts, pictures, problems,
         progress,
     )  # fmt: skip
 
@@ -187,7 +188,7 @@ def _classes_of(dataset: DataSet, wds_cache_dir: str | None) -> tuple[list[str],
     hint = "or name the classes with --classes FILE"
     remedy = f"its class names are needed: put the data there, {hint}"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of an order of shards, which are not read here
+        warnings.simplefilter("ignore")  # warnings of the order of shards, which are not read here
         built = build(dataset, "test", remedy=remedy, wds_cache_dir=wds_cache_dir)
     classes, prompts = getattr(built, "classes", None), getattr(built, "templates", None)
     if not classes or len(classes) < 2 or not prompts:

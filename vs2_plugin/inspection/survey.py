@@ -1,4 +1,4 @@
-"""All latents of one SAE: their figures, a choice of them to look at, and a table."""
+"""Surveys all latents of one SAE: their figures, a selection to show, and a table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["CSV_HEADER", "Group", "LatentSurvey", "require_sae", "survey_latents
 CSV_HEADER = (
     "latent,kind,images,frequency,mean_activation,max_activation,top_images,purity,chance_purity,p_purity,class,words"
 )  # fmt: skip
-#: How latents are chosen -> title and explanation; see :func:`vs2_plugin.inspection.latents.choose`.
+#: Way of choosing latents -> title and explanation of the group; see :func:`vs2_plugin.inspection.latents.choose`.
 _GROUPS = {
     "random": (
         "Random latents",
@@ -42,7 +42,7 @@ _GROUPS = {
 
 @dataclass(frozen=True)
 class Group:
-    """Latents that were chosen in one way."""
+    """Cards of latents that were chosen in one way."""
 
     title: str
     how: str
@@ -51,27 +51,27 @@ class Group:
 
 @dataclass(frozen=True)
 class LatentSurvey:
-    """All latents of an SAE, in words and numbers."""
+    """Figures and words of all latents of an SAE, with cards of some."""
 
     checkpoint: str
-    """Its name."""
+    """Name of the checkpoint."""
     k: int
-    """Latents active at a time."""
+    """Latents that the SAE activates per image, at most."""
     classes: list[str]
     statistics: LatentStatistics
     kinds: np.ndarray
-    """str ``[n]``; see :func:`vs2_plugin.inspection.latents.kinds`."""
+    """str ``[n]``: kinds of the latents; see :func:`vs2_plugin.inspection.latents.kinds`."""
     words: list[list[tuple[str, float]]]
-    """Of each latent, the nearest words and their cosines; empty before the tower's end."""
+    """For each latent the nearest words with their cosines; empty before the tower's end."""
     title: tuple[tuple[str, str], ...] = ()
-    """What was looked at, and the figures of the whole: names and values."""
+    """Names and values that describe the subject, and the figures of the whole SAE."""
     groups: tuple[Group, ...] = ()
-    """Latents to look at."""
+    """The groups of latents that are shown."""
     problems: tuple[str, ...] = ()
-    """What could not be shown, and why."""
+    """Sentences that say what could not be shown, and why."""
 
     def figures(self) -> list[tuple[str, str]]:
-        """Return the figures of the whole: names and values."""
+        """Return the figures of the whole SAE, as names and values."""
         n, even, statistics = len(self.kinds), self.k / len(self.kinds), self.statistics
 
         def share(kind: str) -> str:
@@ -94,7 +94,7 @@ class LatentSurvey:
         return figures
 
     def csv(self) -> str:
-        """Return a table with a row for each latent."""
+        """Return a CSV table with a row for each latent."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(CSV_HEADER.split(","))
@@ -125,11 +125,11 @@ def require_sae(model: ModelString) -> None:
 
 
 def survey_latents(subject: Subject, *, limit: int = 100) -> LatentSurvey:
-    """Look at a whole SAE. Reads the gallery of the checkpoint once, in blocks.
+    """Survey all latents of an SAE, in one pass over the checkpoint's gallery, in blocks.
 
     Args:
         subject: the steered model.
-        limit: latents shown, a quarter in each group.
+        limit: latents shown in all groups, a quarter in each.
 
     Raises:
         CheckpointError: the checkpoint has no gallery.
@@ -161,7 +161,7 @@ def survey_latents(subject: Subject, *, limit: int = 100) -> LatentSurvey:
 
 
 def _groups(survey: LatentSurvey, subject: Subject, limit: int) -> Iterator[Group]:
-    """Yield the latents that are shown."""
+    """Yield the groups of latents that are shown, without empty ones."""
     statistics = survey.statistics
     full, alive = int(statistics.full.sum()), int((statistics.counts > 0).sum())
     for name, latents in choose(statistics, limit).items():
