@@ -1,1 +1,1 @@
-"""What an SAE is worth as a dictionary: figures of its reconstruction, its latents and its directions, and a page."""
+"""Measures an SAE as a dictionary: figures of its reconstruction, its latents and its directions, and a page."""

@@ -1,4 +1,4 @@
-"""What an SAE makes of activations: one sparse matrix, from which most figures follow."""
+"""The codes that an SAE gives to activations: one sparse matrix, from which most figures follow."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["Codes", "encode"]
 
 @dataclass(frozen=True)
 class Codes:
-    """The codes of some activations."""
+    """Sparse codes of some activations, one per image."""
 
     matrix: csr_array
-    """float32 ``[count, n]``; what is not active is not stored."""
+    """float32 ``[count, n]``; only active latents are stored."""
 
     @cached_property
     def counts(self) -> np.ndarray:
@@ -40,7 +40,7 @@ class Codes:
 
     @property
     def l0(self) -> float:
-        """Active latents per image, in the mean."""
+        """Mean number of active latents per image."""
         return float(self.matrix.nnz / self.matrix.shape[0])
 
     @property
@@ -56,12 +56,12 @@ class Codes:
 
 @torch.no_grad()
 def encode(sae: TopKSAE, source: Source, numbers: np.ndarray) -> Codes:
-    """Encode the activations of these numbers, int64 ``[count]``, in their order.
+    """Encode some activations of a source.
 
     Args:
-        sae: on the device of the source.
+        sae: the SAE, on the device of the source.
         source: the activations.
-        numbers: whose.
+        numbers: row numbers of the activations, int64 ``[count]``; the codes have the same order.
     """
     values, indices, lengths = [], [], []
     for x in source.every(numbers):

@@ -1,4 +1,4 @@
-"""The decoder's directions: how near they come to each other, and whether other seeds find them again."""
+"""Compares the decoder's directions with each other, and with those of SAEs trained by other seeds."""
 
 from __future__ import annotations
 
@@ -14,48 +14,48 @@ from vs2_plugin.arrays import spread
 
 __all__ = ["Agreement", "agreement", "nearest_cosines"]
 
-_ENTRIES = 1 << 24  # of a matrix of cosines that is assigned: 128 MB, some seconds
-_BLOCK = 1 << 25  # of one that is looked at: 128 MB
-_LOOKED_AT = 1 << 28  # in all: a large dictionary is stood for by some of its directions
+_ENTRIES = 1 << 24  # most entries of a matrix of cosines to assign: 128 MB, some seconds
+_BLOCK = 1 << 25  # most entries of a matrix of cosines at a time: 128 MB
+_LOOKED_AT = 1 << 28  # most cosines in all: of a large dictionary, some directions are compared with all
 
 
 def nearest_cosines(directions: Tensor, signed: bool = True) -> np.ndarray:
-    """Return each direction's largest cosine with another one: ``[m]``, of all n, or of m that are evenly spread.
+    """Return each direction's largest cosine with another one: ``[m]``, for all n, or for m evenly spread ones.
 
     Args:
         directions: ``[n, d]``, n at least 2.
-        signed: whether the opposite direction is another one; where a latent's activation may be negative, it is not.
+        signed: whether opposite directions count as different; False for latents whose activation may be negative.
     """
     unit = F.normalize(directions.float(), dim=1)
     chosen = spread(len(unit), max(1, _LOOKED_AT // len(unit)))
-    found = []
+    largest = []
     for part in chosen.split(max(1, _BLOCK // len(unit))):
         cosines = unit[part] @ unit.T
         cosines = cosines if signed else cosines.abs()
         cosines[torch.arange(len(part)), part] = -torch.inf
-        found.append(cosines.amax(1))
-    return torch.cat(found).numpy()
+        largest.append(cosines.amax(1))
+    return torch.cat(largest).numpy()
 
 
 class Agreement(NamedTuple):
-    """Cosines of directions of one dictionary with the ones of another that they are assigned to."""
+    """Cosines between the directions of one dictionary and those assigned to them from another."""
 
     cosines: np.ndarray
-    """``[m]``."""
+    """``[m]``: cosines with the other dictionary's directions."""
     random: np.ndarray
-    """``[m]``: the same with random directions in place of the other dictionary's, as many and of the same mean and
-    covariance."""
+    """``[m]``: cosines with as many random directions of the same mean and covariance as the other dictionary's."""
 
 
 def agreement(one: Tensor, other: Tensor, signed: bool = True) -> Agreement:
-    """Assign each direction of ``one`` another one of ``other``, so that the sum of cosines is the largest.
+    """Assign each direction of ``one`` a different one of ``other``, so that the sum of cosines is largest.
 
-    Where the matrix of cosines would take more than 16.8 million entries, evenly spread directions stand for ``one``.
+    Where the matrix of cosines would have more than 16.8 million entries, only evenly spread directions of ``one`` are
+    used.
 
     Args:
-        one: ``[n, d]``.
-        other: ``[m, d]``.
-        signed: as of :func:`nearest_cosines`.
+        one: directions ``[n, d]``.
+        other: directions ``[m, d]``.
+        signed: as in :func:`nearest_cosines`.
     """
     one, other = F.normalize(one.float(), dim=1), F.normalize(other.float(), dim=1)
     one = one[spread(len(one), max(1, _ENTRIES // len(other)))]

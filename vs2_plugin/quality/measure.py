@@ -1,4 +1,4 @@
-"""All figures of an SAE, and of several by different seeds."""
+"""Measures all figures of an SAE, and compares SAEs of different seeds."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from vs2_plugin.text import counted
 
 __all__ = ["STABLE", "Figure", "Measured", "ZeroShot", "keep", "measure", "stability"]
 
-#: Images whose codes are looked at, at most.
+#: Most images whose codes are computed.
 LOOKED_AT = 50_000
-#: A latent is found again at this cosine, and doubled at that.
+#: Smallest cosines at which a latent counts as found again by another SAE, and as doubled within its own.
 STABLE, _DOUBLED = 0.7, 0.9
-_PROBED = 10_000  # images that probes are fitted on, at most
+_PROBED = 10_000  # most images that probes are fitted on
 _NO_IMAGES = (
     "the checkpoint keeps no activations; name a file of them with --activations, or train it again without "
     "--no_gallery"
@@ -37,23 +37,23 @@ _NO_LABELS = "it needs labels: train with --gallery_labels, or give --labels wit
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure; see :data:`vs2_plugin.quality.notes.NOTES` for what it means."""
+    """One figure; :data:`vs2_plugin.quality.notes.NOTES` explains its meaning."""
 
     value: float | None
     beside: float | None = None
-    """What it is compared with."""
+    """The figure that ``value`` is compared with."""
     why: str = ""
-    """Why there is none, and what mends that."""
+    """Why there is no value, and how to get one."""
 
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """The rest of a tower, and classes."""
+    """The rest of a tower after the SAE's site, and class embeddings, for zero-shot classification."""
 
     embed: Callable[[Tensor], Tensor] | None
-    """``[batch, d]`` to ``[batch, e]``; None where the SAE is not at the tower's end."""
+    """Maps activations ``[batch, d]`` to embeddings ``[batch, e]``; None where the SAE is not at the tower's end."""
     weights: Tensor
-    """``[e, classes]``."""
+    """Class embeddings ``[e, classes]``."""
     labelled: bool
     """Whether the images' labels are those of these classes."""
     about: str
@@ -67,7 +67,7 @@ class Measured:
     subject: Subject
     figures: dict[str, Figure]
     codes: Codes | None
-    """Those of at most 50,000 images."""
+    """Codes of at most 50,000 images; None without images."""
     meaning: Monosemanticity | None
 
 
@@ -80,10 +80,10 @@ def measure(
     """Measure an SAE.
 
     Args:
-        subject: the SAE, with the images that there are.
+        subject: the SAE with its images. Without images, figures recorded in training are used where there are any.
         elsewhere: activations of another data set.
-        zero_shot: classes, or why there are none.
-        device: where to encode.
+        zero_shot: the classes for zero-shot figures, or the reason why there are none.
+        device: device that encodes.
 
     Raises:
         DataError: all activations are equal.
@@ -94,8 +94,8 @@ def measure(
     if images is None:
         recorded = subject.site.training
         figures["explained_variance"] = Figure(1 - subject.site.fvu, _one_less(recorded.get("pca_fvu")))
-        known = ("l0", "dead", "dense", "gamma", "recovered", "agreement")
-        figures |= {name: _recorded(recorded.get(name)) for name in known}
+        names = ("l0", "dead", "dense", "gamma", "recovered", "agreement")
+        figures |= {name: _recorded(recorded.get(name)) for name in names}
         figures |= _none(_NO_IMAGES, "probe_1", "probe_5", "monosemanticity", "monosemantic")
     else:
         source = Source(images.activations, device)
@@ -130,19 +130,19 @@ def _one_less(value: object) -> float | None:
 
 
 def _chosen(images: Images) -> np.ndarray:
-    """Return the images whose codes are looked at: all that are held out, and others, in their order."""
+    """Return the sorted numbers of the images to encode: all held-out ones, then others up to 50,000 in all."""
     return np.sort(np.concatenate([images.held, images.others[: LOOKED_AT - len(images.held)]]))
 
 
 def _is_signed(subject: Subject) -> bool:
-    """Tell whether a latent stands for a direction, and not for its opposite too."""
+    """Return whether activations are never negative, so that a latent does not stand for the opposite direction too."""
     return subject.sae.config.activation == "relu"
 
 
 def _reconstruction(subject: Subject, source: Source, images: Images) -> dict[str, Figure]:
     held = np.sort(images.held)
-    told = subject.site.training.get("pca_fvu") if len(images.others) else None  # it is of the training's own images
-    beside = _one_less(told)
+    recorded = subject.site.training.get("pca_fvu") if len(images.others) else None  # of the training's own images
+    beside = _one_less(recorded)
     if beside is None and len(images.others):
         beside = 1 - pca_fvu(source, np.sort(images.others[:PCA_MAX]), held, subject.sae.config.k)
     return {"explained_variance": Figure(1 - held_out_fvu(subject.sae, source, held), beside)}
@@ -170,28 +170,28 @@ def _zero_shot(
         return _none(why, "recovered", "agreement")
     held = np.sort(images.held)
     labels = images.labels[held] if images.labels is not None and given.labelled else None
-    found = recovered(subject.sae, source, held, given.embed, given.weights, labels)
+    result = recovered(subject.sae, source, held, given.embed, given.weights, labels)
     why = _NO_LABELS if images.labels is None else "the labels given do not belong to these classes"
     if labels is not None:
         why = "the plain model is no better than one constant activation"
-    share = Figure(found.share, why="" if found.share is not None else why)
-    return {"recovered": share, "agreement": Figure(found.agreement, found.by_mean)}
+    share = Figure(result.share, why="" if result.share is not None else why)
+    return {"recovered": share, "agreement": Figure(result.agreement, result.by_mean)}
 
 
 def keep(measured: Measured, zero_shot: ZeroShot | str) -> bool:
-    """Keep what is left of zero-shot predictions in the checkpoint's record, for its model card, in place of what was
-    measured before; tell whether that could be done, and there was something to keep."""
+    """Write the measured ``agreement`` and ``recovered`` to the checkpoint's record, for its model card, replacing
+    earlier values. Return whether there was something to write and it could be written."""
     subject, agreement = measured.subject, measured.figures["agreement"].value
     if subject.images is None or agreement is None or isinstance(zero_shot, str):
         return False
     recovered = measured.figures["recovered"].value
     held = counted(len(subject.images.held), "image")
-    told: dict[str, float | str | None] = {
+    record: dict[str, float | str | None] = {
         "agreement": round(agreement, 6),
         "recovered": None if recovered is None else round(recovered, 6),
         "recovered_on": f"{held} that it was not trained on ({subject.images.about}), with {zero_shot.about}",
     }
-    return subject.checkpoint.note(subject.site, told)
+    return subject.checkpoint.note(subject.site, record)
 
 
 def _probes(codes: Codes, images: Images, chosen: np.ndarray) -> dict[str, Figure]:
@@ -200,23 +200,23 @@ def _probes(codes: Codes, images: Images, chosen: np.ndarray) -> dict[str, Figur
         return _none(_NO_LABELS, *names.values())
     held = np.isin(chosen, images.held)
     fitted = np.isin(chosen, images.others[:_PROBED])
-    if not len(images.others):  # all are new to the SAE: the probes are fitted on half of them
+    if not len(images.others):  # all images are new to the SAE: probes are fitted on half of them
         held = np.arange(len(chosen)) % 2 == 0
         fitted = ~held
     rows = held | fitted
     own, labels = chosen[rows], images.labels[chosen[rows]]
     both = (codes.matrix[rows], csr_array(np.asarray(images.activations[own], np.float32)))
-    of_latents, of_coordinates = (sparse_probes(one, labels, fitted[rows], held[rows]) for one in both)
+    of_latents, of_coordinates = (sparse_probes(features, labels, fitted[rows], held[rows]) for features in both)
     if not of_latents:
         return _none("no class has five images to fit a probe on and one to test it on", *names.values())
     return {name: Figure(of_latents[size].auc, of_coordinates[size].auc) for size, name in names.items()}
 
 
 def _meaning(meaning: Monosemanticity) -> dict[str, Figure]:
-    there = ~np.isnan(meaning.scores)
-    if not there.any():
+    scored = ~np.isnan(meaning.scores)
+    if not scored.any():
         return _none("no latent is active in two images", "monosemanticity", "monosemantic")
-    scores, shuffled = meaning.scores[there], meaning.shuffled[there]
+    scores, shuffled = meaning.scores[scored], meaning.shuffled[scored]
     above = float((scores > np.quantile(shuffled, 0.95)).mean())
     return {
         "monosemanticity": Figure(float(scores.mean()), float(shuffled.mean())),
@@ -225,10 +225,10 @@ def _meaning(meaning: Monosemanticity) -> dict[str, Figure]:
 
 
 def stability(measured: Sequence[Measured]) -> tuple[dict[str, Figure], list[tuple[str, str, Agreement]]]:
-    """Compare the directions of SAEs pair by pair.
+    """Compare the decoder directions of SAEs pair by pair, leaving out pairs of one seed.
 
     Returns:
-        The figures, means over pairs; and the pairs.
+        The figures, means over pairs; and for each pair the names of both SAEs and their agreement.
     """
     if len(measured) < 2:
         why = "it needs SAEs of at least two seeds: vs2-train-sae --seed 0 1 2, then vs2 sae with all of their names"
@@ -237,13 +237,13 @@ def stability(measured: Sequence[Measured]) -> tuple[dict[str, Figure], list[tup
     for one, other in combinations(measured, 2):
         if _are_of_one_seed(one.subject, other.subject):
             continue
-        found = agreement(_living(one), _living(other), _is_signed(one.subject))
-        pairs.append((one.subject.name, other.subject.name, found))
+        result = agreement(_living(one), _living(other), _is_signed(one.subject))
+        pairs.append((one.subject.name, other.subject.name, result))
     if not pairs:
         why = "these SAEs start from the same random numbers; expected SAEs of several seeds"
         return _none(why, "stability", "stable"), []
     cosines, random = (
-        [getattr(found, which) for _, _, found in pairs] for which in ("cosines", "random")
+        [getattr(result, which) for _, _, result in pairs] for which in ("cosines", "random")
     )
 
     def mean(parts: list[np.ndarray], least: float | None = None) -> float:
@@ -256,14 +256,14 @@ def stability(measured: Sequence[Measured]) -> tuple[dict[str, Figure], list[tup
 
 
 def _are_of_one_seed(one: Subject, other: Subject) -> bool:
-    """Tell whether two SAEs were trained by one seed, or are the same."""
+    """Return whether two SAEs were trained with the same seed, or have equal decoders."""
     seeds = [subject.site.training.get("seed") for subject in (one, other)]
     same = one.sae.W_dec.shape == other.sae.W_dec.shape and torch.equal(one.sae.W_dec, other.sae.W_dec)
     return same or (seeds[0] is not None and seeds[0] == seeds[1])
 
 
 def _living(measured: Measured) -> Tensor:
-    """Return the directions of the latents that are not dead; all, where no image tells which are."""
+    """Return the directions of the latents that are not dead; all directions where no codes show which are."""
     directions = measured.subject.sae.W_dec
     if measured.codes is None or not measured.codes.alive.any():
         return directions

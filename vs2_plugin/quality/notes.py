@@ -1,7 +1,7 @@
-"""What each figure is called, what it means and what is usual, in words for the reader. Imports nothing of the package.
+"""Title, meaning and usual values of each figure, in words for the reader. Imports nothing of the package.
 
-What is said to be usual is from here where no source is named: SAEs at the defaults on the demo's digits (900 images,
-128 dimensions) and on 4,000 embeddings of ImageNet photographs by OpenAI's ViT-B/32; see docs/saes.md.
+Where no source is named, usual values were measured with SAEs at the defaults on the demo's digits (900 images, 128
+dimensions) and on 4,000 embeddings of ImageNet photographs by OpenAI's ViT-B/32; see docs/saes.md.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ class Note(NamedTuple):
     means: str
     usual: str
     beside: str = ""
-    """What the figure beside it is of; empty where there is none."""
+    """Description of the figure that is shown for comparison; empty where there is none."""
     form: str = "{:.1%}"
-    """How it is written."""
+    """Format of the value."""
 
 
-#: Key of a figure -> what is said of it; in the order in which they are shown.
+#: Key of a figure -> its note, in the order in which figures are shown.
 NOTES = {
     "explained_variance": Note(
         "Explained variance, in domain",

@@ -1,4 +1,4 @@
-"""What is told of SAEs: lines, plain JSON values, and a page that opens from disk."""
+"""Presents the figures of SAEs: as lines, as JSON values, and as a page that opens from disk."""
 
 from __future__ import annotations
 
@@ -21,71 +21,71 @@ from vs2_plugin.text import counted
 
 __all__ = ["Quality", "Row", "write_page"]
 
-#: Stands in the file near its beginning, so that only it is written over.
+#: Mark near the beginning of the page, so that only such pages are overwritten.
 _MARK = "vs2 sae"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A figure of all SAEs, as it is shown."""
+    """One figure for all SAEs, as text."""
 
     note: Note
     cells: list[tuple[str, str]]
-    """Of each SAE, the figure and the one beside it; empty where there is none."""
+    """For each SAE the figure and the one that it is compared with; an empty text where there is none."""
     why: str
-    """Why there is none."""
+    """Why a figure is missing."""
 
 
 @dataclass(frozen=True)
 class Quality:
-    """All that was measured."""
+    """All measured figures of one SAE or several."""
 
     saes: Sequence[Measured]
     together: dict[str, Figure]
-    """Figures of all SAEs together."""
+    """Figures of the SAEs' agreement, such as stability across seeds."""
     pairs: Sequence[tuple[str, str, Agreement]]
 
     def compared(self) -> list[dict[str, Any]]:
-        """Return each pair, and how well the two agree, as plain JSON values."""
+        """Return the pairs of SAEs with their stability figures, as JSON values."""
         return [
-            {"one": one, "other": other, "stability": float(found.cosines.mean()),
-             "stable": float((found.cosines >= STABLE).mean())}
-            for one, other, found in self.pairs
+            {"one": one, "other": other, "stability": float(agreement.cosines.mean()),
+             "stable": float((agreement.cosines >= STABLE).mean())}
+            for one, other, agreement in self.pairs
         ]  # fmt: skip
 
     def json(self) -> str:
         """Return all figures as JSON."""
-        told = {
+        content = {
             "saes": [
-                {**_identity(one), "figures": {key: asdict(figure) for key, figure in one.figures.items()}}
-                for one in self.saes
+                {**_identity(sae), "figures": {key: asdict(figure) for key, figure in sae.figures.items()}}
+                for sae in self.saes
             ],
             "together": {key: asdict(figure) for key, figure in self.together.items()},
             "pairs": self.compared(),
         }
-        return json.dumps(told, indent=1) + "\n"
+        return json.dumps(content, indent=1) + "\n"
 
     def rows(self) -> list[Row]:
         """Return the figures, in the order in which they are shown."""
         return [
-            _row(note, [self.together[key]] if key in self.together else [one.figures[key] for one in self.saes])
+            _row(note, [self.together[key]] if key in self.together else [sae.figures[key] for sae in self.saes])
             for key, note in NOTES.items()
         ]
 
     def lines(self) -> Iterator[str]:
-        """Give what is printed."""
+        """Yield the figures as lines of text: SAEs, warnings, figures, and reasons for missing ones."""
         yield from (f"{name}: {text}" for name, text in _facts(self.saes))
-        yield from (f"warning: {one.subject.name}: {told}" for one in self.saes for told in warnings(one))
+        yield from (f"warning: {sae.subject.name}: {words}" for sae in self.saes for words in warnings(sae))
         if len(self.saes) > 1:
-            yield f"figures of {', '.join(one.subject.name for one in self.saes)}:"
+            yield f"figures of {', '.join(sae.subject.name for sae in self.saes)}:"
         missing = []
         for row in self.rows():
             if not any(cell for cell, _ in row.cells):
                 missing.append(f"not measured: {row.note.title}: {row.why}")
                 continue
             beside = [cell for _, cell in row.cells if cell]
-            told = f"  ({row.note.beside}: {', '.join(beside)})" if beside else ""
-            yield f"  {row.note.title}: {', '.join(cell or '?' for cell, _ in row.cells)}{told}"
+            words = f"  ({row.note.beside}: {', '.join(beside)})" if beside else ""
+            yield f"  {row.note.title}: {', '.join(cell or '?' for cell, _ in row.cells)}{words}"
         yield from missing
 
 
@@ -107,7 +107,7 @@ def _identity(measured: Measured) -> dict[str, Any]:
 
 
 def about(measured: Measured) -> str:
-    """Say what an SAE is, and what its figures are of."""
+    """Return a sentence about an SAE's shape and the images that its figures are of."""
     subject, images = measured.subject, measured.subject.images
     config = subject.sae.config
     shape = f"{config.num_latents:,} latents of width {config.d_in:,}, {config.k} active, at {subject.site.hookpoint}"
@@ -121,7 +121,7 @@ def about(measured: Measured) -> str:
 
 
 def warnings(measured: Measured) -> Iterator[str]:
-    """Give what a reader must know first."""
+    """Yield warnings of an SAE that has not learned enough."""
     subject = measured.subject
     if subject.site.warning is not None:
         yield f"the SAE is useless: {subject.site.warning}"
@@ -144,11 +144,11 @@ def write_page(quality: Quality, folder: Path) -> list[Path]:
         DataError: another file of such a name is there, or the folder cannot be written to.
     """
     context = {
-        "names": [one.subject.name for one in quality.saes],
+        "names": [sae.subject.name for sae in quality.saes],
         "facts": _facts(quality.saes),
-        "warnings": [(one.subject.name, list(warnings(one))) for one in quality.saes],
+        "warnings": [(sae.subject.name, list(warnings(sae))) for sae in quality.saes],
         "rows": quality.rows(),
-        "pictures": [(one.subject.name, _pictures(one)) for one in quality.saes],
+        "pictures": [(sae.subject.name, _pictures(sae)) for sae in quality.saes],
         "agreement": _agreement(quality.pairs),
         "pairs": quality.compared(),
     }
@@ -157,21 +157,21 @@ def write_page(quality: Quality, folder: Path) -> list[Path]:
 
 
 def _facts(saes: Sequence[Measured]) -> list[tuple[str, str]]:
-    """Return what each SAE is, or of equal ones, once for all."""
-    told = [(one.subject.name, about(one)) for one in saes]
-    return [("all", told[0][1])] if len(told) > 1 and len({text for _, text in told}) == 1 else told
+    """Return name and description of each SAE; one entry ``all`` where all descriptions are equal."""
+    facts = [(sae.subject.name, about(sae)) for sae in saes]
+    return [("all", facts[0][1])] if len(facts) > 1 and len({text for _, text in facts}) == 1 else facts
 
 
 def _pictures(measured: Measured) -> list[Picture]:
     if measured.codes is None or measured.meaning is None:
         return []
-    there = ~np.isnan(measured.meaning.scores)
-    scores, shuffled = (values[there] for values in measured.meaning)
+    scored = ~np.isnan(measured.meaning.scores)
+    scores, shuffled = (values[scored] for values in measured.meaning)
     return draw_sae(measured.codes.frequencies, DENSE, scores, shuffled)
 
 
 def _agreement(pairs: Sequence[tuple[str, str, Agreement]]) -> Picture | None:
     if not pairs:
         return None
-    cosines, random = (np.concatenate([getattr(found, which) for *_, found in pairs]) for which in Agreement._fields)
+    cosines, random = (np.concatenate([getattr(result, which) for *_, result in pairs]) for which in Agreement._fields)
     return draw_agreement(cosines, random, STABLE)

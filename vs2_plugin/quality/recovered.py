@@ -1,4 +1,4 @@
-"""What is left of the model's zero-shot predictions when the reconstruction takes the activation's place."""
+"""Measures how many zero-shot predictions of the model survive when the reconstruction replaces the activation."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ __all__ = ["Recovered", "recovered"]
 
 
 class Recovered(NamedTuple):
-    """Shares of the images."""
+    """Shares of the images with equal or right predictions under each replacement of the activation."""
 
     agreement: float
-    """Whose predicted class is the same with the reconstruction."""
+    """Share with the same predicted class from the reconstruction."""
     by_mean: float
-    """Whose predicted class is the same with the mean activation in its place, which says nothing of the image."""
+    """Share with the same predicted class from the mean activation, which holds no information on the image."""
     accuracy: float | None = None
-    """Classified right by the plain model; None without labels."""
+    """Share that the plain model classifies right; None without labels."""
     reconstructed: float | None = None
-    """Classified right from the reconstruction."""
+    """Share classified right from the reconstruction; None without labels."""
     averaged: float | None = None
-    """Classified right from the mean activation."""
+    """Share classified right from the mean activation; None without labels."""
 
     @property
     def share(self) -> float | None:
-        """Of the accuracy above that of the mean activation, what is left; None without labels, or if there is none."""
+        """Share of the accuracy above the mean activation's that remains; None without labels, or if none is above."""
         if self.accuracy is None or self.reconstructed is None or self.averaged is None:
             return None
         above = self.accuracy - self.averaged
@@ -51,20 +51,20 @@ def recovered(
     """Classify images by their activations, by the reconstructions and by the mean activation.
 
     Args:
-        sae: on the device of the source.
+        sae: the SAE, on the device of the source.
         source: the activations.
-        numbers: those to classify, int64 ``[count]``.
-        embed: the rest of the tower, ``[batch, d]`` to ``[batch, e]``.
+        numbers: row numbers of the activations to classify, int64 ``[count]``.
+        embed: the rest of the tower, which maps ``[batch, d]`` to ``[batch, e]``.
         classifier: class embeddings ``[e, classes]``.
-        labels: int64 ``[count]``, of the images that are classified.
+        labels: true classes of the classified images, int64 ``[count]``.
     """
 
     def classes(x: Tensor) -> Tensor:
         return (F.normalize(embed(x).float(), dim=-1) @ classifier).argmax(-1).cpu()
 
     constant = classes(source.mean.to(source.device)[None])
-    ways = [(classes(x), classes(sae(x))) for x in source.every(numbers)]
-    plain, rebuilt = (torch.cat(parts) for parts in zip(*ways, strict=True))
+    classified = [(classes(x), classes(sae(x))) for x in source.every(numbers)]
+    plain, rebuilt = (torch.cat(parts) for parts in zip(*classified, strict=True))
 
     def share(found: Tensor, expected: Tensor) -> float:
         return (found == expected).double().mean().item()

@@ -1,4 +1,4 @@
-"""What is looked at: an SAE of a checkpoint, with the activations, embeddings and labels that there are."""
+"""The subject of a measurement: an SAE of a checkpoint, with the activations, embeddings and labels at hand."""
 
 from __future__ import annotations
 
@@ -22,42 +22,42 @@ from vs2_plugin.text import counted
 
 __all__ = ["Elsewhere", "Images", "Subject", "open_elsewhere", "open_subject", "require_comparable"]
 
-#: Endings of files of activations.
+#: File name endings of activations.
 _FILES = (".npy", ".safetensors")
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images as a checkpoint knows them: rows of one order in all arrays."""
+    """Activations, embeddings and labels of images, in the same order in all arrays."""
 
     about: str
     activations: Rows
     """``[count, d]``, at the SAE's site."""
     embeddings: Rows
-    """``[count, e]``: what images are compared by."""
+    """``[count, e]``: the embeddings by which images are compared."""
     embedded_by: str
     held: np.ndarray
-    """int64: the images that the SAE has not seen in training, at most 10,000."""
+    """int64: numbers of at most 10,000 images that the SAE was not trained on."""
     others: np.ndarray
-    """int64: the others, in random order; none if it has seen none."""
+    """int64: numbers of the images that the SAE was trained on, in random order; empty if there are none."""
     labels: np.ndarray | None = None
-    """int64 ``[count]``."""
+    """int64 ``[count]``: classes of the images."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """An SAE."""
+    """An SAE with the images that it is measured on."""
 
     checkpoint: Checkpoint
     site: SiteSAE
     sae: TopKSAE
     mean: Tensor
     images: Images | None
-    """None if none are at hand."""
+    """None if no images are at hand."""
 
     @property
     def name(self) -> str:
-        """The checkpoint's name, and which of its SAEs it is, if it has several."""
+        """The checkpoint's name, followed by the SAE's folder if the checkpoint has several SAEs."""
         return self.checkpoint.name + (f", {self.site.folder}" if len(self.checkpoint.sites) > 1 else "")
 
 
@@ -73,19 +73,19 @@ def open_subject(
     name: str, store: Store, block: int | None = None, variant: str = "plain", activations: Path | None = None,
     labels: Path | None = None,
 ) -> Subject:  # fmt: skip
-    """Read an SAE and what belongs to it.
+    """Read an SAE with its activations, embeddings and labels.
 
     Args:
-        name: of the checkpoint, or its folder, or ``hf:owner/name``.
-        store: where it is.
-        block: which of its SAEs; by default, the last.
+        name: name of the checkpoint, its folder, or ``hf:owner/name``.
+        store: the store that holds the checkpoint.
+        block: block of the SAE; by default, the last one.
         variant: ``plain``, or ``pass``.
         activations: a file of activations in place of the checkpoint's gallery.
-        labels: a ``.npy`` file with their labels.
+        labels: a ``.npy`` file with the labels of ``activations``.
 
     Raises:
-        CheckpointError: there is no such SAE, or it is damaged.
-        DataError: a file that cannot be read, or does not fit.
+        CheckpointError: there is no such SAE, or the checkpoint is damaged.
+        DataError: a file cannot be read, or does not fit the SAE.
     """
     checkpoint = store.find(name)
     [site] = checkpoint.select(block, variant)
@@ -102,7 +102,7 @@ def _gallery(checkpoint: Checkpoint, site: SiteSAE) -> Images:
     """Return the training images that a checkpoint keeps."""
     gallery = checkpoint.open_gallery()
     others = [name for name in gallery.embeddings if name != CLIP]
-    encoder = others[0] if others else CLIP  # CLIP's own says least that the SAE does not know
+    encoder = others[0] if others else CLIP  # CLIP's own embeddings are the least independent of the SAE
     held, rest = _parted(site, len(gallery))
     return Images(
         f"{checkpoint.data}, from the gallery", gallery.activations[site.hookpoint], gallery.embeddings[encoder],
@@ -111,7 +111,7 @@ def _gallery(checkpoint: Checkpoint, site: SiteSAE) -> Images:
 
 
 def _given(site: SiteSAE, path: Path, labels: Path | None) -> Images:
-    """Return activations of a file. They are told to be those of the training by their mean."""
+    """Return activations of a file. By their mean it is decided whether the SAE was trained on them."""
     rows = read_rows(path, site)
     held, rest = _parted(site, len(rows))
     mean = np.mean(rows, axis=0, dtype=np.float64)
@@ -119,26 +119,26 @@ def _given(site: SiteSAE, path: Path, labels: Path | None) -> Images:
     if not own:
         order = np.random.default_rng(0).permutation(len(rows))
         held, rest = order[:HELD_OUT], order[:0]
-    told = "those that it was trained on" if own else "whose mean is not that of those that it was trained on"
-    about = f"{counted(len(rows), 'activation')} of {path.name}, {told}"
-    known = None if labels is None else _labels(labels, len(rows))
-    return Images(about, rows, rows, "the activations themselves", held, rest, known)
+    origin = "those that it was trained on" if own else "whose mean is not that of those that it was trained on"
+    about = f"{counted(len(rows), 'activation')} of {path.name}, {origin}"
+    classes = None if labels is None else _labels(labels, len(rows))
+    return Images(about, rows, rows, "the activations themselves", held, rest, classes)
 
 
 def _parted(site: SiteSAE, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the images that a training held out, and the others; of an SAE that was taken as it is, or of another
-    number of images, random ones and none."""
-    told, seed = site.training, site.training.get("seed")
+    """Return the numbers of the images that a training held out, and of the others. Where the SAE was not trained here,
+    or on another number of images, random images count as held out, and there are no others."""
+    training, seed = site.training, site.training.get("seed")
     if isinstance(seed, int):
         held, others = parted(count, seed)
-        if (told.get("held_out_count"), told.get("train_count")) == (len(held), len(others)):
+        if (training.get("held_out_count"), training.get("train_count")) == (len(held), len(others)):
             return held, others
     order = np.random.default_rng(0).permutation(count)
     return order[:HELD_OUT], order[:0]
 
 
 def read_rows(path: Path, site: SiteSAE, flag: str = "--activations") -> np.ndarray:
-    """Read a file of activations for an SAE. Raises DataError: it cannot be read, or is of another width."""
+    """Read a file of activations for an SAE. Raises DataError if it cannot be read or has another width."""
     rows = read_activations(path, flag).rows
     if rows.shape[1] != site.width:
         raise DataError(f"the activations in {path} have width {rows.shape[1]}; expected {site.width}, the SAE's")
@@ -160,11 +160,11 @@ def _labels(path: Path, count: int) -> np.ndarray:
 
 
 def open_elsewhere(name: str, store: Store, subject: Subject) -> Elsewhere:
-    """Return the activations of another data set: the gallery of another checkpoint of the same tower, or a file.
+    """Return activations of another data set: from the gallery of another checkpoint of the same tower, or a file.
 
     Raises:
         CheckpointError: there is no such checkpoint, it is of another tower, or keeps no activations at this site.
-        DataError: a file that cannot be read.
+        DataError: a file cannot be read, or has another width.
     """
     site = subject.site
     if name.endswith(_FILES):
@@ -186,10 +186,10 @@ def open_elsewhere(name: str, store: Store, subject: Subject) -> Elsewhere:
 
 
 def require_comparable(subjects: Sequence[Subject]) -> None:
-    """Refuse SAEs of different places, whose directions have nothing in common.
+    """Check that SAEs are of the same tower and site, since only then their directions can be compared.
 
     Raises:
-        CheckpointError: two are of different towers or sites.
+        CheckpointError: two SAEs are of different towers, sites or widths.
     """
     first = subjects[0]
     for other in subjects[1:]:

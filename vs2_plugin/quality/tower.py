@@ -1,4 +1,4 @@
-"""The tower that an SAE is of, and classes for it."""
+"""Loads the tower of an SAE, and classes for zero-shot figures."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ def open_zero_shot(
     subject: Subject, store: Store, dataset: str | None, dataset_root: str, classes: list[str] | None,
     model_cache_dir: str | None = None, wds_cache_dir: str | None = None,
 ) -> ZeroShot | str:  # fmt: skip
-    """Load the tower and embed the classes; or tell why there are none.
+    """Load the tower and embed the classes; return the reason as text where that is not possible.
 
     Args:
         subject: the SAE.
-        store: where its checkpoint is.
-        dataset: the data set whose classes and prompts are meant.
-        dataset_root: where it lies.
+        store: the store that holds the checkpoint.
+        dataset: the data set whose classes and prompts are used.
+        dataset_root: the folder that holds the data set.
         classes: names of classes in place of the data set's.
         model_cache_dir: where downloaded models are kept.
         wds_cache_dir: where downloaded shards are kept.
 
     Raises:
-        Vs2Error: what is wrong, and what mends it.
+        Vs2Error: the tower or the data set cannot be loaded.
     """
     checkpoint = subject.checkpoint
     if dataset is None and classes is None:
@@ -54,7 +54,7 @@ def open_zero_shot(
 
 
 def _is_labelled(subject: Subject, classes: int) -> bool:
-    """Tell whether the labels of the images are numbers of that many classes, of one data set."""
+    """Return whether the images' labels are of one data set and below the number of classes."""
     images, gallery = subject.images, subject.checkpoint.gallery
     if images is None or images.labels is None:
         return False
