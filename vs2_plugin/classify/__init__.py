@@ -1,1 +1,1 @@
-"""Folders of photos, classified: ``vs2 classify``, from its request to its table and page."""
+"""Classifies folders of photos (``vs2 classify``), from the request to the table and the page."""

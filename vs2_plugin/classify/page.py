@@ -1,4 +1,4 @@
-"""The page of a classification: a contact sheet by class, the images first whose class steering changed."""
+"""The page of a classification: a contact sheet by class, which shows images whose class steering changed first."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ from vs2_plugin.report.rendering import render, save
 
 __all__ = ["Sheet"]
 
+#: Mark near the beginning of the page, so that only such pages are overwritten.
 _MARK = "vs2 classify"
-#: Pictures on a page, and of a class at most, and at least.
+#: Most pictures on a page, and most and fewest pictures of a class.
 _PICTURES, _MOST, _LEAST = 300, 24, 4
-#: Unreadable images that are named.
+#: Most unreadable images that are listed.
 _NAMED = 50
 
 
 class _Ranked(NamedTuple):
-    """A row by how much there is to see in it."""
+    """A row of the table, ordered by how much steering changed the prediction."""
 
     changed: bool
     difference: float
-    """Between the probabilities with steering and without; of a changed class, the new one's."""
+    """Change of the class's probability by steering, without sign; for a changed class, the new class's probability."""
     earlier: int
+    """Minus the number of the row, so that the earlier of equal rows ranks higher."""
     row: Row
 
 
@@ -48,17 +50,17 @@ class _Class:
     count: int = 0
     changed: int = 0
     ranked: list[_Ranked] = field(default_factory=list)
-    """A heap of those that may be shown."""
+    """A heap of the rows that may be shown."""
     images: list[Shown] = field(default_factory=list)
-    """Those that are shown, those with most to see first."""
+    """The images that are shown, those with the largest change first."""
 
     @property
     def more(self) -> int:
-        """Images of the class that are not shown."""
+        """Number of images of the class that are not shown."""
         return self.count - len(self.images)
 
     def add(self, row: Row, number: int) -> None:
-        """Count an image, and keep it if it is among those with most to see."""
+        """Count an image, and keep its row if its change is among the largest."""
         self.count += 1
         self.changed += row["changed"]
         change = row["probability"] - (0 if row["changed"] else row["plain_probability"])
@@ -71,7 +73,7 @@ class _Class:
 
 @dataclass
 class Sheet:
-    """What the page shows of a table."""
+    """The contents of the page: classes with a selection of their images, and unreadable images."""
 
     classes: dict[str, _Class] = field(default_factory=dict)
     unreadable: list[Row] = field(default_factory=list)
@@ -79,7 +81,7 @@ class Sheet:
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> Sheet:
-        """Read the rows of a table. However many there are, few stay in memory."""
+        """Build a sheet from the rows of a table; only rows that may be shown stay in memory."""
         sheet = cls()
         for number, row in enumerate(rows):
             if row.get("error"):
@@ -91,16 +93,16 @@ class Sheet:
 
     @property
     def count(self) -> int:
-        """Images that were read."""
-        return sum(one.count for one in self.classes.values())
+        """Number of images that could be read."""
+        return sum(group.count for group in self.classes.values())
 
     @property
     def changed(self) -> int:
-        """Images whose class steering changed."""
-        return sum(one.changed for one in self.classes.values())
+        """Number of images whose class steering changed."""
+        return sum(group.changed for group in self.classes.values())
 
     def groups(self) -> list[_Class]:
-        """The classes that are shown, those first in which steering changed most."""
+        """Return the classes that are shown, with their pictures; those with the most changed images come first."""
         each = min(_MOST, max(_LEAST, _PICTURES // max(1, len(self.classes))))
         ordered = sorted(self.classes.values(), key=lambda one: (-one.changed, -one.count, one.name))
         for one in (shown := ordered[: _PICTURES // each]):
@@ -109,14 +111,14 @@ class Sheet:
         return shown
 
     def write(self, path: str | Path, title: Sequence[tuple[str, str]]) -> Path:
-        """Write the page, which opens from disk and needs nothing else.
+        """Write the page as one file that opens from disk, and return its path.
 
         Args:
-            path: the file.
-            title: names and values that say what was classified by what.
+            path: the file to write.
+            title: names and values that describe the model and the classification.
 
         Raises:
-            DataError: a file is there that is no such page, or none can be written.
+            DataError: another file of that name is there, or the file cannot be written.
         """
         groups = self.groups()
         hidden = self.count - sum(group.count for group in groups)
@@ -132,5 +134,5 @@ class Sheet:
 def _picture(path: str) -> Thumbnail | None:
     try:
         return thumbnail(open_picture(path))
-    except DataError:  # it was there a moment ago
+    except DataError:  # the file has changed since it was classified
         return None

@@ -1,4 +1,4 @@
-"""A request, read and checked: which images, which classes, which SAE, and what is in the way. Nothing is loaded."""
+"""Checks a request and makes a plan: which images, which classes, which SAE. No model is loaded."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from vs2_plugin.training.request import TrainRequest
 
 __all__ = ["Plan", "make_plan"]
 
-#: Images without which no SAE can be trained.
+#: Fewest images to train an SAE on.
 _LEAST = 20
-#: Letters of a checkpoint's name that leave room for a digest.
+#: Longest name of a checkpoint that leaves room for a digest.
 _SHORTER = LONGEST - 9
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done."""
+    """A checked request, with the images, classes and checkpoint that it stands for."""
 
     request: ClassifyRequest
     spec: ModelString
@@ -42,13 +42,13 @@ class Plan:
     prompts: tuple[str, ...]
     store: Store
     checkpoint: Checkpoint | None
-    """The one that is there, if the method needs one."""
+    """The existing checkpoint, if the method needs one."""
     training: TrainRequest | None
-    """The training that makes it, where there is none."""
+    """The training of the checkpoint, if the method needs one that does not exist yet."""
 
     @property
     def out(self) -> Path:
-        """The table."""
+        """Path of the table."""
         return Path(self.request.out)
 
     @property
@@ -63,10 +63,10 @@ class Plan:
 
 
 def make_plan(request: ClassifyRequest) -> Plan:
-    """Read what a request names, and check it.
+    """Make a plan from a request, and create the folder of the table.
 
     Raises:
-        Vs2Error: the first thing that would go wrong.
+        Vs2Error: the request cannot be carried out; the first problem found.
     """
     spec, store, out = parse(request.model), Store.default(request.store), Path(request.out)
     if spec.reading is not None and spec.reading.protocol in PROTOCOLS[2:]:
@@ -95,7 +95,7 @@ def make_plan(request: ClassifyRequest) -> Plan:
 
 
 def _require_free(out: Path, overwrite: bool) -> None:
-    """Refuse a table that is there, and make its folder."""
+    """Raise SettingError if the table exists and must not be replaced; else make its folder."""
     if out.is_dir():
         raise SettingError(f"--out {str(out)!r} is a folder; expected a file in it, such as {out / 'predictions.csv'}")
     if out.exists() and not overwrite:
@@ -110,16 +110,16 @@ def _require_free(out: Path, overwrite: bool) -> None:
 
 
 def _classes(request: ClassifyRequest) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the names of the classes, and the prompts."""
+    """Return the names of the classes and the prompts: from the request, else from the folders of photos."""
     prompts = None if request.prompts is None else read_lines(request.prompts, "--prompts", "one prompt")
     if request.classes is not None:
         return class_names(_named(request.classes), "--classes"), prompts_of(prompts)
     folders = [open_folder(path) for path in request.photos if os.path.isdir(path)]
     names = list(dict.fromkeys(name for folder in folders for name in folder.classes))
     if len(names) < 2:
-        there = f"one folder of images, {names[0]!r}" if names else "no folders of classes"
+        contents = f"one folder of images, {names[0]!r}" if names else "no folders of classes"
         raise SettingError(
-            f"{' '.join(request.photos[:3])} holds {there}, so the classes have to be named: --classes cat,dog or "
+            f"{' '.join(request.photos[:3])} holds {contents}, so the classes have to be named: --classes cat,dog or "
             "--classes FILE with a name per line"
         )
     if prompts is None and len(folders) == 1:
@@ -128,7 +128,7 @@ def _classes(request: ClassifyRequest) -> tuple[tuple[str, ...], tuple[str, ...]
 
 
 def _named(classes: str) -> list[str]:
-    """Return the names in ``--classes``: a file, or a list with commas."""
+    """Return the class names that ``--classes`` gives: a file, or a list separated by commas."""
     if os.path.isfile(classes):
         return read_lines(classes, "--classes", "one name")
     if "," not in classes:
@@ -143,20 +143,20 @@ def _named(classes: str) -> list[str]:
 
 
 def _sae(request: ClassifyRequest, spec: ModelString, store: Store) -> tuple[Checkpoint | None, TrainRequest | None]:
-    """Return the checkpoint that the method steers along, or else the training that makes it."""
+    """Return the checkpoint that the method needs, or else the training of one; neither if it needs none."""
     if not spec.needs_checkpoint:
         return None, None
     if spec.checkpoint is not None:
         return store.find(spec.checkpoint), None
     folders = dict.fromkeys(request.train_images or request.photos)
     sets = [_data_set(folder, bool(request.train_images)) for folder in folders]
-    name = store.name_for(spec.backbone, request.pretrained, "+".join(dict.fromkeys(one.name for one in sets)))
-    homes = [one.home for one in sets]
-    for own in (name, f"{name[:_SHORTER]}-{json_digest(homes)[:8]}"):  # of another folder of that name
+    name = store.name_for(spec.backbone, request.pretrained, "+".join(dict.fromkeys(dataset.name for dataset in sets)))
+    homes = [dataset.home for dataset in sets]
+    for own in (name, f"{name[:_SHORTER]}-{json_digest(homes)[:8]}"):  # the first may be of other folders
         try:
             checkpoint = store.find(own)
         except CheckpointNotFound:
-            return None, _training(request, spec, [one.root for one in sets], store, own)
+            return None, _training(request, spec, [dataset.root for dataset in sets], store, own)
         if _is_of(checkpoint, homes):
             return checkpoint, None
     raise SettingError(
@@ -166,10 +166,10 @@ def _sae(request: ClassifyRequest, spec: ModelString, store: Store) -> tuple[Che
 
 
 def _is_of(checkpoint: Checkpoint, homes: Sequence[str]) -> bool:
-    """Tell whether a checkpoint is of these folders."""
+    """Return whether a checkpoint was trained on exactly these folders, in this order."""
     data = checkpoint.data
     own = [replace(data, folders=(folder,)) for folder in data.folders]
-    return len(own) == len(homes) and all(one.is_of(home) for one, home in zip(own, homes, strict=True))
+    return len(own) == len(homes) and all(part.is_of(home) for part, home in zip(own, homes, strict=True))
 
 
 def _data_set(folder: str, given: bool) -> DataSet:
@@ -186,7 +186,7 @@ def _data_set(folder: str, given: bool) -> DataSet:
 def _training(
     request: ClassifyRequest, spec: ModelString, folders: Sequence[str], store: Store, name: str
 ) -> TrainRequest:
-    """Return the training that makes the checkpoint of a model string."""
+    """Return the request of a training whose checkpoint a model string can use."""
     options = spec.options
     if spec.method.sae == "pass" or spec.labels_used != "none":
         raise SettingError(

@@ -1,4 +1,4 @@
-"""What a classification is asked for: the settings of ``vs2 classify``, declared. No heavy imports."""
+"""The request of a classification: the settings of ``vs2 classify``. No heavy imports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vs2_plugin.training.request import TrainRequest
 
 __all__ = ["FORMATS", "ClassifyRequest"]
 
-#: Extensions of the table.
+#: File name extensions of the table.
 FORMATS = (".csv", ".jsonl", ".parquet")
 
 
@@ -21,11 +21,11 @@ class ClassifyRequest:
     """The settings of a classification, with the names that they have in ``clip_benchmark eval``.
 
     Raises:
-        SettingError: a value outside its range.
+        SettingError: a value outside its range, or a file name with another extension.
     """
 
     photos: tuple[str, ...]
-    """Image files, and folders of them, however deep."""
+    """Image files, and folders of images, subfolders included."""
     model: str = setting(help="model string: method:backbone[@checkpoint][@key=value]...")
     pretrained: str = setting("laion400m_e32", help="open_clip's weights tag or file")
     classes: str | None = setting(

@@ -1,4 +1,4 @@
-"""A classification from its plan to its table: the SAE trained where there is none, rows as they come."""
+"""Runs a classification from its plan to its table: trains the SAE if there is none, and keeps rows as they come."""
 
 from __future__ import annotations
 
@@ -35,27 +35,28 @@ from vs2_plugin.training.run import train
 __all__ = ["Summary", "classify"]
 
 _LOG = logging.getLogger(__name__)
-#: With fewer images than this, an SAE knows little more than them.
+#: With fewer images than this, an SAE hardly generalises to others.
 _FEW = 50
+#: Shows the user a line of text.
 Report = Callable[[str], None]
 
 
 @dataclass
 class Summary:
-    """What came of it."""
+    """The result of a classification, in numbers."""
 
     images: int = 0
-    """Those that could be read."""
+    """Images that could be read."""
     unreadable: int = 0
     changed: int = 0
-    """How many have another class than without steering."""
+    """Images that have another class than without steering."""
     classes: Counter[str] = field(default_factory=Counter)
-    """How many images have each class."""
+    """Images of each class."""
     written: list[str] = field(default_factory=list)
-    """The files."""
+    """Paths of the written files."""
 
     def counting(self, rows: Iterator[Row]) -> Iterator[Row]:
-        """Yield the rows, and count what they tell."""
+        """Yield the rows, and count them in this summary."""
         for row in rows:
             if row.get("error"):
                 self.unreadable += 1
@@ -67,17 +68,17 @@ class Summary:
 
 
 def classify(plan: Plan, report: Report = _LOG.info, quiet: bool = False) -> Summary:
-    """Train the SAE if there is none, classify the images, and write the table, and the page if there is to be one.
+    """Train the SAE if there is none, classify the images, and write the table and, if requested, the page.
 
-    After an interruption the same plan goes on where it ended.
+    After an interruption, the same plan continues where the first run ended.
 
     Args:
-        plan: what is to be done.
-        report: tells the user a line.
-        quiet: show no progress.
+        plan: the checked request.
+        report: shows the user a line of text.
+        quiet: show no progress bars.
 
     Raises:
-        Vs2Error: something cannot be loaded, trained or written.
+        Vs2Error: a model, an SAE or a file cannot be loaded, trained or written.
     """
     part = Part(plan.out)
     with part.opened():
@@ -93,8 +94,8 @@ def classify(plan: Plan, report: Report = _LOG.info, quiet: bool = False) -> Sum
             report(f"{done:,} of {counted(len(paths), 'image')} are already classified; continuing from there")
         with tqdm(total=len(paths), initial=done, unit="img", disable=quiet or None, leave=False) as bar:
             for batch in _batches(plan, transform, done):
-                found = None if batch.images is None else model.classify(batch.images, len(batch.images))
-                part.append(rows_of(paths[done : done + len(batch.errors)], batch.errors, found))
+                predictions = None if batch.images is None else model.classify(batch.images, len(batch.images))
+                part.append(rows_of(paths[done : done + len(batch.errors)], batch.errors, predictions))
                 done += len(batch.errors)
                 bar.update(len(batch.errors))
         summary = Summary()
@@ -108,7 +109,7 @@ def classify(plan: Plan, report: Report = _LOG.info, quiet: bool = False) -> Sum
 
 
 def _with_sae(plan: Plan, report: Report, quiet: bool) -> Plan:
-    """Train the SAE if there is none, and say what it is of."""
+    """Train the SAE if the plan asks for it, and return the plan with its checkpoint."""
     request = plan.training
     if request is None:
         return plan
@@ -116,7 +117,7 @@ def _with_sae(plan: Plan, report: Report, quiet: bool) -> Plan:
     report(f"there is no SAE for this yet: training one on {what}")
 
     def tell(line: str) -> None:
-        if not line.startswith("evaluate with:"):  # it is used here and now
+        if not line.startswith("evaluate with:"):  # the SAE is used here at once
             report(line)
 
     (checkpoint,) = train(replace(request, quiet=quiet), report=tell)
@@ -130,11 +131,11 @@ def _with_sae(plan: Plan, report: Report, quiet: bool) -> Plan:
 
 
 def _load(plan: Plan) -> tuple[SteeredCLIP, Callable[[Any], Tensor]]:
-    """Load the model, on a GPU if there is one."""
+    """Load the model with its classes, on a GPU if there is one, and its preprocessing."""
     request, spec = plan.request, plan.spec
     if plan.checkpoint is not None and spec.checkpoint is None:
         spec = replace(spec, checkpoint=plan.checkpoint.name)
-    with seeded(request.seed):  # random weights
+    with seeded(request.seed):  # for models with random weights
         model, transform, tokenizer = load(
             str(spec), request.pretrained, request.model_cache_dir, own_device(), store=plan.store
         )
@@ -145,9 +146,9 @@ def _load(plan: Plan) -> tuple[SteeredCLIP, Callable[[Any], Tensor]]:
 
 
 def _facts(plan: Plan, model: SteeredCLIP) -> list[tuple[str, str]]:
-    """Return names and values that say how the model steers, and whether its SAE was trained on the photos."""
+    """Return names and values that describe the steering, and whether the SAE was trained on the photos."""
     facts = told(model.spec, model.places, model.classifier)
-    folders = {os.path.abspath(one if os.path.isdir(one) else os.path.dirname(one)) for one in plan.request.photos}
+    folders = {os.path.abspath(path if os.path.isdir(path) else os.path.dirname(path)) for path in plan.request.photos}
     if plan.checkpoint is None or not any(map(plan.checkpoint.data.holds, folders)):
         return facts
     among = ", including photos that are classified"
@@ -155,7 +156,7 @@ def _facts(plan: Plan, model: SteeredCLIP) -> list[tuple[str, str]]:
 
 
 def _tell_steering(model: SteeredCLIP, facts: Mapping[str, str], report: Report) -> None:
-    """Say which SAE is used, and whether the model is left alone."""
+    """Report which SAE is used, and whether ``auto`` decided against steering."""
     if "checkpoint" in facts:
         report(f"SAE: {facts['checkpoint']}")
     choices = [place.steering.choice for place in model.places if isinstance(place.steering, Automatic)]
@@ -168,7 +169,7 @@ def _amp(plan: Plan) -> bool:
 
 
 def _settings(plan: Plan, model: SteeredCLIP) -> dict[str, Any]:
-    """Return all that rows depend on, as plain JSON values."""
+    """Return everything that rows depend on, as JSON values."""
     return {
         "version": [__version__, torch.__version__],
         "--model": [plan.request.model, model.vs2_facts()],
@@ -184,14 +185,16 @@ def _settings(plan: Plan, model: SteeredCLIP) -> dict[str, Any]:
 
 
 class _Batch(NamedTuple):
+    """Preprocessed images of a batch, and the errors of those that cannot be read."""
+
     images: Tensor | None
-    """Those that could be read, ``[images, 3, height, width]``; None if there are none."""
+    """The images that could be read, ``[images, 3, height, width]``; None if there are none."""
     errors: list[str]
-    """Why each of all images could not be read; empty where it could."""
+    """For every image of the batch, why it could not be read; empty if it could."""
 
 
 class _Readable(Dataset[tuple[Tensor | None, str]]):
-    """Images, or what is wrong with them."""
+    """Preprocessed images, each with an error text if it cannot be read."""
 
     def __init__(self, images: FolderImages, transform: Callable[[Any], Tensor]) -> None:
         self._images, self._transform = images, transform
@@ -204,7 +207,7 @@ class _Readable(Dataset[tuple[Tensor | None, str]]):
             return self._transform(self._images.picture(index)), ""
         except DataError as error:
             return None, str(error)
-        except Exception as error:  # whatever a transform makes of a strange picture
+        except Exception as error:  # transforms may raise anything for a strange picture
             return None, reason_of(error)
 
 
@@ -214,7 +217,7 @@ def _batch(items: Sequence[tuple[Tensor | None, str]]) -> _Batch:
 
 
 def _batches(plan: Plan, transform: Callable[[Any], Tensor], first: int) -> Iterator[_Batch]:
-    """Yield the images from the one numbered ``first`` on."""
+    """Yield the images in batches, from number ``first`` on."""
     images = _Readable(plan.images, transform)
     left = Subset(images, range(first, len(images)))
     loader = DataLoader(

@@ -1,9 +1,9 @@
-"""The table of a classification: its columns, the rows that are there so far, and the files that they become.
+"""The table of a classification: its columns, the rows finished so far, and its file formats.
 
-While images are classified, rows grow in a folder beside the table, so that an interrupted run goes on where it ended:
+While images are classified, rows are saved in a folder beside the table, so that an interrupted run can continue:
 
 <OUT>.part/
-  settings.json     what the rows depend on
+  settings.json     the settings that the rows depend on
   rows.jsonl        a row per line, in the order of the images
 """
 
@@ -26,14 +26,16 @@ from vs2_plugin.model.predictions import Predictions
 
 __all__ = ["Part", "Row", "columns", "require_format", "rows_of", "write_table"]
 
+#: A row of the table, or a part of one: column -> value.
 Row = dict[str, Any]
+#: Best classes of an image that the table holds.
 _TOP = 5
-#: Rows of a Parquet file that are held in memory.
+#: Rows of a Parquet file that are held in memory at a time.
 _GROUP = 10_000
 
 
 def columns(classes: int) -> dict[str, type]:
-    """Return the columns of a table, name -> type, where there are so many classes."""
+    """Return the columns of a table, name -> type, for that number of classes."""
     further = {f"{name}_{place}": kind for place in range(2, min(_TOP, classes) + 1) for name, kind in _BEST.items()}
     return {"path": str, **_BEST, **further, **_REST}
 
@@ -53,16 +55,16 @@ def rows_of(paths: Sequence[str], errors: Sequence[str], found: Predictions | No
     """Yield the row of each image of a batch.
 
     Args:
-        paths: of all of them.
-        errors: why each could not be read; empty where it could.
-        found: predictions of those that could be read; None if there are none.
+        paths: paths of all images of the batch.
+        errors: for each image why it could not be read; empty if it could.
+        found: predictions of the images that could be read; None if there are none.
     """
-    told = iter([] if found is None else zip(found.rows(), found.top(_TOP), strict=True))
+    predicted = iter([] if found is None else zip(found.rows(), found.top(_TOP), strict=True))
     for path, error in zip(paths, errors, strict=True):
         if error:
             yield {"path": path, "error": error}
             continue
-        row, best = next(told)
+        row, best = next(predicted)
         values: Row = {"path": path}
         for place, (name, chance) in enumerate(best, 1):
             suffix = "" if place == 1 else f"_{place}"
@@ -76,12 +78,12 @@ def rows_of(paths: Sequence[str], errors: Sequence[str], found: Predictions | No
 
 
 def _digits(value: float) -> float:
-    """Return a float32 with as many digits as tell it from any other."""
+    """Return a number rounded to nine digits, which identify a float32."""
     return float(f"{value:.9g}")
 
 
 class Part:
-    """The rows that are there so far. Use it within :meth:`opened`."""
+    """The rows finished so far, in the folder ``<OUT>.part``. To be used within :meth:`opened`."""
 
     def __init__(self, out: Path) -> None:
         self._folder = out.with_name(f"{out.name}.part")
@@ -89,20 +91,20 @@ class Part:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Keep other processes from writing the same table. Raises DataError if one does."""
+        """Lock the table against other processes within a ``with`` block. Raises DataError if one holds the lock."""
         with alone(self._rows, seconds=0):
             yield
 
     def settle(self, settings: Mapping[str, Any], paths: Sequence[str], batch_size: int) -> tuple[int, list[str]]:
-        """Keep the rows of whole batches if they were made with the same settings, else none.
+        """Keep the rows of whole batches if they were made with the same settings, else remove all rows.
 
         Args:
-            settings: all that rows depend on: plain JSON values.
-            paths: of the images.
-            batch_size: images that were classified together.
+            settings: everything that rows depend on, as JSON values.
+            paths: paths of the images.
+            batch_size: images that are classified together.
 
         Returns:
-            How many rows are kept, and the names of the settings that differ.
+            The number of rows kept, and the names of the settings that differ.
         """
         settings = json.loads(json.dumps(settings))
         before: dict[str, Any] | None = None
@@ -112,44 +114,44 @@ class Part:
             self._rows.unlink(missing_ok=True)
             with atomic_file(self._settings) as scratch:
                 scratch.write_text(json.dumps(settings), encoding="utf-8")
-        known = before if isinstance(before, dict) else settings
-        different = [name for name in settings if known.get(name) != settings[name]]
+        former = before if isinstance(before, dict) else settings
+        different = [name for name in settings if former.get(name) != settings[name]]
         return self._keep_whole(paths, batch_size), different
 
     def _keep_whole(self, paths: Sequence[str], batch_size: int) -> int:
-        """Cut off what an interruption left of a batch. Return how many rows are left."""
+        """Remove the rows after the last whole batch, and return the number of rows left."""
         self._rows.touch()
-        count = kept = end = position = 0
+        count = whole = end = position = 0
         with open(self._rows, "r+b") as file:
             for line in file:
                 with suppress(ValueError, LookupError, TypeError):
                     if line.endswith(b"\n") and json.loads(line)["path"] == paths[count]:
                         count, position = count + 1, position + len(line)
                         if count % batch_size == 0 or count == len(paths):
-                            kept, end = count, position
+                            whole, end = count, position
                         continue
                 break
             file.truncate(end)
-        return kept
+        return whole
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Add the rows of a batch."""
+        """Append the rows of a batch."""
         text = "".join(f"{json.dumps(row)}\n" for row in rows)
         with open(self._rows, "ab") as file:
             file.write(text.encode())
 
     def rows(self) -> Iterator[Row]:
-        """Yield all rows."""
+        """Yield all rows finished so far."""
         with open(self._rows, "rb") as file:
             yield from map(json.loads, file)
 
     def remove(self) -> None:
-        """Remove the folder: the table is written."""
+        """Remove the folder, once the table is written."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def require_format(out: Path) -> None:
-    """Refuse a format whose package is not there. Raises SettingError."""
+    """Raise SettingError for a Parquet table if pyarrow is not installed."""
     if out.suffix.lower() == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise SettingError(
             f"--out {str(out)!r}: a .parquet file needs pyarrow, which is not installed; run: pip install "
@@ -158,10 +160,10 @@ def require_format(out: Path) -> None:
 
 
 def write_table(out: Path, columns: Mapping[str, type], rows: Iterable[Row]) -> None:
-    """Write a table in the format that its name ends in.
+    """Write a table in the format of its file name extension.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     write = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parquet}[out.suffix.lower()]
     with atomic_file(out) as scratch:
@@ -169,7 +171,7 @@ def write_table(out: Path, columns: Mapping[str, type], rows: Iterable[Row]) -> 
 
 
 def _write_csv(path: Path, columns: Mapping[str, type], rows: Iterable[Row]) -> None:
-    # Paths may hold bytes that are no UTF-8: they are written as they are.
+    # Bytes of a path that are no UTF-8 are written unchanged.
     with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         table = csv.DictWriter(file, list(columns), lineterminator="\n")
         table.writeheader()
@@ -196,7 +198,7 @@ def _write_parquet(path: Path, columns: Mapping[str, type], rows: Iterable[Row])
     remaining = iter(rows)
     with parquet.ParquetWriter(path, schema) as file:
         while group := list(islice(remaining, _GROUP)):
-            # It holds UTF-8 only.
+            # Parquet holds UTF-8 only, so other bytes of a path are replaced.
             table = [{**row, "path": row["path"].encode("utf-8", "surrogateescape").decode("utf-8", "replace")}
                      for row in group]  # fmt: skip
             file.write_table(pyarrow.Table.from_pylist(table, schema=schema))
