@@ -1,4 +1,4 @@
-"""``vs2 classify``: folders of photos in, a table of predictions out."""
+"""``vs2 classify``: classifies folders of photos and writes a table of predictions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vs2_plugin.text import counted
 
 __all__ = ["add_classify"]
 
-#: Classes that are counted one by one.
+#: Most classes whose counts are printed.
 _SHOWN = 10
 
 _DESCRIPTION = """\
@@ -34,7 +34,7 @@ The same from Python: model.classify(images); see help(vs2_plugin.load).
 
 
 def add_classify(commands: Commands) -> None:
-    """Add the sub-command."""
+    """Add ``vs2 classify``."""
     command = commands.add_parser(
         "classify",
         help="folders of photos in, a table of predictions out, with steering and without",
@@ -57,19 +57,19 @@ def _classify(args: argparse.Namespace) -> None:
     plan = make_plan(request)
     report = (lambda line: None) if args.quiet else say
     report(f"{counted(len(plan.images), 'image')}, {len(plan.classes)} classes")
-    found = classify(plan, report, args.quiet)
-    if found.unreadable:
-        complain(f"vs2: {counted(found.unreadable, 'image')} could not be read; the column error says why")
-    if found.images:
+    summary = classify(plan, report, args.quiet)
+    if summary.unreadable:
+        complain(f"vs2: {counted(summary.unreadable, 'image')} could not be read; the column error says why")
+    if summary.images:
         report(
-            f"steering changed the class of {found.changed:,} of {counted(found.images, 'image')} "
-            f"({found.changed / found.images:.1%})"
+            f"steering changed the class of {summary.changed:,} of {counted(summary.images, 'image')} "
+            f"({summary.changed / summary.images:.1%})"
         )
-    most = found.classes.most_common(_SHOWN)
+    most = summary.classes.most_common(_SHOWN)
     for name, count in most:
         report(f"{count:>7,}  {name}")
-    if len(found.classes) > len(most):
-        rest = found.images - sum(count for _, count in most)
-        report(f"{rest:>7,}  in {len(found.classes) - len(most):,} other classes")
-    for path in found.written:
+    if len(summary.classes) > len(most):
+        rest = summary.images - sum(count for _, count in most)
+        report(f"{rest:>7,}  in {len(summary.classes) - len(most):,} other classes")
+    for path in summary.written:
         report(f"wrote {path}")

@@ -1,4 +1,4 @@
-"""What the commands share: flags, and how errors and interruptions end."""
+"""Parts that the commands share: flags, and the handling of errors and interruptions."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ __all__ = [
 
 T = TypeVar("T")
 
-#: What a sub-command is added to.
+#: The sub-commands of a parser, to which ``add_*`` functions add one.
 Commands: TypeAlias = "argparse._SubParsersAction[Command]"
-#: How to go on after an interruption of a command that writes all of its files at its end.
+#: Message after an interruption of a command that writes all of its files at its end.
 AGAIN = "; nothing was kept: run the same command again"
 
 
 class Command(argparse.ArgumentParser):
-    """A command line that refuses what it does not know, as do those of its commands: each names its own flag that
-    may be meant. A description or examples of several lines are shown as they are written."""
+    """An argument parser that refuses unknown arguments and suggests a similar flag, of the sub-command at fault. A
+    description or examples of several lines are shown as they are written."""
 
     def __init__(self, **words: Any) -> None:
         if "\n" in f"{words.get('description')}{words.get('epilog')}":
@@ -42,19 +42,19 @@ class Command(argparse.ArgumentParser):
         super().__init__(**words)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Parse as ever. Raises SettingError: words are left, of which flags are to blame, if there are some."""
-        found, words = super().parse_known_args(args, namespace)
+        """Parse known arguments. Raises SettingError for unknown ones, naming the unknown flags if there are any."""
+        parsed, words = super().parse_known_args(args, namespace)
         if words:
             flags = [word.partition("=")[0] for word in words if word.startswith("-") and word.strip("-")]
-            known = [flag.strip("-") for flag in self._option_string_actions]
-            near = difflib.get_close_matches(flags[0].strip("-"), known, 1) if flags else []
+            flag_names = [flag.strip("-") for flag in self._option_string_actions]
+            near = difflib.get_close_matches(flags[0].strip("-"), flag_names, 1) if flags else []
             meant = f"; did you mean --{near[0]}?" if near else ""
             raise SettingError(f"unrecognized arguments: {' '.join(flags or words)}{meant}; see: {self.prog} --help")
-        return found, words
+        return parsed, words
 
 
 def make_folder(path: Path) -> None:
-    """Make the folder of ``--out``. Raises SettingError: it cannot be made."""
+    """Make the folder of ``--out``. Raises SettingError if it cannot be made."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -62,28 +62,28 @@ def make_folder(path: Path) -> None:
 
 
 def refuse_silence(args: argparse.Namespace) -> None:
-    """Refuse ``--quiet`` without ``--out``. Raises SettingError."""
+    """Raise SettingError for ``--quiet`` without ``--out``."""
     if args.quiet and args.out is None:
         raise SettingError("--quiet prints nothing, and without --out nothing is written: give --out FOLDER, or "
                            "omit --quiet")  # fmt: skip
 
 
 def add_store_option(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """Add ``--store``."""
-    told = f"folder of the store (default: ${ENVIRONMENT_VARIABLE}, else the platform's cache folder)"
-    parser.add_argument("--store", default=default, help=told)
+    """Add the flag ``--store``."""
+    text = f"folder of the store (default: ${ENVIRONMENT_VARIABLE}, else the platform's cache folder)"
+    parser.add_argument("--store", default=default, help=text)
 
 
 def request_of(owner: type[T], args: argparse.Namespace, **more: Any) -> T:
-    """Return a request of the settings that the command line gives."""
+    """Build a request from the settings on the command line; ``more`` holds further fields."""
     return owner(**{name: value for name, value in vars(args).items() if name in settings_of(owner)}, **more)
 
 
 def end_well(program: str, action: Callable[[], int | None], interrupted: Callable[[], str] = str) -> int:
-    """Run ``action``, show its log messages, and return the exit code. What was ``interrupted`` says how to go on.
+    """Run ``action``, show its log messages, and return the exit code. ``interrupted`` gives the message for Ctrl-C.
 
-    An error of this package, or of the system (a full disk), becomes one line on stderr and exit code 2; Ctrl-C 130;
-    where nobody reads what is printed any more, 141, as of any program.
+    An error of this package, or of the system (a full disk), becomes one line on stderr and exit code 2. Ctrl-C gives
+    exit code 130, and a closed output pipe 141, as for any program.
     """
     messages.show()
     try:
@@ -105,12 +105,12 @@ def end_well(program: str, action: Callable[[], int | None], interrupted: Callab
 
 
 def load_torch() -> None:
-    """Import torch, which takes a second. Ctrl-C meanwhile is raised afterwards.
+    """Import torch, which takes a second. A Ctrl-C during the import is raised afterwards.
 
-    Raised within the C++ that this import runs, it would abort the process.
+    Raised within the C++ code that the import runs, it would abort the process.
     """
     pending: list[object] = []
-    # Where Ctrl-C is ignored (nohup) or somebody else's, it stays so; only the main thread may set a handler.
+    # A foreign handler, or one that ignores Ctrl-C (nohup), is left in place; only the main thread may set one.
     mine = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     mine = mine and threading.current_thread() is threading.main_thread()
     if mine:
@@ -130,12 +130,12 @@ def add_flags(
     groups: Mapping[str, tuple[str, str | None]] | None = None,
     leave_out: Collection[str] = (),
 ) -> None:
-    """Add the flags of the settings that a dataclass declares, but for those that are left out.
+    """Add flags for the settings that a dataclass declares, except for those in ``leave_out``.
 
-    What is not given is not in the result, given a parser with ``argument_default=SUPPRESS``; ranges are checked by the
-    dataclass. ``groups`` holds, for the setting that a group begins with, its title and what is said of it.
+    With ``argument_default=SUPPRESS``, the parser's result holds only flags that were given; the dataclass checks
+    ranges. ``groups`` maps the first setting of each group of flags to the group's title and description.
     """
-    required = {one.name for one in dataclasses.fields(owner) if one.default is dataclasses.MISSING}
+    required = {field.name for field in dataclasses.fields(owner) if field.default is dataclasses.MISSING}
     group: argparse.ArgumentParser | argparse._ArgumentGroup = parser
     for name, (setting, value) in flags_of(owner).items():
         if setting.name in leave_out:
@@ -144,8 +144,8 @@ def add_flags(
             group = parser.add_argument_group(*groups[setting.name])
         if value is not None:
             both = setting.default is None and value is False
-            told = f"the opposite of --{setting.name}" if both else setting.help
-            group.add_argument(f"--{name}", action="store_const", const=value, dest=setting.name, help=told)
+            text = f"the opposite of --{setting.name}" if both else setting.help
+            group.add_argument(f"--{name}", action="store_const", const=value, dest=setting.name, help=text)
             continue
         default = setting.default
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default

@@ -1,4 +1,4 @@
-"""``vs2 data``: official archives of data sets that clip_benchmark does not have, made into what it reads."""
+"""``vs2 data``: converts official archives of data sets that clip_benchmark does not have into shards that it reads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _HELP = {
 
 
 def add_data(commands: Commands) -> None:
-    """Add the command to those of ``vs2``."""
+    """Add ``vs2 data``."""
     data = commands.add_parser(
         "data",
         help="make shards from the archives of CUB-200 and Tiny-ImageNet",

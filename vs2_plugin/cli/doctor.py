@@ -1,4 +1,4 @@
-"""``vs2 doctor``: check what is installed, the hook, the plugins and the store; exit code 1 for a problem."""
+"""``vs2 doctor``: checks packages, the hook, plugins and the store; the exit code is 1 if there is a problem."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Finding(NamedTuple):
     good: bool = True
     """False for a problem."""
     mend: str = ""
-    """The command that mends a problem, where there is one."""
+    """The command that solves the problem, if there is one."""
 
 
 def doctor(store: Store) -> int:
-    """Print the findings of all checks. Return the exit code."""
+    """Print the findings of all checks, and return the exit code."""
     sections = {
         "packages": _packages(),
         "harness": _harness(),
@@ -92,17 +92,17 @@ def _harness() -> Iterator[Finding]:
 
 
 def _plugins() -> Iterator[Finding]:
-    known = registry()
-    for plugin in known.plugins:
-        names = ", ".join(name for name, owner in known.owners.items() if owner == plugin) or "no methods"
-        problem = known.broken.get(plugin)
+    plugins = registry()
+    for plugin in plugins.plugins:
+        names = ", ".join(name for name, owner in plugins.owners.items() if owner == plugin) or "no methods"
+        problem = plugins.broken.get(plugin)
         yield Finding(f"{plugin}: {names}" + (f" ({problem})" if problem else ""), problem is None)
-    for name, claimants in known.conflicts.items():
+    for name, claimants in plugins.conflicts.items():
         yield Finding(f"method {name!r} is claimed by {' and '.join(claimants)}", False, UNINSTALL)
 
 
 def _folders(store: Store) -> list[Path]:
-    """Return the folders of all checkpoints, damaged ones too."""
+    """Return the folders of all checkpoints in the store, damaged ones included."""
     return sorted(path for path in store.checkpoints.glob("[!.]*") if path.is_dir())
 
 

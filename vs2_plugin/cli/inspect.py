@@ -1,4 +1,4 @@
-"""``vs2 inspect``: what steering did to images, latent by latent. And what ``vs2 latents`` has in common with it."""
+"""``vs2 inspect``: shows what steering did to images, latent by latent. Also the flags shared with ``vs2 latents``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ examples:
 
 
 def add_inspect(commands: Commands) -> None:
-    """Add the sub-command."""
+    """Add ``vs2 inspect``."""
     command = commands.add_parser(
         "inspect",
         help="what steering did to images, latent by latent",
@@ -59,7 +59,7 @@ def _run(args: argparse.Namespace) -> None:
     from vs2_plugin.model.explanation import require_explainable
     from vs2_plugin.modelstring import parse
 
-    require_explainable(parse(args.model))  # mistakes are told before anything is loaded
+    require_explainable(parse(args.model))  # refused before anything is loaded
     images = [read_image(path) for path in args.images]
     inspection = inspect_images(subject_of(args), images, top=args.top, latents=args.latents)
     if not args.quiet:
@@ -76,7 +76,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _lines(finding: Finding) -> Iterator[str]:
-    """Yield what is printed of one image."""
+    """Yield the printed lines of one image."""
     yield finding.name
     yield from (f"  {line}" for line in finding.lines())
     if finding.neighbours is not None:
@@ -86,7 +86,7 @@ def _lines(finding: Finding) -> Iterator[str]:
 
 
 def positive(text: str) -> int:
-    """Return a whole number of at least 1, and of at most nine digits, for argparse. Raises ValueError."""
+    """Parse a whole number from 1 to 999,999,999, for argparse. Raises ValueError for other texts."""
     number = int(text)
     if not 1 <= number < 10**9:
         raise ValueError(text)
@@ -94,7 +94,7 @@ def positive(text: str) -> int:
 
 
 def add_subject(command: argparse.ArgumentParser) -> None:
-    """Add flags by clip_benchmark's names and with its defaults."""
+    """Add the flags that name a model and a data set, with clip_benchmark's names and defaults."""
     add = command.add_argument
     add("--model", required=True, metavar="MODEL", help="model string: method:backbone[@checkpoint][@key=value]...")
     add("--pretrained", default="laion400m_e32", help="open_clip's weights tag or file (default: %(default)s)")
@@ -107,7 +107,7 @@ def add_subject(command: argparse.ArgumentParser) -> None:
 
 
 def subject_of(args: argparse.Namespace) -> Subject:
-    """Load what the command line names. Raises Vs2Error: what is wrong, and what mends it."""
+    """Load the model and data set that the command line names. Raises Vs2Error if that fails."""
     from vs2_plugin.inspection.subject import open_subject
 
     return open_subject(
@@ -119,6 +119,6 @@ def subject_of(args: argparse.Namespace) -> Subject:
 
 
 def say_problems(problems: Iterable[str]) -> None:
-    """Print on stderr what could not be shown."""
+    """Print on stderr the sentences that say what could not be shown."""
     for problem in problems:
         complain(f"vs2: {problem}")

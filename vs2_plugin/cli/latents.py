@@ -1,4 +1,4 @@
-"""``vs2 latents``: a page and a table of all latents of an SAE."""
+"""``vs2 latents``: writes a page and a table of all latents of an SAE."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ examples:
 
 
 def add_latents(commands: Commands) -> None:
-    """Add the sub-command."""
+    """Add ``vs2 latents``."""
     command = commands.add_parser(
         "latents",
         help="a page and a table of all latents of an SAE",
@@ -48,7 +48,7 @@ def _run(args: argparse.Namespace) -> None:
     from vs2_plugin.inspection.survey import require_sae, survey_latents
     from vs2_plugin.modelstring import parse
 
-    require_sae(parse(args.model))  # a mistake is told before anything is loaded
+    require_sae(parse(args.model))  # refused before anything is loaded
     survey = survey_latents(subject_of(args), limit=args.limit)
     paths = write_survey(survey, args.out)
     if args.quiet:

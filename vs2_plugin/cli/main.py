@@ -1,4 +1,4 @@
-"""``vs2``: the demo, reports, the list of methods, the doctor, the store."""
+"""``vs2``: the command line with all sub-commands; the demo and the doctor are added here."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["main", "parser"]
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the parser of the command line."""
     command = Command(
         prog="vs2",
         description="SAE-steered CLIP models for clip_benchmark. Evaluate with clip_benchmark itself; "
@@ -83,13 +83,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command, and return its exit code."""
+    """Run the command line, and return its exit code."""
     args = argparse.Namespace(interrupted="")
     return end_well("vs2", lambda: _run(argv, args), lambda: args.interrupted)
 
 
 def _run(words: Sequence[str] | None, into: argparse.Namespace | None = None) -> int | None:
-    """Run the command, perhaps within another, which tells how it ended. What the words say is put ``into`` there."""
+    """Parse ``words`` ``into`` a namespace and run the command, perhaps within another one, which handles errors."""
     args = parser().parse_args(words, into)
     code: int | None = args.run(args)
     return code
@@ -100,7 +100,7 @@ def _demo(args: argparse.Namespace) -> None:
     from vs2_plugin.demo.run import demo
     from vs2_plugin.training.request import TrainRequest
 
-    TrainRequest(dataset=("wds/digits",), seed=tuple(args.seed))  # told before anything is written
+    TrainRequest(dataset=("wds/digits",), seed=tuple(args.seed))  # refused before anything is written
     make_folder(args.out)
     commands: dict[str, Callable[[Sequence[str]], int | None]] = {"vs2": _run, "vs2-train-sae": train_sae.run}
     demo(args.out, commands, args.quiet, list(dict.fromkeys(args.seed)))

@@ -1,4 +1,4 @@
-"""``vs2 methods``: every method with its options, or the checks of one."""
+"""``vs2 methods``: lists every method with its options, or checks one method."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["add_methods"]
 
 
 def add_methods(commands: Commands) -> None:
-    """Add the sub-command."""
+    """Add ``vs2 methods``."""
     command = commands.add_parser(
         "methods", help="list every method with its options, or (--check) test a method of your own",
         epilog="examples: vs2 methods | less; vs2 methods --check centre",
@@ -33,17 +33,17 @@ def _check(method: str) -> int:
     load_torch()
     from vs2_plugin.testing import findings
 
-    found = findings(method)
-    for name, about, problem, skipped in found:
+    checks = findings(method)
+    for name, about, problem, skipped in checks:
         state = "!!" if problem else "--" if skipped else "ok"
         say(f"  {state}  {name}: {problem or (f'not checked, {skipped}' if skipped else about)}")
-    failed = sum(finding.problem is not None for finding in found)
-    say(f"{method}: {failed} of {len(found)} checks failed" if failed else f"{method}: no check failed")
+    failed = sum(finding.problem is not None for finding in checks)
+    say(f"{method}: {failed} of {len(checks)} checks failed" if failed else f"{method}: no check failed")
     return 1 if failed else 0
 
 
 def _labels(method: Method) -> str:
-    """Say which labels a method uses."""
+    """Return in words which labels a method uses."""
     if method.sae == "pass":
         return "those that its SAE was trained with"
     return method.labels + (f", or oracle with @{LABELS.name}=oracle" if method.option(LABELS.name) else "")
@@ -61,12 +61,12 @@ def _list_methods() -> int:
         looks = {"none": "", "images": ", looks into its gallery", "neighbours": ", along an image's neighbours"}
         return where + looks[method.gallery] if method.needs_checkpoint else "needs no checkpoint"
 
-    known = registry()
-    for name, method in known.methods.items():
+    plugins = registry()
+    for name, method in plugins.methods.items():
         aliases = f" (also {', '.join(method.aliases)})" if method.aliases else ""
         say(f"{name}:{aliases}  {method.summary}")
         sees = f"labels used: {_labels(method)}; protocol: {method.protocol}"
-        say(f"    from {known.owners[name]}; {sees}; {needs(method)}")
+        say(f"    from {plugins.owners[name]}; {sees}; {needs(method)}")
         for option in method.options:
             show(option)
     groups = (
@@ -81,8 +81,8 @@ def _list_methods() -> int:
         say(f"every method that {which} has:")
         for option in group:
             show(option)
-    for name, claimants in known.conflicts.items():
+    for name, claimants in plugins.conflicts.items():
         complain(f"vs2: error: method {name!r} is claimed by {' and '.join(claimants)}; {UNINSTALL}")
-    for plugin, problem in known.broken.items():
+    for plugin, problem in plugins.broken.items():
         complain(f"vs2: error: plugin {plugin} failed to load: {problem}")
-    return 1 if known.conflicts or known.broken else 0
+    return 1 if plugins.conflicts or plugins.broken else 0

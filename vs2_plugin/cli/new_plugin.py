@@ -1,4 +1,4 @@
-"""``vs2 new-plugin``: the package of a method of one's own, to begin with."""
+"""``vs2 new-plugin``: writes a starter package for a method of one's own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["add_new_plugin"]
 
 
 def add_new_plugin(commands: Commands) -> None:
-    """Add the sub-command."""
+    """Add ``vs2 new-plugin``."""
     command = commands.add_parser(
         "new-plugin", help="write a starter package for a method of your own",
         epilog="example: vs2 new-plugin mine && cd vs2-mine && pip install -e '.[test]' && pytest",

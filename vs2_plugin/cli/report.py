@@ -1,4 +1,4 @@
-"""``vs2 report``: a page, a Markdown table and figures from result files."""
+"""``vs2 report``: makes a page, a Markdown table and figures from results files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ examples:
 
 
 def add_report(commands: Commands) -> None:
-    """Add the sub-command."""
+    """Add ``vs2 report``."""
     report = commands.add_parser(
         "report",
         help="a page, a Markdown table and figures from clip_benchmark's result files",

@@ -1,4 +1,4 @@
-"""``vs2 reproduce``: the tables of the paper, trained, evaluated and set beside the published numbers."""
+"""``vs2 reproduce``: trains and evaluates the paper's tables, and compares them with the published numbers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ The store of checkpoints is $VS2_STORE, else in the platform's cache folder; for
 
 
 def add_reproduce(commands: Commands) -> None:
-    """Add the sub-command."""
+    """Add ``vs2 reproduce``."""
     parser = commands.add_parser(
         "reproduce",
         help="the paper's tables: train what is missing, evaluate, compare with the published numbers",
@@ -112,10 +112,10 @@ def _work(
 
     def report(line: str) -> None:
         if not args.quiet:
-            for one in line.split("\n"):
-                say(one)
+            for part in line.split("\n"):
+                say(part)
 
-    DataSet.of("cifar100", dataset_root)  # refused now, and not after the first training
+    DataSet.of("cifar100", dataset_root)  # a wrong root is refused before the first training
     work = Reproduction(tables, out, dataset_root, args.quiet, report)
     if args.stand_in:
         report(f"cd {args.out}   # the tiny CLIP and the digits are written there")
@@ -137,22 +137,22 @@ def _work(
 
 
 def _tell(args: argparse.Namespace, work: Reproduction, report: Callable[[str], None]) -> int:
-    """Print the tables and what is missing, and return the exit code."""
+    """Print the tables and the reasons for missing cells, and return the exit code."""
     texts, missing = work.finish()
     for text in texts:
         for line in ("", *text.splitlines()):
             say(line)
     total = sum(cell.is_wanted for table in work.tables for cell in table.cells)
     if missing:
-        kept = (
+        advice = (
             "the others are kept; run the same command to continue" if missing < total else "no number was found"
         )
-        complain(f"vs2: {missing} of {total} cells could not be measured (the reasons are above); {kept}")
+        complain(f"vs2: {missing} of {total} cells could not be measured (the reasons are above); {advice}")
         for remedy, reasons in work.missing().items():
             for reason in reasons:
                 complain(f"- {reason}")
             complain(f"=> {remedy}")
-    some = any(work.out.glob("results/*/*.json"))
-    behind = f"; a page with all results: vs2 report {args.out / 'results'}" if some else ""
+    has_results = any(work.out.glob("results/*/*.json"))
+    behind = f"; a page with all results: vs2 report {args.out / 'results'}" if has_results else ""
     report(f"\nThe tables are in {args.out}, as .md and .json and on one page, index.html{behind}")
     return 1 if missing else 0

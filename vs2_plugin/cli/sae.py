@@ -1,4 +1,4 @@
-"""``vs2 sae``: what an SAE is worth as a dictionary, in figures and on a page."""
+"""``vs2 sae``: measures SAEs as dictionaries, and shows the figures as text and on a page."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ examples:
 
 
 def add_sae(commands: Commands) -> None:
-    """Add the sub-command."""
+    """Add ``vs2 sae``."""
     command = commands.add_parser(
         "sae",
         help="how good an SAE is: its figures, what they mean, and typical values",
@@ -83,19 +83,19 @@ def _run(args: argparse.Namespace) -> None:
     )
     saes = [measure(subject, elsewhere, zero_shot, device) for subject in subjects]
     quality = Quality(saes, *stability(saes))
-    kept = [one.subject.name for one in saes if keep(one, zero_shot)]
-    _tell(args, quality, kept)
+    recorded = [sae.subject.name for sae in saes if keep(sae, zero_shot)]
+    _tell(args, quality, recorded)
 
 
 def _tell(args: argparse.Namespace, quality: Quality, kept: list[str]) -> None:
-    """Print the figures, and then write the page, which may fail."""
+    """Print the figures, then write the page; in this order, since writing may fail."""
     from vs2_plugin.quality.page import write_page
 
     words = not args.quiet and not args.json
-    told = list(quality.lines()) if words else [] if args.quiet else quality.json().splitlines()
+    lines = list(quality.lines()) if words else [] if args.quiet else quality.json().splitlines()
     if words and kept:
-        told.append(f"the zero-shot predictions kept are recorded for the model card of {', '.join(kept)}")
-    for line in told:
+        lines.append(f"the zero-shot predictions kept are recorded for the model card of {', '.join(kept)}")
+    for line in lines:
         say(line)
     for path in [] if args.out is None else write_page(quality, args.out):
         if words:
@@ -103,7 +103,7 @@ def _tell(args: argparse.Namespace, quality: Quality, kept: list[str]) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse flags that contradict each other. Raises SettingError."""
+    """Raise SettingError for flags that contradict each other, or a name given twice."""
     refuse_silence(args)
     if args.labels is not None and args.activations is None:
         raise SettingError("--labels belong to --activations, which are missing; the checkpoint's own labels are read "

@@ -1,4 +1,4 @@
-"""``vs2 store``: list, share, import, export or remove checkpoints and cached activations."""
+"""``vs2 store``: lists, shares, imports, exports or removes checkpoints and cached activations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["add_store"]
 
 
 def add_store(commands: Commands) -> None:
-    """Add the command to those of ``vs2``."""
+    """Add ``vs2 store``."""
     store = commands.add_parser(
         "store",
         help="list, share, import, export or remove checkpoints and cached activations",
@@ -48,7 +48,7 @@ def add_store(commands: Commands) -> None:
     remove.set_defaults(run=_remove)
     _add_sharing(actions)
     for action in actions.choices.values():
-        add_store_option(action, default=argparse.SUPPRESS)  # before the action, or behind it
+        add_store_option(action, default=argparse.SUPPRESS)  # --store may stand before or after the action
     _add_foreign(actions)
 
 
@@ -94,7 +94,7 @@ def _add_foreign(actions: Commands) -> None:
         argument_default=argparse.SUPPRESS,
     )
     taking.add_argument("sae", metavar="FOLDER", help="the folder of the SAE")
-    of_training = {one.name for one in fields(TrainConfig)} - {"seed"}
+    of_training = {field.name for field in fields(TrainConfig)} - {"seed"}
     add_flags(taking, TrainRequest, leave_out={"sae", "recipe", "save_every", *of_training})
     taking.set_defaults(run=_import, interrupted="; what was read so far is kept: run the same command to continue")
     giving = actions.add_parser(
@@ -134,9 +134,9 @@ def _list(args: argparse.Namespace) -> None:
         say(f"  no checkpoints; train one with {shlex.join(['vs2-train-sae', *store.words])}")
     cached = list(store.cached())
     say(f"  cached activations: {counted(len(cached), 'set')}, {gigabytes(folder_size(*cached))}")
-    kept = [*(store.checkpoints / name for name in store.names()), *cached]
-    if folder_size(*kept) < sum(map(folder_size, kept)):
-        say(f"  both together: {gigabytes(folder_size(*kept))}, since galleries share files with the cache")
+    folders = [*(store.checkpoints / name for name in store.names()), *cached]
+    if folder_size(*folders) < sum(map(folder_size, folders)):
+        say(f"  both together: {gigabytes(folder_size(*folders))}, since galleries share files with the cache")
     for left in store.unfinished():
         age = int((time.time() - last_change(left)) / 3600)
         say(
@@ -147,14 +147,14 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _shares(sites: Iterable[SiteSAE]) -> str:
-    """Return the shares of dead and dense latents, and of accuracy recovered, as far as the checkpoint tells them."""
+    """Return the shares of dead and dense latents and of accuracy recovered, as text; unrecorded ones are left out."""
     words = {"dead": "dead", "dense": "dense", "recovered": "of the accuracy recovered"}
-    told = {name: [share for site in sites if isinstance(share := site.training.get(name), float)] for name in words}
-    return "".join(f", {_span(shares, '.1%')} {words[name]}" for name, shares in told.items() if shares)
+    figures = {name: [share for site in sites if isinstance(share := site.training.get(name), float)] for name in words}
+    return "".join(f", {_span(shares, '.1%')} {words[name]}" for name, shares in figures.items() if shares)
 
 
 def _span(figures: Collection[float], form: str) -> str:
-    """Return the least and the largest figure; one where they read the same."""
+    """Return the smallest and the largest figure as text; only one where both read the same."""
     return " to ".join(dict.fromkeys(format(figure, form) for figure in (min(figures), max(figures))))
 
 
@@ -199,7 +199,7 @@ def _pull(args: argparse.Namespace) -> None:
 def _import(args: argparse.Namespace) -> None:
     from vs2_plugin.cli.train_sae import train
 
-    names = {one.name for one in fields(TrainRequest)}
+    names = {field.name for field in fields(TrainRequest)}
     train({name: value for name, value in vars(args).items() if name in names})
 
 
@@ -217,7 +217,7 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _repository(text: str) -> Repository:
-    found = repository(text, prefixed=False)
-    if found is None:
+    parsed = repository(text, prefixed=False)
+    if parsed is None:
         raise SettingError(f"{text!r} is not a repository; expected OWNER/NAME")
-    return found
+    return parsed

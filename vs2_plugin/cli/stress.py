@@ -1,4 +1,4 @@
-"""``vs2 stress``: what becomes of models where classes are absent, imbalanced or few, or a stream is ordered."""
+"""``vs2 stress``: evaluates models where classes are absent, imbalanced or few, or a stream is ordered."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ example:
 
 
 def add_stress(commands: Commands) -> None:
-    """Add the sub-command. Settings have clip_benchmark's names and defaults."""
+    """Add ``vs2 stress``. Settings have clip_benchmark's names and defaults."""
     stress = commands.add_parser(
         "stress",
         help="evaluate models where classes are absent, imbalanced or few, or a stream is ordered",
@@ -47,13 +47,13 @@ def _stress(args: argparse.Namespace) -> None:
     outcomes, written = stress(request_of(StressRequest, args), args.quiet)
     if args.quiet:
         return
-    found = means(outcomes)
-    columns = list(dict.fromkeys(key[1:] for key in found))
+    averages = means(outcomes)
+    columns = list(dict.fromkeys(key[1:] for key in averages))
     say("top-1 accuracy, %, and its change over zero-shot on the same images (standard deviation over draws)")
     for axis, value in columns:
         say("")
         say(f"{AXES.get(axis, 'all test images')}{value and f': {value}'}")
-        for (model, *at), mean in found.items():
+        for (model, *at), mean in averages.items():
             if at != [axis, value]:
                 continue
             spread = "" if mean.spread is None else f" ({100 * mean.spread:.1f})"

@@ -1,4 +1,4 @@
-"""``vs2 sweep``: every point of a grid of model strings, from one encoding of the test split."""
+"""``vs2 sweep``: evaluates every point of a grid of model strings, encoding the test split once."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ The store of checkpoints is $VS2_STORE, else in the platform's cache folder.
 
 
 def add_sweep(commands: Commands) -> None:
-    """Add the sub-command. Settings have clip_benchmark's names and defaults."""
+    """Add ``vs2 sweep``. Settings have clip_benchmark's names and defaults."""
     sweep = commands.add_parser(
         "sweep",
         help="evaluate a grid of strengths, neighbours, gates, blocks or checkpoints, encoding the images once",
@@ -85,32 +85,32 @@ def _sweep(args: argparse.Namespace) -> int:
             f"vs2: a sweep keeps no per-image results; {PER_IMAGE}=1 clip_benchmark eval does, for the points you name"
         )
     report = (lambda line: None) if args.quiet else say
-    there, plain = len(planned.files) - len(planned.pending), len(planned.backbones)
-    report(f"{len(planned.points)} point(s) and {plain} plain model(s); {there} have results already")
+    existing, plain = len(planned.files) - len(planned.pending), len(planned.backbones)
+    report(f"{len(planned.points)} point(s) and {plain} plain model(s); {existing} have results already")
     try:
-        found = sweep(planned, args.quiet)
+        outcome = sweep(planned, args.quiet)
     except (KeyboardInterrupt, RuntimeError) as error:
         if not is_interruption(error):
             raise
         print(f"\nvs2: interrupted; {_left(planned)}", file=sys.stderr)
         return 130
-    for backbone, accuracy in found.plain.items():
+    for backbone, accuracy in outcome.plain.items():
         report(f"zero-shot {backbone}: {accuracy:.2f} %")
-    best, *others = found.models
-    report(f"best of {len(planned.points)}: {found.best:.2f} % by {best}{and_others(others)}")
+    best, *others = outcome.models
+    report(f"best of {len(planned.points)}: {outcome.best:.2f} % by {best}{and_others(others)}")
     other = "Report the accuracy of that choice on other images: it was made on these."
     report(_TUNING if request.split == "test" else other)
-    for path in (planned.folder, *found.written):
+    for path in (planned.folder, *outcome.written):
         report(f"wrote {path}")
     return 0
 
 
 def _left(planned: Plan) -> str:
-    """Say what an interrupted sweep has left, and how to go on."""
-    kept = len(planned.files) - len(planned.pending)
-    if len(planned.results) <= kept:
-        there = f"nothing was added to {counted(kept, 'result')} in {planned.folder}" if kept else "nothing was written"
-        return f"{there}: all points are evaluated together, in one pass over the images; run the same command again"
+    """Return in words which results an interrupted sweep has written, and how to continue."""
+    done = len(planned.files) - len(planned.pending)
+    if len(planned.results) <= done:
+        state = f"nothing was added to {counted(done, 'result')} in {planned.folder}" if done else "nothing was written"
+        return f"{state}: all points are evaluated together, in one pass over the images; run the same command again"
     written = f"{len(planned.results)} of {len(planned.files)} results are in {planned.folder}"
     older = sum(planned.files[model].exists() for model in planned.pending if model not in planned.results)
     hint = f" (it keeps {counted(older, 'older result')} there, too: remove what is out of date)" if older else ""

@@ -1,4 +1,4 @@
-"""``vs2-train-sae``: extract a data set's training activations once, train an SAE per site, store the checkpoint."""
+"""``vs2-train-sae``: extracts training activations of a data set, trains an SAE per site and stores the checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vs2_plugin.training.request import TrainRequest
 __all__ = ["main", "parser", "run", "train"]
 
 # Training makes many short parallel steps. Where another process holds a core, threads that spin while they wait
-# for each other slow it down a hundredfold; sleeping ones cost a few microseconds. Read when torch is loaded.
+# for each other slow it down a hundredfold; sleeping ones cost a few microseconds. Torch reads this at its import.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _EXAMPLES = """\
@@ -41,7 +41,7 @@ afterwards:
 """
 
 
-#: The setting that a group of flags begins with -> its title and what is said of it.
+#: First setting of a group of flags -> title and description of the group.
 _GROUPS = {
     "model": ("model and data (as for clip_benchmark)", None),
     "recipe": (
@@ -60,7 +60,7 @@ _GROUPS = {
 
 
 def parser() -> Command:
-    """Return the command line: the settings of a training. Those that clip_benchmark has too have its names."""
+    """Return the parser of the command line. Settings that clip_benchmark has too are named as there."""
     command = Command(
         prog="vs2-train-sae",
         description="Train the sparse autoencoders that steered models use, on the unlabeled training "
@@ -73,7 +73,7 @@ def parser() -> Command:
 
 
 def train(given: Mapping[str, Any]) -> None:
-    """Train what settings of a request ask for."""
+    """Train SAEs as the given settings of a :class:`TrainRequest` ask for."""
     load_torch()
     request = TrainRequest.of(**given)
     from vs2_plugin.distributed import joined
@@ -84,12 +84,12 @@ def train(given: Mapping[str, Any]) -> None:
 
 
 def run(words: Sequence[str] | None = None) -> None:
-    """Run the command within another, which tells how it ended."""
+    """Run the command without handling errors, for use within another command."""
     train(vars(parser().parse_args(words)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the command."""
+    """Run the command, and return its exit code."""
     return end_well(
         "vs2-train-sae",
         lambda: run(argv),
