@@ -1,5 +1,5 @@
-"""Real handwritten digits (scikit-learn's ``load_digits``: 1,797 images of 8 × 8 pixels), as pictures and as webdataset
-shards. And the tiny CLIP that classifies them."""
+"""The demo's data: real handwritten digits (scikit-learn's ``load_digits``: 1,797 images of 8 × 8 pixels), as pictures
+and as webdataset shards, and the tiny CLIP that classifies them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CLASSES", "MODEL", "TEMPLATES", "TINY_CLIP", "TRAIN", "read_digits", "write_digits"]
 
-#: The folder of the tiny CLIP that comes with this package, and open_clip's name of it.
+#: The folder of the tiny CLIP that comes with this package, and its open_clip model name.
 TINY_CLIP = Path(__file__).parent / "tiny_clip"
 MODEL = f"local-dir:{TINY_CLIP}"
 
@@ -21,18 +21,18 @@ CLASSES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 TEMPLATES = ["a photo of the digit {c}"]
 #: The first 900 images, in the order of the file, are the training split; the other 897 the test split.
 TRAIN = 900
-_SHARDS = 4  # clip_benchmark reads none at all where there are fewer shards than loader workers (4 by default)
+_SHARDS = 4  # with fewer shards than loader workers (4 by default), clip_benchmark reads no images at all
 
 
 def read_digits(split: str) -> tuple[list[Image], list[int]]:
-    """Return the images of ``train`` or ``test``, and the digit that each of them shows."""
+    """Return the images of the split ``train`` or ``test``, and the digit that each image shows."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     pixels = (digits.images * 255 / 16).round().astype("uint8")
     rows = {"train": slice(TRAIN), "test": slice(TRAIN, None)}[split]
-    return [Image.fromarray(one) for one in pixels[rows]], digits.target[rows].tolist()
+    return [Image.fromarray(image) for image in pixels[rows]], digits.target[rows].tolist()
 
 
 def write_digits(folder: Path) -> None:

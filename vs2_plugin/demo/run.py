@@ -1,4 +1,4 @@
-"""``vs2 demo``: the whole way, offline, on real handwritten digits, by the commands that a user would type."""
+"""``vs2 demo``: trains, evaluates and reports offline, on handwritten digits, by commands that a user would type."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EVALUATED = {
     "VS2": f"vs2:{MODEL}",
     "VS2, strength chosen without labels": f"vs2:{MODEL}@alpha=auto",
 }
-#: Rows that ``vs2 sweep`` evaluates, all in one pass of the images -> model string.
+#: Rows that ``vs2 sweep`` evaluates, all in one pass over the images -> model string.
 SWEPT = {
     "selective VS2, chosen without labels": f"vs2s:{MODEL}",
     "VS2++, pseudo-labels": f"vs2pp:{MODEL}",
@@ -55,18 +55,18 @@ SWEPT = {
 }
 #: Row of the table -> model string.
 SYSTEMS = {**EVALUATED, **SWEPT}
-#: Activations that an SAE is trained on: a quarter of the default, which takes a minute for eight SAEs.
+#: Training samples per SAE: a quarter of the default, so that eight SAEs take a minute.
 SAMPLES = 50_000
-#: Name of a command -> what runs it, given the words behind its name, and returns an exit code or None.
+#: Name of a command -> function that runs it with the given arguments, and returns an exit code or None.
 Commands: TypeAlias = Mapping[str, Callable[[Sequence[str]], "int | str | None"]]
-_MINE = ("digits", "tiny-clip", "store", "results", "report", "benchmark.csv")  # what the demo writes into its folder
+_MINE = ("digits", "tiny-clip", "store", "results", "report", "benchmark.csv")  # what the demo writes
 
 
 def prepare(folder: Path) -> None:
-    """Write the digits and the tiny CLIP into ``folder``.
+    """Empty ``folder`` of an earlier demo, and write the digits and the tiny CLIP into it.
 
     Raises:
-        DataError: the folder holds something that is not the demo's.
+        DataError: the folder holds files that no demo wrote.
     """
     strange = sorted(path.name for path in folder.iterdir() if path.name not in _MINE) if folder.is_dir() else []
     if strange:
@@ -83,13 +83,13 @@ def prepare(folder: Path) -> None:
 
 
 def demo(folder: Path, commands: Commands, quiet: bool = False, seeds: Sequence[int] = (0,)) -> None:
-    """Train, evaluate and print the table.
+    """Train SAEs, evaluate models and print the table.
 
     Args:
-        folder: where to work.
-        commands: ``vs2`` and ``vs2-train-sae``, which are run in this process, as ``clip_benchmark`` is.
+        folder: the folder to work in.
+        commands: functions for ``vs2`` and ``vs2-train-sae``, which run in this process, as ``clip_benchmark`` does.
         quiet: hide the output of the commands.
-        seeds: of the SAEs. With several, the table gives mean and standard deviation over them.
+        seeds: seeds of the SAEs. With several, the table gives mean and standard deviation over them.
 
     Raises:
         Vs2Error: a command failed.
@@ -106,15 +106,15 @@ def demo(folder: Path, commands: Commands, quiet: bool = False, seeds: Sequence[
     with surroundings(folder, settings):
         for words in _steps(seeds):
             _command(words, {**commands, "clip_benchmark": _clip_benchmark}, quiet)
-    there = "results/*.json, results/sweep.csv, the checkpoints in store/checkpoints"
+    outputs = "results/*.json, results/sweep.csv, the checkpoints in store/checkpoints"
     if len(seeds) == 1:
-        there = "report/index.html, results/*.json, the checkpoint in store/checkpoints"
+        outputs = "report/index.html, results/*.json, the checkpoint in store/checkpoints"
     print(f"\n{table(folder / 'results', seeds)}")
-    print(f"\n{time.monotonic() - started:.0f} s. All of it is in {folder}: {there}.")
+    print(f"\n{time.monotonic() - started:.0f} s. All of it is in {folder}: {outputs}.")
 
 
 def _steps(seeds: Sequence[int]) -> Iterator[list[str]]:
-    """Yield the words of each command."""
+    """Yield each command of the demo, as a list of words."""
     data = ["--dataset", "wds/digits", "--dataset_root", "digits", "--num_workers", "1", "--no_amp"]
     evaluation = ["--pretrained", "", *data, "--output", "results/{model}.json", "--quiet"]
     yield [
@@ -132,12 +132,12 @@ def _steps(seeds: Sequence[int]) -> Iterator[list[str]]:
 
 
 def with_checkpoint(model: str, checkpoint: str) -> str:
-    """Return the model string with the name of a checkpoint; a plain model's stays as it is."""
+    """Return the model string with the name of a checkpoint; a plain model's name is returned unchanged."""
     return model.replace(MODEL, f"{MODEL}@{checkpoint}") if model != MODEL else model
 
 
 def table(results: Path, seeds: Sequence[int] = (0,)) -> str:
-    """Return the accuracies in percent, with the change over zero-shot CLIP in points.
+    """Return a Markdown table of accuracies in percent, with the change over zero-shot CLIP in points.
 
     With several seeds, each cell is the mean over them, with the standard deviation of the sample in parentheses.
     """
@@ -168,24 +168,24 @@ def _cell(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
 
 
 def _command(words: Sequence[str], commands: Commands, quiet: bool) -> None:
-    """Print a command and run it, in this process: starting torch and the harness anew takes ten seconds."""
+    """Print a command and run it in this process, since starting torch and the harness anew takes ten seconds."""
     print(f"\n$ {shlex.join(words)}", flush=True)
-    said = StringIO()
+    stderr = StringIO()
     try:
         with ExitStack() as stack:
             if quiet:
                 stack.enter_context(redirect_stdout(StringIO()))
-                stack.enter_context(redirect_stderr(said))
+                stack.enter_context(redirect_stderr(stderr))
             code = commands[words[0]](words[1:])
     except SystemExit as stop:
         code = stop.code
     if code:
-        last = [f": {line}" for line in said.getvalue().splitlines() if line.strip()][-1:]
+        last = [f": {line}" for line in stderr.getvalue().splitlines() if line.strip()][-1:]
         raise Vs2Error(f"the command above ended with exit code {code}" + "".join(last))
 
 
 def _clip_benchmark(words: Sequence[str]) -> None:
-    """Run the stock command, as its script does."""
+    """Run the stock ``clip_benchmark`` command, as its script does."""
     from clip_benchmark import cli
 
     before, sys.argv = sys.argv, ["clip_benchmark", *words]

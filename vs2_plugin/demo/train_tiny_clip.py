@@ -56,7 +56,7 @@ CELL = 64  # glyphs are drawn once at this size; every training image is a rando
 
 
 def draw_glyphs() -> torch.Tensor:
-    """Every glyph in every font, bright on black: ``[fonts, glyphs, CELL, CELL]`` in [0, 1]."""
+    """Draw every glyph in every font, bright on black: ``[fonts, glyphs, CELL, CELL]`` in [0, 1]."""
     import matplotlib
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
@@ -77,7 +77,8 @@ def draw_glyphs() -> torch.Tensor:
 
 
 def random_views(cells: torch.Tensor) -> torch.Tensor:
-    """Random rotation, scale, shear, shift, blur and contrast: ``[batch, CELL, CELL]`` to ``[batch, 3, 32, 32]``."""
+    """Return views with random rotation, scale, shear, shift, blur and contrast: ``[batch, CELL, CELL]`` to
+    ``[batch, 3, 32, 32]``."""
     n = len(cells)
     uniform = lambda low, high: low + (high - low) * torch.rand(n)  # noqa: E731
     angle, shear, zoom = uniform(-0.26, 0.26), uniform(-0.3, 0.3), uniform(0.55, 1.3)
@@ -99,6 +100,7 @@ def random_views(cells: torch.Tensor) -> torch.Tensor:
 
 
 def train(out: Path, steps: int, batch_size: int, seed: int) -> None:
+    """Train the tiny CLIP on views of glyphs, and write its folder for open_clip."""
     import open_clip
     from safetensors.torch import save_file
 
@@ -133,7 +135,7 @@ def train(out: Path, steps: int, batch_size: int, seed: int) -> None:
             accuracy = (logits.argmax(1) == label).float().mean()
             bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy.item():.3f}")
 
-    # Rows of the token table that no caption used are still their random start: zeros say so, and compress.
+    # Rows of the token table that no caption uses still have random values: zeros compress better.
     used = torch.zeros(len(model.token_embedding.weight), dtype=torch.bool)
     used[tokens.unique()] = True
     model.token_embedding.weight.data[~used] = 0
@@ -145,6 +147,7 @@ def train(out: Path, steps: int, batch_size: int, seed: int) -> None:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("tiny-clip"), help="folder to write (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=4000, help="default: %(default)s")
