@@ -69,7 +69,7 @@ def _options(spec: ModelString, places: Places) -> str:
     """Return the options with their values, and the values chosen for automatic ones, in words."""
     options = {name: value for name, value in spec.all_options.items() if value is not None}
     text = ", ".join(f"{name} = {_word(value)}" for name, value in options.items()) or "none"
-    if all(spec.method.option(one.name) is one and one.name in options for one in STRENGTH[:2]):
+    if all(spec.method.option(option.name) is option and option.name in options for option in STRENGTH[:2]):
         text += f", which is alpha = {strength(float(options['gamma']), float(options['lam']), None):g}"
     last: Place = places[-1]
     if isinstance(last.steering, Automatic):

@@ -198,7 +198,7 @@ class Places(Sequence[Place]):
     def per_image(self) -> dict[str, Tensor]:
         """Return what recording gates know of each image: ``fvu`` at the last site, and ``steered`` at any site."""
         records = [gate.per_image() for gate in self.gates if gate.recording]
-        return {**records[-1], "steered": torch.stack([one["steered"] for one in records]).any(0)} if records else {}
+        return {**records[-1], "steered": torch.stack([item["steered"] for item in records]).any(0)} if records else {}
 
 
 def build_places(
@@ -263,10 +263,10 @@ def _place(
     parts: Parts,
     current: Current,
 ) -> Place:
-    given = (site.hookpoint, site.width)
+    location = (site.hookpoint, site.width)
     task = deepcopy(task)  # the plugin gets copies, also of mean and quantiles, which it may edit
     if facts is None or checkpoint is None:
-        context = Context(parts.model, *given, task=task, retriever=retriever)
+        context = Context(parts.model, *location, task=task, retriever=retriever)
         steering = as_it_is if spec.method.site == "logits" else _steering(spec, context)
         return Place(spec.method.name, site, None, steering, None, retriever, current)
     sae, mean = parts.sae(checkpoint, facts)
@@ -274,7 +274,7 @@ def _place(
         warning = f"checkpoint {checkpoint.name!r}: the SAE at {site} is useless: {facts.warning}; {RETRAIN}"
         parts.once(("warning", checkpoint.folder, facts.folder), lambda: _LOG.warning("%s", warning))
     shared: dict[str, Any] = parts.once(("shared", checkpoint.folder, facts.folder), dict)
-    context = Context(parts.model, *given, sae, mean.clone(), dict(facts.fvu_quantiles), task, retriever, shared)
+    context = Context(parts.model, *location, sae, mean.clone(), dict(facts.fvu_quantiles), task, retriever, shared)
     steering, q = _steering(spec, context), spec.options["gate"]
     gate = Gate(steering, sae, mean, None if q is None else threshold(facts.fvu_quantiles, float(q)))
     return Place(spec.method.name, site, facts, steering, gate, retriever, current).to(parts.device).eval()

@@ -307,7 +307,7 @@ def predict(
         plain_logits=torch.cat(plain),
         fvu=facts.get("fvu", torch.full((count,), float("nan"))),
         steered=facts.get("steered", torch.ones(count, dtype=torch.bool)),
-        images=tuple(str(one) if isinstance(one, (str, Path)) else str(n) for n, one in enumerate(pictures)),
+        images=tuple(str(image) if isinstance(image, (str, Path)) else str(n) for n, image in enumerate(pictures)),
     )
 
 

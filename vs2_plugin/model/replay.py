@@ -121,7 +121,7 @@ class _Parts:
         """Return the parts of a tower's forward pass; None if the pass must not be replayed."""
         parts = _parts_of(tower)
         tensors = [part for part in parts or () if isinstance(part, Tensor)]
-        return cls(tower, parts, tensors) if parts and all(type(one) in _PLAIN for one in tensors) else None
+        return cls(tower, parts, tensors) if parts and all(type(tensor) in _PLAIN for tensor in tensors) else None
 
     def _where(self) -> list[int]:
         return [tensor.data_ptr() for tensor in self._tensors]
@@ -200,7 +200,7 @@ class _Told:
     def __call__(self, encode: Encode, images: Tensor, same: Callable[[], bool]) -> Tensor | None:
         """Return the embeddings; None if the parts have changed or an assumption was wrong.
 
-        ``same`` tells whether the parts are unchanged; a captured graph is launched first, so that no GPU waits for it.
+        ``same`` tells whether the parts are unchanged; it is called after a captured graph is launched, to save time.
         """
         # Outside of the inference mode, gradients would be recorded: hence no_grad.
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device_of(images):
@@ -237,5 +237,5 @@ def _without_waits() -> Iterator[None]:
             yield
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    if any("called a synchronizing CUDA operation" in str(one.message) for one in raised):
+    if any("called a synchronizing CUDA operation" in str(warning.message) for warning in raised):
         raise RuntimeError("something in it waits for the GPU")
