@@ -23,9 +23,11 @@ def test_the_command(write_run, make_images, tmp_path, capsys, monkeypatch):  # 
 
 
 def test_errors_of_the_command_are_one_line(results, tmp_path, capsys):  # noqa: F811
-    next(results.glob("*.images.npz")).write_bytes(b"torn")
+    torn = next(results.glob("*.images.npz"))
+    torn.write_bytes(b"torn")
     (tmp_path / "x.json").write_text(json.dumps({"a": "b"}))
-    for words in ([results], [tmp_path / "x.json"], [tmp_path / "missing.json"]):
+    beside = torn.with_name(torn.name.replace("images.npz", "json"))
+    for words in ([beside], [tmp_path / "x.json"], [tmp_path / "missing.json"]):
         assert main(["report", *map(str, words), "--out", str(tmp_path / "out")]) == 2
         captured = capsys.readouterr()
         assert captured.out == "" and captured.err.startswith("vs2: error: ") and len(captured.err.splitlines()) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import shlex
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -71,7 +72,7 @@ def _packages() -> Iterator[Finding]:
             yield Finding(f"{name} is not installed", False, f"pip install {name}")
             continue
         fits = name != "clip-benchmark" or installed.startswith(SUPPORTED)
-        fits = fits and (name != "numpy" or tuple(map(int, installed.split(".")[:2])) < (2, 4))
+        fits = fits and (name != "numpy" or tuple(map(int, re.findall(r"\d+", installed)[:2])) < (2, 4))
         yield Finding(f"{name} {installed}", fits, _REINSTALL)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
+
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.clip.sites import embedding_from
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.inspection.subject import open_subject
 from vs2_plugin.quality.measure import ZeroShot
-from vs2_plugin.quality.subject import Subject
+from vs2_plugin.quality.subject import Images, Subject
 
 __all__ = ["NO_CLASSES", "open_zero_shot"]
 
@@ -50,14 +52,10 @@ def open_zero_shot(
     embed = partial(embedding_from, model.model, site) if model.sites.at_end(site) else None
     of = "given" if classes is not None else f"of {DataSet.of(dataset or '', dataset_root).name}"
     about = f"{len(opened.classes):,} classes {of}"
-    return ZeroShot(embed, opened.class_texts.T, _is_labelled(subject, len(opened.classes)), about)
+    return ZeroShot(embed, opened.class_texts.T, _is_labelled(subject.images, len(opened.classes)), about)
 
 
-def _is_labelled(subject: Subject, classes: int) -> bool:
-    """Return whether the images' labels are of one data set and below the number of classes."""
-    images, gallery = subject.images, subject.checkpoint.gallery
-    if images is None or images.labels is None:
-        return False
-    if gallery is not None and len({part.dataset for part in gallery.parts}) > 1:
-        return False
-    return int(images.labels.max()) < classes
+def _is_labelled(images: Images | None, classes: int) -> bool:
+    """Return whether all images have labels that are numbers of the classes. In a gallery of several data sets, the
+    labels of all but the first are not: they follow on from the first's."""
+    return images is not None and images.labels is not None and bool(np.isin(images.labels, range(classes)).all())
