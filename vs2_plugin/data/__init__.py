@@ -1,1 +1,1 @@
-"""Data sets: what they are called and where they lie, their images, and activations of those trained on."""
+"""Data sets: names, locations and images, and cached activations of the training images."""

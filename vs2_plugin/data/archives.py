@@ -1,5 +1,5 @@
-"""Official archives of the paper's data sets that clip_benchmark does not have, packed or unpacked, and the webdataset
-shards of them that it reads."""
+"""Conversion of official archives (packed or unpacked) of the paper's data sets that clip_benchmark lacks to webdataset
+shards that clip_benchmark reads."""
 
 from __future__ import annotations
 
@@ -28,60 +28,60 @@ from vs2_plugin.text import counted, printable, reason_of
 
 __all__ = ["OFFICIAL", "Official", "Written", "convert", "official_of"]
 
-#: Of each split: as many loader workers can read it.
+#: Number of shards of each split: at most this many loader workers can share a split.
 _SHARDS = 8
-#: What a file that is no whole archive raises.
+#: Errors that reading a damaged or incomplete archive raises.
 _DAMAGE = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error)
-#: A picture's split, and the number of its class.
+#: An image's split and class number.
 _Place = tuple[str, int]
 
 
 @dataclass(frozen=True)
 class _Contents:
-    """What the lists of an archive say of its pictures."""
+    """The classes and images of an archive, as its list files give them."""
 
     classes: list[str]
-    """Their names, in the order of their numbers."""
+    """Class names, in the order of the class numbers."""
     place: Callable[[str], _Place | None]
-    """Tells where a file belongs, by its path in the archive; None for what is no picture."""
+    """Gives split and class of the file at a path in the archive; None for a file that is not an image of the set."""
     pictures: frozenset[str]
-    """Paths of pictures that have to be there."""
+    """Paths of the images that the archive must contain."""
     even: bool
-    """Whether all classes have equally many pictures to train on."""
+    """Whether all classes must have equally many training images."""
 
 
 class Written(NamedTuple):
-    """How much was written."""
+    """Numbers of images and classes that were written."""
 
     train: int
-    """Pictures to train on."""
+    """Number of training images."""
     test: int
-    """Pictures to evaluate."""
+    """Number of test images."""
     classes: int
-    """Classes."""
+    """Number of classes."""
 
 
 @dataclass(frozen=True)
 class Official:
-    """A data set as its authors hand it out."""
+    """A data set as its authors distribute it."""
 
     title: str
-    """What it is called."""
+    """Name of the data set, for messages."""
     archive: str
-    """The name of the archive."""
+    """File name of the archive."""
     url: str
-    """Where it is to be had."""
+    """Address of the archive or of its download page."""
     dataset: str
-    """What the paper's tables call the shards."""
+    """Name of the shards in the files of the paper's tables."""
     lists: tuple[str, ...]
-    """Files that tell what there is, by their paths in the archive."""
+    """Paths, in the archive, of the list files that name its classes and images."""
     read: Callable[[Mapping[str, str]], _Contents]
-    """Reads these files. Raises ValueError, KeyError: they do not fit each other."""
+    """Parses the texts of the list files, by path. Raises ValueError or KeyError if they contradict each other."""
 
 
 def official_of(dataset: str) -> tuple[str, Official] | None:
-    """Return the data set that is called so in the paper's tables, after the word for it in ``vs2 data``."""
-    return next(((word, one) for word, one in OFFICIAL.items() if one.dataset == dataset), None)
+    """Return the official data set with this name in the paper's tables, as (its word in ``vs2 data``, data set)."""
+    return next(((word, official) for word, official in OFFICIAL.items() if official.dataset == dataset), None)
 
 
 def convert(official: Official, source: Path, target: Path) -> Written:
@@ -90,12 +90,12 @@ def convert(official: Official, source: Path, target: Path) -> Written:
     The prompts are the 80 that CLIP's authors give for ImageNet.
 
     Args:
-        official: whose archive it is.
-        source: the archive, or the folder that it was unpacked into.
-        target: the folder that is written; there is none, or an empty one.
+        official: the data set.
+        source: its archive, or the folder of the unpacked archive.
+        target: the folder to write, which must be missing or empty.
 
     Raises:
-        DataError: it is another archive, or damaged, or something is missing in it; or there is such a folder.
+        DataError: ``source`` is another archive, damaged or incomplete; or ``target`` exists and is not empty.
     """
     from open_clip import OPENAI_IMAGENET_TEMPLATES
 
@@ -113,7 +113,7 @@ def convert(official: Official, source: Path, target: Path) -> Written:
 
 
 def _write_shards(official: Official, source: Path, root: str, contents: _Contents, folder: Path) -> Counter[str]:
-    """Write all pictures, each split's in turns into its shards. Returns how many each split has."""
+    """Write all images, those of a split to its shards in turn. Return split -> number of images."""
     counts, of_class, keys = Counter[str](), Counter[_Place](), set[str]()
     missing = set(contents.pictures)
     with ExitStack() as stack:
@@ -150,12 +150,12 @@ def _write_shards(official: Official, source: Path, root: str, contents: _Conten
 
 
 def _look(official: Official, source: Path) -> tuple[str, _Contents]:
-    """Return the path of the data set within a source, and what its lists say."""
-    found: dict[str, dict[str, str]] = {}
+    """Return the path prefix of the data set within ``source``, and the contents that its list files give."""
+    candidates: dict[str, dict[str, str]] = {}
     for path, read in _entries(source):
         for name in official.lists:
             if path == name or path.endswith(f"/{name}"):
-                texts = found.setdefault(path.removesuffix(name), {})
+                texts = candidates.setdefault(path.removesuffix(name), {})
                 texts[name] = read().decode("utf-8", "replace")
                 if len(texts) == len(official.lists):
                     return path.removesuffix(name), _read_lists(official, source, texts)
@@ -181,7 +181,7 @@ def _fetch(official: Official) -> str:
 
 @contextmanager
 def _readable(official: Official, source: Path) -> Iterator[None]:
-    """Tell what reading a damaged archive raises as one sentence."""
+    """Raise a DataError of one sentence for whatever error reading a damaged archive raises in the block."""
     try:
         yield
     except _DAMAGE as error:
@@ -189,7 +189,7 @@ def _readable(official: Official, source: Path) -> Iterator[None]:
 
 
 def _entries(source: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Yield the files in an archive or a folder: path, and what reads it, before the next one is asked for."""
+    """Yield each file of an archive or folder: its path, and a reader to call before the next file is requested."""
     if source.is_dir():
         for folder, folders, names in os.walk(source):
             folders.sort()
@@ -214,11 +214,11 @@ def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return b"" if file is None else file.read()
 
 
-# -- what the lists of each say
+# -- parsing the list files of each data set
 
 
 def _pairs(text: str) -> dict[str, str]:
-    """Return lines of a key and a value."""
+    """Return key -> value from lines that hold a key, white space and a value."""
     return dict(line.split(maxsplit=1) for line in text.splitlines() if line.strip())
 
 
@@ -237,19 +237,19 @@ def _tiny_imagenet(texts: Mapping[str, str]) -> _Contents:
     numbers = {word: number for number, word in enumerate(ids.split())}
     names = {key: name for key, _, name in (line.partition("\t") for line in words.splitlines())}
     rows = [line.split("\t") for line in annotations.splitlines() if line.strip()]
-    tested = {f"val/images/{row[0]}": ("test", numbers[row[1].strip()]) for row in rows}
+    test_places = {f"val/images/{row[0]}": ("test", numbers[row[1].strip()]) for row in rows}
 
     def place(path: str) -> _Place | None:
         parts = path.split("/")
         if parts[::2] == ["train", "images"] and parts[1] in numbers and path.lower().endswith((".jpeg", ".jpg")):
             return "train", numbers[parts[1]]
-        return tested.get(path)
+        return test_places.get(path)
 
-    return _Contents(_first_words([names[key].strip() for key in numbers]), place, frozenset(tested), even=True)
+    return _Contents(_first_words([names[key].strip() for key in numbers]), place, frozenset(test_places), even=True)
 
 
 def _first_words(names: list[str]) -> list[str]:
-    """Return the first of the words for each class, and all of them where two classes would have one name.
+    """Return the first synonym of each class, or all its synonyms where two classes share the first one.
 
     >>> _first_words(["goldfish, Carassius auratus", "crane, bird", "crane, machine"])
     ['goldfish', 'crane, bird', 'crane, machine']
@@ -260,7 +260,7 @@ def _first_words(names: list[str]) -> list[str]:
 
 _CUB_LISTS = ("images.txt", "classes.txt", "image_class_labels.txt", "train_test_split.txt")
 _TINY_LISTS = ("wnids.txt", "words.txt", "val/val_annotations.txt")
-#: The word for it in ``vs2 data`` -> the data set.
+#: Word for a data set in ``vs2 data`` -> the data set.
 OFFICIAL = {
     "cub": Official(
         "CUB-200-2011",

@@ -37,26 +37,26 @@ _LEFT_OUT = "left_out.jsonl"
 _LOG = logging.getLogger(__name__)
 _CHUNK = 1 << 16
 
-#: Images ``[batch, 3, height, width]`` to rows ``[batch, width]`` of each column, by its name.
+#: Function from images ``[batch, 3, height, width]`` to column name -> rows ``[batch, width]``.
 Encode = Callable[[Tensor], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Extracted:
-    """The extracted columns of the images of one split, in their order."""
+    """Columns extracted from the images of one split, one row per readable image, in the order of the images."""
 
     folder: Path
-    """Where it lies: ``<column>.npy``, ``digests.npy`` and, where labels were read, ``labels.npy``."""
+    """Folder of the files ``<column>.npy``, ``digests.npy`` and, where labels were read, ``labels.npy``."""
     columns: dict[str, np.ndarray]
-    """Column name -> memory-mapped ``[count, width]``. Activations are named by their hookpoint."""
+    """Column name -> memory-mapped ``[count, width]``. A column of activations is named by its hookpoint."""
     digests: np.ndarray
-    """uint64 ``[count]``: what tells an image from all others; see :func:`vs2_plugin.data.images.image_digest`."""
+    """uint64 ``[count]``: identifies each image by its content; see :func:`vs2_plugin.data.images.image_digest`."""
     labels: np.ndarray | None
-    """int64 ``[count]``, if they were read."""
+    """int64 ``[count]``; None if labels were not read."""
     contents: dict[str, str]
-    """Array -> SHA-256 that tells of its whole content; see :meth:`vs2_plugin.arrays.Column.complete`."""
+    """Array name -> SHA-256 that covers its whole content; see :meth:`vs2_plugin.arrays.Column.complete`."""
     left_out: tuple[str, ...] = ()
-    """Files that are no readable images, and have no row."""
+    """Files that cannot be read as images and have no row."""
 
     def __len__(self) -> int:
         return len(self.digests)
@@ -69,11 +69,15 @@ class ActivationCache:
         self.root = root
 
     def folder(self, key: dict[str, Any]) -> Path:
-        """Where the activations of ``key`` (plain JSON values) lie, or would."""
+        """Return the folder for the activations of ``key`` (plain JSON values), whether it exists or not."""
         return self.root / json_digest(key)[:32]
 
     def open(self, key: dict[str, Any], widths: Mapping[str, int], labels: bool = False) -> Extracted | None:
-        """The columns named in ``widths``, memory-mapped; None if they are not there, or not what was written."""
+        """Return the columns named in ``widths``, memory-mapped; None if they are missing or damaged.
+
+        Raises:
+            DataError: the system does not permit reading them.
+        """
         folder = self.folder(key)
         settle(folder)
         names = [*widths, _DIGESTS, *([_LABELS] if labels else [])]
@@ -83,7 +87,7 @@ class ActivationCache:
             left_out = tuple(facts.get("left_out", ()))
         except PermissionError as error:
             raise DataError(hidden(error, folder)) from error
-        except (OSError, ValueError, KeyError, TypeError):  # not there, cut short, or not ours
+        except (OSError, ValueError, KeyError, TypeError):  # missing, cut short, or not written by this class
             return None
         try:
             check_all(folder, _files(contents))
@@ -100,15 +104,16 @@ class ActivationCache:
         return Extracted(folder, columns, digests, classes, contents, left_out) if whole else None
 
     def written(self, key: dict[str, Any], widths: Mapping[str, int], labels: bool = False) -> Extracted:
-        """Return what :meth:`open` does of what was just written. Raises DataError if it is gone."""
-        found = self.open(key, widths, labels)
-        if found is None:
+        """Return the columns just written under ``key``, as :meth:`open` does. Raises DataError if they are gone."""
+        columns = self.open(key, widths, labels)
+        if columns is None:
             raise DataError(f"{self.folder(key)}: what was just extracted is missing; run the same command again")
-        return found
+        return columns
 
     @contextmanager
     def alone(self, key: dict[str, Any], name: str = "activations") -> Iterator[bool]:
-        """Wait while another process extracts the same; tells whether one did. See :func:`vs2_plugin.files.alone`."""
+        """Keep other processes from extracting ``key``; yield whether one had to be waited for. See
+        :func:`vs2_plugin.files.alone`."""
 
         def waiting() -> None:
             _LOG.info("another process is extracting the same %s: waiting for it", name)
@@ -120,8 +125,8 @@ class ActivationCache:
     def writing(
         self, key: dict[str, Any], widths: Mapping[str, int], dtype: np.dtype, labels: bool, fresh: bool = False
     ) -> Iterator[Writer]:
-        """Open a writer, which goes on after the rows that an interrupted one left, unless it is to be ``fresh``. All
-        appears under the key, at once, when the block ends well. The caller is :meth:`alone`."""
+        """Open a writer that continues after the rows of an interrupted extraction, unless ``fresh``. All files appear
+        under the key at once, when the block ends without an error. The caller must hold :meth:`alone`."""
         if fresh:
             shutil.rmtree(part_of(self.folder(key)), ignore_errors=True)
         kinds: dict[str, tuple[int | None, np.dtype]] = {name: (width, dtype) for name, width in widths.items()}
@@ -140,13 +145,14 @@ class ActivationCache:
             if writer.left_out:
                 facts["left_out"] = [path for _, path in sorted(writer.left_out.items())]
             (scratch / _FACTS).write_text(json.dumps(facts, indent=2) + "\n")
-            trust_all(scratch, _files(contents))  # their digests were taken of what was written
+            trust_all(scratch, _files(contents))  # their digests were computed while they were written
 
     def joined(
         self, processes: Processes, parts: Sequence[dict[str, Any]], key: dict[str, Any], widths: Mapping[str, int],
         dtype: np.dtype, labels: bool,
     ) -> Extracted:  # fmt: skip
-        """Return what ``processes`` have extracted under the keys ``parts``, as soon as the first has joined it."""
+        """Return the columns that ``processes`` extracted under the keys ``parts``, once the first process has joined
+        these under ``key``."""
         wait()
         if processes.first:
             with self.alone(key), self.writing(key, widths, dtype, labels, fresh=True) as writer:  # joining is quick
@@ -160,38 +166,38 @@ class ActivationCache:
         return self.written(key, widths, labels)
 
     def _add(self, part: dict[str, Any], writer: Writer, widths: Mapping[str, int], labels: bool) -> None:
-        """Write what lies under the key ``part``."""
-        found = self.open(part, widths, labels)
-        if found is None:
+        """Append the columns stored under the key ``part`` to ``writer``."""
+        stored = self.open(part, widths, labels)
+        if stored is None:
             raise DataError(
                 f"{self.folder(part)}: what another process extracted is missing; start all of them with the same "
                 "--store, a folder that their machines share"
             )
-        for start in range(0, len(found), _CHUNK):
+        for start in range(0, len(stored), _CHUNK):
             rows = slice(start, start + _CHUNK)
-            columns = {name: column[rows] for name, column in found.columns.items()}
-            writer.append(columns, found.digests[rows], None if found.labels is None else found.labels[rows])
-        writer.left_out |= dict(enumerate(found.left_out, len(writer.left_out)))
+            columns = {name: column[rows] for name, column in stored.columns.items()}
+            writer.append(columns, stored.digests[rows], None if stored.labels is None else stored.labels[rows])
+        writer.left_out |= dict(enumerate(stored.left_out, len(writer.left_out)))
 
 
 def _files(contents: Mapping[str, str]) -> dict[str, str]:
-    """Return what tells of the content of each file, from that of each array."""
+    """Return file name -> digest, from array name -> digest."""
     return {f"{name}.npy": digest for name, digest in contents.items()}
 
 
 class Writer:
-    """Columns under construction."""
+    """Columns under construction, and a record of the images left out of them."""
 
     def __init__(self, folder: Path, kinds: Mapping[str, tuple[int | None, np.dtype]], rows: int) -> None:
-        #: By name.
+        #: Column name -> column.
         self.columns = {
             name: Column(folder / f"{name}.npy", width, dtype, rows) for name, (width, dtype) in kinds.items()
         }
-        #: Number of an image that has no row, as it cannot be read -> its file.
+        #: Image number -> file, for images that cannot be read and so have no row.
         self.left_out: dict[int, str] = {}
         self._left_out = folder / _LEFT_OUT
         if rows:
-            with suppress(OSError, ValueError):  # there is none, or its last line was cut short
+            with suppress(OSError, ValueError):  # the file is missing, or its last line was cut short
                 for line in self._left_out.read_text().splitlines():
                     number, path = json.loads(line)
                     self.left_out[number] = path
@@ -199,7 +205,7 @@ class Writer:
             self._left_out.unlink(missing_ok=True)
 
     def start(self, batch_size: int) -> int:
-        """Return the number of the image to go on with: the first of the batch in which a row is lacking."""
+        """Return the number of the image to continue with: the first one of the first batch with a missing row."""
         read = self.count
         for number in sorted(self.left_out):
             read += number < read
@@ -210,8 +216,8 @@ class Writer:
         return first
 
     def leave_out(self, first: int, batch: Batch) -> None:
-        """Note which images of a batch have no row, before rows are written; ``first`` is the number of the batch's
-        first image."""
+        """Record which images of a batch have no row, before its rows are written; ``first`` is the number of its first
+        image."""
         for place, (path, problem) in batch.left_out:
             _LOG.warning("left out: %s", problem)
             self.left_out[first + place] = path
@@ -222,7 +228,7 @@ class Writer:
 
     @property
     def count(self) -> int:
-        """How many images have been written."""
+        """Number of images that have been written."""
         return self.columns[_DIGESTS].count
 
     def append(self, rows: Mapping[str, np.ndarray], digests: np.ndarray, labels: np.ndarray | None) -> None:
@@ -241,27 +247,27 @@ def _line(left_out: tuple[int, str]) -> str:
 
 
 def activations_at(model: nn.Module, sites: Sequence[Site], amp: bool) -> Encode:
-    """The encoder for :func:`extract` that reads the activations at ``sites`` of an open_clip model."""
+    """Return an encoder for :func:`extract` that gives the activations of an open_clip model at ``sites``."""
 
     encode_image: Callable[[Tensor], Tensor] = model.encode_image  # type: ignore[assignment]
 
     def encode(images: Tensor) -> dict[str, Tensor]:
-        with torch.autocast(images.device.type, enabled=amp), reading(model, sites) as found:
+        with torch.autocast(images.device.type, enabled=amp), reading(model, sites) as activations:
             encode_image(images)
-        return {site.hookpoint: found[site] for site in sites}
+        return {site.hookpoint: activations[site] for site in sites}
 
     return encode
 
 
 def require_space(folder: Path, needed: int, what: str = "the activations") -> int:
-    """The free bytes where ``folder`` is, or will be. Raises DataError if they are fewer than ``needed``."""
-    there = folder
-    while not there.exists():
-        there = there.parent
-    free = shutil.disk_usage(there).free
+    """Return the free bytes on the disk of ``folder``, which may not exist yet. Raises DataError below ``needed``."""
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
     if needed > free:
         raise DataError(
-            f"{what} need {gigabytes(needed)} but {there} has {gigabytes(free)} free; free some space, name another "
+            f"{what} need {gigabytes(needed)} but {existing} has {gigabytes(free)} free; free some space, name another "
             "disk with --store, or take fewer images with --max_images"
         )
     return free
@@ -284,12 +290,12 @@ def extract(
     fresh: bool = False,
     processes: Processes = ALONE,
 ) -> Extracted:
-    """Run every image through ``encode`` once and store its columns, of the widths given.
+    """Encode every image once, store the columns named in ``widths`` (name -> width) under ``key``, and return them.
 
-    Unless it is to be ``fresh``, it goes on where an interrupted run of the same key ended: with the batch of the first
-    row that is lacking, so that every row is of the batch that it is of otherwise, and has the same bits.
+    Unless ``fresh``, extraction continues where an interrupted run with the same key stopped: at the batch of the first
+    missing row. So every row is computed in the same batch as without an interruption, and has the same bits.
 
-    Joined ``processes`` extract a part each, on a file system that they share; the first puts the parts together.
+    Several ``processes`` extract one part each, on a file system that they share; the first one joins the parts.
 
     Raises:
         DataError: an image cannot be read, or a value does not fit ``dtype``.
@@ -298,18 +304,18 @@ def extract(
     if processes.world > 1:
         keys = [{**key, "part": [rank, processes.world]} for rank in range(processes.world)]
         mine, own = images.part(processes, batch_size), keys[processes.rank]
-        if fresh or cache.open(own, widths, labels) is None:  # else it is what an interrupted run left
+        if fresh or cache.open(own, widths, labels) is None:  # else an interrupted run has finished this part
             extract(
                 encode, widths, mine, cache, own, device=device, batch_size=batch_size, num_workers=num_workers,
                 dtype=dtype, name=name, quiet=quiet or not processes.first, fresh=fresh,
             )  # fmt: skip
         return cache.joined(processes, keys, key, widths, dtype, labels)
-    # What autocast has cast is kept until the outermost one ends: within this one, encode's casts the weights once.
+    # Autocast keeps the weights it has cast until the outermost context ends: in this one, each weight is cast once.
     outermost = torch.autocast(torch.device(device).type, enabled=False)
     with cache.alone(key, name) as waited, outermost:
-        there = cache.open(key, widths, labels) if waited and not fresh else None
-        if there is not None:
-            return there
+        cached = cache.open(key, widths, labels) if waited and not fresh else None
+        if cached is not None:
+            return cached
         with cache.writing(key, widths, dtype, labels, fresh) as writer:
             first = writer.start(batch_size)
             if writer.count:
@@ -328,13 +334,13 @@ def _fill(
     writer: Writer, names: Iterable[str], batches: Iterable[Batch], first: int, encode: Encode,
     device: str | torch.device, dtype: np.dtype,
 ) -> Iterator[int]:  # fmt: skip
-    """Encode batches, the number of whose first image is given, and write the columns of these names, of each batch
-    while the next one is encoded. Gives the batches' sizes."""
+    """Encode batches, beginning with image number ``first``, and write the columns ``names`` of each batch while the
+    next one is encoded. Yield the size of each batch."""
     with ThreadPoolExecutor(1) as other:
         written: Future[None] | None = None
         for batch in batches:
-            found = encode(batch.images.to(device, non_blocking=True)) if len(batch.images) else {}
-            waiting = {name: to_processor(found[name].float()) for name in names if found}
+            rows = encode(batch.images.to(device, non_blocking=True)) if len(batch.images) else {}
+            waiting = {name: to_processor(rows[name].float()) for name in names if rows}
             if written is not None:
                 written.result()
             written = other.submit(_append, writer, waiting, dtype, batch, first)
@@ -347,18 +353,18 @@ def _fill(
 def _append(
     writer: Writer, waiting: Mapping[str, Callable[[], Tensor]], dtype: np.dtype, batch: Batch, first: int
 ) -> None:
-    """Add a batch, the number of whose first image is given, but for images that are there already."""
+    """Write the rows of a batch, whose first image has the number ``first``, except rows that are already written."""
     writer.leave_out(first, batch)
     columns = {name: _storable(rows().numpy(), dtype, name) for name, rows in waiting.items()}
     if not columns:
         return
-    there = slice(writer.count - first + sum(number < first for number in writer.left_out), None)
-    labels = None if batch.labels is None else batch.labels[there]
-    writer.append({name: rows[there] for name, rows in columns.items()}, batch.digests[there], labels)
+    unwritten = slice(writer.count - first + sum(number < first for number in writer.left_out), None)
+    labels = None if batch.labels is None else batch.labels[unwritten]
+    writer.append({name: rows[unwritten] for name, rows in columns.items()}, batch.digests[unwritten], labels)
 
 
 def _storable(rows: np.ndarray, dtype: np.dtype, column: str) -> np.ndarray:
-    """Return ``rows``, float32 ``[batch, d]``, as ``dtype``. Raises DataError for what it cannot hold."""
+    """Return ``rows``, float32 ``[batch, d]``, as ``dtype``. Raises DataError for values that ``dtype`` cannot hold."""
     if not np.isfinite(rows).all():
         raise DataError(
             f"an activation at {column} is not a finite number as the model computes it, which no --cache_dtype can "

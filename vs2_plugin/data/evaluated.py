@@ -1,7 +1,7 @@
-"""The webdataset shards that clip_benchmark is about to evaluate, looked at as it and webdataset will read them.
+"""Checks of webdataset shards before clip_benchmark evaluates them, by the rules of clip_benchmark and webdataset.
 
-Lists, headers and labels are read, some ten seconds per 100,000 images, and no picture: one that cannot be read is
-named when its turn comes, by :func:`name_samples`. Behind a URL only the small files are looked at.
+Lists, headers and labels are read, which takes some ten seconds per 100,000 images, but no image: an unreadable one is
+named during the evaluation, by :func:`name_samples`. Of a data set behind a URL only the small files are checked.
 """
 
 from __future__ import annotations
@@ -35,32 +35,32 @@ from vs2_plugin.text import one_line
 __all__ = ["fewer_workers", "look", "name_samples"]
 
 CLASSIFICATION = "zeroshot_classification"
-#: The file that says what the samples hold beside an image, and the extension of that; labels where it is not there.
+#: The file with the type of a data set, and type -> extension of the file beside each image; ``cls`` (labels) if none.
 _TYPE, _HOLDS = "dataset_type.txt", {"retrieval": "txt", "multilabel": "npy"}
 _IMAGES = ", ".join(EXTENSIONS)
-#: How compressed files begin, which webdataset reads as well.
+#: First bytes of compressed files, which webdataset reads as well.
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")
-#: Files that webdataset passes over.
+#: Files that webdataset skips.
 _META = re.compile(r"__[^/]*__($|/)")
 
 
 def look(
     root: str, split: str, task: str = CLASSIFICATION, names: bool = True, templates: bool = True
 ) -> Sequence[int] | None:
-    """Look at a split before it is evaluated.
+    """Check the shards of a split before it is evaluated.
 
     Args:
-        root: the data set's folder, or a URL; or what lists its shards.
-        split: its name.
-        task: clip_benchmark's name of what is evaluated.
-        names: whether a classification takes the names of the classes from the folder.
-        templates: the same for the prompts.
+        root: the data set's folder or URL, or a list of its shards.
+        split: the split's name.
+        task: clip_benchmark's name of the task.
+        names: whether a classification reads the class names from the folder.
+        templates: whether a classification reads the prompts from the folder.
 
     Returns:
-        The number of samples in each shard, 1 standing for any number; None where that could not be told.
+        The number of samples in each shard, or 1 for a shard that was not counted; None if the shards are unknown.
 
     Raises:
-        DataError: what would end the evaluation, or make it wrong, and what mends it.
+        DataError: a fault that would end the evaluation or falsify it; the message says how to mend the fault.
     """
     classification = task in (CLASSIFICATION, "linear_probe")
     if "://" in root:
@@ -82,7 +82,7 @@ def look(
 
 
 def _kind(folder: Path, task: str, classification: bool) -> str:
-    """What ``dataset_type.txt`` says. Raises DataError if there is nothing to classify, or no captions."""
+    """Return the type in ``dataset_type.txt``, empty if unreadable. Raises DataError if it does not fit the task."""
     file = folder / _TYPE
     try:
         kind = file.read_text(errors="replace").strip().lower()
@@ -96,7 +96,7 @@ def _kind(folder: Path, task: str, classification: bool) -> str:
 
 
 def _check_templates(file: Path) -> None:
-    """Refuse prompts that are not there, or that the name of a class cannot be put into."""
+    """Raise DataError if the file of prompts is missing, or if a class name cannot be inserted into them."""
     mend = f"echo 'a photo of a {{c}}.' > {shlex.quote(str(file))}"
     try:
         lines = [line.strip() for line in file.read_text(errors="replace").splitlines()]
@@ -114,11 +114,11 @@ def _check_templates(file: Path) -> None:
 def _count(file: Path, beside: str, classes: Classes) -> int:
     """Return the number of samples in a shard, each an image and a file with the extension ``beside``."""
     with open(file, "rb") as raw:
-        if raw.read(6).startswith(_COMPRESSED):  # looking into these would take reading all of them
+        if raw.read(6).startswith(_COMPRESSED):  # to count its samples, all of it would have to be decompressed
             return 1
         parts = ((*sample_of(name), place) for name, place in contents(file) if not _META.match(name))
         count = 0
-        # As webdataset does: a sample is what follows each other under one name.
+        # As in webdataset, a sample consists of consecutive files with the same key.
         for key, group in groupby((part for part in parts if part[0] and part[1]), lambda part: part[0]):
             held = {}
             for _, extension, place in group:
@@ -141,8 +141,8 @@ def _count(file: Path, beside: str, classes: Classes) -> int:
 
 
 def _look_behind(root: str, split: str, names: bool, templates: bool) -> Sequence[int] | None:
-    """Look at the small files of a remote data set. What cannot be asked for is left to clip_benchmark, which has other
-    means; it counts as missing where a server says so."""
+    """Check the small files of a remote data set; return 1 for each shard, or None if their number is unknown. A file
+    is missing only if the server says so; if it cannot be fetched here, clip_benchmark may have other means."""
     if root.endswith(".tar"):
         return [1] * len(listed_shards(root))
     if not root.startswith(("http://", "https://")):
@@ -164,8 +164,8 @@ def _look_behind(root: str, split: str, names: bool, templates: bool) -> Sequenc
 
 
 def fewer_workers(counts: Sequence[int], asked: int) -> int:
-    """Return how many loader workers, of those asked for, webdataset can serve. Of ``n`` workers each reads every n-th
-    shard, and one without a sample ends the evaluation.
+    """Return the largest number of loader workers, at most ``asked``, that each get a sample. With ``n`` workers,
+    webdataset gives each one every n-th shard, and a worker without a sample ends the evaluation.
 
     >>> fewer_workers([9, 9, 9], 4), fewer_workers([9, 0, 9, 0], 4), fewer_workers([9, 9, 9, 9, 9], 4)
     (3, 1, 4)
@@ -176,12 +176,12 @@ def fewer_workers(counts: Sequence[int], asked: int) -> int:
     return min(asked, 1)
 
 
-# -- while it is evaluated
+# -- during the evaluation
 
 
 @dataclass
 class _Place:
-    """Where the sample at hand lies."""
+    """Shard and key of the sample that was read last."""
 
     url: str = "?"
     key: str = "?"
@@ -189,12 +189,12 @@ class _Place:
 
 @dataclass
 class _Noting:
-    """A stage of webdataset's pipeline that notes which sample passes."""
+    """A stage of webdataset's pipeline that records which sample passes through."""
 
     place: _Place
 
     def __call__(self, source: Iterable[Any]) -> Iterator[Any]:
-        """Hand the samples on."""
+        """Yield the samples unchanged."""
         for sample in source:
             if isinstance(sample, dict):
                 self.place.url = str(sample.get("__url__") or sample.get("url") or self.place.url)
@@ -204,13 +204,13 @@ class _Noting:
 
 @dataclass
 class _Naming:
-    """The last stage: what goes wrong in those before it becomes an error that names the sample."""
+    """The last stage of the pipeline: turns an error of an earlier stage into a DataError that names the sample."""
 
     place: _Place
     classes: Classes
 
     def __call__(self, source: Iterable[Any]) -> Iterator[Any]:
-        """Hand the samples on, tuples of an image and what is known of it."""
+        """Yield the samples, tuples of an image and its label or captions, after checking labels."""
         try:
             for sample in source:
                 if isinstance(sample[1], int):
@@ -219,7 +219,7 @@ class _Naming:
         except Vs2Error:
             raise
         except Exception as error:  # whatever webdataset, PIL or a download raises
-            extension = getattr(error, "k", None)  # webdataset's error of what it cannot decode
+            extension = getattr(error, "k", None)  # webdataset's decoding error holds the extension of the file
             if extension in EXTENSIONS:
                 said = f"{self.place.key}.{extension} is not a readable image"
             else:
@@ -228,8 +228,8 @@ class _Naming:
 
 
 def name_samples(dataset: Any) -> Any:
-    """Let a webdataset of clip_benchmark's name the shard and the sample when one cannot be read, and return it. The
-    samples are those of before."""
+    """Make a webdataset of clip_benchmark raise errors that name the shard and the sample, and return the data set. Its
+    samples stay the same."""
     stages: list[Callable[..., Any]] | None = getattr(dataset, "pipeline", None)
     if isinstance(stages, list):
         place, names = _Place(), getattr(dataset, "classes", None)

@@ -1,8 +1,8 @@
-"""Folders of images, as they lie on a disk: ``photos/CLASS/…/x.jpg``, with ``train/`` and ``test/`` above the classes
-or without, or flat and without classes.
+"""Folders of images: ``photos/CLASS/…/x.jpg``, with or without ``train/`` and ``test/`` above the classes, or flat and
+without classes.
 
 A folder is listed by ``os.scandir``, each directory in the order of its names, and a file takes some tens of bytes of
-memory. Nothing of that is kept on disk: a list that is older than the folder would be a silent wrong number.
+memory. The list is not kept on disk: with one that is older than the folder, results would be wrong without notice.
 """
 
 from __future__ import annotations
@@ -34,41 +34,41 @@ from vs2_plugin.text import counted, printable
 __all__ = ["FolderImages", "LeftOut", "in_words", "open_files", "open_folder"]
 
 _LOG = logging.getLogger(__name__)
-#: Names of folders that stand for a split, those looked for first first.
+#: Split -> names of folders that may hold it, in order of preference.
 _SPLITS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
 _KNOWN = {*_SPLITS["train"], *_SPLITS["test"]}
-#: What archives and file servers leave beside pictures, small pictures among it.
+#: Folders that archivers and file servers leave beside images; they may hold thumbnails.
 _LEAVINGS = {"__MACOSX", "@eaDir"}
 _NO_CLASS = -1
-#: Turns a PIL image into what an item begins with; None leaves it as it is.
+#: Function from a PIL image to the first element of an item; None leaves the PIL image as it is.
 Transform = Callable[[Any], Any] | None
 
 
 class LeftOut(NamedTuple):
-    """What stands in the place of a picture that cannot be read."""
+    """Placeholder for an image that cannot be read."""
 
     path: str
-    """Relative to the root of the data set."""
+    """Path relative to the root of the data set."""
     problem: str
-    """A sentence."""
+    """Error message, one sentence."""
 
 
 @dataclass(frozen=True)
 class _Listing:
-    """The pictures of a folder, in their order."""
+    """The image files of a folder, in the order of the data set's items."""
 
     paths: Paths
-    """Relative to the root of the data set."""
+    """Paths relative to the root of the data set."""
     labels: np.ndarray
-    """int32 ``[count]``: the number of each one's class; -1 for none."""
+    """int32 ``[count]``: the class number of each image; -1 for none."""
     digest: str
-    """SHA-256 over path, size and time of change of each."""
+    """SHA-256 over path, size and modification time of each file."""
     passed: dict[str, int]
-    """Extension -> how many files with it were passed over."""
+    """File extension -> number of files with that extension that are not images and were skipped."""
 
 
 class FolderImages(Dataset[tuple[Any, int]]):
-    """Pictures in a folder; an item is a picture, transformed, and the number of its class (-1 for none)."""
+    """Images in a folder; an item is a transformed image and its class number (-1 for none)."""
 
     def __init__(
         self,
@@ -80,11 +80,11 @@ class FolderImages(Dataset[tuple[Any, int]]):
         part: str = "",
     ) -> None:
         self.root, self.transform = root, transform
-        #: The folder below ``root`` that holds the split; an empty word where all of it is one.
+        #: The folder below ``root`` that holds the split; empty if ``root`` as a whole is the split.
         self.part = part
-        #: Whether an item that is no readable picture is a :class:`LeftOut`, and no error.
+        #: Whether an unreadable image gives a :class:`LeftOut` instead of an error.
         self.lenient = False
-        #: What the labels number, in words; empty where the pictures lie in no folders of classes.
+        #: Class names, indexed by label; empty if there are no folders of classes.
         self.classes = classes
         #: Prompts with ``{c}`` for the class.
         self.templates: Any = templates
@@ -92,37 +92,37 @@ class FolderImages(Dataset[tuple[Any, int]]):
 
     @property
     def paths(self) -> Paths:
-        """Their paths relative to ``root``, in the order of the items."""
+        """Paths of the images relative to ``root``, in the order of the items."""
         return self._listing.paths
 
     @property
     def folder(self) -> str:
-        """The absolute path of the folder that holds the pictures, and no other split."""
+        """Absolute path of the folder that holds the images, and no other split."""
         return os.path.abspath(os.path.join(self.root, self.part))
 
     @property
     def labels(self) -> np.ndarray:
-        """int32 ``[count]``: the number of each one's class; -1 for none."""
+        """int32 ``[count]``: the class number of each image; -1 for none."""
         return self._listing.labels
 
     @property
     def passed(self) -> dict[str, int]:
-        """Extension -> how many files with it were passed over, as they are no pictures."""
+        """File extension -> number of files with that extension that are not images and were skipped."""
         return self._listing.passed
 
     @property
     def about(self) -> str:
-        """How many pictures there are, of how many classes, and what was passed over, in words."""
+        """Numbers of images, classes and skipped files, in words."""
         classes = f" of {len(self.classes):,} classes" if len(self.classes) > 1 else ""
         where = printable(os.path.join(self.root, self.part))
         return f"{counted(len(self), 'image')}{classes} in {where}{_passed_over(self.passed)}"
 
     def fingerprint(self) -> str:
-        """Return what changes when a picture is added, removed, renamed or written anew."""
+        """Return a digest that changes when an image is added, removed, renamed or rewritten."""
         return self._listing.digest
 
     def require_labels(self) -> None:
-        """Refuse pictures that lie in no folders of classes, all or some, or in a single one. Raises DataError."""
+        """Raise DataError unless every image lies in a folder of a class and there are at least two classes."""
         where = printable(self.root)
         if not self.classes:
             raise DataError(
@@ -148,7 +148,7 @@ class FolderImages(Dataset[tuple[Any, int]]):
         try:
             picture = self.picture(index)
         except DataError as error:
-            if getattr(error.__cause__, "errno", None) is not None:  # the disk is to blame, and no file
+            if getattr(error.__cause__, "errno", None) is not None:  # an error of the disk, not of the file's content
                 raise
             if self.lenient:
                 return LeftOut(self.paths[index], str(error)), _NO_CLASS
@@ -156,7 +156,7 @@ class FolderImages(Dataset[tuple[Any, int]]):
         return picture if self.transform is None else self.transform(picture), int(self.labels[index])
 
     def picture(self, index: int) -> Image.Image:
-        """Return a picture as it is. Raises DataError, which names the file, if it cannot be read."""
+        """Return the image ``index`` as RGB, not transformed. Raises DataError, which names the file, if unreadable."""
         return open_picture(os.path.join(self.root, self.paths[index]))
 
 
@@ -164,21 +164,21 @@ class FolderImages(Dataset[tuple[Any, int]]):
 
 
 def open_folder(root: str | os.PathLike[str], split: str = "test", transform: Transform = None) -> FolderImages:
-    """List the pictures of a folder, or of the part of it that a split has.
+    """List the images of one split of a folder.
 
     Args:
-        root: the folder. Where it holds ``train/`` and ``test/`` (or ``val/``, ``valid/``, ``validation/``), and no
-            other folders or both of them, these are its splits; else it is one split, whatever that is called.
-        split: ``train`` or ``test``, or the name of a sub-folder.
-        transform: what is made of each picture.
+        root: the folder. Sub-folders ``train/`` and ``test/`` (or ``val/``, ``valid/``, ``validation/``) are its
+            splits if both exist, or if there are no other folders; else the whole folder is the split, of any name.
+        split: ``train`` or ``test``, or one of the other names above.
+        transform: applied to each image.
 
     Returns:
-        The images. A class is a folder right below the split, and the classes are those of all splits together, in the
-        order of the folders' names. Underscores of these become spaces, and the number in ``001.Laysan_Albatross``
-        goes; ``classnames.txt`` beside them gives other names.
+        The images. A class is a folder directly below a split; the classes of all splits together are numbered in the
+        order of the folder names. In class names, underscores become spaces and a number as in
+        ``001.Laysan_Albatross`` is dropped; ``classnames.txt`` in ``root`` overrides the names.
 
     Raises:
-        DataError: there is no such folder, split or picture, or ``classnames.txt`` does not fit.
+        DataError: the folder or split is missing or holds no image, or ``classnames.txt`` does not fit.
     """
     root = os.fspath(root)
     splits = _splits(root)
@@ -192,17 +192,17 @@ def open_folder(root: str | os.PathLike[str], split: str = "test", transform: Tr
 
 
 def open_files(paths: Iterable[str | os.PathLike[str]], transform: Transform = None) -> FolderImages:
-    """List picture files, and all pictures in folders, in the order in which they are named. They have no classes.
+    """List image files, and all images in folders, in the order of ``paths``. The images have no classes.
 
     Raises:
-        DataError: there is no such file or folder, or no picture in all of them.
+        DataError: a file or folder is missing, or there is no image in any of them.
     """
     rows, named = _Rows(""), [os.fspath(path) for path in paths]
     for path in named:
         if os.path.isdir(path):
             rows.walk(path, lambda relative: _NO_CLASS)
         else:
-            rows.add(path, _NO_CLASS)  # whatever it is called
+            rows.add(path, _NO_CLASS)  # a file that is named itself may have any extension
     listing = rows.listing()
     if not len(listing.paths):
         where = printable(", ".join(named[:3]) + (", ..." if len(named) > 3 else ""))
@@ -211,18 +211,18 @@ def open_files(paths: Iterable[str | os.PathLike[str]], transform: Transform = N
 
 
 def _splits(root: str) -> dict[str, str]:
-    """Return the splits of a folder, in small letters -> the name of the folder; none where the folder is one itself.
+    """Return split in lower case -> folder name; empty where the whole folder is one split.
 
-    A folder ``train`` among others may hold pictures of trains.
+    A folder ``train`` without ``test``, among other folders, is a class: it may hold images of trains.
     """
     names = [name for name, is_folder in _entries(root) if is_folder]
-    found = {name.lower(): name for name in names if name.lower() in _KNOWN}
-    both = "train" in found and not found.keys().isdisjoint(_SPLITS["test"])
-    return found if both or len(found) == len(names) else {}
+    splits = {name.lower(): name for name in names if name.lower() in _KNOWN}
+    both = "train" in splits and not splits.keys().isdisjoint(_SPLITS["test"])
+    return splits if both or len(splits) == len(names) else {}
 
 
 def _part(root: str, split: str, splits: dict[str, str]) -> str:
-    """Return the folder of a split, relative to the root; an empty word for all of it."""
+    """Return the folder of a split relative to the root, empty for the root. Raises DataError if there is none."""
     if not splits:
         return ""
     looked_for = _SPLITS.get(split, (split.lower(),))
@@ -231,16 +231,16 @@ def _part(root: str, split: str, splits: dict[str, str]) -> str:
             if name != split.lower():
                 _LOG.info("%s has no folder %s: the split %r is %s", printable(root), split, split, splits[name])
             return splits[name]
-    there = ", ".join(f"{name}/" for name in splits.values())
+    present = ", ".join(f"{name}/" for name in splits.values())
     raise DataError(
-        f"{printable(root)} has no folder for the split {split!r}, only {there}; expected "
+        f"{printable(root)} has no folder for the split {split!r}, only {present}; expected "
         f"{' or '.join(f'{name}/' for name in looked_for)}, or name a folder below it: --dataset "
         f"{os.path.join(root, next(iter(splits.values())))}/"
     )
 
 
 def _class_folders(root: str, splits: dict[str, str]) -> list[str]:
-    """Return the names of the folders that are classes, of all splits together: those with a picture in them."""
+    """Return the sorted names of the folders of classes of all splits: folders with at least one image in them."""
     parts = splits.values() if splits else ("",)
     return sorted(
         {
@@ -253,10 +253,10 @@ def _class_folders(root: str, splits: dict[str, str]) -> list[str]:
 
 
 def _class_names(root: str, folders: list[str]) -> list[str]:
-    """Return what classes are called, in the order of their folders.
+    """Return the class names in the order of their folders.
 
     Raises:
-        DataError: ``classnames.txt`` does not fit, or two of them have one name.
+        DataError: ``classnames.txt`` does not fit the folders, or two classes have the same name.
     """
     names = [in_words(folder) for folder in folders]
     file = os.path.join(root, CLASS_NAMES)
@@ -274,7 +274,7 @@ def _class_names(root: str, folders: list[str]) -> list[str]:
 
 
 def _named(file: str, lines: list[str], folders: list[str], names: list[str]) -> list[str]:
-    """Return the names that the lines of ``classnames.txt`` give, in the order of the folders."""
+    """Return ``names`` with the changes that the lines of ``classnames.txt`` make, in the order of the folders."""
     where = printable(file)
     if not any("\t" in line for line in lines):
         if len(lines) != len(folders):
@@ -283,17 +283,17 @@ def _named(file: str, lines: list[str], folders: list[str], names: list[str]) ->
                 "name for each, in the order of the folders, or lines FOLDER<tab>NAME"
             )
         return lines
-    given = dict(zip(folders, names, strict=True))
+    name_of = dict(zip(folders, names, strict=True))
     for line in lines:
         folder, _, name = line.partition("\t")
-        if not name.strip() or folder.strip() not in given:
+        if not name.strip() or folder.strip() not in name_of:
             raise DataError(f"{where}: {line!r}; expected FOLDER<tab>NAME, with a folder that holds images")
-        given[folder.strip()] = name.strip()
-    return list(given.values())
+        name_of[folder.strip()] = name.strip()
+    return list(name_of.values())
 
 
 def in_words(folder: str) -> str:
-    """Return what a folder of a class is called.
+    """Return the class name that a folder's name stands for.
 
     >>> in_words("001.Black_footed_Albatross"), in_words("7_up")
     ('Black footed Albatross', '7 up')
@@ -302,7 +302,7 @@ def in_words(folder: str) -> str:
 
 
 def _templates(root: str) -> list[str]:
-    """Return the prompts of a folder, or CLIP's usual one. Raises DataError if one has no place for the class."""
+    """Return the prompts of a folder, or CLIP's usual one. Raises DataError for one with no place for the class."""
     file = os.path.join(root, TEMPLATES)
     lines = _lines(file) or [PROMPT]
     for line in lines:
@@ -312,7 +312,7 @@ def _templates(root: str) -> list[str]:
 
 
 def _lines(file: str) -> list[str]:
-    """Return the lines of a file that are not empty; none where there is no file."""
+    """Return the non-empty lines of a file, stripped; an empty list if there is no file."""
     try:
         text = Path(file).read_text(encoding="utf-8-sig", errors="replace")
     except FileNotFoundError:
@@ -326,20 +326,20 @@ def _lines(file: str) -> list[str]:
 
 
 def _listing(root: str, part: str, folders: tuple[str, ...]) -> _Listing:
-    """List a folder, or return what the present block of :func:`listed_once` has listed."""
-    made: dict[Any, _Listing] | None = listed.get()
+    """Return the list of a folder, from the enclosing :func:`listed_once` block if it has been listed there before."""
+    listings: dict[Any, _Listing] | None = listed.get()
     key = (os.path.abspath(root), part, folders)
-    if made is not None and key in made:
-        return made[key]
+    if listings is not None and key in listings:
+        return listings[key]
     numbers = {name: number for number, name in enumerate(folders)}
     rows = _Rows(root)
     rows.walk(part, lambda relative: numbers.get(relative.partition(os.sep)[0], _NO_CLASS))
     listing = rows.listing()
-    if not part:  # beside the folders of classes
+    if not part:  # then these text files lie in the listed folder, and are not skipped images
         texts = Counter({".txt": sum(os.path.isfile(os.path.join(root, name)) for name in (CLASS_NAMES, TEMPLATES))})
         listing = replace(listing, passed=dict(Counter(listing.passed) - texts))
-    if made is not None:
-        made[key] = listing
+    if listings is not None:
+        listings[key] = listing
     return listing
 
 
@@ -352,17 +352,17 @@ class _Rows:
         self._digest, self._passed = hashlib.sha256(), Counter[str]()
 
     def walk(self, folder: str, label: Callable[[str], int]) -> None:
-        """Add all pictures below a folder; ``label`` gives the class of a path that is relative to it."""
+        """Add all images below a folder; ``label`` maps a path relative to the folder to its class number."""
         for relative in _walk(os.path.join(self.root, folder), self._passed):
             self.add(os.path.join(folder, relative), label(relative))
 
     def add(self, path: str, label: int) -> None:
-        """Add a picture. Raises DataError if there is none."""
+        """Add an image file. Raises DataError if there is no regular file."""
         try:
             status = os.stat(os.path.join(self.root, path))
         except OSError as error:
             raise _unreadable(os.path.join(self.root, path), error) from None
-        if not stat.S_ISREG(status.st_mode):  # which would be waited for
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would block
             named = printable(os.path.join(self.root, path))
             raise DataError(f"cannot read {named}: it is a pipe or a device; expected files")
         encoded = os.fsencode(path)
@@ -372,13 +372,13 @@ class _Rows:
         self._digest.update(b"%s\0%d\0%d\n" % (encoded, status.st_size, status.st_mtime_ns))
 
     def listing(self) -> _Listing:
-        """Return what was listed."""
+        """Return the complete listing."""
         paths = Paths(bytes(self._text), np.array(self._ends, dtype=np.int64))
         return _Listing(paths, np.array(self._labels, dtype=np.int32), self._digest.hexdigest(), dict(self._passed))
 
 
 def _entries(folder: str) -> list[tuple[str, bool]]:
-    """Return the names in a folder, sorted, and whether each is a folder. Hidden ones are passed over."""
+    """Return the sorted names in a folder, each with whether it is a folder. Hidden entries are skipped."""
     try:
         with os.scandir(folder) as entries:
             return sorted((entry.name, entry.is_dir()) for entry in entries if not _is_hidden(entry.name))
@@ -391,8 +391,8 @@ def _is_hidden(name: str) -> bool:
 
 
 def _walk(root: str, passed: Counter[str]) -> Iterator[str]:
-    """Yield the pictures below a folder, by their paths relative to it, and count other files by extension. Links are
-    followed, but for those that lead back."""
+    """Yield the paths of the images below a folder, relative to the folder, and count other files by extension in
+    ``passed``. Links are followed, except those to a folder that contains the link."""
     pending: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
     while pending:
         folder, above = pending.pop()
@@ -422,7 +422,7 @@ def _unreadable(path: str, error: OSError) -> DataError:
 
 
 def _passed_over(passed: dict[str, int]) -> str:
-    """Say how many files were passed over; nothing if none was."""
+    """Return words on how many files were skipped; empty if none was."""
     if not passed:
         return ""
     most = Counter(passed).most_common(4)

@@ -1,4 +1,4 @@
-"""Images and activations that Python code, or a file, has at hand: in place of a data set."""
+"""Images and activations that Python code or a file supplies in place of a data set."""
 
 from __future__ import annotations
 
@@ -26,38 +26,38 @@ _IMAGES = (
     "makes them"
 )
 _ACTIVATIONS = "expected floating-point numbers [count, width], one row per image"
-#: Types of numbers that are taken for activations: other orders of bytes, and longer numbers, torch does not have.
+#: Accepted types of activations; torch has no other byte orders and no longer floating-point numbers.
 FLOATS = tuple(map(np.dtype, ("float16", "float32", "float64")))
 _CHUNK = 1 << 16
-#: What safetensors calls the types that NumPy has.
+#: Name of a type in safetensors -> NumPy's type.
 _TYPES = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 
 
 @dataclass(frozen=True)
 class GivenImages:
-    """Images in a list, an array, a torch data set, or anything that gives one after the other."""
+    """Images in a list, an array, a torch data set, or any iterable."""
 
     items: Any
     """Images, or tuples of image and label."""
 
     @property
     def is_kept(self) -> bool:
-        """Whether what is read of them can be found again: only where their content can be told at no cost. A data set
-        would have to be decoded for it, and a generator gives its images once."""
+        """Whether activations of the images can be cached: only if a digest of the images costs little. A data set
+        would have to be decoded for the digest, and a generator yields its images once."""
         return isinstance(self.items, (list, tuple, np.ndarray, Tensor))
 
     @property
     def is_once(self) -> bool:
-        """Whether they can be read a single time."""
+        """Whether the images can be read only once."""
         return not hasattr(self.items, "__getitem__") and iter(self.items) is self.items
 
     def open(
         self, transform: Callable[[Any], Tensor], *, max_images: int | None = None, seed: int = 0, labels: bool = False
     ) -> TrainingImages:
-        """Prepare them for a tower; as :func:`vs2_plugin.data.images.open_images` does for a data set.
+        """Prepare the images for a tower, as :func:`vs2_plugin.data.images.open_images` does for a data set.
 
         Raises:
-            DataError: there are none.
+            DataError: there are no images.
         """
         prepare = Prepare(transform)
         if not hasattr(self.items, "__len__") or not hasattr(self.items, "__getitem__"):
@@ -70,17 +70,17 @@ class GivenImages:
 
 
 class Prepare:
-    """Makes an image ready for a tower. (No closure, so that loader processes can be given one.)"""
+    """Prepares an image for a tower. (A class, since a closure could not be passed to loader processes.)"""
 
     def __init__(self, transform: Callable[[Any], Tensor]) -> None:
         self._transform = transform
         self._shape = tuple(transform(Image.new("RGB", (8, 8))).shape)
 
     def __call__(self, number: int, item: Any) -> Any:
-        """The item with its image prepared.
+        """Return the item with its image prepared; ``number`` names the image in messages.
 
         Raises:
-            DataError: it is no image.
+            DataError: the item is not an image.
         """
         if isinstance(item, (tuple, list)) and item:
             return (self(number, item[0]), *item[1:])
@@ -100,7 +100,7 @@ class Prepare:
 
 
 class Prepared(Dataset[Any]):
-    """Images by their number."""
+    """Prepared images, read by number."""
 
     def __init__(self, items: Sequence[Any], prepare: Prepare) -> None:
         self._items, self._prepare = items, prepare
@@ -113,7 +113,7 @@ class Prepared(Dataset[Any]):
 
 
 class _Stream(IterableDataset[Any]):
-    """Images one after the other."""
+    """A stream of prepared images."""
 
     def __init__(self, items: Iterable[Any], prepare: Prepare) -> None:
         self._items, self._prepare = items, prepare
@@ -123,7 +123,7 @@ class _Stream(IterableDataset[Any]):
 
 
 def _content(items: Sequence[Any]) -> str:
-    """Return what tells the images from all others."""
+    """Return a SHA-256 digest of the images' content."""
     digest = hashlib.sha256()
     for item in items:
         _add(digest, item)
@@ -142,8 +142,8 @@ def _add(digest: Any, item: Any) -> None:
         array = np.ascontiguousarray(torch.as_tensor(item).float() if isinstance(item, Tensor) else item)
         digest.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
     elif isinstance(item, (str, Path)) and Path(item).is_file():
-        there = Path(item).stat()
-        digest.update(f"{Path(item).resolve()} {there.st_size} {there.st_mtime_ns}".encode())
+        status = Path(item).stat()
+        digest.update(f"{Path(item).resolve()} {status.st_size} {status.st_mtime_ns}".encode())
     else:
         digest.update(repr(item).encode())
 
@@ -153,16 +153,16 @@ class GivenActivations:
     """Activations ``[count, width]`` at one site of a tower."""
 
     rows: np.ndarray
-    """Floating-point numbers; a memory-mapped array stays on disk."""
+    """Activations as floating-point numbers; a memory-mapped array stays on disk."""
     digest: str
-    """SHA-256 that tells of their content."""
+    """SHA-256 over type, shape and content of the activations."""
 
     @classmethod
     def of(cls, values: np.ndarray | Tensor) -> GivenActivations:
-        """Look at all of them once.
+        """Return the activations of a matrix, after reading all of it once for checks and digest.
 
         Raises:
-            DataError: they are no matrix of finite numbers.
+            DataError: ``values`` is not a matrix of finite floating-point numbers, or is empty.
         """
         rows = values
         if isinstance(rows, Tensor):
@@ -185,10 +185,10 @@ class GivenActivations:
 
 
 def read_activations(path: Path, flag: str = "--activations") -> GivenActivations:
-    """Open a file of activations, memory-mapped: ``.npy``, or ``.safetensors`` with a single matrix. ``flag`` names it.
+    """Open a file of activations, memory-mapped: ``.npy``, or ``.safetensors`` with a single matrix.
 
     Raises:
-        DataError: there is none that can be read.
+        DataError: the file cannot be read; ``flag`` is the command-line flag that the message names.
     """
     try:
         if path.suffix == ".npy":
@@ -204,7 +204,7 @@ def read_activations(path: Path, flag: str = "--activations") -> GivenActivation
 
 
 def _safetensors(path: Path) -> np.ndarray:
-    """Return the matrix of a file: eight bytes tell how long the description after them is; the numbers follow."""
+    """Return the single matrix of a file: 8 bytes with the length of the JSON header, the header, then the numbers."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > path.stat().st_size:

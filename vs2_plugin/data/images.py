@@ -29,31 +29,31 @@ __all__ = ["Batch", "TrainingImages", "image_digest", "open_images", "place_of",
 
 
 class Batch(NamedTuple):
-    """Some of the images."""
+    """One batch of images."""
 
     images: Tensor
     """``[batch, 3, height, width]``, preprocessed."""
     digests: np.ndarray
-    """uint64 ``[batch]``."""
+    """uint64 ``[batch]``; see :func:`image_digest`."""
     labels: np.ndarray | None
-    """int64 ``[batch]``, where they are read."""
+    """int64 ``[batch]``; None if labels are not read."""
     left_out: tuple[tuple[int, LeftOut], ...] = ()
-    """What cannot be read and is not counted above, with its place among those that were to be the batch."""
+    """Unreadable images, which have no row above, each with its position in the batch as it was requested."""
 
     @property
     def size(self) -> int:
-        """How many were to be the batch."""
+        """Number of images that were requested for the batch, with those left out."""
         return len(self.images) + len(self.left_out)
 
     def first(self, count: int) -> Batch:
-        """Return the first ``count`` of them."""
+        """Return a batch of the first ``count`` images."""
         labels = None if self.labels is None else self.labels[:count]
         return Batch(self.images[:count], self.digests[:count], labels)
 
 
 def image_digest(image: Tensor) -> int:
-    """64 bits of SHA-256 over the bytes of a preprocessed image: the harness keeps neither names nor order, so that
-    this is what tells whether two images are the same one."""
+    """Return 64 bits of the SHA-256 over the bytes of a preprocessed image. The harness keeps neither names nor order:
+    only the content tells whether two images are the same."""
     data = image.detach().to("cpu", torch.float32).contiguous().numpy()
     return int.from_bytes(hashlib.sha256(data.data).digest()[:8], "little")
 
@@ -63,31 +63,31 @@ class TrainingImages:
     """The images of one split, preprocessed for one tower."""
 
     source: Dataset[Any]
-    """Items are images, or tuples of image and more: a label, captions."""
+    """Items are images, or tuples of an image and more (a label, captions)."""
     limit: int | None
-    """At most this many of a stream."""
+    """Largest number of images to read from a stream; None: all of them."""
     fingerprint: Any
     """Plain JSON values that change when the images do."""
     labels: bool = False
     classes: Classes = UNKNOWN
-    """Those that labels number."""
+    """Classes that the labels number."""
     folder: str = ""
-    """The absolute path of the folder that holds them and no other split, or what lists their shards; empty for data
-    sets that are found by their name."""
+    """Absolute path of the folder that holds these images and no other split, or the list of their shards; empty for
+    data sets that are found by name."""
     about: str = ""
-    """What there is to say of a folder."""
+    """Description of a folder in words; see :attr:`vs2_plugin.data.folders.FolderImages.about`."""
 
     @property
     def count(self) -> int | None:
-        """How many will be read; None for a stream of unknown length. Local shards are indexed to tell it."""
+        """Number of images that will be read; None for a stream of unknown length. Local shards are indexed for it."""
         total = _length(self.source)
         return total if self.limit is None or total is None else min(total, self.limit)
 
     def part(self, processes: Processes, batch_size: int) -> TrainingImages:
-        """This process's images: blocks of whole batches that follow each other, or of whole shards of a stream.
+        """Return this process's images: a contiguous block of whole batches, or of whole shards of a stream.
 
         Raises:
-            DataError: a stream that cannot be shared.
+            DataError: the images are a stream that cannot be shared.
         """
         if processes.world == 1:
             return self
@@ -102,13 +102,13 @@ class TrainingImages:
         return replace(self, source=self.source.part(processes))
 
     def batches(self, batch_size: int, num_workers: int, first: int = 0) -> Iterator[Batch]:
-        """All images from the one numbered ``first`` on, each once, in a fixed order.
+        """Yield all images from number ``first`` on, each once, in a fixed order.
 
         Raises:
             DataError: an image cannot be read.
         """
         streamed = isinstance(self.source, IterableDataset)
-        # Each worker would repeat a stream. What is no stream is counted, and with that indexed, before there are any.
+        # Each worker would repeat a stream. Other images are counted, and so shards are indexed, before workers start.
         most = 1 if streamed else self.count or 0
         loader = DataLoader(
             _from(self.source, first) if first else self.source,
@@ -121,9 +121,9 @@ class TrainingImages:
         left = self.limit - first if streamed and self.limit is not None else None
         try:
             for batch in read(loader):
-                wanted = batch if left is None else batch.first(left)
-                if len(wanted.images) or wanted.left_out:
-                    yield wanted
+                within_limit = batch if left is None else batch.first(left)
+                if len(within_limit.images) or within_limit.left_out:
+                    yield within_limit
                 if left is not None:
                     left -= len(batch.images)
                     if left <= 0:
@@ -137,7 +137,7 @@ class TrainingImages:
 
 
 class _LateStream(IterableDataset[Any]):
-    """A stream without its first items."""
+    """A stream without its ``first`` first items."""
 
     def __init__(self, source: IterableDataset[Any], first: int) -> None:
         self._source, self._first = source, first
@@ -147,14 +147,14 @@ class _LateStream(IterableDataset[Any]):
 
 
 def _from(source: Dataset[Any], first: int) -> Dataset[Any]:
-    """Return a data set without its first items."""
+    """Return a data set without its ``first`` first items."""
     if isinstance(source, IterableDataset):
         return _LateStream(source, first)
     return Subset(source, range(first, _length(source) or 0))
 
 
 def _length(source: Dataset[Any]) -> int | None:
-    """Return how many items there are; None for a stream of unknown length."""
+    """Return the number of items; None for a stream of unknown length."""
     try:
         return len(source)  # type: ignore[arg-type]  # most have a length
     except TypeError:
@@ -162,24 +162,24 @@ def _length(source: Dataset[Any]) -> int | None:
 
 
 def _stack_images(samples: list[Any]) -> Tensor:
-    # Whatever follows the image (a label, captions) is dropped unread. In a worker, this is torch.stack into memory
+    # A label or captions after the image are dropped unread. In a worker, default_collate stacks the images into memory
     # that the processes share.
     images: Tensor = default_collate([sample[0] if isinstance(sample, (tuple, list)) else sample for sample in samples])
     return images
 
 
-# Digests and labels are computed where images are loaded: in the workers, beside each other.
+# The loader's workers call this, so digests and labels are computed in parallel.
 def _batch(classes: Classes | None, samples: list[Any]) -> Batch:
-    """Return a batch, with labels where their ``classes`` are given."""
+    """Return a batch of ``samples``, with labels if ``classes`` are given."""
     left_out = tuple(
         (place, sample[0])
         for place, sample in enumerate(samples)
         if isinstance(sample, tuple) and isinstance(sample[0], LeftOut)
     )
     places = {place for place, _ in left_out}
-    kept = [sample for place, sample in enumerate(samples) if place not in places]
-    labels = None if classes is None else _labels(classes, kept)
-    images = _stack_images(kept) if kept else torch.empty(0, 3, 0, 0)
+    readable = [sample for place, sample in enumerate(samples) if place not in places]
+    labels = None if classes is None else _labels(classes, readable)
+    images = _stack_images(readable) if readable else torch.empty(0, 3, 0, 0)
     return Batch(images, np.array([image_digest(image) for image in images], dtype=np.uint64), labels, left_out)
 
 
@@ -209,15 +209,15 @@ def open_images(
     """Open a split of a data set, downloading it where clip_benchmark can.
 
     Args:
-        dataset: which.
+        dataset: the data set.
         split: the split's name.
         transform: the tower's preprocessing.
-        max_images: read no more than this: a random subset, or the first of a stream.
-        seed: picks that subset.
-        labels: read the labels too; otherwise they are not looked at.
+        max_images: read at most this many: a random subset, or the first ones of a stream.
+        seed: selects the random subset.
+        labels: read the labels too; otherwise labels are ignored.
 
     Raises:
-        DataError: the data set, its split or its files are not there. Labels are checked when they are read.
+        DataError: the data set, its split or its files are missing. Labels are checked when they are read.
     """
     name, root = dataset.name, dataset.root
     source: Dataset[Any]
@@ -236,7 +236,7 @@ def open_images(
         names = getattr(source, "classes", None)
         classes = Classes(len(names), name) if names else classes
     folder, about = place_of(dataset, source), getattr(source, "about", "")
-    if isinstance(source, LocalShards) and max_images is None:  # not indexed before an image is wanted
+    if isinstance(source, LocalShards) and max_images is None:  # left unindexed until an image is requested
         return TrainingImages(source, None, source.fingerprint(), labels, classes, folder)
     total = _length(source)
     if total == 0:
@@ -247,7 +247,7 @@ def open_images(
 
 
 def place_of(dataset: DataSet, source: object) -> str:
-    """Return what is :attr:`TrainingImages.folder` of the images of a data set."""
+    """Return the value of :attr:`TrainingImages.folder` for the images ``source`` of a data set."""
     if isinstance(source, FolderImages):
         return source.folder
     listed = dataset.root if dataset.is_listed else ""
@@ -257,8 +257,8 @@ def place_of(dataset: DataSet, source: object) -> str:
 def subset(
     source: Dataset[Any], fingerprint: Any, max_images: int | None, seed: int
 ) -> tuple[Dataset[Any], Any]:
-    """Return at most so many images of a data set, chosen by the seed, and what tells them from others. A stream is
-    left whole."""
+    """Return at most ``max_images`` images of a data set, chosen by ``seed``, and the fingerprint of the choice. A
+    stream is returned whole."""
     total = _length(source)
     # Some streams know their length, and none can be indexed.
     if isinstance(source, IterableDataset) or max_images is None or total is None or max_images >= total:
@@ -268,7 +268,7 @@ def subset(
 
 
 def _probe(source: Dataset[Any]) -> list[str]:
-    """Fingerprint a data set that has no files of its own to look at, by its length and a few images."""
+    """Return a fingerprint of a data set whose files are unknown: its type, and a digest of up to 8 of its images."""
     if isinstance(source, IterableDataset):
         return [type(source).__name__]
     digest = hashlib.sha256()

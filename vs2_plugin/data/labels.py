@@ -1,4 +1,4 @@
-"""Labels: class numbers, which are checked where they are read. No heavy imports."""
+"""Labels: class numbers, checked when they are read. No heavy imports."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = [
 
 #: The file of a webdataset folder that names its classes, one per line.
 CLASS_NAMES = "classnames.txt"
-#: The file beside it with the prompts, one per line, and CLIP's usual one where there is none.
+#: The file beside it with the prompts, one per line, and CLIP's usual prompt, used without such a file.
 TEMPLATES, PROMPT = "zeroshot_classification_templates.txt", "a photo of a {c}."
-#: Where nothing says how many classes there are, labels are below this: more than any collection of images has.
+#: If the number of classes is unknown, labels must be below this bound, which exceeds that of any data set.
 _MOST = 1_000_000
-#: Bytes of a ``.cls`` file that are looked at.
+#: Bytes of a ``.cls`` file that are read.
 LONGEST_LABEL = 64
 
 
@@ -36,7 +36,7 @@ def has_place(prompt: str) -> bool:
 
 
 def read_lines(file: str | os.PathLike[str], flag: str, what: str) -> list[str]:
-    """Return the lines of a file that are not empty. Raises SettingError, with the flag and what was expected."""
+    """Return the non-empty lines of a file, stripped. Raises SettingError, which names ``flag`` and ``what``."""
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -52,9 +52,9 @@ class Classes:
     """The classes of a data set, which its labels number from 0."""
 
     count: int | None = None
-    """How many there are; None where that is not known."""
+    """Number of classes; None if unknown."""
     source: str = ""
-    """What names them."""
+    """File or data set that names the classes, for messages."""
 
     @classmethod
     def in_text(cls, text: str, source: str) -> Classes:
@@ -63,29 +63,29 @@ class Classes:
 
     @classmethod
     def in_folder(cls, root: Path) -> Classes:
-        """Return the classes of a webdataset folder: unknown ones where it does not name them.
+        """Return the classes of a webdataset folder; ``UNKNOWN`` if it has no ``classnames.txt``.
 
         Raises:
-            DataError: the file cannot be read, or names none.
+            DataError: the file cannot be read, or names no class.
         """
         file = root / CLASS_NAMES
         try:
-            found = cls.in_text(file.read_text(encoding="utf-8", errors="replace"), str(file))
+            classes = cls.in_text(file.read_text(encoding="utf-8", errors="replace"), str(file))
         except FileNotFoundError:
             return UNKNOWN
         except OSError as error:
             raise DataError(f"cannot read {file} ({error.strerror}); expected one class name per line") from None
-        if not found.count:
+        if not classes.count:
             raise DataError(f"{file} names no class; expected one class name per line")
-        return found
+        return classes
 
     def check(self, label: int, where: str) -> int:
-        """Return a label that numbers one of the classes. Raises DataError, which begins with ``where``."""
+        """Return ``label`` if it numbers one of the classes; else raise DataError, which begins with ``where``."""
         below = _MOST if self.count is None else self.count
         if 0 <= label < below:
             return int(label)
-        known = "no file names the classes" if self.count is None else f"{self.source} names {self.count:,} classes"
-        raise DataError(f"{where}: the label is {label}; expected a class number from 0 to {below - 1} ({known})")
+        reason = "no file names the classes" if self.count is None else f"{self.source} names {self.count:,} classes"
+        raise DataError(f"{where}: the label is {label}; expected a class number from 0 to {below - 1} ({reason})")
 
 
 UNKNOWN = Classes()

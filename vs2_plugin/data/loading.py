@@ -1,4 +1,4 @@
-"""Loaders with processes of their own: how these begin, and how they end where something goes wrong."""
+"""Worker processes of data loaders: how they start, and how they end after an error."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ T = TypeVar("T")
 
 
 def leave_interruptions(worker: int) -> None:
-    """For a loader's ``worker_init_fn``: Ctrl-C is the main process's, which ends its workers. They would each print a
-    traceback, or be missed while they end."""
+    """Make a loader's worker ignore Ctrl-C, as its ``worker_init_fn``: the main process ends its workers. Else each
+    worker would print a traceback, or the loader would report it as lost."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def read(loader: Iterable[T]) -> Iterator[T]:
-    """Yield what a loader yields. Where that fails, its processes end at once.
+    """Yield the batches of a loader. If it fails, end its worker processes at once.
 
-    An error that comes from one of them holds, in the frames of its traceback, the iterator that holds them all. Left
-    to the garbage collector, they would not be told to end, and it would wait five seconds for each, at any later time.
+    The traceback of a worker's error refers, in its frames, to the iterator that owns all workers. Left to the garbage
+    collector, the workers would not be told to end, and it would wait five seconds for each, at any later time.
     """
     try:
         yield from loader

@@ -1,4 +1,4 @@
-"""Data sets, as a command names them: one of clip_benchmark's, webdataset shards, or a folder of images.
+"""Names of data sets on the command line: one of clip_benchmark's, webdataset shards, or a folder of images.
 
     cifar100, vtab/pets                      of clip_benchmark
     wds/mine                                 shards in clip_benchmark's layout, in --dataset_root
@@ -19,18 +19,18 @@ from vs2_plugin.errors import DataError, SettingError
 __all__ = ["DataSet"]
 
 _FOLDER, _SHARDS, _LISTED = "folder/", "wds/", ".tar"
-#: What a name of clip_benchmark with a slash begins with.
+#: Prefixes of clip_benchmark's own names with a slash.
 _STOCK = ("vtab/", "tfds/", "sugar_crepe/")
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set: what it is called in results, checkpoints and reports, and where it lies."""
+    """A data set: its name in results, checkpoints and reports, and its location."""
 
     name: str
     """``cifar100``, ``wds/mine``, ``folder/photos``."""
     root: str
-    """Its folder; for shards also a URL, or a list of them with braces. Nothing is left to be filled in."""
+    """Folder of the data set; for shards also a URL, or a list with braces. No ``{dataset}`` is left to fill in."""
 
     @classmethod
     def of(cls, dataset: str | os.PathLike[str], dataset_root: str | os.PathLike[str] = "root") -> DataSet:
@@ -38,12 +38,12 @@ class DataSet:
 
         Args:
             dataset: a name, or the path of a folder, which a separator tells from a name.
-            dataset_root: its folder where ``dataset`` is no path; ``{dataset}`` and ``{dataset_cleaned}`` are filled
-                in.
+            dataset_root: folder of the data set if ``dataset`` is a name; ``{dataset}`` and ``{dataset_cleaned}`` are
+                filled in.
 
         Raises:
-            SettingError: a field that cannot be filled in.
-            DataError: a path that is no folder.
+            SettingError: ``dataset_root`` has another field in braces.
+            DataError: the path is not a folder.
 
         >>> DataSet.of("wds/cub200", "root/{dataset}"), DataSet.of("vtab/pets", "{dataset_cleaned}").root
         (DataSet(name='wds/cub200', root='root/cub200'), 'vtab-pets')
@@ -52,7 +52,7 @@ class DataSet:
         """
         path = os.fspath(dataset)
         if cls.is_path(dataset):
-            path = os.path.expanduser(path.removeprefix("file:"))  # as webdataset calls a file
+            path = os.path.expanduser(path.removeprefix("file:"))  # webdataset's prefix of local files
             if path.endswith(_LISTED):
                 return cls(_SHARDS + _last(path.rpartition("/")[0]), path)
             return cls(_FOLDER + _last(path), _folder(path, "--dataset"))
@@ -63,7 +63,7 @@ class DataSet:
 
     @staticmethod
     def is_path(dataset: str | os.PathLike[str]) -> bool:
-        """Tell whether ``--dataset`` is the path of a folder or of shards, and no name.
+        """Tell whether ``--dataset`` is the path of a folder or of shards, not a name.
 
         >>> [DataSet.is_path(text) for text in ("photos/", "./photos", "photos", "vtab/pets", "x-{0..9}.tar")]
         [True, True, False, False, True]
@@ -76,23 +76,23 @@ class DataSet:
 
     @property
     def is_folder(self) -> bool:
-        """Whether it is a folder of images."""
+        """Whether the data set is a folder of images."""
         return self.name.startswith(_FOLDER)
 
     @property
     def is_shards(self) -> bool:
-        """Whether it is webdataset shards."""
+        """Whether the data set consists of webdataset shards."""
         return self.name.startswith(_SHARDS)
 
     @property
     def is_listed(self) -> bool:
-        """Whether ``root`` lists its shards, one by one or with braces."""
+        """Whether ``root`` is a list of shards: a single one, or several with braces."""
         return self.is_shards and self.root.endswith(_LISTED)
 
     @property
     def home(self) -> str:
-        """The folder, as an absolute path or a URL, by which it is told from others of its name; an empty word for what
-        is found by its name alone."""
+        """Folder, as an absolute path or a URL, that tells this data set from others of its name; empty for a data set
+        that is found by name."""
         if not self.is_folder and not self.is_listed:
             return ""
         place = os.path.dirname(self.root) if self.is_listed else self.root
@@ -100,7 +100,7 @@ class DataSet:
 
     @property
     def short(self) -> str:
-        """The name without what tells the kind, as clip_benchmark fills it in.
+        """Name without the prefix ``wds/``, as clip_benchmark fills it in.
 
         >>> DataSet("wds/mine", "root").short, DataSet("vtab/pets", "root").short
         ('mine', 'vtab/pets')
@@ -109,19 +109,19 @@ class DataSet:
 
     @property
     def template(self) -> str:
-        """The root as ``--dataset_root``, of which nothing is filled in."""
+        """Root with doubled braces: a ``--dataset_root`` in which clip_benchmark fills in nothing."""
         return self.root.replace("{", "{{").replace("}", "}}")
 
     @property
     def words(self) -> list[str]:
-        """What names it on a command line, beside its ``--dataset_root`` if that is needed."""
+        """Arguments that name the data set on a command line, where needed together with its ``--dataset_root``."""
         if self.is_folder:
             return ["--dataset", self.root if self.root.endswith(os.sep) else self.root + os.sep]
         return ["--dataset", self.root if self.is_listed else self.name]
 
 
 def _in_root(name: str, root: str) -> DataSet:
-    """Return the folder of that name, if it has one, in a ``--dataset_root``: this itself, or one in it."""
+    """Return the data set ``folder/NAME`` of a ``--dataset_root``: the root itself, or its sub-folder of that name."""
     if name and name != _last(root):
         inner = os.path.join(root, name)
         if not os.path.isdir(inner):
@@ -134,7 +134,7 @@ def _in_root(name: str, root: str) -> DataSet:
 
 
 def _filled_in(root: str, name: str) -> str:
-    """Return a ``--dataset_root``, as clip_benchmark fills it in."""
+    """Return a ``--dataset_root`` with its fields filled in as clip_benchmark does."""
     name = name.removeprefix(_SHARDS).removeprefix(_FOLDER)
     try:
         return root.format(dataset=name, dataset_cleaned=name.replace("/", "-"))
@@ -145,7 +145,7 @@ def _filled_in(root: str, name: str) -> str:
 
 
 def _folder(path: str, flag: str) -> str:
-    """Return the path of a folder without separators at its end. Raises DataError if it is none."""
+    """Return the path of a folder without separators at its end. Raises DataError if it is not a folder."""
     if not os.path.isdir(path):
         what = "is a file" if os.path.exists(path) else "is not a folder"
         raise DataError(f"{flag} {path!r} {what}; expected a folder of images, such as photos/, or a data set's name")
@@ -153,6 +153,6 @@ def _folder(path: str, flag: str) -> str:
 
 
 def _last(path: str) -> str:
-    """Return the name of a folder, or of what is behind a URL, whatever way its path says it."""
+    """Return the last component of a path, which may be relative (``.``, ``..``), or of a URL."""
     whole = path.rstrip("/") if "://" in path else os.path.abspath(path)
     return whole.rpartition("/")[2] or os.path.basename(whole) or "root"

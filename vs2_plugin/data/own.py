@@ -1,5 +1,5 @@
-"""Folders of images and listed shards, opened for evaluation with the arguments and attributes that clip_benchmark's
-own data sets have."""
+"""Folders of images and listed shards, opened for evaluation with the arguments and attributes of clip_benchmark's own
+data sets."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def build_folder(
     custom_template_file: str | None = None,
     **others: Any,
 ) -> FolderImages:
-    """Open a split of a folder for evaluation; ``others`` mean nothing here.
+    """Open a split of a folder for evaluation; ``others`` are ignored.
 
     Raises:
-        DataError: there are no images or labels, or names and prompts that do not fit.
+        DataError: there are no images or labels, or class names or prompts do not fit.
     """
     images = open_folder(dataset.root, split, transform)
     images.require_labels()
@@ -45,10 +45,10 @@ def build_listed(
     wds_cache_dir: str | None = None,
     **others: Any,
 ) -> Any:
-    """Open listed shards for evaluation, as clip_benchmark does those of a folder; ``others`` mean nothing here.
+    """Open listed shards for evaluation, as clip_benchmark opens those of a folder; ``others`` are ignored.
 
     Raises:
-        DataError: nothing names the classes, or names and prompts do not fit.
+        DataError: no file names the classes, or class names or prompts do not fit.
     """
     samples = decoded(listed_shards(dataset.root), wds_cache_dir)
     images = samples.to_tuple(list(EXTENSIONS), "cls").map_tuple(transform, None)
@@ -64,7 +64,7 @@ def build_listed(
 
 
 def _lines(dataset: DataSet, name: str) -> list[str]:
-    """Return the lines of a small file that belongs to listed shards; none if it is not there."""
+    """Return the lines of a small file that belongs to listed shards; an empty list if it cannot be read."""
     try:
         if "://" in dataset.root:
             text = fetch(f"{dataset.root.rpartition('/')[0]}/{name}")
@@ -76,10 +76,10 @@ def _lines(dataset: DataSet, name: str) -> list[str]:
 
 
 def _tell(images: Any, dataset: DataSet, classnames: str | None, prompts: str | None) -> None:
-    """Give images the names of classes, and the prompts, that files of the command line hold.
+    """Set the class names and prompts of ``images`` from the files that the command line names.
 
     Raises:
-        DataError: one cannot be read, or does not fit.
+        DataError: a file cannot be read, or does not fit the images.
     """
     if classnames is not None:
         names, count = _held(classnames, dataset), len(images.classes)
@@ -100,10 +100,10 @@ def _tell(images: Any, dataset: DataSet, classnames: str | None, prompts: str | 
 
 
 def _held(file: str, dataset: DataSet, *others: str) -> Any:
-    """Return what a JSON file, of the user's or of clip_benchmark's, holds for a data set; None if nothing.
+    """Return the entry of a data set, or else of ``others``, in a JSON file of the user's or clip_benchmark's, or None.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the file cannot be read.
     """
     from clip_benchmark.datasets import builder
 

@@ -1,8 +1,8 @@
-"""Image files, read as pictures, as clip_benchmark reads those in shards.
+"""Image files, decoded as clip_benchmark decodes the images in shards.
 
-That is by ``convert("RGB")``: it reads CMYK and palettes, drops transparency, and does not turn a picture that its
-camera says is to be turned (EXIF). Two things are done otherwise: 16 bits of grey are scaled to 8, where they would be
-cut off at white, and so are 32 that hold more than 255; and floating-point numbers are refused.
+That is by ``convert("RGB")``: it reads CMYK and palettes, drops transparency, and ignores the rotation that EXIF asks
+for. Two cases differ: grey values of 16 bits, which would be clipped to white, are scaled to 8, and so are those of 32
+bits if one exceeds 255; and floating-point numbers are refused.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from vs2_plugin.errors import DataError
 
 __all__ = ["open_picture"]
 
-#: Formats whose whole numbers are of 16 bits at most, though older versions of PIL make 32 of them.
+#: Formats whose integers have at most 16 bits, though older versions of PIL decode them to 32.
 _OF_16_BITS = ("PNG", "PPM")
 _BITS_PER_SAMPLE = 258  # a tag of TIFF
 
 
 def open_picture(path: str | os.PathLike[str]) -> Image.Image:
-    """Read and decode an image file, of several frames the first, as RGB.
+    """Read and decode an image file as RGB; of several frames, the first.
 
     Raises:
-        DataError: there is none that can be read. Its cause has an ``errno`` where the system refused the file.
+        DataError: the file cannot be read. The error's cause has an ``errno`` if the system refused the file.
     """
-    named = repr(os.fspath(path))  # one line, whatever the name
+    named = repr(os.fspath(path))  # escapes line breaks in the name
     try:
         with Image.open(path) as image:
             if image.mode.startswith("I"):  # 16 bits, or 32 that may hold 16
@@ -36,7 +36,7 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
                 if image.mode != "I" or image.format in _OF_16_BITS or 16 in bits or grey.max() > 255:
                     grey >>= 8
                 return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
-            if image.mode == "F":  # PIL would take 0 to 1 for black
+            if image.mode == "F":  # PIL would turn values from 0 to 1 into black
                 raise DataError(f"{named} is not a readable image: it holds floating-point numbers; expected whole "
                                 "numbers")
             picture: Image.Image = image.convert("RGB")

@@ -1,10 +1,10 @@
-"""Images out of webdataset shards, in clip_benchmark's layout ``DIR/SPLIT/{nshards.txt,0.tar,1.tar,…}``, or listed
+"""Images from webdataset shards, in clip_benchmark's layout ``DIR/SPLIT/{nshards.txt,0.tar,1.tar,…}``, or listed
 one by one or with braces, ``DIR/train-{0000..0099}.tar``.
 
-Only the images are read, unless labels are asked for: shards without labels (no ``.cls``) are as good as any. Local
-shards are indexed by their tar headers and read by position, so that the number of images is known, a subset is a
-random one, and there may be fewer shards than loader workers. That takes seconds per 100,000 images, and is put off
-until an image is wanted: with the activations cached, none is.
+Only the images are read, unless labels are asked for, so shards need not hold labels (``.cls``). Local shards are
+indexed by their tar headers and read by position: so the number of images is known, a subset can be random, and there
+may be fewer shards than loader workers. Indexing takes seconds per 100,000 images and is put off until an image is
+requested, which does not happen if the activations are cached.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from vs2_plugin.text import expanded, one_line
 
 __all__ = ["EXTENSIONS", "LocalShards", "RemoteShards", "open_shards"]
 
-#: In the order in which clip_benchmark prefers them, should a sample hold several.
+#: Extensions of images, in clip_benchmark's order of preference for a sample with several images.
 EXTENSIONS = ("webp", "png", "jpg", "jpeg")
-#: Turns a PIL image into ``[3, height, width]``.
+#: Function from a PIL image to a tensor ``[3, height, width]``.
 Transform = Callable[[Any], Any]
 #: Where a file lies in a shard: offset and size.
 Place = tuple[int, int]
@@ -45,11 +45,11 @@ LISTING = "nshards.txt"
 def open_shards(
     root: str, split: str, transform: Transform, cache_dir: str | None = None, labels: bool = False
 ) -> LocalShards | RemoteShards:
-    """The images of a split, or of listed shards, local or remote, or pairs of image and label. Remote shards are kept
-    in ``cache_dir``.
+    """Open a split, or listed shards, local or remote: images, or pairs of image and label if ``labels``. Remote shards
+    are cached in ``cache_dir``.
 
     Raises:
-        DataError: no such split, or a shard that cannot be read.
+        DataError: the split is missing, or a shard cannot be read.
     """
     if "://" in root:
         return RemoteShards(root, split, transform, cache_dir, labels)
@@ -65,20 +65,20 @@ def beside(root: str) -> Path:
 
 
 def listed_shards(root: str) -> list[str]:
-    """Return the shards that a list with braces names, in its order.
+    """Return the shards that a list with braces names, in the order of the list.
 
     >>> listed_shards("shards/train-{0008..0010}.tar")
     ['shards/train-0008.tar', 'shards/train-0009.tar', 'shards/train-0010.tar']
     """
-    found = list(islice(expanded(root), _MOST_SHARDS + 1))
-    if not 1 <= len(found) <= _MOST_SHARDS:
+    shards = list(islice(expanded(root), _MOST_SHARDS + 1))
+    if not 1 <= len(shards) <= _MOST_SHARDS:
         raise DataError(f"{root!r} lists no shards, or over {_MOST_SHARDS:,}; expected a list such as "
                         f"x-{{0000..0099}}.tar")
-    return found
+    return shards
 
 
 def local_shards(root: str, split: str) -> list[Path]:
-    """Return the shards of a split, all of which are there. Raises DataError, which says what mends it, otherwise."""
+    """Return the shards of a split. Raises DataError, which says what to do, if one of them is missing."""
     if root.endswith(".tar"):
         listed = [Path(path) for path in listed_shards(root)]
         gone = [path for path in listed if not path.is_file()]
@@ -102,7 +102,7 @@ def local_shards(root: str, split: str) -> list[Path]:
 
 
 def _shards_in(folder: Path) -> Iterator[Path]:
-    """0.tar, 1.tar and so on, up to the first that is not there."""
+    """Yield 0.tar, 1.tar and so on, up to the first missing one."""
     return takewhile(Path.is_file, (folder / f"{index}.tar" for index in range(_MOST_SHARDS)))
 
 
@@ -111,7 +111,7 @@ def _listing_command(listing: Path, count: int) -> str:
 
 
 def _what_is_there(root: Path, split: str) -> str:
-    """Say what is expected of a folder without a split's list of shards, and what it holds instead."""
+    """Return words on which files a split without ``nshards.txt`` should have, and what its folder holds instead."""
     count = sum(1 for _ in _shards_in(root / split))
     if count:
         return f"expected the number of shards: {_listing_command(root / split / LISTING, count)}"
@@ -127,7 +127,7 @@ def _what_is_there(root: Path, split: str) -> str:
 
 
 def number_of_shards(text: str, listing: str) -> int:
-    """Return what a ``nshards.txt`` says. Raises DataError if that is no number, or none that can be."""
+    """Return the number in the text of a ``nshards.txt``. Raises DataError if it is not a possible number of shards."""
     try:
         count = int(text)
     except ValueError:
@@ -139,26 +139,26 @@ def number_of_shards(text: str, listing: str) -> int:
 
 
 class LocalShards(Dataset[Any]):
-    """Images at known positions of local tar files; an item is a preprocessed image, or a pair of it and its label."""
+    """Images at known positions in local tar files; an item is a preprocessed image, or a pair of image and label."""
 
     def __init__(self, files: list[Path], transform: Transform, classes: Classes | None = None) -> None:
-        """``classes``: those that the labels number; None: labels are not read."""
+        """``classes``: the classes that the labels number; None: labels are not read."""
         self.files, self.transform, self.classes = files, transform, classes
 
     @cached_property
     def samples(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """Number of the file, offset and size of each image, int64 ``[count, 3]``; and where they are read, the labels,
-        int64 ``[count]``. Arrays: objects would take hundreds of bytes per image, again in every loader process.
+        """File number, offset and size of each image, int64 ``[count, 3]``, and labels, int64 ``[count]``, or None if
+        not read. Arrays, since objects would take hundreds of bytes per image in every loader process.
 
         Raises:
-            DataError: a shard cannot be read, a label is missing or numbers no class, or there are no images.
+            DataError: a shard cannot be read, a label is missing or out of range, or there are no images.
         """
         positions, labels = [], []
         for number, file in enumerate(self.files):
-            images, found = self._index(file)
+            images, label_places = self._index(file)
             positions.append(np.array([(number, *place) for place in images.values()], np.int64).reshape(-1, 3))
             if self.classes is not None:
-                labels.append(np.array(_labels(file, images, found, self.classes), np.int64))
+                labels.append(np.array(_labels(file, images, label_places, self.classes), np.int64))
         if not sum(map(len, positions)):
             raise DataError(
                 f"no images ({', '.join(EXTENSIONS)}) in the {len(self.files)} shards beside {self.files[0]}"
@@ -167,7 +167,7 @@ class LocalShards(Dataset[Any]):
 
     @staticmethod
     def _index(file: Path) -> tuple[dict[str, Place], dict[str, Place]]:
-        """Sample key -> where its image lies, and -> where its label does."""
+        """Return sample key -> place of its image, and sample key -> place of its label."""
         best: dict[str, tuple[int, Place]] = {}
         labels: dict[str, Place] = {}
         for name, place in contents(file):
@@ -198,7 +198,7 @@ class LocalShards(Dataset[Any]):
         return prepared if labels is None else (prepared, int(labels[index]))
 
     def fingerprint(self) -> list[list[Any]]:
-        """Return what changes when the shards do: names, sizes and times. Raises DataError if one is not there."""
+        """Return name, size and modification time (ns) of each shard. Raises DataError if one is missing."""
         try:
             return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in self.files]
         except OSError as error:
@@ -206,16 +206,16 @@ class LocalShards(Dataset[Any]):
 
 
 def contents(file: Path) -> Iterator[tuple[str, Place]]:
-    """Iterate over the files in a shard: name and place. It is read by its headers, and kept open meanwhile.
+    """Yield name and place of each file in a shard. Only headers are read; the shard stays open during the iteration.
 
     Raises:
-        DataError: it cannot be read, or is damaged.
+        DataError: the shard cannot be read, or is damaged.
     """
     try:
-        with tarfile.open(file, "r:") as tar:  # uncompressed, since images are read by their position
+        with tarfile.open(file, "r:") as tar:  # uncompressed, since images are read by position
             while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # an open one remembers a kilobyte for each
-                if member.size < 0:  # which would be read for ever
+                tar.members.clear()  # type: ignore[attr-defined]  # an open TarFile keeps a kilobyte per member
+                if member.size < 0:  # tarfile would loop for ever
                     raise tarfile.ReadError(f"{member.name} has a size of {member.size} bytes")
                 if member.isfile():
                     yield member.name, (member.offset_data, member.size)
@@ -225,12 +225,12 @@ def contents(file: Path) -> Iterator[tuple[str, Place]]:
             raw.seek(end)
             if raw.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise DataError(f"shard {file} is damaged at byte {end}")
-    except (OSError, EOFError, ValueError, OverflowError, tarfile.TarError) as error:  # for headers of any bytes
+    except (OSError, EOFError, ValueError, OverflowError, tarfile.TarError) as error:  # as damaged headers raise
         raise DataError(f"cannot read shard {file} (expected an uncompressed tar file): {error}") from error
 
 
 def sample_of(name: str) -> tuple[str, str]:
-    """Return the key of the sample that a file belongs to, and what the file is of it, as webdataset has them.
+    """Return the key of the sample that a file belongs to, and the file's extension, as webdataset splits the name.
 
     >>> sample_of("train/cat.1.JPG"), sample_of("v1.0/README")
     (('train/cat', '1.jpg'), ('v1.0/README', ''))
@@ -241,7 +241,7 @@ def sample_of(name: str) -> tuple[str, str]:
 
 
 def _labels(file: Path, images: Iterable[str], places: Mapping[str, Place], classes: Classes) -> list[int]:
-    """The labels of a shard's images. Raises DataError, which names the image, if one is missing or wrong."""
+    """Return the labels of a shard's images. Raises DataError, which names the image, for a missing or wrong label."""
     labels = []
     with open(file, "rb") as raw:
         for key in images:
@@ -259,7 +259,7 @@ def label_at(raw: BinaryIO, place: Place, classes: Classes, where: str) -> int:
 
 
 def addresses(root: str) -> tuple[str, str]:
-    """Return where the small files of a remote data set lie, and where its shards do."""
+    """Return the address of the small files of a remote data set, and that of its shards."""
     metadata = data = root.rstrip("/")
     if root.startswith("https://huggingface.co/datasets"):
         # A folder of a data set's page, .../tree/BRANCH: small files under raw, large ones under resolve.
@@ -269,7 +269,7 @@ def addresses(root: str) -> tuple[str, str]:
 
 
 def fetch(url: str) -> str:
-    """Return the text behind a URL. Raises FileNotFoundError if there is none, and OSError if that cannot be told."""
+    """Return the text behind a URL. Raises FileNotFoundError if the server has none, OSError if the request fails."""
     import requests
 
     answer = requests.get(url, timeout=30)
@@ -280,10 +280,10 @@ def fetch(url: str) -> str:
 
 
 def remote_shards(root: str, split: str) -> tuple[str, list[str]]:
-    """Return where the small files of a remote data set lie, and the addresses of its shards.
+    """Return the address of the small files of a remote data set, and the addresses of its shards.
 
     Raises:
-        DataError: how many there are cannot be told.
+        DataError: the number of shards cannot be read.
     """
     if root.endswith(".tar"):
         return root.rpartition("/")[0], listed_shards(root)
@@ -299,13 +299,13 @@ def remote_shards(root: str, split: str) -> tuple[str, list[str]]:
 def _remote_classes(url: str) -> Classes:
     try:
         return Classes.in_text(fetch(url), url)
-    except OSError:  # clip_benchmark takes a file that it cannot fetch for one that is not there
+    except OSError:  # clip_benchmark treats a file that it cannot fetch as missing
         return UNKNOWN
 
 
 def decoded(shards: list[str], cache_dir: str | None, only: list[str] | None = None) -> Any:
-    """Return webdataset's stream of the samples of shards, their images read as RGB, and other files too, unless
-    extensions ``only`` are to be."""
+    """Return webdataset's stream of the samples of shards, with images decoded as RGB. Other files are decoded too,
+    unless ``only`` lists the extensions to decode."""
     import webdataset as wds
 
     samples = wds.WebDataset(shards, shardshuffle=False, nodesplitter=lambda urls: urls, cache_dir=cache_dir)
@@ -313,13 +313,13 @@ def decoded(shards: list[str], cache_dir: str | None, only: list[str] | None = N
 
 
 def failure(error: BaseException) -> str:
-    """Return the reason of an error out of webdataset's pipeline, which adds to it what was read, as one line."""
+    """Return type and message, in one line, of an error from webdataset's pipeline, which adds arguments to it."""
     said = next((said for said in error.args if isinstance(said, str)), str(error))
     return f"{type(error).__name__}: {one_line(said)}"
 
 
 class RemoteShards(IterableDataset[Any]):
-    """A stream of preprocessed images, or pairs of image and label, out of shards behind a URL."""
+    """A stream of preprocessed images, or pairs of image and label, from shards behind a URL."""
 
     def __init__(
         self, root: str, split: str, transform: Transform, cache_dir: str | None = None, labels: bool = False
@@ -329,7 +329,7 @@ class RemoteShards(IterableDataset[Any]):
         self.classes = _remote_classes(f"{metadata}/{CLASS_NAMES}") if labels else None
 
     def part(self, processes: Processes) -> RemoteShards:
-        """The shards of one of several processes: each shard is one's, and blocks of them follow each other."""
+        """Return this process's shards: a contiguous block, none of which another process reads."""
         mine = copy(self)
         mine.urls = [self.urls[index] for index in processes.block(len(self.urls))]
         return mine
@@ -353,5 +353,5 @@ class RemoteShards(IterableDataset[Any]):
             raise DataError(f"cannot read the shard {shard}: {failure(error)}") from error
 
     def fingerprint(self) -> list[str]:
-        """Return the addresses: what lies behind them cannot be told apart without reading it."""
+        """Return the addresses of the shards, since their content cannot be compared without reading it."""
         return self.urls

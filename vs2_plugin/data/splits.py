@@ -25,21 +25,21 @@ _WITHOUT = {
 
 @dataclass(frozen=True)
 class Split:
-    """The images to train on."""
+    """The split of a data set to train on."""
 
     name: str
     """The split's name for clip_benchmark."""
     transductive: bool
-    """Whether these are the images that are evaluated later."""
+    """Whether the split holds the images that are evaluated later."""
 
 
 def without_training_split(dataset: str) -> str | None:
-    """Why ``dataset`` has no training split of its own; None if it has one (or is not known here)."""
+    """Return why ``dataset`` has no training split of its own; None if it has one (or is not known here)."""
     return _TEST_ONLY if dataset.startswith("sugar_crepe/") else _WITHOUT.get(dataset)
 
 
 def training_split(dataset: str, requested: str | None, transductive: bool) -> Split:
-    """The split to train on.
+    """Return the split to train on.
 
     Args:
         dataset: a clip_benchmark data-set name.
@@ -47,7 +47,7 @@ def training_split(dataset: str, requested: str | None, transductive: bool) -> S
         transductive: whether the user allows training on the images that are evaluated.
 
     Raises:
-        DataError: those are the only images there are, and ``transductive`` is not set.
+        DataError: only the evaluated images could be trained on, and ``transductive`` is not set.
     """
     reason = without_training_split(dataset)
     if reason is None and requested == "test":
