@@ -1,1 +1,1 @@
-"""CLIP models: loading them, telling one tower from another, reading and editing activations at a site."""
+"""CLIP models: loading them, identifying their vision towers, reading and editing activations at a site."""

@@ -1,4 +1,4 @@
-"""Loads models of open_clip and of transformers as the harness does."""
+"""Loading of models of open_clip and transformers, as the harness loads them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ __all__ = [
 _LOG = logging.getLogger(__name__)
 
 
-#: Gives what its first argument, the stock loader with the others (name, weights, cache, device), would load.
+#: Function of the stock loader, with its arguments bound, and these arguments (name, weights, cache, device), which
+#: returns what the loader would return: model, transform, tokenizer.
 Load = Callable[..., tuple[Any, Any, Any]]
 
 
@@ -52,29 +53,29 @@ class Loaded:
 
     @cached_property
     def sites(self) -> Sites:
-        """Where activations can be read and edited."""
+        """Sites of the model at which activations can be read and edited."""
         return Sites.of(self.model)
 
 
 def ignores_pretrained(backbone: str) -> bool:
-    """Tell whether the weights come with the backbone's name, so that ``--pretrained`` says nothing."""
+    """Tell whether the backbone's name determines the weights, so that ``--pretrained`` is ignored."""
     return backbone.startswith(SCHEMES)
 
 
 def check_backbone(backbone: str, pretrained: str) -> None:
-    """Refuse, without loading anything, a backbone or weights tag that is not known, as far as no hub has to be asked.
+    """Raise TowerError for an unknown backbone or weights tag, without loading anything or asking a hub.
 
     Raises:
-        TowerError: saying what was wrong and what comes close.
+        TowerError: the backbone or tag is unknown; the message names similar ones.
     """
     if ignores_pretrained(backbone):
         _check_own_weights(backbone)
         return
-    known = open_clip.list_models()
+    models = open_clip.list_models()
     name = backbone.replace("/", "-")
-    if name not in known:
-        close = [one for one in known if one.lower() == name.lower()] or difflib.get_close_matches(
-            name, known, n=3, cutoff=0.5
+    if name not in models:
+        close = [model for model in models if model.lower() == name.lower()] or difflib.get_close_matches(
+            name, models, n=3, cutoff=0.5
         )
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise TowerError(
@@ -91,7 +92,7 @@ def check_backbone(backbone: str, pretrained: str) -> None:
 
 
 def _check_own_weights(backbone: str) -> None:
-    """Check a name that the weights come with. Raises TowerError."""
+    """Check a backbone whose name determines the weights. Raises TowerError."""
     place = library_place(backbone)
     if isinstance(place, str):
         check_folder(backbone, Path(place))
@@ -110,12 +111,11 @@ _warned: set[str] = set()
 
 
 def quickgelu_mismatch(backbone: str, pretrained: str) -> str | None:
-    """In words, that these weights were trained with QuickGELU and this architecture is without; None if that is not
-    so."""
+    """Return a warning if the weights were trained with QuickGELU and the architecture lacks QuickGELU; else None."""
     if ignores_pretrained(backbone):
         return None
     backbone = _architecture(backbone)
-    # As an attribute of the package it is missing in some versions.
+    # Taken from its module, since some versions of the package do not export it.
     weights = open_clip.pretrained.get_pretrained_cfg(backbone, pretrained) or {}
     architecture = open_clip.get_model_config(backbone) or {}
     if not weights.get("quick_gelu", False) or architecture.get("quick_gelu", False):
@@ -147,10 +147,10 @@ def _not_loaded(backbone: str, pretrained: str) -> str:
 
 
 def require_weights(backbone: str, pretrained: str, cache_dir: str | None = None) -> None:
-    """Refuse, within seconds, weights that would have to be fetched from a hub that cannot be reached.
+    """Raise TowerError, within seconds, if weights have to be fetched from a hub that cannot be reached.
 
     Raises:
-        TowerError: saying what the network said, and what to do without one.
+        TowerError: with the network's error, and what to do without a network.
     """
     try:
         for repository, folder in _repositories(backbone, pretrained, cache_dir):
@@ -160,7 +160,7 @@ def require_weights(backbone: str, pretrained: str, cache_dir: str | None = None
 
 
 def weights_repository(backbone: str, pretrained: str) -> str | None:
-    """The hub's name of a model's weights, ``owner/name``; None where they are a file's, or none is known."""
+    """Return the hub's repository of a model's weights, ``owner/name``; None if unknown, or if they are in a file."""
     place = library_place(backbone)
     if isinstance(place, Repository):
         return place.name
@@ -173,11 +173,11 @@ def weights_repository(backbone: str, pretrained: str) -> str | None:
 
 
 def _architecture(backbone: str) -> str:
-    return backbone.replace("/", "-")  # as open_clip reads it
+    return backbone.replace("/", "-")  # open_clip does so too
 
 
 def _repositories(backbone: str, pretrained: str, cache_dir: str | None) -> Iterator[tuple[str, str | None]]:
-    """Yield the repositories of the hub that a model is fetched from, and where their files are kept."""
+    """Yield each repository of the hub that a model is fetched from, with its cache folder (None: the hub's own)."""
     repository = weights_repository(backbone, pretrained)
     if repository is not None:
         yield repository, cache_dir
@@ -190,12 +190,12 @@ def _repositories(backbone: str, pretrained: str, cache_dir: str | None) -> Iter
 def load_backbone(
     backbone: str, pretrained: str, cache_dir: str | None = None, device: str = "cpu", load: Load | None = None
 ) -> Loaded:
-    """Load a model as clip_benchmark does, so that training and evaluation see the same one.
+    """Load a model as clip_benchmark does, so that training and evaluation use the same model.
 
-    ``load``, if given, decides whether the loader is called, or a model of the same weights is at hand.
+    ``load``, if given, decides whether to call the loader, or to return a loaded model with the same weights.
 
     Raises:
-        TowerError: it is not known, or could not be fetched or read.
+        TowerError: the model is unknown, or could not be fetched or read; or the device cannot be used.
     """
     check_backbone(backbone, pretrained)
     try:
@@ -205,44 +205,44 @@ def load_backbone(
     warn_about_quickgelu(backbone, pretrained)
     require_weights(backbone, pretrained, cache_dir)
     try:
-        given = {"model_name": backbone, "pretrained": pretrained, "cache_dir": cache_dir, "device": device}
-        stock = partial(loader_of(backbone), **given)
-        model, transform, tokenizer = stock() if load is None else load(stock, *given.values())
+        arguments = {"model_name": backbone, "pretrained": pretrained, "cache_dir": cache_dir, "device": device}
+        stock = partial(loader_of(backbone), **arguments)
+        model, transform, tokenizer = stock() if load is None else load(stock, *arguments.values())
     except Vs2Error:
         raise
     except Exception as error:  # whatever open_clip, the hub client or the network raised
-        first = [*chain(error)][-1]  # what a network or a disk said, which open_clip and the hub wrap in words
-        told = f"{reason_of(first)}; " if first is not error and isinstance(first, OSError) else ""
+        first = [*chain(error)][-1]  # the network's or disk's own error, which open_clip and the hub wrap
+        cause = f"{reason_of(first)}; " if first is not error and isinstance(first, OSError) else ""
         what = _not_loaded(backbone, pretrained)
         if os.path.isfile(pretrained) and not ignores_pretrained(backbone):
             raise TowerError(f"{what}: {_of_file(backbone, error)}") from error
-        raise TowerError(f"{what} ({_offline(backbone)}): {told}{reason_of(error)}") from error
+        raise TowerError(f"{what} ({_offline(backbone)}): {cause}{reason_of(error)}") from error
     _require_numbers(model, _not_loaded(backbone, pretrained))
     return Loaded(model.eval(), transform, tokenizer)
 
 
 def _of_file(backbone: str, error: Exception) -> str:
-    """Say what is wrong with a file of weights that open_clip could not load."""
-    other = "loading state_dict" in str(error)  # torch's words
-    found = "its weights do not fit this architecture" if other else "it is not a file of weights"
+    """Return words on why open_clip could not load a file of weights."""
+    other = "loading state_dict" in str(error)  # torch's message for weights of another architecture
+    fault = "its weights do not fit this architecture" if other else "it is not a file of weights"
     return (
-        f"{found} ({one_line(reason_of(error), 160)}); expected what open_clip wrote for {backbone}, a state_dict or a "
+        f"{fault} ({one_line(reason_of(error), 160)}); expected what open_clip wrote for {backbone}, a state_dict or a "
         "checkpoint of a training, as .pt or .safetensors"
     )
 
 
 def loader_of(backbone: str) -> Callable[..., tuple[Any, Any, Any]]:
-    """Return what loads a model, by the arguments of clip_benchmark's loader of open_clip."""
+    """Return the function that loads a model, with the arguments of clip_benchmark's loader for open_clip."""
     if backbone.startswith(TRANSFORMERS):
         return load_library
-    from clip_benchmark.models.open_clip import load_open_clip  # patched once it is imported, which needs this module
+    from clip_benchmark.models.open_clip import load_open_clip  # importing it patches it, by means of this module
 
     loader: Callable[..., tuple[Any, Any, Any]] = load_open_clip
     return loader
 
 
 def _require_numbers(model: Any, what: str) -> None:
-    """Refuse a vision tower whose activations would be no numbers, whatever the image."""
+    """Raise TowerError if a parameter of the vision tower is NaN or infinite, as then all activations are NaN."""
     for name, weights in model.visual.named_parameters():
         if not weights.isfinite().all():
             raise TowerError(

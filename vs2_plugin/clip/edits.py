@@ -26,10 +26,10 @@ def in_float32(steer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 class Edit(nn.Module):
-    """A steering in place: a child of the module whose output it changes, and the handle that removes it.
+    """An installed steering: a child of the module whose output it changes, and the handle that removes it.
 
-    As a child it moves between devices with the model, is replicated by ``DataParallel`` and copied with the model.
-    It keeps its dtype when the model is cast, and adds nothing to the model's ``state_dict``.
+    As a child, an edit moves between devices with the model, is replicated by ``DataParallel`` and copied with the
+    model. It keeps its dtype when the model is cast, and adds nothing to the model's ``state_dict``.
     """
 
     def __init__(self, model: nn.Module, site: Site, steer: Callable[[Tensor], Tensor]) -> None:
@@ -37,15 +37,15 @@ class Edit(nn.Module):
         super().__init__()
         module = site.module(model)
         self.site, self.steer = site, steer
-        #: While True, the tower is as if the edit were not there.
+        #: While True, the edit changes nothing.
         self.paused = False
-        #: Whether the tower has run through it since this was last set to False.
+        #: Whether a forward pass has used the edit since this flag was last set to False.
         self.ran = False
         #: Whether to keep the activation as it was before the edit, in the tower's dtype, as :attr:`before`.
         self.keeping = False
         self.before: Tensor | None = None
         self.name = next(name for name in (f"{_ATTACHED}_{n}" for n in count()) if name not in module._modules)
-        self._parent = (module,)  # in a tuple: a module that is an attribute would be a child
+        self._parent = (module,)  # in a tuple, as torch would make a module that is an attribute a child
         self._register_state_dict_hook(_leave_out)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_do_not_miss)  # type: ignore[no-untyped-call]
         module.add_module(self.name, self.train(module.training))
@@ -53,11 +53,11 @@ class Edit(nn.Module):
 
     @property
     def path(self) -> str:
-        """Path of this edit under the model."""
+        """Path of this edit within the model."""
         return f"{self.site.hookpoint}.{self.name}"
 
     def forward(self, output: Output) -> Output:
-        """The module's output with the activation steered."""
+        """Return the module's output with the activation steered."""
         self.ran = True
         activation = self.site.read(output)
         if self.keeping:
@@ -75,7 +75,7 @@ class Edit(nn.Module):
 
 
 class _Hook:
-    """The forward hook of an edited module. It looks the edit up in the module at hand: a copy has its own."""
+    """The forward hook of an edited module. It looks up the edit by name, since a copied module has its own edit."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -87,8 +87,8 @@ class _Hook:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether anything is to be called whenever a module runs: hooks, but for edits that are the same for all batches,
-    as a steering with an attribute ``replayable`` says of itself."""
+    """Tell whether a module has hooks that every forward pass must call. Edits do not count if they treat all batches
+    alike, which a true attribute ``replayable`` of the steering declares, and are neither paused nor keeping."""
     if module._forward_pre_hooks:
         return True
     for hook in module._forward_hooks.values():
@@ -109,7 +109,7 @@ def _do_not_miss(edit: nn.Module, incompatible: Any) -> None:
 
 @contextmanager
 def editing(model: nn.Module, site: Site, steer: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Steer at ``site`` within a ``with`` block."""
+    """Steer the activations at ``site`` within a ``with`` block."""
     handle = Edit(model, site, steer)
     try:
         yield
@@ -119,7 +119,7 @@ def editing(model: nn.Module, site: Site, steer: Callable[[Tensor], Tensor]) -> 
 
 @contextmanager
 def paused(edits: Sequence[Edit]) -> Iterator[None]:
-    """Leave the tower as if ``edits`` were not there within a ``with`` block."""
+    """Switch ``edits`` off within a ``with`` block."""
     before = [handle.paused for handle in edits]
     for handle in edits:
         handle.paused = True
@@ -131,7 +131,7 @@ def paused(edits: Sequence[Edit]) -> Iterator[None]:
 
 
 def outputs(model: nn.Module, sites: Iterable[Site]) -> AbstractContextManager[dict[Site, Output]]:
-    """Collect, within a ``with`` block, all that the modules of ``sites`` put out in the latest forward pass."""
+    """Collect, within a ``with`` block, the whole outputs of the modules of ``sites`` in the latest forward pass."""
     return _recording(model, sites, lambda site, output: output)
 
 

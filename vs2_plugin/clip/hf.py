@@ -1,11 +1,11 @@
-"""CLIPs of the package ``transformers``, with the interface of open_clip's, so that what reads a tower reads theirs.
+"""CLIP models of the package ``transformers`` with the interface of open_clip's models and vision towers.
 
     hf:openai/clip-vit-base-patch32              the main branch of a hub's repository
-    hf:google/siglip-base-patch16-224#REVISION   a branch, tag or commit of it
-    hf:./folder                                  what ``save_pretrained`` wrote into a folder
+    hf:google/siglip-base-patch16-224#REVISION   a branch, tag or commit of a repository
+    hf:./folder                                  a folder that ``save_pretrained`` wrote
 
 Images and texts are prepared by the processors of the folder. No code of a repository is run: ``trust_remote_code`` is
-never given, and of a pickle only tensors are read.
+never set, and only tensors are read from a pickle.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from vs2_plugin.text import one_line, reason_of
 __all__ = ["LibraryCLIP", "check_folder", "find_folder", "load_library", "revision_of"]
 
 _INSTALL = "pip install 'vs2-plugin[transformers]'"
-_FIRST = 5  # the major version whose blocks put out a tensor, whose layout of a folder is read here
-#: The kinds of models that are known, as ``model_type`` of a config names them.
+_FIRST = 5  # lowest major version whose blocks return a tensor and whose folders have the layout below
+#: Supported kinds of models: values of ``model_type`` in a config.
 _KINDS = ("clip", "siglip")
 _CONFIG = "config.json"
 _PREPROCESSING = ("preprocessor_config.json", "processor_config.json")
@@ -39,7 +39,7 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.mode
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = ("model.safetensors", _INDEX)
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-#: The files of a repository that are fetched, and those that are where there are no others.
+#: Files to fetch from a repository, and those to fetch if it has no weights as safetensors.
 _WANTED = (
     _CONFIG, *_PREPROCESSING, *_VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "merges.txt", *_WEIGHTS, "model-*.safetensors",
@@ -48,7 +48,7 @@ _ELSE = (*_WANTED, *_PICKLES, "pytorch_model-*.bin")
 
 
 class _Blocks(nn.Module):
-    """The transformer blocks of a tower, by open_clip's name for them."""
+    """The transformer blocks of a tower, under open_clip's name ``resblocks``."""
 
     batch_first = True
 
@@ -58,7 +58,7 @@ class _Blocks(nn.Module):
 
 
 class _Vision(nn.Module):
-    """A vision tower, with the attributes by which open_clip's ``VisionTransformer`` is read."""
+    """A vision tower with those attributes of open_clip's ``VisionTransformer`` that this package reads."""
 
     pool_type = "tok"
 
@@ -74,12 +74,12 @@ class _Vision(nn.Module):
 
     @property
     def transformer(self) -> _Blocks:
-        """What holds the blocks. It is made for each caller: as a child, it would count the weights twice."""
+        """Holder of the blocks, new at each call: as a child module, it would make the weights count twice."""
         return _Blocks(self.trunk.encoder.layers)
 
     @property
     def class_embedding(self) -> Tensor | None:
-        """What the CLS token begins as ``[d]``; None for a tower without one."""
+        """Embedding ``[d]`` of the CLS token; None for a tower without one."""
         return getattr(self.trunk.embeddings, "class_embedding", None)
 
     @property
@@ -94,7 +94,7 @@ class _Vision(nn.Module):
         return None if self.projection is None else self.projection.weight.T
 
     def forward(self, images: Tensor) -> Tensor:
-        """The embedding ``[batch, embed_dim]`` of images ``[batch, 3, height, width]``."""
+        """Return the embeddings ``[batch, embed_dim]`` of images ``[batch, 3, height, width]``."""
         pooled: Tensor = self.trunk(pixel_values=images).pooler_output
         return pooled if self.projection is None else self.projection(pooled)
 
@@ -111,32 +111,32 @@ class LibraryCLIP(ClipModel):
         self.logit_bias = getattr(model, "logit_bias", None)
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
-        """The embedding ``[batch, embed_dim]`` of images ``[batch, 3, height, width]``."""
+        """Return the embeddings ``[batch, embed_dim]`` of images ``[batch, 3, height, width]``."""
         features: Tensor = self.visual(image)
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
-        """The embedding ``[batch, embed_dim]`` of what the tokenizer gives."""
+        """Return the embeddings ``[batch, embed_dim]`` of the tokenizer's output (:class:`_Tokenizer`)."""
         tokens, mask = (text, None) if text.ndim == 2 else text.unbind(1)
         features: Tensor = self.text(input_ids=tokens, attention_mask=mask).pooler_output
         features = features if self.text_projection is None else self.text_projection(features)
         return F.normalize(features, dim=-1) if normalize else features
 
     def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> tuple[Any, Any, Tensor]:
-        """The embeddings of images and texts, of length 1, and the scale of logits, as open_clip gives them."""
+        """Return the unit-norm embeddings of images and of texts, and the logit scale, as open_clip's models do."""
         images = None if image is None else self.encode_image(image, normalize=True)
         texts = None if text is None else self.encode_text(text, normalize=True)
         return images, texts, self.logit_scale.exp()
 
 
 class _Transform:
-    """Prepares an image as the processor of a folder does. (No closure, so that loader workers can pickle it.)"""
+    """Prepares an image with the processor of a folder. (A class, since loader workers cannot pickle a closure.)"""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """The preprocessed image ``[3, height, width]``."""
+        """Return the preprocessed image ``[3, height, width]``."""
         values: Tensor = self.processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
         return values
 
@@ -145,35 +145,35 @@ class _Transform:
 
     @property
     def told(self) -> dict[str, Any]:
-        """What is done to an image, in plain values, by open_clip's names where it has one."""
+        """Preprocessing as plain values, under open_clip's names where open_clip has one."""
         names = {"image_mean": "mean", "image_std": "std", "resample": "interpolation"}
         switches = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
-        wanted = (*names, "rescale_factor", "size", "crop_size")
-        values: dict[str, Any] = {name: getattr(self.processor, name, None) for name in wanted}
+        attributes = (*names, "rescale_factor", "size", "crop_size")
+        values: dict[str, Any] = {name: getattr(self.processor, name, None) for name in attributes}
         values = {names.get(name, name): value for name, value in values.items()}
         if values["interpolation"] is not None:
             values["interpolation"] = Image.Resampling(values["interpolation"]).name.lower()
         for name in ("size", "crop_size"):
-            values[name] = {key: one for key, one in dict(values[name] or {}).items() if one is not None}
+            values[name] = {key: pixels for key, pixels in dict(values[name] or {}).items() if pixels is not None}
         return {**values, **{name: bool(getattr(self.processor, name, False)) for name in switches}}
 
 
 class _Tokenizer:
-    """Makes tokens of texts, all of one length, as the tokenizer of a folder does."""
+    """Converts texts to tokens, padded or cut to one length, with the tokenizer of a folder."""
 
     def __init__(self, tokenizer: Any, length: int, masked: bool) -> None:
         self.tokenizer, self.length = tokenizer, length
-        #: Whether the attention mask goes with the tokens.
+        #: Whether the attention mask is returned with the tokens.
         self.masked = masked
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
-        """The tokens ``[texts, length]``, or with the attention mask ``[texts, 2, length]``."""
+        """Return the tokens ``[texts, length]``, or tokens and attention mask ``[texts, 2, length]``."""
         texts = [texts] if isinstance(texts, str) else list(texts)
-        made = self.tokenizer(
+        encoded = self.tokenizer(
             texts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
         )
-        tokens: Tensor = made["input_ids"]
-        return torch.stack([tokens, made["attention_mask"]], dim=1) if self.masked else tokens
+        tokens: Tensor = encoded["input_ids"]
+        return torch.stack([tokens, encoded["attention_mask"]], dim=1) if self.masked else tokens
 
 
 def load_library(
@@ -183,16 +183,16 @@ def load_library(
 
     Args:
         model_name: ``hf:owner/name[#revision]``, or ``hf:FOLDER``.
-        pretrained: of no meaning: the weights come with the name.
-        cache_dir: where the hub's client keeps what it fetches.
-        device: where the model shall be.
+        pretrained: ignored, since the name determines the weights.
+        cache_dir: cache folder of the hub's client.
+        device: device of the model.
 
     Returns:
         The model in float32, its image preprocessing and its tokenizer.
 
     Raises:
-        TowerError: what is wrong, and what was expected.
-        HubError: the repository cannot be had.
+        TowerError: the model cannot be loaded, or does not fit its processors.
+        HubError: the repository cannot be fetched.
     """
     library = _library()
     folder = find_folder(model_name, cache_dir)
@@ -202,7 +202,7 @@ def load_library(
         with _silent(library):
             tokenizer = library.AutoTokenizer.from_pretrained(folder, **source)
             transform = _Transform(library.AutoImageProcessor.from_pretrained(folder, **source))
-            model, told = library.AutoModel.from_pretrained(
+            model, loading_info = library.AutoModel.from_pretrained(
                 folder, dtype=torch.float32, weights_only=True, output_loading_info=True, **source
             )
     except ImportError as error:
@@ -212,16 +212,16 @@ def load_library(
         ) from error
     except Exception as error:  # whatever the library, safetensors or torch raised
         raise TowerError(f"could not load {model_name}: {reason_of(error)}") from error
-    _check_parts(model_name, model, told, transform, tokenizer)
+    _check_parts(model_name, model, loading_info, transform, tokenizer)
     text = model.config.text_config
-    # What comes after a text's end is not seen by it where attention is causal.
+    # CLIP needs no mask: its attention is causal, so a text does not see the padding after its end.
     masked = model.config.model_type != "clip" and "attention_mask" in tokenizer.model_input_names
     tokens = _Tokenizer(tokenizer, min(tokenizer.model_max_length, text.max_position_embeddings), masked)
     return LibraryCLIP(model, transform.told).to(device).eval(), transform, tokens
 
 
 def _library() -> Any:
-    """Return the package. Raises TowerError where it is missing or too old."""
+    """Return the package ``transformers``. Raises TowerError if it is missing or too old."""
     try:
         import transformers
     except ImportError as error:
@@ -239,7 +239,7 @@ def _library() -> Any:
 
 @contextmanager
 def _silent(library: Any) -> Iterator[None]:
-    """Keep the library's progress bars and remarks to itself within the ``with`` block: what matters is checked."""
+    """Silence the library's progress bars and log messages within a ``with`` block; this module checks for faults."""
     logging = library.utils.logging
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -253,10 +253,10 @@ def _silent(library: Any) -> Iterator[None]:
 
 
 def find_folder(model_name: str, cache_dir: str | None = None) -> Path:
-    """Return the folder of a model: the one that is named, or that in the hub's cache, fetched if it is not there.
+    """Return the folder of a model: the folder that is named, or the one in the hub's cache, fetched if missing.
 
     Raises:
-        HubError: the repository cannot be had.
+        HubError: the repository cannot be fetched.
     """
     place = library_place(model_name)
     if isinstance(place, str):
@@ -268,7 +268,7 @@ def find_folder(model_name: str, cache_dir: str | None = None) -> Path:
 
 
 def revision_of(model_name: str, cache_dir: str | None = None) -> str | None:
-    """Return the commit of a model that a hub's repository gave; None for one in a folder."""
+    """Return the commit of a model from a hub's repository; None for a model in a local folder."""
     return None if isinstance(library_place(model_name), str) else find_folder(model_name, cache_dir).name
 
 
@@ -282,17 +282,17 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _lacks(folder: Path) -> str | None:
-    """Say in words what a folder lacks of a model that can be used; None if nothing."""
-    there = {name for name in (*_WANTED, *_PICKLES) if (folder / name).is_file()}
-    if _CONFIG not in there:
+    """Return words on the first file that a folder lacks to be a usable model; None if the folder is complete."""
+    present = {name for name in (*_WANTED, *_PICKLES) if (folder / name).is_file()}
+    if _CONFIG not in present:
         return f"no {_CONFIG}"
     if not _has_weights(folder):
         return f"no {_WEIGHTS[0]}"
-    if not there.intersection(_PREPROCESSING):
+    if not present.intersection(_PREPROCESSING):
         return f"no {_PREPROCESSING[0]}"
-    if not there.intersection(_VOCABULARIES):
+    if not present.intersection(_VOCABULARIES):
         return "no tokenizer.json"
-    for index in there.intersection((_INDEX, _PICKLES[1])):
+    for index in present.intersection((_INDEX, _PICKLES[1])):
         for name in sorted(set(_read(folder / index).get("weight_map", {}).values())):
             if not (folder / name).is_file():
                 return f"no {name}, which {index} names"
@@ -300,10 +300,10 @@ def _lacks(folder: Path) -> str | None:
 
 
 def check_folder(model_name: str, folder: Path) -> None:
-    """Refuse, without loading anything, a folder that holds no CLIP that can be used.
+    """Raise TowerError, without loading anything, if a folder holds no usable CLIP model.
 
     Raises:
-        TowerError: saying what is missing, or what is there instead.
+        TowerError: saying what is missing, or what the folder holds instead.
     """
     if not folder.is_dir():
         raise TowerError(
@@ -327,7 +327,7 @@ def check_folder(model_name: str, folder: Path) -> None:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Read a JSON file of a model. Raises TowerError."""
+    """Read a JSON file of a model. Raises TowerError if it holds no JSON object."""
     try:
         values = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -338,10 +338,10 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _check_parts(name: str, model: Any, told: Mapping[str, Any], transform: _Transform, tokenizer: Any) -> None:
-    """Refuse a model whose weights were not all there, or which does not fit its processors.
+    """Raise TowerError if weights of a model are missing, or its processors do not fit it; the library ignores that.
 
     Raises:
-        TowerError: which the library would have passed over.
+        TowerError: saying which weights are missing, or which processor does not fit.
     """
     missing = sorted(told["missing_keys"])
     if missing:
@@ -350,10 +350,10 @@ def _check_parts(name: str, model: Any, told: Mapping[str, Any], transform: _Tra
             f"{_CONFIG} describes; expected what save_pretrained wrote"
         )
     size, tokens = model.config.vision_config.image_size, model.config.text_config.vocab_size
-    given = list(transform(Image.new("RGB", (size + 8, size))).shape)
-    if given != [3, size, size]:
+    shape = list(transform(Image.new("RGB", (size + 8, size))).shape)
+    if shape != [3, size, size]:
         raise TowerError(
-            f"{name}: its processor gives images {given}, but its tower takes {[3, size, size]}; expected the "
+            f"{name}: its processor gives images {shape}, but its tower takes {[3, size, size]}; expected the "
             "processor that belongs to it"
         )
     if len(tokenizer) > tokens:

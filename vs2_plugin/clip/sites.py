@@ -1,11 +1,11 @@
-"""Sites: where in a vision tower an activation is read or edited.
+"""Sites: the places in a vision tower where an activation is read or edited.
 
-A site is named by its hookpoint, the path under the model of the module whose output holds the activation:
+A site is named by its hookpoint, the path within the model of the module whose output holds the activation:
 
 - ``visual.transformer.resblocks.11``: the CLS token after block 11 (counted from 0) of an open_clip
   ``VisionTransformer`` that pools by its CLS token;
 - ``visual``: the tower's output embedding, for every other tower (average or attention pooling, timm trunks,
-  ResNets), which have no CLS token to speak of.
+  ResNets), which pools no CLS token.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ __all__ = ["OUTPUT", "ClipModel", "Output", "Site", "Sites", "embedding_from", "
 OUTPUT = "visual"
 _BLOCKS = "visual.transformer.resblocks"
 
-#: What the module of a site puts out: a tensor, or a tuple whose first part it is.
+#: Output of a site's module: a tensor, or a tuple that begins with one.
 Output = Tensor | tuple[Any, ...]
 
 
 class ClipModel(nn.Module):
-    """An open_clip model, or one with its interface, for type checkers: torch does not tell that a module has these."""
+    """An open_clip model, or one with its interface. Declares these attributes for type checkers, as torch does not."""
 
     visual: Any
     encode_image: Callable[..., Tensor]
@@ -38,10 +38,10 @@ class ClipModel(nn.Module):
 
 @dataclass(frozen=True)
 class Site:
-    """One place in one tower."""
+    """A place in a vision tower where an activation is read or edited."""
 
     hookpoint: str
-    """Path of the module under the model."""
+    """Path of the module within the model."""
     width: int
     """d, the width of the activation."""
     token_dim: int | None = None
@@ -59,16 +59,16 @@ class Site:
         return "the output embedding" if self.hookpoint == OUTPUT else self.hookpoint
 
     def module(self, model: nn.Module) -> nn.Module:
-        """The module of ``model`` whose output holds the activation."""
+        """Return the module of ``model`` whose output holds the activation."""
         return model.get_submodule(self.hookpoint)
 
     def read(self, output: Output) -> Tensor:
-        """The activation ``[batch, d]`` in the module's output."""
+        """Return the activation ``[batch, d]`` in the module's output."""
         first: Tensor = output[0] if isinstance(output, tuple) else output
         return first if self.token_dim is None else first.select(self.token_dim, 0)
 
     def write(self, output: Output, activation: Tensor) -> Output:
-        """A copy of the module's output with the activation replaced."""
+        """Return a copy of the module's output with the activation replaced."""
         if self.token_dim is None:
             return (activation, *output[1:]) if isinstance(output, tuple) else activation
         assert isinstance(output, Tensor)
@@ -82,30 +82,30 @@ class Sites:
     """All sites of one tower."""
 
     blocks: tuple[Site, ...]
-    """One per transformer block, first to last; empty for a tower without a CLS token that is pooled."""
+    """Sites after the transformer blocks, first to last; empty for a tower that pools no CLS token."""
     output: Site
 
     @classmethod
     def of(cls, model: ClipModel) -> Sites:
-        """The sites of an open_clip model. Some towers are run once to learn the width of their output."""
+        """Return the sites of an open_clip model. A tower that does not declare its output width is run once."""
         width = getattr(model.visual, "output_dim", None)
         output = Site(OUTPUT, width if isinstance(width, int) else _probe_width(model))
         return cls(_block_sites(model), output)
 
     @property
     def default(self) -> Site:
-        """The last block, before the final LayerNorm and the projection; without a pooled CLS token, the output."""
+        """Site after the last block, before final LayerNorm and projection; the output if no CLS token is pooled."""
         return self.blocks[-1] if self.blocks else self.output
 
     def at_end(self, site: Site) -> bool:
-        """Tell whether nothing but the final LayerNorm and the projection comes after ``site``."""
+        """Tell whether at most the final LayerNorm and the projection come after ``site``."""
         return site in (self.default, self.output)
 
     def find(self, hookpoint: str) -> Site:
-        """The site of that hookpoint.
+        """Return the site with this hookpoint.
 
         Raises:
-            TowerError: this tower has no such site.
+            TowerError: the tower has no such site.
         """
         for site in (*self.blocks, self.output):
             if site.hookpoint == hookpoint:
@@ -118,7 +118,7 @@ class Sites:
         raise TowerError(f"this vision tower has no site {hookpoint!r}; it has {offered}")
 
     def in_order(self, chosen: Collection[Site]) -> list[Site]:
-        """The chosen sites, each once, in the order of the tower."""
+        """Return the chosen sites, each once, in the order of the tower."""
         return [site for site in (*self.blocks, self.output) if site in chosen]
 
 
@@ -128,15 +128,15 @@ def _block_sites(model: ClipModel) -> tuple[Site, ...]:
     has_cls = getattr(visual, "class_embedding", None) is not None and getattr(visual, "attn_pool", None) is None
     if blocks is None or not has_cls or visual.pool_type != "tok":
         return ()
-    # Blocks get [tokens, batch, d] where the attribute is False.
+    # Without batch_first, the blocks' tensors are [tokens, batch, d].
     token_dim = 1 if getattr(visual.transformer, "batch_first", False) else 0
     width = visual.class_embedding.shape[-1]
     return tuple(Site(f"{_BLOCKS}.{index}", width, token_dim) for index in range(len(blocks)))
 
 
 def embedding_from(model: ClipModel, site: Site, x: Tensor) -> Tensor:
-    """The tower's output embedding ``[batch, embed_dim]`` (float32) from the activation ``[batch, d]`` at its default
-    site: what is left of the tower after it."""
+    """Return the tower's output embedding ``[batch, embed_dim]`` (float32), from the activation ``x`` ``[batch, d]`` at
+    its default site, by the final LayerNorm and the projection."""
     pooled = pooled_from(model, site, x)
     projection = None if site.token_dim is None else model.visual.proj
     with torch.autocast(x.device.type, enabled=False):
@@ -144,7 +144,7 @@ def embedding_from(model: ClipModel, site: Site, x: Tensor) -> Tensor:
 
 
 def pooled_from(model: ClipModel, site: Site, x: Tensor) -> Tensor:
-    """The same before the tower's projection, after its final LayerNorm: ``[batch, d]`` (float32)."""
+    """Return the pooled activation ``[batch, d]`` (float32), after the final LayerNorm and before the projection."""
     if site.token_dim is None:
         return x.float()
     dtype = next(model.visual.parameters()).dtype
@@ -154,10 +154,10 @@ def pooled_from(model: ClipModel, site: Site, x: Tensor) -> Tensor:
 
 
 def finish(model: ClipModel, site: Site, x: Tensor) -> Tensor:
-    """The image features from the activation ``[batch, d]`` at the tower's end, as ``encode_image`` makes them.
+    """Return the image features as ``encode_image`` does, from the activation ``[batch, d]`` at the tower's end.
 
-    The same operations on the same numbers as in the tower, but for the other tokens, so that the features are the
-    same bit for bit, inside autocast and outside. (Where they are not, callers run the tower.)
+    The operations are those of the tower, without the other tokens, so that the features are the same bit for bit,
+    inside autocast and outside. (Where the bits differ, callers run the tower.)
     """
     if site.token_dim is None:
         return x

@@ -1,4 +1,4 @@
-"""The identity of a vision tower. No heavy imports: checkpoints are read before anything is loaded."""
+"""The identity of a vision tower. No heavy imports, since checkpoints are read before a model is loaded."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ if TYPE_CHECKING:
 
 __all__ = ["Tower"]
 
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # of a function in a transform: another one in each process
-#: Modules of activation functions.
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # of a function in a transform; differs between processes
+#: Python modules that define activation functions.
 _FUNCTIONS = ("torch.nn.modules.activation", "transformers.activations")
 
 
 @dataclass(frozen=True)
 class Tower:
-    """The identity of a vision tower. An SAE fits the tower it was trained on, and nothing else."""
+    """The identity of a vision tower. An SAE fits only the tower that it was trained on."""
 
     parameters: str
     """SHA-256 over names, shapes, dtypes and bytes of the vision tower's parameters and buffers."""
     activations: list[str]
-    """The kinds of activation function in it (QuickGELU, GELU, …): weights do not tell them apart."""
+    """Sorted class names of the tower's activation functions (QuickGELU, GELU, …), which its weights do not show."""
     preprocessing: dict[str, Any]
-    """How images reach it: size, mean, std, interpolation, resize mode."""
+    """Preprocessing of images: size, mean, std, interpolation, resize mode."""
 
     @classmethod
     def of(cls, model: nn.Module, transform: object) -> Tower:
@@ -46,11 +46,11 @@ class Tower:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
+        """Return the identity as plain JSON values."""
         return asdict(self)
 
     def difference(self, other: Tower) -> str | None:
-        """Return in words how ``other`` (the tower at hand) differs from this one; None if it does not."""
+        """Return words on how ``other``, the tower in use, differs from this one; None if the towers are the same."""
         if self.activations != other.activations:
             return (
                 f"it was trained on a tower with {' and '.join(self.activations)}, this one has "
@@ -70,7 +70,7 @@ class Tower:
 
 
 def _plain(value: Any) -> Any:
-    """Return ``value`` as it comes back from JSON: tuples become lists."""
+    """Return ``value`` as JSON would give it back: tuples become lists, keys and other objects strings."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
