@@ -1,1 +1,1 @@
-"""Retrieval: the gallery of unlabeled training images, cosine search in it, and the neighbours of a query."""
+"""Retrieval: the gallery of unlabelled training images, and the search for a query's neighbours in it by cosine."""

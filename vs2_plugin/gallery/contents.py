@@ -1,4 +1,4 @@
-"""What the gallery of a checkpoint holds, as ``vs2.json`` lists it. No heavy imports."""
+"""The contents of a checkpoint's gallery, as ``vs2.json`` lists them. No heavy imports."""
 
 from __future__ import annotations
 
@@ -10,63 +10,63 @@ __all__ = ["GalleryContents", "GalleryPart", "RetrievalEncoder", "split_name"]
 
 @dataclass(frozen=True)
 class GalleryPart:
-    """The images of one data set."""
+    """The part of a gallery that holds the images of one data set."""
 
     dataset: str
     count: int
     classes: int | None
-    """Labels are below this; None without labels."""
+    """Number of classes, which exceeds every label; None without labels."""
     extraction: str | None = None
-    """Of checkpoints before version 0.2: what identifies the extraction that the files are of."""
+    """Identifier of the extraction that wrote the files; only in checkpoints before version 0.2."""
     contents: dict[str, str] | None = None
-    """Array -> SHA-256 that tells of its whole content (:meth:`vs2_plugin.arrays.Column.complete`); None in checkpoints
-    before version 0.2, whose arrays cannot be verified."""
+    """Array name -> SHA-256 that covers its whole content (:meth:`vs2_plugin.arrays.Column.complete`); None in
+    checkpoints before version 0.2, whose arrays cannot be verified."""
     left_out: tuple[str, ...] | None = None
-    """Files of a folder that are no readable images, and so have no row; None if there are none."""
+    """Files of a folder that cannot be read as images and have no row; None if there are none."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        given = asdict(self)
-        return {name: given[name] for name in given if name == "classes" or given[name] is not None}
+        """Return the part as plain JSON values, without fields that are None, except ``classes``."""
+        values = asdict(self)
+        return {name: values[name] for name in values if name == "classes" or values[name] is not None}
 
 
 @dataclass(frozen=True)
 class RetrievalEncoder:
-    """A model that embeds images for retrieval. CLIP itself has a width only: its tower is the checkpoint's."""
+    """A model that embeds images for retrieval. For CLIP, whose tower is the checkpoint's, only the width is given."""
 
     width: int
-    """e, the width of its embeddings."""
+    """e, the width of the embeddings."""
     model: str | None = None
-    """timm's name of it."""
+    """timm's name of the model; None for CLIP."""
     weights: str | None = None
-    """A file; None for timm's own weights; empty for random ones."""
+    """A file of weights; None for timm's own weights; empty for random ones."""
     parameters: str | None = None
-    """SHA-256 over its parameters and buffers; see :func:`vs2_plugin.arrays.digest_of`."""
+    """SHA-256 over the model's parameters and buffers; see :func:`vs2_plugin.arrays.digest_of`."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
+        """Return the encoder as plain JSON values."""
         return {"width": self.width} if self.model is None else asdict(self)
 
 
 @dataclass(frozen=True)
 class GalleryContents:
-    """The data sets, and what is kept of their images."""
+    """The data sets of a gallery, and the arrays that are kept of their images."""
 
     parts: tuple[GalleryPart, ...]
-    """One per data set."""
+    """The parts, one per data set."""
     sites: tuple[str, ...]
-    """Hookpoints whose activations are there."""
+    """Hookpoints whose activations are kept."""
     encoders: dict[str, RetrievalEncoder]
-    """The retrieval encoders whose embeddings are there, by name; ``clip`` is CLIP itself."""
+    """Name -> retrieval encoder whose embeddings are kept; ``clip`` is CLIP itself."""
     labels: bool
 
     @property
     def count(self) -> int:
-        """The number of images."""
+        """Number of images of all parts."""
         return sum(part.count for part in self.parts)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
+        """Return the contents as plain JSON values."""
         return {
             "parts": [part.to_json() for part in self.parts],
             "sites": list(self.sites),

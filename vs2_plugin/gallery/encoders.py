@@ -25,7 +25,7 @@ __all__ = ["TimmEncoder", "load_encoder"]
 class TimmEncoder(nn.Module):
     """A timm model without its classifier.
 
-    The images come as CLIP's preprocessing leaves them. They are brought back to colours from 0 to 1 and to this
+    Input images have passed CLIP's preprocessing. They are converted back to colours from 0 to 1, and then to this
     model's own size and normalisation.
     """
 
@@ -35,7 +35,7 @@ class TimmEncoder(nn.Module):
     std: Tensor
 
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
-        """``mean`` and ``std`` are those of CLIP's normalisation, one number per colour."""
+        """``mean`` and ``std``: of CLIP's normalisation, one number per colour."""
         super().__init__()
         self.model = model
         config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
@@ -43,7 +43,7 @@ class TimmEncoder(nn.Module):
         self.mode = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
         for name, values in (("clip_mean", mean), ("clip_std", std), ("mean", config["mean"]), ("std", config["std"])):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
-        with torch.no_grad():  # timm's models tell their width in several ways
+        with torch.no_grad():  # timm's models name their width in several ways
             #: e, the width of the embedding.
             self.width: int = model.eval()(torch.zeros(1, 3, *self.size)).shape[-1]
 
@@ -56,7 +56,7 @@ class TimmEncoder(nn.Module):
         return embeddings.float()
 
     def identity(self, name: str, weights: str | None) -> RetrievalEncoder:
-        """Return what :func:`load_encoder` needs to load the very same encoder again."""
+        """Return the record with which :func:`load_encoder` loads the same encoder again."""
         return RetrievalEncoder(self.width, name, weights, digest_of(self.model.state_dict()))
 
 
@@ -70,15 +70,15 @@ def load_encoder(
     """Load a timm model as a retrieval encoder.
 
     Args:
-        name: its name.
-        weights: a file; None for the weights that timm fetches; empty for random ones.
-        preprocessing: CLIP's, with ``mean`` and ``std``.
-        device: where it shall be.
+        name: timm's name of the model.
+        weights: a file of weights; None for the weights that timm fetches; empty for random ones.
+        preprocessing: CLIP's preprocessing, with ``mean`` and ``std``.
+        device: device of the encoder.
         expected: the encoder that a gallery was made with.
 
     Raises:
-        DataError: timm does not know it, or its weights cannot be had.
-        CheckpointError: it is not the one that is expected.
+        DataError: timm does not know the model, or its weights cannot be loaded.
+        CheckpointError: the weights are not those of the expected encoder.
     """
     if weights and not Path(weights).is_file():
         raise DataError(f"no file {weights!r} with weights for the retrieval encoder {name}")
@@ -86,9 +86,9 @@ def load_encoder(
         model = _create(name, weights)
     except Exception as error:  # whatever timm, the hub client or the network raised
         close = ", ".join(timm.list_models(f"*{name.partition('.')[0]}*")[:5])
-        known = f" (timm knows: {close})" if close else ", which timm does not know"
+        suggestion = f" (timm knows: {close})" if close else ", which timm does not know"
         raise DataError(
-            f"could not load the retrieval encoder {name}{known}: {reason_of(error)}; without a network, "
+            f"could not load the retrieval encoder {name}{suggestion}: {reason_of(error)}; without a network, "
             f"give a file of weights: {name},FILE"
         ) from error
     if weights:
@@ -104,19 +104,19 @@ def load_encoder(
 
 
 def _create(name: str, weights: str | None) -> nn.Module:
-    known = timm.get_pretrained_cfg(name) if weights is None else None
-    if known and known.hf_hub_id:
-        require_hub(known.hf_hub_id)
+    config = timm.get_pretrained_cfg(name) if weights is None else None
+    if config and config.hf_hub_id:
+        require_hub(config.hf_hub_id)
     source: dict[str, Any] = {"pretrained": weights != ""}
-    if weights:  # timm knows its own files, with or without a classifier, in older formats and newer ones
+    if weights:  # timm reads its own files, with or without a classifier, in older and newer formats
         source["pretrained_cfg_overlay"] = {"file": weights}
-    with seeded(0):  # random weights are the same ones every time
+    with seeded(0):  # the same random weights each time
         model: nn.Module = timm.create_model(name, num_classes=0, **source)
     return model
 
 
 def _check_file(model: nn.Module, name: str, weights: str) -> None:
-    """Refuse a file that does not fill the model: timm takes what fits of it, and says nothing of the rest."""
+    """Raise DataError for a file that does not fill the model, since timm loads what fits and ignores the rest."""
     untrained = _create(name, "").state_dict()
     left = [key for key, tensor in model.state_dict().items() if tensor.ndim > 1 and tensor.equal(untrained[key])]
     if left:

@@ -1,4 +1,4 @@
-"""The gallery's files in a checkpoint: hard links to what was extracted, so that they take no room of their own.
+"""The gallery's files in a checkpoint: hard links to the extracted files, so that they take no further disk space.
 
 gallery/
   0/                                         one folder per data set
@@ -6,10 +6,10 @@ gallery/
     embedding.clip.npy                       plain CLIP embeddings [count, e]; one file per retrieval encoder
     digests.npy                              uint64 [count]
     labels.npy                               int64 [count], only if asked for
-    *.npy.sha256                             what tells whether an array is whole; see arrays.Column
-    verified.json                            which have been compared with that, and not touched since
-  clip.faiss                                 an index, made when it is first used
-  auto/                                      choices; see harness.automatic
+    *.npy.sha256                             digests of an array's rows; see arrays.Column
+    verified.json                            arrays that were compared with their digests and are untouched since
+  clip.faiss                                 index of FAISS, built at the first search
+  auto/                                      automatic choices; see harness.automatic
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ __all__ = ["GalleryFiles", "index_file", "open_gallery"]
 
 @dataclass(frozen=True)
 class GalleryFiles:
-    """What is written into a checkpoint."""
+    """The files of a gallery that is to be written into a checkpoint."""
 
     contents: GalleryContents
     files: Sequence[Mapping[str, Path]]
-    """For each part: name in the gallery, without ``.npy`` -> the file that was extracted."""
+    """For each part: name in the gallery, without ``.npy`` -> extracted file."""
 
     def write(self, folder: Path) -> None:
         """Link or copy the files into ``folder``."""
@@ -53,7 +53,7 @@ class GalleryFiles:
 
 
 def _link(source: Path, target: Path) -> bool:
-    """Link a file, or copy it; tells whether it is linked."""
+    """Link a file, or copy it if that fails. Return whether the file is linked."""
     try:
         os.link(source, target)
     except OSError:  # another disk, or a file system without links
@@ -63,17 +63,17 @@ def _link(source: Path, target: Path) -> bool:
 
 
 def _digests(part: GalleryPart) -> dict[str, str]:
-    """Return what tells of the content of each file of a part."""
+    """Return file name -> digest for the arrays of a part."""
     return {f"{name}.npy": digest for name, digest in (part.contents or {}).items()}
 
 
 def _verify(folder: Path, part: GalleryPart, thorough: bool = False) -> None:
-    """Refuse the arrays of one part that are not what was written; see :func:`vs2_plugin.arrays.check_all`."""
+    """Raise CheckpointError if an array of a part is not as it was written; see :func:`vs2_plugin.arrays.check_all`."""
     try:
         check_all(folder, _digests(part), thorough)
     except OSError as error:
-        told = hidden(error, Path(error.filename or folder))
-        raise CheckpointError(told) if told else _damaged(f"{error.filename}: {error.strerror}") from error
+        reason = hidden(error, Path(error.filename or folder))
+        raise CheckpointError(reason) if reason else _damaged(f"{error.filename}: {error.strerror}") from error
     except ValueError as error:
         raise _damaged(str(error)) from error
 
@@ -84,13 +84,13 @@ def open_gallery(
     """Open the gallery in ``folder``, its large arrays memory-mapped.
 
     Args:
-        folder: where its files lie.
-        contents: what is there.
-        widths: hookpoint -> d, for each site whose activations are wanted.
-        thorough: compare every array with what was written; otherwise, those that were touched since the last time.
+        folder: folder of the gallery's files.
+        contents: contents of the gallery.
+        widths: hookpoint -> d, for each site whose activations are to be opened.
+        thorough: compare every array with its digests; otherwise only arrays touched since the last comparison.
 
     Raises:
-        CheckpointError: a file is missing, of another shape, or not what was written.
+        CheckpointError: a file is missing, has another shape, or is not as it was written.
     """
 
     def read(name: str, width: int | None = None) -> list[Array]:
@@ -102,12 +102,12 @@ def open_gallery(
     *starts, _ = np.cumsum([0, *(part.classes or 0 for part in contents.parts)]).tolist()
     labels = None
     if contents.labels:
-        found = read("labels")
-        for (number, part), own in zip(parts, found, strict=True):
+        label_arrays = read("labels")
+        for (number, part), own in zip(parts, label_arrays, strict=True):
             if own.min() < 0 or own.max() >= (part.classes or 0):
                 file = folder / str(number) / "labels.npy"
                 raise _damaged(f"{file} holds labels from {own.min()} to {own.max()}, for {part.classes} classes")
-        labels = np.concatenate([part + start for part, start in zip(found, starts, strict=True)])
+        labels = np.concatenate([part + start for part, start in zip(label_arrays, starts, strict=True)])
     return Gallery(
         activations={site: stack(read(site, widths[site])) for site in contents.sites if site in widths},
         embeddings={
@@ -124,7 +124,7 @@ def _read(path: Path, count: int, width: int | None) -> Array:
     """Read an array ``[count, width]`` as a memory map, or one ``[count]`` into memory."""
     shape = (count,) if width is None else (count, width)
     try:
-        array: Array = np.load(path, mmap_mode="r")  # nothing is made of the size that a header tells
+        array: Array = np.load(path, mmap_mode="r")  # mapped, so the size in a damaged header is not allocated
     except Exception as error:  # numpy raises anything for a damaged header
         raise _damaged(f"{path}: {error}") from error
     if array.shape != shape:

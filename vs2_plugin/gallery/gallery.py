@@ -10,30 +10,30 @@ from vs2_plugin.gallery.contents import RetrievalEncoder
 
 __all__ = ["CLIP", "Gallery"]
 
-#: Name of the embeddings that the CLIP tower itself gives; other encoders have the names of their timm models.
+#: Name of the CLIP tower's own embeddings; other encoders are named by their timm models.
 CLIP = "clip"
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """The training images, in one order for all arrays. Large arrays are memory maps, and may exceed the memory."""
+    """The training images, in one order for all arrays. Large arrays are memory maps, which may exceed the memory."""
 
     activations: Mapping[str, Array | Stack]
-    """By hookpoint: ``[count, d]``, half precision."""
+    """Hookpoint -> activations ``[count, d]``, half precision."""
     embeddings: Mapping[str, Array | Stack]
-    """Encoder -> ``[count, e]``, half precision, not normalised. CLIP's plain embedding, ``clip``, is always there."""
+    """Encoder name -> embeddings ``[count, e]``, half precision, not normalised; ``clip``, CLIP's own, always exist."""
     digests: Array
-    """uint64 ``[count]``: tells whether a query is one of the images."""
+    """Image digests, uint64 ``[count]``, by which a query that is one of the images is recognised."""
     labels: Array | None = None
-    """int64 ``[count]``: the training labels, where they were asked for. Only oracles read them."""
+    """Training labels, int64 ``[count]``; None unless asked for. Only oracles read them."""
     first_labels: Mapping[str, int] = field(default_factory=dict)
-    """Data set that the images are of -> its class 0 among the labels: the classes of one are not those of another."""
+    """Data set of the images -> label of its class 0, since the classes of each data set have labels of their own."""
     encoders: Mapping[str, RetrievalEncoder] = field(default_factory=dict)
-    """The retrieval encoders, by name."""
+    """Name -> retrieval encoder."""
 
     @property
     def datasets(self) -> tuple[str, ...]:
-        """The data sets that the images are of."""
+        """Names of the data sets of the images."""
         return tuple(self.first_labels)
 
     def __len__(self) -> int:

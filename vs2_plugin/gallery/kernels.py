@@ -1,5 +1,5 @@
-"""Exact search on a GPU by Triton kernels: products of 8-bit integers, which are not written down, and cosines of what
-these single out."""
+"""Search on a GPU by Triton kernels: products of 8-bit integers, which are not stored, single out groups of embeddings,
+and the cosines of these groups are computed in float32."""
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +11,11 @@ from vs2_plugin.selection import largest
 
 __all__ = ["Rounded"]
 
-#: Embeddings that a program multiplies; and those of them that are singled out together, each so many after the last
-#: that one thread has the products of all.
+#: Embeddings of a block, which one program multiplies, and of a group, which are singled out together. The members of
+#: a group are ``_GROUPS`` rows apart, so that one thread has the products of all of them.
 _ROWS, _GROUP = 128, 8
 _GROUPS = _ROWS // _GROUP
-_AT_ONCE = 1 << 16  # embeddings that are rounded
+_AT_ONCE = 1 << 16  # embeddings that are rounded at a time
 
 
 @triton.jit
@@ -23,9 +23,9 @@ def _maxima(
     queries, query_units, rows, row_units, maxima, tops, batch, count, blocks, parts, width,
     QUERIES: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, INNER: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Write the largest product of each query with a group of embeddings, ``[batch, blocks, groups]``, and with a
-    block, ``[blocks, batch]``: one program per block of embeddings and part of the queries, those of one block beside
-    each other. Queries and embeddings are integers, in units of their own; ``count`` embeddings are any."""
+    """Write the largest product of each query with each group of embeddings, ``[batch, blocks, groups]``, and with each
+    block, ``[blocks, batch]``. One program serves a block of embeddings and a part of the queries; programs of a block
+    are neighbours. Queries and embeddings are integers in units of their own; rows from ``count`` on are padding."""
     program = tl.program_id(0)
     block = (program // parts).to(tl.int64)
     line = (program % parts) * QUERIES + tl.arange(0, QUERIES)
@@ -37,12 +37,12 @@ def _maxima(
     for start in range(0, width, INNER):
         inside = inner[None, :] < width - start
         if EVEN:
-            one = tl.load(left + start, mask=line[:, None] < batch, other=0)
-            other = tl.load(right + start)
+            query_tile = tl.load(left + start, mask=line[:, None] < batch, other=0)
+            row_tile = tl.load(right + start)
         else:
-            one = tl.load(left + start, mask=(line[:, None] < batch) & inside, other=0)
-            other = tl.load(right + start, mask=inside, other=0)
-        products = tl.dot(one, tl.trans(other), products, out_dtype=tl.int32)
+            query_tile = tl.load(left + start, mask=(line[:, None] < batch) & inside, other=0)
+            row_tile = tl.load(right + start, mask=inside, other=0)
+        products = tl.dot(query_tile, tl.trans(row_tile), products, out_dtype=tl.int32)
     scaled = products.to(tl.float32) * tl.load(row_units + row)[None, :]
     scaled = tl.where(row[None, :] < count, scaled, float("-inf"))
     best = tl.max(tl.reshape(scaled, (QUERIES, GROUP, ROWS // GROUP)), 1)
@@ -58,12 +58,12 @@ def _cosines(
     queries, rows, chosen, cosines, count, wanted, width,
     GROUP: tl.constexpr, GROUPS: tl.constexpr, TILE: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """Write the cosines of a query with the embeddings of some of its chosen groups, ``[batch, wanted, GROUP]``. What
-    is chosen is the first of each."""
+    """Write the cosines of a query with ``TILE`` members of its chosen groups, into ``[batch, wanted, GROUP]``;
+    ``chosen`` holds the first row of each group."""
     query = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    there = place < wanted * GROUP
-    row = tl.load(chosen + query * wanted + place // GROUP, mask=there, other=0) + place % GROUP * GROUPS
+    valid = place < wanted * GROUP
+    row = tl.load(chosen + query * wanted + place // GROUP, mask=valid, other=0) + place % GROUP * GROUPS
     products, squares = tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32)
     for start in range(0, width, INNER):
         inner = start + tl.arange(0, INNER)
@@ -74,15 +74,15 @@ def _cosines(
         products += tl.sum(block * q[None, :], 1)
         squares += tl.sum(block * block, 1)
     cosine = products / tl.maximum(tl.sqrt(squares), 1e-12)
-    tl.store(cosines + query * wanted * GROUP + place, tl.where(row < count, cosine, float("-inf")), mask=there)
+    tl.store(cosines + query * wanted * GROUP + place, tl.where(row < count, cosine, float("-inf")), mask=valid)
 
 
 class Rounded:
-    """Embeddings as integers of 8 bits, among which those of largest cosines are found.
+    """Embeddings as 8-bit integers, among which those of largest cosine with a query are found.
 
-    Their mean is subtracted first, which changes a query's cosines with all by the same. Then they are rotated at
-    random, so that no coordinate is much larger than the others: those of CLIP have some that hold most of an
-    embedding, beside which the rest would be rounded away. Each is in a unit of its own.
+    First the mean embedding is subtracted, which changes all cosines of a query by the same amount. Then the embeddings
+    are rotated at random, so that no coordinate is much larger than the others: CLIP's embeddings have a few large
+    coordinates, beside which the others would be rounded to zero. Each embedding has its own unit.
 
     Args:
         rows: the embeddings, ``[count, e]``, on a GPU.
@@ -95,7 +95,7 @@ class Rounded:
         self._stored, self._rotation = rows, rotation.to(rows.device)
         self._rows = torch.zeros(padded, width, dtype=torch.int8, device=rows.device)
         self._units = torch.zeros(padded, device=rows.device)
-        #: How far a block's groups are from its first embedding, by their first; and a group's members from that.
+        #: Row offsets of the first member of each group within a block, and of a group's members from its first one.
         self._groups = torch.arange(_GROUPS, device=rows.device)
         self._members = torch.arange(0, _ROWS, _GROUPS, device=rows.device)
         parts = rows.split(_AT_ONCE)
@@ -105,7 +105,7 @@ class Rounded:
             self._rows[within], self._units[within] = self._round(F.normalize(part.float(), dim=-1) - mean)
 
     def _round(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """Integers ``[count, e]``, and their units ``[count]``."""
+        """Return rotated embeddings as 8-bit integers ``[count, e]``, and their units ``[count]``."""
         rotated = embeddings @ self._rotation
         units = torch.linalg.vector_norm(rotated, torch.inf, dim=1).clamp_min(1e-12) / 127
         return (rotated / units[:, None]).round().to(torch.int8), units
@@ -135,8 +135,8 @@ class Rounded:
         return cosines, places
 
     def _first_of(self, maxima: Tensor, tops: Tensor, wanted: int) -> Tensor:
-        """The first embedding of each of the ``wanted`` groups of largest maxima, or of all: they are in as many blocks
-        of largest maxima."""
+        """Return the first row of each of the ``wanted`` groups with the largest maxima, or of all groups. They lie
+        in the ``wanted`` blocks with the largest maxima."""
         blocks = largest(tops.T.contiguous(), min(wanted, len(tops)))[1][:, :, None]
         groups = maxima.gather(1, blocks.expand(-1, -1, _GROUPS)).flatten(1)
         chosen = largest(groups, min(wanted, groups.shape[1]))[1]

@@ -23,37 +23,37 @@ from vs2_plugin.text import sentence_of
 __all__ = ["ExactSearch", "FaissSearch", "ScreenedSearch", "Search", "blocks", "open_search"]
 
 _LOG = logging.getLogger(__name__)
-#: Galleries of up to this many images are searched exactly, whatever is asked for: that takes about 2 % of the time of
-#: a ViT-B-32, and FAISS, which builds its index for 20 s, finds 78 % (3,000 images) to 98 % (50,000) of the 50 nearest.
+#: Galleries of up to this many images are always searched exactly: that takes about 2 % of the time of a ViT-B-32,
+#: whereas FAISS builds its index for 20 s and finds 78 % (3,000 images) to 98 % (50,000) of the 50 nearest neighbours.
 _SMALL = 50_000
 _BLOCK = 1 << 16
-#: Embeddings up to this many bytes (as float32) are kept in the processor's memory, larger ones read block by block.
+#: Embeddings of up to this many bytes (as float32) are kept in main memory; larger ones are read block by block.
 _RESIDENT = 2 << 30
 _PADDED = 512
-_QUERIES = 256  # at a time: their products take no more memory than the embeddings, of 512 numbers each
+_QUERIES = 256  # at a time: their products then take no more memory than embeddings of 512 numbers
 
 
 class Search(Protocol):
-    """Finds, for queries ``[batch, e]`` (float32, unit norm), the n embeddings of largest cosine: the cosines and the
-    row numbers ``[batch, n]``, best first."""
+    """A function that finds the n embeddings of largest cosine with each query ``[batch, e]`` (float32, unit norm). It
+    returns cosines and row numbers, ``[batch, n]`` each, best first."""
 
     def __call__(self, queries: Tensor, n: int) -> tuple[Tensor, Tensor]: ...
 
 
-#: Gives cosines, float32 and -inf for what is no embedding, and row numbers, ``[batch, m]`` each, of queries
-#: ``[batch, e]``, float32 and of unit norm, with what has the ``wanted`` largest rounded cosines, and maybe others.
+#: Function of queries ``[batch, e]`` (float32, unit norm) and ``wanted``; returns float32 cosines and row numbers,
+#: ``[batch, m]`` each, of the ``wanted`` largest rounded cosines and maybe others. The cosine of padding is -inf.
 Candidates = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 def blocks(embeddings: Array | Stack, device: str | torch.device) -> Iterator[Tensor]:
-    """Give the embeddings ``[count, e]`` in blocks: float32, of unit norm, on ``device``."""
+    """Yield the embeddings ``[count, e]`` in blocks: float32, unit norm, on ``device``."""
     for start in range(0, len(embeddings), _BLOCK):
         rows = np.asarray(embeddings[start : start + _BLOCK])
         yield F.normalize(torch.from_numpy(rows.copy()).to(device).float(), dim=-1)
 
 
 class ExactSearch:
-    """Every query against every embedding, in blocks, in float32."""
+    """Exact search: every query against every embedding, in blocks, in float32."""
 
     def __init__(self, embeddings: Array | Stack, device: str | torch.device) -> None:
         self._embeddings, self._device = embeddings, torch.device(device)
@@ -63,7 +63,7 @@ class ExactSearch:
 
     def __call__(self, queries: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """See :class:`Search`."""
-        best: list[Tensor] = []  # cosines and rows, once there are some
+        best: list[Tensor] = []  # cosines and rows of the blocks so far; empty before the first
         start = 0
         for block in self._resident or blocks(self._embeddings, self._device):
             cosines, rows = largest(queries @ block.T, min(n, len(block)))
@@ -77,40 +77,40 @@ class ExactSearch:
 
 
 class ScreenedSearch:
-    """Every query against every embedding, on a GPU that has room for them: cosines of rounded embeddings choose more
-    than twice as many as are asked for, whose cosines in float32 then decide.
+    """Search of every query against every embedding, on a GPU with room for them: cosines of rounded embeddings choose
+    2 n + 32 candidates for n results, and the candidates' cosines in float32 decide.
 
-    Triton kernels round to 8 bits: a cosine of real CLIP embeddings is off by 3e-4, at most by 2e-3. Without them it is
-    half precision, off by less than 1e-4. An embedding is missed if n + 32 others are that close to it.
+    Triton kernels round to 8 bits: cosines of real CLIP embeddings are off by 3e-4, at most by 2e-3. Without Triton,
+    cosines are in half precision, off by less than 1e-4. A neighbour is missed if n + 32 others are that close to it.
     """
 
     def __init__(self, embeddings: Array | Stack, device: str | torch.device) -> None:
         stored = torch.from_numpy(np.asarray(embeddings[:1]).copy()).dtype
         rows = torch.empty(embeddings.shape, dtype=stored, device=device)
         for start in range(0, len(rows), _BLOCK):
-            some = np.asarray(embeddings[start : start + _BLOCK])
-            rows[start : start + len(some)] = torch.from_numpy(some.copy())
+            block = np.asarray(embeddings[start : start + _BLOCK])
+            rows[start : start + len(block)] = torch.from_numpy(block.copy())
         self._count = len(rows)
         self._candidates: Candidates = self._rounded(rows) or _Halves(rows)
 
     @staticmethod
     def _rounded(rows: Tensor) -> Candidates | None:
-        """What finds candidates by Triton kernels; None where these cannot be, as a query tells."""
+        """Return the search for candidates by Triton kernels; None if the kernels fail on a first query."""
         if not rows.is_cuda:
             return None
         try:
             from vs2_plugin.gallery.kernels import Rounded
 
-            found = Rounded(rows)
-            found(rows[:1].float(), 1)
-        except Exception as error:  # whatever it is that a missing compiler, an older torch or GPU raises
+            rounded = Rounded(rows)
+            rounded(rows[:1].float(), 1)
+        except Exception as error:  # whatever a missing compiler, or an older torch or GPU, raises
             _LOG.info("the gallery is searched by torch's own operators: %s", sentence_of(error))
             return None
-        return found
+        return rounded
 
     @staticmethod
     def fits(embeddings: Array | Stack, device: torch.device) -> bool:
-        """Return whether ``device`` is a GPU whose free memory is more than four times what this needs."""
+        """Return whether ``device`` is a GPU whose free memory is over four times the search's need."""
         if device.type != "cuda" or torch.cuda.get_device_capability(device) < (7, 0):
             return False
         count, width = embeddings.shape
@@ -121,7 +121,7 @@ class ScreenedSearch:
         """See :class:`Search`."""
         if len(queries) <= _QUERIES:
             return self._find(queries, n)
-        cosines, rows = zip(*(self._find(some, n) for some in queries.split(_QUERIES)), strict=True)
+        cosines, rows = zip(*(self._find(part, n) for part in queries.split(_QUERIES)), strict=True)
         return torch.cat(cosines), torch.cat(rows)
 
     def _find(self, queries: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -131,7 +131,7 @@ class ScreenedSearch:
 
 
 class _Halves:
-    """Candidates by torch's own operators: products of half-precision numbers, with sums in float32.
+    """Search for candidates by torch's own operators: products of half-precision numbers, summed in float32.
 
     Args:
         rows: the embeddings, ``[count, e]``.
@@ -139,11 +139,11 @@ class _Halves:
 
     def __init__(self, rows: Tensor) -> None:
         self._rows = rows
-        padded = -(-len(rows) // _PADDED) * _PADDED  # the top-k works on groups
+        padded = -(-len(rows) // _PADDED) * _PADDED  # since the top-k works on groups
         self._half = torch.zeros(padded, rows.shape[1], dtype=torch.float16, device=rows.device)
         for start in range(0, len(rows), _BLOCK):
-            some = rows[start : start + _BLOCK]
-            self._half[start : start + len(some)] = F.normalize(some.float(), dim=-1)
+            block = rows[start : start + _BLOCK]
+            self._half[start : start + len(block)] = F.normalize(block.float(), dim=-1)
 
     def __call__(self, queries: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
         """See :data:`Candidates`."""
@@ -155,7 +155,7 @@ class _Halves:
 
 
 def _products(one: Tensor, other: Tensor) -> Tensor:
-    """The product of two half-precision matrices, in float32; on a processor, and by an older torch, it is rounded."""
+    """Return the product of two half-precision matrices in float32; on a CPU, or by an older torch, in rounded form."""
     try:
         return torch.mm(one, other, out_dtype=torch.float32)
     except (TypeError, RuntimeError):
@@ -165,7 +165,7 @@ def _products(one: Tensor, other: Tensor) -> Tensor:
 class FaissSearch:
     """Approximate search by FAISS, for millions of images: an inverted file over half-precision vectors.
 
-    The index is built once and kept beside the embeddings, where that folder can be written.
+    The index is built once and kept beside the embeddings, if their folder can be written.
 
     Raises:
         SettingError: FAISS is not installed.
@@ -190,13 +190,13 @@ class FaissSearch:
         try:
             check_all(file.parent, {file.name: sums_of(file).read_text()}, compare=check_file)
             return faiss.read_index(os.fspath(file))
-        except (OSError, ValueError, RuntimeError):  # none yet, or damaged: it is built again
+        except (OSError, ValueError, RuntimeError):  # missing or damaged: the index is built again
             return None
 
     @staticmethod
     def _build(faiss: Any, embeddings: Array | Stack) -> Any:
         count, width = embeddings.shape
-        # As many lists as FAISS advises (4 to 16 times the root of the count), as long as each can be learned from 39.
+        # As many lists as FAISS advises (4 to 16 times the root of the count), if each can be learned from 39 images.
         lists = max(1, min(int(4 * count**0.5), count // 39))
         index = faiss.index_factory(width, f"IVF{lists},SQfp16", faiss.METRIC_INNER_PRODUCT)
         sample = np.sort(np.random.default_rng(0).permutation(count)[: 64 * lists])
@@ -209,7 +209,7 @@ class FaissSearch:
     def _keep(faiss: Any, index: Any, file: Path) -> None:
         # In a folder that cannot be written, the index serves this run only.
         with suppress(OSError, RuntimeError), atomic_file(file) as scratch, open(scratch, "wb") as out:
-            # By a file of Python's: FAISS prints that its own could not be closed, as on a full disk, and goes on.
+            # By Python's file: if FAISS cannot close a file of its own, as on a full disk, it only prints that.
             faiss.write_index(index, faiss.PyCallbackIOWriter(out.write))
         with suppress(OSError):
             digest = file_digest(file)
@@ -218,14 +218,14 @@ class FaissSearch:
             trust_all(file.parent, {file.name: digest})
 
     def __call__(self, queries: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        """See :class:`Search`. Where FAISS finds fewer than n, the rest are rows -1."""
+        """See :class:`Search`. If FAISS finds fewer than n, the remaining row numbers are -1."""
         cosines, rows = self._index.search(queries.cpu().numpy(), n)
         return torch.from_numpy(cosines).to(self._device), torch.from_numpy(rows).to(self._device)
 
 
 def open_search(kind: str, embeddings: Array | Stack, file: Path, device: str | torch.device) -> Search:
-    """Return the search of that kind: ``exact`` or ``faiss`` (whose index lies, or will lie, in ``file``); of a small
-    gallery, the exact one."""
+    """Return the search of this ``kind``: ``exact``, or ``faiss`` (whose index is kept in ``file``). A small gallery is
+    always searched exactly."""
     if kind == "faiss":
         if len(embeddings) > _SMALL:
             return FaissSearch(embeddings, file, device)
