@@ -1,4 +1,4 @@
-"""Training: what is asked for, the activations of the training images, the SAEs, and the checkpoint of them."""
+"""Training: the request, the activations of the training images, the SAEs, and their checkpoint."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def train(
             - the name of a data set or a folder of images (``photos/``), as ``--dataset`` takes it, or several;
             - images: PIL images, paths of image files, uint8 arrays ``[height, width, 3]`` or tensors as the model's
               transform makes them, in a list, a torch data set, a generator, …; each may stand in a tuple with its
-              label. What is read of a list or an array is cached, and found again by its content; what is read of
-              anything else is not;
-            - activations ``[count, width]``, an array or a tensor: what ``model`` has where ``blocks`` says (by
-              default, the CLS token after the last block). There are no images then, and no gallery of them for the
-              methods that look into one. Without ``model``, the SAE is of no CLIP, and steers none.
+              label. Activations of a list or an array are cached, and found again by the images' content; those of
+              other sources are not cached;
+            - activations ``[count, width]``, an array or a tensor: those of ``model`` at ``blocks`` (by default, the
+              CLS token after the last block). Without images there is no gallery, which some methods need. Without
+              ``model``, the SAE belongs to no CLIP model and cannot steer one.
         **settings: fields of :class:`vs2_plugin.training.request.TrainRequest`, which are the flags of the command.
-            ``dataset`` is what images or activations are called.
+            ``dataset`` names the images or activations that are given.
 
     Returns:
-        The checkpoint; a list of them where a setting has several values that make one each (``k=(32, 64)``).
-        :func:`vs2_plugin.load` takes it as its ``checkpoint``.
+        The checkpoint; a list of checkpoints if a setting has several values, one per value (``k=(32, 64)``).
+        :func:`vs2_plugin.load` accepts a checkpoint as its argument ``checkpoint``.
 
     Raises:
-        Vs2Error: what is wrong, before any image is read where that can be told.
+        Vs2Error: the training cannot be done; raised before any image is read, where possible.
 
     Example::
 
@@ -58,31 +58,31 @@ def train(
     from vs2_plugin.training import run
     from vs2_plugin.training.request import TrainRequest
 
-    named = _names(source)
-    given = None if source is None or named else _given(source)
-    if named:
-        settings = {"dataset": named, **settings}
-    elif given is not None:
-        settings = {**_usual(given), **settings}
-    checkpoints = run.train(TrainRequest.of(**settings), given=given)
+    names = _names(source)
+    data = None if source is None or names else _given(source)
+    if names:
+        settings = {"dataset": names, **settings}
+    elif data is not None:
+        settings = {**_usual(data), **settings}
+    checkpoints = run.train(TrainRequest.of(**settings), given=data)
     return checkpoints[0] if len(checkpoints) == 1 else checkpoints
 
 
 def _names(source: Any) -> list[str]:
-    """Return the data sets that are named; none if it is no name of any."""
-    given = source if isinstance(source, (list, tuple)) else [source]
-    if not all(isinstance(one, (str, os.PathLike)) for one in given):
+    """Return the names of data sets that ``source`` holds; an empty list if it holds anything else."""
+    words = source if isinstance(source, (list, tuple)) else [source]
+    if not all(isinstance(word, (str, os.PathLike)) for word in words):
         return []
-    if isinstance(source, (list, tuple)) and all(os.path.isfile(one) for one in given):
+    if isinstance(source, (list, tuple)) and all(os.path.isfile(word) for word in words):
         return []  # image files
-    return [one if isinstance(one, str) else os.path.join(one, "") for one in given]  # a separator tells a folder
+    return [word if isinstance(word, str) else os.path.join(word, "") for word in words]  # its separator marks a folder
 
 
 def _given(source: Any) -> GivenImages | GivenActivations:
-    """Return images or activations.
+    """Return ``source`` as images or activations.
 
     Raises:
-        DataError: it is neither.
+        DataError: ``source`` is neither.
     """
     import numpy as np
     from torch import Tensor
@@ -104,9 +104,9 @@ def _given(source: Any) -> GivenImages | GivenActivations:
 
 
 def _usual(given: GivenImages | GivenActivations) -> dict[str, Any]:
-    """Return the settings that are usual of what is given."""
+    """Return the default settings for images, or for activations."""
     from vs2_plugin.data.given import GivenImages
 
     if isinstance(given, GivenImages):
-        return {"dataset": "images", "num_workers": 0}  # what a notebook defines, other processes may not have
+        return {"dataset": "images", "num_workers": 0}  # loader processes may lack what a notebook defines
     return {"dataset": "activations", "model": "", "pretrained": ""}

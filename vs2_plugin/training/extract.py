@@ -1,4 +1,4 @@
-"""The first half of a training: what is read of the training images, and what of it becomes the gallery."""
+"""The first half of a training: the extraction of activations and embeddings, and the gallery made of them."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from vs2_plugin.training.request import TrainRequest
 
 __all__ = ["Extraction", "Part", "Report", "all_labels", "load_encoders"]
 
-#: Tells the user a line.
+#: Function that shows a line to the user.
 Report = Callable[[str], None]
-#: Retrieval encoder -> the encoder, and what identifies it.
+#: Name of a retrieval encoder -> the encoder and its identity.
 Encoders = Mapping[str, tuple[TimmEncoder, RetrievalEncoder]]
 
 
@@ -44,30 +44,30 @@ class Part:
 
     dataset: DataSet
     folder: str
-    """Where its images lie: see :attr:`vs2_plugin.data.images.TrainingImages.folder`."""
+    """Folder of the images; see :attr:`vs2_plugin.data.images.TrainingImages.folder`."""
     tower: Extracted
-    """Columns: hookpoint -> activations; with a gallery also the output embedding."""
+    """Columns of activations, by hookpoint; with a gallery also the output embedding."""
     encoded: dict[str, Extracted]
-    """Retrieval encoder -> its embeddings, in a column of its name."""
+    """Name of a retrieval encoder -> its embeddings, in a column of this name."""
 
     def __len__(self) -> int:
         return len(self.tower)
 
     @property
     def labels(self) -> np.ndarray:
-        """int64 ``[count]``; there if the extraction read them."""
+        """Labels, int64 ``[count]``. Raises DataError if the extraction did not read labels."""
         if self.tower.labels is None:
             raise DataError(f"the labels of {self.dataset.name} were not read")
         return self.tower.labels
 
     @property
     def classes(self) -> int:
-        """Labels are below this."""
+        """Number of classes: the largest label plus one."""
         return int(self.labels.max()) + 1
 
 
 def all_labels(parts: Sequence[Part]) -> np.ndarray:
-    """Return the labels of all data sets, whose classes are not each other's: int64 ``[count]``."""
+    """Return the labels of all data sets, int64 ``[count]``, shifted so that no two data sets share a class."""
     starts = np.cumsum([0, *(part.classes for part in parts)])
     return np.concatenate([part.labels + start for part, start in zip(parts, starts, strict=False)])
 
@@ -75,16 +75,16 @@ def all_labels(parts: Sequence[Part]) -> np.ndarray:
 def load_encoders(
     request: TrainRequest, held: Sequence[GalleryContents], preprocessing: Mapping[str, Any], device: str
 ) -> Encoders:
-    """Load the retrieval encoders beside CLIP: those asked for, and those whose embeddings galleries hold already."""
-    wanted = dict(split_name(text) for text in request.retrieval_encoder)
-    if CLIP in wanted:
+    """Load the retrieval encoders beside CLIP: those requested, and those whose embeddings existing galleries hold."""
+    weights_of = dict(split_name(text) for text in request.retrieval_encoder)
+    if CLIP in weights_of:
         raise SettingError("--retrieval_encoder clip: the CLIP embedding is always kept; expected names of timm models")
     for gallery in held:
         for name, identity in gallery.encoders.items():
             if name != CLIP:
-                wanted.setdefault(name, identity.weights)
+                weights_of.setdefault(name, identity.weights)
     encoders = {}
-    for name, weights in wanted.items():
+    for name, weights in weights_of.items():
         encoder = load_encoder(name, weights, preprocessing, device)
         encoders[name] = encoder, encoder.identity(name, weights and os.path.abspath(weights))
     return encoders
@@ -92,29 +92,29 @@ def load_encoders(
 
 @dataclass(frozen=True)
 class Extraction:
-    """The columns to be read of every image."""
+    """An extraction of columns from every image of data sets."""
 
     request: TrainRequest
     cache: Path
-    """The folder of the cache."""
+    """Folder of the cache."""
     loaded: Loaded
     tower: Tower
-    """What identifies its vision tower."""
+    """Identity of the vision tower."""
     sites: Sequence[Site]
-    """Where activations are read."""
+    """Sites at which activations are read."""
     encoders: Encoders
     labels: bool
     amp: bool
     device: str
     say: Report
     given: GivenImages | None = None
-    """The images, if they are no data set's."""
+    """Images that Python code supplies in place of a data set."""
     processes: Processes = ALONE
     reserved: int = 0
-    """Bytes that are to stay free in the store, for what is written afterwards."""
+    """Bytes that must stay free in the store, for the checkpoints that are written afterwards."""
 
     def run(self, dataset: DataSet, split: Split) -> Part:
-        """Return everything of one data set, from the cache or extracted into it.
+        """Return all columns of one data set, from the cache, or extracted into the cache.
 
         Raises:
             DataError: an image cannot be read, or the disk is too small.
@@ -131,10 +131,10 @@ class Extraction:
             self.say("it has no train/ and test/: where all of it is evaluated, results say that it is transductive")
         source = self._source(dataset, split, images)
         output = [self.loaded.sites.output] if request.gallery else []
-        read = list(dict.fromkeys([*self.sites, *output]))
-        widths = {site.hookpoint: site.width for site in read}
+        sites = list(dict.fromkeys([*self.sites, *output]))
+        widths = {site.hookpoint: site.width for site in sites}
         key = {"tower": self.tower.to_json(), "sites": list(widths), **source}
-        encode = activations_at(self.loaded.model, read, self.amp)
+        encode = activations_at(self.loaded.model, sites, self.amp)
         of_tower = self._cached(encode, widths, images, key, "activations")
         encoded = {}
         for name, (encoder, identity) in self.encoders.items():
@@ -168,7 +168,7 @@ class Extraction:
         return "in float32" if self.request.amp is False else "in float32 (this processor would emulate autocast)"
 
     def _source(self, dataset: DataSet, split: Split, images: TrainingImages) -> dict[str, Any]:
-        """Return all that the images, and what is made of them, depend on beside the model."""
+        """Return the part of a cache key that concerns the images and their processing, but not the model."""
         request, root = self.request, dataset.root
         return {
             "preprocessing": self.tower.preprocessing,
@@ -195,21 +195,21 @@ class Extraction:
         self, encode: Encode, widths: Mapping[str, int], images: TrainingImages, key: dict[str, Any], name: str
     ) -> Extracted:
         cache, request = ActivationCache(self.cache), self.request
-        found = None if request.refresh_cache else cache.open(key, widths, images.labels)
-        if found is not None:
-            self.say(f"{name} of {len(found):,} images: cached, in {cache.folder(key)}")
-            if found.left_out:
-                first, more = found.left_out[0], len(found.left_out) - 1
+        cached = None if request.refresh_cache else cache.open(key, widths, images.labels)
+        if cached is not None:
+            self.say(f"{name} of {len(cached):,} images: cached, in {cache.folder(key)}")
+            if cached.left_out:
+                first, more = cached.left_out[0], len(cached.left_out) - 1
                 self.say(f"left out, not a readable image: {first}" + (f", and {more:,} more" if more else ""))
-            return found
+            return cached
         dtype, count = np.dtype(request.cache_dtype), images.count
         if count is None:
             self.say(f"{name} of an unknown number of images: into {cache.folder(key)}")
         else:
             needed = count * sum(widths.values()) * dtype.itemsize
-            left = sum(path.stat().st_size for path in part_of(cache.folder(key)).glob("*.npy"))
+            already = sum(path.stat().st_size for path in part_of(cache.folder(key)).glob("*.npy"))
             what = "the activations, and the checkpoints after them,"
-            free = require_space(self.cache, needed - min(left, needed) + self.reserved, what)
+            free = require_space(self.cache, needed - min(already, needed) + self.reserved, what)
             where = cache.folder(key)
             self.say(f"{name} of {count:,} images: {gigabytes(needed)} on disk, in {where} ({gigabytes(free)} free)")
         return extract(
@@ -229,7 +229,7 @@ class Extraction:
         )
 
     def gallery(self, parts: Sequence[Part]) -> GalleryFiles | None:
-        """Return the gallery of a checkpoint: the extracted files, under the names that they have there."""
+        """Return the gallery of a checkpoint, made of the extracted files; None if the request wants none."""
         if not self.request.gallery:
             return None
         encoders = {
@@ -237,7 +237,7 @@ class Extraction:
             **{name: identity for name, (_, identity) in self.encoders.items()},
         }
         arrays = [self._arrays(part) for part in parts]
-        kept = tuple(
+        gallery_parts = tuple(
             GalleryPart(
                 part.dataset.name,
                 len(part),
@@ -251,14 +251,14 @@ class Extraction:
             {name: extracted.folder / f"{column}.npy" for name, (extracted, column) in of_part.items()}
             for of_part in arrays
         ]
-        contents = GalleryContents(kept, tuple(site.hookpoint for site in self.sites), encoders, self.labels)
+        contents = GalleryContents(gallery_parts, tuple(site.hookpoint for site in self.sites), encoders, self.labels)
         return GalleryFiles(contents, files)
 
     def _arrays(self, part: Part) -> dict[str, tuple[Extracted, str]]:
-        """Name in the gallery -> what was extracted, and the column in it."""
+        """Return name of an array in the gallery -> the extraction, and the column in it."""
         arrays = {site.hookpoint: (part.tower, site.hookpoint) for site in self.sites}
         arrays[f"embedding.{CLIP}"] = part.tower, self.loaded.sites.output.hookpoint
-        arrays |= {f"embedding.{name}": (found, name) for name, found in part.encoded.items()}
+        arrays |= {f"embedding.{name}": (embeddings, name) for name, embeddings in part.encoded.items()}
         arrays["digests"] = part.tower, "digests"
         if self.labels:
             arrays["labels"] = part.tower, "labels"

@@ -1,4 +1,4 @@
-"""The checkpoints that a request asks for, and what stays of those that are there."""
+"""The checkpoints that a request asks for, and the SAEs that stay in those that exist already."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vs2_plugin.training.request import TrainRequest
 
 __all__ = ["Plan", "chosen_sites", "fitted", "make_plans"]
 
-#: Settings of which each value makes a checkpoint -> what stands before the value in its name.
+#: Settings with one checkpoint for each value -> prefix of the value in the checkpoint's name.
 _GRID = {"k": "k", "expansion_factor": "x", "seed": "seed"}
 
 
@@ -33,35 +33,35 @@ class Plan:
 
     folder: Path
     settings: Mapping[str, Any]
-    """Settings of its SAEs, by the names of :class:`TrainConfig`; ``k`` may be missing."""
+    """Settings of the checkpoint's SAEs, by their names in :class:`TrainConfig`; ``k`` may be missing."""
     variants: Mapping[str, float]
     """Variant to train -> PASS weight."""
     existing: Checkpoint | None
-    """The checkpoint that is there."""
+    """The checkpoint that is already in the folder."""
 
     @property
     def kept(self) -> list[SiteSAE]:
-        """The SAEs that stay: those of other variants."""
+        """SAEs of the existing checkpoint that stay: those of other variants."""
         return [] if self.existing is None else [s for s in self.existing.sites if s.variant not in self.variants]
 
     def load_kept(self, data: TrainingData) -> list[tuple[SiteSAE, TopKSAE]]:
-        """Read the SAEs that stay.
+        """Return the SAEs of the existing checkpoint that stay, with their records.
 
         Raises:
-            DataError: they are of other data.
+            DataError: these SAEs were trained on other data.
         """
-        existing, kept = self.existing, self.kept
-        if existing is None or not kept:
+        existing, staying = self.existing, self.kept
+        if existing is None or not staying:
             return []
         differences = ", ".join(existing.data.differences(data))
         if differences:
             raise DataError(
                 f"the other SAE of checkpoint {existing.name!r} was trained on other data ({differences}); give --name"
             )
-        return [(site, existing.sae(site)[0]) for site in kept]
+        return [(site, existing.sae(site)[0]) for site in staying]
 
     def config(self, variant: str, width: int) -> TrainConfig:
-        """Return the settings for activations of a width. Raises SettingError: they make no SAE of that width."""
+        """Return a variant's settings for activations of a width. Raises SettingError if no SAE can have them."""
         usual = {"k": min(64, max(1, width // 8))}
         config = TrainConfig(**{**usual, **self.settings, "pass_weight": self.variants[variant]})
         SaeConfig(width, config.expansion_factor * width, config.k, config.activation)
@@ -69,11 +69,11 @@ class Plan:
 
 
 def make_plans(request: TrainRequest, store: Store) -> list[Plan]:
-    """Return the checkpoints that are asked for: one for each combination of what has several values.
+    """Return the checkpoints to write: one for each combination of the settings with several values.
 
     Raises:
-        SettingError: a setting outside its range.
-        DataError: a checkpoint is there already.
+        SettingError: a setting is outside its range.
+        DataError: a checkpoint exists already.
     """
     grid, single = _settings(request)
     weights = request.pass_weight or (0.0,)
@@ -93,47 +93,48 @@ def make_plans(request: TrainRequest, store: Store) -> list[Plan]:
 
 
 def fitted(request: TrainRequest, given: ForeignSAE) -> TrainRequest:
-    """Return the request with what an SAE that is given tells of itself.
+    """Return the request with block, k and expansion factor of the SAE ``given`` in place of a training.
 
     Raises:
-        SettingError: settings of a training, where there is none, or several places.
+        SettingError: the request has settings of a training, or several blocks or seeds.
     """
-    of_training = [one.name for one in fields(TrainConfig) if one.name not in ("rescale", "seed")]
+    of_training = [field.name for field in fields(TrainConfig) if field.name not in ("rescale", "seed")]
     asked = [name for name in of_training if getattr(request, name) is not None]
     asked += ["recipe"] if request.recipe != "default" else []
     if asked:
         raise SettingError(f"--sae uses an SAE as it is; omit --{' --'.join(asked)}")
     if len(request.blocks) > 1 or request.blocks == ("all",) or len(request.seed or ()) > 1:
         raise SettingError("--sae is one SAE, for one place; expected one value of --blocks and of --seed")
-    config, told = given.sae.config, request.blocks == ("last",) and given.block is not None
+    config, has_block = given.sae.config, request.blocks == ("last",) and given.block is not None
     return replace(
         request,
-        blocks=(str(given.block),) if told else request.blocks,
+        blocks=(str(given.block),) if has_block else request.blocks,
         k=(config.k,),
         expansion_factor=(max(1, config.num_latents // config.d_in),),
     )
 
 
 def _settings(request: TrainRequest) -> tuple[dict[str, Sequence[Any]], dict[str, Any]]:
-    """Return the settings that may have several values, and those with one, as far as the request tells them."""
-    given = {one.name: getattr(request, one.name, None) for one in fields(TrainConfig) if one.name != "pass_weight"}
+    """Return the settings that may have several values, and those with a single value, that the request sets."""
+    settings = {f.name: getattr(request, f.name, None) for f in fields(TrainConfig) if f.name != "pass_weight"}
     shape = _paper_shape(request.model) if request.recipe == "paper" else {}
-    grid = {name: given.pop(name) or ((shape[name],) if name in shape else ()) for name in _GRID}
-    return grid, {name: value for name, value in given.items() if value is not None}
+    grid = {name: settings.pop(name) or ((shape[name],) if name in shape else ()) for name in _GRID}
+    return grid, {name: value for name, value in settings.items() if value is not None}
 
 
 def _plan(folder: Path, settings: Mapping[str, Any], variants: Mapping[str, float], request: TrainRequest) -> Plan:
     plan = Plan(folder, settings, variants, _existing(folder, variants, request))
     for variant in variants:
-        plan.config(variant, 512)  # refused now, and not after the extraction
+        plan.config(variant, 512)  # raises now instead of after the extraction
     return plan
 
 
 def _existing(folder: Path, variants: Collection[str], request: TrainRequest) -> Checkpoint | None:
-    """Return the checkpoint that a training adds to; None if there is none.
+    """Return the checkpoint in ``folder``, to which the training adds SAEs; None if there is none.
 
     Raises:
-        DataError: it holds an SAE of such a variant already.
+        CheckpointError: the checkpoint cannot be read, and is not to be overwritten.
+        DataError: the checkpoint already holds an SAE of one of the variants, and is not to be overwritten.
     """
     if not folder.exists():
         return None
@@ -154,7 +155,7 @@ def _existing(folder: Path, variants: Collection[str], request: TrainRequest) ->
 
 
 def _other(existing: Checkpoint, request: TrainRequest) -> str:
-    """Say that a checkpoint is of another model or folder, and how this one gets one beside it; nothing otherwise."""
+    """Return words on the other model or folder of a checkpoint, and the command that keeps both; empty if the same."""
     model = with_weights(request.model, request.pretrained)
     homes = [named.home for named in request.data_sets if named.home]
     elsewhere = [home for home in homes if not existing.data.is_of(home)]

@@ -1,6 +1,6 @@
-"""What a training is asked for: the settings of ``vs2-train-sae``, checked before anything is loaded.
+"""The request of a training: the settings of ``vs2-train-sae``, checked before anything is loaded.
 
-Every field is a flag of the command, of the same name; see :func:`vs2_plugin.settings.flags_of`. No heavy imports.
+Every field is a flag of the command with the same name; see :func:`vs2_plugin.settings.flags_of`. No heavy imports.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ __all__ = ["TrainRequest"]
 @documented
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest:
-    """One training, which may give several checkpoints.
+    """The settings of one training, which may write several checkpoints.
 
-    Settings of :class:`vs2_plugin.sae.config.TrainConfig` that are None are those of the recipe. ``k``,
+    Settings of :class:`vs2_plugin.sae.config.TrainConfig` that are None take the recipe's value. ``k``,
     ``expansion_factor``, ``pass_weight`` and ``seed`` take several values, and each combination becomes a checkpoint.
-    Where several values can be given, one alone is accepted too.
+    A setting that takes several values accepts a single one too.
 
     Raises:
-        SettingError: a value outside its range, or two that contradict each other.
+        SettingError: a value is outside its range, or two values contradict each other.
         TowerError: the model is a steered one.
     """
 
@@ -151,35 +151,35 @@ class TrainRequest:
 
     @classmethod
     def of(cls, **given: Any) -> TrainRequest:
-        """Make one of what is given: with activations, no model is meant unless it is named."""
+        """Return the request with these settings. With ``activations``, the default is no model."""
         usual = {"model": "", "pretrained": ""} if given.get("activations") else {}
-        known = {one.name for one in fields(cls)}
+        names = {field.name for field in fields(cls)}
         for name in given:
-            if name not in known:
+            if name not in names:
                 positive = name.removeprefix("no_")
-                meant = f"{positive}=False" if positive in known else (*get_close_matches(name, known, 1), "")[0]
+                meant = f"{positive}=False" if positive in names else (*get_close_matches(name, names, 1), "")[0]
                 hint = f"; did you mean {meant}?" if meant else ""
                 raise SettingError(f"a training has no setting {name!r}{hint}")
         return cls(**{**usual, **given})
 
     @property
     def first_seed(self) -> int:
-        """The seed of all that the SAEs share: random weights, loaders, the subset of ``max_images``."""
+        """Seed of everything that the SAEs share: random weights, loaders, the subset of ``max_images``."""
         return (self.seed or (0,))[0]
 
     @property
     def data_sets(self) -> tuple[DataSet, ...]:
-        """What is trained on, each once. Raises DataError, SettingError: it names none."""
+        """Data sets to train on, each once. Raises DataError or SettingError if a name stands for none."""
         return self._named(self.dataset)
 
     @property
     def calibration_sets(self) -> tuple[DataSet, ...]:
-        """Those whose held-out activations set the thresholds of the gate."""
+        """Data sets whose held-out activations set the thresholds of the gate."""
         return self._named(self.calibrate_on or self.dataset)
 
     def _named(self, datasets: tuple[str, ...]) -> tuple[DataSet, ...]:
         return tuple(dict.fromkeys(DataSet.of(dataset, self.dataset_root) for dataset in datasets))
 
     def words(self) -> list[str]:
-        """Return the command that asks for the same, as one would type it: only what differs from the defaults."""
+        """Return the command line of this request, as words, with only the settings that differ from the defaults."""
         return ["vs2-train-sae", *words_of(self)]

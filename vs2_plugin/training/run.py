@@ -1,4 +1,4 @@
-"""A training from the request to the checkpoints: activations of every site, an SAE for each, the files."""
+"""A training, from the request to the checkpoints: activations of every site, an SAE on each, and the files."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ from vs2_plugin.training.supplied import Supplied, require_no_images, supply
 __all__ = ["train"]
 
 _LOG = logging.getLogger(__name__)
-#: Days after which what an interrupted training left is removed by the next one.
+#: Days after which the next training removes what an interrupted one left.
 _FORGOTTEN = 30
-#: In place of a data set.
+#: Images or activations that are supplied in place of a data set.
 _Given = GivenImages | GivenActivations
 
 
@@ -57,26 +57,26 @@ def train(
     report: Report = _LOG.info,
     given: _Given | None = None,
 ) -> list[Checkpoint]:
-    """Train what is asked for, alone or with others, and write the checkpoints.
+    """Train the SAEs of a request, in one process or several, and write the checkpoints.
 
     Args:
-        request: what is asked for.
-        processes: who shares the images and every training step. The first of them writes and reports.
-        report: tells the user a line: what is read from where, and how the SAEs came out.
-        given: images or activations at hand, which ``request.dataset`` is but the name of.
+        request: the settings.
+        processes: the processes that share the images and every training step. The first one writes and reports.
+        report: shows a line to the user: sources of the data, and quality of the SAEs.
+        given: images or activations in place of a data set; ``request.dataset`` is then only their name.
 
     Returns:
-        The checkpoints, in the order of the values asked for; none in a process that is not the first.
+        The checkpoints, in the order of the requested values; none in a process that is not the first.
 
     Raises:
-        Vs2Error: what is wrong, before any image is read where that can be told.
+        Vs2Error: the training cannot be done; raised before any image is read, where possible.
     """
-    with seeded(request.first_seed):  # loaders, and data sets of others, draw numbers too
+    with seeded(request.first_seed):  # loaders and foreign data sets draw random numbers too
         return _train(request, processes, report, given)
 
 
 def _train(request: TrainRequest, processes: Processes, report: Report, given: _Given | None) -> list[Checkpoint]:
-    """The same, by the random numbers at hand."""
+    """Train as :func:`train` does, with the random generators as they are."""
     given, created = _begin(request, given)
     request = replace(
         request,
@@ -98,7 +98,7 @@ def _train(request: TrainRequest, processes: Processes, report: Report, given: _
         extraction, sites = _open(request, plans, store, cache, given, processes, say)
         parts = [extraction.run(dataset, split) for dataset, split in splits.items()]
         data = _data(request, splits, parts, extraction.amp)
-        kept = [plan.load_kept(data) for plan in plans]
+        old_saes = [plan.load_kept(data) for plan in plans]
         states = store.training / _identity(request, plans, sites, parts)
         trained = make_saes(request, plans, sites, parts, extraction, states, report, foreign)
         if not processes.first:
@@ -111,7 +111,7 @@ def _train(request: TrainRequest, processes: Processes, report: Report, given: _
             "gallery": extraction.gallery(parts),
             "created": {**created, **_origin(request)},
         }
-        checkpoints = _save(plans, [[*stay, *new] for stay, new in zip(kept, trained, strict=True)], contents, report)
+        checkpoints = _save(plans, [[*old, *new] for old, new in zip(old_saes, trained, strict=True)], contents, report)
         shutil.rmtree(states, ignore_errors=True)
     if given is None:
         say(f"evaluate with: {store.assignment}{_evaluate_command(request, plans, extraction.amp)}")
@@ -119,24 +119,24 @@ def _train(request: TrainRequest, processes: Processes, report: Report, given: _
 
 
 def _begin(request: TrainRequest, given: _Given | None) -> tuple[_Given | None, dict[str, str]]:
-    """Return what is given by Python or by a file, and what a checkpoint tells of its making: the command, if one could
-    be typed.
+    """Return the data supplied by Python or by a file, and a checkpoint's record of its making: versions, and the
+    command if there is one.
 
     Raises:
-        DataError: a file of activations that cannot be read.
-        TowerError: the model is not known.
+        DataError: a file of activations cannot be read.
+        TowerError: the model is unknown.
     """
     created = {"torch": version("torch"), "open_clip": version("open_clip_torch")}
     if given is None:
         created["command"] = shlex.join(request.words())
         given = None if request.activations is None else read_activations(Path(request.activations).expanduser())
     if request.model or not isinstance(given, GivenActivations):
-        check_backbone(request.model, request.pretrained)  # before the names of checkpoints, which hold its own
+        check_backbone(request.model, request.pretrained)  # first, since names of checkpoints contain the model's
     return given, created
 
 
 def _origin(request: TrainRequest) -> dict[str, str]:
-    """Return what a checkpoint tells of a model of transformers: versions, and the commit of a repository."""
+    """Return a checkpoint's record of a model of transformers: the version, and the commit of a repository."""
     if library_place(request.model) is None:
         return {}
     commit = revision_of(request.model, request.model_cache_dir)
@@ -144,18 +144,18 @@ def _origin(request: TrainRequest) -> dict[str, str]:
 
 
 def _splits(request: TrainRequest, given: _Given | None) -> dict[DataSet, Split]:
-    """Return the split of each data set, and look at what the settings say of what is given.
+    """Return the split of each data set, and check the settings against supplied data.
 
     Raises:
-        DataError: a data set has none to train on.
-        SettingError: a setting that does not go with what is given.
+        DataError: a data set has no split to train on.
+        SettingError: a setting does not fit the supplied data.
     """
     if given is None:
         splits = {
             named: training_split(named.name, request.train_split, request.transductive) for named in request.data_sets
         }
         for named in filter(lambda named: named.is_folder, splits):
-            open_folder(named.root, splits[named].name)  # whose errors need no model
+            open_folder(named.root, splits[named].name)  # to raise its errors before a model is loaded
         return splits
     if len(request.dataset) != 1:
         raise SettingError(f"--dataset {' '.join(request.dataset)}: expected one name for what is given")
@@ -168,8 +168,8 @@ def _splits(request: TrainRequest, given: _Given | None) -> dict[DataSet, Split]
 
 @contextmanager
 def _cache(store: Store, given: _Given | None) -> Iterator[Path]:
-    """Give the folder that activations are extracted into: that of the store, or one that goes with the training,
-    where nothing tells the images from others the next time. (A gallery links what it needs.)"""
+    """Yield the folder that activations are extracted into: the store's, or one that is removed after the training if
+    the images could not be recognised the next time. (A gallery links the files that it needs.)"""
     if not isinstance(given, GivenImages) or given.is_kept:
         yield store.activations
         return
@@ -179,10 +179,10 @@ def _cache(store: Store, given: _Given | None) -> Iterator[Path]:
 
 @contextmanager
 def _alone(store: Store, plans: Sequence[Plan], processes: Processes) -> Iterator[bool]:
-    """Keep other trainings from writing the same checkpoints; tells whether one has just done so.
+    """Keep other trainings from writing the same checkpoints; yield whether one had to be waited for.
 
     Raises:
-        DataError: one does, or the store cannot be written.
+        DataError: another training is writing them, or the store cannot be written.
     """
     if not processes.first:
         yield False
@@ -195,7 +195,7 @@ def _alone(store: Store, plans: Sequence[Plan], processes: Processes) -> Iterato
 
 
 def _identity(request: TrainRequest, plans: Sequence[Plan], sites: Sequence[Site], parts: Sequence[Part]) -> str:
-    """Return what tells this training from any other: everything that the state of its SAEs depends on."""
+    """Return a digest of everything that the state of the SAEs depends on, which identifies the training."""
     configs = [
         [plan.folder.name, site.hookpoint, asdict(plan.config(variant, site.width))]
         for plan in plans
@@ -211,7 +211,7 @@ def _save(
     """Write the checkpoints.
 
     Raises:
-        DataError: one could not be written. It is kept elsewhere then, if that can be, and the message says where.
+        DataError: a checkpoint could not be written; the message says where it was written instead, if anywhere.
     """
     checkpoints, failures = [], []
     for plan, own in zip(plans, saes, strict=True):
@@ -231,7 +231,7 @@ def _save(
 
 
 def _warnings(checkpoint: Checkpoint) -> Iterator[str]:
-    """Give what is wrong with the SAEs of a checkpoint, and what to do."""
+    """Yield a warning, with its remedy, for each SAE of a checkpoint that is useless or has learned too little."""
     for site in checkpoint.sites:
         if site.warning:
             yield f"the SAE at {site.folder} is useless: {site.warning}; {RETRAIN}"
@@ -240,7 +240,7 @@ def _warnings(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _keep_aside(folder: Path, error: OSError, contents: Mapping[str, Any]) -> str:
-    """Write a checkpoint among the temporary files, without its gallery where that does not fit. Return what to say."""
+    """Write a checkpoint to a temporary folder, without its gallery if that does not fit. Return the error message."""
     problem = f"the checkpoint {folder.name!r} is trained but could not be written to {folder} ({reason_of(error)})"
     for gallery in (contents["gallery"], None):
         with suppress(OSError):
@@ -253,11 +253,11 @@ def _keep_aside(folder: Path, error: OSError, contents: Mapping[str, Any]) -> st
 
 
 def _warn(request: TrainRequest, plans: Sequence[Plan], splits: Iterable[Split], say: Report) -> None:
-    """Say what the checkpoint will be marked with, and what it replaces."""
+    """Tell the user which marks the checkpoints will bear, and which checkpoints of other models they replace."""
     model = with_weights(request.model, request.pretrained)
-    for there in (plan.existing for plan in plans if plan.existing and not plan.kept):
-        if there.model != model:
-            say(f"checkpoint {there.name!r}, which was for {there.model}, is replaced by one for {model}")
+    for existing in (plan.existing for plan in plans if plan.existing and not plan.kept):
+        if existing.model != model:
+            say(f"checkpoint {existing.name!r}, which was for {existing.model}, is replaced by one for {model}")
     if any("pass" in plan.variants for plan in plans):
         say("PASS: the training labels are read; the checkpoint and every result of pass: say so")
     if any(split.transductive for split in splits):
@@ -273,9 +273,9 @@ def _open(
     processes: Processes,
     say: Report,
 ) -> tuple[Extraction | Supplied, list[Site]]:
-    """Return what gives the activations, its models loaded, and the sites that SAEs are trained at.
+    """Return the source of the activations, with its models loaded, and the sites of the SAEs to train.
 
-    What the galleries of checkpoints that stay hold already, the new ones hold too.
+    Whatever the gallery of an existing checkpoint that keeps SAEs holds, its new gallery will hold too.
     """
     device = own_device(processes)
     if isinstance(given, GivenActivations):
@@ -283,14 +283,14 @@ def _open(
         require_space(store.root, _room(plans, [supplied.site]), "the checkpoints")
         say(f"{len(given.rows):,} activations of width {supplied.site.width}; without images, there is no gallery")
         return supplied, [supplied.site]
-    with seeded(request.first_seed):  # random weights are those that clip_benchmark draws for this seed
+    with seeded(request.first_seed):  # random weights as clip_benchmark draws them for this seed
         loaded = load_backbone(request.model, request.pretrained, request.model_cache_dir, device)
     tower = Tower.of(loaded.model, loaded.transform)
     sites = chosen_sites(loaded.sites, request.blocks)
     existing = [plan.existing for plan in plans if plan.existing is not None and plan.kept]
     for checkpoint in existing:
         checkpoint.require_tower(tower, request.model)
-    kept = [loaded.sites.find(site.hookpoint) for plan in plans for site in plan.kept]
+    staying_sites = [loaded.sites.find(site.hookpoint) for plan in plans for site in plan.kept]
     reserved = _room(plans, sites)
     require_space(store.root, reserved, "the checkpoints")
     held = [checkpoint.gallery for checkpoint in existing if checkpoint.gallery] if request.gallery else []
@@ -301,7 +301,7 @@ def _open(
         given=given,
         loaded=loaded,
         tower=tower,
-        sites=loaded.sites.in_order([*sites, *kept]),
+        sites=loaded.sites.in_order([*sites, *staying_sites]),
         encoders=load_encoders(request, held, tower.preprocessing, device),
         labels=labels or any("pass" in plan.variants for plan in plans),
         amp=_amp(request),
@@ -314,8 +314,8 @@ def _open(
 
 
 def _room(plans: Sequence[Plan], sites: Sequence[Site]) -> int:
-    """Return the bytes that the checkpoints take: weights, and in a state of the training the best ones and Adam's
-    moments too. Galleries are links."""
+    """Return the bytes that the checkpoints take: weights, and for a saved state of the training also the best weights
+    and Adam's moments. Galleries are links."""
     size = 0
     for plan in plans:
         for variant, site in wanted(plan, sites):
@@ -329,7 +329,7 @@ def _amp(request: TrainRequest) -> bool:
 
 
 def _data(request: TrainRequest, splits: Mapping[DataSet, Split], parts: Sequence[Part], amp: bool) -> TrainingData:
-    """Return what a checkpoint tells of its training images."""
+    """Return a checkpoint's record of its training images."""
     folders = tuple(part.folder for part in parts)
     return TrainingData(
         datasets=tuple(named.name for named in splits),
@@ -344,7 +344,7 @@ def _data(request: TrainRequest, splits: Mapping[DataSet, Split], parts: Sequenc
 
 
 def _evaluate_command(request: TrainRequest, plans: Sequence[Plan], amp: bool) -> str:
-    """Return the command that evaluates the checkpoints, in the precision that they were trained in."""
+    """Return the command that evaluates the checkpoints, in the precision of the training."""
     methods = ["vs2" if variant == "plain" else "pass" for variant in plans[0].variants]
     by_name = request.name or len(plans) > 1 or len(set(request.dataset)) > 1
     names = [f"@{plan.folder.name}" if by_name else "" for plan in plans]
@@ -357,8 +357,8 @@ def _evaluate_command(request: TrainRequest, plans: Sequence[Plan], amp: bool) -
 
 
 def _as_trained(request: TrainRequest) -> list[str]:
-    """Return what else an evaluation is told as the training was, so that it finds the same tower and data."""
-    given = {"model_cache_dir": request.model_cache_dir, "wds_cache_dir": request.wds_cache_dir}
+    """Return the flags that an evaluation shares with the training, so that it finds the same tower and data."""
+    settings = {"model_cache_dir": request.model_cache_dir, "wds_cache_dir": request.wds_cache_dir}
     if not request.pretrained and not ignores_pretrained(request.model) and request.first_seed:
-        given["seed"] = str(request.first_seed)  # random weights: the same seed gives the same tower
-    return [word for flag, value in given.items() if value for word in (f"--{flag}", value)]
+        settings["seed"] = str(request.first_seed)  # with random weights, the same seed gives the same tower
+    return [word for flag, value in settings.items() if value for word in (f"--{flag}", value)]

@@ -1,4 +1,4 @@
-"""The second half of a training: from the activations to the SAEs, and what a checkpoint tells of each."""
+"""The second half of a training: from the activations to the SAEs, and each SAE's record in its checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vs2_plugin.training.supplied import Supplied
 
 __all__ = ["Saes", "make_saes", "wanted"]
 
-#: The SAEs of a checkpoint, with what it tells of each.
+#: The SAEs of a checkpoint, each with its record.
 Saes = list[tuple[SiteSAE, TopKSAE]]
 
 
@@ -38,8 +38,8 @@ def make_saes(
     report: Report,
     foreign: ForeignSAE | None,
 ) -> list[Saes]:
-    """Train the SAEs of all plans, or take the one that is given, and say how it went. What two plans have in common is
-    trained once."""
+    """Train the SAEs of all plans, or take the ``foreign`` SAE, and report the outcome of each. An SAE that several
+    plans share is trained once."""
     jobs = _jobs(plans, sites, parts, extraction)
     calibration = np.concatenate([np.full(len(part), part.dataset in request.calibration_sets) for part in parts])
     if foreign is not None:
@@ -62,9 +62,9 @@ def make_saes(
     def saes(plan: Plan) -> Saes:
         settled = ((variant, site, plan.config(variant, site.width)) for variant, site in wanted(plan, sites))
         return [
-            (_facts(_settings(request, config, one, foreign), site, variant, one), one.sae)
+            (_facts(_settings(request, config, outcome, foreign), site, variant, outcome), outcome.sae)
             for variant, site, config in settled
-            for one in [results[site, config]]
+            for outcome in [results[site, config]]
         ]
 
     return [saes(plan) for plan in plans]
@@ -73,11 +73,11 @@ def make_saes(
 def _jobs(
     plans: Sequence[Plan], sites: Sequence[Site], parts: Sequence[Part], extraction: Extraction | Supplied
 ) -> dict[tuple[Site, TrainConfig], Job]:
-    """Return what is to be trained, once."""
+    """Return (site, settings) -> the SAE to train, once for all plans."""
     activations = {site: stack([part.tower.columns[site.hookpoint] for part in parts]) for site in sites}
     labels = all_labels(parts) if extraction.labels else None
     jobs: dict[tuple[Site, TrainConfig], Job] = {}
-    for plan, variant, site in [(one, *pair) for one in plans for pair in wanted(one, sites)]:
+    for plan, variant, site in [(owner, *pair) for owner in plans for pair in wanted(owner, sites)]:
         config = plan.config(variant, site.width)
         job = Job(_name(plan, variant, site, len(plans)), activations[site], config, labels)
         jobs.setdefault((site, config), job if variant == "pass" else replace(job, labels=None))
@@ -85,12 +85,12 @@ def _jobs(
 
 
 def wanted(plan: Plan, sites: Sequence[Site]) -> list[tuple[str, Site]]:
-    """Return the variants and sites of a checkpoint's SAEs."""
+    """Return variant and site of each SAE of a checkpoint."""
     return [(variant, site) for variant in plan.variants for site in sites]
 
 
 def _name(plan: Plan, variant: str, site: Site, plans: int) -> str:
-    """Return what an SAE is called in progress and errors."""
+    """Return the name of an SAE for progress bars and messages."""
     which = f" of {plan.folder.name}" if plans > 1 else ""
     return f"{'PASS ' if variant == 'pass' and len(plan.variants) > 1 else ''}SAE at {site}{which}"
 
@@ -107,7 +107,7 @@ def _outcome(name: str, trained: Trained) -> str:
 def _settings(
     request: TrainRequest, config: TrainConfig, trained: Trained, foreign: ForeignSAE | None
 ) -> dict[str, Any]:
-    """Return the settings that made an SAE."""
+    """Return the settings of an SAE's training, or of a foreign SAE, for its record."""
     if foreign is not None:
         return {"library": foreign.library, "library_model": foreign.model, **asdict(foreign.sae.config)}
     count = trained.figures.train_count + trained.figures.held_out_count
@@ -115,7 +115,7 @@ def _settings(
 
 
 def _facts(settings: Mapping[str, Any], site: Site, variant: str, trained: Trained) -> SiteSAE:
-    """Return what the checkpoint tells of an SAE."""
+    """Return the record of an SAE in its checkpoint."""
     figures = trained.figures
     progress = {key: value for key, value in asdict(figures).items() if not key.startswith("fvu")}
     return SiteSAE(

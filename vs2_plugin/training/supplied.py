@@ -1,4 +1,4 @@
-"""The first half of a training whose activations are there already: no image is read."""
+"""The first half of a training on activations that the user supplies: no image is read."""
 
 from __future__ import annotations
 
@@ -23,51 +23,51 @@ from vs2_plugin.training.request import TrainRequest
 
 __all__ = ["Supplied", "require_no_images", "supply"]
 
-#: Settings that are of images or labels.
+#: Settings that concern images or labels.
 _OF_IMAGES = ("train_split", "max_images", "gallery_labels", "retrieval_encoder", "pass_weight", "refresh_cache")
-#: Where activations are that are of no tower.
+#: Hookpoint of activations that belong to no tower.
 _NOWHERE = "activations"
 
 
 @dataclass(frozen=True)
 class Supplied:
-    """Activations in place of what :class:`vs2_plugin.training.extract.Extraction` reads of images."""
+    """Supplied activations, in place of an :class:`vs2_plugin.training.extract.Extraction` from images."""
 
     activations: GivenActivations
     site: Site
     tower: Tower | None
-    """What identifies the vision tower that they are of, if that is known."""
+    """Identity of the vision tower of the activations, if known."""
     amp: bool
     device: str
     processes: Processes
     labels: bool = False
 
     def run(self, dataset: DataSet, split: Split) -> Part:
-        """Return them as of one data set."""
+        """Return the activations as those of one data set."""
         rows, where = self.activations.rows, self.site.hookpoint
-        unknown = np.broadcast_to(np.uint64(0), len(rows))  # without images, nothing tells one from another
-        found = Extracted(Path(), {where: rows}, unknown, None, {where: self.activations.digest})
-        return Part(dataset, "", found, {})
+        unknown = np.broadcast_to(np.uint64(0), len(rows))  # without images there are no digests
+        extracted = Extracted(Path(), {where: rows}, unknown, None, {where: self.activations.digest})
+        return Part(dataset, "", extracted, {})
 
     def gallery(self, parts: list[Part]) -> GalleryFiles | None:
-        """Return None: nothing is known of the images."""
+        """Return None, since without images there is no gallery."""
         return None
 
 
 def require_no_images(request: TrainRequest) -> None:
-    """Raise SettingError for a setting that is of images or labels."""
-    usual = {one.name: one.default for one in fields(TrainRequest)}
+    """Raise SettingError if a setting that concerns images or labels is not at its default."""
+    usual = {field.name: field.default for field in fields(TrainRequest)}
     wrong = [name for name in _OF_IMAGES if getattr(request, name) not in (usual[name], (0.0,))]
     if wrong:
         raise SettingError(f"--{wrong[0]} is for images and labels, but there are only activations; omit it")
 
 
 def supply(request: TrainRequest, given: GivenActivations, amp: bool, device: str, processes: Processes) -> Supplied:
-    """Tell where activations belong. The model is loaded for its identity, and not run.
+    """Return the activations with their site and tower. The model is loaded for its identity, and not run.
 
     Raises:
-        SettingError: not one site is named.
-        DataError: the site has another width.
+        SettingError: the request names several sites, or none that the tower has.
+        DataError: the site has another width than the activations.
     """
     width = given.rows.shape[1]
     if not request.model:
