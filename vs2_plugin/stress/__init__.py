@@ -1,1 +1,1 @@
-"""What becomes of a model's accuracy where classes are absent, imbalanced or few, or images come in another order."""
+"""Stress tests: a model's accuracy if classes are absent, imbalanced or few, or images come in another order."""

@@ -1,4 +1,4 @@
-"""The picture of a stress test: the change of accuracy over zero-shot along each axis."""
+"""The figure of a stress test: the change of accuracy from zero-shot along each axis."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ _STYLES = {"image": ":", "unlabeled": "-", "stream": "--", "transductive": "-."}
 def draw(outcomes: Sequence[Outcome], path: Path) -> Path:
     """Draw the outcomes to a PNG file.
 
-    Each panel begins with all test images; the bars are the range over draws.
+    Each panel begins with all test images; error bars are the range over draws.
     """
-    found = means(outcomes)
-    axes = [axis for axis in AXES if any(key[1] == axis for key in found)]
+    mean_of = means(outcomes)
+    axes = [axis for axis in AXES if any(key[1] == axis for key in mean_of)]
     figure = Figure(figsize=(3.4 * len(axes) + 0.6, 4.4), layout="constrained")
     panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
     shown: dict[str, Any] = {}
     for panel, axis in zip(panels, axes, strict=True):
-        shown |= _panel(panel, axis, found)
+        shown |= _panel(panel, axis, mean_of)
     panels[0].set_ylabel("top-1 accuracy less zero-shot's, points")
     figure.legend(handles=[*shown.values()], labels=[*shown], loc="outside lower center", fontsize=8, ncols=3)
     return save(figure, path, "vs2 stress")
 
 
 def _panel(panel: Axes, axis: str, found: Mapping[tuple[str, str, str], Mean]) -> dict[str, Any]:
-    """Draw one axis, and return what stands in the legend."""
+    """Draw one axis. Return label -> handle for the legend."""
     values = [(ALL, ""), *dict.fromkeys((kind, value) for _, kind, value in found if kind == axis)]
     models = [model for model in dict.fromkeys(key[0] for key in found) if split(model).label != "zero-shot"]
     panel.axhline(0, color="black", linewidth=0.8)
     shown: dict[str, Any] = {}
     for number, model in enumerate(models):
-        told = [(place, found.get((model, *at))) for place, at in enumerate(values)]
-        line = [(place, mean) for place, mean in told if mean is not None]
-        if len(line) < 2:  # no stream has an order
+        candidates = [(place, found.get((model, *at))) for place, at in enumerate(values)]
+        line = [(place, mean) for place, mean in candidates if mean is not None]
+        if len(line) < 2:  # the model has no outcomes here: only streams have an order
             continue
         heights = np.array([100 * mean.change for _, mean in line])
         low, high = 100 * np.array([mean.range for _, mean in line]).T
-        bars = [(heights - low).clip(0), (high - heights).clip(0)]  # rounding may put a mean beyond equal draws
+        bars = [(heights - low).clip(0), (high - heights).clip(0)]  # rounding may put the mean outside equal draws
         protocol = line[0][1].outcomes[0].protocol
         shown[f"{split(model).label} ({protocol})"] = panel.errorbar(
             [place + 0.05 * (number - len(models) / 2) for place, _ in line], heights, bars, fmt="o",

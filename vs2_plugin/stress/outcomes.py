@@ -1,4 +1,4 @@
-"""What comes of a stress test: a model's accuracy on each subset, and means over draws."""
+"""The outcomes of a stress test: a model's accuracy on each subset, and means over draws."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 
 __all__ = ["ALL", "AXES", "Mean", "Outcome", "means"]
 
-#: What is changed, in words.
+#: Axis, along which subsets of the images differ -> the axis in words.
 AXES = {
     "present": "share of the classes present",
     "tail": "most frequent to rarest class",
@@ -16,32 +16,32 @@ AXES = {
     "batch": "classes in a batch of 64 images",
     "order": "order of the stream",
 }
-#: The axis of all test images.
+#: Name in place of an axis for all test images.
 ALL = "all"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A model on one draw of a subset."""
+    """The accuracy of a model on one draw of a subset."""
 
     model: str
     """The model string, or the plain model."""
     protocol: str
-    """What it sees beside the image at hand."""
+    """Protocol of the model: which images it uses beside the one that is classified."""
     axis: str
-    """What is changed: ``all`` (nothing), or one of :data:`AXES`."""
+    """Axis of the subset: ``all`` (all test images), or one of :data:`AXES`."""
     value: str
-    """To what."""
+    """Value on the axis."""
     draw: int
     images: int
     classes: int
-    """How many the images are of."""
+    """Number of classes of the images."""
     accuracy: float
-    """Top-1, a share."""
+    """Top-1 accuracy, from 0 to 1."""
     recall: float
-    """The mean of the recalls of the classes present."""
+    """Mean recall over the classes present."""
     zero_shot: float
-    """The accuracy of the plain model on the same images."""
+    """Accuracy of the plain model on the same images."""
 
 
 @dataclass(frozen=True)
@@ -52,30 +52,30 @@ class Mean:
 
     @property
     def accuracy(self) -> float:
-        """The mean."""
-        return fmean(one.accuracy for one in self.outcomes)
+        """Mean accuracy over the draws."""
+        return fmean(outcome.accuracy for outcome in self.outcomes)
 
     @property
     def change(self) -> float:
-        """The mean change over the plain model, on the same images."""
-        return fmean(one.accuracy - one.zero_shot for one in self.outcomes)
+        """Mean change of accuracy from the plain model, on the same images."""
+        return fmean(outcome.accuracy - outcome.zero_shot for outcome in self.outcomes)
 
     @property
     def range(self) -> tuple[float, float]:
-        """The smallest and the largest change of a draw."""
-        changes = [one.accuracy - one.zero_shot for one in self.outcomes]
+        """Smallest and largest change of accuracy in a draw."""
+        changes = [outcome.accuracy - outcome.zero_shot for outcome in self.outcomes]
         return min(changes), max(changes)
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation of the change over the draws; None for one."""
-        changes = [one.accuracy - one.zero_shot for one in self.outcomes]
+        """Standard deviation of the change over the draws; None for a single draw."""
+        changes = [outcome.accuracy - outcome.zero_shot for outcome in self.outcomes]
         return stdev(changes) if len(changes) > 1 else None
 
 
 def means(outcomes: Sequence[Outcome]) -> dict[tuple[str, str, str], Mean]:
-    """Return the mean over draws for each model, axis and value, in the order in which they came."""
-    found: dict[tuple[str, str, str], list[Outcome]] = {}
-    for one in outcomes:
-        found.setdefault((one.model, one.axis, one.value), []).append(one)
-    return {key: Mean(tuple(some)) for key, some in found.items()}
+    """Return the mean over draws for each model, axis and value, in the order of the outcomes."""
+    groups: dict[tuple[str, str, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault((outcome.model, outcome.axis, outcome.value), []).append(outcome)
+    return {key: Mean(tuple(group)) for key, group in groups.items()}

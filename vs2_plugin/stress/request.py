@@ -15,7 +15,7 @@ class StressRequest(PassRequest):
     """The settings of a stress test.
 
     Raises:
-        SettingError: a value outside its range.
+        SettingError: a value is outside its range.
     """
 
     present: tuple[float, ...] = setting(

@@ -1,4 +1,4 @@
-"""A stress test from its request to its files."""
+"""A stress test, from its request to its files."""
 
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ _BATCH = 64
 def stress(request: StressRequest, quiet: bool = False) -> tuple[list[Outcome], list[Path]]:
     """Evaluate models on subsets of the test images, encoding each image once.
 
-    What learns from the checkpoint's gallery keeps all of it: only the test images change.
+    Methods that learn from the checkpoint's gallery use all of it: only the test images change.
 
     Returns:
         The outcomes, and the files written.
 
     Raises:
-        Vs2Error: something cannot be loaded or written, or the data are not for it.
+        Vs2Error: something cannot be loaded or written, or the data set is unsuitable.
     """
     folder = Path(request.output)
     for text in request.model:
         if is_steered(text) and any("," in word or ":" in word.partition("=")[2] for word in text.split("@")[1:]):
             raise SettingError(f"--model {text}: expected one value for each option; vs2 sweep takes several")
-    shared = {one.name: getattr(request, one.name) for one in fields(SweepRequest) if hasattr(request, one.name)}
+    shared = {f.name: getattr(request, f.name) for f in fields(SweepRequest) if hasattr(request, f.name)}
     planned = plan(SweepRequest(**{**shared, "output": str(folder / "{model}.json"), "skip_existing": False}))
     outcomes: list[Outcome] = []
     for backbone in planned.backbones:
         points = [point for point in planned.points.values() if point.spec.backbone == backbone]
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "This DataLoader will create")  # --num_workers is clip_benchmark's
+            warnings.filterwarnings("ignore", "This DataLoader will create")  # --num_workers is as in clip_benchmark
             with one_pass(planned.request, backbone, [point.spec for point in points], quiet) as images:
                 outcomes += _outcomes(images, backbone, [point.model for point in points], request, quiet)
     return outcomes, [_write(outcomes, folder / "stress.csv"), draw(outcomes, folder / "stress.png")]
@@ -90,15 +90,15 @@ def _read_again(logits: Callable[[Sequence[int]], Tensor], rows: Rows) -> Rows:
 
 
 def _predictions(logits: Tensor) -> Rows:
-    found: Rows = best_first(logits)[:, 0].numpy()
-    return found
+    predicted: Rows = best_first(logits)[:, 0].numpy()
+    return predicted
 
 
 Subset = tuple[str, str, int, Rows]
 
 
 def _warn_of_few(labels: Rows, request: StressRequest) -> None:
-    """Warn of what there are too few images for."""
+    """Warn of values of --tail and --images that need more images than there are."""
     least = int(np.unique(labels, return_counts=True)[1].min())
     for ratio in request.tail:
         if ratio > least:
@@ -112,7 +112,7 @@ def _warn_of_few(labels: Rows, request: StressRequest) -> None:
 
 
 def _subsets(labels: Rows, request: StressRequest) -> Iterator[Subset]:
-    """Yield axis, value, draw and rows."""
+    """Yield each subset: axis, value, draw number and rows."""
     for draw_number in range(request.draws):
         yield ALL, "", draw_number, shuffled(labels, draw_number)
         for share in request.present:
@@ -127,7 +127,7 @@ def _subsets(labels: Rows, request: StressRequest) -> Iterator[Subset]:
 
 
 def _orders(labels: Rows, request: StressRequest) -> Iterator[Subset]:
-    """Yield all rows, class by class: what a stream that is not shuffled looks like."""
+    """Yield subsets of all rows class by class, as in a stream that is not shuffled."""
     for draw_number in range(request.draws):
         ranked = np.random.default_rng(draw_number).permutation(labels.max() + 1)
         order = shuffled(labels, draw_number)
@@ -148,7 +148,7 @@ def _judged(
 
 def _write(outcomes: Sequence[Outcome], path: Path) -> Path:
     with atomic_file(path) as scratch, scratch.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [one.name for one in fields(Outcome)], lineterminator="\n")
+        writer = csv.DictWriter(file, [field.name for field in fields(Outcome)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(map(asdict, outcomes))
     return path
