@@ -1,8 +1,8 @@
 """Evaluates many steered models on one data set with one pass of its images through the plain tower.
 
 Every number is computed by clip_benchmark's own ``evaluate``, as patched by ``harness.register``: once for the plain
-model, which is watched meanwhile, and once per point for a model that steers what was seen. Points that steer before
-the tower's end have the rest of the tower run for each of them while the batch is at hand.
+model, whose activations are kept, and once per point for a model that steers the kept activations. For each point that
+steers before the tower's end, the rest of the tower is run while the batch is in memory.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ def evaluate(args: SweepRequest, backbone: str, points: Sequence[Point], quiet: 
     Args:
         args: the settings, with clip_benchmark's names.
         backbone: the model's name.
-        points: model strings of that backbone.
+        points: points of the grids with that backbone.
         quiet: show no progress.
 
     Yields:
-        The name of a model and its metrics, as soon as they are there; the plain model first.
+        The name of a model and its metrics, as soon as they are computed; the plain model first.
 
     Raises:
         Vs2Error: something cannot be loaded.
@@ -76,7 +76,7 @@ def evaluate(args: SweepRequest, backbone: str, points: Sequence[Point], quiet: 
 
 
 class OnePass:
-    """The images of one split, which run through the plain tower once for many models."""
+    """The images of one split, encoded once by the plain tower for many models."""
 
     def __init__(
         self,
@@ -88,17 +88,18 @@ class OnePass:
         quiet: bool,
     ) -> None:
         """``measure`` and ``classify`` are clip_benchmark's own functions of a model and a data loader."""
-        #: The models, in the order in which they were given.
+        #: The models, in the order of their model strings.
         self.models = models
         self._loader, self._first, self._quiet = loader, first, quiet
         self._measure, self._classify = measure, classify
 
     def measure(self, model: _SweptModel | None) -> Metrics:
-        """The metrics of a model. The first to be asked for is None, the plain model."""
+        """Return the metrics of a model. The first call must be for the plain model, None."""
         return self._measure(*self._given(model))
 
     def classify(self, model: _SweptModel | None) -> tuple[Tensor, Tensor]:
-        """The same for its logits ``[images, classes]`` and the true classes ``[images]``."""
+        """Return a model's logits ``[images, classes]`` and the true classes ``[images]``. The first call must be for
+        the plain model, None."""
         return self._classify(*self._given(model))
 
     def _given(self, model: _SweptModel | None) -> tuple[Any, Any]:
@@ -109,8 +110,8 @@ class OnePass:
 
 @contextmanager
 def one_pass(args: PassRequest, backbone: str, specs: Sequence[ModelString], quiet: bool) -> Iterator[OnePass]:
-    """Open a backbone, the data and the models of that backbone, of which some may come to the same features; within
-    the ``with`` block they are evaluated.
+    """Open a backbone, the data and the models of that backbone for evaluation within a ``with`` block. Some of the
+    models may give the same features; the first of these has to be evaluated.
 
     Raises:
         Vs2Error: something cannot be loaded.
@@ -150,7 +151,7 @@ def one_pass(args: PassRequest, backbone: str, specs: Sequence[ModelString], qui
 
 
 def _metrics_of(point: _SweptModel, evaluated: _SweptModel, metrics: Metrics) -> Metrics:
-    """The metrics of a point that come to the same features as the one that was evaluated."""
+    """Return the metrics of a point from those of the ``evaluated`` point, which gives the same features."""
     gone = evaluated.declared.keys() - point.declared.keys()
     own = {name: value for name, value in point.declared.items() if evaluated.declared.get(name) != value}
     return {name: value for name, value in metrics.items() if name not in gone} | own
@@ -172,12 +173,12 @@ class _Data:
             task=args.task, custom_template_file=args.custom_template_file,
             custom_classname_file=args.custom_classname_file, wds_cache_dir=args.wds_cache_dir,
         )  # fmt: skip
-        shards = named.is_shards  # these come in batches
+        shards = named.is_shards  # whose data sets make the batches themselves
         classes, templates = (getattr(dataset, name, None) for name in ("classes", "templates"))
         if classes is None or templates is None:
             raise DataError(f"{args.dataset} has no classes and templates; a sweep needs a data set for classification")
         dataset = name_samples(dataset) if shards else dataset
-        #: What the methods are told of it.
+        #: Description of the split for the methods.
         self.task = Task(named.name, named.root, args.split, classes, templates, place_of(named, dataset))
         self.loader: DataLoader[Any] = DataLoader(
             dataset.batched(args.batch_size) if shards else dataset,
@@ -191,9 +192,9 @@ class _Data:
 
 @contextmanager
 def _resumed(model: ClipModel, site: Site, output: Output) -> Iterator[None]:
-    """Within the ``with`` block, forward passes start at ``site``, whose module puts out ``output``.
+    """Start forward passes at ``site`` within a ``with`` block, with ``output`` as the output of its module.
 
-    Blocks before it hand on what they get. Hooks run as ever.
+    Blocks before it return their input unchanged. Hooks run as usual.
     """
     module = site.module(model)
     before = [] if site.block is None else model.visual.transformer.resblocks[: site.block]
@@ -217,7 +218,7 @@ class _Shared:
         self._store = Store.default()
 
     def checkpoint(self, spec: ModelString) -> Checkpoint | None:
-        """The checkpoint of a model string, if its method needs one."""
+        """Return the checkpoint of a model string; None if its method needs none."""
         home = DataSet(self.task.dataset, self.task.root or "").home
         return self.parts.once(
             ("checkpoint", spec.needs_checkpoint, spec.checkpoint, spec.backbone),
@@ -226,15 +227,15 @@ class _Shared:
 
 
 class _Seen:
-    """One batch of the test split after its way through the plain tower: what points are evaluated on."""
+    """One batch of the test split as the plain tower encoded it, on which points are evaluated."""
 
     def __init__(self, images: Tensor, targets: Tensor | None, plain: Tensor) -> None:
         """``plain``: the plain model's features ``[batch, embed_dim]``."""
         self.images: Tensor | None = images
         self.targets, self._plain = targets, plain
-        #: Point -> its image features, where the tower had to be run for them.
+        #: Point -> its image features, if the tower had to be run for the point.
         self.features: dict[_SweptModel, Tensor] = {}
-        #: What tells the images, where a point sees a stream of them.
+        #: Digests of the images, if a point's protocol is a stream.
         self.digests: list[int] | None = None
         self._activations: dict[Site, tuple[Tensor, torch.dtype]] = {}
         self._batches: dict[Site, Batch] = {}
@@ -245,32 +246,32 @@ class _Seen:
         self._activations[site] = activation.to(torch.float32, copy=True), activation.dtype
 
     def activation(self, site: Site) -> tuple[Tensor, torch.dtype]:
-        """The activation, float32, and the dtype of the tower there."""
+        """Return the activation at ``site``, float32, and its dtype in the tower."""
         return self._activations[site]
 
     def batch(self, model: ClipModel, site: Site) -> Batch:
-        """The batch that points which steer first at ``site`` share."""
+        """Return the batch that is shared by the points that steer first at ``site``."""
         if site not in self._batches:
             batch = Batch(self.images, self.targets, embed=lambda: self._plain)
-            if site in self._activations:  # as a steered model has it
+            if site in self._activations:  # the embedding as a steered model computes it
                 x = self._activations[site][0]
                 batch.embed = lambda: embedding_from(model, site, x)
             self._batches[site] = batch
         return self._batches[site]
 
     def forget_images(self) -> None:
-        """Keep what was found out of the images, and not the images."""
+        """Drop the images, and keep what was computed from them."""
         self.images = None
         for batch in self._batches.values():
             batch.images = None
 
     def to(self, device: str) -> _Seen:
-        """Itself: clip_benchmark moves what it takes for images to the device."""
+        """Return the batch itself, as clip_benchmark moves each batch to the device."""
         return self
 
 
 class _SweptModel:
-    """A point: a model that clip_benchmark evaluates on :class:`_Seen` in place of images, once at most."""
+    """The model of a point, which clip_benchmark evaluates at most once, on :class:`_Seen` in place of images."""
 
     def __init__(self, spec: ModelString, shared: _Shared) -> None:
         if spec.reading is not None and spec.reading.method.views:
@@ -280,47 +281,47 @@ class _SweptModel:
             )
         self.spec, self._model, self._current = spec, shared.model, shared.current
         self.places = build_places(spec, shared.checkpoint(spec), shared.task, shared.parts, shared.current)
-        #: What the results say of it whatever the images.
+        #: Facts for the results that do not depend on the images.
         self.declared = self.places.results()
 
     @property
     def readout(self) -> Readout | None:
-        """The method on logits, if there is one."""
+        """Method on logits, if there is one."""
         return self.places.readout
 
     @property
     def first(self) -> Place:
-        """Where the tower is steered first."""
+        """First place at which the tower is steered."""
         place: Place = self.places[0]
         return place
 
     def set_classifier(self, classifier: Tensor, quiet: bool = False) -> None:
-        """See :class:`SteeredCLIP`, as for all that the harness glue asks."""
+        """See :class:`SteeredCLIP`, also for the other methods that the harness glue calls."""
         self.places.set_classifier(classifier, quiet)
 
     def vs2_facts(self) -> dict[str, Scalar]:
         return self.places.results()
 
     def set_targets(self, targets: Tensor | None) -> None:
-        """Nothing: the batches know their targets."""
+        """Do nothing, since the batches hold their targets."""
 
     def reset_statistics(self) -> None:
-        """Nothing: what was seen in the first pass counts, and there is only one evaluation."""
+        """Do nothing, since statistics come from the first pass, and there is only one evaluation."""
 
     def record_images(self, recording: bool, show: object = None) -> None:
-        """Nothing: a sweep keeps no per-image results."""
+        """Do nothing, since a sweep keeps no per-image results."""
 
     def look(self, seen: _Seen) -> None:
-        """Look up the neighbours of a batch while its images are there, if the method needs them."""
+        """Look up the neighbours of a batch while its images are in memory, if the method needs neighbours."""
         retriever = self.places.retriever
         if retriever is not None and self.spec.method.gallery == "neighbours":
             batch = seen.batch(self._model, self.first.site)
-            with torch.autocast(retriever.device.type, enabled=False):  # as in a steering
+            with torch.autocast(retriever.device.type, enabled=False):  # as when a model is steered
                 retriever.neighbours(batch)
                 retriever.classes(batch)
 
     def run_tower(self, seen: _Seen, images: Tensor, output: Output) -> None:
-        """Keep the features of a batch, from what the module of the first site put out in the plain tower."""
+        """Compute and keep the features of a batch, from ``output``, of the first site's module in the plain tower."""
         with ExitStack() as stack, self._current.running(seen.batch(self._model, self.first.site)):
             for place in self.places:
                 stack.enter_context(editing(self._model, place.site, place))
@@ -328,11 +329,11 @@ class _SweptModel:
             seen.features[self] = self._model.encode_image(images)
 
     def eval(self) -> _SweptModel:
-        """Itself, as clip_benchmark asks a model to be."""
+        """Return the model itself, since clip_benchmark calls this on each model."""
         return self
 
     def encode_image(self, seen: _Seen) -> Tensor:
-        """The steered image embedding ``[batch, embed_dim]``."""
+        """Return the steered image embeddings ``[batch, embed_dim]``."""
         if self in seen.features:
             return seen.features.pop(self)
         [place] = self.places
@@ -350,13 +351,13 @@ class _FirstPass:
         self._sites = {point.first.site for point in points}
         self._stream = any(point.spec.protocol == "stream" for point in points)
         self._ends = {point.first.site for point in points if not point.places.inside}
-        #: What was seen.
+        #: The batches that were encoded.
         self.batches: list[_Seen] = []
-        #: The true classes of the batch at hand.
+        #: The true classes of the current batch.
         self.targets: Tensor | None = None
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """The plain image embedding ``[batch, embed_dim]``."""
+        """Return the plain image embeddings ``[batch, embed_dim]``, and keep what the points need of the batch."""
         with outputs(self._model, self._sites) as put_out:
             plain: Tensor = self._model.encode_image(images)
         seen = _Seen(images, self.targets, plain)
@@ -378,7 +379,7 @@ class _FirstPass:
 
 
 class _Showing:
-    """The data loader of the first pass, which shows how far it is and tells the true classes."""
+    """The data loader of the first pass, which shows its progress and tells the model the true classes."""
 
     def __init__(self, loader: DataLoader[Any], model: _FirstPass, quiet: bool) -> None:
         self.dataset, self._loader, self._model, self._quiet = loader.dataset, loader, model, quiet
@@ -386,7 +387,7 @@ class _Showing:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         try:
             total = len(self._loader)
-        except TypeError:  # shards
+        except TypeError:  # shards have no length
             total = None
         for images, targets in tqdm(
             read(self._loader), "encoding", total, unit="batch", disable=self._quiet or None, leave=False
@@ -396,7 +397,7 @@ class _Showing:
 
 
 class _Replay:
-    """A data loader of batches that were seen."""
+    """A data loader of the batches that the first pass has encoded."""
 
     def __init__(self, dataset: Any, batches: Sequence[_Seen]) -> None:
         self.dataset, self._batches = dataset, batches

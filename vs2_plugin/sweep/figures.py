@@ -1,4 +1,4 @@
-"""Pictures of a grid: a heat map over two numeric axes, curves over one."""
+"""Figures of a grid: a heat map over two numeric axes, curves over one."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def draw(grid: Grid, values: Mapping[str, float], plain: float, name: Callable[[
     Args:
         grid: the grid.
         values: model string -> top-1 accuracy, in percent.
-        plain: that of the plain model.
-        name: gives the file of a picture, from what tells it from the others of this grid (empty if there is one).
+        plain: top-1 accuracy of the plain model, in percent.
+        name: returns the file of a figure, from the values that tell it from the grid's other figures (empty if none).
 
     Returns:
-        The files written: none for a grid without axes; one per combination of the other axes for a grid with more
-        than two numeric ones.
+        The files written: none for a grid without axes; with two or more numeric axes, a heat map over the first two
+        for each combination of values of the other axes; else one figure of curves.
     """
     table = {point.place: values[point.model] for point in grid.points}
     numeric = [axis for axis, texts in grid.axes.items() if None not in map(as_number, texts)]
@@ -51,7 +51,7 @@ Section = tuple[str, dict[tuple[str, ...], float]]
 
 
 def _sections(grid: Grid, table: Mapping[tuple[str, ...], float], axes: list[str]) -> list[Section]:
-    """Return the value at each place on ``axes``, for each combination of the other axes in words."""
+    """Return, for each combination of values of the other axes: its words, and place on ``axes`` -> accuracy."""
     others = {axis: texts for axis, texts in grid.axes.items() if axis not in axes}
     sections = []
     for chosen in product(*others.values()):
@@ -66,13 +66,13 @@ def _sections(grid: Grid, table: Mapping[tuple[str, ...], float], axes: list[str
 
 
 def all_best(values: Mapping[Key, float]) -> list[Key]:
-    """Return the keys of the highest value, in their order."""
+    """Return the keys of the highest value, in the order of ``values``."""
     highest = max(values.values())
     return [key for key, value in values.items() if value == highest]
 
 
 def and_others(others: Sequence[Any]) -> str:
-    """Return what is said of those that are as good as the best one that is named."""
+    """Return words on the other points that are as good as the best point that is named; empty if there are none."""
     return f" and {counted(len(others), 'other point')}" if others else ""
 
 
@@ -103,7 +103,7 @@ def _heat_map(grid: Grid, title: str, rows: dict[tuple[str, ...], float], plain:
 
 
 def _rising(texts: Sequence[str]) -> list[str]:
-    """Return the values of an axis as they are drawn: numbers from the least, words as they were given."""
+    """Return the values of an axis in the order of drawing: numbers ascending, words as they were given."""
     if None in map(as_number, texts):
         return list(texts)
     return sorted(texts, key=lambda text: as_number(text) or 0.0)

@@ -23,9 +23,9 @@ from vs2_plugin.steering.builtin import STRENGTH, STRENGTHS, strength
 
 __all__ = ["CHECKPOINT", "Grid", "Point", "as_number", "outcome_key", "read_grids"]
 
-#: The name of the axis of a list of checkpoints.
+#: Name of the axis of a list of checkpoints.
 CHECKPOINT = "checkpoint"
-#: More points than this in one grid are taken for a slip of the pen.
+#: Largest number of points in a grid; more are taken for a typing error.
 _LIMIT = 10_000
 
 
@@ -36,42 +36,42 @@ class Point:
     model: str
     """The model string."""
     spec: ModelString
-    """The same, read."""
+    """The model string, parsed."""
     place: tuple[str, ...]
-    """Its value on each axis of the grid."""
+    """Value of the point on each axis of the grid."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """All that one model string of a sweep stands for."""
+    """All points that one model string of a sweep stands for."""
 
     text: str
-    """The string."""
+    """The model string."""
     axes: dict[str, tuple[str, ...]]
-    """Option, or :data:`CHECKPOINT` -> its values; of those with more than one."""
+    """Option, or :data:`CHECKPOINT`, with more than one value -> its values."""
     points: tuple[Point, ...]
-    """Every combination of values, the last axis fastest."""
+    """The points for all combinations of values; the last axis varies fastest."""
 
     @property
     def backbone(self) -> str:
-        """The open_clip model that is steered."""
+        """Name of the model that is steered."""
         return self.points[0].spec.backbone
 
 
 def read_grids(texts: Sequence[str]) -> list[Grid]:
     """Read the model strings of a sweep.
 
-    A point that an earlier string holds too, however written, is the earlier one, so that there is one of each.
+    A point that an earlier string contains too, in whatever spelling, is replaced by the earlier point.
 
     Raises:
-        ModelStringError: naming the part that is wrong and what is accepted there.
+        ModelStringError: with the part that is wrong, and what is accepted there.
 
     >>> [grid] = read_grids(["vs2:ViT-B-32@lam=0:1:0.5@gate=0.9,0.99"])
     >>> len(grid.points), grid.points[1].model, grid.axes["lam"]
     (6, 'vs2:ViT-B-32@lam=0@gate=0.99', ('0', '0.5', '1'))
     """
-    known: dict[Hashable, Point] = {}
-    return [_read(text, known) for text in texts if is_steered(text)]
+    points: dict[Hashable, Point] = {}
+    return [_read(text, points) for text in texts if is_steered(text)]
 
 
 def _read(text: str, known: dict[Hashable, Point]) -> Grid:
@@ -97,8 +97,8 @@ def _read(text: str, known: dict[Hashable, Point]) -> Grid:
 
 
 def _given(spec: ModelString) -> list[Hashable]:
-    """Return the options that are given, of both methods."""
-    return [frozenset(one.given.items()) for one in (spec, spec.outer) if one is not None]
+    """Return the options that the model string gives, for each of its methods."""
+    return [frozenset(method_spec.given.items()) for method_spec in (spec, spec.outer) if method_spec is not None]
 
 
 def _joined(word: str, value: str) -> str:
@@ -107,7 +107,7 @@ def _joined(word: str, value: str) -> str:
 
 
 def _choices(text: str, word: str) -> list[str]:
-    """Return the values that a word behind an ``@`` stands for."""
+    """Return the values that a word after an ``@`` stands for."""
     key, equals, value = word.partition("=")
     name, value = (f"option {key}={value!r}", value) if equals else (f"checkpoint {word!r}", word)
     if equals and ":" in value:
@@ -121,7 +121,7 @@ def _choices(text: str, word: str) -> list[str]:
 
 
 def _range(where: str, text: str) -> list[str]:
-    """Read ``START:STOP:STEP`` as texts, in decimal arithmetic: 1:3:0.1 holds 1.1 and ends with 3."""
+    """Return the values of ``START:STOP:STEP`` as texts, in decimal arithmetic: 1:3:0.1 holds 1.1 and ends with 3."""
     try:
         start, stop, step = map(_decimal, text.split(":"))
     except (ValueError, InvalidOperation):
@@ -146,15 +146,15 @@ def _written(value: Decimal) -> str:
 
 
 def outcome_key(spec: ModelString) -> tuple[Any, ...]:
-    """Return what is equal for model strings that come to the same features.
+    """Return a key that is equal for model strings that give the same features.
 
-    Of the options of :data:`STRENGTH` only α matters, and of α what float32, in which all steering is computed, holds
-    of it: the 441 points of the paper's grid are 153 of these.
+    Of the options of :data:`STRENGTH` only α matters, rounded to float32, in which all steering is computed: the 441
+    points of the paper's grid have 153 different keys.
     """
     from numpy import float32
 
     options: dict[str, Any] = dict(spec.options)
-    if any(set(known) <= set(spec.method.options) for known in STRENGTHS):
+    if any(set(names) <= set(spec.method.options) for names in STRENGTHS):
         alpha: Any = strength(*(options.pop(option.name) for option in STRENGTH))
         options["alpha"] = alpha if alpha == AUTO else float(float32(alpha))
     outer = None if spec.outer is None else frozenset(spec.outer.options.items())

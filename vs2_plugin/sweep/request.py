@@ -12,7 +12,7 @@ __all__ = ["PassRequest", "SweepRequest"]
 
 @dataclass(frozen=True, kw_only=True)
 class PassRequest:
-    """The settings of many models' evaluation in one pass of the images, with the names and defaults that they have in
+    """The settings of an evaluation of many models in one pass over the images, with the names and defaults of
     ``clip_benchmark eval``.
 
     Raises:
@@ -20,7 +20,7 @@ class PassRequest:
     """
 
     task: ClassVar[str] = "zeroshot_classification"
-    """The only one there is."""
+    """The only task that can be evaluated in this way."""
     model: tuple[str, ...] = setting(help="model strings")
     pretrained: str = setting("laion400m_e32", help="open_clip's weights tag or file")
     dataset: str = setting(help="a folder of images (photos/), a data set of clip_benchmark, or wds/NAME for shards")

@@ -1,4 +1,4 @@
-"""A sweep from its request to its files."""
+"""A sweep, from its request to its files."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ __all__ = ["Plan", "Summary", "plan", "sweep"]
 
 @dataclass(frozen=True)
 class Plan:
-    """A request, read and checked: the models to evaluate, and where their results go."""
+    """A request, parsed and checked: the models to evaluate, and the files of their results."""
 
     request: SweepRequest
     grids: list[Grid]
-    """One per steered model string."""
+    """The grids, one per steered model string."""
     backbones: list[str]
-    """The plain models."""
+    """Names of the plain models."""
     files: dict[str, Path]
     """Model -> its results file; plain models first."""
     pending: list[str]
-    """The models that are to be evaluated; the others have results already."""
+    """Models still to be evaluated; the others have results already."""
     results: dict[str, Run] = field(default_factory=dict)
-    """Model -> its results, as soon as they are in its file."""
+    """Model -> its results, as soon as its results file is written or read."""
 
     @property
     def points(self) -> dict[str, Point]:
@@ -48,7 +48,7 @@ class Plan:
 
     @property
     def folder(self) -> Path:
-        """Where the files lie."""
+        """Folder of the results files."""
         return next(iter(self.files.values())).parent
 
     def file(self, model: str, suffix: str) -> Path:
@@ -63,18 +63,18 @@ class Summary:
     plain: dict[str, float]
     """Plain model -> accuracy in percent."""
     best: float
-    """The highest accuracy of all points, in percent."""
+    """Highest accuracy of the points, in percent; points that read test labels count only if all do."""
     models: list[str]
-    """The model strings that reach it."""
+    """Model strings that reach the highest accuracy."""
     written: list[Path]
-    """Table and pictures."""
+    """Files of the table and the figures."""
 
 
 def plan(request: SweepRequest) -> Plan:
-    """Read the model strings and check all of it, without loading anything.
+    """Parse the model strings and check the whole request, without loading a model.
 
     Raises:
-        Vs2Error: the first thing that would go wrong.
+        Vs2Error: the first fault that is found.
     """
     named = DataSet.of(request.dataset, request.dataset_root)
     request = replace(request, dataset=named.name, dataset_root=named.template)
@@ -109,7 +109,7 @@ def _file(request: SweepRequest, model: str) -> Path:
 
 
 def _check(planned: Plan) -> int:
-    """Make the harness's own checks, of one point of each kind: they do not look at strengths. Return the number of
+    """Run the harness's own checks on one point of each kind, as they do not depend on strengths. Return the number of
     loader workers."""
     request = planned.request
     for backbone in planned.backbones:
@@ -133,10 +133,10 @@ def _check_task(dataset: str) -> None:
 
 
 def sweep(planned: Plan, quiet: bool = False) -> Summary:
-    """Evaluate what is to be evaluated, and write all files.
+    """Evaluate the pending models, and write all files.
 
     Raises:
-        Vs2Error: something cannot be loaded, or an existing results file is none.
+        Vs2Error: something cannot be loaded, or an existing results file is invalid or of another evaluation.
     """
     for model, file in planned.files.items():
         if model not in planned.pending:
@@ -146,30 +146,30 @@ def sweep(planned: Plan, quiet: bool = False) -> Summary:
         mine = [points[m] for m in planned.pending if m in points and points[m].spec.backbone == backbone]
         if mine or backbone in planned.pending:
             with warnings.catch_warnings():
-                if quiet:  # --num_workers is clip_benchmark's, so that batches of shards are; few cores make torch warn
+                if quiet:  # --num_workers is clip_benchmark's, for equal batches of shards; torch warns on few cores
                     warnings.filterwarnings("ignore", "This DataLoader will create")
                 _evaluate(planned, backbone, mine, quiet)
     return _finish(planned)
 
 
 def _read(file: Path, model: str, planned: Plan) -> Run:
-    """Return the results of a model that are there, which are those that it would have now."""
+    """Return the existing results of a model. Raises DataError if they are not of the same evaluation and SAE."""
     request = planned.request
     try:
         run = read_run(file)
         if run.headline is None:
             raise DataError(f"{file} has no accuracy")
-        there = run.model, run.pretrained, run.dataset, run.language
-        if there != (model, weights_tag(model, request.pretrained), request.dataset, request.language):
-            raise DataError(f"{file} holds results of {' '.join(filter(None, there))}, and not of this sweep")
+        recorded = run.model, run.pretrained, run.dataset, run.language
+        if recorded != (model, weights_tag(model, request.pretrained), request.dataset, request.language):
+            raise DataError(f"{file} holds results of {' '.join(filter(None, recorded))}, and not of this sweep")
         point = planned.points.get(model)
         if point is None:
             return run
         split = run.fact("split") or "test"
         if split != request.split:
             raise DataError(f"{file} holds results of the split {split!r}; expected {request.split!r}")
-        used = run.fact("checkpoint_digest")  # none in results by early versions
-        if used is not None and _digest(point, request) not in (None, used):
+        digest = run.fact("checkpoint_digest")  # missing in results of early versions
+        if digest is not None and _digest(point, request) not in (None, digest):
             raise DataError(f"{file} holds results of another SAE than {run.fact('checkpoint')} is now")
     except DataError as error:
         raise DataError(f"{error}; remove it, give another --output, or omit --skip_existing") from error
@@ -177,7 +177,7 @@ def _read(file: Path, model: str, planned: Plan) -> Run:
 
 
 def _digest(point: Point, request: SweepRequest) -> str | None:
-    """Return the digest of the checkpoint that a point is of, as results name it; None if there is none."""
+    """Return the digest of a point's checkpoint, shortened as in results; None if there is no checkpoint."""
     home = DataSet(request.dataset, request.dataset_root).home
     with suppress(CheckpointError):
         checkpoint = find_checkpoint(point.spec, Store.default(), request.pretrained, request.dataset, home)
@@ -196,7 +196,7 @@ def _evaluate(planned: Plan, backbone: str, points: Sequence[Point], quiet: bool
 
 
 def _finish(planned: Plan) -> Summary:
-    """Write the table and the pictures."""
+    """Write the table and the figures, and return the summary."""
     table, runs = planned.file("sweep", ".csv"), planned.results
     write_table(table, [runs[model] for model in planned.files])
     values = {model: 100 * (run.headline or 0.0) for model, run in runs.items()}
@@ -207,7 +207,7 @@ def _finish(planned: Plan) -> Summary:
             return planned.file(f"{text}{'@' + what if what else ''}", ".png")
 
         pictures += draw(grid, values, values[grid.backbone], name)
-    # An oracle reads the labels of the very images.
+    # An oracle reads the labels of the test images, and is not compared with the others.
     own = [model for model in planned.points if runs[model].labels != "oracle"] or planned.points
     models = all_best({model: values[model] for model in own})
     plain = {backbone: values[backbone] for backbone in planned.backbones}
