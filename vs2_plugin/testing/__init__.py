@@ -1,4 +1,4 @@
-"""What an author checks a method with: ``check("mine")`` in a test, ``vs2 methods --check mine`` in a shell."""
+"""Checks for the author of a method: ``check("mine")`` in a test, ``vs2 methods --check mine`` in a shell."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ __all__ = ["Finding", "check", "findings"]
 
 
 def check(method: str) -> None:
-    """Check a method, as it is installed, on the tiny CLIP and the handwritten digits of this package.
+    """Check an installed method on the tiny CLIP and the handwritten digits of this package.
 
     Args:
-        method: its name, or with options as in a model string: ``"mine@strength=2"``.
+        method: the method's name, also with options as in a model string: ``"mine@strength=2"``.
 
     Raises:
-        AssertionError: all that is wrong, a line for each check that failed.
+        AssertionError: some checks failed; the message has a line for each of them.
         ModelStringError, PluginError: there is no such method, or no such option.
 
     Example::

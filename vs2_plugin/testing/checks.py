@@ -1,4 +1,7 @@
-"""The checks, one by one: each is a function of a subject that returns what is wrong, in words, or None."""
+"""The checks: each is a function of a subject that returns words on what is wrong, or None.
+
+The docstring of a check is printed beside its name; "it" stands for the method.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +23,20 @@ from vs2_plugin.text import reason_of, sentence_of
 
 __all__ = ["CHECKS", "Finding", "findings", "found_by"]
 
-#: How far numbers may be apart that are computed in another order, of the largest of them.
+#: Largest difference, as a share of the largest number, between numbers that are computed in another order.
 _CLOSE = 1e-4
 
 
 class Finding(NamedTuple):
-    """What one check found."""
+    """The result of one check."""
 
     check: str
     about: str
-    """What is checked, in words."""
+    """The requirement that is checked, in words."""
     problem: str | None = None
-    """What is wrong; None where nothing is."""
+    """The fault; None if the check passed or was skipped."""
     skipped: str = ""
-    """Why it was not checked, if it was not."""
+    """Reason for skipping the check; empty if it was made."""
 
 
 class _Skip(Exception):
@@ -41,26 +44,26 @@ class _Skip(Exception):
 
 
 def findings(method: str) -> list[Finding]:
-    """Check a method, by its name and options (``mine@strength=2``), and return what each check found.
+    """Check a method, given by name and options (``mine@strength=2``), and return the finding of each check.
 
-    Where it cannot be built, or fails on images, the checks that take that for granted are left out.
+    A check is skipped if a check that it presupposes has failed.
 
     Raises:
         ModelStringError, PluginError: there is no such method, or no such option.
     """
-    subject, found = Subject(method), []
+    subject, results = Subject(method), []
     broken: set[str] = set()
     for check, needs in CHECKS.items():
         missing = [other for other in needs if other in broken]
         finding = found_by(check, subject, f"since {missing[0]} fails" if missing else "")
         if finding.problem:
             broken.add(finding.check)
-        found.append(finding)
-    return found
+        results.append(finding)
+    return results
 
 
 def found_by(check: Callable[[Subject], str | None], subject: Subject, skipped: str = "") -> Finding:
-    """Make one check, unless it is ``skipped`` for that reason."""
+    """Return the finding of one check, which is not made if ``skipped`` gives a reason."""
     name, about = check.__name__.replace("_", " "), (check.__doc__ or "").strip()
     if skipped:
         return Finding(name, about, None, skipped)
@@ -74,11 +77,11 @@ def found_by(check: Callable[[Subject], str | None], subject: Subject, skipped: 
         return Finding(name, about, reason_of(error))
 
 
-# ---- what it builds, by itself
+# ---- what the method builds, outside a model
 
 
 def builds(subject: Subject) -> None:
-    """it is built, and says of itself what can stand in results"""
+    """it is built, and its facts can be written into results"""
     subject.load()
 
 
@@ -92,37 +95,37 @@ def runs(subject: Subject) -> None:
 
 
 def shape(subject: Subject) -> str | None:
-    """what it returns has the right shape, for a batch and for one image"""
+    """its output has the right shape, for a batch and for one image"""
     with subject.act() as act:
         for size in (len(act.x), 1):
             expected = (size, *act.returned[1:])
-            found = tuple(_result(act, act.x[:size]).shape) if size == len(act.x) or _alone(subject) else expected
-            if found != expected:
-                return f"it returned {list(found)} for {list(act.x[:size].shape)}; expected {list(expected)}"
+            actual = tuple(_result(act, act.x[:size]).shape) if size == len(act.x) or _alone(subject) else expected
+            if actual != expected:
+                return f"it returned {list(actual)} for {list(act.x[:size].shape)}; expected {list(expected)}"
     return None
 
 
 def _alone(subject: Subject) -> bool:
-    """Tell whether fewer images may be given: not where neighbours and labels are of a batch, or all images are one."""
+    """Tell whether a method may be called on a part of a batch: not if it reads all images, or neighbours, at once."""
     return subject.protocol != "transductive" and subject.method.gallery == "none"
 
 
 def dtype(subject: Subject) -> str | None:
-    """what it returns is float32, as what it is given"""
+    """its output is float32, like its input"""
     with subject.act() as act:
-        found = _result(act, act.x).dtype
-    return None if found is torch.float32 else f"it returned {found}; expected torch.float32"
+        actual = _result(act, act.x).dtype
+    return None if actual is torch.float32 else f"it returned {actual}; expected torch.float32"
 
 
 def device(subject: Subject) -> str | None:
-    """what it returns is on the device of what it is given (a GPU, where there is one)"""
+    """its output is on the device of its input (a GPU, if there is one)"""
     with subject.act() as act:
-        found = _result(act, act.x).device
-        return None if found == act.x.device else f"it returned a tensor on {found}; expected one on {act.x.device}"
+        actual = _result(act, act.x).device
+        return None if actual == act.x.device else f"it returned a tensor on {actual}; expected one on {act.x.device}"
 
 
 def finite(subject: Subject) -> str | None:
-    """what it returns is finite, also for images that are the mean of all, or nothing"""
+    """its output is finite, also for an input that is the mean of all, or zeros"""
     with subject.act() as act:
         rows = act.x.clone()
         if len(rows) > 2:
@@ -134,9 +137,9 @@ def finite(subject: Subject) -> str | None:
 
 
 def in_place(subject: Subject) -> None:
-    """it edits nothing in place that is not its own"""
+    """it edits in place only tensors of its own"""
     with subject.act() as act:
-        for _ in range(2):  # what it asks for itself is there when it is called again
+        for _ in range(2):  # the first call computes shared values, such as codes, which the second call could edit
             with unchanged(lambda: {"what it was given": act.x, **act.held()}):
                 _result(act, act.x)
 
@@ -146,7 +149,7 @@ def _result(act: Act, x: Tensor) -> Tensor:
     return result.apply(x) if isinstance(result, Move) else torch.as_tensor(result)
 
 
-# ---- what comes of images
+# ---- the method in a model, on images
 
 
 def images(subject: Subject) -> None:
@@ -156,7 +159,7 @@ def images(subject: Subject) -> None:
 
 
 def deterministic(subject: Subject) -> str | None:
-    """the same images give the same bits, again and by a model that is loaded anew"""
+    """the same images give the same bits, again and in a newly loaded model"""
     model = subject.model
     with torch.no_grad():
         first, again, anew = subject.outcome(model), subject.outcome(model), subject.outcome(subject.load())
@@ -191,7 +194,7 @@ def automatic(subject: Subject) -> str | None:
         with model.unsteered():
             plain = model.model.encode_image(subject.images()[0])
     if not _close(plain, left):
-        values = ", ".join(f"{one.name}={one.auto[0]:g}" for one in subject.method.options if one.auto)
+        values = ", ".join(f"{option.name}={option.auto[0]:g}" for option in subject.method.options if option.auto)
         return f"with {values} it moves images, {_apart(plain, left)}; expected that it leaves them as they are"
     if subject.method.automatic(subject.asked.options):
         subject.outcome(subject.load(subject.asked))
@@ -204,7 +207,7 @@ def copies(subject: Subject) -> str | None:
 
 
 def pickles(subject: Subject) -> str | None:
-    """a model that was pickled and read again gives the same bits"""
+    """a model that was pickled and unpickled gives the same bits"""
     with subject.act() as act:
         within = not subject.on_logits and "<locals>" in getattr(act.built, "__qualname__", "")
     if within:
@@ -213,7 +216,7 @@ def pickles(subject: Subject) -> str | None:
 
 
 def gradients(subject: Subject) -> str | None:
-    """it gives the same with gradients and without, also after inference_mode, and gradients are finite"""
+    """its output is the same with gradients and without, also after inference_mode, and gradients are finite"""
     if subject.on_logits:
         raise _Skip("since what reads embeddings is never asked for gradients")
     model, (pixels, targets) = subject.load(), subject.images()
@@ -224,7 +227,7 @@ def gradients(subject: Subject) -> str | None:
         along = subject.outcome(model, (pixels, targets))
         if along.requires_grad:
             along.sum().backward()
-    if not _close(without, along.detach()):  # attention goes another way where gradients are asked for
+    if not _close(without, along.detach()):  # not the same bits: with gradients, attention is computed in another way
         return f"with gradients it gives other numbers, {_apart(without, along.detach())}; expected the same"
     if pixels.grad is not None and not pixels.grad.isfinite().all():
         return "the gradient of what it returns is NaN or infinite; expected a finite one"
@@ -234,8 +237,8 @@ def gradients(subject: Subject) -> str | None:
 def autocast(subject: Subject) -> str | None:
     """it works in a tower under bfloat16 autocast"""
     with torch.no_grad(), torch.autocast(subject.device, dtype=torch.bfloat16):
-        found = subject.outcome(subject.model)
-    return None if found.isfinite().all() else "it gave NaN or infinity under autocast; expected finite numbers"
+        outcome = subject.outcome(subject.model)
+    return None if outcome.isfinite().all() else "it gave NaN or infinity under autocast; expected finite numbers"
 
 
 def replays(subject: Subject) -> str | None:
@@ -246,19 +249,19 @@ def replays(subject: Subject) -> str | None:
     with torch.no_grad():
         if not can_replay(subject.images()[0]):
             raise _Skip("since there is no GPU")
-        for _ in range(4):  # by then it is one
+        for _ in range(4):  # the model is replayed from the third batch on
             subject.outcome(model)
         other = subject.load()
         other.replaying = False
         for images in (subject.images(), subject.images(others=True)):
-            anew, found = subject.outcome(other, images), subject.outcome(model, images)
-            if not torch.equal(anew, found):
-                return f"replayed it gives other numbers, {_apart(anew, found)}; expected replayable = False"
+            expected, replayed = subject.outcome(other, images), subject.outcome(model, images)
+            if not torch.equal(expected, replayed):
+                return f"replayed it gives other numbers, {_apart(expected, replayed)}; expected replayable = False"
     return None
 
 
 def facts(subject: Subject) -> str | None:
-    """what it says of itself can stand in results, after images too"""
+    """its facts can be written into results after images, too"""
     with subject.act() as act:
         _result(act, act.x)
         problems = facts_of(act.built)[1]
@@ -269,8 +272,8 @@ def _same(subject: Subject, made: Callable[[nn.Module], Any], what: str) -> str 
     model = subject.model
     with torch.no_grad():
         expected = subject.outcome(model)
-        found = subject.outcome(made(model))
-    return None if torch.equal(expected, found) else f"{what} gives other numbers, {_apart(expected, found)}"
+        actual = subject.outcome(made(model))
+    return None if torch.equal(expected, actual) else f"{what} gives other numbers, {_apart(expected, actual)}"
 
 
 def _close(expected: Tensor, found: Tensor) -> bool:
@@ -281,7 +284,7 @@ def _apart(expected: Tensor, found: Tensor) -> str:
     return f"by up to {float((expected - found.to(expected)).abs().max()):.3g}"
 
 
-#: Each check in the order in which they are made, and those that it takes for granted.
+#: The checks, in order -> names of the checks that each one presupposes.
 CHECKS: dict[Callable[[Subject], str | None], tuple[str, ...]] = {
     builds: (),
     runs: ("builds",),

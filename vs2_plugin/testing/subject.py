@@ -1,4 +1,4 @@
-"""What is checked: a method on the tiny CLIP, with a few digits and a small SAE that is trained for it once."""
+"""The subject of the checks: a method on the tiny CLIP, with a few digits and a small SAE, trained once per process."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from vs2_plugin.training import train
 
 __all__ = ["Act", "Subject"]
 
-#: Digits that the SAE is trained on and that make the gallery, and those that go through a method at a time.
+#: Number of digits that the SAE is trained on and that make the gallery, and of digits in a batch.
 _TRAINED, _COUNT = 240, 8
 _SETTINGS = {"model": MODEL, "samples": 20_000, "k": 16, "amp": False, "quiet": True, "gallery_labels": True}
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Log no warnings, within a ``with`` block: an SAE of a second may be of no use elsewhere."""
+    """Suppress warnings within a ``with`` block, such as that an SAE trained for a second is useless."""
     logger = logging.getLogger("vs2_plugin")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -54,7 +54,7 @@ def _quietly() -> Iterator[None]:
 
 @cache
 def _store() -> str:
-    """Return a folder that lasts as long as this process."""
+    """Return a folder that is removed when the process ends."""
     folder = tempfile.mkdtemp(prefix="vs2-testing-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
@@ -62,14 +62,14 @@ def _store() -> str:
 
 @cache
 def _checkpoint(sae: str) -> Checkpoint:
-    """Train the SAE on the first ask in a process, and for ``pass`` the one by PASS besides."""
+    """Return the checkpoint, trained at the first call in a process: the plain SAE, and for ``pass`` a PASS SAE too."""
     if sae == "pass":
         _checkpoint("plain")
     pairs = list(zip(*(part[:_TRAINED] for part in read_digits("train")), strict=True))
     with _quietly():
-        made = train(pairs, **_SETTINGS, store=_store(), **({"pass_weight": 0.8} if sae == "pass" else {}))
-    assert isinstance(made, Checkpoint)
-    return made
+        checkpoint = train(pairs, **_SETTINGS, store=_store(), **({"pass_weight": 0.8} if sae == "pass" else {}))
+    assert isinstance(checkpoint, Checkpoint)
+    return checkpoint
 
 
 class _Backbone:
@@ -85,8 +85,8 @@ class _Backbone:
         self.targets = torch.tensor(labels, device=device)
 
     def load(self, model: str, checkpoint: Checkpoint | None) -> SteeredCLIP:
-        """Load a steered model, and tell it the classes."""
-        with _quietly(), seeded(0):  # those who share weights begin alike
+        """Load a steered model, and set its classes."""
+        with _quietly(), seeded(0):  # models that share weights start from the same seed
             steered, *_ = load(
                 model, "", None, self.device, dataset="images", checkpoint=checkpoint, amp=False, store=_store(),
                 shared=self._shared,
@@ -99,81 +99,82 @@ _backbone = cache(_Backbone)
 
 
 class Act(NamedTuple):
-    """What a method built, by itself."""
+    """What a method built, to be called outside a model, with an input for it."""
 
     call: Callable[[Tensor], Any]
-    """From what it is called with to what it returns."""
+    """Function from an input to what the method returns."""
     x: Tensor
-    """What it is called with, of a few digits: activations or embeddings."""
+    """The input: activations or embeddings of a few digits."""
     returned: tuple[int, ...]
-    """The shape of what it is expected to return."""
+    """Expected shape of the output for ``x``."""
     held: Callable[[], Mapping[str, Tensor | None]]
-    """Gives the tensors that it may read and not edit, by their names in words; those that it asks for itself too."""
+    """Returns name in words -> tensor that the method may read but not edit, with those computed on its request."""
     built: Any
-    """What the method built."""
+    """The object that the method built."""
 
 
 class Subject:
-    """A method with its options."""
+    """A method with its options, on which the checks are made."""
 
     def __init__(self, method: str) -> None:
-        """``method``: its name, and options as in a model string.
+        """``method``: name of the method, with options as in a model string.
 
         Raises:
-            ModelStringError: no such method or option.
+            ModelStringError: there is no such method or option.
         """
         name, *options = method.split("@")
         self.asked = parse("@".join([f"{name}:{MODEL}", *options]))
         self.method, self.protocol = self.asked.method, self.asked.protocol
         self.on_logits = self.method.site == "logits"
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        # In place of what is automatic, its last value: the one that does most.
+        # Options set to auto take the last of their automatic values, the one with the largest effect.
         automatic: dict[str, Scalar] = {
-            one.name: one.auto[-1] for one in self.method.automatic(self.asked.options) if one.auto
+            option.name: option.auto[-1] for option in self.method.automatic(self.asked.options) if option.auto
         }
         #: The model string that is checked.
         self.spec = replace(self.asked, given=self.asked.given | automatic)
 
     @property
     def identity(self) -> ModelString | None:
-        """The same with all options that can be automatic at their first value; None where there are none."""
+        """Model string with all options that accept ``auto`` at their first automatic value; None if there are none."""
         first: dict[str, Scalar] = {option.name: option.auto[0] for option in self.method.options if option.auto}
         unset = {name for option in self.method.options if option.auto for name in option.excludes}
-        given = {name: value for name, value in self.asked.given.items() if name not in unset}
-        return replace(self.asked, given=given | first) if first else None
+        options = {name: value for name, value in self.asked.given.items() if name not in unset}
+        return replace(self.asked, given=options | first) if first else None
 
     def images(self, others: bool = False) -> tuple[Tensor, Tensor]:
-        """Eight digits ``[8, 3, height, width]`` with their true classes; with ``others``, the last four are."""
-        known, half = _backbone(self.device), _COUNT // 2
+        """Return eight digits ``[8, 3, height, width]`` and their true classes; with ``others``, the last four are
+        other digits."""
+        backbone, half = _backbone(self.device), _COUNT // 2
         rows = [*range(half), *range(half + half * others, _COUNT + half * others)]
-        return known.images[rows], known.targets[rows]
+        return backbone.images[rows], backbone.targets[rows]
 
     @cached_property
     def model(self) -> SteeredCLIP:
-        """The steered model that most checks look at."""
+        """Steered model that most checks use."""
         return self.load()
 
     def load(self, spec: ModelString | None = None) -> SteeredCLIP:
-        """Load the steered model anew. Raises Vs2Error: it could not be built."""
+        """Load the steered model anew. Raises Vs2Error if it cannot be built."""
         spec = spec or self.spec
         return _backbone(self.device).load(
             str(spec), _checkpoint(self.method.sae) if spec.needs_checkpoint else None
         )
 
     def outcome(self, model: SteeredCLIP, images: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """What comes of images: embeddings ``[8, embed_dim]``, and of a method on logits logits ``[8, classes]``."""
+        """Return the embeddings ``[8, embed_dim]`` of images, or logits ``[8, classes]`` for a method on logits."""
         pixels, targets = images or self.images()
         model.reset_statistics()
         model.set_targets(targets)
         if model.readout is None:
             return model.encode_image(pixels)
         Read(model, model.readout).encode_image(pixels)
-        with torch.autocast(self.device, enabled=False):  # as in an evaluation, which is over by then
+        with torch.autocast(self.device, enabled=False):  # as in an evaluation, which computes logits after autocast
             return model.readout.logits()
 
     @contextmanager
     def act(self) -> Iterator[Act]:
-        """Give what the method built, by itself, within a ``with`` block."""
+        """Yield what the method built, with an input for it, within a ``with`` block."""
         model, (images, targets) = self.model, self.images()
         model.set_targets(targets)
         place = model.places[-1]
@@ -200,7 +201,7 @@ class Subject:
                 yield Act(steer, x, tuple(x.shape), held, place.steering)
 
     def _reading(self, model: SteeredCLIP, x: Tensor, images: Tensor) -> Act:
-        """What a method on logits built, called as its protocol is."""
+        """Return what a method on logits built, with an input of the kind that its protocol asks for."""
         assert model.classifier is not None and model.readout is not None and self.spec.reading is not None
         classifier, unlabeled = F.normalize(model.classifier.weights.float(), dim=0), None
         if model.readout.views > 1:
@@ -211,7 +212,7 @@ class Subject:
         if self.protocol == "transductive":
             unlabeled = x.clone()
         context = Context(model.model, "logits", x.shape[-1], classifier=classifier, unlabeled=unlabeled)
-        options = {one.name: self.spec.options[one.name] for one in self.method.options}
+        options = {option.name: self.spec.options[option.name] for option in self.method.options}
         read = build(self.method, context, options)
         x = x[:1] if self.protocol == "stream" else x
         batch = Batch(rows=torch.arange(len(x))) if self.protocol == "transductive" else Batch(images[: len(x)])
