@@ -242,7 +242,7 @@ def loader_of(backbone: str) -> Callable[..., tuple[Any, Any, Any]]:
 
 
 def _require_numbers(model: Any, what: str) -> None:
-    """Raise TowerError if a parameter of the vision tower is NaN or infinite, as then all activations are NaN."""
+    """Raise TowerError if a parameter of the vision tower is NaN or infinite, which would make activations NaN."""
     for name, weights in model.visual.named_parameters():
         if not weights.isfinite().all():
             raise TowerError(

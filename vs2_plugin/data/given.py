@@ -26,7 +26,7 @@ _IMAGES = (
     "makes them"
 )
 _ACTIVATIONS = "expected floating-point numbers [count, width], one row per image"
-#: Accepted types of activations; torch has no other byte orders and no longer floating-point numbers.
+#: Accepted types of activations; torch supports no other byte order and no wider floating-point numbers.
 FLOATS = tuple(map(np.dtype, ("float16", "float32", "float64")))
 _CHUNK = 1 << 16
 #: Name of a type in safetensors -> NumPy's type.
