@@ -25,9 +25,9 @@ _HOME = {
     "train": "vs2_plugin.training",
     "vs2_steer": "vs2_plugin.steering.move",
 }
-__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604 (strings they are)
+__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604 (all of them are strings)
 
-TYPE_CHECKING = False  # as that of typing, without importing it
+TYPE_CHECKING = False  # like typing.TYPE_CHECKING, without importing typing
 if TYPE_CHECKING:
     from typing import Any
 

@@ -1,5 +1,5 @@
-"""Arrays on disk: columns that grow while they are written and tell later whether they are whole, and several read as
-one. And what tells tensors apart."""
+"""Arrays on disk: :class:`Column` grows while it is written and carries digests of its rows, :class:`Stack` reads
+several arrays as one. Also digests of tensors, and evenly spread row numbers."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ __all__ = [
 ]  # fmt: skip
 
 Array = np.ndarray[Any, np.dtype[Any]]
-#: Rows of a column that one digest is of: what an interruption loses of an extraction, at most.
+#: Rows of a column per digest: the most rows that an interrupted extraction has to compute again.
 ROWS = 1024
-#: Memory-mapped arrays of at least this many bytes may be on disk only; smaller ones were read whole not long ago.
+#: Bytes from which on a memory-mapped array may lie on disk only; a smaller one was read in full not long ago.
 _LARGE = 1 << 30
-_LINE = 65  # bytes of a digest in its file
-_HEADER = 128  # bytes, with the room that numpy leaves for a greater count
+_LINE = 65  # bytes of a line with a digest
+_HEADER = 128  # bytes of an .npy header, in which numpy leaves room for a greater count
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 over names, shapes, dtypes and bytes, as hexadecimal digits."""
+    """Return the SHA-256 over the names, shapes, dtypes and bytes of ``tensors``, as hexadecimal digits."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
@@ -45,7 +45,7 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 
 
 def spread(count: int, limit: int) -> Tensor:
-    """Return row numbers, int64: all of them, or ``limit`` evenly spread over them.
+    """Return the numbers of ``count`` rows, int64: all of them, or ``limit`` evenly spread ones if there are more.
 
     >>> spread(3, 5).tolist(), spread(10, 4).tolist()
     ([0, 1, 2], [0, 3, 6, 9])
@@ -54,28 +54,28 @@ def spread(count: int, limit: int) -> Tensor:
 
 
 class Column:
-    """An array ``[count, width]``, or ``[count]``, that grows in an ``.npy`` file: numpy leaves room in the header for
-    the final count.
+    """An array ``[count, width]`` or ``[count]`` that grows in an ``.npy`` file, whose header has room for the final
+    count.
 
-    Beside it, ``NAME.npy.sha256`` holds a line for every 1,024 rows that were written, and when it is complete one for
-    the rest and one for the header.
+    ``NAME.npy.sha256`` beside the file holds a digest per line: one for every 1,024 rows written and, once the array is
+    complete, one for the remaining rows, if any, and one for the header.
     """
 
     def __init__(self, path: Path, width: int | None, dtype: DTypeLike, rows: int = 0) -> None:
-        """``rows``: go on after this many, which :func:`whole_rows` has counted; what comes after them is cut off."""
+        """Create the files, or continue after the first ``rows`` rows (see :func:`whole_rows`) and cut off the rest."""
         self.path, self.width, self.dtype, self.count = path, width, np.dtype(dtype), rows
         self._digest, self._row = hashlib.sha256(), self.dtype.itemsize * (1 if width is None else width)
         mode = "rb+" if rows else "wb"
         self._file, self._sums = open(path, mode), open(sums_of(path), mode)  # noqa: SIM115  # until close
         if not rows:
             self._file.write(self._header())
-        # Nothing of what is kept is written anew: it is there whenever this is interrupted.
+        # Rows that stay are not written again, so that an interruption at any point leaves them in the file.
         for file, size in ((self._file, _HEADER + rows * self._row), (self._sums, rows // ROWS * _LINE)):
             file.seek(size)
             file.truncate()
 
     def _header(self) -> bytes:
-        buffer, form = io.BytesIO(), cast("Any", np.lib.format)  # has no types
+        buffer, form = io.BytesIO(), cast("Any", np.lib.format)  # numpy declares no types for it
         shape = (self.count,) if self.width is None else (self.count, self.width)
         descr = form.dtype_to_descr(self.dtype)
         form.write_array_header_1_0(buffer, {"descr": descr, "fortran_order": False, "shape": shape})
@@ -83,7 +83,7 @@ class Column:
         return buffer.getvalue()
 
     def append(self, rows: Array) -> None:
-        """Add rows ``[batch, width]``, or ``[batch]``."""
+        """Append rows ``[batch, width]`` or ``[batch]``."""
         rows = np.ascontiguousarray(rows, self.dtype)
         while len(rows):
             part, rows = np.split(rows, [ROWS - self.count % ROWS])
@@ -101,7 +101,7 @@ class Column:
         self._sums.flush()
 
     def complete(self) -> str:
-        """Write the final count. Return the SHA-256 of the file with the digests, which tells of all."""
+        """Write the final count, close the files and return the SHA-256 of the digests' file, which covers all rows."""
         if self.count % ROWS:
             self._note(self._digest)
         self._file.seek(0)
@@ -117,12 +117,12 @@ class Column:
 
 
 def sums_of(path: Path) -> Path:
-    """Return the file with the digests of an array's rows."""
+    """Return the path of the file with the digests of an array's rows."""
     return path.with_name(f"{path.name}.sha256")
 
 
 def whole_rows(path: Path, width: int | None, dtype: DTypeLike) -> int:
-    """Return how many rows of a :class:`Column` that was not completed are those that were written: whole 1,024s."""
+    """Return how many rows of an incomplete :class:`Column` are intact by their digests, a multiple of 1,024."""
     size = ROWS * np.dtype(dtype).itemsize * (1 if width is None else width)
     rows = 0
     with suppress(OSError), open(path, "rb") as file, open(sums_of(path)) as sums:
@@ -139,12 +139,12 @@ def check(path: Path, expected: str) -> None:
     """Compare an array's file with the digests beside it, in full.
 
     Args:
-        path: of a :class:`Column` that was completed.
+        path: the file of a completed :class:`Column`.
         expected: what :meth:`Column.complete` returned.
 
     Raises:
-        ValueError: they differ; the message says where.
-        OSError: one cannot be read.
+        ValueError: file and digests differ; the message says where.
+        OSError: one of the two files cannot be read.
     """
     raw = sums_of(path).read_bytes()
     if hashlib.sha256(raw).hexdigest() != expected:
@@ -153,7 +153,7 @@ def check(path: Path, expected: str) -> None:
     with open(path, "rb") as file:
         if hashlib.sha256(file.read(_HEADER)).hexdigest() != first:
             raise ValueError("its header is not the one that was written")
-        array: Array = np.load(path, mmap_mode="r")  # not before: numpy raises anything for a damaged header
+        array: Array = np.load(path, mmap_mode="r")  # only now: for a damaged header, numpy may raise anything
         row = array.dtype.itemsize * math.prod(array.shape[1:])
         for number, digest in enumerate(sums):
             if hashlib.sha256(file.read(ROWS * row)).hexdigest() != digest:
@@ -164,12 +164,12 @@ def check(path: Path, expected: str) -> None:
 
 
 _MEMORY = "verified.json"
-#: Raises ValueError if a file is not what its digest tells of.
+#: Compares a file with its digest; raises ValueError if the two differ.
 Compare = Callable[[Path, str], None]
 
 
 def check_file(path: Path, expected: str) -> None:
-    """Compare a file with its SHA-256, hexadecimal. Raises ValueError."""
+    """Compare a file with its SHA-256 in hexadecimal digits. Raises ValueError if they differ."""
     if file_digest(path) != expected:
         raise ValueError("it is not the file that was written")
 
@@ -177,39 +177,40 @@ def check_file(path: Path, expected: str) -> None:
 def check_all(
     folder: Path, expected: Mapping[str, str], thorough: bool = False, compare: Compare | None = None
 ) -> None:
-    """Compare files with what was written, once: one that was compared before is read again only if it was touched
-    since, by size, times and number. ``verified.json`` in the folder remembers.
+    """Compare files with their digests; read a file that was compared before only if it has changed since.
+
+    ``verified.json`` in the folder records size, times and inode number of each file that was compared.
 
     Args:
-        folder: where they lie.
-        expected: file name -> what tells of its content: of an array, what :meth:`Column.complete` returned.
-        thorough: read them all, whatever is remembered.
-        compare: compares one; None: arrays, by :func:`check`.
+        folder: the folder of the files.
+        expected: file name -> digest of its content; for an array, what :meth:`Column.complete` returned.
+        thorough: read all files, whatever ``verified.json`` records.
+        compare: compares one file with its digest; None: :func:`check`, for arrays.
 
     Raises:
-        ValueError: one is not what was written; the message names the file and says where.
-        OSError: one cannot be read.
+        ValueError: a file is not the one that was written; the message names it and says where.
+        OSError: a file cannot be read.
     """
     seen = _remembered(folder)
-    found = _marks(folder, expected)  # before they are read, so that a change meanwhile is noticed the next time
+    marks = _marks(folder, expected)  # before reading, so that the next call notices a change made meanwhile
     for name, digest in expected.items():
-        if thorough or seen.get(name) != found[name]:
+        if thorough or seen.get(name) != marks[name]:
             try:
                 (compare or check)(folder / name, digest)
             except ValueError as error:
                 raise ValueError(f"{folder / name}: {error}") from error
-    if any(seen.get(name) != found[name] for name in found):
-        with suppress(OSError):  # in a folder that cannot be written, they are compared each time
-            _remember(folder, found)
+    if any(seen.get(name) != marks[name] for name in marks):
+        with suppress(OSError):  # in a folder that cannot be written, files are compared each time
+            _remember(folder, marks)
 
 
 def trust_all(folder: Path, expected: Mapping[str, str]) -> None:
-    """Remember files as compared with what was written: those that are other names of files that were."""
+    """Record in ``verified.json``, without reading them, that files match their digests: new ones, or hard links."""
     _remember(folder, _marks(folder, expected))
 
 
 def _marks(folder: Path, expected: Mapping[str, str]) -> dict[str, list[str | int]]:
-    """Return what changes when a file, or the one with its digests, is touched."""
+    """Return for each file its digest, and the size, times and inode number of the file and of its digests' file."""
     marks: dict[str, list[str | int]] = {}
     for name, digest in expected.items():
         path, marks[name] = folder / name, [digest]
@@ -235,7 +236,7 @@ def stack(parts: Sequence[Array]) -> Array | Stack:
 
 
 class Stack:
-    """Arrays under each other; read by a row number, a slice, or an array of row numbers."""
+    """Arrays ``[count, width]`` stacked along their rows, indexed by a row number, a slice or an array of numbers."""
 
     def __init__(self, parts: Sequence[Array]) -> None:
         self._parts = parts
@@ -248,18 +249,18 @@ class Stack:
 
     def __getitem__(self, rows: int | slice | Array) -> Array:
         numbers = rows if isinstance(rows, np.ndarray) else np.arange(len(self))[rows]
-        found: Array = np.empty((numbers.size, self.shape[1]), self.dtype)
-        for part, mine, own in self.owners(np.atleast_1d(numbers)):
-            found[mine] = part[own]
-        return found if numbers.ndim else found[0]
+        selected: Array = np.empty((numbers.size, self.shape[1]), self.dtype)
+        for part, mask, local in self.owners(np.atleast_1d(numbers)):
+            selected[mask] = part[local]
+        return selected if numbers.ndim else selected[0]
 
     def owners(self, numbers: Array) -> Iterator[tuple[Array, Array, Array]]:
-        """Give each array, which of the row ``numbers`` ``[count]`` are its rows (bool ``[count]``), and their numbers
-        in it."""
+        """Yield each array with a mask (bool ``[count]``) of the row ``numbers`` ``[count]`` that lie in it, and their
+        numbers in it."""
         owner = np.searchsorted(self._starts, numbers, side="right") - 1
         for index, part in enumerate(self._parts):
-            mine = owner == index
-            yield part, mine, numbers[mine] - self._starts[index]
+            mask = owner == index
+            yield part, mask, numbers[mask] - self._starts[index]
 
 
 def on_disk(array: Array | Stack) -> bool:
@@ -272,8 +273,8 @@ def on_disk(array: Array | Stack) -> bool:
 def ask_for(array: Array | Stack, rows: Array) -> None:
     """Ask the system to read ``rows`` (numbers ``[count]``) of an array that is mapped from files.
 
-    It reads many at a time and does not wait for the last. Else each is read when it is touched, after the one before,
-    with megabytes around it; from now on, no longer with these.
+    The system reads many rows at a time, in the background. Without this call, each row is read when it is accessed,
+    one after the other, with megabytes around it; from this call on, the array is read without these megabytes.
     """
     if isinstance(array, Stack):
         for part, _, own in array.owners(rows):

@@ -1,4 +1,4 @@
-"""The device at hand, and what its processor is good at."""
+"""The device of this process, what its processor is fast at, and GPU work that is captured and replayed."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ __all__ = [
 _LOG = logging.getLogger(__name__)
 
 if hasattr(os, "register_at_fork"):
-    # A process that is forked off, to load images say, cannot free what lies on a GPU or was pinned for one: it would
-    # be aborted as soon as it collected the garbage that this one left it.
+    # A forked process, such as a loader of images, cannot free memory on a GPU or pinned for one: it would be aborted
+    # when it collected garbage that it inherited from this process.
     os.register_at_fork(after_in_child=gc.freeze)
 
 
@@ -43,9 +43,9 @@ def own_device(processes: Processes = ALONE) -> str:
 
 
 def has_bfloat16_units() -> bool | None:
-    """Return whether the processor has units for products of bfloat16 numbers; None if that cannot be told.
+    """Return whether the processor has units for products of bfloat16 numbers; None if that is unknown.
 
-    It is asked of x86 processors (AVX512-BF16 or AMX), where torch tells it.
+    It is known only for x86 processors (AVX512-BF16 or AMX) whose capabilities torch reports.
     """
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # absent in older torch
     if not _is_x86() or not capabilities:
@@ -59,8 +59,8 @@ def _is_x86() -> bool:
 
 @functools.cache
 def partitions_fast() -> bool:
-    """Return whether numpy partitions integers by vector instructions, some times as fast as without. It does on x86
-    processors from version 2.0 on."""
+    """Return whether numpy partitions integers by vector instructions, which is several times as fast as without: on
+    x86 processors, from numpy 2.0 on."""
     return _is_x86() and int(np.__version__.partition(".")[0]) >= 2
 
 
@@ -74,24 +74,24 @@ def emulates_bfloat16() -> bool:
 
 
 def add_at(sums: Tensor, places: Tensor, values: Tensor) -> Tensor:
-    """Add each value to the sum of its row at its place, in place, and return the sums: ``[…, n]``, from int64 and
-    numbers ``[…, m]``.
+    """Add ``values`` ``[…, m]`` to ``sums`` ``[…, n]`` at the indices ``places`` (int64 ``[…, m]``), in place, and
+    return ``sums``.
 
-    A GPU's own ``scatter_add_`` adds in whatever order its threads come by, so that the last bits change from run to
-    run; this adds whole numbers there, of units of 2^-40 of the largest value, which takes a quarter of the time of
-    sorting.
+    On a GPU, ``scatter_add_`` adds in the order in which threads happen to run, so that the last bits change from run
+    to run. There, this function adds whole multiples of 2^-40 of the largest value instead, in a quarter of the time
+    that sorting takes.
     """
     if not sums.is_cuda:
         return sums.scatter_add_(-1, places, values)
-    norm = torch.linalg.vector_norm(values, torch.inf, dtype=torch.double)  # not finite where a value is not
+    norm = torch.linalg.vector_norm(values, torch.inf, dtype=torch.double)  # not finite if a value is not
     unit = norm.clamp_min(1e-200)[None] * 2.0**-40
     whole = torch.zeros_like(sums, dtype=torch.long).scatter_add_(-1, places, (values / unit).long())
     return sums.add_(whole * unit)
 
 
 def to_processor(tensor: Tensor) -> Callable[[], Tensor]:
-    """Begin to copy a tensor to the processor. What is returned waits for the copy, and gives it; a GPU goes on with
-    what it was told meanwhile."""
+    """Start to copy a tensor to the CPU, and return a function that waits for the copy and returns it; a GPU goes on
+    with its queued work meanwhile."""
     copy = tensor.to("cpu", non_blocking=tensor.is_cuda)
     if not tensor.is_cuda:
         return lambda: copy
@@ -106,25 +106,27 @@ def to_processor(tensor: Tensor) -> Callable[[], Tensor]:
 
 
 class Replayed:
-    """Work on a GPU that is told once and replayed from then on, with the same tensors: to tell a training step, of
-    fifty kernels, takes the processor longer than the step takes (H100, d 768, n 3072, batch 4096: 1.2 and 0.5 ms)."""
+    """Work on a GPU that is captured once, in CUDA graphs, and replayed from then on with the same tensors.
 
-    #: Whether a graph could not be made in this process. Torch may not be able to make another one then.
+    To launch the fifty kernels of a training step takes the CPU longer than the GPU takes to run them (H100, d 768,
+    n 3072, batch 4096: 1.2 and 0.5 ms)."""
+
+    #: Whether a capture has failed in this process; torch may then be unable to capture another graph.
     failed = False
 
     def __init__(self, room: Any = None) -> None:
-        """``room`` is memory to work in, shared with others that leave nothing there: a pool of torch's."""
+        """Take ``room``, torch's handle of a memory pool, which works that leave nothing in the pool may share."""
         self._room, self._calls, self._capturing = room, 0, False
         self._parts: list[tuple[torch.cuda.CUDAGraph, Callable[[], None]]] = []
         self._open = ExitStack()
 
     @property
     def is_told(self) -> bool:
-        """Whether the GPU does it by itself from now on."""
+        """Whether the work has been captured, so that the GPU replays it from now on."""
         return bool(self._parts) and not self._capturing
 
     def __call__(self, work: Callable[[], None]) -> None:
-        """Do the work, the same each time; twice as it is told, for what a library sets up at first."""
+        """Do ``work``, the same at each call: launch it twice, while libraries set themselves up, then replay it."""
         self._calls += 1
         if not self.is_told and (self._calls < 3 or Replayed.failed or not self._capture(work)):
             return work()
@@ -134,33 +136,33 @@ class Replayed:
         return None
 
     def _capture(self, work: Callable[[], None]) -> bool:
-        """Make a graph of the work, which is not done; give whether that went well."""
-        before, self._capturing, made = torch.cuda.current_stream(), True, False
+        """Capture ``work`` in graphs without running it, and return whether that succeeded."""
+        stream, self._capturing, captured = torch.cuda.current_stream(), True, False
         try:
             with self._open:
                 self._begin()
                 work()
-            made = True
-        except Exception as error:  # if it is no matter of graphs, the work itself raises it
+            captured = True
+        except Exception as error:  # an error of the work itself is raised again when it is launched
             Replayed.failed = True
             _LOG.info("the work is launched on the GPU anew each time: %s", sentence_of(error))
         finally:
             self._capturing = False
-            torch.cuda.set_stream(before)  # where it fails, torch does not
-            if not made:
+            torch.cuda.set_stream(stream)  # torch does not restore it after a failure
+            if not captured:
                 self._parts.clear()
-        return made
+        return captured
 
     def _begin(self) -> None:
         self._room = self._room or torch.cuda.graph_pool_handle()
         graph, stream = torch.cuda.CUDAGraph(), _capture_stream(torch.cuda.current_device())
-        # Another thread may pin memory meanwhile.
+        # thread_local, since another thread may pin memory during the capture.
         capture = torch.cuda.graph(graph, pool=self._room, stream=stream, capture_error_mode="thread_local")
         self._open.enter_context(capture)
         self._parts.append((graph, lambda: None))
 
     def pause(self, then: Callable[[], None]) -> None:
-        """Within the work: do ``then`` here each time, as it is told, and then the rest of the work."""
+        """Call ``then`` at this point of the work, at each replay too: one graph ends here, and the next begins."""
         if not self._capturing:
             return then()
         self._open.close()
@@ -170,5 +172,5 @@ class Replayed:
 
 @functools.cache
 def _capture_stream(device: int) -> torch.cuda.Stream:
-    """What tells a GPU of graphs. Of itself, torch tells all GPUs by a stream of the first that was asked for."""
+    """Return the stream for captures on a GPU; torch's own default is a stream of the first GPU used, for all."""
     return torch.cuda.Stream(device)

@@ -20,7 +20,7 @@ __all__ = ["ALONE", "Processes", "alone", "gpu_of", "joined", "mean_row", "total
 
 @dataclass(frozen=True)
 class Processes:
-    """This process, and how many run beside it."""
+    """The number of this process, and how many work together."""
 
     rank: int = 0
     """The number of this process, from 0."""
@@ -31,11 +31,11 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Tell whether this process prints and writes."""
+        """Whether this process is the one that prints and writes."""
         return self.rank == 0
 
     def block(self, count: int, unit: int = 1) -> range:
-        """Return the indices that this process works on: consecutive blocks of ``range(count)``, in whole units."""
+        """Return the indices that this process works on: a consecutive block of ``range(count)``, in whole units."""
         units = -(-count // unit)
         start, stop = units * self.rank // self.world, units * (self.rank + 1) // self.world
         return range(min(count, start * unit), min(count, stop * unit))
@@ -43,14 +43,14 @@ class Processes:
 
 ALONE = Processes()
 _JOINS = count()
-#: How long one waits for another, as where one machine extracts its images sooner; torchrun ends those left by one that
-#: fails. torch itself gives up after ten minutes (NCCL).
+#: How long a process waits for another, such as one that extracts its images more slowly; torch's own limit is ten
+#: minutes (NCCL). If a process fails, torchrun ends the others.
 _PATIENCE = timedelta(days=2)
 
 
 @contextmanager
 def joined() -> Iterator[Processes]:
-    """Join the processes that ``torchrun`` started within the block: by NCCL where each has a GPU, else by gloo."""
+    """Join the processes that ``torchrun`` started for the block, by NCCL if each has its own GPU, else by gloo."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield ALONE
@@ -84,16 +84,16 @@ def _meeting_place() -> Any:
 
 
 def _store() -> Any:
-    """Where processes leave each other word of where they are: each time under another prefix, since who reads where
-    another was the time before finds nobody there."""
+    """Return the store through which processes exchange their addresses, with a new prefix at each call: addresses
+    from an earlier call are out of date."""
     from torch.distributed.distributed_c10d import PrefixStore
 
     return PrefixStore(f"vs2_plugin/{next(_JOINS)}", _meeting_place())
 
 
 def gpu_of(processes: Processes) -> int | None:
-    """Return the number of this process's GPU; None where there is none. Where there are fewer than processes, they
-    share them."""
+    """Return the number of this process's GPU, or None without a GPU; where there are fewer GPUs than processes,
+    processes share them."""
     return processes.local_rank % torch.cuda.device_count() if torch.cuda.is_available() else None
 
 
@@ -118,6 +118,6 @@ def mean_row(rows: Tensor) -> Tensor:
 
 
 def wait() -> None:
-    """Wait for all other processes to call this."""
+    """Wait until all other processes have called this function too."""
     if not alone():
         dist.barrier()

@@ -1,4 +1,4 @@
-"""Shows, where ``help()`` is asked, what stands below each field of a dataclass. Imports nothing of the package."""
+"""Adds the texts below a dataclass's fields to what ``help()`` shows. Imports nothing of the package."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ C = TypeVar("C", bound=type)
 
 
 def documented(owner: C) -> C:
-    """Give a dataclass the texts of its fields as a part of its docstring.
+    """Add the texts of a dataclass's fields to its docstring.
 
-    They are read from its source when somebody asks, and not before.
+    The texts are read from the class's source only when the docstring is read.
     """
-    owner.__doc__ = _Doc(owner.__doc__ or "")  # type: ignore[assignment]  # type() asks it, as any descriptor
+    owner.__doc__ = _Doc(owner.__doc__ or "")  # type: ignore[assignment]  # a descriptor, whose __get__ type() calls
     return owner
 
 
 class _Doc:
-    """The docstring of a class, with its fields."""
+    """The docstring of a class with its fields, put together when it is read."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -27,28 +27,28 @@ class _Doc:
     def __get__(self, instance: object, owner: type[Any]) -> str:
         import inspect
 
-        told = _fields(owner)
-        return inspect.cleandoc(self._text) + ("\n\nFields:\n" + "\n".join(told) if told else "")
+        lines = _fields(owner)
+        return inspect.cleandoc(self._text) + ("\n\nFields:\n" + "\n".join(lines) if lines else "")
 
 
 def _fields(owner: type[Any]) -> list[str]:
-    """Return a line for each field and those of its text, the inherited ones first; none without the source."""
+    """Return name, type and text of each field, as lines; without the source, types and texts are missing."""
     import ast
     import inspect
     from dataclasses import fields
     from textwrap import dedent, indent, wrap
 
     texts: dict[str, tuple[str, str]] = {}
-    for one in reversed(owner.__mro__[:-1]):
+    for base in reversed(owner.__mro__[:-1]):
         try:
-            [tree] = ast.parse(dedent(inspect.getsource(one))).body
+            [tree] = ast.parse(dedent(inspect.getsource(base))).body
         except (OSError, TypeError, SyntaxError, ValueError):
             continue
         body = getattr(tree, "body", [])
         for node, following in zip(body, [*body[1:], None], strict=True):
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                said = following.value if isinstance(following, ast.Expr) else None
-                text = said.value if isinstance(said, ast.Constant) and isinstance(said.value, str) else ""
+                below = following.value if isinstance(following, ast.Expr) else None
+                text = below.value if isinstance(below, ast.Constant) and isinstance(below.value, str) else ""
                 texts[node.target.id] = ast.unparse(node.annotation), inspect.cleandoc(text)
     lines = []
     for field in fields(owner):

@@ -7,13 +7,13 @@
     ├── CheckpointError     an SAE checkpoint that is damaged or belongs to another tower
     │   ├── CheckpointNotFound
     │   ├── CheckpointReplaced
-    │   └── HubError        a repository on a hub that cannot be had, or written
+    │   └── HubError        a repository on a hub that cannot be fetched or written
     ├── DataError           a data set, a split or a cache that cannot be used
     ├── SettingError        a setting outside its range
     └── HarnessError        a clip_benchmark that this package cannot work with, or an output it could not write
 
 Every message says what was wrong, with the value, what was expected, and, where there is one, the command
-that mends it.
+that fixes it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 
 
 class Vs2Error(Exception):
-    """Root of the tree; catch this one to catch them all."""
+    """The base class of this package's errors; catch it to catch them all."""
 
 
 class ModelStringError(Vs2Error):
@@ -59,11 +59,11 @@ class CheckpointNotFound(CheckpointError):
 
 
 class CheckpointReplaced(CheckpointError):
-    """An SAE checkpoint in whose place another process put another while it was read. Reading it again helps."""
+    """An SAE checkpoint that another process replaced while it was being read; reading it again helps."""
 
 
 class HubError(CheckpointError):
-    """A repository on a hub that cannot be had, or written."""
+    """A repository on a hub that cannot be fetched or written."""
 
 
 class DataError(Vs2Error):
@@ -79,7 +79,7 @@ class HarnessError(Vs2Error):
 
 
 def is_interruption(error: BaseException | None) -> bool:
-    """Return whether an exception is Ctrl-C, or was raised while that was handled."""
+    """Return whether an exception is a KeyboardInterrupt (Ctrl-C), or was raised while one was being handled."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error is not None

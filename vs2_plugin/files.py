@@ -1,8 +1,8 @@
 """Files and folders that appear whole or not at all, whatever interrupts their writing.
 
-A folder ``NAME`` is written as ``.NAME.part``, is called ``.NAME.new`` once it is whole, and then takes its place; what
-lay there goes by way of ``.NAME.old``. Whoever looks for ``NAME`` first finishes what a writer that died began
-(:func:`settle`): there is always the old folder or the new one. No heavy imports.
+A folder ``NAME`` is written as ``.NAME.part``, renamed to ``.NAME.new`` once it is complete, and then moved into place;
+a folder that was there is moved to ``.NAME.old`` first, and deleted. Code that looks for ``NAME`` first completes what
+a dead writer began (:func:`settle`), so that there is always the old folder or the new one. No heavy imports.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ __all__ = [
     "make_shared", "part_of", "settle", "sync",
 ]  # fmt: skip
 
-#: The folder, beside what is written, in which processes keep each other from writing it.
+#: The folder, beside the files that are written, of the lock files by which processes exclude each other.
 LOCKS = ".locks"
-#: Letters that a name may have, with room for what is put around it: file systems take 255.
+#: Characters that a name may have; file systems allow 255, and prefixes and suffixes are added to a name.
 LONGEST = 200
-_SECONDS = 10  # loader processes may live, and hold their dead parent's lock, for so long
+_SECONDS = 10  # loader processes may outlive their parent, and hold its lock, for so long
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a scratch file beside ``path``, which takes its place when the block ends well, and goes when it does not.
+    """Yield a scratch file beside ``path`` that replaces ``path`` when the block succeeds, and is deleted if it fails.
 
     Raises:
-        OSError: the folder of ``path`` is not there, or cannot be written.
+        OSError: the folder of ``path`` does not exist or cannot be written.
     """
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
@@ -55,17 +55,17 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path, keep: Callable[[Path], bool] = lambda scratch: False) -> Iterator[Path]:
-    """Give a scratch folder beside ``path``, which takes its place when the block ends well.
+    """Yield a scratch folder beside ``path`` that replaces ``path`` when the block succeeds.
 
-    A folder that lies at ``path`` stays until then, and stays for good when the block fails.
+    A folder that exists at ``path`` stays until then, and is kept if the block fails.
 
     Args:
         path: the folder.
-        keep: tells of the scratch folder, when the block fails, whether the next call shall find it as it is. Without
-            it, and if the process dies, the next one finds it empty.
+        keep: decides, when the block fails and when the next call begins, whether the scratch folder is left as it is
+            for the next call. By default, the next call starts with an empty one.
 
     Raises:
-        DataError: another process is writing it.
+        DataError: another process is writing ``path``.
         OSError: the folder around ``path`` cannot be made or written.
     """
     with alone(path):
@@ -85,20 +85,20 @@ def atomic_folder(path: Path, keep: Callable[[Path], bool] = lambda scratch: Fal
 
 @contextmanager
 def alone(path: Path, seconds: float = _SECONDS, waiting: Callable[[], None] | None = None) -> Iterator[bool]:
-    """Keep other processes from writing ``path``. The operating system ends this with the process, if it dies.
+    """Lock ``path`` against other writers within the block; if the process dies, the system releases the lock.
 
-    Within a process it may be nested. On a file system without locks, nobody is kept out.
+    Within a process, blocks may be nested. On a file system without locks, no process is kept out.
 
     Args:
-        path: a file or folder; the one around it is made.
+        path: a file or folder; its parent folder is made if it is missing.
         seconds: how long to wait for another process; -1: until it has finished.
-        waiting: called before waiting.
+        waiting: called before the wait begins, if there is one.
 
     Yields:
-        Whether another process wrote it until now.
+        Whether this process had to wait for another one to finish writing.
 
     Raises:
-        DataError: another process is writing it.
+        DataError: another process is still writing ``path``.
         OSError: the folder around ``path`` cannot be made or written.
     """
     from filelock import FileLock, Timeout
@@ -130,7 +130,7 @@ def alone(path: Path, seconds: float = _SECONDS, waiting: Callable[[], None] | N
 
 
 def make_shared(folder: Path) -> None:
-    """Make a folder where there is none, with the permissions of the one around it."""
+    """Make ``folder`` if it is missing, with the permissions of its parent folder."""
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(exist_ok=True)
@@ -138,38 +138,38 @@ def make_shared(folder: Path) -> None:
 
 
 def _permissions(folder: Path) -> int:
-    """Return what a folder lets whom do, for what is written in it: colleagues may share it. Where everybody may write
-    and nobody remove another's (a sticky folder, such as /tmp), others may read."""
+    """Return the permissions for what is written in ``folder``: those of the folder, so that colleagues may share it.
+    In a sticky folder, such as /tmp, where everybody may write, others may only read."""
     mode = folder.stat().st_mode
     return 0o755 if mode & stat.S_ISVTX else mode & 0o2777
 
 
 def _share(path: Path) -> None:
-    """Give a file, or a folder with all in it, the permissions of the folder around it, whatever the umask is.
+    """Give a file, or a folder and its contents, the permissions of the parent folder, whatever the umask is.
 
-    What is linked elsewhere too has its permissions from there, and is not touched: it was compared with its digest.
+    Files with other hard links keep theirs: a change would make ``verified.json`` take them for changed files.
     """
     mode = _permissions(path.parent)
-    for one in [*(path.rglob("*") if path.is_dir() else []), path]:
-        with suppress(PermissionError):  # somebody else's
-            if one.is_dir() or one.stat().st_nlink == 1:
-                one.chmod(mode if one.is_dir() else mode & 0o666)
+    for entry in [*(path.rglob("*") if path.is_dir() else []), path]:
+        with suppress(PermissionError):  # the file belongs to another user
+            if entry.is_dir() or entry.stat().st_nlink == 1:
+                entry.chmod(mode if entry.is_dir() else mode & 0o666)
 
 
 def hidden(error: OSError, path: Path) -> str | None:
-    """Return in words that this user may not read a file of somebody else's, if that is what an error says."""
+    """Return a message that this user may not read ``path``, if ``error`` is a PermissionError; else None."""
     if not isinstance(error, PermissionError):
         return None
     return f"{path} exists, but this user may not read it; its owner can change that: chmod -R a+rX {path.parent}"
 
 
 def _has_no_locks(error: NotImplementedError | OSError) -> bool:
-    """Tell what a file system without locks says from what a full or broken one does."""
+    """Return whether an error comes from a file system without locks, and not from a full or broken one."""
     return not isinstance(error, OSError) or error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def json_digest(value: Any) -> str:
-    """Return the SHA-256 of plain JSON values, whatever the order of their keys, as hexadecimal digits."""
+    """Return the SHA-256 of plain JSON values, whatever the order of keys, as hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -183,14 +183,14 @@ def file_digest(path: Path) -> str:
 
 
 def part_of(path: Path) -> Path:
-    """Return the scratch folder of ``path``."""
+    """Return the scratch folder in which :func:`atomic_folder` writes ``path``."""
     return path.with_name(f".{path.name}.part")
 
 
 def settle(path: Path) -> None:
-    """Finish what a writer that died began, or wait while a living one puts its folder in place.
+    """Complete the replacement of ``path`` that a dead writer began, or wait while a living one completes it.
 
-    Where the folder around ``path`` cannot be written, nothing is done.
+    Nothing is done if the folder around ``path`` cannot be written.
     """
     if (path.exists() or not _old(path).exists()) and not _new(path).exists():
         return
@@ -207,7 +207,7 @@ def _old(path: Path) -> Path:
 
 
 def _finish(path: Path) -> None:
-    """Bring a folder that is whole to its place, or one that was moved aside back, and remove what is left."""
+    """Move a complete ``.NAME.new`` to ``path``, else ``.NAME.old`` back to it, and delete any old folder left."""
     new, old = _new(path), _old(path)
     if new.exists():
         _swap(new, path)
@@ -218,13 +218,13 @@ def _finish(path: Path) -> None:
 
 
 def _put(scratch: Path, path: Path) -> None:
-    """Move a folder to where another one may lie, which comes back if that fails."""
+    """Move ``scratch`` to ``path``; an existing folder there is moved back if that fails."""
     new = _new(path)
-    os.replace(scratch, new)  # from here on, whoever comes finishes it
+    os.replace(scratch, new)  # from here on, any process that locks ``path`` completes the move
     try:
         _swap(new, path)
     except BaseException:
-        shutil.rmtree(new, ignore_errors=True)  # the caller hears of it, and it is not to appear later
+        shutil.rmtree(new, ignore_errors=True)  # the caller gets the error, so no later process may complete the move
         raise
     shutil.rmtree(_old(path), ignore_errors=True)
 
@@ -244,11 +244,11 @@ def _swap(new: Path, path: Path) -> None:
 
 
 def sync(path: Path, inside: bool = True) -> None:
-    """Have the disk write a file, or a folder and all files in it, which survives a power failure then."""
-    if os.name == "nt":  # folders cannot be opened there
+    """Flush a file, or a folder and all files in it, to the disk, so that it survives a power failure."""
+    if os.name == "nt":  # Windows cannot open folders
         return
-    for one in [*(path.rglob("*") if inside and path.is_dir() else []), path]:
-        handle = os.open(one, os.O_RDONLY)
+    for entry in [*(path.rglob("*") if inside and path.is_dir() else []), path]:
+        handle = os.open(entry, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:

@@ -27,7 +27,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation that clip_benchmark makes of its command line, with its names for the settings."""
+    """One evaluation of a clip_benchmark command, with clip_benchmark's names for the settings."""
 
     model: str
     """A model of open_clip or transformers, or a model string."""
@@ -36,7 +36,7 @@ class Evaluation:
     dataset: str
     """A data set of clip_benchmark; ``wds/NAME`` for webdataset shards."""
     dataset_root: str = "root"
-    """Its folder; ``{dataset}`` is filled in."""
+    """Folder of the data set; ``{dataset}`` is filled in."""
     split: str = "test"
     """The split under evaluation."""
     num_workers: int = 4
@@ -50,46 +50,46 @@ class Evaluation:
     task: str = "auto"
     """The task; ``auto`` for the data set's own."""
     language: str = "en"
-    """Of class names and prompts."""
+    """Language of class names and prompts."""
     output: str = "{dataset}_{pretrained}_{model}_{language}_{task}.json"
     """The results file; the fields of :attr:`output_file` are filled in."""
     model_type: str = "open_clip"
-    """Whose models they are."""
+    """clip_benchmark's name for the library that loads the model."""
     amp: bool = True
     """Whether to evaluate under autocast."""
     seed: int = 0
-    """For random weights."""
+    """Seed of random weights."""
     model_cache_dir: str | None = None
     """Where downloaded models are kept."""
     wds_cache_dir: str | None = None
     """Where downloaded shards are kept."""
     skip_load: bool = False
-    """Whether nothing is loaded, and so nothing evaluated."""
+    """Whether to load no model, and so to evaluate nothing."""
     skip_existing: bool = False
-    """Whether nothing is done where there are results."""
+    """Whether to skip the evaluation if its results file exists."""
 
     @classmethod
     def of(cls, settings: object, **changed: Any) -> Evaluation:
         """Return the evaluation that attributes of ``settings`` (clip_benchmark's Namespace) describe.
 
         Args:
-            settings: where an attribute is missing, its default counts.
-            changed: values in place of those.
+            settings: an object with the settings as attributes; a missing one takes its default.
+            changed: values that replace those of ``settings``.
         """
-        given = {f.name: getattr(settings, f.name) for f in fields(cls) if hasattr(settings, f.name)}
-        return cls(**{**given, **changed})
+        values = {f.name: getattr(settings, f.name) for f in fields(cls) if hasattr(settings, f.name)}
+        return cls(**{**values, **changed})
 
     @property
     def own_task(self) -> str:
-        """The task, also where it is ``auto``."""
+        """The task, with ``auto`` replaced by the data set's own."""
         return default_task(self.dataset) if self.task == "auto" else self.task
 
     @property
     def output_file(self) -> str:
-        """The results file, as clip_benchmark's ``cli.run`` makes its name.
+        """Name of the results file, formed as in clip_benchmark's ``cli.run``.
 
         Raises:
-            HarnessError: a field that clip_benchmark does not fill in.
+            HarnessError: ``output`` has a field that clip_benchmark does not fill in.
         """
         is_file = os.path.isfile(self.pretrained)
         values = {
@@ -103,14 +103,14 @@ class Evaluation:
         try:
             return self.output.format(**values)
         except (KeyError, IndexError, ValueError) as error:
-            known = ", ".join(f"{{{name}}}" for name in values)
+            names = ", ".join(f"{{{name}}}" for name in values)
             raise HarnessError(
-                f"--output {self.output!r} cannot be filled in ({error}); known fields: {known}"
+                f"--output {self.output!r} cannot be filled in ({error}); known fields: {names}"
             ) from None
 
 
 def default_task(dataset: str) -> str:
-    """Return the task that clip_benchmark evaluates with a data set unless told."""
+    """Return the task that clip_benchmark evaluates on a data set by default."""
     from clip_benchmark.datasets.builder import get_dataset_default_task
 
     task: str = get_dataset_default_task(dataset.removeprefix("wds/"))
@@ -118,15 +118,15 @@ def default_task(dataset: str) -> str:
 
 
 def build(dataset: DataSet, split: str, *, remedy: str = "", **settings: Any) -> Any:
-    """Build a split of a data set for evaluation: a folder or listed shards by this package, and any other by
-    clip_benchmark's own function, fetching it where that can be.
+    """Build a split of a data set for evaluation: folders and listed shards by this package, other data sets by
+    clip_benchmark's own function, which downloads them if it can.
 
-    No steered model that waits for its data set takes it for that one.
+    A steered model that waits for its data set is not bound to this one.
 
     Args:
-        dataset: which.
+        dataset: the data set.
         split: the split's name.
-        remedy: what else the user can do, for the error.
+        remedy: advice to the user that is added to the error.
         settings: other arguments of ``build_dataset``.
 
     Raises:
@@ -142,12 +142,12 @@ def build(dataset: DataSet, split: str, *, remedy: str = "", **settings: Any) ->
     stock = inspect.unwrap(build_dataset)
     try:
         return stock(dataset_name=dataset.name, root=dataset.root, split=split, download=True, **settings)
-    except (Exception, SystemExit) as error:  # a download, a missing file, package or tool: anything
+    except (Exception, SystemExit) as error:  # a failed download, a missing file, package or tool: any exception
         raise not_built(dataset.name, dataset.root, split, error, remedy) from error
 
 
 def not_built(dataset: str, root: str, split: str, error: BaseException, remedy: str = "") -> DataError:
-    """Return the error that says why a split could not be built, and what to do: see :func:`build`."""
+    """Return the error that says why :func:`build` failed, and what the user can do."""
     if str(error).startswith("Unsupported dataset"):  # neither a network nor a file is to blame
         return DataError(unknown_data_set(dataset) or f"clip_benchmark knows no data set {dataset!r}")
     problem = f"clip_benchmark could not build the split {split!r} of {dataset!r} in {root!r}: {reason_of(error)}"
@@ -155,9 +155,9 @@ def not_built(dataset: str, root: str, split: str, error: BaseException, remedy:
 
 
 def unknown_data_set(dataset: str) -> str | None:
-    """Return in words that clip_benchmark knows no data set of that name, and which are like it.
+    """Return a message that clip_benchmark knows no data set called ``dataset``, with similar names.
 
-    None if it knows it, as far as can be told without building it."""
+    None if clip_benchmark knows the data set, as far as can be told without building it."""
     from clip_benchmark.datasets.builder import build_dataset, dataset_collection
 
     names = {name for group in dataset_collection.values() for name in group}
@@ -176,7 +176,7 @@ def unknown_data_set(dataset: str) -> str | None:
 
 @contextmanager
 def zero_shot_classification() -> Iterator[Any]:
-    """Give clip_benchmark's module of that name, without its progress bars within the ``with`` block."""
+    """Yield clip_benchmark's module ``zeroshot_classification``, with its progress bars off within the block."""
     from clip_benchmark.metrics import zeroshot_classification as module
 
     bars, module.tqdm = module.tqdm, lambda items: items

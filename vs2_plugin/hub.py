@@ -1,6 +1,6 @@
-"""Repositories on a model hub, by the hub's own client.
+"""Repositories on a model hub, through the hub's own client.
 
-That a hub cannot be reached is told soon: its client would try for a minute, and say so in twenty lines.
+A hub that cannot be reached is reported within seconds; its client would try for a minute and print twenty lines.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from vs2_plugin.text import one_line, reason_of
 
 __all__ = ["chain", "download", "require_hub", "upload"]
 
-#: Seconds before each attempt. A name server that does not answer takes its own time.
+#: Seconds to wait before each attempt. A name server that does not answer adds its own timeout.
 _PAUSES = (0, 1, 2)
-_ENOUGH = 5
-#: What the system says at once where there is no way to a machine.
+_ENOUGH = 5  # seconds after which there is no further attempt
+#: Errors by which the system says at once that a machine cannot be reached.
 _NO_WAY = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.ECONNREFUSED}
 
 
 def require_hub(repository: str, cache_dir: str | None = None) -> None:
-    """Ask whether a repository that has to be fetched can be.
+    """Check that the hub can be reached if a repository has to be fetched.
 
-    Nothing is asked where some of it is in the cache, or the client was told to stay offline. The question goes the
-    client's own way, to ``HF_ENDPOINT`` and through proxies. A slow answer, or an error of a server, is left to the
-    client, which waits and tries again.
+    Nothing is checked if part of the repository is in the cache, or the client is set to stay offline. The request goes
+    the client's own way, to ``HF_ENDPOINT`` and through proxies. Slow answers and server errors are left to the client,
+    which waits and tries again.
 
     Args:
         repository: ``organisation/name``.
-        cache_dir: where the client keeps what it has fetched, if not in its own place.
+        cache_dir: the client's cache, if not its default one.
 
     Raises:
-        ConnectionError: three times within seconds, the system knew no way to the hub.
+        ConnectionError: the system found no way to the hub in up to three attempts within seconds.
     """
     folder = Path(cache_dir or constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "snapshots"
     if constants.HF_HUB_OFFLINE or any(folder.glob("*/*")):
@@ -68,19 +68,19 @@ def download(
     again: bool = False,
     cache_dir: str | None = None,
 ) -> Path:
-    """Return the folder, in the hub's cache, of a repository.
+    """Return the folder of a repository in the hub's cache, into which missing files are fetched.
 
     Args:
         repository: ``owner/name``.
         revision: a branch, tag or commit; None for the main branch.
-        patterns: the files that are wanted; no others are fetched.
-        is_whole: if it is given, the hub is not asked where the cache holds a folder of which this is true. (An
-            interrupted download may have left a part.)
-        again: fetch files that are there, too.
-        cache_dir: where the client keeps what it has fetched, if not in its own place.
+        patterns: patterns of the files to fetch; no others are fetched.
+        is_whole: if given, and true of the folder in the cache, the hub is not asked. (An interrupted download may
+            have left a part.)
+        again: fetch files again that are in the cache.
+        cache_dir: the client's cache, if not its default one.
 
     Raises:
-        HubError: there is no such repository, it cannot be had, or there is no way to the hub.
+        HubError: the repository does not exist or cannot be fetched, or the hub cannot be reached.
     """
     fetch = partial(
         snapshot_download, repository, revision=revision, cache_dir=cache_dir, allow_patterns=list(patterns)
@@ -96,17 +96,17 @@ def download(
 
 
 def upload(folder: Path, repository: str, patterns: Sequence[str], message: str, private: bool | None) -> str:
-    """Put the files of a folder into a repository, which is made if there is none. Return where the commit is seen.
+    """Upload a folder's files to a repository, which is created if it is missing, and return the URL of the commit.
 
     Args:
-        folder: what to put there.
+        folder: the folder to upload.
         repository: ``owner/name``.
-        patterns: files that are removed there, if the folder has none of that name.
-        message: of the commit.
-        private: whether only its owner sees it, if it is made; None: as the hub has it.
+        patterns: patterns of the files that are deleted in the repository if the folder lacks them.
+        message: the commit's message.
+        private: whether a new repository is visible to its owner only; None: the hub's default.
 
     Raises:
-        HubError: the hub refused, or there is no way to it.
+        HubError: the hub refused, or cannot be reached.
     """
     with _told(repository, None):
         api = HfApi()
@@ -119,7 +119,7 @@ def upload(folder: Path, repository: str, patterns: Sequence[str], message: str,
 
 @contextmanager
 def _told(repository: str, revision: str | None) -> Iterator[None]:
-    """Tell what the hub, its client or the network raise as one sentence."""
+    """Turn errors of the hub, its client or the network into a :class:`HubError` of one sentence."""
     what = repository if revision is None else f"{repository} at {revision}"
     try:
         yield
@@ -132,25 +132,25 @@ def _told(repository: str, revision: str | None) -> Iterator[None]:
     except HfHubHTTPError as error:
         mend = "check the name; for a private repository, or to write, log in with `hf auth login` or set HF_TOKEN"
         raise HubError(f"{constants.ENDPOINT} refuses {what} ({one_line(str(error), 160)}); {mend}") from error
-    except Exception as error:  # of whichever client the hub uses
+    except Exception as error:  # of whichever HTTP library the client uses
         if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-            raise  # of this machine's disk
+            raise  # an error of this machine's disk
         raise HubError(f"{what} cannot be reached on {constants.ENDPOINT} ({reason_of(error)})") from error
 
 
 def _no_way() -> OSError | None:
-    """Return what the system says of a network that is not there; None if it is, or that cannot be told."""
+    """Return the system's error if there is no way to the hub; None if there is one, or if that cannot be told."""
     try:
         get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception as error:  # of whichever client the hub uses
-        for one in chain(error):
-            if isinstance(one, socket.gaierror) or (isinstance(one, OSError) and one.errno in _NO_WAY):
-                return one
+    except Exception as error:  # of whichever HTTP library the client uses
+        for cause in chain(error):
+            if isinstance(cause, socket.gaierror) or (isinstance(cause, OSError) and cause.errno in _NO_WAY):
+                return cause
     return None
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an exception and those that it came from."""
+    """Yield an exception, then its cause or context, and so on."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:

@@ -1,4 +1,4 @@
-"""What a steering method declares: its name, its options, and the function that builds it.
+"""The declaration of a steering method: its name, its options, and the function that builds it.
 
 No heavy imports here: these declarations are read to parse a model string, long before torch is needed.
 """
@@ -20,30 +20,30 @@ __all__ = [
     "TOLD_OF_ALL", "UNLABELED", "VIEWS", "Method", "Option", "Scalar", "widest",
 ]  # fmt: skip
 
-#: In place of a number: to be chosen from unlabeled training images.
+#: In place of a number, which is then chosen from unlabeled training images.
 AUTO = "auto"
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
-#: What stands before a colon in the names of models that are not steered, and the harness's own model types.
+#: Names that no method may have: prefixes of models that are not steered, and the harness's own model types.
 RESERVED = {*(scheme.rstrip(":") for scheme in SCHEMES), "open_clip", "ja_clip"}
 
 
 @documented
 @dataclass(frozen=True)
 class Option(Setting):
-    """One ``@key=value`` of a model string: a setting, and what only options have.
+    """One ``@key=value`` option of a model string: a setting with a few more fields.
 
     >>> Option("gamma", float, 1.5, minimum=0).parse("2")
     2.0
     """
 
     excludes: tuple[str, ...] = ()
-    """Keys that may not be given beside this one."""
+    """Keys of options that may not be given together with this one."""
     auto: tuple[float, ...] | None = None
-    """For a number: what the word ``auto`` chooses from, told by unlabeled training images (see
-    :mod:`vs2_plugin.strength`). With all automatic options at their first value, the method has to leave activations as
-    they are. None: the option does not accept ``auto``."""
+    """For a number: the values from which ``auto`` chooses one, by unlabeled training images (see
+    :mod:`vs2_plugin.strength`). With all automatic options at their first value, the method must leave activations
+    unchanged. None: the option does not accept ``auto``."""
     auto_needs: tuple[str, str] | None = None
-    """A key that has to be given beside ``auto``, and why, in words."""
+    """Key of an option that has to be given together with ``auto``, and the reason in words."""
 
     def __post_init__(self) -> None:
         if self.auto is not None:
@@ -70,16 +70,16 @@ class Option(Setting):
         return super().accepted() if self.auto is None else f"{super().accepted()}, or {AUTO}"
 
 
-#: For a method that reads labels of the gallery's images: which. The framework knows an oracle by this option.
+#: For a method that reads labels of gallery images: which ones. The framework recognises an oracle by this option.
 LABELS = Option(
     "labels", str, "pseudo", choices=("pseudo", "oracle"),
     help="labels of the neighbours: their zero-shot classes, or (oracle, an upper bound) the training labels",
 )  # fmt: skip
 
-#: What the name of a retrieval encoder looks like, and that in words.
+#: Pattern of a retrieval encoder's name, and its description in words.
 ENCODER_NAME = (r"[A-Za-z0-9][A-Za-z0-9_.-]*", "clip, or the name of a timm model")
 
-#: What every method that looks up neighbours understands; its builder does not see these.
+#: Options of every method that looks up neighbours; its builder does not get them.
 NEIGHBOURS = (
     Option("n", int, 50, minimum=1, maximum=100_000, help="N, the number of neighbours"),
     Option(
@@ -89,7 +89,7 @@ NEIGHBOURS = (
     Option("search", str, "exact", choices=("exact", "faiss"), help="faiss: approximate, for millions of images"),
 )  # fmt: skip
 
-#: What every method with an option that accepts ``auto`` understands; its builder does not see these.
+#: Options of every method with an option that accepts ``auto``; its builder does not get them.
 AUTOMATIC = (
     Option(
         "prior", str, None, pattern=(r"[^@]+", "a JSON file"),
@@ -97,7 +97,7 @@ AUTOMATIC = (
     ),
 )  # fmt: skip
 
-#: What every method that steers at a site of a checkpoint understands, whoever wrote it; builders do not see these.
+#: Options of every method that steers at a site of a checkpoint, plugins' included; builders do not get them.
 COMMON = (
     Option(
         "blocks", str, None,
@@ -110,7 +110,7 @@ COMMON = (
     ),
 )  # fmt: skip
 
-#: What a method on logits understands that learns from unlabeled images; its builder does not see these.
+#: Options of a method on logits that learns from unlabeled images; its builder does not get them.
 UNLABELED = (
     Option(
         "unlabeled", str, "train", choices=("train", "test"),
@@ -122,16 +122,16 @@ UNLABELED = (
     ),
 )  # fmt: skip
 
-#: What a method understands that sees a stream of images; its builder does not see it.
+#: The option of a method that sees a stream of images; its builder does not get it.
 STREAM = (Option("order", int, 0, minimum=0, maximum=2**31 - 1, help="seed of the order in which the images come"),)
 
-#: What a method understands that sees several views of each image; its builder does not see these.
+#: Options of a method that sees several views of each image; its builder does not get them.
 VIEWS = (
     Option("views", int, 64, minimum=2, maximum=1024, help="number of views: the image itself and random crops of it"),
     Option("crops", int, 0, minimum=0, maximum=2**31 - 1, help="seed of the crops"),
 )  # fmt: skip
 
-#: What results say of every method, under these names with ``vs2_`` before them; so that no option has one of them.
+#: Names, after ``vs2_``, of the facts that results hold for every method; no option may have one of these names.
 TOLD_OF_ALL = frozenset(
     {"method", "version", "site", "split", "protocol", "checkpoint", "checkpoint_digest", "transductive", "labels"}
     | {"neighbour_labels", "sae_warning", "coverage", "mean_fvu", "gate_threshold", "seconds", "peak_memory"}
@@ -139,14 +139,14 @@ TOLD_OF_ALL = frozenset(
     | {"mended", "broken", "results_digest"}
 )
 
-#: What a method sees beside the image at hand, from least to most: nothing; unlabeled images of the domain, such as an
-#: SAE's training images; the images that came before; all test images.
+#: The data that a method sees beside the image at hand, from least to most: none; unlabeled images of the domain, such
+#: as an SAE's training images; the images that came before; all test images.
 PROTOCOLS = ("image", "unlabeled", "stream", "transductive")
 
 #: Which labels a method may use, from none to those of the test images.
 LABELS_USED = ("none", "train", "oracle")
 
-#: What the attributes of a method may be.
+#: Attribute of a method -> the values that it may have.
 _CHOICES = {
     "sae": ("plain", "pass"),
     "labels": LABELS_USED,
@@ -163,7 +163,7 @@ class Method:
 
     ``build(context, **options)`` is called once per site, with every option of :attr:`options` (given or default),
     and returns the steering: a callable from activations ``[batch, d]`` (float32) to activations of the same shape.
-    With a parameter ``batch`` it is given a :class:`vs2_plugin.Batch` too, and it may return a
+    A steering with a parameter ``batch`` gets a :class:`vs2_plugin.Batch` too, and a steering may return a
     :class:`vs2_plugin.Move` along latents. It may be an ``nn.Module``, which then moves between devices with the model,
     and carry an attribute ``facts``, a mapping of flat scalars that is added to the results' metrics.
 
@@ -173,16 +173,16 @@ class Method:
 
     A method on logits (``site="logits"``) does not steer: it reads image embeddings as classes. What it builds is
     called with embeddings ``[batch, embed_dim]`` of unit norm (``[batch, views, embed_dim]`` for :attr:`views`), and
-    returns logits ``[batch, classes]``, whose softmax is what it believes. The context holds the ``classifier``, and
-    the ``unlabeled`` embeddings that its :attr:`protocol` lets it see. Checkpoint and gallery follow from that.
+    returns logits ``[batch, classes]``, whose softmax is its class probabilities. The context holds the ``classifier``,
+    and the ``unlabeled`` embeddings if its :attr:`protocol` includes them, which also sets checkpoint and gallery.
     """
 
     name: str
-    """What stands before the colon of a model string."""
+    """The name that stands before the colon of a model string."""
     build: Callable[..., Any]
     """The builder; see above. Its first argument is a :class:`vs2_plugin.Context`."""
     options: tuple[Option, ...] | list[Option] = ()
-    """The ``@key=value`` options of its own."""
+    """The method's own ``@key=value`` options."""
     summary: str = ""
     """One line for ``vs2 methods``."""
     aliases: tuple[str, ...] = ()
@@ -190,22 +190,22 @@ class Method:
     needs_checkpoint: bool = True
     """Whether the method steers along an SAE checkpoint."""
     sae: str = "plain"
-    """Which SAE of the checkpoint it steers along: ``plain``, or ``pass`` for the one trained by PASS."""
+    """The SAE of the checkpoint that the method steers along: ``plain``, or ``pass`` for the one trained by PASS."""
     labels: str = "none"
     """Which labels the method itself uses: ``none``, ``train`` or ``oracle``. Recorded in every result."""
     gallery: str = "none"
-    """What it needs of the checkpoint's gallery of training images: ``none``, its ``images``, or the ``neighbours`` of
-    each query among them. The context then holds a retriever."""
+    """The part of the checkpoint's gallery of training images that the method needs: ``none``, the ``images``, or the
+    ``neighbours`` of each query among them. A method that steers then gets a retriever in its context."""
     site: str = "checkpoint"
-    """Where it acts: at the sites of the ``checkpoint``, at the tower's ``output`` embedding, or on ``logits``."""
+    """Where the method acts: at sites of the ``checkpoint``, at the tower's ``output`` embedding, or on ``logits``."""
     protocol: str = ""
-    """What it sees beside the image at hand: nothing (``image``), ``unlabeled`` images of the domain, the ``stream`` of
+    """The data seen beside the image at hand: none (``image``), ``unlabeled`` images of the domain, the ``stream`` of
     images before, or all test images (``transductive``). By default ``unlabeled`` for a steering with a checkpoint,
     else ``image``. Recorded in every result."""
     views: bool = False
     """Whether a method on logits sees several views of each image, random crops of it."""
     classes: bool = False
-    """Whether it needs the class embeddings, and so runs in zero-shot classification only."""
+    """Whether the method needs the class embeddings, and so runs in zero-shot classification only."""
     unreported: tuple[str, ...] = ()
     """Metrics of clip_benchmark that mean nothing for this method, and are left out of its results."""
     _by_name: Mapping[str, Option] = field(init=False, repr=False, compare=False)
@@ -216,9 +216,9 @@ class Method:
             raise PluginError(
                 f"method name {self.name!r}: expected lower-case letters, digits and '_', and none of {reserved}"
             )
-        if not isinstance(self.options, (tuple, list)) or not all(isinstance(one, Option) for one in self.options):
-            what = f"{self.options!r:.80}"
-            raise PluginError(f"method {self.name!r}: options is {what}; expected a list of vs2_plugin.Option")
+        if not isinstance(self.options, (tuple, list)) or not all(isinstance(own, Option) for own in self.options):
+            shown = f"{self.options!r:.80}"
+            raise PluginError(f"method {self.name!r}: options is {shown}; expected a list of vs2_plugin.Option")
         self._check_declarations()
         object.__setattr__(self, "options", tuple(self.options))
         object.__setattr__(self, "_by_name", self._checked_options())
@@ -246,7 +246,7 @@ class Method:
                               "needs_checkpoint")
 
     def _check_site(self) -> None:
-        """Refuse what a method on logits cannot be, or only such a one can."""
+        """Refuse declarations that do not fit the site, and fill in those that follow from the site and protocol."""
         if self.site == "logits":
             if self.gallery == "neighbours" or any(option.auto for option in self.options):
                 raise PluginError(
@@ -293,7 +293,7 @@ class Method:
 
     @property
     def all_options(self) -> tuple[Option, ...]:
-        """Its own options and the common ones."""
+        """The method's own options, followed by the common ones that apply to it."""
         common = COMMON if self.needs_checkpoint and self.site == "checkpoint" else ()
         automatic = AUTOMATIC if any(option.auto for option in self.options) else ()
         neighbours = NEIGHBOURS if self.gallery == "neighbours" else ()
@@ -302,40 +302,40 @@ class Method:
         return (*self.options, *automatic, *neighbours, *learning, *streaming, *seeing, *common)
 
     def option(self, name: str) -> Option | None:
-        """The option of that name, or None."""
+        """Return the option called ``name``, or None."""
         return self._by_name.get(name)
 
     def labels_used(self, options: Mapping[str, Scalar | None]) -> str:
-        """Which labels it uses with these options: :attr:`labels`, or ``oracle`` by the option :data:`LABELS`."""
+        """Return the labels used with these options: :attr:`labels`, or ``oracle`` by the option :data:`LABELS`."""
         return "oracle" if options.get(LABELS.name) == "oracle" else self.labels
 
     def protocol_of(self, options: Mapping[str, Scalar | None]) -> str:
-        """Its protocol with these options: :attr:`protocol`, or ``transductive`` by the option :data:`UNLABELED`."""
+        """Return the protocol with these options: :attr:`protocol`, or ``transductive`` by one of :data:`UNLABELED`."""
         return "transductive" if self._learns_from_test(options) else self.protocol
 
     def asks_checkpoint(self, options: Mapping[str, Scalar | None]) -> bool:
-        """Tell whether it needs a checkpoint with these options."""
+        """Return whether the method needs a checkpoint with these options."""
         return self.needs_checkpoint and not self._learns_from_test(options)
 
     def _learns_from_test(self, options: Mapping[str, Scalar | None]) -> bool:
         return self.site == "logits" and options.get(UNLABELED[0].name) == "test"
 
     def needs_classes(self, options: Mapping[str, Scalar | None]) -> bool:
-        """Tell whether it needs the class embeddings with these options."""
+        """Return whether the method needs the class embeddings with these options."""
         return self.classes or options.get(LABELS.name) == "pseudo" or bool(self.automatic(options))
 
     def automatic(self, options: Mapping[str, Scalar | None]) -> tuple[Option, ...]:
-        """Its options that are ``auto``."""
+        """Return the method's options that are set to ``auto``."""
         return tuple(option for option in self.options if option.auto and options.get(option.name) == AUTO)
 
     def fill(self, given: Mapping[str, Scalar]) -> dict[str, Scalar | None]:
-        """Every option's value: the given ones, defaults for the rest. A given option unsets those it excludes."""
+        """Return the value of every option: given, or the default; a given option unsets those that it excludes."""
         unset = {name for key in given for name in self._by_name[key].excludes}
         return {o.name: given.get(o.name, None if o.name in unset else o.default) for o in self.all_options}
 
 
 def widest(protocols: Iterable[str]) -> str:
-    """Return, of several protocols, the one that sees most.
+    """Return the protocol that sees most data, of several.
 
     >>> widest(["unlabeled", "image"])
     'unlabeled'

@@ -9,8 +9,8 @@
     tda:ViT-B-32
     tda:vs2:ViT-B-32@alpha=0.8
 
-The last is a method on logits that reads what a steering before it makes of the images. Such a string is read here,
-after :mod:`vs2_plugin.names` has split it, and nowhere else. No heavy imports.
+The last one is a method on logits that reads the embeddings of images that another method has steered. Model strings
+are interpreted in this module only, after :mod:`vs2_plugin.names` has split them. No heavy imports.
 """
 
 from __future__ import annotations
@@ -45,24 +45,24 @@ class Reading:
 
     @property
     def protocol(self) -> str:
-        """What it sees beside the image at hand."""
+        """The method's protocol with these options."""
         return self.method.protocol_of(self.options)
 
 
 @dataclass(frozen=True)
 class ModelString:
-    """A model string, read."""
+    """The parts of a model string, read and checked."""
 
     method: Method
-    """What steers; or the method on logits, where nothing does."""
+    """The method that steers, or the method on logits if none steers."""
     backbone: str
     """An open_clip model name (a built-in architecture, ``hf-hub:org/repo`` or ``local-dir:path``), or a model of
     transformers (``hf:org/repo[#revision]`` or ``hf:path``)."""
     checkpoint: str | None = None
-    """Name or folder of an SAE checkpoint, or ``hf:owner/name[#revision]``; None means: the one of the data set under
+    """Name or folder of an SAE checkpoint, or ``hf:owner/name[#revision]``; None means: that of the data set under
     evaluation."""
     given: dict[str, Scalar] = field(default_factory=dict)
-    """The options that the string gives that method."""
+    """The options that the string gives :attr:`method`."""
     outer: Reading | None = None
     """The method on logits that stands before a method that steers."""
 
@@ -73,50 +73,50 @@ class ModelString:
 
     @property
     def reading(self) -> Reading | None:
-        """The method on logits, wherever it stands."""
+        """The method on logits, alone or before another; None if there is none."""
         return Reading(self.method, self.given) if self.method.site == "logits" else self.outer
 
     @property
     def name(self) -> str:
-        """The method's name, that of a method on logits before it: ``tda:vs2``."""
+        """The method's name, after that of an outer method on logits: ``tda:vs2``."""
         return self.method.name if self.outer is None else f"{self.outer.method.name}:{self.method.name}"
 
     @property
     def all_options(self) -> dict[str, Scalar | None]:
-        """The options of both methods. Where both have one of a name, the outer one's has its method's name before."""
+        """The options of both methods; an outer one whose name both have is prefixed with its method: ``tda_NAME``."""
         outer = {} if self.outer is None else self.outer.options
         mine = self.options
         return mine | {f"{self.name.partition(':')[0]}_{key}" if key in mine else key: outer[key] for key in outer}
 
     @property
     def needs_checkpoint(self) -> bool:
-        """Whether one of its methods needs a checkpoint."""
+        """Whether one of the methods needs a checkpoint."""
         return any(method.asks_checkpoint(options) for method, options in self.methods)
 
     @property
     def needs_classes(self) -> bool:
-        """Whether one of its methods needs the class embeddings."""
+        """Whether one of the methods needs the class embeddings."""
         return any(method.needs_classes(options) for method, options in self.methods)
 
     @property
     def labels_used(self) -> str:
-        """Which labels its methods use: ``none``, ``train`` or ``oracle``."""
+        """The labels that the methods use: ``none``, ``train`` or ``oracle``."""
         return max((method.labels_used(options) for method, options in self.methods), key=LABELS_USED.index)
 
     @property
     def protocol(self) -> str:
-        """What its methods see beside the image at hand."""
+        """The protocol of the method that sees most beside the image at hand."""
         return widest(method.protocol_of(options) for method, options in self.methods)
 
     @property
     def methods(self) -> list[tuple[Method, dict[str, Scalar | None]]]:
-        """Its methods with their options: what steers, and then the method on logits before it."""
+        """The methods with their options: :attr:`method`, then :attr:`outer` if there is one."""
         outer = [] if self.outer is None else [(self.outer.method, self.outer.options)]
         return [(self.method, self.options), *outer]
 
     def __str__(self) -> str:
-        given = self.given | ({} if self.outer is None else self.outer.given)
-        options = (f"{key}={_write(value)}" for key, value in given.items())
+        values = self.given | ({} if self.outer is None else self.outer.given)
+        options = (f"{key}={_write(value)}" for key, value in values.items())
         checkpoint = () if self.checkpoint is None else (self.checkpoint,)
         return str(Parts(self.name, self.backbone, (*checkpoint, *options)))
 
@@ -129,7 +129,7 @@ def parse(text: str, known: Registry | None = None) -> ModelString:
     """Read a model string.
 
     Raises:
-        ModelStringError: naming the part that is wrong and what is accepted there.
+        ModelStringError: a part is wrong; the message names it and says what is accepted there.
         PluginError: two plugins claim the method.
 
     >>> parse("vs2:ViT-B-32@gamma=2").options["gamma"]
@@ -145,18 +145,18 @@ def parse(text: str, known: Registry | None = None) -> ModelString:
             raise ModelStringError(f"no steering method before a ':'; expected {GRAMMAR}, for example vs2:{example}")
         outer, method = _methods(parts.method, known or registry())
         _check_backbone(parts)
-        given, of_outer = _options(method, outer, parts)
-        _check_combination(method, given)
+        of_method, of_outer = _options(method, outer, parts)
+        _check_combination(method, of_method)
         if outer is not None:
             _check_combination(outer, of_outer)
     except ModelStringError as error:
         raise ModelStringError(f"model {text!r:.500}: {error}") from None
     reading = None if outer is None else Reading(outer, of_outer)
-    return ModelString(method, parts.backbone, parts.checkpoint, given, reading)
+    return ModelString(method, parts.backbone, parts.checkpoint, of_method, reading)
 
 
 def _methods(names: str, known: Registry) -> tuple[Method | None, Method]:
-    """Return the method on logits, if there is one before another, and that other."""
+    """Return the methods of ``outer:method``; the outer one, on logits, is None if only one method is named."""
     first, *others = (_method(name, known) for name in names.split(":"))
     if not others:
         return None, first
@@ -193,18 +193,18 @@ def _check_backbone(parts: Parts) -> None:
 
 
 def _options(method: Method, outer: Method | None, parts: Parts) -> tuple[dict[str, Scalar], dict[str, Scalar]]:
-    """Read the words after the backbone: the options of both methods, and the checkpoint, which is checked only."""
-    given: dict[str, Scalar] = {}
+    """Return the options of both methods, read from the words after the backbone; a checkpoint is only checked."""
+    of_method: dict[str, Scalar] = {}
     of_outer: dict[str, Scalar] = {}
     for number, word in enumerate(parts.words, 1):
         key, equals, value = word.partition("=")
         if not word:
             raise ModelStringError(f"nothing after the '@' number {number}; expected a checkpoint name or key=value")
-        if equals and key in given | of_outer:
+        if equals and key in of_method | of_outer:
             raise ModelStringError(f"option {key!r} is given twice")
         if equals:
             owner = _owner(method, outer, key)
-            (given if owner is method else of_outer)[key] = _value(owner, key, value)
+            (of_method if owner is method else of_outer)[key] = _value(owner, key, value)
         elif number > 1:
             raise ModelStringError(
                 f"{word!r} is not key=value, and a checkpoint name comes first, right after the backbone"
@@ -213,11 +213,11 @@ def _options(method: Method, outer: Method | None, parts: Parts) -> tuple[dict[s
             raise ModelStringError(
                 f"checkpoint {word!r}: expected letters, digits and any of . _ - + /, or hf:owner/name[#revision]"
             )
-    return given, of_outer
+    return of_method, of_outer
 
 
 def _owner(method: Method, outer: Method | None, key: str) -> Method:
-    """Return, of two methods, the one that an option is of."""
+    """Return the method that an option belongs to: the outer one if it has the option, else the inner one."""
     if outer is None or outer.option(key) is None:
         return method
     if method.option(key) is not None:
@@ -249,7 +249,7 @@ def _check_combination(method: Method, given: dict[str, Scalar]) -> None:
 
 
 def _check_automatic(method: Method, given: dict[str, Scalar]) -> None:
-    """Refuse automatic options without what they need, and what is for them without one."""
+    """Refuse ``auto`` without the option that it needs, and options that serve ``auto`` where no option is ``auto``."""
     filled = method.fill(given)
     automatic = method.automatic(filled)
     for option in automatic:
@@ -260,7 +260,7 @@ def _check_automatic(method: Method, given: dict[str, Scalar]) -> None:
                 f"option {option.name}=auto: expected @{needed}= beside it ({accepted}), since {reason}"
             )
     for option in AUTOMATIC:
-        is_common = method.option(option.name) is option  # not one of that name that a plugin declares
+        is_common = method.option(option.name) is option  # not a plugin's option of the same name
         if is_common and option.name in given and not automatic:
             names = " or ".join(f"@{other.name}=auto" for other in method.options if other.auto)
             raise ModelStringError(f"option {option.name} is for auto; expected {names} beside it")

@@ -1,6 +1,6 @@
 """Model names as text: open_clip's, transformers', and steered ones: ``method:backbone[@checkpoint][@key=value]…``.
 
-What the parts mean is for :mod:`vs2_plugin.modelstring`. This module imports nothing of the package: all may use it.
+:mod:`vs2_plugin.modelstring` interprets the parts. This module imports nothing of the package: every module may use it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ __all__ = [
 
 #: The two schemes that open_clip itself reads before a colon.
 HUB, LOCAL = "hf-hub:", "local-dir:"
-#: What stands before a model of the package transformers.
+#: Prefix of a model of the package transformers.
 TRANSFORMERS = "hf:"
-#: What stands before a name that the weights come with.
+#: Prefixes of models whose name includes the weights.
 SCHEMES = (HUB, LOCAL, TRANSFORMERS)
-#: What stands before the repository of a checkpoint on a hub.
+#: Prefix of a checkpoint's repository on a hub.
 _SHARED = "hf:"
 
 
@@ -28,25 +28,25 @@ class Parts(NamedTuple):
     """The parts of a steered model's name. None of them has been checked."""
 
     method: str | None
-    """What stands before the backbone's colon: a method, or ``outer:method``; None if there is no method."""
+    """The text before the backbone's colon: a method, or ``outer:method``; None if there is no method."""
     backbone: str
     """The model that is steered."""
     words: tuple[str, ...] = ()
-    """What follows, an ``@`` before each: a checkpoint, and ``key=value``."""
+    """The words after the backbone, each after an ``@``: a checkpoint, and ``key=value``."""
 
     @property
     def checkpoint(self) -> str | None:
-        """The name or folder of the SAE checkpoint, if it is given."""
+        """The name or folder of the SAE checkpoint, or None."""
         return self.words[0] if self.words and "=" not in self.words[0] else None
 
     @property
     def given(self) -> dict[str, str]:
-        """The options that are given."""
+        """The given options: key -> value, as text."""
         return {key: value for key, equals, value in (word.partition("=") for word in self.words) if equals}
 
     @property
     def label(self) -> str:
-        """It without the backbone.
+        """The name without the backbone.
 
         >>> split("dn:vs2:ViT-B-32@my-sae@alpha=1").label, split("ViT-B-32").label
         ('dn:vs2 @my-sae @alpha=1', 'zero-shot')
@@ -71,19 +71,19 @@ class Repository(NamedTuple):
 
 
 def repository(text: str, prefixed: bool = True) -> Repository | None:
-    """Return the repository of a checkpoint that ``hf:owner/name[#revision]`` names; None if it is no such text.
+    """Return the repository that ``hf:owner/name[#revision]`` names (``hf:`` only if ``prefixed``), or None.
 
     >>> repository("hf:me/sae#v1.0"), repository("my-sae"), str(repository("me/sae", prefixed=False))
     (Repository(name='me/sae', revision='v1.0'), None, 'hf:me/sae')
     """
     if not text.startswith(_SHARED):
         return repository(_SHARED + text) if not prefixed else None
-    found = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:#([\w./-]+))?", text, re.ASCII)
-    return None if found is None else Repository(*found.groups())
+    match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:#([\w./-]+))?", text, re.ASCII)
+    return None if match is None else Repository(*match.groups())
 
 
 def library_place(backbone: str) -> Repository | str | None:
-    """Return where a model of transformers is: on a hub, or in which folder; None for a model of open_clip.
+    """Return the hub repository or the folder of a model of transformers; None for a model of open_clip.
 
     >>> library_place("hf:openai/clip#main"), library_place("hf:./clip"), library_place("ViT-B-32")
     (Repository(name='openai/clip', revision='main'), './clip', None)
@@ -96,7 +96,7 @@ def library_place(backbone: str) -> Repository | str | None:
 
 
 def split(text: str) -> Parts:
-    """Take a steered model's name apart, however wrong it is.
+    """Split a steered model's name into its parts, without checking them.
 
     >>> split("vs2:hf-hub:org/model@my-sae@gate=0.9")
     Parts(method='vs2', backbone='hf-hub:org/model', words=('my-sae', 'gate=0.9'))
@@ -117,7 +117,7 @@ def is_steered(name: str) -> bool:
     >>> [is_steered(name) for name in ("ViT-B-32", "hf-hub:org/model", "vs2:hf:org/model", "ViT-B-32@gamma=2")]
     [False, False, True, True]
     """
-    # Names of other models hold neither ':' nor '@', except for those with a scheme; a path may.
+    # Names of other models contain neither ':' nor '@', unless they start with a scheme.
     return (":" in name or "@" in name) and not name.startswith(SCHEMES)
 
 
@@ -131,7 +131,7 @@ def with_method(method: str, name: str) -> str:
 
 
 def weights_tag(model: str, pretrained: str) -> str:
-    """Return what results say of ``--pretrained`` beside a model, steered or not: nothing for one of transformers.
+    """Return the ``--pretrained`` that results record for a model, steered or not: empty for one of transformers.
 
     >>> weights_tag("ViT-B-32", "openai"), weights_tag("vs2:hf:openai/clip", "laion400m_e32")
     ('openai', '')
@@ -151,7 +151,7 @@ def with_weights(backbone: str, pretrained: str) -> str:
 
 
 def file_stem(name: str) -> str:
-    """Return what names the results file of a model: its name, but for what cannot stand in a file's.
+    """Return a model's name for use in a file name, with characters replaced that a file name cannot hold.
 
     >>> file_stem("vs2:hf-hub:org/model").replace(":", "-")
     'vs2-hf-hub-org-model'

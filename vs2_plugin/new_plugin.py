@@ -1,4 +1,4 @@
-"""Writes the package of a method: it installs, registers a method with an option, and passes its test."""
+"""Writes a package for a new method, which can be installed, registers a method with an option and passes its test."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vs2_plugin.plugins import GROUP, Registry, registry
 
 __all__ = ["new_plugin"]
 
-#: File -> its text. $name is the method's name, $module and $package those of what holds it.
+#: File name -> template. $name is the method's name, $module and $package are those of its module and package.
 _FILES = {
     "pyproject.toml": """\
 [build-system]
@@ -77,18 +77,18 @@ While you write it, no installation is needed: `VS2_PLUGINS=$module.py vs2 metho
 
 
 def new_plugin(name: str, folder: Path | None = None, known: Registry | None = None) -> list[Path]:
-    """Write the package of a method into a new or empty folder, and return the files.
+    """Write a package for a new method into a new or empty folder, and return the paths of its files.
 
     Args:
-        name: of the method: lower-case letters, digits and ``_``.
+        name: the method's name: lower-case letters, digits and ``_``.
         folder: by default ``vs2-NAME``.
-        known: the methods whose names are taken.
+        known: the registry of the methods whose names are taken; by default this process's.
 
     Raises:
-        PluginError: the name cannot be used.
-        DataError: the folder is not empty, or no folder.
+        PluginError: the name is invalid or taken.
+        DataError: the folder is not empty, or is a file.
     """
-    method = Method(name, print, needs_checkpoint=False)  # raises PluginError for what is no name
+    method = Method(name, print, needs_checkpoint=False)  # raises PluginError for an invalid name
     known = known or registry()
     if name in known.names:
         owner = known.owners[known.aliases.get(name, name)]

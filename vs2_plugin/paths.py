@@ -1,4 +1,4 @@
-"""Paths of many files, some tens of bytes each; how often a command lists them, and where links lead.
+"""Paths of many files in little memory, folder listings that are made once, and folders that share files by links.
 
 No heavy imports.
 """
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 __all__ = ["PICTURES", "Paths", "listed", "listed_once", "share_files"]
 
-#: How files of pictures end, in small letters.
+#: Suffixes of image files, in lower case.
 PICTURES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-#: And those that hold images.
+#: Suffixes of files that hold images.
 _HOLDING = PICTURES | {".tar"}
 
-#: What was listed in the present block of :func:`listed_once`: what was asked for -> the listing.
+#: The listings made in the current block of :func:`listed_once`, by what was listed; None outside of a block.
 listed: ContextVar[dict[Any, Any] | None] = ContextVar("listed", default=None)
 
 
 @contextmanager
 def listed_once() -> Iterator[None]:
-    """Within the block a folder is listed once, however often it is opened: a command reads what was there when it
-    began."""
+    """List each folder only once within the block, however often it is opened, so that a command reads the same files
+    throughout."""
     token = listed.set({} if listed.get() is None else listed.get())
     try:
         yield
@@ -38,10 +38,10 @@ def listed_once() -> Iterator[None]:
 
 
 def share_files(one: str, other: str) -> bool:
-    """Tell whether two folders, named by their real paths, have images or shards in common: one lies in the other, or
-    links in them lead to the same. Copies are not found, nor what is hidden.
+    """Return whether two folders, given by their real paths, share images or shards: one lies in the other, or links in
+    them lead to the same files. Copies and hidden files are not found.
 
-    Within a block of :func:`listed_once` links are looked for once; a million of them take 6 s.
+    Within a block of :func:`listed_once`, each folder is searched for links once; a million links take 6 s.
     """
     if _is_within({one}, other) or _is_within({other}, one):
         return True
@@ -53,25 +53,25 @@ def share_files(one: str, other: str) -> bool:
 
 
 def _is_within(places: set[str], path: str) -> bool:
-    """Tell whether a path is one of the places, or lies in one."""
+    """Return whether a path is one of the places, or lies in one."""
     above = os.path.dirname(path)
     return path in places or (above not in ("", path) and _is_within(places, above))
 
 
 def _places(folder: str) -> set[str]:
-    """Return where a folder's files lie: in itself, and where links in it lead."""
-    made: dict[Any, set[str]] = {} if (known := listed.get()) is None else known
-    if ("places", folder) in made:
-        return made["places", folder]
-    made["places", folder] = places = {folder}
+    """Return the real paths where a folder's files lie: the folder itself, and the targets of links in it."""
+    listings: dict[Any, set[str]] = {} if (current := listed.get()) is None else current
+    if ("places", folder) in listings:
+        return listings["places", folder]
+    listings["places", folder] = places = {folder}
     pending, real = [folder], cache(os.path.realpath)
     while pending:
-        with suppress(OSError), os.scandir(pending.pop()) as entries:  # none where it is a URL, or gone
+        with suppress(OSError), os.scandir(pending.pop()) as entries:  # no entries if it is a URL, or gone
             for entry in (entry for entry in entries if not entry.name.startswith(".")):
                 if not entry.is_symlink():
                     if entry.is_dir():
                         pending.append(entry.path)
-                elif os.path.splitext(entry.name)[1].lower() in _HOLDING:  # of which there may be a million
+                elif os.path.splitext(entry.name)[1].lower() in _HOLDING:  # there may be a million of these links
                     where, name = os.path.split(os.path.join(os.path.dirname(entry.path), os.readlink(entry.path)))
                     path = os.path.join(real(where), name)
                     places.add(real(path) if os.path.islink(path) else path)
@@ -82,11 +82,11 @@ def _places(folder: str) -> set[str]:
 
 
 class Paths(Sequence[str]):
-    """Relative paths of files: their bytes in one piece, and where each ends. A million of them are no million objects,
-    and the processes of a loader share them."""
+    """Relative paths of files, as one piece of bytes and the offset at which each path ends, so that a million paths
+    are not a million objects, and the processes of a loader share them."""
 
     def __init__(self, text: bytes, ends: np.ndarray) -> None:
-        """``ends``: int64 ``[count]``, rising, the last one the length of ``text``."""
+        """Take all paths as ``text``, and where each ends: int64 ``[count]``, rising up to the length of ``text``."""
         self.text, self.ends = text, ends
 
     def __len__(self) -> int:

@@ -25,12 +25,12 @@ from vs2_plugin.text import reason_of
 __all__ = ["GROUP", "UNINSTALL", "VARIABLE", "Registry", "find_plugins", "registry"]
 
 GROUP = "vs2_plugin"
-#: The environment variable that names files with methods, joined as the paths of ``PATH`` are. No other file is run.
+#: The environment variable that names files with methods, separated as in ``PATH``. No other file is run.
 VARIABLE = "VS2_PLUGINS"
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 
 
-#: What mends a name that two plugins claim.
+#: Advice for a name that two plugins claim.
 UNINSTALL = f"uninstall one of them, or leave it out of {VARIABLE}"
 
 
@@ -54,7 +54,7 @@ class Registry:
     aliases: dict[str, str] = field(default_factory=dict)
     """Other spelling -> method name."""
     broken: dict[str, str] = field(default_factory=dict)
-    """Label of a plugin -> what went wrong."""
+    """Label of a plugin -> the error, in words."""
     conflicts: dict[str, list[str]] = field(default_factory=dict)
     """Claimed name -> labels of the plugins that claim it."""
     plugins: list[str] = field(default_factory=list)
@@ -84,7 +84,7 @@ class Registry:
             raise PluginError(f"it is the same object as {twin}; expected one entry point for each plugin")
         self._manager.register(plugin, label)
         self._manager.check_pending()  # a misspelled hook is an error, not silence
-        # Called one by one: an exception in one of them would end a call of them all.
+        # Called one by one: in a joint call, an exception in one hook would keep the others from running.
         hooks = [hook for hook in self._manager.hook.vs2_methods.get_hookimpls() if hook.plugin is plugin]
         if not hooks:
             raise PluginError("it implements no hook; expected a function vs2_methods marked with @hookimpl")
@@ -108,7 +108,7 @@ class Registry:
             holder = self.owners.get(self.aliases.get(name, name))
             if holder is not None:
                 self.conflicts.setdefault(name, [holder]).append(label)
-        if method.name not in self.conflicts:  # an alias that is claimed twice does not take the method with it
+        if method.name not in self.conflicts:  # a conflict about an alias leaves the method itself usable
             self.methods[method.name] = method
             self.owners[method.name] = label
             own = [alias for alias in method.aliases if alias not in self.conflicts]
@@ -124,7 +124,7 @@ class Registry:
 
         Raises:
             PluginError: two plugins claim the name.
-            ModelStringError: nobody does.
+            ModelStringError: no plugin claims it.
         """
         if name in self.conflicts:
             claimants = " and ".join(self.conflicts[name])
@@ -137,43 +137,43 @@ class Registry:
 
 
 def _names(method: Method) -> list[str]:
-    """Return all that a method is called, each once."""
+    """Return the names of a method: its own and its aliases, each once."""
     return list(dict.fromkeys((method.name, *method.aliases)))
 
 
 def _where(error: BaseException) -> str:
-    """Return the file and the line of a plugin that an exception comes from, in words; nothing where it does not."""
+    """Return, in words, the file and line of a plugin that raised an exception; empty if no plugin's file did."""
     if isinstance(error, SyntaxError) and error.filename:
         return f" (in {error.filename}, line {error.lineno})"
     frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     own = [frame for frame in frames if not _is_machinery(frame[0])]
-    # The innermost of its files, not of those that it calls: they lie beside the first one.
+    # The innermost frame in the plugin's own files, which lie beside the first one, not in a library that it calls.
     lines = [f" (in {file}, line {line})" for file, line in own if _beside(file, own[0][0])]
     return lines[-1] if lines else ""
 
 
 def _is_machinery(file: str) -> bool:
-    """Tell whether a file is of those that load plugins."""
+    """Return whether a file belongs to the code that loads plugins."""
     library = os.path.dirname(os.__file__)
     ours = (_PACKAGE, os.path.join(library, "importlib"), os.path.dirname(pluggy.__file__))
     return file.startswith(("<frozen ", *(os.path.join(folder, "") for folder in ours)))
 
 
 def _beside(file: str, first: str) -> bool:
-    """Tell whether a file is of the same package as ``first``, or the same."""
+    """Return whether a file is ``first``, or lies in the package of ``first``."""
     package = os.path.dirname(first)
     return file == first or (os.path.isfile(os.path.join(package, "__init__.py")) and file.startswith(package + os.sep))
 
 
 def _named_files() -> Iterator[Path]:
-    """Yield the files that the environment variable names, each once."""
+    """Yield the files that ``VS2_PLUGINS`` names, each once."""
     named = filter(None, os.environ.get(VARIABLE, "").split(os.pathsep))
     yield from dict.fromkeys(Path(os.path.abspath(os.path.expanduser(name))) for name in named)
 
 
 def _module_of(file: Path) -> object:
-    """Run a file, and return the module that it is. In ``sys.modules`` it has a name of its own, so that what it
-    defines can be pickled."""
+    """Run a file as a module, and return the module. It has a unique name in ``sys.modules``, so that its classes and
+    functions can be pickled."""
     if not file.is_file():
         problem = "is a folder" if file.is_dir() else "does not exist"
         raise PluginError(f"{file} {problem}; expected a file NAME.py in {VARIABLE}")

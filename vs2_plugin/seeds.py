@@ -1,4 +1,4 @@
-"""Random numbers by a seed, which leave those of the caller alone."""
+"""Seeded random numbers that leave the caller's random state unchanged."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ __all__ = ["seeded"]
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Within a ``with`` block, torch draws on the processor what it draws after ``torch.manual_seed(seed)``; then it
-    goes on with the caller's own numbers, as if none had been drawn."""
+    """Seed torch's generator on the CPU for the block, as ``torch.manual_seed(seed)`` does, and restore the caller's
+    state afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield

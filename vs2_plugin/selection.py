@@ -1,4 +1,4 @@
-"""The largest numbers of each row of a matrix, and where they are."""
+"""The k largest numbers of each row of a matrix, with their indices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["largest", "largest_above_zero", "quotient"]
 
 
 class _Integers(NamedTuple):
-    """Integers by which numbers are selected: of the size of one, and of twice that."""
+    """Integer types by which floats are selected: of the size of the float (bits), and of twice that size (keys)."""
 
     bits: torch.dtype
     keys: torch.dtype
@@ -23,18 +23,18 @@ _INTEGERS = {
     torch.bfloat16: _Integers(torch.int16, torch.int32),
     torch.float32: _Integers(torch.int32, torch.int64),
 }
-_PLACE = (1 << 16) - 1  # the bits of a key that are a place
-_AT_ONCE = 1 << 22  # bytes of rows that are looked at before the next ones, so that they are still in a cache
+_PLACE = (1 << 16) - 1  # the bits of a key that hold an index
+_AT_ONCE = 1 << 22  # bytes of rows that are processed at a time, so that they stay in the CPU's cache
 
 
 def largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row of ``[batch, n]``, in no order, and where they are: ``torch.topk``, in two rounds.
+    """Return the k largest of each row of ``[batch, n]``, unordered, and their indices: ``torch.topk`` in two rounds.
 
     The k largest lie in the k groups of largest maximum, so a top-k of n/g maxima and one of k·g candidates find
-    them. With groups of g ≈ √(n/k) both are far smaller than n. On a GPU it takes a large n for that to pay.
+    them. With groups of g ≈ √(n/k) both are far smaller than n. On a GPU this pays only for large n.
     """
     n = rows.shape[-1]
-    # Sizes of groups, and the n/k from which on they were the fastest.
+    # Group size -> the n/k from which on it was measured to be the fastest.
     sizes = {16: 256, 8: 24, 4: 12} if rows.device.type == "cpu" else {64: 192} if n >= 1 << 16 else {}
     size = _size(sizes, n, k)
     if size == 1:
@@ -48,7 +48,7 @@ def largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _size(sizes: dict[int, int], n: int, k: int) -> int:
-    """Of how many a group of n is: the first that divides n, if n/k is large enough for it."""
+    """Return the group size: the first one that divides n and for which n/k is large enough; 1 if there is none."""
     for size, least in sizes.items():
         if n % size == 0 and n >= least * k:
             return size
@@ -61,33 +61,33 @@ def _topk(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def largest_above_zero(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row of ``[batch, n]``, in no order, and where they are. Where fewer than k are above 0, the
-    others are any of the row.
+    """Return the k largest of each row of ``[batch, n]``, unordered, and their indices; if fewer than k are above 0,
+    the others are arbitrary entries of the row.
 
-    On few threads of a processor numpy is the fastest, which partitions integers. The bits of a number that is not
-    negative, read as an integer, are in order; a key has them in its upper half and the place in its lower, so that it
-    says both.
+    On few threads of a CPU, numpy's partition of integers is the fastest. The bits of floats that are not negative,
+    read as integers, are in the order of the floats; a key holds these bits in its upper half and the index in its
+    lower half.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        # What numpy does would not be recorded.
+        # Numpy's work would not be recorded.
         return largest(rows, k)
     n, size, integers = rows.shape[-1], rows.element_size(), _INTEGERS.get(rows.dtype)
-    few = torch.get_num_threads() * size <= 16  # 8 in bfloat16, 4 in float32: more of them make torch faster
+    few = torch.get_num_threads() * size <= 16  # 8 threads in bfloat16, 4 in float32; with more, torch is faster
     has_data = rows.device.type == "cpu" and type(rows) is Tensor
     if integers is None or n > _PLACE + 1 or not (few and has_data and partitions_fast()):
         return largest(rows, k)
     bits = rows.detach().view(integers.bits).reshape(-1, n)
     keys = torch.empty(*rows.shape[:-1], k, dtype=integers.keys)
     at_once = max(1, _AT_ONCE // (n * size))
-    for some, found in zip(bits.split(at_once), keys.view(-1, k).split(at_once), strict=True):
-        found.copy_(_largest_keys(some, k, integers.keys))
+    for part, selected in zip(bits.split(at_once), keys.view(-1, k).split(at_once), strict=True):
+        selected.copy_(_largest_keys(part, k, integers.keys))
     places = (keys & _PLACE).long()
     values = rows.gather(-1, places) if rows.requires_grad else (keys >> 8 * size).to(integers.bits).view(rows.dtype)
     return values, places
 
 
 def _largest_keys(bits: Tensor, k: int, dtype: torch.dtype) -> Tensor:
-    """The keys of the k largest of each row, in no order: ``[batch, k]``. In two rounds, as above."""
+    """Return the keys ``[batch, k]`` of the k largest of each row, unordered, in two rounds as :func:`largest` does."""
     upper = 1 << 8 * bits.element_size()
 
     def last(bits: Tensor, places: Tensor) -> Tensor:
@@ -106,5 +106,5 @@ def _largest_keys(bits: Tensor, k: int, dtype: torch.dtype) -> Tensor:
 
 
 def quotient(places: Tensor, k: int) -> Tensor:
-    """``places // k`` of numbers that are not negative; where k is a power of two, in a tenth of the time."""
+    """Return ``places // k`` of numbers that are not negative; if k is a power of two, in a tenth of the time."""
     return places >> (k.bit_length() - 1) if k & (k - 1) == 0 else places // k

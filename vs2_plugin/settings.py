@@ -1,8 +1,8 @@
-"""A setting, declared once: its type, range, choices and words.
+"""A setting, declared once: its type, range, choices and help text.
 
 The options of a model string are settings (:class:`vs2_plugin.method.Option`), and so are the fields of a dataclass
 that are made by :func:`setting`. From the declaration come the checks, the flags of a command and their help, the
-values of a YAML file, and the command line that an object stands for. No heavy imports.
+values of a YAML file, and the command line that gives an object. No heavy imports.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ Scalar = float | int | str | bool
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 _TYPES: dict[type, str] = {float: "number", int: "whole number", str: "word", bool: "true or false"}
 F = TypeVar("F", bound=Callable[..., Any])
-_KEY = "setting"  # of a field's metadata
-#: Whole numbers lie below this, as those of torch and of files do.
+_KEY = "setting"  # key in the metadata of a field
+#: Whole numbers must lie below this, since torch and files hold them in 64 bits.
 _TOO_LARGE = 2**63
 
 
@@ -64,11 +64,11 @@ class Setting:
     choices: tuple[Scalar, ...] | None = None
     """The accepted values, where they can be listed."""
     pattern: tuple[str, str] | None = None
-    """For a word: a regular expression that it must match, and what that is in words."""
+    """For a word: a regular expression that it must match, and its description in words."""
     help: str = ""
     """One line for people."""
     several: bool = False
-    """Whether it takes several values, as a tuple. Everything above but the default is then of each of them."""
+    """Whether it takes several values, as a tuple. All of the above but the default then applies to each value."""
 
     def __post_init__(self) -> None:
         what = type(self).__name__.lower()
@@ -97,9 +97,9 @@ class Setting:
         return value
 
     def read(self, value: Any) -> Any:
-        """Return the value that ``value``, of a YAML file or of Python, stands for.
+        """Return the setting's value for ``value``, which comes from a YAML file or from Python.
 
-        Where a setting takes several values, one alone or a list becomes a tuple. A whole number or a path is accepted
+        For a setting of several values, a single one or a list becomes a tuple. A whole number or a path is accepted
         for a word. Raises ValueError with what was expected.
         """
         if self.several:
@@ -113,7 +113,7 @@ class Setting:
         return values if self.several else value
 
     def plain(self, value: Any) -> Any:
-        """Return one value, a whole number or a path as text where a word is expected."""
+        """Return ``value``; if the setting is a word, a whole number or a path becomes text."""
         if self.type is str and isinstance(value, (int, os.PathLike)) and not isinstance(value, bool):
             return str(value)
         return value
@@ -121,7 +121,7 @@ class Setting:
     def check(self, value: Any) -> str | None:
         """Return what was expected, if ``value`` is not acceptable; else None."""
         values = value if self.several and isinstance(value, tuple) else (value,)
-        if any(isinstance(one, int) and abs(one) >= _TOO_LARGE for one in values):
+        if any(isinstance(item, int) and abs(item) >= _TOO_LARGE for item in values):
             return self.accepted() + (" (and below 2**63)" if self.maximum is None else "")
         return None if values and all(map(self._accepts, values)) else self.accepted()
 
@@ -179,49 +179,49 @@ class Flag(NamedTuple):
 
     setting: Setting
     value: bool | None = None
-    """What the flag sets it to; None: to the words that follow it."""
+    """The value that the flag sets; None: the words that follow the flag."""
 
 
 def setting(default: Any = MISSING, /, **declaration: Any) -> Any:
     """Declare a field of a dataclass as a setting.
 
     The name and the type are those of the field, which may be ``T``, ``T | None`` or ``tuple[T, ...]`` (several
-    values). ``declaration`` holds the other attributes of :class:`Setting`; a ``default`` among them is what is shown
-    in place of the field's.
+    values). ``declaration`` holds the other attributes of :class:`Setting`; a ``default`` among them is shown in
+    place of the field's.
     """
     return field(default=default, metadata={_KEY: declaration})
 
 
 def like(owner: type[Any], name: str, **changes: Any) -> Any:
-    """Declare a field as ``owner`` declares its field ``name``, where None stands for: as there."""
-    other = next(one for one in fields(owner) if one.name == name)
+    """Declare a field as ``owner`` declares its field ``name``; its default, None, means the value there."""
+    other = next(member for member in fields(owner) if member.name == name)
     return setting(None, **{"default": other.default, **other.metadata[_KEY], **changes})
 
 
 def _kept(function: F) -> F:
-    """Let a function of a class compute its answer once; mypy takes no class for hashable, as :func:`cache` asks."""
-    kept: Any = cache(function)
-    return cast(F, kept)
+    """Cache a function of a class; mypy does not accept a class as hashable, as :func:`cache` requires."""
+    cached: Any = cache(function)
+    return cast(F, cached)
 
 
 @_kept
 def settings_of(owner: type[Any]) -> Mapping[str, Setting]:
     """Return the settings that a dataclass declares, by the names of their fields."""
     hints = get_type_hints(owner)
-    found = {}
-    for one in fields(owner):
-        if _KEY in one.metadata:
-            kinds = [kind for kind in get_args(hints[one.name]) or [hints[one.name]] if kind is not NoneType]
+    settings = {}
+    for member in fields(owner):
+        if _KEY in member.metadata:
+            kinds = [kind for kind in get_args(hints[member.name]) or [hints[member.name]] if kind is not NoneType]
             several = [kind for kind in kinds if get_args(kind)]  # tuple[T, ...] | None
             kinds = list(get_args(several[0])) if several else kinds
-            default = None if one.default is MISSING else one.default
-            declaration = {"default": default, "several": Ellipsis in kinds, **one.metadata[_KEY]}
-            found[one.name] = Setting(one.name, kinds[0], **declaration)
-    return found
+            default = None if member.default is MISSING else member.default
+            declaration = {"default": default, "several": Ellipsis in kinds, **member.metadata[_KEY]}
+            settings[member.name] = Setting(member.name, kinds[0], **declaration)
+    return settings
 
 
 def validate(owner: Any) -> None:
-    """Read every setting of a frozen dataclass's object by :meth:`Setting.read`, but for those that have the default.
+    """Pass each setting of a frozen dataclass's object that differs from its default through :meth:`Setting.read`.
 
     Raises:
         SettingError: a value that is not accepted.
@@ -236,29 +236,29 @@ def validate(owner: Any) -> None:
 def flags_of(owner: type[Any]) -> Mapping[str, Flag]:
     """Return the flags that set a dataclass's settings, by their names without dashes.
 
-    A setting that is true or false has a flag that changes its default: ``NAME`` or ``no_NAME``; both, where the
+    A setting that is true or false has a flag that changes its default, ``NAME`` or ``no_NAME``, or both if the
     default is None.
     """
-    found = {}
+    flags = {}
     for name, declared in settings_of(owner).items():
         if declared.type is not bool:
-            found[name] = Flag(declared)
+            flags[name] = Flag(declared)
             continue
         for value, flag in ((True, name), (False, f"no_{name}")):
             if _defaults(owner)[name] is not value:
-                found[flag] = Flag(declared, value)
-    return found
+                flags[flag] = Flag(declared, value)
+    return flags
 
 
 def read(owner: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of ``owner`` that flags stand for, as a YAML file gives them: ``{"k": 32, "no_amp": True}``.
+    """Return the settings of ``owner`` for flags as given by a YAML file: ``{"k": 32, "no_amp": True}``.
 
-    Flags that are null or false say nothing.
+    Flags that are null or false are ignored.
 
     Raises:
         SettingError: an unknown flag, or a value that is not accepted.
     """
-    flags, found = flags_of(owner), {}
+    flags, values = flags_of(owner), {}
     for name, value in given.items():
         if name not in flags:
             raise SettingError(f"unknown key {name!r}; expected {', '.join(flags)}")
@@ -266,12 +266,12 @@ def read(owner: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
         if sets is not None and not isinstance(value, bool | None):
             raise SettingError(f"{name} is {value!r}; expected true or false")
         if value is not None and (sets is None or value):
-            found[declared.name] = _read(name, declared, value) if sets is None else sets
-    return found
+            values[declared.name] = _read(name, declared, value) if sets is None else sets
+    return values
 
 
 def words_of(owner: Any) -> list[str]:
-    """Return the flags and values, as one would type them, of what differs from the defaults."""
+    """Return the flags and values, as typed in a command, of the settings that differ from their defaults."""
     words = []
     for name, (declared, sets) in flags_of(type(owner)).items():
         value = getattr(owner, declared.name)
@@ -289,10 +289,10 @@ def _read(name: str, declared: Setting, value: Any) -> Any:
         return declared.read(value)
     except ValueError as error:
         values = value if declared.several and isinstance(value, (list, tuple)) else [value]
-        wrong = next((one for one in values if declared.check(declared.plain(one)) is not None), value)
+        wrong = next((item for item in values if declared.check(declared.plain(item)) is not None), value)
         raise SettingError(f"{name} is {wrong!r:.80}; expected {error}") from None
 
 
 def _defaults(owner: type[Any]) -> dict[str, Any]:
     """Return the defaults of a dataclass's fields; MISSING where a field has to be given."""
-    return {one.name: one.default for one in fields(owner)}
+    return {member.name: member.default for member in fields(owner)}

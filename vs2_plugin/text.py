@@ -1,4 +1,4 @@
-"""Text for people: one line, reasons, counts and sizes."""
+"""Text of messages: single lines, reasons of errors, counts and sizes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 
 __all__ = ["counted", "expanded", "gigabytes", "one_line", "printable", "reason_of", "said_by", "sentence_of"]
 
-#: These join or part letters and emoji; they neither move a cursor nor turn the reading order.
+#: Characters that join or separate letters and emoji; they neither move a cursor nor change the reading order.
 _JOINERS = (0x200C, 0x200D)
-#: What mends an error of the system.
+#: Advice for errors of the operating system.
 _MENDS = {
     errno.ENOSPC: "; make room there, or name another place",
     errno.EDQUOT: "; make room there, or name another place",
@@ -24,8 +24,8 @@ _MENDS = {
 
 
 def printable(text: object) -> str:
-    r"""Return ``text`` in one line that says what it holds: control characters, which could rewrite what a terminal
-    shows, and marks that turn the reading order are escaped.
+    r"""Return ``text`` in one line, with control characters, which could rewrite what a terminal shows, and marks that
+    change the reading order escaped.
 
     >>> print(printable("a\x1b[2K\u202eb\nc"))
     a\x1b[2K\u202eb\nc
@@ -35,7 +35,7 @@ def printable(text: object) -> str:
 
 
 def _escaped(letter: str) -> str:
-    shows = letter.isprintable() or ord(letter) in _JOINERS or unicodedata.category(letter) == "Zs"  # other spaces
+    shows = letter.isprintable() or ord(letter) in _JOINERS or unicodedata.category(letter) == "Zs"  # Zs: other spaces
     return letter if shows else letter.encode("unicode_escape").decode()
 
 
@@ -49,7 +49,7 @@ def one_line(text: str, length: int = 300) -> str:
     if len(line) <= length:
         return line
     cut = textwrap.shorten(line, length, placeholder=" ...", break_on_hyphens=False)
-    return cut if len(cut) > length // 2 else f"{line[: length - 4]} ..."  # one long word, as a path
+    return cut if len(cut) > length // 2 else f"{line[: length - 4]} ..."  # one long word, such as a path
 
 
 def reason_of(error: BaseException) -> str:
@@ -58,7 +58,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def sentence_of(error: BaseException) -> str:
-    """Return what a command says of an error of this package, or of the system, which knows its own reason.
+    """Return the line that a command prints for an error of this package or of the operating system.
 
     >>> sentence_of(OSError(28, "No space left on device", "store/x"))
     "No space left on device: 'store/x'; make room there, or name another place"
@@ -70,13 +70,13 @@ def sentence_of(error: BaseException) -> str:
 
 
 def said_by(error: BaseException) -> str:
-    """Return the message of an exception. A data loader's worker wraps it in its traceback, of which it is the end."""
+    """Return the message of an exception; a data loader's worker puts it at the end of a traceback."""
     text = str(error).strip()
     return text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text
 
 
 def expanded(text: str) -> Iterator[str]:
-    """Yield what a text with ``{first..last}`` and ``{one,other}`` stands for, as a shell does.
+    """Yield the texts to which ``{first..last}`` and ``{one,other}`` in ``text`` expand, as in a shell.
 
     >>> list(expanded("x-{08..10}{a,b}"))
     ['x-08a', 'x-08b', 'x-09a', 'x-09b', 'x-10a', 'x-10b']
