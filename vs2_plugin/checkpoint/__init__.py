@@ -1,1 +1,1 @@
-"""SAE checkpoints: what one holds, where they lie, and how the right one is found."""
+"""SAE checkpoints: their contents, the store that holds them, and how the right one is found."""

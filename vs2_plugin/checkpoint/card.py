@@ -1,4 +1,4 @@
-"""The model card of a checkpoint on a hub: ``README.md``, with what hubs index at its head."""
+"""The model card of a checkpoint on a hub: ``README.md``, whose head holds the metadata that hubs index."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vs2_plugin.text import printable
 __all__ = ["CARD", "card"]
 
 CARD = "README.md"
-#: What a hub understands where nobody has said which licence it is.
+#: The hub's value for a licence that nobody has stated.
 _LICENSE = "unknown"
 _TAGS = ["vs2-plugin", "sparse-autoencoder", "clip", "steering", "interpretability"]
 
@@ -29,16 +29,16 @@ def card(
     gallery: GalleryContents | None,
     license: str | None = None,
 ) -> str:
-    """Return the card as text.
+    """Return the model card of a checkpoint, in Markdown.
 
     Args:
-        name: what loads the checkpoint in a model string: ``hf:owner/name``, or its name in a store.
+        name: the checkpoint's name in a model string: ``hf:owner/name``, or its name in a store.
         backbone: the model's name; empty if the tower is not known.
         pretrained: its weights.
-        data: what the SAEs were trained on.
+        data: the training data of the SAEs.
         sites: the SAEs.
-        gallery: what the gallery holds, if it goes with them.
-        license: of the SAEs.
+        gallery: the contents of the gallery, if it is published with the SAEs.
+        license: the SAEs' licence, by the hub's name of it.
     """
     import yaml
 
@@ -63,8 +63,8 @@ def _about(backbone: str, pretrained: str, data: TrainingData, site: SiteSAE) ->
     )
     yield ""
     split = "" if GIVEN in data.splits else f" ({', '.join(map(_code, dict.fromkeys(data.splits)))})"
-    told = site.trained[0].upper() + site.trained[1:]
-    yield f"- {told} {_plain(data)}{split if data.splits else ''}, without labels unless the table says so"
+    trained = site.trained[0].upper() + site.trained[1:]
+    yield f"- {trained} {_plain(data)}{split if data.splits else ''}, without labels unless the table says so"
     if data.transductive:
         yield "- Transductive: it was trained on images that are evaluated"
 
@@ -77,14 +77,14 @@ def _saes(sites: Sequence[SiteSAE]) -> Iterator[str]:
     yield f"| SAE | {' | '.join(head)} | labels used |"
     yield f"|---|{'---:|' * len(head)}---|"
     for site in sites:
-        told = site.training
-        latents = told.get("num_latents")
-        if latents is None and isinstance(told.get("expansion_factor"), int):
-            latents = int(told["expansion_factor"] or 0) * site.width
-        shown = [f"{share:.1%}" if isinstance(share, float) else "?" for share in map(told.get, shares)]
+        training = site.training
+        latents = training.get("num_latents")
+        if latents is None and isinstance(training.get("expansion_factor"), int):
+            latents = int(training["expansion_factor"] or 0) * site.width
+        cells = [f"{share:.1%}" if isinstance(share, float) else "?" for share in map(training.get, shares)]
         yield (
-            f"| {_code(site.folder)} | {site.width} | {_number(latents)} | {_number(told.get('k'))} | "
-            f"{1 - site.fvu:.1%} | {' | '.join(shown)} | {site.labels} |"
+            f"| {_code(site.folder)} | {site.width} | {_number(latents)} | {_number(training.get('k'))} | "
+            f"{1 - site.fvu:.1%} | {' | '.join(cells)} | {site.labels} |"
         )
     yield ""
     yield (
@@ -101,15 +101,15 @@ def _saes(sites: Sequence[SiteSAE]) -> Iterator[str]:
 
 
 def _zero_shot(sites: Sequence[SiteSAE]) -> Iterator[str]:
-    """Say what ``vs2 sae`` measured of predictions, and on which images and classes, where it did."""
+    """Yield the lines on what ``vs2 sae`` measured of predictions and on which images and classes, if it was run."""
     measured = dict.fromkeys(site.training["recovered_on"] for site in sites if "recovered_on" in site.training)
     if not measured:
         return
-    recovered = "accuracy recovered is the share left of the zero-shot accuracy above that of one constant activation "
-    recovered += "(labels were read for it), and "
-    told = recovered if any("recovered" in site.training for site in sites) else ""
+    definition = "accuracy recovered is the share left of the zero-shot accuracy above that of one constant activation "
+    definition += "(labels were read for it), and "
+    first = definition if any("recovered" in site.training for site in sites) else ""
     yield (
-        f"\nWhen the reconstruction replaces the activation, {told}predictions kept is the share of images whose "
+        f"\nWhen the reconstruction replaces the activation, {first}predictions kept is the share of images whose "
         f"zero-shot class stays the same: of {'; of '.join(map(_plain, measured))}."
     )
 
@@ -148,9 +148,9 @@ def _use(
     if gallery is None:
         yield "Methods that use a gallery of training images (`vs2s`, `auto`, `vs2pp`, ...) find none here."
     else:
-        kept = "activations, embeddings and labels" if gallery.labels else "activations and embeddings"
+        contents = "activations, embeddings and labels" if gallery.labels else "activations and embeddings"
         yield (
-            f"A gallery of {gallery.count:,} training images ({kept}, no pictures) is included, for methods "
+            f"A gallery of {gallery.count:,} training images ({contents}, no pictures) is included, for methods "
             "that use one (`vs2s`, `auto`, `vs2pp`, ...)."
         )
     if backbone.startswith(LOCAL) or isinstance(library_place(backbone), str):
@@ -162,7 +162,7 @@ def _number(value: object) -> str:
 
 
 def _plain(value: object) -> str:
-    """Return text that means nothing to Markdown."""
+    """Return ``value`` as text, with Markdown's special characters escaped."""
     return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", printable(value))
 
 

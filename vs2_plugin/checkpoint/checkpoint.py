@@ -5,10 +5,10 @@
   visual.transformer.resblocks.11/           the plain SAE of a site
     cfg.json
     sae.safetensors
-    gallery/                                 in the first of them; see gallery.files; may be absent
+    gallery/                                 optional, in the first SAE's folder; see gallery.files
   visual.transformer.resblocks.11.pass/      the one trained by PASS, with labels
 
-sparsify's load_many takes each folder at the top for an SAE, so that no other lies there. Before version 0.2, the
+sparsify's load_many takes each folder at the top for an SAE, so no other folder may lie there. Before version 0.2, the
 gallery did.
 
 No heavy imports: the harness looks a checkpoint up before it loads anything.
@@ -51,7 +51,7 @@ __all__ = ["Checkpoint", "save_checkpoint"]
 @documented
 @dataclass(frozen=True, repr=False)
 class Checkpoint:
-    """A checkpoint, as ``vs2.json`` tells it. The SAEs themselves are read by :meth:`sae`. Its ``repr`` is a summary.
+    """A checkpoint, as its ``vs2.json`` describes it; :meth:`sae` reads the SAEs. Its ``repr`` is a summary.
 
     Example::
 
@@ -67,24 +67,24 @@ class Checkpoint:
     """
 
     folder: Path
-    """Where it lies."""
+    """Folder of the checkpoint."""
     digest: str
-    """SHA-256 over what results depend on: tower, data, gallery, sites, means, quantiles and the SAEs' files."""
+    """SHA-256 over all that results depend on: tower, data, gallery, sites, means, quantiles and the SAEs' files."""
     backbone: str
-    """Name of the model that it was trained for; empty without a tower."""
+    """Name of the model that the SAEs were trained for; empty without a tower."""
     pretrained: str
     """Weights tag or file."""
     tower: Tower | None
-    """What it steers; None if it was trained on activations of which nobody said where they are from."""
+    """The CLIP tower that the SAEs steer; None if they were trained on activations of unknown origin."""
     data: TrainingData
     sites: list[SiteSAE]
-    """One per SAE: the plain ones in the order of the tower, then those of other variants."""
+    """The SAEs: the plain ones in the order of the tower's blocks, then those of other variants."""
     gallery: GalleryContents | None = None
-    """What the gallery holds, if there is one."""
+    """Contents of the gallery, if there is one."""
     created: dict[str, str] = field(default_factory=dict)
     """Versions of the software, and the command."""
     hub: str = ""
-    """``hf:owner/name[#revision]``, if it lies in a hub's cache."""
+    """``hf:owner/name[#revision]``, if the checkpoint lies in a hub's cache."""
 
     def __repr__(self) -> str:
         data = self.data
@@ -92,18 +92,18 @@ class Checkpoint:
         lines = [f"Checkpoint {self.name!r} of {self.model}, {self.sites[0].trained} {data}{marks}"]
         for site in self.sites:
             dead, k = site.training.get("dead"), site.training.get("k")
-            told = f"width {site.width}" + ("" if k is None else f", {k} latents active") + f", FVU {site.fvu:.4f}"
-            lines.append(f"{site.folder}: {told}" + (f", {dead:.1%} dead" if isinstance(dead, float) else ""))
+            figures = f"width {site.width}" + ("" if k is None else f", {k} latents active") + f", FVU {site.fvu:.4f}"
+            lines.append(f"{site.folder}: {figures}" + (f", {dead:.1%} dead" if isinstance(dead, float) else ""))
         gallery = "no gallery" if self.gallery is None else f"a gallery of {counted(self.gallery.count, 'image')}"
         return "\n  ".join([*lines, f"{gallery}; in {self.folder}"])
 
     @classmethod
     def load(cls, folder: Path | str) -> Checkpoint:
-        """Read ``vs2.json``.
+        """Read the checkpoint in ``folder`` from its ``vs2.json``.
 
         Raises:
-            CheckpointNotFound: there is none.
-            CheckpointError: it is damaged or of another format version.
+            CheckpointNotFound: there is no readable ``vs2.json``.
+            CheckpointError: ``vs2.json`` is damaged or of another format version.
         """
         folder = Path(folder)
         settle(folder)
@@ -121,16 +121,16 @@ class Checkpoint:
 
     @classmethod
     def from_hub(cls, repository: str, revision: str | None = None, *, refresh: bool = False) -> Checkpoint:
-        """Read a checkpoint of a model hub, from the hub's cache if it is there: then nobody is asked. No code is run.
+        """Read a checkpoint from a hub's cache, without asking the hub, or else from the hub. No code is run.
 
         Args:
             repository: ``owner/name``.
             revision: a branch, tag or commit; None for the main branch.
-            refresh: ask the hub for what is newer, and fetch again what is damaged.
+            refresh: ask the hub for a newer version, and fetch damaged files again.
 
         Raises:
-            HubError: there is no such repository, or no way to the hub.
-            CheckpointError: what lies there is no checkpoint, or damaged.
+            HubError: the repository does not exist, or the hub cannot be reached.
+            CheckpointError: the repository holds no checkpoint, or a damaged one.
 
         Example::
 
@@ -138,19 +138,19 @@ class Checkpoint:
         """
         from vs2_plugin.hub import download
 
-        found = str(Repository(repository, revision))
+        address = str(Repository(repository, revision))
         if not refresh:
-            return cls._of_hub(download(repository, revision, PATTERNS, _is_whole), found)
+            return cls._of_hub(download(repository, revision, PATTERNS, _is_whole), address)
         with suppress(_DamagedCopy):
-            return cls._fetched(repository, revision, found)
+            return cls._fetched(repository, revision, address)
         try:
-            return cls._fetched(repository, revision, found, again=True)
+            return cls._fetched(repository, revision, address, again=True)
         except _DamagedCopy as error:
             raise CheckpointError(f"{error.problem}; it is the same on the hub: tell whoever pushed it") from error
 
     @classmethod
     def _fetched(cls, repository: str, revision: str | None, found: str, again: bool = False) -> Checkpoint:
-        """Fetch what is newer, or (again) everything, and read it in full."""
+        """Fetch files that are newer on the hub, or with ``again`` all files, and read them in full."""
         from vs2_plugin.hub import download
 
         checkpoint = cls._of_hub(download(repository, revision, PATTERNS, again=again), found)
@@ -173,63 +173,63 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """The folder's name, or the repository's on a hub."""
+        """The folder's name, or :attr:`hub` for a checkpoint of a hub."""
         return self.hub or self.folder.name
 
     @property
     def model(self) -> str:
-        """The model that it was trained for, in words."""
+        """The model that the SAEs were trained for, in words."""
         return "no CLIP" if self.tower is None else with_weights(self.backbone, self.pretrained)
 
     @property
     def free_name(self) -> str:
-        """A name like its own that no checkpoint beside it has."""
+        """A name made from the folder's, that nothing beside the folder has."""
         names = (f"{self.folder.name}-{number}" for number in itertools.count(2))
         return next(name for name in names if not self.folder.with_name(name).exists())
 
     @property
     def gallery_folder(self) -> Path:
-        """Where the gallery's files lie."""
-        before = self.folder / GALLERY
-        return before if before.is_dir() else self.folder / self.sites[0].folder / GALLERY
+        """Folder of the gallery's files."""
+        at_top = self.folder / GALLERY
+        return at_top if at_top.is_dir() else self.folder / self.sites[0].folder / GALLERY
 
     @property
     def transductive(self) -> bool:
-        """Tell whether it was trained on the images that are evaluated."""
+        """Whether the SAEs were trained on images that are evaluated."""
         return self.data.transductive
 
     def select(self, blocks: object = None, variant: str = "plain") -> list[SiteSAE]:
         """Return the SAEs of a variant at ``blocks``: numbers joined by ``+``, ``all``, or None for the last site.
 
         Raises:
-            CheckpointError: it has none there.
+            CheckpointError: the checkpoint has no such SAE.
         """
         sites = [site for site in self.sites if site.variant == variant]
         if not sites:
-            there = " and ".join(sorted({site.variant for site in self.sites}))
+            variants = " and ".join(sorted({site.variant for site in self.sites}))
             how = " and --pass_weight 0.8 (it reads the training labels)" if variant == "pass" else ""
             again = "train your own with" if self.hub else "add one to it with"
             raise CheckpointError(
-                f"checkpoint {self.name!r} has no {variant} SAE, only {there}; {again} vs2-train-sae with its "
+                f"checkpoint {self.name!r} has no {variant} SAE, only {variants}; {again} vs2-train-sae with its "
                 f"--model, --pretrained and --dataset{how}"
             )
         return [sites[-1]] if blocks is None else self._at_blocks(str(blocks), sites)
 
     def _at_blocks(self, blocks: str, sites: Sequence[SiteSAE]) -> list[SiteSAE]:
         at_block = {site.block: site for site in sites if site.block is not None}
-        wanted = sorted(at_block) if blocks == "all" else sorted({int(number) for number in blocks.split("+")})
-        missing = [str(number) for number in wanted if number not in at_block]
-        if missing or not wanted:
-            there = " ".join(map(str, sorted(at_block))) or f"none, only {sites[-1].hookpoint}"
-            all_blocks = " ".join(map(str, sorted({*wanted, *at_block}))) or "all"
+        numbers = sorted(at_block) if blocks == "all" else sorted({int(number) for number in blocks.split("+")})
+        missing = [str(number) for number in numbers if number not in at_block]
+        if missing or not numbers:
+            present = " ".join(map(str, sorted(at_block))) or f"none, only {sites[-1].hookpoint}"
+            all_blocks = " ".join(map(str, sorted({*numbers, *at_block}))) or "all"
             raise CheckpointError(
-                f"checkpoint {self.name!r} has no SAE at block {' '.join(missing) or blocks} (its blocks: {there}); "
+                f"checkpoint {self.name!r} has no SAE at block {' '.join(missing) or blocks} (its blocks: {present}); "
                 f"{self._again(f'--blocks {all_blocks}')}"
             )
-        return [at_block[number] for number in wanted]
+        return [at_block[number] for number in numbers]
 
     def _again(self, flags: str = "") -> str:
-        """What makes it again, with these flags. Whoever fetched it did not train it."""
+        """Return in words how to make the checkpoint again with ``flags``; one from a hub is trained anew."""
         if self.hub:
             return f"train your own with vs2-train-sae {flags}".rstrip()
         return f"{AGAIN} with the same vs2-train-sae command and --overwrite {flags}".rstrip()
@@ -237,15 +237,15 @@ class Checkpoint:
     def require_tower(self, tower: Tower, backbone: str, method: str = "vs2") -> None:
         """Refuse a tower other than the one that the SAEs were trained on.
 
-        Two folders, or files of weights, of one name give their checkpoints one name, unless they are told others.
+        Models from two folders or weights files of the same name have checkpoints of the same name by default.
 
         Args:
-            tower: the one at hand.
-            backbone: its model's name.
-            method: which evaluates it.
+            tower: the tower that is to be steered.
+            backbone: the name of the tower's model.
+            method: the name of the steering method, for the error.
 
         Raises:
-            CheckpointError: saying what differs.
+            CheckpointError: the towers differ; the message says in what.
         """
         if self.tower is None:
             raise CheckpointError(
@@ -263,15 +263,15 @@ class Checkpoint:
             )
 
     def require_gallery(self, labels: bool = False, encoder: str = "clip", n: int = 1) -> GalleryContents:
-        """Return what the gallery holds.
+        """Return the contents of the gallery, if it holds all that is needed.
 
         Args:
             labels: whether training labels are needed.
-            encoder: the embeddings that are needed.
-            n: how many images, at least.
+            encoder: the retrieval encoder whose embeddings are needed.
+            n: the number of images needed.
 
         Raises:
-            CheckpointError: there is none, or it lacks something.
+            CheckpointError: there is no gallery, or it lacks something.
         """
         if self.gallery is None:
             if GIVEN in self.data.splits:
@@ -301,10 +301,10 @@ class Checkpoint:
         """Open the gallery, its large arrays memory-mapped.
 
         Args:
-            thorough: compare every array with what was written; otherwise, those that were touched since the last time.
+            thorough: compare every array with its digests; otherwise, those that have changed since the last time.
 
         Raises:
-            CheckpointError: there is none, or a file is missing, of another shape, or not what was written.
+            CheckpointError: there is no gallery, or a file is missing, damaged or of another shape.
         """
         from vs2_plugin.gallery.files import open_gallery
 
@@ -313,7 +313,7 @@ class Checkpoint:
             return open_gallery(self.gallery_folder, self.require_gallery(), widths, thorough)
 
     def sae(self, site: SiteSAE) -> tuple[TopKSAE, Tensor]:
-        """Read the SAE of ``site`` and its mean ``[d]``, verified against ``vs2.json``.
+        """Read the SAE of ``site``, verified by the digests in ``vs2.json``, and the site's mean activation ``[d]``.
 
         Raises:
             CheckpointError: a file is missing, changed or of another shape.
@@ -337,19 +337,19 @@ class Checkpoint:
         """Refuse an SAE whose files are not those that were written."""
         for name, expected in site.files.items():
             try:
-                found = file_digest(folder / name)
+                digest = file_digest(folder / name)
             except OSError as error:
                 damage = f"checkpoint {self.name!r} is damaged: {folder / name}: {error.strerror}"
                 raise CheckpointError(hidden(error, folder / name) or damage) from error
-            if found != expected:
+            if digest != expected:
                 raise CheckpointError(
                     f"checkpoint {self.name!r} is damaged: {folder / name} is not the file that was written (SHA-256 "
-                    f"{found[:12]}, expected {expected[:12]})"
+                    f"{digest[:12]}, expected {expected[:12]})"
                 )
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Tell a checkpoint that was replaced meanwhile from one that is damaged, and what mends that."""
+        """Turn an error in the block into one that says if the checkpoint was replaced or damaged, and what helps."""
         try:
             yield
         except CheckpointError as error:
@@ -372,14 +372,14 @@ class Checkpoint:
             return False
 
     def note(self, site: SiteSAE, told: Mapping[str, float | str | None]) -> bool:
-        """Add figures to the record of an SAE. The digest is not of them, and stays.
+        """Add figures to the record of an SAE in ``vs2.json``; the digest does not cover them and stays the same.
 
         Args:
-            site: whose record.
-            told: the figures; None takes one away.
+            site: the SAE.
+            told: name -> figure; None removes the figure.
 
         Returns:
-            Whether they are kept: not in a hub's cache, nor where the checkpoint cannot be written, or was replaced.
+            Whether they were written: not in a hub's cache, nor if the checkpoint cannot be written or was replaced.
         """
         if self.hub:
             return False
@@ -389,23 +389,23 @@ class Checkpoint:
                 return False
             for record in values["sites"]:
                 if (record["hookpoint"], record["variant"]) == (site.hookpoint, site.variant):
-                    known = {name: value for name, value in record["training"].items() if name not in told}
-                    record["training"] = known | {name: value for name, value in told.items() if value is not None}
+                    others = {name: value for name, value in record["training"].items() if name not in told}
+                    record["training"] = others | {name: value for name, value in told.items() if value is not None}
             write_manifest(self.folder, values)
             return True
         return False
 
     def save(self, folder: Path | str, *, gallery: bool = True, overwrite: bool = False) -> Checkpoint:
-        """Copy it into a new folder, with a model card: a repository for a hub.
+        """Copy the checkpoint into a new folder, with a model card: a repository for a hub.
 
         Args:
-            folder: where; there may be nothing yet.
-            gallery: whether the gallery goes with it.
-            overwrite: replace a checkpoint that is there.
+            folder: the new folder, which must not exist yet.
+            gallery: whether to copy the gallery.
+            overwrite: replace a checkpoint that exists at ``folder``.
 
         Raises:
-            DataError: there is something already.
-            CheckpointError: a file of it is not what was written.
+            DataError: ``folder`` exists already.
+            CheckpointError: a file of the checkpoint is damaged.
             OSError: the folder cannot be written.
         """
         folder = Path(folder).expanduser()
@@ -420,24 +420,24 @@ class Checkpoint:
     def push_to_hub(
         self, repository: str, *, gallery: bool = False, license: str | None = None, private: bool | None = None
     ) -> str:
-        """Put it into a repository of a model hub, which is made if there is none, with a model card.
+        """Upload the checkpoint, with a model card, to a repository of a hub, which is created if it is missing.
 
-        The command that trained it and the folders of its images, which are of this machine, stay here. A
-        ``README.md`` in the checkpoint's folder takes the place of the card.
+        The training command and the folders of the training images, which concern this machine, are left out. A
+        ``README.md`` in the checkpoint's folder replaces the card, unless ``license`` is given.
 
         Args:
             repository: ``owner/name``.
-            gallery: whether the gallery goes with it: activations and embeddings of the training images.
-            license: of the SAEs, by the hub's name of it (``mit``, ``cc-by-4.0``, …); by default, the card says that it
-                is not known.
-            private: whether only its owner sees it, if it is made; by default, as the hub has it.
+            gallery: whether to upload the gallery: activations and embeddings of the training images.
+            license: the SAEs' licence, by the hub's name of it (``mit``, ``cc-by-4.0``, …); by default, the card says
+                that it is not known.
+            private: whether a new repository is visible to its owner only; None: the hub's default.
 
         Returns:
-            Where the commit is seen.
+            The URL of the commit.
 
         Raises:
-            HubError: the hub refused, or there is no way to it.
-            CheckpointError: a file of it is not what was written.
+            HubError: the hub refused, or cannot be reached.
+            CheckpointError: a file of the checkpoint is damaged.
         """
         from tempfile import TemporaryDirectory
 
@@ -449,12 +449,12 @@ class Checkpoint:
             return upload(Path(scratch), repository, PATTERNS, f"Checkpoint {self.digest[:16]} of vs2-plugin", private)
 
     def _copy(self, folder: Path, gallery: bool, name: str, license: str | None, away: bool = False) -> None:
-        """Copy all files into an empty folder, with a card that calls the checkpoint so. What goes ``away`` tells
-        nothing of where things lie on this machine."""
-        kept = self.gallery if gallery else None
-        copy_files(self.folder, self.sites, None if kept is None else self.gallery_folder, folder)
+        """Copy the checkpoint's files into an empty folder, with a card that calls it ``name``; with ``away``, without
+        the training command and the folders of this machine."""
+        contents = self.gallery if gallery else None
+        copy_files(self.folder, self.sites, None if contents is None else self.gallery_folder, folder)
         values = read_manifest(self.folder)
-        if kept is None:
+        if contents is None:
             values.pop("gallery", None)
         if away:
             values["created"].pop("command", None)
@@ -464,12 +464,12 @@ class Checkpoint:
         if own.is_file() and license is None:
             shutil.copyfile(own, folder / CARD)
         else:
-            sites = Checkpoint.load(self.folder).sites  # what is noted there meanwhile is in the copy too
-            text = card(name, self.backbone, self.pretrained, self.data, sites, kept, license)
+            sites = Checkpoint.load(self.folder).sites  # read again, as vs2.json was, for figures noted since
+            text = card(name, self.backbone, self.pretrained, self.data, sites, contents, license)
             (folder / CARD).write_text(text, encoding="utf-8")
 
     def verify(self) -> None:
-        """Read every file in full. Raises CheckpointError at the first that is not what was written."""
+        """Read every file in full. Raises CheckpointError at the first damaged one."""
         for site in self.sites:
             self.sae(site)
         if self.gallery is not None:
@@ -477,7 +477,7 @@ class Checkpoint:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Tell whether a folder holds all files of a checkpoint."""
+    """Return whether a folder holds all files of a checkpoint."""
     try:
         return _are_there(Checkpoint.load(folder))
     except CheckpointError:
@@ -489,7 +489,7 @@ def _are_there(checkpoint: Checkpoint) -> bool:
 
 
 class _DamagedCopy(CheckpointError):
-    """An error in a checkpoint that lies in a hub's cache, with what mends it."""
+    """A damaged checkpoint in a hub's cache; the message says how to fetch it again."""
 
     def __init__(self, hub: str, error: CheckpointError) -> None:
         self.problem = str(error).removesuffix(f"; {AGAIN}")
@@ -509,7 +509,7 @@ def save_checkpoint(
 ) -> Checkpoint:
     """Write a checkpoint so that ``folder`` holds either all of it or what was there before.
 
-    The ``files`` of each :class:`SiteSAE` are filled in here. The gallery's files are linked, where that can be.
+    The ``files`` of each :class:`SiteSAE` are filled in here. The gallery's files are hard-linked if possible.
     """
     from vs2_plugin.sae.files import CONFIG_FILE, WEIGHTS_FILE, save_sae
 

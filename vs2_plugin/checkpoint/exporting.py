@@ -10,27 +10,27 @@ from vs2_plugin.files import atomic_folder
 
 __all__ = ["FORMATS", "export"]
 
-#: The word for a format -> what reads a folder of it.
+#: Format -> the other library's function that reads a folder of it.
 FORMATS = {"sparsify": "sparsify.SparseCoder.load_many(FOLDER, local=True)", "saelens": "sae_lens.SAE.load_from_disk"}
 
 
 def export(checkpoint: Checkpoint, folder: Path, format: str) -> list[Path]:
     """Write each SAE of a checkpoint for another library, into a folder of its own. All are written, or none.
 
-    The weights are those of the checkpoint, so that the SAEs reconstruct as here but for the order of sums. The formats
-    have no place for what ``vs2.json`` and the gallery hold.
+    The weights are those of the checkpoint, so that reconstructions are the same up to the order of sums. The formats
+    have no place for the contents of ``vs2.json`` and of the gallery.
 
     Args:
-        checkpoint: whose SAEs.
-        folder: is made; there is none yet.
+        checkpoint: the checkpoint with the SAEs.
+        folder: the new folder, which must not exist yet.
         format: one of :data:`FORMATS`.
 
     Returns:
         The folders of the SAEs.
 
     Raises:
-        CheckpointError: an SAE that the format cannot represent, and why; or a file of the checkpoint is damaged.
-        DataError: there is such a folder.
+        CheckpointError: the format cannot represent an SAE, or a file of the checkpoint is damaged.
+        DataError: ``folder`` exists already.
     """
     from vs2_plugin.sae.foreign import WRITERS
 

@@ -1,4 +1,4 @@
-"""``vs2.json``, in which a checkpoint keeps this package's own facts: its plain values, as JSON.
+"""``vs2.json``, the file in which a checkpoint keeps this package's own facts, as plain JSON values.
 
 No heavy imports, since the harness looks a checkpoint up before it loads anything.
 """
@@ -18,25 +18,25 @@ from vs2_plugin.files import atomic_file, hidden, json_digest
 __all__ = ["AGAIN", "MANIFEST", "manifest_digest", "read_manifest", "write_manifest"]
 
 MANIFEST = "vs2.json"
-#: What mends a checkpoint.
+#: Advice for a damaged checkpoint.
 AGAIN = "train the checkpoint again"
 _FORMAT = "vs2-checkpoint"
 _VERSION = 1
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read the values of the checkpoint in ``folder``. Only their format is looked at.
+    """Return the values of ``vs2.json`` in ``folder``, of which only format and version are checked.
 
     Raises:
-        CheckpointNotFound: there is none.
-        CheckpointError: it is no JSON, or of another format or version.
+        CheckpointNotFound: the file is missing or cannot be read.
+        CheckpointError: this user may not read the file, or it is not JSON, or of another format or version.
     """
     path = folder / MANIFEST
     try:
         raw = path.read_bytes()
     except OSError as error:
-        if told := hidden(error, path):
-            raise CheckpointError(told) from error
+        if problem := hidden(error, path):
+            raise CheckpointError(problem) from error
         raise CheckpointNotFound(
             f"no SAE checkpoint in {folder}: no readable {MANIFEST} ({error.strerror})"
         ) from error
@@ -55,14 +55,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, values: Mapping[str, Any]) -> None:
-    """Write the values, with their format and digest."""
+    """Write ``vs2.json`` in ``folder``: the values, with format, version and digest."""
     whole = {"format": _FORMAT, "format_version": _VERSION, **values, "digest": manifest_digest(values)}
     with atomic_file(folder / MANIFEST) as scratch:
         scratch.write_text(json.dumps(whole, indent=1) + "\n")
 
 
 def manifest_digest(values: Mapping[str, Any]) -> str:
-    """Return the digest of what results depend on. Without times, versions and commands: the same training gives the
-    same one."""
+    """Return the digest of the values that results depend on. It leaves out times, versions and commands, so that the
+    same training gives the same digest."""
     sites = [{key: value for key, value in site.items() if key != "training"} for site in values["sites"]]
     return json_digest([values["tower"], values["data"], sites, values.get("gallery")])

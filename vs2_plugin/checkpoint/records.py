@@ -1,4 +1,4 @@
-"""What ``vs2.json`` says of a checkpoint's data and SAEs, and what must hold of it."""
+"""Records in ``vs2.json`` of a checkpoint's training data and SAEs, and checks of these records."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from vs2_plugin.text import counted, expanded
 
 __all__ = ["FEW", "GIVEN", "RETRAIN", "SiteSAE", "TrainingData", "problems"]
 
-#: What the split is called of images or activations that are no data set's.
+#: Name of the split for images or activations that belong to no data set.
 GIVEN = "given"
-#: What mends an SAE that is of no use.
+#: Advice for an SAE that is useless.
 RETRAIN = (
     "train it again with vs2-train-sae --overwrite and more images or --samples, a larger --k, a smaller "
     "--expansion_factor or a lower --lr"
 )
-#: What helps an SAE that explains less than principal components.
+#: Advice for an SAE that explains less variance than principal components.
 FEW = "more images help most; with fewer than a few hundred, --expansion_factor 1 helps a little"
-#: The share of dead latents that is too much.
+#: The share of dead latents above which an SAE is useless.
 _MOSTLY = 0.5
-#: Of an SAE; see sae.files, which is not read before torch is needed.
+#: The files of an SAE; see sae.files, which is not imported here since it imports torch.
 _FILES = ("cfg.json", "sae.safetensors")
-#: Names of folders that stand for a split; see data.folders, which is not read before torch is needed.
+#: Names of folders that stand for a split; see data.folders, which is not imported here since it imports torch.
 _SPLITS = ("train", "test", "val", "valid", "validation")
-#: The largest number in float32, and more than there are of anything that is counted.
+#: The largest number in float32, and a bound above any number of images, classes or dimensions.
 _FLOAT32, _MOST = 3.4028234e38, 2**40
 
 
@@ -43,26 +43,26 @@ class TrainingData:
     """The images that the SAEs of a checkpoint were trained on."""
 
     datasets: tuple[str, ...]
-    """clip_benchmark's names."""
+    """clip_benchmark's names of the data sets."""
     images: int
-    """How many there are, of all data sets."""
+    """Number of images, of all data sets."""
     splits: tuple[str, ...] = ()
     """The split of each data set."""
     calibrated_on: tuple[str, ...] = ()
-    """The data sets whose held-out images the FVU and its quantiles are of."""
+    """The data sets on whose held-out images the FVU and its quantiles were measured."""
     transductive: bool = False
-    """Whether images that are evaluated are among them."""
+    """Whether images that are evaluated are among the training images."""
     amp: bool = True
     """Whether activations were extracted under autocast."""
     max_images: int | None = None
-    """At most this many of each data set were taken."""
+    """Limit on the images that were taken of each data set; None: all."""
     folders: tuple[str, ...] = ()
-    """Of each data set, the absolute path of the folder with its images, or what lists its shards; empty for one that
-    is found by its name, and where all are."""
+    """For each data set, the absolute path of its folder of images, or the list of its shards; empty for one that is
+    found by its name. The tuple is empty if all are found by name."""
 
     def is_of(self, folder: str) -> bool:
-        """Tell whether its images, as far as they are of folders, lie in ``folder``, in a split of it or in shards of
-        it that are listed."""
+        """Return whether all training images that come from folders lie in ``folder`` itself, in the folder of a split
+        in it, or in listed shards in it."""
         root = _real(folder)
 
         def is_split(path: str) -> bool:
@@ -72,8 +72,8 @@ class TrainingData:
         return all(path == root or is_split(path) for path in map(_real, filter(None, self.folders)))
 
     def holds(self, folder: str) -> bool:
-        """Tell whether images in ``folder``, which is given as in :attr:`folders`, are among them. Links to files and
-        folders are followed; copies are not found."""
+        """Return whether images in ``folder``, given as in :attr:`folders`, are among the training images. Links to
+        files and folders are followed; copies are not found."""
         return bool(folder) and any(_share(_real(folder), path) for path in map(_real, filter(None, self.folders)))
 
     def to_json(self) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class TrainingData:
         return f"{counted(self.images, 'image')} of {' and '.join(self.datasets)}"
 
     def differences(self, other: TrainingData) -> list[str]:
-        """Return in words what ``other`` has otherwise."""
+        """Return, in words, the fields in which ``other`` differs."""
         ours, theirs = asdict(self), asdict(other)
         return [f"{name} {ours[name]}, now {theirs[name]}" for name in ours if ours[name] != theirs[name]]
 
@@ -97,7 +97,7 @@ def _real(path: str) -> str:
 
 
 def _share(one: str, other: str) -> bool:
-    """Tell whether two folders have files in common, or two lists of shards one of them."""
+    """Return whether two folders share files, or two lists of shards share a shard."""
     if one.endswith(".tar") and other.endswith(".tar"):
         return not set(expanded(one)).isdisjoint(expanded(other))
     return share_files(one, other)
@@ -114,7 +114,7 @@ class SiteSAE:
     labels: str
     """The labels used in its training: ``none`` or ``train``."""
     width: int
-    """d."""
+    """d, the width of the activations."""
     mean: list[float] = field(repr=False)
     """Mean activation ``[d]`` over the unlabeled training split."""
     fvu: float
@@ -122,7 +122,7 @@ class SiteSAE:
     fvu_quantiles: dict[str, float]
     """Quantile, as text, -> per-sample FVU over held-out training activations."""
     training: dict[str, float | int | str | bool | None]
-    """The settings of the training, and its figures."""
+    """Settings and figures of the training."""
     files: dict[str, str]
     """File name -> SHA-256, for each file of the SAE."""
 
@@ -133,16 +133,16 @@ class SiteSAE:
 
     @property
     def trained(self) -> str:
-        """What stands before the data set that the checkpoint names: an SAE taken as it is has seen no image of it."""
+        """Words before the name of the data set; an SAE imported from another library was not trained on it."""
         library = self.training.get("library")
         return "trained on" if library is None else f"trained by {library} elsewhere and measured on"
 
     @property
     def warning(self) -> str | None:
-        """What makes the SAE of no use, in words, if anything does.
+        """The reason why the SAE is useless, in words, or None.
 
-        At an FVU of 1, the mean activation explains as much. With most latents dead, few directions are left to steer
-        along, of those asked for; an SAE that was trained well enough has at most a third of them.
+        At an FVU of 1, the SAE explains no more than the mean activation. With most latents dead, few directions are
+        left to steer along; in an SAE that was trained well enough, at most a third of them are dead.
         """
         dead = self.training.get("dead")
         if self.fvu >= 1:
@@ -153,18 +153,18 @@ class SiteSAE:
 
     @property
     def below_components(self) -> str | None:
-        """Say that as many principal components explain more, if they do, as with few images or a short training.
+        """A note that as many principal components explain more, as with few images or a short training, or None.
 
-        That of PASS is not asked, which trades this for codes that agree within a class, nor one that was taken as it
-        is, whose components would be of the very images that they are tried on.
+        None for an SAE trained by PASS, which trades explained variance for codes that agree within a class, and for an
+        imported SAE, whose principal components would be fitted to the very images on which they are measured.
         """
-        told, k = self.training.get("pca_fvu"), self.training.get("k")
-        taken = self.variant == "pass" or "library" in self.training
-        if taken or not isinstance(told, float) or self.fvu <= told:
+        pca_fvu, k = self.training.get("pca_fvu"), self.training.get("k")
+        exempt = self.variant == "pass" or "library" in self.training
+        if exempt or not isinstance(pca_fvu, float) or self.fvu <= pca_fvu:
             return None
         return (
             f"it explains {1 - self.fvu:.1%} of the variance of images that it has not seen, but as many principal "
-            f"components as active latents ({k}) explain {1 - told:.1%}"
+            f"components as active latents ({k}) explain {1 - pca_fvu:.1%}"
         )
 
     @property
@@ -174,7 +174,7 @@ class SiteSAE:
 
 
 def problems(data: TrainingData, sites: Sequence[SiteSAE], gallery: GalleryContents | None) -> Iterator[str]:
-    """Give what no training writes. Each check relies on those before it."""
+    """Yield, in words, each value that no training writes; each check relies on those before it."""
     folders = [site.folder for site in sites]
     if not folders:
         yield "it has no sites"
@@ -207,7 +207,7 @@ def _site_problems(site: SiteSAE) -> Iterator[str]:
 
 
 def _quantile_problems(quantiles: Mapping[str, float]) -> Iterator[str]:
-    """Give what is wrong with FVU quantiles, which a gate reads."""
+    """Yield, in words, what is wrong with FVU quantiles, which a gate reads."""
     strange = [level for level in quantiles if not re.fullmatch(r"0\.\d{1,9}", level, re.ASCII)]
     if strange:
         yield f"has FVU quantiles {reprlib.repr(strange)}; expected levels such as 0.95"

@@ -1,4 +1,4 @@
-"""The files of a checkpoint that travel: into another folder, to a hub and from there."""
+"""The files of a checkpoint that are copied into another folder, or to and from a hub."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["GALLERY", "PATTERNS", "are_there", "copy_files"]
 
 #: The folder of the gallery, beside the first SAE's files.
 GALLERY = "gallery"
-#: All that is fetched of a repository: nothing there that a program could run.
+#: The files that are fetched from a repository; none of them holds code.
 PATTERNS = (CARD, MANIFEST, "*/cfg.json", "*/sae.safetensors", f"*{GALLERY}/*.npy", f"*{GALLERY}/*.npy.sha256")
 
 
 def copy_files(source: Path, sites: Sequence[SiteSAE], gallery: Path | None, target: Path) -> None:
-    """Copy the SAEs and, if one is named, the folder of the gallery, without what can be made of it again."""
+    """Copy the SAEs and, if its folder is given, the gallery, without files that can be made from it again."""
     for site in sites:
         (target / site.folder).mkdir()
         for name in site.files:
@@ -32,7 +32,7 @@ def copy_files(source: Path, sites: Sequence[SiteSAE], gallery: Path | None, tar
 
 
 def are_there(folder: Path, sites: Sequence[SiteSAE], gallery: GalleryContents | None, gallery_folder: Path) -> bool:
-    """Tell whether all files are there, whatever is in them."""
+    """Return whether all files of a checkpoint exist, whatever they contain."""
     files = [folder / site.folder / name for site in sites for name in site.files]
     for number, part in enumerate(() if gallery is None else gallery.parts):
         files += [gallery_folder / str(number) / f"{name}.npy" for name in part.contents or ()]

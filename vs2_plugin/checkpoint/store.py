@@ -2,9 +2,9 @@
 
     <store>/checkpoints/<name>/…     see checkpoint.checkpoint
     <store>/activations/<key>/…      see data.cache
-    <store>/training/<key>/…         states of trainings that have not ended; see sae.state
+    <store>/training/<key>/…         states of unfinished trainings; see sae.state
 
-What begins with a dot is being written, or was when a process died; see files.
+A folder whose name begins with a dot is being written, or was when a process died; see files.
 
 The store is ``--store``, else the environment variable ``VS2_STORE``, else the platform's cache folder. No heavy
 imports here: the harness looks a checkpoint up before it loads anything.
@@ -37,7 +37,7 @@ ENVIRONMENT_VARIABLE = "VS2_STORE"
 
 
 def checkpoint_name(backbone: str, pretrained: str, dataset: str) -> str:
-    """The name of the checkpoint of a backbone, its weights and a data set, files of one name not told apart.
+    """Return the name of the checkpoint for a backbone, its weights and a data set; weights files of one name share it.
 
     >>> checkpoint_name("ViT-B-32", "openai", "cifar100")
     'ViT-B-32_openai_cifar100'
@@ -65,21 +65,21 @@ def _digest(weights: str) -> str:
 
 @lru_cache(maxsize=8)
 def _digest_of(weights: str, size: int, changed: int) -> str:
-    """Return the SHA-256 of a file. A command asks for it several times."""
+    """Return the SHA-256 of a weights file, cached as a command needs it several times."""
     return file_digest(Path(weights))
 
 
 @documented
 @dataclass(frozen=True)
 class Store:
-    """A store's folder."""
+    """A store of checkpoints and cached activations, in a folder."""
 
     root: Path
-    """Where it lies; made when something is written."""
+    """Folder of the store; made when something is written."""
 
     @classmethod
     def default(cls, root: str | Path | None = None) -> Store:
-        """The store at ``root``, else at ``$VS2_STORE``, else in the platform's cache folder."""
+        """Return the store at ``root``, else at ``$VS2_STORE``, else in the platform's cache folder."""
         chosen = root or os.environ.get(ENVIRONMENT_VARIABLE)
         if chosen:
             return cls(_expand(chosen))
@@ -89,13 +89,13 @@ class Store:
 
     @property
     def words(self) -> list[str]:
-        """``--store`` and the folder, for commands of this package; empty where they find this store by themselves."""
-        found = os.path.abspath(self.root) == os.path.abspath(Store.default().root)
-        return [] if found else ["--store", str(self.root)]
+        """``--store`` and the folder, for commands of this package; empty if they use this store by default."""
+        is_default = os.path.abspath(self.root) == os.path.abspath(Store.default().root)
+        return [] if is_default else ["--store", str(self.root)]
 
     @property
     def assignment(self) -> str:
-        """What stands before a command that has no such flag, as ``clip_benchmark``: ``VS2_STORE=FOLDER``, or ''."""
+        """Prefix for a command without ``--store``, such as ``clip_benchmark``: ``VS2_STORE=FOLDER``, or ''."""
         return f"{ENVIRONMENT_VARIABLE}={shlex.quote(str(self.root))} " if self.words else ""
 
     @property
@@ -117,7 +117,7 @@ class Store:
         """Refuse a store in which nothing can be written.
 
         Raises:
-            DataError: it is a file, or cannot be made or written.
+            DataError: the store is a file, or cannot be made or written.
         """
         another = f"name another one with --store or {ENVIRONMENT_VARIABLE}"
         if self.root.exists() and not self.root.is_dir():
@@ -131,27 +131,27 @@ class Store:
             raise DataError(f"the store {self.root} cannot be written ({error.strerror}); {another}") from error
 
     def unfinished(self) -> Iterator[Path]:
-        """The folders of what interrupted runs left, or running ones write: they go on with it."""
+        """Yield the folders that interrupted runs left or running ones write, which a later run continues."""
         for folder in (self.checkpoints, self.activations):
             yield from sorted(path for path in _inside(folder, ".*") if path.name != LOCKS)
         yield from sorted(_inside(self.training, "[!.]*"))
 
     def names(self) -> list[str]:
-        """The names of all checkpoints here."""
+        """Return the names of all checkpoints in the store."""
         self._settle()
         return sorted(
             path.parent.name for path in self.checkpoints.glob(f"*/{MANIFEST}") if not path.parent.name.startswith(".")
         )
 
     def _settle(self) -> None:
-        """Finish what writers of checkpoints that died began."""
+        """Complete replacements of checkpoints that dead writers began."""
         for left in _inside(self.checkpoints, ".*.*"):
             name, _, state = left.name.removeprefix(".").rpartition(".")
             if state in ("new", "old"):
                 settle(self.checkpoints / name)
 
     def folder(self, name: str) -> Path:
-        """Where the checkpoint called ``name`` lies, or would. Raises DataError for a name that is no plain name."""
+        """Return the folder for a checkpoint called ``name``, existing or not. Raises DataError for an invalid name."""
         if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name, re.ASCII):
             raise DataError(f"checkpoint name {name!r}: expected letters, digits and any of . _ - +")
         if len(name) > LONGEST:
@@ -161,15 +161,15 @@ class Store:
         return self.checkpoints / name
 
     def find(self, name: str) -> Checkpoint:
-        """The checkpoint of that name, in that folder, or of a hub (``hf:owner/name[#revision]``).
+        """Return the checkpoint called ``name``, in the folder ``name``, or on a hub (``hf:owner/name[#revision]``).
 
         Raises:
-            CheckpointNotFound: there is none.
-            CheckpointError: it is damaged.
+            CheckpointNotFound: there is no such checkpoint.
+            CheckpointError: the checkpoint is damaged, or the folder holds SAEs but no checkpoint.
         """
-        shared = repository(name)
-        if shared is not None:
-            return Checkpoint.from_hub(*shared)
+        on_hub = repository(name)
+        if on_hub is not None:
+            return Checkpoint.from_hub(*on_hub)
         here = self.checkpoints / name
         with suppress(OSError):  # a name too long for the file system
             settle(here)
@@ -183,14 +183,15 @@ class Store:
         raise CheckpointNotFound(f"{self.without(name)}, and no such folder")
 
     def without(self, name: str) -> str:
-        """Words for a checkpoint that is not here, with those that are."""
+        """Return a message that a checkpoint is not in the store, with the names of those that are."""
         return f"no SAE checkpoint {name!r} in the store {self.root} (available: {', '.join(self.names()) or 'none'})"
 
     def name_for(self, backbone: str, pretrained: str, dataset: str) -> str:
-        """The name under which the checkpoint of a model and a data set is found and written.
+        """Return the name under which the checkpoint of a model and a data set is found and written.
 
-        It is :func:`checkpoint_name`; for a file of weights with six digits of its SHA-256, so that each of several
-        files of one name has its own, wherever it lies, unless there is one without them, as before version 0.2.
+        It is :func:`checkpoint_name`; for a weights file, with six digits of the file's SHA-256, so that files of one
+        name have different checkpoints. If there is none with the digits, one without them, as before version 0.2, is
+        used unless it is known to be for another file.
         """
         before = checkpoint_name(backbone, pretrained, dataset)
         if backbone.startswith(SCHEMES) or not os.path.isfile(pretrained):
@@ -199,55 +200,55 @@ class Store:
         name = checkpoint_name(backbone, f"{Path(pretrained).stem}-{digest[:6]}", dataset)
         if _is_checkpoint(self.checkpoints / name) or not _is_checkpoint(self.checkpoints / before):
             return name
-        with suppress(CheckpointError):  # told by whoever reads it
-            known = Checkpoint.load(self.checkpoints / before).pretrained
-            if os.path.isfile(known) and _digest(known) != digest:
+        with suppress(CheckpointError):  # reported when the checkpoint is read
+            weights = Checkpoint.load(self.checkpoints / before).pretrained
+            if os.path.isfile(weights) and _digest(weights) != digest:
                 return name
         return before
 
     def find_for(self, backbone: str, pretrained: str, dataset: str, home: str = "") -> Checkpoint:
-        """The checkpoint that a model and a data set find by themselves: see :meth:`name_for`.
+        """Return the checkpoint that a model uses for a data set by default: see :meth:`name_for`.
 
         Args:
             backbone: the model's name.
             pretrained: its weights.
             dataset: the name of the data set.
-            home: where it lies, for a folder, whose name does not tell it from others.
+            home: the data set's path, if it is a folder, since different folders may have the same name.
 
         Raises:
-            CheckpointNotFound: there is none.
-            CheckpointError: it is damaged, or of another folder of that name.
+            CheckpointNotFound: there is no such checkpoint.
+            CheckpointError: the checkpoint is damaged, or was trained on another folder of that name.
         """
-        found = self.find(self.name_for(backbone, pretrained, dataset))
-        if home and not found.data.is_of(home):
-            of, other = " ".join(filter(None, found.data.folders)), found.free_name
+        saved = self.find(self.name_for(backbone, pretrained, dataset))
+        if home and not saved.data.is_of(home):
+            of, other = " ".join(filter(None, saved.data.folders)), saved.free_name
             raise CheckpointError(
-                f"checkpoint {found.name!r} was trained on {of}, not on {home}, which has the same name; use it "
-                f"anyway as vs2:{backbone}@{found.name}, or train one on this folder with --name {other} and use that "
+                f"checkpoint {saved.name!r} was trained on {of}, not on {home}, which has the same name; use it "
+                f"anyway as vs2:{backbone}@{saved.name}, or train one on this folder with --name {other} and use that "
                 f"as vs2:{backbone}@{other}"
             )
-        return found
+        return saved
 
     def cached(self) -> Iterator[Path]:
-        """The folders of cached activations."""
+        """Yield the folders of cached activations."""
         yield from sorted(_inside(self.activations, "[!.]*"))
 
     def remove(self, name: str) -> int:
-        """Delete a checkpoint. Returns the bytes freed. Raises CheckpointNotFound if there is none."""
+        """Delete a checkpoint, and return the bytes freed. Raises CheckpointNotFound if there is no such checkpoint."""
         # A folder that somebody put here by hand may have any name.
-        there = [path.name for path in self.checkpoints.glob("[!.]*")]
-        folder = self.checkpoints / name if name in there else self.folder(name)
+        names = [path.name for path in self.checkpoints.glob("[!.]*")]
+        folder = self.checkpoints / name if name in names else self.folder(name)
         if not folder.is_dir():
             raise CheckpointNotFound(self.without(name))
         return _delete(folder)
 
     def remove_cache(self) -> int:
-        """Delete all cached activations, and what interrupted runs left. Returns the bytes freed."""
+        """Delete all cached activations and what interrupted runs left, and return the bytes freed."""
         return sum(map(_delete, list(self.cached()))) + self.remove_unfinished()
 
     def remove_unfinished(self, days: float = 0) -> int:
-        """Delete what interrupted runs left that many days ago or earlier, but not what a running process writes.
-        Returns the bytes freed."""
+        """Delete what interrupted runs left at least ``days`` days ago, but not what a running process writes, and
+        return the bytes freed."""
         freed = 0
         for left in list(self.unfinished()):
             name = left.name.removeprefix(".").rpartition(".")[0] if left.name.startswith(".") else left.name
@@ -260,22 +261,22 @@ class Store:
 def _expand(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
-    except RuntimeError:  # a home folder of nobody
+    except RuntimeError:  # ~USER of an unknown user
         return Path(path)
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """Refuse a folder that holds SAEs and is no checkpoint. Raises CheckpointError, which says what makes it one."""
+    """Raise CheckpointError if a folder holds SAEs but is no checkpoint; the message says how to make one of it."""
     from vs2_plugin.sae.foreign import find_foreign
 
-    found = find_foreign(folder)
-    if not found:
+    libraries = find_foreign(folder)
+    if not libraries:
         return
     if (folder.parent / MANIFEST).is_file():
         raise CheckpointError(f"{folder} is part of a checkpoint; name the folder that contains it: {folder.parent}")
-    first, several = next(iter(found)), "" if len(found) == 1 else f" and {len(found) - 1} more"
+    first, several = next(iter(libraries)), "" if len(libraries) == 1 else f" and {len(libraries) - 1} more"
     raise CheckpointError(
-        f"{folder} holds an SAE by {found[first]}{several}, but no checkpoint; make one from it with: "
+        f"{folder} holds an SAE by {libraries[first]}{several}, but no checkpoint; make one from it with: "
         f"{shlex.join(['vs2', 'store', 'import', str(first)])} and the --model, --pretrained and --dataset that it is "
         "for, and a --name"
     )
@@ -289,12 +290,12 @@ def _is_checkpoint(folder: Path) -> bool:
 
 
 def folder_size(*folders: Path) -> int:
-    """Bytes in the files below ``folders``, each file once, but for those that vanish while they are counted."""
+    """Return the bytes in the files below ``folders``, each file once, without those that vanish meanwhile."""
     return sum(links[0].st_size for links in _links(*folders))
 
 
 def last_change(folder: Path) -> float:
-    """When something in ``folder`` was last written, in seconds of :func:`time.time`."""
+    """Return when ``folder`` or an entry of it was last written, in seconds of :func:`time.time`."""
     latest = 0.0
     for path in (folder, *folder.iterdir()):
         with suppress(OSError):
@@ -307,22 +308,22 @@ def _inside(folder: Path, pattern: str) -> Iterator[Path]:
 
 
 def _links(*folders: Path) -> Collection[list[os.stat_result]]:
-    """The files below ``folders``: of each what its names there say. Galleries and the cache share files."""
-    found: dict[tuple[int, int], list[os.stat_result]] = {}
+    """Return the status of each hard link, by file, below ``folders``; galleries and the cache share files."""
+    links: dict[tuple[int, int], list[os.stat_result]] = {}
     for folder in folders:
         with suppress(OSError):
             for path in folder.rglob("*"):
                 with suppress(OSError):
                     if path.is_file() and not path.is_symlink():
                         status = path.stat()
-                        found.setdefault((status.st_dev, status.st_ino), []).append(status)
-    return found.values()
+                        links.setdefault((status.st_dev, status.st_ino), []).append(status)
+    return links.values()
 
 
 def _delete(folder: Path) -> int:
     freed = sum(links[0].st_size for links in _links(folder) if len(links) >= links[0].st_nlink)
     aside = folder.with_name(f".{folder.name.removeprefix('.')}.gone") if len(folder.name) <= LONGEST else folder
     shutil.rmtree(aside, ignore_errors=True)
-    os.replace(folder, aside)  # at once: nothing of half a folder is found under its name
+    os.replace(folder, aside)  # in one step: no half-deleted folder is found under its name
     shutil.rmtree(aside)
     return freed

@@ -11,22 +11,22 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 __all__ = ["typed"]
 
-#: Lists and objects within each other, in a value that may be anything: more than json and repr can take is damage.
+#: The deepest nesting of lists and objects in a value of type Any; json and repr fail on a very deep one.
 _DEEPEST = 30
 
 
 def typed(kind: Any, value: Any, place: str = "") -> Any:
-    """Return a JSON value as a ``kind``: a dataclass of such kinds, a list, tuple or dict of one kind, a plain type.
+    """Convert a JSON value to type ``kind``: a dataclass, a list, tuple or dict of one type, a union, or a plain type.
 
-    A key that a dataclass does not have is left out; a field with a default may be missing.
+    Keys without a field in a dataclass are ignored; a field with a default may be missing.
 
     Args:
         kind: the type, as an annotation names it. A float may be given as an int, and stays one.
         value: what ``json`` read.
-        place: where it stands, for the error.
+        place: the path to the value, for the error.
 
     Raises:
-        ValueError: a value of another type, or a missing one, with its place.
+        ValueError: a value is missing or of another type; the message names its place.
 
     >>> typed(dict[str, float], {"a": 1, "b": 0.5}), typed(tuple[str, ...], ["x"])
     ({'a': 1, 'b': 0.5}, ('x',))
@@ -49,9 +49,9 @@ def typed(kind: Any, value: Any, place: str = "") -> Any:
 
 
 def _one_of(kind: Any, value: Any, place: str) -> Any:
-    """Return a JSON value as one of several kinds, the first that it is."""
+    """Convert a JSON value to the first type of a union that fits."""
     options = get_args(kind)
-    if isinstance(value, dict):  # the error of an object says what is wrong in there
+    if isinstance(value, dict):  # so that the error says what is wrong inside of the object
         options = tuple(filter(is_dataclass, options)) or options
     if len(options) == 1:
         return typed(options[0], value, place)
@@ -66,7 +66,7 @@ def _other(kind: Any, value: Any, place: str) -> ValueError:
 
 
 def _is_plain(kind: Any, value: object) -> bool:
-    """Tell whether a value is of a plain type, or may be anything. A bool is no number."""
+    """Return whether a value is of the plain type ``kind``, or ``kind`` is Any; a bool is no number."""
     if kind is Any:
         return _is_shallow(value, _DEEPEST)
     accepted = (int, float) if kind is float else kind
@@ -83,12 +83,12 @@ def _dataclass(kind: Any, values: Mapping[str, Any], place: str) -> Any:
     lacking = [f.name for f in fields(kind) if f.name not in values and f.default is f.default_factory is MISSING]
     if lacking:
         raise ValueError(f"{prefix}{lacking[0]} is missing")
-    given = [f.name for f in fields(kind) if f.name in values]
-    return kind(**{name: typed(hints[name], values[name], prefix + name) for name in given})
+    present = [f.name for f in fields(kind) if f.name in values]
+    return kind(**{name: typed(hints[name], values[name], prefix + name) for name in present})
 
 
 def _words(kind: Any) -> str:
-    """Return a type as the error names it."""
+    """Return the name of a type, for the error."""
     if get_origin(kind) in (Union, UnionType):
         return " or ".join(map(_words, get_args(kind)))
     if is_dataclass(kind):
