@@ -3,14 +3,14 @@
 ``vs2_plugin_hook.pth`` puts a few lines in place at every interpreter start, which import nothing (the first import
 from disk would cost more than a millisecond): when ``clip_benchmark`` is first asked for, they call :func:`install`.
 Python 3.15 and newer reads ``vs2_plugin_hook.start`` instead and calls it at once, so this module imports nothing
-that is not loaded by then. It waits for a few modules of clip_benchmark to be imported, has them loaded as usual,
-and hands each to :mod:`vs2_plugin.harness.patches`. ``VS2_PLUGIN_DISABLE=1`` switches it off.
+that is not loaded by then. The hook waits until certain modules of clip_benchmark are imported, lets them load as
+usual, and passes each to :mod:`vs2_plugin.harness.patches`. ``VS2_PLUGIN_DISABLE=1`` switches the hook off.
 """
 
 import os
 import sys
 
-TYPE_CHECKING = False  # as that of typing, which is not loaded by then
+TYPE_CHECKING = False  # like typing.TYPE_CHECKING; typing is not loaded by then
 if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import CodeType, ModuleType
@@ -36,7 +36,7 @@ _RUN_IMPORTED = f"import sys\nfrom {COMMAND} import main\nsys.exit(main())\n"
 
 
 class _Loader:
-    """A module's own loader, and then the patch."""
+    """Loads a module by its own loader, and then patches it."""
 
     def __init__(self, inner: "Any") -> None:
         self._inner = inner
@@ -49,7 +49,7 @@ class _Loader:
         return module
 
     def exec_module(self, module: "Any") -> None:
-        module.__loader__ = module.__spec__.loader = self._inner  # leave no trace for whoever inspects the module
+        module.__loader__ = module.__spec__.loader = self._inner  # leave no trace for code that inspects the module
         self._inner.exec_module(module)
         try:
             from vs2_plugin.harness import patches
@@ -69,7 +69,7 @@ class Finder:
     """Finds the watched modules by way of the other finders, and wraps their loaders."""
 
     def find_spec(self, name: str, path: "Any" = None, target: "Any" = None) -> "ModuleSpec | None":
-        """Return the spec that the other finders give, its loader wrapped; None for a module that is not watched."""
+        """Return the spec of the other finders, with its loader wrapped; None for a module that is not watched."""
         if name not in WATCHED:
             return None
         for finder in sys.meta_path:
@@ -97,11 +97,11 @@ def is_disabled() -> bool:
 
 
 def is_active() -> bool:
-    """Return whether the hook is in place in this interpreter, clip_benchmark having been imported."""
+    """Return whether the hook is installed, as it is once clip_benchmark has been imported in this interpreter."""
     return any(isinstance(finder, Finder) for finder in sys.meta_path)
 
 
 def install() -> None:
-    """Put the hook in place, once, unless it is switched off."""
+    """Install the hook, once, unless it is switched off."""
     if not is_disabled() and not is_active():
         sys.meta_path.insert(0, Finder())

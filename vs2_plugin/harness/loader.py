@@ -28,7 +28,7 @@ __all__ = ["bind_waiting", "is_waiting", "load"]
 
 
 class _Waiting:
-    """The model that was loaded last and does not know its data set yet. clip_benchmark builds that next."""
+    """Holds the model loaded last, if it does not know its data set yet, which clip_benchmark builds next."""
 
     model: weakref.ref[SteeredCLIP] | None = None
 
@@ -36,11 +36,11 @@ class _Waiting:
 def _find(
     spec: ModelString, pretrained: str, store: Store, given: Checkpoint | None, task: Task | None
 ) -> Checkpoint | None:
-    """Return the checkpoint of a model for a data set: the one that is given, else the one that is found. (No closure,
-    so that a model can be pickled.)"""
+    """Return the checkpoint of a model for a data set: ``given``, else the one found in the store. (Not a closure, so
+    that a model can be pickled.)"""
     if given is not None and spec.needs_checkpoint:
         return given
-    if task is None:  # without a name, a model is bound to a data set only
+    if task is None:  # without a data set, only a model that names its checkpoint is bound
         return find_checkpoint(spec, store, pretrained, "")
     try:
         home = "" if task.root is None else DataSet(task.dataset, task.root).home
@@ -70,20 +70,20 @@ def load(
         model: a model string, ``method:backbone[@checkpoint][@key=value]…``.
         pretrained: open_clip's weights tag or file; empty for random weights.
         cache_dir: where downloaded weights are kept.
-        device: where the model shall be.
-        dataset: the data set whose checkpoint is meant. In the harness, the next data set that is built.
+        device: the device of the model.
+        dataset: the data set whose checkpoint is used; by default, the next one that clip_benchmark builds.
         checkpoint: the checkpoint, its name or its folder, unless the string names one.
         classes: names of classes, for :meth:`SteeredCLIP.classify`, and for methods that need classes.
-        prompts: with ``{c}`` or ``{}`` for the class name; by default CLIP's usual one.
+        prompts: prompts with ``{c}`` or ``{}`` for the class name; by default CLIP's usual one.
         amp: whether classes are embedded and images classified under autocast; False for clip_benchmark's ``--no_amp``.
-        store: where checkpoints are, or its folder; by default as the command line finds it.
-        shared: what the models of one command share; by default, a model shares nothing with others.
+        store: the store with the checkpoints, or its folder; by default that of the command line.
+        shared: weights and texts that models of a command share; by default, a model shares nothing with others.
 
     Returns:
         The model, its image preprocessing and its tokenizer, as ``open_clip`` and ``clip_benchmark`` give them.
 
     Raises:
-        ModelStringError, TowerError, CheckpointError, PluginError, SettingError: what is wrong, and what mends it.
+        ModelStringError, TowerError, CheckpointError, PluginError, SettingError: what is wrong, and how to fix it.
 
     Example::
 
@@ -98,12 +98,12 @@ def load(
         torch.Size([3, 10])
     """
     spec = _with_checkpoint(parse(model), checkpoint)
-    found = store if isinstance(store, Store) else Store.default(store)
+    checkpoints = store if isinstance(store, Store) else Store.default(store)
     names, templates = None if classes is None else class_names(classes), prompts_of(prompts)
     pretrained, cache_dir = str(pretrained), None if cache_dir is None else str(cache_dir)
     loaded = load_backbone(spec.backbone, pretrained, cache_dir, device, None if shared is None else shared.twin)
-    given = checkpoint if isinstance(checkpoint, Checkpoint) else None
-    steered = SteeredCLIP(spec, loaded, partial(_find, spec, pretrained, found, given), amp)
+    ready = checkpoint if isinstance(checkpoint, Checkpoint) else None
+    steered = SteeredCLIP(spec, loaded, partial(_find, spec, pretrained, checkpoints, ready), amp)
     _bind(steered, dataset, names, templates)
     if names is not None:
         steered.set_classifier(Classifier.of(steered, loaded.tokenizer, names, templates, amp))
@@ -115,20 +115,20 @@ def load(
 def _bind(
     model: SteeredCLIP, dataset: str | Path | None, names: Sequence[str] | None, templates: Sequence[str]
 ) -> None:
-    """Start steering a model as far as it is known where."""
+    """Bind a model to its data set, or to none if it needs none to find its checkpoint; else leave it unbound."""
     if dataset is not None:
-        known = (None, None) if names is None else (list(names), list(templates))
-        named = DataSet.of(dataset)
-        model.bind(Task(named.name, named.root if named.home else None, None, *known))
+        texts = (None, None) if names is None else (list(names), list(templates))
+        data = DataSet.of(dataset)
+        model.bind(Task(data.name, data.root if data.home else None, None, *texts))
     elif model.spec.checkpoint or not model.spec.needs_checkpoint:
         model.bind(None)
 
 
 def _with_checkpoint(spec: ModelString, checkpoint: Checkpoint | str | Path | None) -> ModelString:
-    """Return a model string that names the checkpoint.
+    """Return a model string that names ``checkpoint``, if there is one.
 
     Raises:
-        ModelStringError: it names one already.
+        ModelStringError: the model string names a checkpoint already.
     """
     if checkpoint is None:
         return spec
@@ -138,12 +138,12 @@ def _with_checkpoint(spec: ModelString, checkpoint: Checkpoint | str | Path | No
 
 
 def is_waiting() -> bool:
-    """Tell whether a steered model does not know its data set yet."""
+    """Return whether there is a steered model that does not know its data set yet."""
     return _Waiting.model is not None and _Waiting.model() is not None
 
 
 def bind_waiting(name: str, root: str, split: str, dataset: Any) -> None:
-    """Tell the model loaded last which data set it is evaluated on. Later data sets (a linear probe's) are not it."""
+    """Bind the model loaded last to the data set of its evaluation; later data sets (a linear probe's) are ignored."""
     model, _Waiting.model = None if _Waiting.model is None else _Waiting.model(), None
     if model is not None:
         classes, templates = getattr(dataset, "classes", None), getattr(dataset, "templates", None)

@@ -1,22 +1,22 @@
 """Patches of clip_benchmark, so that it knows the steered models. ``autoload`` asks for them module by module.
 
-What is changed, and nothing else:
+Only these are changed:
 
 - ``models.TYPE2FUNC`` and ``models.MODEL_TYPES``, in place: the open_clip loader sees steered names and those of
   models of transformers, and each method is a model type of its own;
 - ``datasets.builder.build_dataset``: opens folders of images and listed shards; tells a model loaded before it which
   data set it is evaluated on; shards name the sample that cannot be read;
-- ``metrics.*.evaluate``: a steered model's facts join the metrics, and texts are kept;
+- ``metrics.*.evaluate``: a steered model's facts are added to the metrics, and text embeddings are cached;
 - ``metrics.zeroshot_classification.run_classification``: a steered model is told the classifier, and an oracle the
   targets, and a method on logits gives the logits; where ``VS2_PER_IMAGE`` asks for it, the images of any model are
   recorded;
 - ``cli.main_eval`` and ``cli.run``: everything is checked before the first model is loaded, this package's errors end
   the command with one line on stderr and exit code 2, and results of steered models get a digest of their own.
 
-A model that is not steered passes through all of them unchanged, but for what clip_benchmark does not have: models of
-transformers, and as data sets folders of images and listed shards. In one command with a steered one it reads the same
-data in the same way: as many loader workers as the shards can serve, and the same words for what cannot be read. It is
-loaded and encodes its texts as ever, and lends both to the steered models of its backbone that come after it.
+A model that is not steered passes through all patches unchanged, except for what clip_benchmark itself does not have:
+models of transformers, and as data sets folders of images and listed shards. In one command with a steered model, it
+reads the same data in the same way: by as many loader workers as the shards can serve, and with the same message for a
+sample that cannot be read. It is loaded and encodes texts as usual; later steered models of its backbone reuse both.
 """
 
 from __future__ import annotations
@@ -56,20 +56,20 @@ SUPPORTED = "1.6"
 #: The environment variable that asks for per-image results.
 PER_IMAGE = "VS2_PER_IMAGE"
 
-#: Records the present run for per-image results; None where nobody asked for them.
+#: Records the current run for per-image results; None if they were not asked for.
 _recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
 
 
 @dataclass(frozen=True)
 class _Command:
-    """A command with a steered model."""
+    """State of a command with a steered model, or with shards that serve fewer loader workers."""
 
     fewer_workers: dict[str, int]
-    """Data set -> loader workers, where its shards cannot serve as many as asked for."""
+    """Data set -> number of loader workers, if its shards cannot serve as many as asked for."""
     shared: Shared
 
 
-#: The one that is running.
+#: The command that is running; None if it has no such state.
 _command: ContextVar[_Command | None] = ContextVar("command", default=None)
 
 
@@ -77,7 +77,7 @@ def patch(module: ModuleType) -> None:
     """Patch a freshly imported module of clip_benchmark.
 
     Raises:
-        HarnessError: it lacks what is to be patched.
+        HarnessError: the module lacks something that is to be patched.
     """
     patches = {
         "clip_benchmark.models": _patch_models,
@@ -91,7 +91,7 @@ def patch(module: ModuleType) -> None:
 
 
 def _signature(function: Callable[..., Any], *needed: str) -> inspect.Signature:
-    """Return the signature of ``function``. Raises AttributeError: it lacks a parameter that is needed."""
+    """Return the signature of ``function``. Raises AttributeError if a needed parameter is missing."""
     signature = inspect.signature(function)
     for name in needed:
         if name not in signature.parameters:
@@ -104,8 +104,8 @@ def _patch_models(module: Any) -> None:
     signature = _signature(stock, "model_name", "pretrained", "cache_dir", "device")
     if not isinstance(module.MODEL_TYPES, list):
         raise AttributeError("MODEL_TYPES is not a list")
-    known = registry()
-    for label, problem in known.broken.items():
+    plugins = registry()
+    for label, problem in plugins.broken.items():
         complain(f"vs2_plugin: plugin {label} failed to load, its methods are not available: {problem}")
 
     def loader_of(method: str | None) -> Callable[..., Any]:
@@ -113,9 +113,9 @@ def _patch_models(module: Any) -> None:
         def load(*args: Any, **kwargs: Any) -> Any:
             arguments = signature.bind(*args, **kwargs)
             arguments.apply_defaults()
-            given = arguments.arguments
-            name = given["model_name"] if method is None else with_method(method, given["model_name"])
-            command, others = _command.get(), (given["pretrained"], given["cache_dir"], given["device"])
+            values = arguments.arguments
+            name = values["model_name"] if method is None else with_method(method, values["model_name"])
+            command, others = _command.get(), (values["pretrained"], values["cache_dir"], values["device"])
             if is_steered(name):
                 from vs2_plugin.harness import loader
 
@@ -130,7 +130,7 @@ def _patch_models(module: Any) -> None:
         return load
 
     module.TYPE2FUNC["open_clip"] = loader_of(None)
-    for method in (*known.names, *known.conflicts):
+    for method in (*plugins.names, *plugins.conflicts):
         if method not in module.TYPE2FUNC:
             module.TYPE2FUNC[method] = loader_of(method)
             module.MODEL_TYPES.append(method)
@@ -156,7 +156,7 @@ def _patch_builder(module: Any) -> None:
             dataset = host.build(DataSet(name, root), split, **arguments.arguments) if own else stock(*args, **kwargs)
         except Vs2Error:
             raise
-        except Exception as error:  # a download, a missing file or package: anything
+        except Exception as error:  # a failed download, a missing file or package: any exception
             raise host.not_built(name, root, split, error) from error
         recorder = _recorder.get()
         if recorder is not None:
@@ -173,7 +173,7 @@ def _patch_builder(module: Any) -> None:
 
 
 def _built_by_stock(stock: Callable[..., Any], name: str, args: Any, kwargs: Any) -> Any:
-    """Return what the stock function builds. Raises DataError for the name of a folder that was meant for its path."""
+    """Return the data set that ``stock`` builds. Raises DataError if ``name`` is a folder that was meant as a path."""
     try:
         return stock(*args, **kwargs)
     except ValueError:
@@ -191,16 +191,16 @@ def _patch_metrics(module: Any) -> None:
     @functools.wraps(stock)
     def evaluate(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
-        given = bound.arguments
-        model, recorder, command = _steered(given["model"]), _recorder.get(), _command.get()
+        values = bound.arguments
+        model, recorder, command = _steered(values["model"]), _recorder.get(), _command.get()
         if recorder is not None:
-            recorder.classes = given.get("classnames")
-        if command is not None and "tokenizer" in given:  # there are texts
-            given["model"] = command.shared.with_texts(given["model"], steered=model is not None)
+            recorder.classes = values.get("classnames")
+        if command is not None and "tokenizer" in values:  # there are texts
+            values["model"] = command.shared.with_texts(values["model"], steered=model is not None)
         if model is not None:
             model.reset_statistics()
-        if "model_id" in given:
-            given["model_id"] += _told_apart(model, given)
+        if "model_id" in values:
+            values["model_id"] += _told_apart(model, values)
         metrics = stock(*bound.args, **bound.kwargs)
         if not isinstance(metrics, dict):
             return metrics
@@ -215,13 +215,13 @@ def _patch_metrics(module: Any) -> None:
 
 
 def _told_apart(model: SteeredCLIP | None, given: dict[str, Any]) -> str:
-    """Return what is added to the name under which the linear probe caches features: another checkpoint must not find
-    them, nor other images in a folder of the same name."""
-    told = [] if model is None else [str(model.vs2_facts().get("vs2_checkpoint_digest", "vs2"))]
+    """Return a suffix for the name under which the linear probe caches features, so that neither another checkpoint
+    nor other images in a folder of the same name find them."""
+    digests = [] if model is None else [str(model.vs2_facts().get("vs2_checkpoint_digest", "vs2"))]
     for name in ("train_dataloader", "dataloader"):
         fingerprint = getattr(getattr(given.get(name), "dataset", None), "fingerprint", None)
-        told += [] if fingerprint is None else [fingerprint()[:16]]
-    return "".join(f"-{word}" for word in told)
+        digests += [] if fingerprint is None else [fingerprint()[:16]]
+    return "".join(f"-{digest}" for digest in digests)
 
 
 def _steered(model: Any) -> SteeredCLIP | None:
@@ -229,28 +229,28 @@ def _steered(model: Any) -> SteeredCLIP | None:
 
 
 def _patch_classification(module: Any) -> None:
-    """Tell steered models the classifier, which exists before the first image is encoded, and oracles the targets.
-    Record the images, if asked to."""
+    """Patch ``run_classification`` to tell steered models the classifier, before the first image is encoded, and
+    oracles the targets; and to record the images, if asked to."""
     stock = module.run_classification
     signature = _signature(stock, "model", "classifier", "dataloader")
 
     @functools.wraps(stock)
     def run_classification(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        given = signature.bind(*args, **kwargs).arguments
-        model, recorder = _steered(given["model"]), _recorder.get()
+        values = signature.bind(*args, **kwargs).arguments
+        model, recorder = _steered(values["model"]), _recorder.get()
         if model is not None:
-            model.set_classifier(given["classifier"])
+            model.set_classifier(values["classifier"])
             if recorder is not None:
-                model.record_images(True, functools.partial(recorder.see_plain, given["classifier"]))
+                model.record_images(True, functools.partial(recorder.see_plain, values["classifier"]))
         if model is not None or recorder is not None:
-            given["dataloader"] = _Telling(given["dataloader"], model, recorder)
+            values["dataloader"] = _Telling(values["dataloader"], model, recorder)
         readout = None if model is None else model.readout
         if readout is not None:
             from vs2_plugin.model.readout import Read
 
-            given["model"] = Read(model, readout)
+            values["model"] = Read(model, readout)
         try:
-            logits, target = stock(**given)
+            logits, target = stock(**values)
             logits = logits if readout is None else readout.logits()
             if recorder is not None:
                 recorder.finish(logits, target, {} if model is None else model.per_image())
@@ -284,8 +284,8 @@ class _Telling:
 
 
 def _code_of(error: BaseException, steered: bool) -> int | None:
-    """Say in a line how a command ended by an exception, and return its exit code. None for what is clip_benchmark's
-    own to tell: of ``steered`` models everything is ours."""
+    """Print in one line how an exception ended a command, and return the exit code; None if clip_benchmark is to
+    report it. With a ``steered`` model, errors of the system and interruptions are reported here too."""
     if isinstance(error, Vs2Error) or (steered and isinstance(error, OSError)):
         complain(f"vs2: error: {sentence_of(error)}")
         return 2
@@ -334,7 +334,7 @@ def _patch_cli(module: Any) -> None:
             _command.reset(token)
 
     def planned_runs(base: Namespace) -> list[Namespace]:
-        """Return what ``main_eval`` would run, by its own expansion of models, files and data sets."""
+        """Return the settings of each run of ``main_eval``, by its own expansion of models, files and data sets."""
         planned: list[Namespace] = []
         quiet = copy(base)
         quiet.verbose = False
@@ -344,7 +344,7 @@ def _patch_cli(module: Any) -> None:
         except Vs2Error:
             raise
         except Exception:
-            return planned  # clip_benchmark's own complaint comes when it runs for real
+            return planned  # clip_benchmark raises it again when it really runs
         finally:
             module.run = run
         return planned
@@ -353,7 +353,7 @@ def _patch_cli(module: Any) -> None:
 
 
 def _run(stock: Callable[[Namespace], Any], args: Namespace) -> Any:
-    """Evaluate one model. Results of a steered one, or of one whose images are recorded, get their digest."""
+    """Evaluate one model, and sign its results with a digest if it is steered or its images are recorded."""
     from vs2_plugin.harness.recorder import Recorder
     from vs2_plugin.host import Evaluation
     from vs2_plugin.results.runs import forget_images, sign
@@ -386,15 +386,15 @@ def _with_workers(args: Namespace) -> Namespace:
 
 def _as_read(args: Namespace) -> Namespace:
     """Return the settings of one evaluation as this package reads them, so that results name model and data."""
-    args, known = copy(args), registry()
-    if args.model_type in known.names or args.model_type in known.conflicts:  # --model_type vs2 --model X is vs2:X
+    args, plugins = copy(args), registry()
+    if args.model_type in plugins.names or args.model_type in plugins.conflicts:  # --model_type vs2 --model X is vs2:X
         args.model, args.model_type = with_method(args.model_type, args.model), "open_clip"
     if args.dataset == "folder" or args.dataset.startswith("folder/") or DataSet.is_path(args.dataset):
-        named = DataSet.of(args.dataset, args.dataset_root)
-        args.dataset, args.dataset_root = named.name, named.template
+        data = DataSet.of(args.dataset, args.dataset_root)
+        args.dataset, args.dataset_root = data.name, data.template
     of_library = args.model_type == "open_clip" and split(args.model).backbone.startswith(TRANSFORMERS)
-    if of_library or is_steered(args.model) or "/" in args.model:  # which no file's name can hold
+    if of_library or is_steered(args.model) or "/" in args.model:  # a file name cannot hold '/'
         args.output = args.output.replace("{model}", file_stem(args.model).replace("{", "{{").replace("}", "}}"))
-    if of_library:  # to which a tag of weights means nothing
+    if of_library:  # to such a model, a weights tag means nothing
         args.pretrained = weights_tag(args.model, args.pretrained)
     return args

@@ -38,10 +38,10 @@ _EMULATED = (
 
 
 def data_sets(names: Sequence[str] | str) -> Sequence[str] | str:
-    """Return what ``--dataset`` names. clip_benchmark takes every file for a list of data sets.
+    """Return the values of ``--dataset``, tar files as ``file:NAME``: clip_benchmark takes every file for a list.
 
     Raises:
-        DataError: a file that is a picture.
+        DataError: a name is that of an image file.
     """
     if isinstance(names, str):
         return names
@@ -52,7 +52,7 @@ def data_sets(names: Sequence[str] | str) -> Sequence[str] | str:
 
 
 def check_pairs(names: Sequence[str] | str | None) -> None:
-    """Refuse a steered model of ``--pretrained_model`` without weights. Raises ModelStringError."""
+    """Refuse a steered model in ``--pretrained_model`` without weights. Raises ModelStringError."""
     for name in [names] if isinstance(names, str) else names or []:
         if is_steered(name) and not os.path.isfile(name) and name.count(",") != 1:
             example = name.split(",", 1)[0]
@@ -60,20 +60,20 @@ def check_pairs(names: Sequence[str] | str | None) -> None:
 
 
 def check(evaluations: Sequence[Evaluation]) -> dict[str, int]:
-    """Check the steered ones of all evaluations that one command makes, and the data of those that read folders or
-    listed shards.
+    """Check the evaluations of steered models that one command makes, and the data of all evaluations that read
+    folders or listed shards.
 
     Returns:
-        Data set -> the number of loader workers that its shards can serve, where that is below what was asked for.
+        Data set -> the number of loader workers that its shards can serve, if that is fewer than asked for.
 
     Raises:
         Vs2Error: the first thing that would go wrong.
     """
     parsed = [(parse(run.model), run) for run in _steered(evaluations)]
     for flag, least in (("batch_size", 1), ("num_workers", 0)):
-        told = min((getattr(run, flag) for _, run in parsed), default=least)
-        if told < least:
-            raise SettingError(f"--{flag} is {told}; expected a whole number, at least {least}")
+        lowest = min((getattr(run, flag) for _, run in parsed), default=least)
+        if lowest < least:
+            raise SettingError(f"--{flag} is {lowest}; expected a whole number, at least {least}")
     _check_library(evaluations)
     for model, run in parsed:
         check_backbone(model.backbone, run.pretrained)
@@ -83,7 +83,7 @@ def check(evaluations: Sequence[Evaluation]) -> dict[str, int]:
         _check_task(model, run)
         if model.labels_used == "oracle":
             _LOG.info("%s is an oracle: it reads labels; its accuracy is an upper bound", run.model)
-    fewer = _look_at_data(evaluations)  # of which a missing checkpoint is to be made
+    fewer = _look_at_data(evaluations)  # first, since a missing checkpoint is to be trained on it
     _check_checkpoints(pending)
     if emulates_bfloat16() and any(run.amp for _, run in pending):
         _LOG.info(_EMULATED)
@@ -99,7 +99,7 @@ def _check_library(evaluations: Sequence[Evaluation]) -> None:
 
 
 def _check_checkpoints(pending: Sequence[tuple[ModelString, Evaluation]]) -> None:
-    """Refuse what has no checkpoint or weights, or lacks something in them."""
+    """Refuse models without weights or checkpoint, or whose checkpoint lacks something that the method needs."""
     store, missing = Store.default(), []
     for model, run in pending:
         try:
@@ -115,7 +115,7 @@ def _check_checkpoints(pending: Sequence[tuple[ModelString, Evaluation]]) -> Non
 
 
 def _steered(evaluations: Sequence[Evaluation]) -> Iterator[Evaluation]:
-    """Yield the evaluations of steered models. Refuses one whose method was forgotten."""
+    """Yield the evaluations of steered models; refuse a model string in which the method was forgotten."""
     for run in (run for run in evaluations if run.model_type == "open_clip"):
         if is_steered(run.model):
             yield run
@@ -127,11 +127,11 @@ def _steered(evaluations: Sequence[Evaluation]) -> Iterator[Evaluation]:
 
 
 def check_outputs(evaluations: Sequence[Evaluation]) -> None:
-    """Refuse files that could not be written, and results of a steered model in a file of other results.
+    """Refuse output files that could not be written, or to which several evaluations, some of them ours, write.
 
     Raises:
-        ModelStringError: a model string that cannot be read.
-        HarnessError: a file that will not do.
+        ModelStringError: a model string cannot be read.
+        HarnessError: an output file is refused.
     """
     for run in _steered(evaluations):
         parse(run.model)
@@ -140,7 +140,7 @@ def check_outputs(evaluations: Sequence[Evaluation]) -> None:
     ours = [is_steered(run.model) or bool(_named(run).home) for run in evaluations]
     for run in evaluations if any(ours) else ():
         other = files.setdefault(run.output_file, run)
-        if other != run and any(is_steered(one.model) or _named(one).home for one in (run, other)):
+        if other != run and any(is_steered(either.model) or _named(either).home for either in (run, other)):
             fields = ("model", "pretrained_full_path", "dataset", "language", "task")
             raise HarnessError(
                 f"--output {run.output!r} puts the results of {other.model} and of {run.model} into one file, "
@@ -154,7 +154,7 @@ def _is_skipped(run: Evaluation) -> bool:
 
 
 def _check_task(model: ModelString, run: Evaluation) -> None:
-    """Refuse a task in which the method has nothing to say."""
+    """Refuse a task that the method cannot be evaluated in."""
     task, method, options = run.own_task, model.method, model.options
     if task == "captioning":
         raise HarnessError(
@@ -176,7 +176,7 @@ def _check_task(model: ModelString, run: Evaluation) -> None:
 
 
 def _check_probe(model: ModelString, run: Evaluation) -> None:
-    """Refuse a linear probe that clip_benchmark could not make."""
+    """Refuse a linear probe that clip_benchmark could not run."""
     if model.method.gallery != "none":
         raise HarnessError(
             f"{run.model}: a linear probe encodes images in several copies of the model, and {model.method.name} looks "
@@ -201,7 +201,7 @@ def _check_output(run: Evaluation, output: str) -> None:
 
 
 def _try_output(output: str, folder: str) -> None:
-    """Refuse a file that the system would refuse, without touching it."""
+    """Refuse an output file that the system could not write, without touching it."""
     try:
         os.stat(output)  # fails if the name is too long
         if not os.access(output, os.W_OK):
@@ -221,24 +221,24 @@ def _unwritable(output: str, error: OSError) -> HarnessError:
 
 
 def _look_at_data(runs: Sequence[Evaluation]) -> dict[str, int]:
-    """Look at folders and shards that are to be evaluated, each split once, and return what :func:`check` does. Stock
-    data sets of plain models are not ours to look at."""
+    """Check the folders and shards that are to be evaluated, once for each task, and return what :func:`check` does.
+    Stock data sets of plain models are not checked."""
     fewer: dict[str, int] = {}
-    looked_at = [(_named(run), run) for run in runs if not _is_skipped(run)]
-    looked_at = [(named, run) for named, run in looked_at if named.home or is_steered(run.model)]
-    for named, run in {(named, run.own_task): (named, run) for named, run in looked_at}.values():
-        if named.is_folder:
-            _look_at_folder(named, run)
-        if not named.is_shards:
+    planned = [(_named(run), run) for run in runs if not _is_skipped(run)]
+    planned = [(data, run) for data, run in planned if data.home or is_steered(run.model)]
+    for data, run in {(data, run.own_task): (data, run) for data, run in planned}.values():
+        if data.is_folder:
+            _look_at_folder(data, run)
+        if not data.is_shards:
             continue
-        if named.is_listed:
-            build(named, run.split, **_custom_files(run))
+        if data.is_listed:
+            build(data, run.split, **_custom_files(run))
         counts = look(
-            named.root,
+            data.root,
             run.split,
             run.own_task,
             names=run.custom_classname_file is None,
-            templates=run.custom_template_file is None and not named.is_listed,
+            templates=run.custom_template_file is None and not data.is_listed,
         )
         number = run.num_workers if counts is None else fewer_workers(counts, run.num_workers)
         if number < run.num_workers:
@@ -251,7 +251,7 @@ def _look_at_data(runs: Sequence[Evaluation]) -> dict[str, int]:
 
 
 def _look_at_folder(named: DataSet, run: Evaluation) -> None:
-    """Refuse a folder that does not do for the evaluation."""
+    """Refuse a folder of images that is not suitable for the evaluation."""
     if run.own_task not in (CLASSIFICATION, "linear_probe"):
         raise HarnessError(f"{named.root}: a folder of images has classes, but nothing for the task {run.own_task}")
     images = build(named, run.split, **_custom_files(run))
@@ -294,26 +294,26 @@ def train_command(model: ModelString, run: Evaluation, store: Store) -> str:
 
 def _data_words(run: Evaluation) -> list[str]:
     """Return the words of a training command that name the data."""
-    named = _named(run)
-    words = named.words if named.home else ["--dataset", run.dataset]
+    data = _named(run)
+    words = data.words if data.home else ["--dataset", run.dataset]
     words += ["--transductive"] if without_training_split(run.dataset) else []
-    return words if named.home or run.dataset_root == "root" else [*words, "--dataset_root", run.dataset_root]
+    return words if data.home or run.dataset_root == "root" else [*words, "--dataset_root", run.dataset_root]
 
 
 def missing_checkpoint(missing: Sequence[tuple[ModelString, Evaluation]], store: Store) -> CheckpointNotFound:
-    """Return the error that names what is missing and the commands that make it."""
+    """Return the error that names the missing checkpoints and the commands that train them."""
     sentences, commands = [], []
     for model, run in missing:
         if model.checkpoint:
-            told = f" (as an option: @{model.checkpoint}=VALUE)" if model.method.option(model.checkpoint) else ""
-            sentences.append(f"{store.without(model.checkpoint)}, and no such folder{told}")
+            advice = f" (as an option: @{model.checkpoint}=VALUE)" if model.method.option(model.checkpoint) else ""
+            sentences.append(f"{store.without(model.checkpoint)}, and no such folder{advice}")
         else:
             weights = "" if ignores_pretrained(model.backbone) else f" ({run.pretrained or 'random weights'})"
             name = store.name_for(model.backbone, run.pretrained, run.dataset)
             close = difflib.get_close_matches(name, store.names(), n=1, cutoff=0.8)
             sentences.append(
                 f"no SAE checkpoint for {model.backbone}{weights} on {run.dataset} in the store {store.root}"
-                + "".join(f" (there is {one!r})" for one in close)
+                + "".join(f" (there is {similar!r})" for similar in close)
             )
             unknown = unknown_data_set(run.dataset)
             if unknown is None:

@@ -1,12 +1,12 @@
 """Per-image results of zero-shot classification, on request: ``VS2_PER_IMAGE=1 clip_benchmark eval …``.
 
-The metrics in ``X.json`` then hold more, of plain models as well: ``vs2_seconds``, ``vs2_peak_memory`` and the expected
-calibration error ``vs2_ece`` with its bins, ``vs2_ece_bins``: ``[images, mean confidence, accuracy]`` of each that has
-images, of 15 equal ones by rising confidence. ``clip_benchmark build`` writes the list into the CSV as JSON.
+The metrics in ``X.json`` then also hold, for plain models too, ``vs2_seconds``, ``vs2_peak_memory``, the expected
+calibration error ``vs2_ece`` and its bins ``vs2_ece_bins``: ``[images, mean confidence, accuracy]`` of each bin that
+holds images, of 15 equal ones by rising confidence. ``clip_benchmark build`` writes this list into the CSV as JSON.
 
-A steered model then encodes every image unsteered too, so that its results say by themselves what steering did:
-``vs2_mended`` images that were wrong and are right, ``vs2_broken`` that were right and are wrong, and the calibration
-of zero-shot, ``vs2_ece_before`` and ``vs2_ece_before_bins``. The time that this takes is no part of ``vs2_seconds``.
+A steered model then encodes every image unsteered too, so that its results show the effect of steering: ``vs2_mended``,
+the number of images that steering corrects, ``vs2_broken``, the number that it makes wrong, and the calibration of the
+plain model, ``vs2_ece_before`` and ``vs2_ece_before_bins``. The time for this is not part of ``vs2_seconds``.
 
 Beside ``X.json`` lies ``X.images.npz``, whose columns :class:`vs2_plugin.results.images.Images` declares.
 """
@@ -36,7 +36,7 @@ __all__ = ["Recorder"]
 
 
 class Recorder:
-    """Records one run."""
+    """Records the per-image results of one run."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
@@ -49,18 +49,18 @@ class Recorder:
         _reset_peak()
 
     def see_data(self, dataset: Any) -> None:
-        """Take the data set that is evaluated; later ones (a linear probe's) are not it."""
+        """Take the data set that is evaluated, the first one; later ones (a linear probe's) are ignored."""
         self._data = dataset if self._data is None else self._data
 
     def watch(self, dataloader: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches of ``dataloader``, and take the digests of their images."""
+        """Yield the batches of ``dataloader``, and record the digests of their images."""
         self._digests, self._plain = [], []
         for images, target in dataloader:
             self._digests += [image_digest(image) for image in images]
             yield images, target
 
     def see_plain(self, classifier: Tensor, embedding: Callable[[], Tensor]) -> None:
-        """Take what the plain model makes of a batch: ``embedding()`` ``[batch, e]``, seen by ``classifier``
+        """Record the plain model's predictions for a batch: ``embedding()`` ``[batch, e]`` times ``classifier``
         ``[e, classes]`` as in clip_benchmark's ``run_classification``, under whose autocast this is called."""
         with self._unmeasured():
             logits = (100.0 * F.normalize(embedding(), dim=-1) @ classifier).float().cpu()
@@ -68,7 +68,7 @@ class Recorder:
 
     @contextmanager
     def _unmeasured(self) -> Iterator[None]:
-        """Leave what is done in the block out of the run's time."""
+        """Exclude the time of the block from the run's time."""
         _wait()
         started = time.monotonic()
         try:
@@ -78,14 +78,14 @@ class Recorder:
             self._aside += time.monotonic() - started
 
     def finish(self, logits: Tensor, target: Tensor, facts: dict[str, Tensor]) -> None:
-        """Take logits ``[count, classes]`` and targets ``[count]``, and what else is known of each image: columns of
+        """Record the logits ``[count, classes]`` and targets ``[count]`` of the run, and ``facts``, further columns of
         :class:`Images`."""
         if target.ndim != 1:  # several labels per image
             return
         probability = logits.float().softmax(1)
         index = target.long()[:, None]
         preferred = (logits > logits.gather(1, index)).sum(1)
-        # Autocast makes equal logits. Among the first five, the order is that of clip_benchmark's own top-5.
+        # Under autocast, logits may be equal; among the first five, the order is that of clip_benchmark's own top-5.
         first = best_first(logits)
         hit = first == index
         columns = {
@@ -104,22 +104,22 @@ class Recorder:
         self._images = Images(digest=digests, paths=_paths(self._data, digests), **arrays)
 
     def facts(self) -> dict[str, Any]:
-        """Return metrics: seconds so far, peak memory, calibration and, of a steered model, what steering changed."""
-        known = {"seconds": round(self._seconds(), 3), "peak_memory": _peak()}
+        """Return metrics: seconds so far, peak memory, calibration and, for a steered model, the effect of steering."""
+        metrics = {"seconds": round(self._seconds(), 3), "peak_memory": _peak()}
         if self._images is not None:
-            known |= _calibration("ece", self._images)
+            metrics |= _calibration("ece", self._images)
             plain = self._images.plain
             if plain is not None:
                 was, right = plain.correct, self._images.correct
-                known |= {"mended": int((~was & right).sum()), "broken": int((was & ~right).sum())}
-                known |= _calibration("ece_before", plain)
-        return {f"vs2_{name}": value for name, value in known.items()}
+                metrics |= {"mended": int((~was & right).sum()), "broken": int((was & ~right).sum())}
+                metrics |= _calibration("ece_before", plain)
+        return {f"vs2_{name}": value for name, value in metrics.items()}
 
     def _seconds(self) -> float:
         return time.monotonic() - self._started - self._aside
 
     def save(self, output: str) -> None:
-        """Write the file that belongs to ``output``. Nothing if there was no classification."""
+        """Write the per-image results beside ``output``; nothing if there was no classification."""
         if self._images is not None:
             classes = tuple(str(name) for name in self.classes or ())
             images = replace(self._images, classes=classes, seconds=self._seconds(), peak_memory=_peak())
@@ -127,22 +127,22 @@ class Recorder:
 
 
 def _paths(dataset: Any, digests: np.ndarray) -> Sequence[str]:
-    """Return the files of the images ``[count]``; none for what are no files, or came in another order than theirs."""
+    """Return the paths of the images ``[count]``; none if the images are no files, or were read in another order."""
     paths: Sequence[str] = getattr(dataset, "paths", ())
     if len(paths) != len(digests):
         return ()
-    looked_at = spread(len(digests), 5).tolist()
-    same = all(image_digest(dataset[index][0]) == int(digests[index]) for index in looked_at)
+    compared = spread(len(digests), 5).tolist()
+    same = all(image_digest(dataset[index][0]) == int(digests[index]) for index in compared)
     return paths if same else ()
 
 
 def _calibration(name: str, images: Images) -> dict[str, Any]:
-    """Return the expected calibration error, and its bins that hold images."""
-    found = calibration(images.confidence, images.correct)
-    columns = found.share * len(images.correct), found.confidence, found.accuracy
+    """Return the expected calibration error, and those of its bins that hold images."""
+    curve = calibration(images.confidence, images.correct)
+    columns = curve.share * len(images.correct), curve.confidence, curve.accuracy
     rows = zip(*(column.tolist() for column in columns), strict=True)
     bins = [[round(count), round(mean, 6), round(accuracy, 6)] for count, mean, accuracy in rows if count]
-    return {name: found.ece, f"{name}_bins": bins}
+    return {name: curve.ece, f"{name}_bins": bins}
 
 
 def _wait() -> None:
@@ -154,7 +154,7 @@ def _reset_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: reset the peak
 
 
 def _peak() -> int:

@@ -1,5 +1,5 @@
-"""What the models of one command share: the weights of the backbone that was loaded last, and the texts that were
-encoded."""
+"""State that the models of one command share: the weights of the backbone that was loaded last, and the embeddings of
+texts."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from vs2_plugin.arrays import digest_of
 
 __all__ = ["Shared", "twin"]
 
-#: Bytes of text embeddings that are kept. Those of 1,000 classes with 80 prompts each, 1,024 wide, take 328 MB.
+#: Limit on the bytes of cached text embeddings. Those of 1,000 classes with 80 prompts each, 1,024 wide, take 328 MB.
 _LIMIT = 400_000_000
 
 
 class Shared:
-    """The backbone that a command loaded last, and the texts that its models encoded.
+    """The backbone that a command loaded last, and the text embeddings of its models.
 
-    A plain model is always loaded by the stock loader and encodes its own texts; it only lends them, and its weights,
-    to the steered models that come after it. One backbone is held at a time.
+    A plain model is always loaded by the stock loader and encodes its own texts; later steered models reuse its
+    weights and text embeddings. One backbone is held at a time.
     """
 
     def __init__(self) -> None:
@@ -33,24 +33,24 @@ class Shared:
         self._size = 0
 
     def load(self, stock: Callable[[], tuple[Any, Any, Any]], *arguments: Hashable) -> tuple[Any, Any, Any]:
-        """Load a model by ``stock()``, and hold it for the steered ones.
+        """Load a model by ``stock()``, and hold it for later steered models.
 
         Args:
             stock: the stock loader.
-            arguments: name, weights, cache and device, which it was given.
+            arguments: name, weights, cache folder and device that the loader was given.
         """
         key = _key(arguments)
         if self._loaded is not None:
             self._loaded = None
-            gc.collect()  # a steered model is in a circle with its edits, and would keep the weights a while
+            gc.collect()  # a steered model and its edits form a cycle, which would keep the weights a while
         self._loaded = model, _, _ = stock()
         self._key, self._versions, self._generator = key, _versions(model), torch.get_rng_state()
         return self._loaded
 
     def twin(self, stock: Callable[[], tuple[Any, Any, Any]], *arguments: Hashable) -> tuple[Any, Any, Any]:
-        """The same for a steered model: a twin of the model that is held, if it is the one that ``stock()`` would load.
+        """Return a twin of the model that is held, for steering, or of the one of ``stock()`` if that differs.
 
-        The generator of random numbers is left as ``stock()`` would have left it.
+        The random number generator is left in the state in which ``stock()`` would leave it.
         """
         if self._loaded is None or self._key != _key(arguments) or self._versions != _versions(self._loaded[0]):
             self.load(stock, *arguments)
@@ -61,18 +61,18 @@ class Shared:
         return twin(model), transform, tokenizer
 
     def with_texts(self, model: Any, steered: bool) -> Any:
-        """The model that was loaded last, as it is, but for texts: they are kept, and a ``steered`` one is given those
-        that were kept before."""
+        """Return ``model``, which was loaded last, wrapped so that its text embeddings are cached; a ``steered`` one
+        also reuses those cached before."""
         return _WithTexts(model, self, self._key, steered)
 
     def text(self, backbone: Hashable, key: str) -> Tensor | None:
-        """Text embeddings that were kept, on the CPU."""
+        """Return cached text embeddings, on the CPU, or None."""
         return self._texts.get(backbone, {}).get(key)
 
     def keep_text(self, backbone: Hashable, key: str, embedding: Tensor) -> None:
-        """Keep a copy of text embeddings as long as there is room: other backbones make room, the oldest first."""
+        """Cache a copy of text embeddings if there is room; other backbones' are dropped for it, the oldest first."""
         size = embedding.nbytes
-        for other in [one for one in self._texts if one != backbone]:
+        for other in [name for name in self._texts if name != backbone]:
             if self._size + size > _LIMIT:
                 self._size -= sum(text.nbytes for text in self._texts.pop(other).values())
         if self._size + size <= _LIMIT:
@@ -81,37 +81,37 @@ class Shared:
 
 
 def _key(arguments: tuple[Hashable, ...]) -> Hashable:
-    """What a model that is loaded depends on: random weights on the generator of random numbers too."""
+    """Return a key of all that a loaded model depends on; random weights depend on the random state too."""
     return (*arguments, torch.get_rng_state().numpy().tobytes())
 
 
 def _versions(model: nn.Module) -> list[int]:
-    """How often each of the weights was edited in place."""
+    """Return how often each of the weights was edited in place."""
     return [weight._version for weight in model.parameters()]
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """A copy of a model that shares its weights: modules, hooks, buffers and gradients are its own."""
-    weights = {id(one): nn.Parameter(one.detach(), one.requires_grad) for one in model.parameters()}
-    return copy.deepcopy(model, weights)  # it copies nothing that is in there
+    """Return a copy of a model that shares its weights, with modules, hooks, buffers and gradients of its own."""
+    weights = {id(weight): nn.Parameter(weight.detach(), weight.requires_grad) for weight in model.parameters()}
+    return copy.deepcopy(model, weights)  # deepcopy uses the entries of ``weights`` instead of copies
 
 
 class _WithTexts:
-    """A model that is asked for the embeddings of texts that others of its backbone may have been asked for."""
+    """A model whose text embeddings are cached, and may be reused by other models of its backbone."""
 
     def __init__(self, model: Any, shared: Shared, backbone: Hashable, steered: bool) -> None:
         self._model, self._shared, self._backbone, self._steered = model, shared, backbone, steered
-        #: Whether its first texts had the same embeddings as those kept; None as long as that is not known.
+        #: Whether its first text embeddings equal the cached ones; None until they have been compared.
         self._same: bool | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     def encode_text(self, text: Any, *args: Any, **kwargs: Any) -> Any:
-        """The text embeddings ``[batch, embed_dim]``, bit for bit those of the model.
+        """Return the text embeddings ``[batch, embed_dim]``, bit for bit those of the model.
 
-        The first texts that others had are encoded all the same. If a bit differs (a plugin changed the text tower),
-        the model encodes all of its own, and keeps none.
+        The first texts that are found in the cache are encoded all the same, to compare. If a bit differs (a plugin
+        changed the text tower), the model encodes all further texts itself, and none is cached.
         """
         plain_call = isinstance(text, Tensor) and not args and not kwargs
         if not plain_call or torch.is_grad_enabled() or self._model.training or self._same is False:
@@ -119,12 +119,12 @@ class _WithTexts:
         kind = text.device.type
         precision = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         key = digest_of({f"{text.device} {precision}": text})
-        kept = self._shared.text(self._backbone, key)
-        if kept is not None and self._same:
-            return kept.to(text.device, copy=True)
+        cached = self._shared.text(self._backbone, key)
+        if cached is not None and self._same:
+            return cached.to(text.device, copy=True)
         embedding = self._model.encode_text(text)
-        if kept is None:
+        if cached is None:
             self._shared.keep_text(self._backbone, key, embedding)
         elif self._steered:
-            self._same = embedding.dtype == kept.dtype and torch.equal(embedding.cpu(), kept)
+            self._same = embedding.dtype == cached.dtype and torch.equal(embedding.cpu(), cached)
         return embedding
