@@ -1,1 +1,1 @@
-"""Methods that read image embeddings as classes: rivals of steering, behind the same hook as anybody's."""
+"""Methods on logits, which classify image embeddings without steering, registered by the same hook as plugins."""

@@ -1,4 +1,4 @@
-"""The methods on logits, registered through the same hook as anybody's. No heavy imports at the top."""
+"""The built-in methods on logits, registered by the same hook as plugins' methods. No heavy imports at the top."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ if TYPE_CHECKING:
 
 
 def build_dn(context: Context, weight: float) -> Callable[[Tensor], Tensor]:
-    """Distribution normalisation."""
+    """Build the readout of distribution normalisation, from embeddings to logits."""
     from vs2_plugin.logits.dn import normalised
 
     return normalised(context.require_classifier(), context.require_unlabeled(), weight)
 
 
 def build_inmap(context: Context, steps: int, rate: float, sure: float, sinkhorn: int) -> Callable[[Tensor], Tensor]:
-    """InMaP."""
+    """Build the readout of InMaP, from embeddings to logits."""
     from vs2_plugin.logits.inmap import learned
 
     return learned(context.require_classifier(), context.require_unlabeled(), steps, rate, sure, sinkhorn)
 
 
 def build_zlap(context: Context, edges: int, power: float, damping: float) -> Callable[[Tensor, Batch], Tensor]:
-    """ZLaP."""
+    """Build the readout of ZLaP, from embeddings to logits."""
     from vs2_plugin.logits.zlap import propagated
 
     return propagated(context.require_classifier(), context.require_unlabeled(), edges, power, damping)
 
 
 def build_tda(context: Context, **weights: float) -> Callable[[Tensor], Tensor]:
-    """TDA."""
+    """Build the readout of TDA, from embeddings to logits."""
     from vs2_plugin.logits.tda import Stream
 
     return Stream(context.require_classifier(), **weights)
 
 
 def build_zero(context: Context, keep: float) -> Callable[[Tensor], Tensor]:
-    """ZERO."""
+    """Build the readout of ZERO, from embeddings to logits."""
     from vs2_plugin.logits.zero import voted
 
     return voted(context.require_classifier(), keep)
 
 
 def build_stata(context: Context, anchor: float, density: float, rounds: int) -> Callable[[Tensor], Tensor]:
-    """StatA."""
+    """Build the readout of StatA, from embeddings to logits."""
     from vs2_plugin.logits.stata import mixture
 
     return lambda x: mixture(context.require_classifier(), x, anchor, density, rounds)
@@ -60,7 +60,7 @@ def build_stata(context: Context, anchor: float, density: float, rounds: int) ->
 
 @hookimpl
 def vs2_methods() -> list[Method]:
-    """The methods on logits of this package, with the options that their papers tune."""
+    """Return this package's methods on logits, with the options that their papers tune."""
     return [
         Method(
             "dn", build_dn,

@@ -20,6 +20,6 @@ def normalised(classifier: Tensor, unlabeled: Tensor, weight: float) -> Callable
         unlabeled: U, ``[images, e]``, of unit norm.
         weight: w, lambda in the paper.
     """
-    of_images = unlabeled.mean(0)
+    mean_image = unlabeled.mean(0)
     texts = F.normalize(classifier - weight * classifier.mean(1, keepdim=True), dim=0)
-    return lambda x: 100 * F.normalize(x - weight * of_images, dim=-1) @ texts
+    return lambda x: 100 * F.normalize(x - weight * mean_image, dim=-1) @ texts

@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 __all__ = ["balanced", "learned"]
 
-#: Temperatures of the classes of texts, and of those of images, which lie closer to images than texts do.
+#: Softmax temperatures of text embeddings, and of learned class embeddings, which lie closer to images.
 _TEXTS, _IMAGES = 0.01, 0.04
-#: Images at a time: only ``[2048, classes]`` is held of what is computed anew in each iteration.
+#: Images at a time, so that an iteration holds only ``[2048, classes]`` probabilities.
 _BATCH = 2048
-#: A rate below this share of the first one moves no class embedding by as much as float32 can tell.
+#: A rate below this share of the first one moves no class embedding by as much as float32 resolves.
 _STILL = 2.0**-24
 
 
@@ -24,15 +24,15 @@ def learned(
 ) -> Callable[[Tensor], Tensor]:
     """Return the function from embeddings ``[batch, e]`` to logits ``x . w / 0.04`` ``[batch, classes]``.
 
-    w minimises the cross-entropy of ``softmax(U w / 0.04)`` against ``P = softmax(U t / 0.01)``, in which whoever is
-    above ``sure`` is one-hot, by steps ``rate / (m 0.04)`` along the gradient from w = t. The rate is halved when the
-    gradient's norm rises, and columns keep their unit norm. A step costs 4 m e classes operations.
+    w minimises the cross-entropy of ``softmax(U w / 0.04)`` against ``P = softmax(U t / 0.01)``, in which rows with a
+    value above ``sure`` are one-hot, by steps ``rate / (m 0.04)`` along the gradient from w = t. The rate is halved if
+    the gradient's norm rises, and columns keep their unit norm. A step costs 4 m e classes operations.
 
     Args:
         classifier: t, ``[e, classes]``, of unit norm.
         unlabeled: U, ``[m, e]``, of unit norm.
-        steps: of the gradient, at most: fewer where they no longer change anything.
-        rate: of the first step.
+        steps: the largest number of gradient steps; fewer if they no longer change anything.
+        rate: the learning rate of the first step.
         sure: probability above which an image is taken to be of its class.
         sinkhorn: rounds in which P is scaled to equally frequent classes; 0: none.
     """
@@ -41,13 +41,13 @@ def learned(
         targets = balanced(targets, sinkhorn)
     best, classes = targets.max(1)
     targets = torch.where(best[:, None] > sure, F.one_hot(classes, classifier.shape[1]).to(targets.dtype), targets)
-    wanted, weights = unlabeled.T @ targets, classifier
+    moments, weights = unlabeled.T @ targets, classifier
     del targets
     first, before = rate, torch.inf
     for _ in tqdm(range(steps), "inmap", unit="step", disable=None, leave=False):
-        gradient = -wanted
-        for some in unlabeled.split(_BATCH):
-            gradient.addmm_(some.T, (some @ weights / _IMAGES).softmax(1))
+        gradient = -moments
+        for batch in unlabeled.split(_BATCH):
+            gradient.addmm_(batch.T, (batch @ weights / _IMAGES).softmax(1))
         norm = float(gradient.norm())
         if norm > before:
             rate /= 2

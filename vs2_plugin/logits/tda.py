@@ -9,24 +9,24 @@ from torch import Tensor
 
 __all__ = ["Stream"]
 
-#: Images of each predicted class that the caches keep.
+#: Numbers of images of each predicted class that the two caches keep.
 _POSITIVE, _NEGATIVE = 3, 2
-#: Images between these entropies are unsure: they say what they are not. In nats over the binary logarithm of the
+#: Images between these entropies are unsure: they count against classes. In nats over the binary logarithm of the
 #: number of classes, as in the authors' code.
 _UNSURE = (0.2, 0.5)
-#: Above this probability, an unsure image says that others like it are not of that class: at most 33 are.
+#: An unsure image counts against the classes above this probability, of which there are at most 33.
 _POSSIBLE = 0.03
 
 
 class _Cache:
-    """The images of least entropy of each predicted class."""
+    """The embeddings of the images of least entropy of each predicted class."""
 
     def __init__(self, classes: int, size: int, width: int, device: torch.device) -> None:
         self.keys = torch.zeros(classes, size, width, device=device)
         self._entropies = torch.full((classes, size), torch.inf, device=device)
 
     def add(self, x: Tensor, entropy: float, label: int) -> int | None:
-        """Keep ``x`` ``[e]``, and return its place among those of its class; None if all of them are surer."""
+        """Keep ``x`` ``[e]`` and return its place in its class, or None if all kept there have less entropy."""
         place = int(self._entropies[label].argmax())
         if not entropy < self._entropies[label, place]:
             return None
@@ -34,19 +34,20 @@ class _Cache:
         return place
 
     def near(self, x: Tensor, sharpness: float) -> Tensor:
-        """``exp(-b (1 - x . key))`` for all that is kept, and 0 where there is nothing: ``[classes, size]``."""
+        """Return ``exp(-b (1 - x . key))`` ``[classes, size]`` of the keys, and 0 for empty places."""
         return (-sharpness * (1 - self.keys @ x)).exp() * self._entropies.isfinite()
 
 
 class Stream:
-    """From embeddings ``[1, e]``, one after the other, to logits ``[1, classes]``:
-    ``s + a Σ exp(-b (1 - x . key)) onehot - a' Σ exp(-b' (1 - x . key')) m'``, where m' marks the classes that are
-    possible for an unsure image."""
+    """Maps the embeddings ``[1, e]`` of a stream, one after the other, to logits ``[1, classes]``:
+    ``s + a Σ exp(-b (1 - x . key)) onehot - a' Σ exp(-b' (1 - x . key')) m'``, where m' marks the classes that an
+    unsure image counts against."""
 
     def __init__(
         self, classifier: Tensor, positive: float, sharpness: float, negative: float, negative_sharpness: float
     ) -> None:
-        """
+        """Start with empty caches.
+
         Args:
             classifier: t, ``[e, classes]``, of unit norm; ``s = 100 x . t``.
             positive: a.
@@ -59,12 +60,12 @@ class Stream:
         width, classes = classifier.shape
         self._sure = _Cache(classes, _POSITIVE, width, classifier.device)
         self._unsure = _Cache(classes, _NEGATIVE, width, classifier.device)
-        # The classes that each unsure image holds possible, by number; the rest of the places are one class more.
+        # The numbers of the classes that each unsure image counts against; unused places hold the number of classes.
         count = min(classes, int(1 / _POSSIBLE))
         self._possible = torch.full((classes, _NEGATIVE, count), classes, device=classifier.device)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Read one image, and remember it if it is among the surest."""
+        """Return the logits of one image, after adding it to the caches if its entropy is low enough."""
         image, logits = x[0], 100 * x[0] @ self._classifier
         shares = logits.softmax(0)
         entropy, label = float(torch.special.entr(shares).sum()), int(shares.argmax())

@@ -9,9 +9,9 @@ from torch import Tensor
 
 __all__ = ["voted"]
 
-#: Votes that are given beside those of the views: what decides of ties, and between classes without any.
+#: Votes given in addition to those of the views: they decide ties, and rank classes without votes.
 _SMALL = 0.01
-#: What a class has of a vote at least.
+#: The least vote of a class, which has a finite logarithm.
 _NONE = 1e-30
 
 
@@ -19,13 +19,13 @@ def voted(classifier: Tensor, keep: float) -> Callable[[Tensor], Tensor]:
     """Return the function from views ``[batch, views, e]`` to logits ``[batch, classes]``: logarithms of shares of
     votes.
 
-    The views of least entropy vote for their class. A tie is decided by the most confident of the other views that is
-    for one of the classes in it. A hundredth of a vote goes to the class that won, and another to all classes by the
-    mean probabilities of the views that vote, so that those without votes have an order too.
+    The views of least entropy vote for their class. A tie is decided by the most confident of the other views that
+    predicts one of the tied classes. A hundredth of a vote goes to the class that won, and another to all classes by
+    the mean probabilities of the views that vote, so that classes without votes have an order too.
 
     Args:
         classifier: ``[e, classes]``, of unit norm.
-        keep: share of the views that vote; one does at least.
+        keep: share of the views that vote; at least one does.
     """
 
     def read(x: Tensor) -> Tensor:

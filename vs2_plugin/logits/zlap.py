@@ -13,7 +13,7 @@ from vs2_plugin.steering.batch import Batch
 
 __all__ = ["propagated", "spread"]
 
-#: Classes at a time, and what is left out of the series at most.
+#: Classes at a time, and the largest remainder of the series that is left out.
 _BATCH, _REST = 128, 1e-8
 #: The score of a class without any path to an image.
 _NONE = 1e-30
@@ -25,14 +25,14 @@ def propagated(
     """Return the function from embeddings ``[batch, e]`` and their batch to logits ``[batch, classes]``: logarithms of
     the scores, which are taken to be in proportion to probabilities.
 
-    An image has edges to the nearest images, of their cosine, and to the nearest texts, of their cosine to the power of
-    gamma. The scores of images of the graph (``batch.rows``) are :func:`spread` from the texts; those of another image
-    are the scores of what it has edges to, times their weights.
+    An image has edges to the nearest images, weighted by the cosine, and to the nearest texts, weighted by the cosine
+    to the power of gamma. The scores of images of the graph (``batch.rows``) are :func:`spread` from the texts; those
+    of another image are the weighted sums of the scores of the nodes that its edges lead to.
 
     Args:
         classifier: ``[e, classes]``, of unit norm.
         unlabeled: the images of the graph, ``[m, e]``, of unit norm.
-        edges: of an image to images, itself included, and to texts, each.
+        edges: number of an image's edges to images, itself included, and to texts, each.
         power: gamma.
         damping: a.
     """
@@ -49,10 +49,10 @@ def propagated(
     def read(x: Tensor, batch: Batch) -> Tensor:
         if batch.rows is not None:
             return scores[len(texts) + batch.rows].clamp_min(_NONE).log()
-        found = torch.zeros(len(x), len(texts), device=x.device)
+        totals = torch.zeros(len(x), len(texts), device=x.device)
         for weight, nodes in zip(*(part.T for part in joined(x, own=False)), strict=True):
-            found += weight[:, None] * scores[nodes]
-        return found.clamp_min(_NONE).log()
+            totals += weight[:, None] * scores[nodes]
+        return totals.clamp_min(_NONE).log()
 
     return read
 
@@ -62,9 +62,9 @@ def spread(weights: Tensor, nodes: Tensor, texts: int, damping: float) -> Tensor
     texts, which are the first nodes, as a series of powers.
 
     Args:
-        weights: of the edges of m images, ``[m, edges]``.
-        nodes: int64 ``[m, edges]``, which they lead to.
-        texts: how many there are.
+        weights: the weights ``[m, edges]`` of the edges of m images.
+        nodes: the nodes that the edges lead to, int64 ``[m, edges]``.
+        texts: the number of texts.
         damping: a, below 1.
     """
     graph = both_ways(weights, nodes, texts)
@@ -75,8 +75,8 @@ def spread(weights: Tensor, nodes: Tensor, texts: int, damping: float) -> Tensor
     for classes in torch.arange(texts, device=weights.device).split(_BATCH):
         start = torch.zeros(len(graph), len(classes), device=weights.device)
         start[classes, classes - classes[0]] = 1
-        some = start
+        series = start
         for _ in range(terms):
-            some = start + damping * scale * (graph @ (scale * some))
-        scores[:, classes] = some
+            series = start + damping * scale * (graph @ (scale * series))
+        scores[:, classes] = series
     return scores
