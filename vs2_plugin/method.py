@@ -195,7 +195,7 @@ class Method:
     """Which labels the method itself uses: ``none``, ``train`` or ``oracle``. Recorded in every result."""
     gallery: str = "none"
     """The part of the checkpoint's gallery of training images that the method needs: ``none``, the ``images``, or the
-    ``neighbours`` of each query among them. A method that steers then gets a retriever in its context."""
+    ``neighbours`` of each query among them. Unless ``none``, the context of a method that steers holds a retriever."""
     site: str = "checkpoint"
     """Where the method acts: at sites of the ``checkpoint``, at the tower's ``output`` embedding, or on ``logits``."""
     protocol: str = ""

@@ -71,7 +71,7 @@ class Repository(NamedTuple):
 
 
 def repository(text: str, prefixed: bool = True) -> Repository | None:
-    """Return the repository that ``hf:owner/name[#revision]`` names (``hf:`` only if ``prefixed``), or None.
+    """Return the repository that ``hf:owner/name[#revision]`` names (``hf:`` optional unless ``prefixed``), or None.
 
     >>> repository("hf:me/sae#v1.0"), repository("my-sae"), str(repository("me/sae", prefixed=False))
     (Repository(name='me/sae', revision='v1.0'), None, 'hf:me/sae')
