@@ -86,6 +86,17 @@ def test_what_there_are_too_few_images_for_is_said(caplog):
     ]
 
 
+def test_two_names_of_one_outcome_before_the_end_of_the_tower(in_demo):
+    images = list(read_digits("train")[0][:200])
+    vs2_plugin.train(images, model=TINY, pretrained="", blocks=(0,), name="inner", samples=2000, quiet=True)
+    models = [f"vs2:{TINY}@inner@alpha=1", f"vs2:{TINY}@inner@gamma=2@lam=1"]
+    words = ["--present", "0.5", "--draws", "1", "--output", "twice", "--quiet"]
+    assert main(["stress", "--model", *models, "--pretrained", "", *DIGITS[:-2], "--no_amp", *words]) == 0
+    with open(in_demo / "twice/stress.csv", encoding="utf-8") as file:
+        rows = [{**row, "model": ""} for row in csv.DictReader(file) if row["model"] in models]
+    assert len(rows) >= 4 and rows[: len(rows) // 2] == rows[len(rows) // 2 :]
+
+
 def test_several_values_of_an_option_are_for_a_sweep(in_demo, capsys):
     assert main(["stress", "--model", f"vs2:{TINY}@alpha=0,1", "--pretrained", "", *DIGITS[:-2]]) == 2
     assert "expected one value for each option; vs2 sweep takes several" in capsys.readouterr().err

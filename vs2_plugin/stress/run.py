@@ -72,13 +72,14 @@ def _outcomes(
     _warn_of_few(labels, request)
     subsets = list(_subsets(labels, request))
     yield from _judged(backbone, "image", labels, zero_shot, subsets, lambda rows: zero_shot[rows])
-    bar = tqdm(zip(names, images.models, strict=True), "models", len(names), disable=quiet or None, leave=False)
+    bar = tqdm(zip(names, images.evaluated, strict=True), "models", len(names), disable=quiet or None, leave=False)
+    wholes: dict[object, Rows] = {}  # model -> its predictions of all images
     for name, model in bar:
-        logits, _ = images.classify(model)
+        if model not in wholes:
+            wholes[model] = _predictions(images.classify(model)[0])
         protocol, readout = str(model.vs2_facts()["vs2_protocol"]), model.readout
-        whole = _predictions(logits)
         again = readout is not None and readout.protocol in ("stream", "transductive")
-        predict: Callable[[Rows], Rows] = whole.__getitem__
+        predict: Callable[[Rows], Rows] = wholes[model].__getitem__
         if again and readout is not None:
             predict = partial(_read_again, readout.logits)
         mine = [*subsets, *(_orders(labels, request) if protocol == "stream" else ())]

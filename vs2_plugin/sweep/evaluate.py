@@ -83,6 +83,7 @@ class OnePass:
         loader: DataLoader[Any],
         first: _FirstPass,
         models: Sequence[_SweptModel],
+        evaluated: Sequence[_SweptModel],
         measure: Callable[[Any, Any], Metrics],
         classify: Callable[[Any, Any], tuple[Tensor, Tensor]],
         quiet: bool,
@@ -90,6 +91,8 @@ class OnePass:
         """``measure`` and ``classify`` are clip_benchmark's own functions of a model and a data loader."""
         #: The models, in the order of their model strings.
         self.models = models
+        #: In the same order, the model that is evaluated for each: the first of those that give the same features.
+        self.evaluated = evaluated
         self._loader, self._first, self._quiet = loader, first, quiet
         self._measure, self._classify = measure, classify
 
@@ -110,8 +113,7 @@ class OnePass:
 
 @contextmanager
 def one_pass(args: PassRequest, backbone: str, specs: Sequence[ModelString], quiet: bool) -> Iterator[OnePass]:
-    """Open a backbone, the data and the models of that backbone for evaluation within a ``with`` block. Some of the
-    models may give the same features; the first of these has to be evaluated.
+    """Open a backbone, the data and the models of that backbone for evaluation within a ``with`` block.
 
     Raises:
         Vs2Error: something cannot be loaded.
@@ -125,6 +127,7 @@ def one_pass(args: PassRequest, backbone: str, specs: Sequence[ModelString], qui
     evaluated: dict[Hashable, _SweptModel] = {}
     for model in models:
         evaluated.setdefault(outcome_key(model.spec), model)
+    first_of = [evaluated[outcome_key(model.spec)] for model in models]
     with zero_shot_classification() as harness, tempfile.TemporaryDirectory() as folder:
         if not hasattr(harness.evaluate, "__wrapped__"):
             raise HarnessError(f"clip_benchmark does not know the steered models; is {DISABLE} set? See: vs2 doctor")
@@ -147,7 +150,7 @@ def one_pass(args: PassRequest, backbone: str, specs: Sequence[ModelString], qui
             return logits, targets
 
         first = _FirstPass(loaded.model, [*evaluated.values()])
-        yield OnePass(data.loader, first, models, measure, classify, quiet)
+        yield OnePass(data.loader, first, models, first_of, measure, classify, quiet)
 
 
 def _metrics_of(point: _SweptModel, evaluated: _SweptModel, metrics: Metrics) -> Metrics:
