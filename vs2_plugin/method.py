@@ -44,6 +44,9 @@ class Option(Setting):
     unchanged. None: the option does not accept ``auto``."""
     auto_needs: tuple[str, str] | None = None
     """Key of an option that has to be given together with ``auto``, and the reason in words."""
+    file: bool = False
+    """Whether the value is the path of a file. Results then tell the file's digest, by which a changed file is noticed.
+    """
 
     def __post_init__(self) -> None:
         if self.auto is not None:
@@ -92,7 +95,7 @@ NEIGHBOURS = (
 #: Options of every method with an option that accepts ``auto``; its builder does not get them.
 AUTOMATIC = (
     Option(
-        "prior", str, None, pattern=(r"[^@]+", "a JSON file"),
+        "prior", str, None, pattern=(r"[^@]+", "a JSON file"), file=True,
         help="for auto, where the classes are not equally frequent: {class: share}, or a list in the classes' order",
     ),
 )  # fmt: skip
@@ -136,7 +139,7 @@ TOLD_OF_ALL = frozenset(
     {"method", "version", "site", "split", "protocol", "checkpoint", "checkpoint_digest", "transductive", "labels"}
     | {"neighbour_labels", "sae_warning", "coverage", "mean_fvu", "gate_threshold", "seconds", "peak_memory"}
     | {f"ece{before}{bins}" for before in ("", "_before") for bins in ("", "_bins")}
-    | {"mended", "broken", "results_digest"}
+    | {"mended", "broken", "results_digest", "option_files"}
 )
 
 #: The data that a method sees beside the image at hand, from least to most: none; unlabeled images of the domain, such

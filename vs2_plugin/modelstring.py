@@ -17,9 +17,12 @@ from __future__ import annotations
 
 import difflib
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from vs2_plugin.errors import ModelStringError
+from vs2_plugin.files import file_digest
 from vs2_plugin.method import AUTOMATIC, LABELS_USED, Method, Scalar, widest
 from vs2_plugin.names import Parts, is_steered, repository, split
 from vs2_plugin.plugins import Registry, registry
@@ -113,6 +116,18 @@ class ModelString:
         """The methods with their options: :attr:`method`, then :attr:`outer` if there is one."""
         outer = [] if self.outer is None else [(self.outer.method, self.outer.options)]
         return [(self.method, self.options), *outer]
+
+    @property
+    def option_files(self) -> str | None:
+        """The options that name files, each with the first 16 digits of its file's SHA-256, joined by ``+``; None
+        without such options. A file that cannot be read is left out: whoever needs its content raises the error."""
+        digests = []
+        for method, options in self.methods:
+            for name in (option.name for option in method.all_options if option.file):
+                with suppress(OSError, RuntimeError):  # RuntimeError: no home folder
+                    path = options[name]
+                    digests += [] if path is None else [f"{name}:{file_digest(Path(str(path)).expanduser())[:16]}"]
+        return "+".join(digests) or None
 
     def __str__(self) -> str:
         values = self.given | ({} if self.outer is None else self.outer.given)

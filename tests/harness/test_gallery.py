@@ -290,7 +290,8 @@ class CudaByName(str):
 
 
 def test_a_linear_probe_sees_the_steered_features(in_demo, train, monkeypatch, tmp_path):
-    """The harness's own, on the CPU; two checkpoints do not share what it caches."""
+    """The harness's own, on the CPU. Two checkpoints do not share what it caches, nor two contents of a file; and
+    nothing is said of the images, which are those of both splits."""
     from clip_benchmark.metrics import linear_probe
 
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self, *given, **more: self)
@@ -298,9 +299,11 @@ def test_a_linear_probe_sees_the_steered_features(in_demo, train, monkeypatch, t
     torch.manual_seed(0)
     images, targets = torch.randn(24, 3, 32, 32), torch.arange(24) % 6
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, targets), batch_size=8)
-    cached = {}
-    for name in (NAME, train("other")):
-        model, *_ = vs2_plugin.load(f"vs2:{TINY}@{name}", dataset="wds/digits")
+    cached, other = {}, train("other")
+    for name, method, edits in ((NAME, "vs2", ""), (other, "vs2", ""), (NAME, "latents", "1"), (NAME, "latents", "2")):
+        options = "@edits=edits.json" if edits else ""
+        (in_demo / "edits.json").write_text(f'{{"{edits}": 3}}')
+        model, *_ = vs2_plugin.load(f"{method}:{TINY}@{name}{options}", dataset="wds/digits")
         settings = {"fewshot_k": -1, "batch_size": 8, "num_workers": 0, "lr": 0.1, "epochs": 2, "seed": 0}
         found = linear_probe.evaluate(
             model,
@@ -313,14 +316,14 @@ def test_a_linear_probe_sees_the_steered_features(in_demo, train, monkeypatch, t
             amp=False,
             **settings,
         )
-        assert 0 <= found["lp_acc1"] <= 1 and found["vs2_checkpoint"] == name
+        assert 0 <= found["lp_acc1"] <= 1 and found["vs2_checkpoint"] == name and "vs2_mean_fvu" not in found
         (folder,) = set((tmp_path / "features").iterdir()) - set(cached)
         cached[folder] = torch.load(folder / "features_test.pt")
         with torch.no_grad():
             expected = torch.cat([model.encode_image(batch) for batch in images.split(8)])
         assert torch.equal(cached[folder], expected)
-    first, second = cached.values()
-    assert not torch.equal(first, second)
+    first, second, *_ = cached.values()
+    assert len(cached) == 4 and not torch.equal(first, second)
 
 
 # ---- in Python

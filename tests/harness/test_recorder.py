@@ -4,6 +4,8 @@ import csv
 import json
 import math
 import time
+from argparse import Namespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +13,12 @@ import torch
 
 import vs2_plugin
 from vs2_plugin.data.images import image_digest
+from vs2_plugin.harness import patches
 from vs2_plugin.harness import recorder as per_image
+from vs2_plugin.host import Evaluation
 from vs2_plugin.report.summary import summarise
 from vs2_plugin.results.images import Images
-from vs2_plugin.results.runs import read
+from vs2_plugin.results.runs import read, read_run
 
 from .conftest import TINY, few_digits, metrics
 
@@ -266,6 +270,17 @@ def recorded(logits, target, classes=7, batches=((0, 30), (30, 40))):
         recorder.see_plain(classifier, lambda part=part: embedding[part])
     recorder.finish(logits, target, {})
     return recorder, images, (100 * embedding / embedding.norm(dim=1, keepdim=True) @ classifier).tolist()
+
+
+@pytest.mark.parametrize("recording", ["0", "1"])
+def test_per_image_results_of_an_earlier_run_go_where_a_run_records_none(recording, tmp_path, monkeypatch):
+    result, images = tmp_path / "x.json", tmp_path / "x.images.npz"
+    images.write_bytes(b"of an earlier run")
+    monkeypatch.setenv("VS2_PER_IMAGE", recording)
+    monkeypatch.setattr(Evaluation, "of", lambda args: SimpleNamespace(output_file=str(result)))
+    content = {"dataset": "d", "model": "B", "task": "t", "metrics": {"mean_average_precision": 0.5}}  # several labels
+    patches._run(lambda args: result.write_text(json.dumps(content)), Namespace(model="B", skip_existing=False))
+    assert not images.exists() and read_run(result).headline == 0.5
 
 
 def test_the_figures_follow_from_the_logits(tmp_path):

@@ -329,7 +329,7 @@ def test_other_prompts_and_classes_are_other_choices(run, sae, few):
     assert len(files()) == 3
 
 
-def test_other_options_and_checkpoints_are_other_choices(run, sae, in_demo):
+def test_other_options_and_checkpoints_are_other_choices(run, sae, in_demo, monkeypatch):
     for number, model in enumerate(
         ("vs2:{}", "vs2:{}@gate=0.9", "vs2:{}@gate=0.5", "pass:{}", "vs2pp:{}@n=5@brake=0.3"), 1
     ):
@@ -343,6 +343,10 @@ def test_other_options_and_checkpoints_are_other_choices(run, sae, in_demo):
     manifest.write_text(json.dumps(facts))
     run(f"vs2:{TINY}@{sae}@alpha=auto")
     assert len(files()) == 6
+    for number, (name, other) in enumerate({"__version__": "0.0", "NEIGHBOURS": 9}.items(), 7):
+        monkeypatch.setattr(f"vs2_plugin.model.automatic.{name}", other)  # another version may choose otherwise
+        run(f"vs2:{TINY}@{sae}@alpha=auto")
+        assert len(files()) == number
 
 
 # ---- priors
@@ -358,7 +362,8 @@ def test_a_prior_by_name_or_in_order_is_the_same(run, sae):
     listed, _ = run(f"{model}@prior=list.json")
     named, _ = run(f"{model}@prior=names.json")
     assert (listed["vs2_prior"], named["vs2_prior"]) == ("list.json", "names.json")
-    assert without(listed, "vs2_prior") == without(named, "vs2_prior") and len(files()) == 2
+    told = "vs2_prior", "vs2_option_files"
+    assert without(listed, *told) == without(named, *told) and len(files()) == 2
 
 
 def test_a_prior_that_steering_moves_away_from_forbids_it(run, sae, in_demo):

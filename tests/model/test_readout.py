@@ -181,7 +181,9 @@ def test_views_are_the_image_and_crops_of_it(add, in_demo, images):
     model.classify(images, 10)
     torch.testing.assert_close(torch.cat(seen), x)  # whatever the batches
     gated = load("looks:vs2")
-    assert len(gated.classify(images, 4).fvu) == 10
+    fvu = gated.classify(images, 4).fvu
+    assert len(fvu) == 10
+    assert gated.vs2_facts()["vs2_mean_fvu"] == pytest.approx(fvu.double().mean().item())  # of the images, not of crops
 
 
 def test_copies_and_pickles_read_the_same(in_demo, images):

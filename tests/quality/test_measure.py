@@ -68,6 +68,13 @@ def test_figures_are_those_of_plain_computations(trained, subject):
     assert site.training["gamma"] == pytest.approx(figures["gamma"], abs=1e-5)
     assert figures["probe_1"] > 0.6 and figures["probe_5"] > figures["probe_1"] - 0.05
     assert figures["monosemanticity"] > found.figures["monosemanticity"].beside
+    there = ~np.isnan(found.meaning.scores)
+    chance = np.quantile(found.meaning.shuffled[there], 0.95)
+    assert figures["monosemantic"] == pytest.approx((found.meaning.scores[there] > chance).mean())
+    unit = sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True)
+    nearest = (unit @ unit.T - 2 * torch.eye(64)).amax(1)
+    assert figures["collinearity"] == pytest.approx(nearest.mean().item(), abs=1e-5)
+    assert figures["doubled"] == pytest.approx((nearest > 0.9).float().mean().item()) and 0 < figures["doubled"] < 1
     assert set(figures) | {"stability", "stable"} == set(NOTES)
 
 

@@ -69,3 +69,9 @@ def test_rows_stand_by_labels_and_then_by_change(write_run, steered):
     group = group_of(path.parent)
     assert [row.label for row in group.table] == ["zero-shot", "c", "a", "d", "b"]
     assert {kind: len(rows) for kind, rows in group.kinds.items()} == {"": 1, "unlabeled": 2, "train": 1, "oracle": 1}
+
+
+def test_a_checkpoint_without_a_seed_is_no_seed_of_another(write_run, steered):
+    for name in ("a", "a-seed1"):
+        path = write_run(f"vs2:B@{name}", metrics=steered(checkpoint=name))
+    assert [len(row.members) for row in group_of(path.parent).rows] == [1, 1]

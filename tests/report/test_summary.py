@@ -30,6 +30,15 @@ def test_a_tag_says_nothing_where_the_weights_come_with_the_name(write_run, stee
     assert group.title == "local-dir:tiny" and group.steered[0].change == pytest.approx(0.2)
 
 
+@pytest.mark.parametrize(
+    ("model", "dataset", "expected"),
+    [("local-dir:a/tiny-clip/", "wds/digits", True), ("local-dir:tiny-clip", "wds/animals", False),
+     ("local-dir:mine", "wds/digits", False), ("tiny-clip", "wds/digits", False)],
+)  # fmt: skip
+def test_the_demo_alone_is_a_stand_in(write_run, model, dataset, expected):
+    assert group_of(write_run(model, name="x", dataset=dataset)).is_stand_in is expected
+
+
 def test_data_sets_languages_and_tasks_are_kept_apart(write_run):
     write_run("B", name="1")
     write_run("B", name="2", dataset="cub")
@@ -168,6 +177,22 @@ def test_results_without_images_are_compared_with_zero_shot_of_their_folder(writ
     group = group_of(other.parent.parent)
     before = {row.run.path.parent.name: row.zero and row.zero.path.parent.name for row in group.steered}
     assert before == {"one": "one", "two": "two", "three": None}
+
+
+def test_results_of_two_splits_are_not_compared_with_each_other(write_run, steered):
+    write_run("B", 0.4, folder="train", metrics={"vs2_split": "train"})
+    write_run("vs2:B@alpha=1", 0.5, folder="train", metrics=steered(split="train", alpha=1))
+    write_run("B", 0.7, folder="test")
+    path = write_run("vs2:B@alpha=1", 0.75, folder="test", metrics=steered(alpha=1))
+    (section,) = summarise(read([path.parents[1]])[0])
+    titles = [group.title for group in section.groups]
+    assert titles == ["B, laion, prompts with zero-shot 70.00 %", "B, laion, split train"]
+    rows = [row for group in section.groups for row in group.steered]
+    assert [round(row.change, 4) for row in rows] == [0.05, 0.1] and rows[1].about == "split train"
+    write_run("vs2:B@alpha=2", 0.8, folder="alone", metrics=steered(alpha=2))
+    path = write_run("B", 0.4, folder="alone", metrics={"vs2_split": "train"})
+    (row,) = group_of(path.parent).steered
+    assert row.change is None  # only the train split's plain result is there
 
 
 def test_seeds_of_other_images_are_no_mean(write_run, make_images, steered):

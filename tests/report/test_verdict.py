@@ -36,6 +36,8 @@ def test_of_a_sweep_without_the_default_no_point_is_the_verdict(write_run, steer
     path = write_run("B", 0.5)
     for alpha, accuracy in ((-1, 0.2), (0, 0.5), (2, 0.625)):
         write_run(f"vs2:B@alpha={alpha}", accuracy, metrics=steered(alpha=alpha))
+    write_run("amp:B@alpha=2", 0.1, metrics=steered("amp", alpha=2))  # neither another method is among them
+    write_run("vs2:B@gate=0.9", 0.1, metrics=steered(gate=0.9))  # nor another option
     found = told(path.parent)
     assert found.sentences[0] == (
         "3 settings of vs2 (@alpha) change top-1 accuracy by -30.00 to +12.50 points; the default setting is not among "

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 from pathlib import Path
 
@@ -124,6 +125,7 @@ def test_what_is_written_is_read_again_and_stands_in_the_table(tmp_path):
     metrics = {"acc1": 0.5, "vs2_method": "vs2", "vs2_gamma": 1.5}
     steered = Run(tmp_path / "a.json", "wds/x", "vs2:B@gamma=1.5", "w", "zeroshot_classification", "en", metrics)
     plain = Run(tmp_path / "b.json", "wds/x", "B", "w", "zeroshot_classification", "en", {"acc1": 0.4})
+    (tmp_path / "a.images.npz").write_bytes(b"of the results that lay there before")
     for run in (plain, steered):
         written, again = write_run(run), read_run(run.path)
         assert (again.model, again.metrics, again.language) == (run.model, written.metrics, "en")
@@ -194,6 +196,19 @@ def test_sweeps_write_the_digest_of_steered_results_and_none_of_plain_ones(tmp_p
     assert DIGEST not in plain.metrics and DIGEST not in read_run(plain.path).metrics
 
 
+def test_the_digest_is_that_of_earlier_versions():
+    content = {"dataset": "wds/x", "model": "vs2:B", "task": "t", "metrics": {"acc1": 1 / 3, DIGEST: ""}}
+    assert digest_of(content) == "bacc70544503e223"
+
+
+def test_a_result_behind_a_link_gets_its_digest_where_it_lies(write_run, steered, tmp_path):
+    path, link = write_run("vs2:B", metrics=steered()), tmp_path / "link.json"
+    link.symlink_to(path)
+    sign(link)
+    assert link.is_symlink() and DIGEST in read_run(path).metrics
+
+
 def test_where_nothing_can_be_written_the_results_stay_as_they_are(tmp_path):
     sign(tmp_path / "missing.json")
+    sign(Path(os.devnull))
     assert list(tmp_path.iterdir()) == []

@@ -11,6 +11,7 @@ from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from vs2_plugin.gallery.search import ExactSearch
 from vs2_plugin.method import LABELS, Method, Option
 from vs2_plugin.plugins import registry
+from vs2_plugin.results.runs import DIGEST
 from vs2_plugin.sae.topk import TopKSAE
 from vs2_plugin.steering.neighbours import Codes
 from vs2_plugin.sweep import evaluate
@@ -301,6 +302,10 @@ def test_results_of_something_else_are_not_taken_for_those_of_a_sweep(here, caps
     assert sweep(name, output="o/{model}.json", words=(*words, "--language", "de")) == 2
     assert "and not of this sweep; remove it, give another --output" in capsys.readouterr().err
     content = json.loads(first)
+    point.write_text(json.dumps({**content, "metrics": {**content["metrics"], "acc1": 0.99}}))
+    assert sweep(name, output="o/{model}.json", words=words) == 2
+    assert "was changed after it was written, according to the digest in it; remove it" in capsys.readouterr().err
+    del content["metrics"][DIGEST]
     for key, value, problem in [
         ("vs2_checkpoint_digest", "0" * 16, "holds results of another SAE than local-dir-tiny-clip_wds-few is now"),
         ("vs2_split", "train", "holds results of the split 'train'; expected 'test'"),
@@ -311,6 +316,18 @@ def test_results_of_something_else_are_not_taken_for_those_of_a_sweep(here, caps
     assert sweep(name, output="t/{model}.json", words=("--split", "train")) == 0
     assert result(here / f"t/{name}.json")["metrics"]["vs2_split"] == "train"
     assert "vs2_split" not in content["metrics"]
+    # The plain model's result says its split too.
+    assert sweep(f"vs2:{TINY}@alpha=2", output="t/{model}.json", words=words) == 2
+    assert f"{TINY}.json holds results of the split 'train'; expected 'test'" in capsys.readouterr().err
+
+
+def test_a_changed_file_of_latents_is_another_result(here, capsys):
+    (here / "edits.json").write_text('{"1": 0}')
+    name = f"latents:{TINY}@edits=edits.json"
+    assert sweep(name, output="e/{model}.json") == sweep(name, output="e/{model}.json", words=["--skip_existing"]) == 0
+    (here / "edits.json").write_text('{"1": 2}')
+    assert sweep(name, output="e/{model}.json", words=["--skip_existing"]) == 2
+    assert "holds results with another content of a file that latents:" in capsys.readouterr().err
 
 
 def test_an_interruption_leaves_whole_files_and_says_how_to_go_on(here, monkeypatch, capsys):

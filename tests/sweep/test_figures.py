@@ -43,6 +43,7 @@ def test_one_numeric_axis_is_a_curve_for_each_value_of_the_others(drawn):
     assert [list(line.get_ydata()) for line in curves] == [[0, 2], [1, 3]]  # the last axis changes fastest
     labels = [line.get_label() for line in curves]
     assert labels == ["rule=majority: best 2.00 at n=50", "rule=query: best 3.00 at n=50"]
+    assert axes.get_title() == "the best point is chosen on these very images: report its accuracy on others"
 
 
 def test_numbers_rise_along_an_axis_however_they_were_given(drawn):
@@ -79,6 +80,12 @@ def test_points_that_are_equally_good_all_have_a_star(drawn):
     assert [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "*"] == [[2], [3]]
     axes, _ = drawn("vs2:X@gamma=1,2@lam=1,2", values=[5, 1, 5, 5])["picture"].axes
     assert len(axes.lines) == 3 and "best, 5.00 at gamma=1, lam=1 and 2 other points; zero-shot" in axes.get_title()
+
+
+def test_a_third_numeric_axis_has_a_heat_map_for_each_of_its_values(drawn):
+    found = drawn("vs2pp:X@gamma=1,2@lam=3,4@n=5,10")
+    assert list(found) == ["picture@n=5", "picture@n=10"]
+    assert np.array_equal(found["picture@n=10"].axes[0].images[0].get_array(), [[1, 5], [3, 7]])
 
 
 def test_a_picture_is_a_file(tmp_path):

@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 from vs2_plugin.data.loading import read
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import DataError, HarnessError, Vs2Error, is_interruption
+from vs2_plugin.files import json_digest
 from vs2_plugin.messages import complain
 from vs2_plugin.names import TRANSFORMERS, file_stem, is_steered, split, weights_tag, with_method
 from vs2_plugin.paths import listed_once
@@ -205,6 +206,8 @@ def _patch_metrics(module: Any) -> None:
         if not isinstance(metrics, dict):
             return metrics
         if model is not None:
+            if "model_id" in values:  # a linear probe encodes training images too, or reads features from its cache
+                model.reset_statistics()
             unreported = {name for method, _ in model.spec.methods for name in method.unreported}
             metrics = {name: value for name, value in metrics.items() if name not in unreported} | model.vs2_facts()
         return metrics if recorder is None else metrics | recorder.facts()
@@ -215,9 +218,9 @@ def _patch_metrics(module: Any) -> None:
 
 
 def _told_apart(model: SteeredCLIP | None, given: dict[str, Any]) -> str:
-    """Return a suffix for the name under which the linear probe caches features, so that neither another checkpoint
-    nor other images in a folder of the same name find them."""
-    digests = [] if model is None else [str(model.vs2_facts().get("vs2_checkpoint_digest", "vs2"))]
+    """Return a suffix for the name under which the linear probe caches features, so that neither another checkpoint, a
+    changed file of options nor other images in a folder of the same name find them."""
+    digests = [] if model is None else [json_digest(model.vs2_facts())[:16]]
     for name in ("train_dataloader", "dataloader"):
         fingerprint = getattr(getattr(given.get(name), "dataset", None), "fingerprint", None)
         digests += [] if fingerprint is None else [fingerprint()[:16]]
@@ -366,12 +369,12 @@ def _run(stock: Callable[[Namespace], Any], args: Namespace) -> Any:
         result = stock(args)
     finally:
         _recorder.reset(token)
-    if not skipped and (recorder is not None or is_steered(args.model)):
-        sign(output)
-    if recorder is not None:
-        recorder.save(str(output))
-    elif not skipped:
-        forget_images(output)
+    if not skipped:
+        if recorder is not None or is_steered(args.model):
+            sign(output)
+        forget_images(output)  # of an earlier run; this one may record none
+        if recorder is not None:
+            recorder.save(str(output))
     return result
 
 

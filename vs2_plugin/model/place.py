@@ -86,7 +86,8 @@ class Place(nn.Module):
         #: At the first place, if it is at the tower's end: the model, whose plain embedding the rest of the tower then
         #: computes from the activation here. In a tuple, so that the model is no submodule of its own steering.
         self.shows: tuple[ClipModel, ...] = ()
-        self._tally = Tally()
+        #: Sums that tell whether a GPU, which is not waited for, steered to activations that are not finite.
+        self.sums = Tally()
 
     @property
     def of_sae(self) -> dict[str, Scalar]:
@@ -121,7 +122,7 @@ class Place(nn.Module):
         except PluginError as error:
             raise PluginError(f"{self.whose} failed at {self.site}: {error}") from error
         if not wait and x.device.type != "cpu":
-            self._tally.add(steered=steered.detach(), given=x.detach())
+            self.sums.add(steered=steered.detach(), given=x.detach())
         elif not _is_finite(steered) and _is_finite(x):
             raise self._not_finite()
         return steered
@@ -131,7 +132,7 @@ class Place(nn.Module):
 
         This checks the batches for which :meth:`steer` did not wait for the GPU.
         """
-        means = self._tally.means()
+        means = self.sums.means()
         if means and not math.isfinite(means["steered"]) and math.isfinite(means["given"]):
             raise self._not_finite()
 
@@ -143,7 +144,7 @@ class Place(nn.Module):
 
     def reset(self) -> None:
         """Forget the images seen so far."""
-        for part in (self._tally, self.gate, self.steering):
+        for part in (self.sums, self.gate, self.steering):
             getattr(part, "reset", lambda: None)()
 
     @property

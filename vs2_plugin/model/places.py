@@ -92,7 +92,8 @@ class Places(Sequence[Place]):
             "site": "+".join(place.site.hookpoint for place in self),
             "protocol": widest([self.spec.protocol, "transductive" if self.transductive else "image"]),
         }
-        facts |= {name: value for name, value in {"split": self._split, **options}.items() if value is not None}
+        optional = {"split": self._split, "option_files": self.spec.option_files, **options}
+        facts |= {name: value for name, value in optional.items() if value is not None}
         if "labels" in facts:  # "labels" below says which labels were used at all
             facts["neighbour_labels"] = facts.pop("labels")
         used = [self.spec.labels_used, *(place.facts.labels for place in self if place.facts is not None)]

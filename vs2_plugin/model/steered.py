@@ -30,6 +30,7 @@ from vs2_plugin.model.replay import Replays, can_replay
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.steering.batch import Batch
 from vs2_plugin.steering.context import Task
+from vs2_plugin.steering.tally import counted
 
 __all__ = ["SteeredCLIP"]
 
@@ -277,17 +278,22 @@ class SteeredCLIP(nn.Module):
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Record no images within a ``with`` block that encodes further views of images already recorded."""
+        """Record and count no images within a ``with`` block that encodes further views of images seen already."""
         gates = [(gate, gate.recording) for gate in self.places.gates]
         show, self._show = self._show, None
         for gate, _ in gates:
             gate.recording = False
         try:
-            yield
+            with counted() as batches:
+                yield
         finally:
             self._show = show
             for gate, recording in gates:
                 gate.recording = recording
+        checks = {place.sums for place in self.places}
+        for tally, sums, count in batches:
+            if tally in checks:  # activations of a further view, too, have to be finite
+                tally.keep(sums, count)
 
     def per_image(self) -> dict[str, Tensor]:
         """Return figures of the images recorded since :meth:`reset_statistics`; see :meth:`Places.per_image`."""

@@ -89,7 +89,7 @@ _CURVE = {
 _FVU = (
     "The test images in bins of about equal size by their FVU, the share of an activation's variance that the SAE does "
     "not explain: small on the left. Accuracy of both models on the same images, with 95 % confidence intervals. The "
-    "dotted line, if any, is the gate: images to its right were not steered."
+    "dotted line, if any, is the gate: images to its right were not steered at that site."
 )
 _AGAIN = "Read like the first of these figures."
 _RELIABLE = (

@@ -36,7 +36,7 @@ def base_of(run: Run) -> str:
 
 def same_but_for_the_seed(run: Run) -> tuple[str, ...]:
     """Return a key that is equal for results that differ in the seed of the SAE only."""
-    facts = (run.fact(name) for name in ("k", "latents", "pass_weight", "site"))
+    facts = (run.fact(name) for name in ("k", "latents", "pass_weight", "site", "split"))
     return (str(run.method), base_of(run), *map(str, facts), *_options(run))
 
 
@@ -61,6 +61,8 @@ def facts_of(runs: Sequence[Run]) -> dict[str, str]:
         value = first.number(f"vs2_{name}")
         if value is not None and name not in first.parts.given:
             facts[name] = f"{value:g}"
+    if first.fact("split") is not None:
+        facts["split"] = printable(first.fact("split"))
     seeds = [seed for run in runs if (seed := seed_of(run)) is not None]
     if seeds and "k" in facts:  # a method without an SAE does not depend on the seed
         facts["seed"] = ", ".join(map(str, seeds))
@@ -91,6 +93,8 @@ def written(facts: Mapping[str, Any]) -> str:
         words.append(f"{facts['latents']} latents")
     if "pass_weight" in facts:
         words.append(f"PASS weight {facts['pass_weight']}")
+    if "split" in facts:
+        words.append(f"split {facts['split']}")
     if "seed" in facts:
         words.append(f"seed{'s' if ',' in facts['seed'] else ''} {facts['seed']}")
     return ", ".join(words)

@@ -68,7 +68,8 @@ class Group:
     @property
     def title(self) -> str:
         """The backbone, its weights, and the name of its prompts."""
-        prompts = self.prompts and f"prompts with {self.prompts}"
+        split = self.zero and self.zero.run.fact("split")
+        prompts = self.prompts and (f"split {printable(split)}" if split else f"prompts with {self.prompts}")
         return ", ".join(filter(None, (self.backbone, self.pretrained, prompts)))
 
     @property
@@ -169,7 +170,7 @@ class Group:
         """Return the steered results that agree in method, checkpoint, site and all options but the ``free`` ones.
 
         Results whose options were chosen automatically are left out."""
-        fixed = sorted(({"method", "checkpoint", "latents", "site"} | self._options) - free)
+        fixed = sorted(({"method", "checkpoint", "latents", "site", "split"} | self._options) - free)
         alike: dict[tuple[str, ...], list[Row]] = {}
         for row in self.steered:
             if row.run.fact("auto") is not None:
@@ -307,10 +308,10 @@ def _before(run: Run, zero: Run | None, runs: Sequence[Run]) -> Run | None:
     of the same images, else one in the same folder, else ``zero`` if all plain results may be of the same images."""
     if run.method is None or run.plain is not None:
         return run.plain
-    plain = [other for other in runs if other.method is None]
+    plain = [other for other in runs if other.method is None and other.fact("split") in (None, run.fact("split"))]
     same = [other for other in plain if Pairing.of(run, other) is not None]
     beside = [other for other in plain if other.path.parent == run.path.parent]
-    alone = [zero] if _are_of_the_same(plain) else []
+    alone = [zero] if zero in plain and _are_of_the_same(plain) else []
     return next(iter([*same, *beside, *alone]), None)
 
 

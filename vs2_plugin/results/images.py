@@ -58,7 +58,7 @@ class Images:
     fvu: Array | None = field(default=None, metadata=_column("float32"))
     """FVU of the image's activation by the SAE of the last site; for steered models."""
     steered: Array | None = field(default=None, metadata=_column("bool"))
-    """Whether the gate of the last site let the image through; for steered models."""
+    """Whether the gate of any site let the image through; for steered models."""
     plain_prediction: Array | None = field(default=None, metadata=_column("int32", "class"))
     """The plain model's prediction, from the same batch, bit for bit; for steered models."""
     plain_confidence: Array | None = field(default=None, metadata=_column("float32", "share"))

@@ -74,7 +74,7 @@ BY_HAND = (
     Option("boost", str, None, pattern=_LATENTS, help="latents to make stronger where they are active"),
     Option("factor", float, None, minimum=-_LIMIT, maximum=_LIMIT, help="what boost multiplies them by; 2 by default"),
     Option(
-        "edits", str, None, pattern=(r"[^@]+", "a JSON file"), excludes=("suppress", "boost", "factor"),
+        "edits", str, None, pattern=(r"[^@]+", "a JSON file"), excludes=("suppress", "boost", "factor"), file=True,
         help='the factor of each latent instead: {"12": 0, "99": 2.5}',
     ),
 )  # fmt: skip

@@ -31,15 +31,14 @@ class Tally:
     def add(self, **values: Tensor) -> None:
         """Add a batch: each value is ``[batch]``, a bool or a number per image."""
         sums = {name: value.detach().sum(dtype=torch.double) for name, value in values.items()}
-        count = max(map(len, values.values()), default=0)
-        apart = _COUNTED.get()
-        if apart is None:
-            self.keep(sums, count)
-        else:
-            apart.append((self, sums, count))
+        self.keep(sums, max(map(len, values.values()), default=0))
 
     def keep(self, sums: Mapping[str, Tensor], count: int) -> None:
         """Add a batch of ``count`` images by its sums."""
+        apart = _COUNTED.get()
+        if apart is not None:
+            apart.append((self, sums, count))
+            return
         for name, total in sums.items():
             self._sums.setdefault(name, []).append(total)  # added up once, not per batch, to save GPU time
         self._seen += count

@@ -153,7 +153,7 @@ def sweep(planned: Plan, quiet: bool = False) -> Summary:
 
 
 def _read(file: Path, model: str, planned: Plan) -> Run:
-    """Return the existing results of a model. Raises DataError if they are not of the same evaluation and SAE."""
+    """Return the existing results of a model. Raises DataError if they are not of this evaluation, or changed."""
     request = planned.request
     try:
         run = read_run(file)
@@ -162,15 +162,19 @@ def _read(file: Path, model: str, planned: Plan) -> Run:
         recorded = run.model, run.pretrained, run.dataset, run.language
         if recorded != (model, weights_tag(model, request.pretrained), request.dataset, request.language):
             raise DataError(f"{file} holds results of {' '.join(filter(None, recorded))}, and not of this sweep")
-        point = planned.points.get(model)
-        if point is None:
-            return run
+        if run.changed:
+            raise DataError(f"{file} was changed after it was written, according to the digest in it")
         split = run.fact("split") or "test"
         if split != request.split:
             raise DataError(f"{file} holds results of the split {split!r}; expected {request.split!r}")
+        point = planned.points.get(model)
+        if point is None:
+            return run
         digest = run.fact("checkpoint_digest")  # missing in results of early versions
         if digest is not None and _digest(point, request) not in (None, digest):
             raise DataError(f"{file} holds results of another SAE than {run.fact('checkpoint')} is now")
+        if run.fact("option_files") != point.spec.option_files:
+            raise DataError(f"{file} holds results with another content of a file that {model} names")
     except DataError as error:
         raise DataError(f"{error}; remove it, give another --output, or omit --skip_existing") from error
     return run
@@ -191,7 +195,8 @@ def _evaluate(planned: Plan, backbone: str, points: Sequence[Point], quiet: bool
         if model in planned.pending:
             weights = weights_tag(model, request.pretrained)
             about = request.dataset, model, weights, request.task, request.language
-            run = Run(planned.files[model], *about, dict(metrics))
+            told = {} if request.split == "test" else {"vs2_split": request.split}  # of the plain model's results too
+            run = Run(planned.files[model], *about, {**metrics, **told})
             planned.results[model] = write_run(run)
 
 
