@@ -1,11 +1,12 @@
 from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import DataError, HarnessError
-from vs2_plugin.host import Evaluation, build, default_task, unknown_data_set
+from vs2_plugin.host import Evaluation, build, default_task, unknown_data_set, with_texts
 
 # ---- an evaluation
 
@@ -108,3 +109,27 @@ def test_a_split_is_built_by_clip_benchmark(tmp_path, write_shards, picture):
     (tmp_path / "zeroshot_classification_templates.txt").write_text("a {c}\n")
     found = build(DataSet("wds/mine", str(tmp_path)), "test", transform=lambda image: image.size)
     assert found.classes == ["one", "two"] and [tuple(row) for row in found] == [((8, 8), 1)]
+
+
+WRONG_PROMPTS = ["ab", [], [1, 2], [["a"]], ["a photo"], ["a {c}", "a {d}"], {"cat": "a cat"}, {"cat": []}, True]
+
+
+@pytest.mark.parametrize("prompts", WRONG_PROMPTS, ids=str)
+def test_prompts_of_a_file_that_are_no_texts_with_a_place_for_the_class_are_refused(prompts):
+    dataset = SimpleNamespace(classes=["cat"], templates=prompts)
+    with pytest.raises(DataError, match=r"--custom_template_file 'p\.json' gives the prompts .*; expected a list"):
+        with_texts(dataset, custom_template_file="p.json")
+    assert with_texts(dataset) is dataset
+
+
+@pytest.mark.parametrize("prompts", [["a {c}"], ["a {c}", "a photo"], {"cat": ["a small tiger"]}], ids=str)
+def test_prompts_of_a_file_that_fit_are_taken(prompts):
+    dataset = SimpleNamespace(classes=["cat"], templates=prompts)
+    assert with_texts(dataset, "c.json", "p.json") is dataset
+    assert with_texts(retrieval := SimpleNamespace(), "c.json", "p.json") is retrieval
+
+
+@pytest.mark.parametrize("names", [True, [], [1, 2], "ab", {"a": 1}], ids=str)
+def test_class_names_of_a_file_that_are_no_texts_are_refused(names):
+    with pytest.raises(DataError, match=r"--custom_classname_file 'c\.json' gives the class names .*; expected a"):
+        with_texts(SimpleNamespace(classes=names), custom_classname_file="c.json")

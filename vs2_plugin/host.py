@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
+from vs2_plugin.data.labels import has_place
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.data.own import build_folder, build_listed
 from vs2_plugin.errors import DataError, HarnessError
@@ -21,6 +22,7 @@ __all__ = [
     "default_task",
     "not_built",
     "unknown_data_set",
+    "with_texts",
     "zero_shot_classification",
 ]
 
@@ -134,16 +136,52 @@ def build(dataset: DataSet, split: str, *, remedy: str = "", **settings: Any) ->
     """
     if dataset.home:
         try:
-            return build_folder(dataset, split, **settings) if dataset.is_folder else build_listed(dataset, **settings)
+            own = build_folder(dataset, split, **settings) if dataset.is_folder else build_listed(dataset, **settings)
+            return with_texts(own, **settings)
         except DataError as error:
             raise DataError("; ".join(filter(None, (str(error), remedy)))) from error
     from clip_benchmark.datasets.builder import build_dataset
 
     stock = inspect.unwrap(build_dataset)
     try:
-        return stock(dataset_name=dataset.name, root=dataset.root, split=split, download=True, **settings)
+        built = stock(dataset_name=dataset.name, root=dataset.root, split=split, download=True, **settings)
+        return with_texts(built, **settings)
+    except DataError:
+        raise
     except (Exception, SystemExit) as error:  # a failed download, a missing file, package or tool: any exception
         raise not_built(dataset.name, dataset.root, split, error, remedy) from error
+
+
+def with_texts(
+    dataset: Any, custom_classname_file: str | None = None, custom_template_file: str | None = None, **others: Any
+) -> Any:
+    """Return a data set whose class names and prompts, where files of the user's name them, are texts that fit.
+
+    Raises:
+        DataError: class names or prompts are no texts, or no prompt has a place for the class.
+    """
+    names, prompts = (getattr(dataset, name, None) for name in ("classes", "templates"))  # none for retrieval
+    if custom_classname_file and names is not None and not _are_texts(names):
+        raise DataError(
+            f"--custom_classname_file {custom_classname_file!r} gives the class names {names!r:.80}; expected a list "
+            "of texts, as many as there are classes"
+        )
+    if custom_template_file and prompts is not None and not _are_prompts(prompts):
+        raise DataError(
+            f"--custom_template_file {custom_template_file!r} gives the prompts {prompts!r:.80}; expected a list of "
+            "texts with {c} for the class, or class names with a list of texts each"
+        )
+    return dataset
+
+
+def _are_texts(values: object) -> bool:
+    return isinstance(values, (list, tuple)) and bool(values) and all(isinstance(value, str) for value in values)
+
+
+def _are_prompts(prompts: Any) -> bool:
+    if isinstance(prompts, dict):  # of each class, complete texts
+        return bool(prompts) and all(map(_are_texts, prompts.values()))
+    return _are_texts(prompts) and any(map(has_place, prompts)) and all(has_place(p) or "{" not in p for p in prompts)
 
 
 def not_built(dataset: str, root: str, split: str, error: BaseException, remedy: str = "") -> DataError:

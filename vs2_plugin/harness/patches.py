@@ -154,7 +154,10 @@ def _patch_builder(module: Any) -> None:
         from vs2_plugin import host
 
         try:
-            dataset = host.build(DataSet(name, root), split, **arguments.arguments) if own else stock(*args, **kwargs)
+            if own:
+                dataset = host.build(DataSet(name, root), split, **arguments.arguments)
+            else:
+                dataset = host.with_texts(stock(*args, **kwargs), **arguments.arguments)
         except Vs2Error:
             raise
         except Exception as error:  # a failed download, a missing file or package: any exception
