@@ -44,6 +44,15 @@ def test_images_come_in_the_order_of_the_shards(shards, picture):
     assert greys([found[2], found[0]]) == [3, 1]
 
 
+def test_shards_beyond_the_number_that_is_written_are_named(shards, picture, caplog):
+    root = Path(shards({"a.png": picture(1)}, {"b.png": picture(2)}))
+    assert len(open_shards(str(root), "train", grey)) == 2 and not caplog.messages
+    (root / "train" / "nshards.txt").write_text("1")
+    assert len(open_shards(str(root), "train", grey)) == 1
+    (told,) = caplog.messages
+    assert "nshards.txt says 1 shard(s), and 2 are there: the others are not read; to read them: echo 2 > " in told
+
+
 def test_what_is_not_an_image_is_never_read(shards, picture):
     root = shards(
         {

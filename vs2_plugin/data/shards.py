@@ -10,6 +10,7 @@ requested, which does not happen if the activations are cached.
 from __future__ import annotations
 
 import io
+import logging
 import os
 import shlex
 import tarfile
@@ -30,6 +31,8 @@ from vs2_plugin.errors import DataError
 from vs2_plugin.text import expanded, one_line
 
 __all__ = ["EXTENSIONS", "LocalShards", "RemoteShards", "open_shards"]
+
+_LOG = logging.getLogger(__name__)
 
 #: Extensions of images, in clip_benchmark's order of preference for a sample with several images.
 EXTENSIONS = ("webp", "png", "jpg", "jpeg")
@@ -98,6 +101,12 @@ def local_shards(root: str, split: str) -> list[Path]:
         missing = listing.with_name(f"{len(files)}.tar")
         mend = f"; write it, or: {_listing_command(listing, len(files))}" if files else ""
         raise DataError(f"cannot read shard {missing}: no such file, and {listing} says {count:,} shards{mend}")
+    if listing.with_name(f"{count}.tar").is_file():
+        there = sum(1 for _ in _shards_in(listing.parent))
+        _LOG.warning(
+            "%s says %d shard(s), and %d are there: the others are not read; to read them: %s",
+            listing, count, there, _listing_command(listing, there),
+        )  # fmt: skip
     return files
 
 
