@@ -1,4 +1,5 @@
 import re
+from hashlib import sha256
 
 import pytest
 from hypothesis import given, settings
@@ -305,3 +306,15 @@ def test_what_learns_from_the_test_images_needs_no_checkpoint(both):
 def test_other_combinations_are_refused(text, words, both):
     with pytest.raises(ModelStringError, match=words):
         parse(text, both)
+
+
+def test_the_files_that_options_name_are_known_by_their_content(tmp_path):
+    method = Method("reader", print, [Option("source", str, file=True), Option("word", str)], needs_checkpoint=False)
+    known, file = Registry(methods={"reader": method}, owners={"reader": "t"}), tmp_path / "a.json"
+    file.write_text("1")
+    spec = parse(f"reader:B@source={file}@word={file}", known)
+    assert spec.option_files == f"source:{sha256(b'1').hexdigest()[:16]}"
+    file.write_text("2")
+    assert spec.option_files == f"source:{sha256(b'2').hexdigest()[:16]}"
+    file.unlink()
+    assert spec.option_files is parse("reader:B@word=x", known).option_files is None

@@ -49,6 +49,8 @@ class Option(Setting):
     """
 
     def __post_init__(self) -> None:
+        if self.file and self.type is not str:
+            raise PluginError(f"option {self.name!r}: file is for the path of a file; expected type str")
         if self.auto is not None:
             if self.type is not float or not isinstance(self.auto, (tuple, list)) or len(self.auto) < 2:
                 raise PluginError(

@@ -32,6 +32,7 @@ WRONG = [
     ({"auto": "01"}, "auto is '01'; expected two"),
     ({"type": bool, "auto": (False, True)}, "expected two values or more of a number"),
     ({"type": int, "auto": (0, 1)}, "expected two values or more of a number"),
+    ({"file": True}, "file is for the path of a file; expected type str"),
     ({"type": str, "auto": ("a", "b")}, "expected two values or more of a number"),
     ({"auto": (0.0, 5.0), "maximum": 3}, "auto holds 5.0, which is not a number, at most 3"),
     ({"auto": (0.0, -1.0), "minimum": 0}, "auto holds -1.0"),
