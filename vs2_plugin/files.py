@@ -23,7 +23,7 @@ from vs2_plugin.errors import DataError
 
 __all__ = [
     "LOCKS", "LONGEST", "alone", "atomic_file", "atomic_folder", "file_digest", "hidden", "json_digest",
-    "make_shared", "part_of", "settle", "sync",
+    "make_shared", "naming", "part_of", "settle", "sync",
 ]  # fmt: skip
 
 #: The folder, beside the files that are written, of the lock files by which processes exclude each other.
@@ -44,12 +44,24 @@ def atomic_file(path: Path) -> Iterator[Path]:
     os.close(handle)
     scratch = Path(name)
     try:
-        yield scratch
-        _share(scratch)
-        sync(scratch)
-        os.replace(scratch, path)
+        with naming(path):
+            yield scratch
+            _share(scratch)
+            sync(scratch)
+            os.replace(scratch, path)
     except BaseException:
         scratch.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name ``path`` in an OSError of the block that names no file, as that of a write to a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
         raise
 
 
@@ -192,6 +204,9 @@ def settle(path: Path) -> None:
 
     Nothing is done if the folder around ``path`` cannot be written.
     """
+    path = Path(os.path.abspath(path))  # "." has no name
+    if not path.name:  # "/"
+        return
     if (path.exists() or not _old(path).exists()) and not _new(path).exists():
         return
     with suppress(DataError, OSError), alone(path):

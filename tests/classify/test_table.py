@@ -92,6 +92,30 @@ def test_what_a_dying_process_left_is_cut_off(damage, part, tmp_path):
     assert [row["path"] for row in part.rows()] == PATHS[:4]
 
 
+@pytest.mark.parametrize(("old", "new"), [(b": 0.5", b": 0.7"), (b": 0.5", b": NaN"), (b'"path"', b'"pith"')])
+def test_from_a_changed_row_on_nothing_is_kept(old, new, part, tmp_path):
+    part.append({"path": path, "probability": 0.5} for path in PATHS)
+    file = tmp_path / "x.csv.part/rows.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    lines[5] = lines[5].replace(old, new)
+    file.write_bytes(b"".join(lines))
+    assert part.settle({"a": 1, "b": [2]}, PATHS, 4) == (4, [])
+    assert [row["path"] for row in part.rows()] == PATHS[:4]
+
+
+def test_files_nested_too_deeply_are_as_good_as_none(part, tmp_path):
+    for name in ("rows.jsonl", "settings.json"):
+        part.append({"path": path} for path in PATHS[:4])
+        (tmp_path / "x.csv.part" / name).write_text(100_000 * "[" + "\n")
+        assert part.settle({"a": 1, "b": [2]}, PATHS, 4) == (0, []) and list(part.rows()) == []
+
+
+def test_a_full_disk_is_named_with_the_file(part, tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "open", lambda *given: open("/dev/full", "wb", buffering=0), raising=False)
+    with pytest.raises(OSError, match="No space left on device: '.*/x.csv.part/rows.jsonl'"):
+        part.append([{"path": "0.png"}])
+
+
 def test_rows_of_other_settings_are_none(part, tmp_path):
     part.append({"path": path} for path in PATHS[:4])
     assert part.settle({"a": 1, "b": [3]}, PATHS, 4) == (0, ["b"]) and list(part.rows()) == []

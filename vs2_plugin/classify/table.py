@@ -4,12 +4,13 @@ While images are classified, rows are saved in a folder beside the table, so tha
 
 <OUT>.part/
   settings.json     the settings that the rows depend on
-  rows.jsonl        a row per line, in the order of the images
+  rows.jsonl        a row per line, after a digest of its text, in the order of the images
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import importlib.util
 import json
 import math
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vs2_plugin.errors import SettingError
-from vs2_plugin.files import alone, atomic_file
+from vs2_plugin.files import alone, atomic_file, naming
 from vs2_plugin.model.predictions import Predictions
 
 __all__ = ["Part", "Row", "columns", "require_format", "rows_of", "write_table"]
@@ -32,6 +33,8 @@ Row = dict[str, Any]
 _TOP = 5
 #: Rows of a Parquet file that are held in memory at a time.
 _GROUP = 10_000
+#: Bytes of a line before a row's text.
+_LEAD = 17
 
 
 def columns(classes: int) -> dict[str, type]:
@@ -82,6 +85,11 @@ def _digits(value: float) -> float:
     return float(f"{value:.9g}")
 
 
+def _line(text: bytes) -> bytes:
+    """Return the line that holds the text of a row: the beginning of its SHA-256, a space, and the text."""
+    return hashlib.sha256(text).hexdigest()[: _LEAD - 1].encode() + b" " + text + b"\n"
+
+
 class Part:
     """The rows finished so far, in the folder ``<OUT>.part``. To be used within :meth:`opened`."""
 
@@ -108,7 +116,7 @@ class Part:
         """
         settings = json.loads(json.dumps(settings))
         before: dict[str, Any] | None = None
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, RecursionError):
             before = json.loads(self._settings.read_text(encoding="utf-8"))
         if before != settings:
             self._rows.unlink(missing_ok=True)
@@ -121,29 +129,28 @@ class Part:
     def _keep_whole(self, paths: Sequence[str], batch_size: int) -> int:
         """Remove the rows after the last whole batch, and return the number of rows left."""
         self._rows.touch()
-        count = whole = end = position = 0
+        whole = end = position = 0
         with open(self._rows, "r+b") as file:
-            for line in file:
-                with suppress(ValueError, LookupError, TypeError):
-                    if line.endswith(b"\n") and json.loads(line)["path"] == paths[count]:
-                        count, position = count + 1, position + len(line)
-                        if count % batch_size == 0 or count == len(paths):
-                            whole, end = count, position
-                        continue
-                break
+            for count, (line, path) in enumerate(zip(file, paths, strict=False), 1):
+                text = line[_LEAD:-1]
+                if line != _line(text) or json.loads(text)["path"] != path:
+                    break
+                position += len(line)
+                if count % batch_size == 0 or count == len(paths):
+                    whole, end = count, position
             file.truncate(end)
         return whole
 
     def append(self, rows: Iterable[Row]) -> None:
         """Append the rows of a batch."""
-        text = "".join(f"{json.dumps(row)}\n" for row in rows)
-        with open(self._rows, "ab") as file:
-            file.write(text.encode())
+        lines = b"".join(_line(json.dumps(row).encode()) for row in rows)
+        with naming(self._rows), open(self._rows, "ab") as file:
+            file.write(lines)
 
     def rows(self) -> Iterator[Row]:
         """Yield all rows finished so far."""
         with open(self._rows, "rb") as file:
-            yield from map(json.loads, file)
+            yield from (json.loads(line[_LEAD:]) for line in file)
 
     def remove(self) -> None:
         """Remove the folder, once the table is written."""
