@@ -3,6 +3,7 @@ import os
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
@@ -229,6 +230,16 @@ def test_nothing_is_settled_where_nothing_was_left(tmp_path):
     assert names(tmp_path) == []
 
 
+def test_a_folder_is_settled_from_inside_too(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / ".mine.new").mkdir()
+    (tmp_path / ".mine.new" / "new").write_text("")
+    monkeypatch.chdir(tmp_path / "mine")
+    settle(Path())
+    assert names(tmp_path) == ["mine"] and names(tmp_path / "mine") == ["new"]
+    settle(Path("/"))
+
+
 # ---- two writers
 
 
@@ -254,6 +265,7 @@ except DataError as error:
 def test_a_writer_waits_for_another_and_is_told(tmp_path):
     code = f"""
 import sys
+from pathlib import Path
 from pathlib import Path
 from vs2_plugin.files import alone
 with alone(Path({str(tmp_path)!r}) / "mine"):

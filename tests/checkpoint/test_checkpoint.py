@@ -87,6 +87,23 @@ def test_a_checkpoint_comes_back_as_it_was_saved(save, make_sae):
     found.verify()
 
 
+def test_from_inside_its_folder_a_checkpoint_has_its_name_too(save, monkeypatch):
+    saved = save()
+    for folder, path in ((saved.folder, "."), (saved.folder, ""), (saved.folder / LAST, "..")):
+        monkeypatch.chdir(folder)
+        found = Checkpoint.load(path)
+        assert found == saved and found.name == "mine" and found.free_name == "mine-2"
+    with pytest.raises(CheckpointNotFound):
+        Checkpoint.load("/")
+
+
+def test_what_is_no_folder_and_no_site_is_refused(save):
+    with pytest.raises(CheckpointError, match="checkpoint 5: expected the path of its folder"):
+        Checkpoint.load(5)
+    with pytest.raises(CheckpointError, match="site 5: expected one of the checkpoint's sites"):
+        save().sae(5)
+
+
 def test_the_mean_survives_bit_for_bit(save):
     value = torch.rand(1).item() / 3
     found = save(mean=value)

@@ -175,7 +175,13 @@ def test_a_name_that_is_no_plain_name_is_refused(name, store):
 
 def test_a_checkpoint_is_found_by_name(store, put):
     saved = put(store.checkpoints / "mine")
-    assert store.find("mine") == saved
+    assert store.find("mine") == saved == store.find(Path("mine"))
+
+
+def test_what_names_no_checkpoint_is_refused(store):
+    for wrong in (5, None):
+        with pytest.raises(CheckpointError, match=f"checkpoint {wrong}: expected its name, its folder, or hf:"):
+            store.find(wrong)
 
 
 def test_a_checkpoint_is_found_by_path(store, put, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ No heavy imports: the harness looks a checkpoint up before it loads anything.
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -105,7 +106,11 @@ class Checkpoint:
             CheckpointNotFound: there is no readable ``vs2.json``.
             CheckpointError: ``vs2.json`` is damaged or of another format version.
         """
+        if not isinstance(folder, (str, Path)):
+            raise CheckpointError(f"checkpoint {folder!r:.80}: expected the path of its folder")
         folder = Path(folder)
+        if folder.name in ("", ".."):  # "." and ".." do not tell the checkpoint's name
+            folder = Path(os.path.abspath(folder))
         settle(folder)
         values = read_manifest(folder)
         try:
@@ -316,8 +321,10 @@ class Checkpoint:
         """Read the SAE of ``site``, verified by the digests in ``vs2.json``, and the site's mean activation ``[d]``.
 
         Raises:
-            CheckpointError: a file is missing, changed or of another shape.
+            CheckpointError: a file is missing, changed or of another shape, or ``site`` is none of :attr:`sites`.
         """
+        if not isinstance(site, SiteSAE):
+            raise CheckpointError(f"site {site!r:.80}: expected one of the checkpoint's sites, such as sites[-1]")
         import torch
 
         from vs2_plugin.sae.files import load_sae

@@ -160,13 +160,16 @@ class Store:
             )
         return self.checkpoints / name
 
-    def find(self, name: str) -> Checkpoint:
+    def find(self, name: str | Path) -> Checkpoint:
         """Return the checkpoint called ``name``, in the folder ``name``, or on a hub (``hf:owner/name[#revision]``).
 
         Raises:
             CheckpointNotFound: there is no such checkpoint.
             CheckpointError: the checkpoint is damaged, or the folder holds SAEs but no checkpoint.
         """
+        if not isinstance(name, (str, Path)):
+            raise CheckpointError(f"checkpoint {name!r:.80}: expected its name, its folder, or hf:owner/name")
+        name = str(name)
         on_hub = repository(name)
         if on_hub is not None:
             return Checkpoint.from_hub(*on_hub)
