@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from vs2_plugin import cli
 from vs2_plugin.cli.common import end_well
 from vs2_plugin.cli.main import main
 
@@ -19,6 +20,15 @@ def test_an_interruption_while_torch_is_loaded_ends_well(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 130 and done.stdout == "imported\n"
     assert done.stderr.strip().startswith("vs2-train-sae: interrupted; ") and "Traceback" not in done.stderr
+
+
+def test_an_interruption_before_the_command_is_there_ends_well(monkeypatch, capsys):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "import_module", interrupted)
+    assert (cli.vs2(), cli.vs2_train_sae()) == (130, 130)
+    assert capsys.readouterr().err == "\nvs2: interrupted\n\nvs2-train-sae: interrupted\n"
 
 
 def test_what_a_loader_says_of_its_interrupted_workers_is_an_interruption(capsys):
