@@ -140,6 +140,12 @@ def test_invalid_strings_of_vs2_are_refused_by_name(text, parts):
         assert part in str(error.value)
 
 
+def test_what_is_no_text_is_refused():
+    for wrong in (5, None, b"vs2:ViT-B-32"):
+        with pytest.raises(ModelStringError, match="expected a text, method:backbone"):
+            parse(wrong)
+
+
 def test_options_have_defaults_filled_in_and_excluded_ones_unset():
     common = {option.name: option.default for option in (*AUTOMATIC, *COMMON)}
     assert parse("vs2:ViT-B-32").options == {"gamma": 1.5, "lam": 2.1, "alpha": None, **common}

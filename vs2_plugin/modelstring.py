@@ -153,6 +153,8 @@ def parse(text: str, known: Registry | None = None) -> ModelString:
     Traceback (most recent call last):
     vs2_plugin.errors.ModelStringError: model 'vs2:ViT-B-32@lam=-1': option lam='-1': expected a number from 0 to 1000
     """
+    if not isinstance(text, str):
+        raise ModelStringError(f"model {text!r:.80}: expected a text, {GRAMMAR}, for example vs2:ViT-B-32")
     parts = split(text)
     try:
         if parts.method is None:

@@ -48,6 +48,11 @@ def test_the_folder_at_hand_is_called_as_it_is(monkeypatch):
     assert DataSet.of("..").root == ".."
 
 
+def test_what_is_neither_a_name_nor_a_path_is_refused():
+    with pytest.raises(DataError, match="the data set is 5; expected its name, or the path of a folder"):
+        DataSet.of(5)
+
+
 @pytest.mark.parametrize("name", ["cifar100", "wds/mine", "vtab/pets", "tfds/x/y", "sugar_crepe/add_att", "photos"])
 def test_a_name_is_a_name_even_where_there_is_such_a_folder(name):
     found = DataSet.of(name, "root/{dataset_cleaned}")

@@ -43,13 +43,15 @@ class DataSet:
 
         Raises:
             SettingError: ``dataset_root`` has another field in braces.
-            DataError: the path is not a folder.
+            DataError: the path is not a folder, or ``dataset`` is neither a name nor a path.
 
         >>> DataSet.of("wds/cub200", "root/{dataset}"), DataSet.of("vtab/pets", "{dataset_cleaned}").root
         (DataSet(name='wds/cub200', root='root/cub200'), 'vtab-pets')
         >>> DataSet.of("shards/train-{0000..0009}.tar").name
         'wds/shards'
         """
+        if not isinstance(dataset, (str, os.PathLike)):
+            raise DataError(f"the data set is {dataset!r:.80}; expected its name, or the path of a folder")
         path = os.fspath(dataset)
         if cls.is_path(dataset):
             path = os.path.expanduser(path.removeprefix("file:"))  # webdataset's prefix of local files
