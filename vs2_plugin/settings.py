@@ -8,6 +8,7 @@ values of a YAML file, and the command line that gives an object. No heavy impor
 from __future__ import annotations
 
 import math
+import operator
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ __all__ = [
     "Scalar",
     "Setting",
     "flags_of",
+    "is_count",
     "like",
     "read",
     "setting",
@@ -172,6 +174,18 @@ def whole(text: object) -> int | None:
     (11, None, None)
     """
     return int(str(text)) if re.fullmatch("[0-9]{1,9}", str(text)) else None
+
+
+def is_count(value: Any) -> bool:
+    """Tell whether a value is a whole number, at least 1, of any library.
+
+    >>> [is_count(value) for value in (1, 0, 1.5, "2", None)]
+    [True, False, False, False, False]
+    """
+    try:
+        return operator.index(value) >= 1
+    except TypeError:
+        return False
 
 
 class Flag(NamedTuple):

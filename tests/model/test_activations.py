@@ -69,6 +69,7 @@ def test_a_place_is_named_where_there_are_several(in_demo, images):
     (torch.zeros(2, 64), r"of shape \[2, 64\] and type float32; expected floats \[batch, 128\], as they are at"),
     (torch.zeros(128), r"of shape \[128\].*; one alone is x\[None\]"),
     (np.zeros((2, 128), dtype=int), "type int64"),
+    (None, "activations of type NoneType; expected a tensor or an array of floats"),
     (torch.full((2, 128), float("nan")), "row 0 of the activations holds NaN or infinity"),
 ])  # fmt: skip
 def test_what_is_no_activation_is_refused(in_demo, x, problem):

@@ -51,13 +51,25 @@ def test_images_that_are_not_finite_are_refused_by_number(load):
             model.explain(images[3])
 
 
+def test_an_image_without_logits_has_no_class(load):
+    model = load(f"vs2:{TINY}@{NAME}")[0]
+    images = torch.randn(5, 3, 32, 32)
+    images[3] *= 1e30
+    with pytest.raises(DataError, match="image number 3 has logits that are NaN"):
+        model.classify(images, batch_size=2)
+    with pytest.raises(DataError, match="image number 0 has logits that are NaN"):
+        model.explain(images[3])
+
+
 def test_numbers_below_one_are_refused(load):
     model = load(f"vs2:{TINY}@{NAME}")[0]
     found = model.classify(torch.zeros(1, 3, 32, 32))
-    for wrong in (lambda: found.top(0), lambda: found.top(-1)):
+    for wrong in (0, -1, 1.5, "a", None):
         with pytest.raises(SettingError, match="expected a number of classes, at least 1"):
-            wrong()
-    for told in ({"top": 0}, {"latents": 0}, {"latents": -2}):
+            found.top(wrong)
+        with pytest.raises(SettingError, match="expected a whole number, at least 1"):
+            model.classify(torch.zeros(1, 3, 32, 32), batch_size=wrong)
+    for told in ({"top": 0}, {"latents": 0}, {"latents": -2}, {"top": 1.5}, {"latents": "a"}):
         with pytest.raises(SettingError, match="expected whole numbers, at least 1"):
             model.explain(torch.zeros(3, 32, 32), **told)
 
@@ -108,6 +120,10 @@ def test_pictures_files_tensors_and_arrays_give_the_same(load, tmp_path):
     tensor = torch.stack([transform(picture) for picture in pictures])
     expected = model.classify(pictures)
     pixels = [np.array(picture) for picture in pictures]
+    backwards = tensor.numpy()[:, :, ::-1].copy()[:, :, ::-1]
+    for array in (backwards, tensor.numpy().astype(">f4"), tensor.numpy().astype("longdouble")):
+        assert torch.equal(model.classify(array).logits, model.classify(list(array)).logits)
+        assert torch.equal(model.classify(array).logits, expected.logits)
     ways = (paths, [str(path) for path in paths], tensor, tensor.numpy(), tensor.double().numpy(), list(tensor))
     for images in (*ways, pixels, np.stack(pixels), tmp_path, f"{tmp_path}/"):
         assert torch.equal(model.classify(images).logits, expected.logits)
@@ -155,6 +171,12 @@ def test_a_classifier_of_ones_own(load):
         (["none.jpg"], "there is no file 'none.jpg'"),
         (np.zeros((2, 30, 30, 3)), r"shape \(2, 30, 30, 3\) and type float64; expected floats \[images, 3, 32, 32\]"),
         (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "type torch.uint8"),
+        (np.zeros((1, 3, 32, 32), object), r"type object; expected floats \[images, 3, 32, 32\]"),
+        ([(Image.new("RGB", (9, 9)), 3)], "image number 0 is a tuple; expected a PIL image"),
+        ([Image.new("RGB", (9, 9)), [Image.new("RGB", (9, 9))]], "image number 1 is a list; expected a PIL image"),
+        ([np.zeros((3, 32, 32), object)], "image number 0 is an array of type object; expected a PIL image"),
+        (Image.new("RGB", (0, 0)), "image number 0 is without pixels"),
+        (np.zeros((2, 0, 5, 3), np.uint8), "image number 0 is without pixels"),
     ],
 )
 def test_what_is_no_image_is_said(images, problem, load):
@@ -170,6 +192,8 @@ def test_what_is_no_image_is_said(images, problem, load):
     [
         ("cat", "expected a list of names"),
         ([1, 2], "expected a list of names"),
+        (5, "expected a list of names"),
+        ({"cat", "dog"}, "expected a list of names"),
         ([], "none; expected at least two"),
         (["cat"], "'cat' alone"),
         (["cat", "dog", " cat"], "'cat' is given twice"),
@@ -183,6 +207,15 @@ def test_wrong_classes_are_told(names, problem):
         vs2_plugin.load("vs2:no-such-model", classes=names)
 
 
+def test_names_may_come_one_after_another():
+    assert class_names(name for name in ("cat", "dog")) == ("cat", "dog")
+
+
+def test_amp_is_either_or(load):
+    with pytest.raises(SettingError, match="amp is 'x'; expected True or False"):
+        load(f"vs2:{TINY}", amp="x")
+
+
 def test_classes_that_the_model_cannot_tell_apart_are_named(load, caplog):
     load(f"vs2:{TINY}", classes=["zero", "one", "Zero"])
     (said,) = [record.message for record in caplog.records if "cannot tell them apart" in record.message]
@@ -193,11 +226,14 @@ def test_classes_that_the_model_cannot_tell_apart_are_named(load, caplog):
 
 def test_prompts_have_a_place_for_the_name():
     assert prompts_of(None) == ("a photo of a {c}.",) and prompts_of("{} and {c}") == ("{c} and {c}",)
-    for wrong in ("a photo", "a {d}", "a {", "{c.x}", "{0}"):
+    for wrong in ("a photo", "a {d}", "a {", "{c.x}", "{0}", "a {c:{c}}", "{c:>100000}", "{c!r}"):
         with pytest.raises(SettingError, match="expected one {c} where the class name goes"):
             prompts_of([wrong])
     with pytest.raises(SettingError, match="prompts: none"):
         prompts_of([])
+    for wrong in (5, {"a {c}"}):
+        with pytest.raises(SettingError, match="expected a list of prompts"):
+            prompts_of(wrong)
 
 
 def test_classes_do_not_say_which_checkpoint(load):

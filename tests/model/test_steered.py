@@ -9,7 +9,7 @@ import torch
 
 import vs2_plugin
 from vs2_plugin.demo.digits import CLASSES, read_digits
-from vs2_plugin.errors import HarnessError, ModelStringError, PluginError, SettingError
+from vs2_plugin.errors import DataError, HarnessError, ModelStringError, PluginError, SettingError
 from vs2_plugin.files import json_digest
 from vs2_plugin.method import Method, Option
 from vs2_plugin.plugins import registry
@@ -216,3 +216,13 @@ def test_the_context_is_complete(in_demo, add_method):
     assert n == 5 and context.width == 128 and context.mean.shape == (128,) and context.sae.config.d_in == 128
     assert context.site == "visual.transformer.resblocks.3" and context.task.dataset == "wds/digits"
     assert set(context.fvu_quantiles) >= {"0.9", "0.95", "0.99", "0.995"}
+
+
+@pytest.mark.parametrize("image", [
+    None, [torch.zeros(3, 32, 32)], torch.zeros(3, 32, 32).numpy(), torch.zeros(3, 32, 32), torch.zeros(1, 1, 32, 32),
+    torch.zeros(1, 3, 32, 32, dtype=torch.int32),
+])  # fmt: skip
+def test_what_is_no_batch_of_images_is_not_encoded(image, in_demo):
+    model = vs2_plugin.load(f"vs2:{TINY}", dataset="wds/digits")[0]
+    with pytest.raises(DataError, match=r"expected a tensor of floats \[batch, 3, height, width\]"):
+        model.encode_image(image)

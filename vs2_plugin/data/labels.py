@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 
 from vs2_plugin.errors import DataError, SettingError
 
@@ -26,13 +27,14 @@ LONGEST_LABEL = 64
 def has_place(prompt: str) -> bool:
     """Tell whether a prompt has a place for the name of a class, and nothing else to be filled in.
 
-    >>> [has_place(prompt) for prompt in ("a photo of a {c}.", "a photo", "{c} and {d}")]
-    [True, False, False]
+    >>> [has_place(prompt) for prompt in ("a photo of a {c}.", "a photo", "{c} and {d}", "{c:>9}")]
+    [True, False, False, False]
     """
     try:
-        return prompt.format(c="1") != prompt.format(c="2")
-    except (LookupError, ValueError, AttributeError):
+        fields = [field for _, *field in Formatter().parse(prompt) if field[0] is not None]
+    except ValueError:
         return False
+    return bool(fields) and all(field == ["c", "", None] for field in fields)  # neither a format nor a conversion
 
 
 def read_lines(file: str | os.PathLike[str], flag: str, what: str) -> list[str]:

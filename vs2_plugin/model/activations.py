@@ -32,7 +32,11 @@ def steer_activations(
     place = _place_at(places, block)
     if isinstance(activations, np.ndarray) and activations.dtype not in FLOATS:
         raise DataError(f"activations of type {activations.dtype}; expected native float16, float32 or float64")
-    tensor = torch.as_tensor(np.array(activations) if isinstance(activations, np.ndarray) else activations)
+    try:
+        tensor = torch.as_tensor(np.array(activations) if isinstance(activations, np.ndarray) else activations)
+    except (TypeError, ValueError, RuntimeError):
+        kind = type(activations).__name__
+        raise DataError(f"activations of type {kind}; expected a tensor or an array of floats") from None
     if tensor.ndim != 2 or tensor.shape[1] != place.site.width or not tensor.is_floating_point():
         hint = "; one alone is x[None]" if tensor.ndim == 1 else ""
         raise DataError(

@@ -18,6 +18,7 @@ from vs2_plugin.errors import HarnessError
 from vs2_plugin.model.attribution import Attribution, Movement, attribute, movement, tail
 from vs2_plugin.model.place import Place
 from vs2_plugin.model.places import Places
+from vs2_plugin.model.predictions import require_numbers
 from vs2_plugin.model.words import latent_embeddings, nearest
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.names import Parts
@@ -220,12 +221,14 @@ def explain(
 
     Raises:
         HarnessError: the method is on logits or needs the image's true class, or there is one class only.
+        DataError: the image has no logits.
     """
     require_explainable(model.spec)
     if len(names) < 2:
         raise HarnessError(f"of {len(names)} class none leads over another; expected two classes or more")
     plain, steered = _embeddings(model, image)
     logits = [_logits(embedding, texts)[0] for embedding in (plain, steered)]
+    require_numbers(*(values[None] for values in logits))
     before, after = (values.softmax(0).tolist() for values in logits)
     changes = (logits[1] - logits[0]).tolist()
     best = [values.argsort(descending=True, stable=True).tolist() for values in logits]

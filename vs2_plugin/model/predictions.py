@@ -23,11 +23,12 @@ from vs2_plugin.documented import documented
 from vs2_plugin.errors import DataError, SettingError
 from vs2_plugin.host import zero_shot_classification
 from vs2_plugin.model.readout import Read, Readout
+from vs2_plugin.settings import is_count
 from vs2_plugin.text import counted
 
 __all__ = [
     "Classifier", "Images", "OneImage", "Predictions", "best_first", "class_names", "one_image", "predict",
-    "prompts_of", "warn_of_equals",
+    "prompts_of", "require_numbers", "warn_of_equals",
 ]  # fmt: skip
 
 _LOG = logging.getLogger(__name__)
@@ -55,9 +56,10 @@ def class_names(names: Sequence[str], what: str = "classes") -> tuple[str, ...]:
     Raises:
         SettingError: not a list of at least two names, an empty name, or a name that is given twice.
     """
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    listed = _listed(names)
+    if listed is None or not all(isinstance(name, str) for name in listed):
         raise SettingError(f"{what} is {names!r:.80}; expected a list of names, such as ['cat', 'dog']")
-    stripped = tuple(name.strip() for name in names)
+    stripped = tuple(name.strip() for name in listed)
     if "" in stripped:
         raise SettingError(f"{what}: name number {stripped.index('') + 1} is empty; expected one name per class")
     twice = next((name for number, name in enumerate(stripped) if name in stripped[:number]), None)
@@ -69,6 +71,12 @@ def class_names(names: Sequence[str], what: str = "classes") -> tuple[str, ...]:
     return stripped
 
 
+def _listed(values: object) -> list[Any] | None:
+    """Return values that have an order as a list, which a generator yields once; None for anything else."""
+    unordered = isinstance(values, (str, bytes, set, frozenset))
+    return list(values) if isinstance(values, Iterable) and not unordered else None
+
+
 def prompts_of(prompts: Sequence[str] | str | None) -> tuple[str, ...]:
     """Return prompts with ``{c}`` for the class name, as clip_benchmark fills them in.
 
@@ -76,12 +84,14 @@ def prompts_of(prompts: Sequence[str] | str | None) -> tuple[str, ...]:
         prompts: one or several prompts, each with ``{}`` or ``{c}``; None stands for CLIP's usual prompt.
 
     Raises:
-        SettingError: an empty list, or a prompt without a place for the class name.
+        SettingError: no list, an empty one, or a prompt without a place for the class name.
 
     >>> prompts_of(["a sketch of a {}"])
     ('a sketch of a {c}',)
     """
-    templates = [PROMPT] if prompts is None else [prompts] if isinstance(prompts, str) else list(prompts)
+    templates = [PROMPT] if prompts is None else [prompts] if isinstance(prompts, str) else _listed(prompts)
+    if templates is None:
+        raise SettingError(f"prompts is {prompts!r:.80}; expected a list of prompts, such as ['a photo of a {{c}}']")
     if not templates:
         raise SettingError("prompts: none; expected at least one, such as 'a photo of a {c}'")
     return tuple(map(_prompt, templates))
@@ -91,7 +101,7 @@ def _prompt(text: object) -> str:
     prompt = str(text).strip().replace("{}", "{c}")
     if not has_place(prompt):
         raise SettingError(
-            f"prompt {text!r}: expected one {{c}} where the class name goes, such as 'a photo of a {{c}}'"
+            f"prompt {text!r:.80}: expected one {{c}} where the class name goes, such as 'a photo of a {{c}}'"
         )
     return prompt
 
@@ -210,8 +220,8 @@ class Predictions:
 
     def top(self, k: int = 5) -> list[list[tuple[str, float]]]:
         """Return each image's ``k`` best classes with their probabilities, best first. Raises SettingError if k < 1."""
-        if k < 1:
-            raise SettingError(f"k is {k}; expected a number of classes, at least 1")
+        if not is_count(k):
+            raise SettingError(f"k is {k!r:.80}; expected a number of classes, at least 1")
         order = best_first(self.logits, max(k, 5))[:, :k]
         chances = self.probabilities.gather(1, order)
         return [
@@ -272,13 +282,13 @@ def predict(
     """Classify images by clip_benchmark's own function, so that logits equal those of its evaluation, bit for bit.
 
     Raises:
-        DataError: an object or a file that is no image.
-        SettingError: ``batch_size`` is below 1.
+        DataError: an object or a file that is no image, or an image without logits.
+        SettingError: ``batch_size`` is no whole number, or below 1.
     """
     weights, plain = classifier.weights, []
     pictures = _pictures(images, transform)
-    if batch_size < 1:
-        raise SettingError(f"batch_size is {batch_size}; expected a whole number, at least 1")
+    if not is_count(batch_size):
+        raise SettingError(f"batch_size is {batch_size!r:.80}; expected a whole number, at least 1")
 
     def see(embedding: Callable[[], Tensor]) -> None:  # inside run_classification's autocast, by its own formula
         plain.append((100.0 * F.normalize(embedding(), dim=-1) @ weights).float().cpu())
@@ -300,15 +310,27 @@ def predict(
         facts = model.per_image()
     finally:
         model.record_images(False)
-    count = len(logits)
+    count, plain_logits = len(logits), torch.cat(plain)
+    require_numbers(logits, plain_logits)
     return Predictions(
         classes=classifier.names,
         logits=logits,
-        plain_logits=torch.cat(plain),
+        plain_logits=plain_logits,
         fvu=facts.get("fvu", torch.full((count,), float("nan"))),
         steered=facts.get("steered", torch.ones(count, dtype=torch.bool)),
         images=tuple(str(image) if isinstance(image, (str, Path)) else str(n) for n, image in enumerate(pictures)),
     )
+
+
+def require_numbers(*logits: Tensor) -> None:
+    """Raise DataError, which names the image, for logits ``[images, classes]`` that are NaN: they tell no class."""
+    for values in logits:
+        wrong = values.isnan().any(1)
+        if wrong.any():
+            raise DataError(
+                f"image number {int(wrong.int().argmax())} has logits that are NaN, since its pixels, or the model's "
+                "weights, are too large to compute with; expected pixels as the model's transform makes them"
+            )
 
 
 def one_image(image: OneImage, transform: Callable[[Any], Tensor]) -> Tensor:
@@ -332,15 +354,14 @@ def _pictures(images: Any, transform: Callable[[Any], Tensor]) -> Sequence[Any]:
     if isinstance(images, np.ndarray) and images.dtype == np.uint8:  # pixels of one picture or several
         images = list(images) if images.ndim == 4 else [images]
     if isinstance(images, (Tensor, np.ndarray)):
-        tensor = torch.as_tensor(images)
-        tensor = tensor[None] if tensor.ndim == 3 else tensor
+        batch = images[None] if images.ndim == 3 else images
         height, width = transform(Image.new("RGB", (8, 8))).shape[1:]
-        if tensor.shape[1:] != (3, height, width) or not tensor.is_floating_point():
+        if batch.shape[1:] != (3, height, width) or not _has_floats(batch):
             raise DataError(
                 f"images of shape {tuple(images.shape)} and type {images.dtype}; expected floats "
                 f"[images, 3, {height}, {width}], as the model's transform makes them, or PIL images or paths in a list"
             )
-        pictures: Sequence[Any] = tensor  # type: ignore[assignment]  # a tensor is a sequence of tensors
+        pictures: Sequence[Any] = batch  # type: ignore[assignment]  # a sequence of tensors or arrays
     elif isinstance(images, Iterable):
         pictures = list(images)
     else:
@@ -352,13 +373,40 @@ def _pictures(images: Any, transform: Callable[[Any], Tensor]) -> Sequence[Any]:
 
 def _batch(pictures: Sequence[Any], transform: Callable[[Any], Tensor], first: int = 0) -> Tensor:
     """Return preprocessed images ``[batch, 3, height, width]``; ``first`` is the first one's number, for errors."""
-    if isinstance(pictures, Tensor):
-        batch = pictures.float()
+    if isinstance(pictures, (Tensor, np.ndarray)):
+        batch = _float32(pictures)
     else:
         prepare = Prepare(transform)
-        batch = torch.stack([prepare(number, picture) for number, picture in enumerate(pictures, first)])
+        batch = torch.stack([prepare(number, _single(number, item)) for number, item in enumerate(pictures, first)])
     if not batch.sum().isfinite():  # a finite sum shows that all are finite, in a twentieth of the time
         wrong = ~batch.flatten(1).isfinite().all(1)
         if wrong.any():
             raise DataError(f"image number {first + int(wrong.int().argmax())} holds NaN or infinity; {_EXPECTED}")
     return batch
+
+
+def _single(number: int, item: Any) -> Any:
+    """Return an image of a list, floats as a tensor. Raises DataError for what is certainly none."""
+    if isinstance(item, np.ndarray) and _has_floats(item):
+        return _float32(item)
+    if isinstance(item, (tuple, list)):
+        kind = f"a {type(item).__name__}"
+    elif isinstance(item, np.ndarray) and item.dtype != np.uint8:
+        kind = f"an array of type {item.dtype}"
+    elif 0 in (item.size if isinstance(item, Image.Image) else getattr(item, "shape", ())):
+        kind = "without pixels"
+    else:
+        return item
+    raise DataError(
+        f"image number {number} is {kind}; expected a PIL image, a path, an array of bytes [height, width, 3], or a "
+        "preprocessed image [3, height, width]"
+    )
+
+
+def _has_floats(values: Tensor | np.ndarray) -> bool:
+    return values.is_floating_point() if isinstance(values, Tensor) else values.dtype.kind == "f"
+
+
+def _float32(values: Tensor | np.ndarray) -> Tensor:
+    """Return floats as a tensor; torch has neither NumPy's negative strides, nor all of its types."""
+    return values.float() if isinstance(values, Tensor) else torch.from_numpy(np.ascontiguousarray(values, np.float32))

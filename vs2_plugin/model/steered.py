@@ -15,7 +15,7 @@ from vs2_plugin.clip.backbone import Loaded
 from vs2_plugin.clip.edits import Edit, paused
 from vs2_plugin.clip.sites import ClipModel, Sites
 from vs2_plugin.clip.tower import Tower
-from vs2_plugin.errors import CheckpointReplaced, HarnessError, ModelStringError, SettingError
+from vs2_plugin.errors import CheckpointReplaced, DataError, HarnessError, ModelStringError, SettingError
 from vs2_plugin.method import Scalar
 from vs2_plugin.model.activations import Activations, steer_activations
 from vs2_plugin.model.description import describe
@@ -28,6 +28,7 @@ from vs2_plugin.model.predictions import Classifier, Images, OneImage, Predictio
 from vs2_plugin.model.readout import Readout
 from vs2_plugin.model.replay import Replays, can_replay
 from vs2_plugin.modelstring import ModelString
+from vs2_plugin.settings import is_count
 from vs2_plugin.steering.batch import Batch
 from vs2_plugin.steering.context import Task
 from vs2_plugin.steering.tally import counted
@@ -81,6 +82,8 @@ class SteeredCLIP(nn.Module):
         amp: bool = True,
     ) -> None:
         super().__init__()
+        if not isinstance(amp, bool):
+            raise SettingError(f"amp is {amp!r:.80}; expected True or False")
         self.model: ClipModel = loaded.model
         self.spec = spec
         self.sites: Sites = loaded.sites
@@ -194,7 +197,8 @@ class SteeredCLIP(nn.Module):
 
         Raises:
             HarnessError: no classes are known, or the model was cast to another dtype.
-            DataError: an object or a file is no image.
+            DataError: an object or a file is no image, or an image has no logits.
+            SettingError: ``batch_size`` is no whole number, or below 1.
         """
         if isinstance(images, Iterator):  # outside of the lock: another thread may need the lock to produce them
             images = list(images)
@@ -213,11 +217,11 @@ class SteeredCLIP(nn.Module):
         Raises:
             HarnessError: fewer than two classes are known, the method is on logits or reads the true class, or the
                 model was cast to another dtype.
-            DataError: no image, or more than one.
-            SettingError: ``top`` or ``latents`` is below 1.
+            DataError: no image, or more than one, or one without logits.
+            SettingError: ``top`` or ``latents`` is no whole number, or below 1.
         """
-        if min(top, latents) < 1:
-            raise SettingError(f"top is {top} and latents {latents}; expected whole numbers, at least 1")
+        if not is_count(top) or not is_count(latents):
+            raise SettingError(f"top is {top!r:.80} and latents {latents!r:.80}; expected whole numbers, at least 1")
         classifier = self._require_classes()
         with torch.inference_mode(False), torch.enable_grad():  # contributions need gradients, in any caller's mode
             prepared = one_image(image, self.transform).to(classifier.weights.device)
@@ -304,8 +308,14 @@ class SteeredCLIP(nn.Module):
         """Return the steered image embedding ``[batch, embed_dim]``, in the dtype of the model inside.
 
         Raises:
+            DataError: no tensor of images ``[batch, 3, height, width]``; torch raises errors of its own for another
+                size or dtype than the model's.
             HarnessError: the tower ran without its steering.
         """
+        if not isinstance(image, Tensor) or image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point():
+            kind = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+            raise DataError(f"images of type {kind}; expected a tensor of floats [batch, 3, height, width], as the "
+                            "model's transform makes them")  # fmt: skip
         if self._can_replay(image) and not args and not kwargs:
             embedding = self._replays(self.model.visual, self._encode, image)
             if embedding is not None:
