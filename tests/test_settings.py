@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -200,6 +201,12 @@ def test_an_object_holds_values_as_they_are_declared():
     assert (request.data, request.k, request.blocks) == (("cifar100",), (3, 4), ("9",))
     assert (request.root, request.rate, request.keep) == ("root", 1, True)
     assert Request(data=("a", "b"), rate=None).rate is None
+
+
+def test_numbers_of_numpy_become_those_of_python():
+    request = Request(data="a", k=[np.int64(3), 4], rate=np.float32(0.5), fast=np.bool_(True), keep=np.bool_(True))
+    assert repr((request.k, request.rate, request.fast, request.keep)) == "((3, 4), 0.5, True, True)"
+    assert Request(data="a", k=np.array([3, 4])).k == (3, 4) and type(Fit(k=np.int64(8)).k) is int
 
 
 WRONG = [

@@ -115,7 +115,9 @@ class Setting:
         return values if self.several else value
 
     def plain(self, value: Any) -> Any:
-        """Return ``value``; if the setting is a word, a whole number or a path becomes text."""
+        """Return ``value``, of NumPy's types as Python's; if the setting is a word, a whole number or a path becomes
+        text."""
+        value = _of_python(value)
         if self.type is str and isinstance(value, (int, os.PathLike)) and not isinstance(value, bool):
             return str(value)
         return value
@@ -236,14 +238,14 @@ def settings_of(owner: type[Any]) -> Mapping[str, Setting]:
 
 def validate(owner: Any) -> None:
     """Pass each setting of a frozen dataclass's object that differs from its default through :meth:`Setting.read`.
+    Numbers of NumPy become Python's.
 
     Raises:
         SettingError: a value that is not accepted.
     """
     for name, declared in settings_of(type(owner)).items():
-        value = getattr(owner, name)
-        if value != _defaults(type(owner))[name]:
-            object.__setattr__(owner, name, _read(name, declared, value))
+        value, default = _of_python(getattr(owner, name)), _defaults(type(owner))[name]
+        object.__setattr__(owner, name, default if value == default else _read(name, declared, value))
 
 
 @_kept
@@ -305,6 +307,11 @@ def _read(name: str, declared: Setting, value: Any) -> Any:
         values = value if declared.several and isinstance(value, (list, tuple)) else [value]
         wrong = next((item for item in values if declared.check(declared.plain(item)) is not None), value)
         raise SettingError(f"{name} is {wrong!r:.80}; expected {error}") from None
+
+
+def _of_python(value: Any) -> Any:
+    """Return a number or an array of NumPy or torch as Python's number or list; any other value as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _defaults(owner: type[Any]) -> dict[str, Any]:
