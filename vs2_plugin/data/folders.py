@@ -17,6 +17,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -364,7 +365,7 @@ class _Rows:
             raise _unreadable(os.path.join(self.root, path), error) from None
         if not stat.S_ISREG(status.st_mode):  # reading a pipe would block
             named = printable(os.path.join(self.root, path))
-            raise DataError(f"cannot read {named}: it is a pipe or a device; expected files")
+            raise DataError(f"cannot read {named}: it is a pipe or a device; expected files, so remove it")
         encoded = os.fsencode(path)
         self._text += encoded
         self._ends.append(len(self._text))
@@ -383,7 +384,7 @@ def _entries(folder: str) -> list[tuple[str, bool]]:
         with os.scandir(folder) as entries:
             return sorted((entry.name, entry.is_dir()) for entry in entries if not _is_hidden(entry.name))
     except OSError as error:
-        raise _unreadable(folder, error) from None
+        raise _unreadable(error.filename or folder, error) from None  # the folder, or a link in it that leads to itself
 
 
 def _is_hidden(name: str) -> bool:
@@ -403,7 +404,7 @@ def _walk(root: str, passed: Counter[str]) -> Iterator[str]:
             raise _unreadable(path, error) from None
         identity = status.st_dev, status.st_ino
         if identity in above:
-            _LOG.warning("%s is a link to a folder above it, and is skipped", printable(path))
+            _warn_of_circle(path)
             continue
         below = []
         for name, is_folder in _entries(path):
@@ -416,8 +417,14 @@ def _walk(root: str, passed: Counter[str]) -> Iterator[str]:
         pending += reversed(below)
 
 
+@cache  # a folder is walked more than once
+def _warn_of_circle(path: str) -> None:
+    _LOG.warning("%s is a link to a folder above it, and is skipped", printable(path))
+
+
 def _unreadable(path: str, error: OSError) -> DataError:
-    reason = "a link that leads nowhere" if os.path.islink(path) and error.errno == errno.ENOENT else error.strerror
+    leads_nowhere = os.path.islink(path) and error.errno in (errno.ENOENT, errno.ELOOP)
+    reason = "a link that leads nowhere; mend it, or remove it" if leads_nowhere else error.strerror
     return DataError(f"cannot read {printable(path)}: {reason}")
 
 
