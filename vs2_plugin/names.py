@@ -144,7 +144,11 @@ def with_weights(backbone: str, pretrained: str) -> str:
 
     >>> with_weights("ViT-B-32", "openai"), with_weights("ViT-B-32", ""), with_weights("local-dir:a/clip", "")
     ('ViT-B-32, openai', 'ViT-B-32, random weights', 'local-dir:a/clip')
+    >>> with_weights("", "")
+    'no CLIP'
     """
+    if not backbone:
+        return "no CLIP"
     if backbone.startswith(LOCAL):
         return LOCAL + os.path.normpath(backbone.removeprefix(LOCAL))
     return backbone if backbone.startswith(SCHEMES) else f"{backbone}, {pretrained or 'random weights'}"

@@ -45,6 +45,21 @@ def same(one, other):
     return all(torch.equal(weights(one)[name], weight) for name, weight in weights(other).items())
 
 
+def test_two_sources_are_refused(images):
+    for source in (images, np.eye(8, dtype=np.float32)):
+        with pytest.raises(SettingError, match="both a source and activations=FILE; expected one of the two"):
+            vs2_plugin.train(source, activations="nowhere.npy", quiet=True)
+
+
+def test_what_is_there_already_is_told_in_words_of_python(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(50, 8))
+    vs2_plugin.train(rows, k=2, samples=100, quiet=True, store=tmp_path)
+    with pytest.raises(DataError) as error:
+        vs2_plugin.train(rows, k=3, samples=100, quiet=True, store=tmp_path)
+    told = "already exists; replace it with overwrite=True, or give another name, such as name='activations-2'"
+    assert str(error.value).endswith(told)
+
+
 def test_images_from_python_become_a_checkpoint_that_load_takes(folder, images, caplog):
     checkpoint = vs2_plugin.train(images, **QUICK)
     checkpoint.verify()

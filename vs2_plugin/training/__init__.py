@@ -55,6 +55,7 @@ def train(
         >>> checkpoint.name, checkpoint.data.images, checkpoint.sites[0].training["k"]
         ('activations', 100, 4)
     """
+    from vs2_plugin.errors import SettingError
     from vs2_plugin.training import run
     from vs2_plugin.training.request import TrainRequest
 
@@ -63,6 +64,8 @@ def train(
     if names:
         settings = {"dataset": names, **settings}
     elif data is not None:
+        if settings.get("activations") is not None:
+            raise SettingError("train() got both a source and activations=FILE; expected one of the two")
         settings = {**_usual(data), **settings}
     checkpoints = run.train(TrainRequest.of(**settings), given=data)
     return checkpoints[0] if len(checkpoints) == 1 else checkpoints

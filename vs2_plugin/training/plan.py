@@ -68,8 +68,13 @@ class Plan:
         return config
 
 
-def make_plans(request: TrainRequest, store: Store) -> list[Plan]:
+def make_plans(request: TrainRequest, store: Store, by_python: bool = False) -> list[Plan]:
     """Return the checkpoints to write: one for each combination of the settings with several values.
+
+    Args:
+        request: the settings.
+        store: where the checkpoints go.
+        by_python: whether Python code supplies the data, so that no command can train on it.
 
     Raises:
         SettingError: a setting is outside its range.
@@ -88,7 +93,7 @@ def make_plans(request: TrainRequest, store: Store) -> list[Plan]:
         variants = {"plain": 0.0} if 0.0 in weights else {}
         variants |= {"pass": weight} if weight else {}
         settings = {**RECIPES[request.recipe], **single, **chosen}
-        plans.append(_plan(store.folder(base + suffix), settings, variants, request))
+        plans.append(_plan(store.folder(base + suffix), settings, variants, request, by_python))
     return plans
 
 
@@ -122,14 +127,18 @@ def _settings(request: TrainRequest) -> tuple[dict[str, Sequence[Any]], dict[str
     return grid, {name: value for name, value in settings.items() if value is not None}
 
 
-def _plan(folder: Path, settings: Mapping[str, Any], variants: Mapping[str, float], request: TrainRequest) -> Plan:
-    plan = Plan(folder, settings, variants, _existing(folder, variants, request))
+def _plan(
+    folder: Path, settings: Mapping[str, Any], variants: Mapping[str, float], request: TrainRequest, by_python: bool
+) -> Plan:
+    plan = Plan(folder, settings, variants, _existing(folder, variants, request, by_python))
     for variant in variants:
         plan.config(variant, 512)  # raises now instead of after the extraction
     return plan
 
 
-def _existing(folder: Path, variants: Collection[str], request: TrainRequest) -> Checkpoint | None:
+def _existing(
+    folder: Path, variants: Collection[str], request: TrainRequest, by_python: bool
+) -> Checkpoint | None:
     """Return the checkpoint in ``folder``, to which the training adds SAEs; None if there is none.
 
     Raises:
@@ -147,26 +156,27 @@ def _existing(folder: Path, variants: Collection[str], request: TrainRequest) ->
     again = [variant for variant in variants if any(site.variant == variant for site in existing.sites)]
     if again and not request.overwrite:
         what = " with a PASS SAE" if again == ["pass"] else ""
+        other = _other(existing, request)
+        if by_python:
+            cure = f"replace it with overwrite=True, or give another name, such as name={existing.free_name!r}"
+        else:
+            command = shlex.join(replace(request, name=existing.free_name).words())
+            both = f"keep both with: {command}; " if other else ""
+            cure = f"{both}replace it with --overwrite, or give another --name"
         raise DataError(
-            f"checkpoint {existing.name!r} in {existing.folder.parent} already exists{what}"
-            f"{_other(existing, request)}; replace it with --overwrite, or give another --name"
+            f"checkpoint {existing.name!r} in {existing.folder.parent} already exists{what}{other}; {cure}"
         )
     return existing
 
 
 def _other(existing: Checkpoint, request: TrainRequest) -> str:
-    """Return words on the other model or folder of a checkpoint, and the command that keeps both; empty if the same."""
+    """Return words on the other model or folder of a checkpoint; empty if the same."""
     model = with_weights(request.model, request.pretrained)
     homes = [named.home for named in request.data_sets if named.home]
     elsewhere = [home for home in homes if not existing.data.is_of(home)]
     if existing.model != model:
-        other = f", for {existing.model} and not for {model}"
-    elif elsewhere:
-        other = f", trained on {' '.join(existing.data.folders)} and not on {elsewhere[0]}"
-    else:
-        return ""
-    command = shlex.join(replace(request, name=existing.free_name).words())
-    return f"{other}; keep both with: {command}"
+        return f", for {existing.model} and not for {model}"
+    return f", trained on {' '.join(existing.data.folders)} and not on {elsewhere[0]}" if elsewhere else ""
 
 
 def _paper_shape(backbone: str) -> dict[str, int]:

@@ -77,6 +77,7 @@ def train(
 
 def _train(request: TrainRequest, processes: Processes, report: Report, given: _Given | None) -> list[Checkpoint]:
     """Train as :func:`train` does, with the random generators as they are."""
+    by_python = given is not None
     given, created = _begin(request, given)
     request = replace(
         request,
@@ -90,10 +91,10 @@ def _train(request: TrainRequest, processes: Processes, report: Report, given: _
         say(f"{foreign} in {request.sae} is assumed to be for {request.model}")
     store = Store.default(request.store)
     splits = _splits(request, given)
-    plans = make_plans(request, store)
+    plans = make_plans(request, store, by_python)
     with _alone(store, plans, processes) as waited, _cache(store, given) as cache:
         if waited:
-            plans = make_plans(request, store)
+            plans = make_plans(request, store, by_python)
         _warn(request, plans, splits.values(), say)
         extraction, sites = _open(request, plans, store, cache, given, processes, say)
         parts = [extraction.run(dataset, split) for dataset, split in splits.items()]
