@@ -1,6 +1,7 @@
 """Images and activations that Python code has at hand, or a file."""
 
 import json
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -79,6 +80,28 @@ def test_labels_come_beside_images():
         list(GivenImages(IMAGES).open(transform, labels=True).batches(9, 0))
 
 
+def test_a_pil_image_is_read_as_its_file_is(tmp_path):
+    grey = np.linspace(0, 65535, 64).reshape(8, 8)
+    Image.fromarray(grey.astype(np.uint16)).save(tmp_path / "x.png")
+    for image in (Image.open(tmp_path / "x.png"), Image.fromarray(grey.astype(np.int32))):
+        assert greys(GivenImages([image])) == greys(GivenImages([tmp_path / "x.png"])) == [128]
+
+
+def test_tensors_of_images_may_be_views_with_gradients(ways):
+    images = ways["tensor"]
+    items = [images[0].requires_grad_(), torch._neg_view(-images[1]), images[2].to(torch.float8_e4m3fn)]
+    assert greys(GivenImages(items)) == pytest.approx(GREYS[:3], abs=6)
+    flipped = images[1].numpy()[:, ::-1]
+    assert greys(GivenImages([flipped, flipped.astype(">f4")])) == [51, 51]
+
+
+@pytest.mark.parametrize("label", [float("nan"), 1.5, 1j])
+def test_tensors_that_are_no_class_number_are_refused(label):
+    items = [(IMAGES[0], 2), (IMAGES[1], torch.tensor(label))]
+    with pytest.raises(DataError, match="labels are needed, but this data set gives tensor"):
+        list(GivenImages(items).open(transform, labels=True).batches(9, 0))
+
+
 def test_a_fingerprint_is_of_the_content(ways, tmp_path):
     def told(items):
         return json.dumps(GivenImages(items).open(transform).fingerprint)
@@ -114,6 +137,11 @@ def test_some_of_them_are_chosen_by_the_seed():
     ([torch.zeros(3, 4, 4).long()], "type int64"),
     ([np.zeros((4, 4, 3))], "type float64"),
     ([torch.zeros(2, 3, 4, 4)], "shape .2, 3, 4, 4."),
+    ([IMAGES[0], Image.new("F", (8, 8))], "image number 1 is not a readable image: it holds floating-point numbers"),
+    ([IMAGES[0], Image.new("RGB", (0, 0))], "image number 1 has no pixels"),
+    (np.zeros((2, 0, 4, 3), np.uint8), "image number 0 has no pixels, as it is 4 x 0"),
+    ([IMAGES[0], torch.zeros(3, 4, 4, device="meta")], "image number 1 cannot be read as an array; expected a dense"),
+    ([torch.zeros(3, 4, 4).to_sparse()], "image number 0 cannot be read as an array"),
 ])  # fmt: skip
 def test_what_is_no_image_is_told_with_its_number(items, problem):
     with pytest.raises(DataError, match=problem):
@@ -128,7 +156,8 @@ ROWS = np.arange(12, dtype=np.float32).reshape(4, 3)
 
 @pytest.mark.parametrize("values", [
     ROWS, torch.from_numpy(ROWS), torch.from_numpy(ROWS).bfloat16(), torch.from_numpy(ROWS).requires_grad_(),
-    ROWS.astype(np.float64)[:, ::-1][:, ::-1], ROWS.astype(np.float16),
+    ROWS.astype(np.float64)[:, ::-1][:, ::-1], ROWS.astype(np.float16), torch._neg_view(torch.from_numpy(-ROWS)),
+    torch.complex(torch.from_numpy(ROWS), torch.from_numpy(-ROWS)).conj().imag,
 ])  # fmt: skip
 def test_activations_are_arrays_or_tensors(values):
     found = GivenActivations.of(values)
@@ -149,6 +178,9 @@ def test_the_digest_of_activations_is_of_their_content():
     (ROWS[:0], r"shape \[0, 3\], so there are none"),
     (np.where(ROWS == 7, np.nan, ROWS), "row 2 of the activations holds NaN or infinity"),
     (torch.tensor([[1.0], [float("inf")]]), "row 1 of"),
+    (torch.eye(2).to_sparse(), "cannot be read as an array"),
+    (ROWS.astype(np.float64) * 1e38, "row 1 of the activations holds NaN or infinity, as float32"),
+    (torch.zeros(2, 2, device="meta"), "tensor of activations cannot be read as an array; expected a dense tensor"),
 ])  # fmt: skip
 def test_activations_that_are_none_are_refused(values, problem):
     with pytest.raises(DataError, match=problem):
@@ -164,12 +196,36 @@ def test_files_of_activations_are_mapped(tmp_path):
         assert found.digest == GivenActivations.of(ROWS).digest
 
 
+def npy(rows):
+    """The bytes of a .npy file."""
+    file = BytesIO()
+    np.save(file, rows)
+    return file.getvalue()
+
+
+def safetensors(header):
+    """The bytes of a .safetensors file with that header, and the 48 bytes of ROWS."""
+    return len(header).to_bytes(8, "little") + header + ROWS.tobytes()
+
+
+def facts(shape, start=0):
+    """A header in which the matrix x of float32 takes the bytes from ``start`` on."""
+    return json.dumps({"x": {"dtype": "F32", "shape": shape, "data_offsets": [start, 48]}}).encode()
+
+
 @pytest.mark.parametrize("name, write, problem", [
     ("x.npy", None, "x.npy' cannot be read: No such file or directory"),
     ("x.csv", b"1,2", "expected a file NAME.npy or NAME.safetensors"),
     ("x.npy", b"\x93NUMPY\x01\x00v", "cannot be read: "),
     ("x.npy", b"", "cannot be read: "),
+    ("x.npy", npy(ROWS)[:10] + b"{'descr': (" + npy(ROWS)[21:], "it is not a npy file, or damaged; expected floating-"),
+    ("x.npy", b"PK\x03\x04", "it is not a npy file, or damaged"),
     ("x.safetensors", b"", "cannot be read: "),
+    ("x.safetensors", safetensors(b"[" * 100_000), "it is not a safetensors file, or damaged"),
+    ("x.safetensors", safetensors(b"[]"), "it is not a safetensors file, or damaged"),
+    ("x.safetensors", safetensors(facts([10**30, 3])), "it is not a safetensors file, or damaged"),
+    ("x.safetensors", safetensors(facts([2, 3])), "it is not a safetensors file, or damaged"),
+    ("x.safetensors", safetensors(facts([3, 3], 12)), "it is not a safetensors file, or damaged"),
     ("x.safetensors", b"\xff" * 20, "it is not a safetensors file"),
     ("x.safetensors", b"\x02" + b"\0" * 7 + b"{}", r"it holds nothing; expected one matrix"),
     ("x.safetensors", {"a": torch.zeros(2, 2), "b": torch.zeros(2, 2)}, r"it holds a, b; expected one matrix \[count"),

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vs2_plugin.data.pictures import open_picture
+from vs2_plugin.data.pictures import as_rgb, open_picture
 from vs2_plugin.errors import DataError
 
 
@@ -19,6 +19,12 @@ def test_16_bits_of_grey_are_scaled(tmp_path, kind, suffix):
         pytest.skip("no such file")
     Image.fromarray(np.array([[0, 32768, 65535]], dtype=kind)).save(tmp_path / f"x.{suffix}")
     assert np.asarray(open_picture(tmp_path / f"x.{suffix}"))[0].tolist() == [[0] * 3, [128] * 3, [255] * 3]
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32])
+def test_16_bits_of_an_image_in_memory_are_scaled(kind):
+    image = Image.fromarray(np.array([[0, 32768, 65535]], dtype=kind))
+    assert np.asarray(as_rgb(image, "it"))[0].tolist() == [[0] * 3, [128] * 3, [255] * 3]
 
 
 def test_32_bits_that_hold_8_are_as_they_are(tmp_path):

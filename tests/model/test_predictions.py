@@ -134,6 +134,13 @@ def test_pictures_files_tensors_and_arrays_give_the_same(load, tmp_path):
     assert expected.images == ("0", "1", "2")
 
 
+def test_16_bits_of_grey_give_the_same_from_a_file_and_from_memory(load, tmp_path):
+    model, _ = load(f"vs2:{TINY}")
+    Image.fromarray(np.linspace(0, 65535, 1200).astype(np.uint16).reshape(30, 40)).save(tmp_path / "x.png")
+    expected = model.classify(tmp_path / "x.png").logits
+    assert torch.equal(model.classify(Image.open(tmp_path / "x.png")).logits, expected)
+
+
 def test_they_are_told_as_a_table_and_in_words(load):
     model, _ = load(f"vs2:{TINY}", prompts="{}")
     found = model.classify(torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0)))

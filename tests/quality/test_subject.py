@@ -21,6 +21,9 @@ def test_what_does_not_fit_is_refused(trained, tmp_path):  # noqa: F811
         open_subject("s0", store, activations=trained / "X.npy", labels=tmp_path / "y.npy")
     with pytest.raises(DataError, match="cannot be read"):
         open_subject("s0", store, activations=trained / "X.npy", labels=tmp_path / "none.npy")
+    (tmp_path / "y.npy").write_bytes((trained / "X.npy").read_bytes()[:10] + b"{'descr': (")
+    with pytest.raises(DataError, match="cannot be read: it is not an npy file, or damaged; expected a file NAME.npy"):
+        open_subject("s0", store, activations=trained / "X.npy", labels=tmp_path / "y.npy")
     with pytest.raises(CheckpointError, match="no SAE at block 3"):
         open_subject("s0", store, block=3)
     subject = open_subject("s0", store)

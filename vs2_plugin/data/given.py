@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from vs2_plugin.data.images import TrainingImages, subset
-from vs2_plugin.data.pictures import open_picture
+from vs2_plugin.data.pictures import as_rgb, open_picture
 from vs2_plugin.errors import DataError
 
 __all__ = ["FLOATS", "GivenActivations", "GivenImages", "Prepare", "read_activations"]
@@ -84,19 +85,20 @@ class Prepare:
         """
         if isinstance(item, (tuple, list)) and item:
             return (self(number, item[0]), *item[1:])
+        named = f"image number {number}"
         if isinstance(item, (str, Path)):
             item = open_picture(Path(item))
         if isinstance(item, np.ndarray) and item.dtype == np.uint8 and (item.ndim == 2 or item.shape[2:] == (3,)):
             item = Image.fromarray(item)
         if isinstance(item, Image.Image):
-            return self._transform(item)
+            return self._transform(as_rgb(item, named))
         if isinstance(item, (Tensor, np.ndarray)):
-            tensor = torch.as_tensor(item)
-            if tensor.is_floating_point() and tuple(tensor.shape) == self._shape:
-                return tensor.float()
-            kind = f"of shape {list(tensor.shape)} and type {str(tensor.dtype).removeprefix('torch.')}"
-            raise DataError(f"image number {number} is {kind}; {_IMAGES}, {list(self._shape)}")
-        raise DataError(f"image number {number} is of type {type(item).__name__}; {_IMAGES}")
+            array = _array(item, named)
+            if array.dtype.kind == "f" and array.shape == self._shape:
+                return torch.from_numpy(np.array(array, np.float32))
+            kind = f"of shape {list(array.shape)} and type {array.dtype}"
+            raise DataError(f"{named} is {kind}; {_IMAGES}, {list(self._shape)}")
+        raise DataError(f"{named} is of type {type(item).__name__}; {_IMAGES}")
 
 
 class Prepared(Dataset[Any]):
@@ -125,21 +127,34 @@ class _Stream(IterableDataset[Any]):
 def _content(items: Sequence[Any]) -> str:
     """Return a SHA-256 digest of the images' content."""
     digest = hashlib.sha256()
-    for item in items:
-        _add(digest, item)
+    for number, item in enumerate(items):
+        _add(digest, item, f"image number {number}")
     return digest.hexdigest()
 
 
-def _add(digest: Any, item: Any) -> None:
+def _array(values: Tensor | np.ndarray, named: str) -> np.ndarray:
+    """Return a tensor as an array, of float32 where NumPy lacks the tensor's type. Raises DataError for a tensor that
+    holds no plain numbers."""
+    if isinstance(values, np.ndarray):
+        return values
+    try:
+        tensor = values.detach().cpu().resolve_conj().resolve_neg()
+        lacking = tensor.is_floating_point() and tensor.dtype not in (torch.float16, torch.float32, torch.float64)
+        return np.asarray(tensor.float() if lacking else tensor)
+    except Exception as error:  # sparse, nested, quantised and meta tensors raise about everything
+        raise DataError(f"{named} cannot be read as an array; expected a dense tensor that holds numbers") from error
+
+
+def _add(digest: Any, item: Any, named: str) -> None:
     if isinstance(item, (tuple, list)):
         digest.update(f"{len(item)} in one".encode())
         for part in item:
-            _add(digest, part)
+            _add(digest, part, named)
     elif isinstance(item, Image.Image):
-        digest.update(f"{item.mode} {item.size} {item.getpalette()} {item.info.get('transparency')}".encode())
-        digest.update(item.tobytes())
+        picture = as_rgb(item, named)
+        digest.update(f"{picture.mode} {picture.size}".encode() + picture.tobytes())
     elif isinstance(item, (Tensor, np.ndarray)):
-        array = np.ascontiguousarray(torch.as_tensor(item).float() if isinstance(item, Tensor) else item)
+        array = np.ascontiguousarray(_array(item, named))
         digest.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
     elif isinstance(item, (str, Path)) and Path(item).is_file():
         status = Path(item).stat()
@@ -164,10 +179,7 @@ class GivenActivations:
         Raises:
             DataError: ``values`` is not a matrix of finite floating-point numbers, or is empty.
         """
-        rows = values
-        if isinstance(rows, Tensor):
-            rows = rows.detach().cpu()
-            rows = (rows.float() if rows.dtype == torch.bfloat16 else rows).numpy()
+        rows = _array(values, "the tensor of activations")
         if rows.ndim != 2 or rows.dtype not in FLOATS:
             tokens = "; of [count, tokens, width] the CLS token is x[:, 0]" if rows.ndim == 3 else ""
             kind = f"of shape {list(rows.shape)} and type {rows.dtype}"
@@ -177,9 +189,11 @@ class GivenActivations:
         digest = hashlib.sha256(f"{rows.dtype} {rows.shape}".encode())
         for start in range(0, len(rows), _CHUNK):
             part = np.ascontiguousarray(rows[start : start + _CHUNK])
-            wrong = ~np.isfinite(part).all(1)
+            with np.errstate(over="ignore"):
+                wrong = ~np.isfinite(part.astype(np.float32, copy=False)).all(1)
             if wrong.any():
-                raise DataError(f"row {start + int(wrong.argmax())} of the activations holds NaN or infinity")
+                row = start + int(wrong.argmax())
+                raise DataError(f"row {row} of the activations holds NaN or infinity, as float32; {_ACTIVATIONS}")
             digest.update(part.data)
         return cls(rows, digest.hexdigest())
 
@@ -190,31 +204,35 @@ def read_activations(path: Path, flag: str = "--activations") -> GivenActivation
     Raises:
         DataError: the file cannot be read; ``flag`` is the command-line flag that the message names.
     """
+    named = f"{flag} {str(path)!r}"
+    if path.suffix not in (".npy", ".safetensors"):
+        raise DataError(f"{named}: expected a file NAME.npy or NAME.safetensors")
     try:
-        if path.suffix == ".npy":
-            rows = np.load(path, mmap_mode="r")
-        elif path.suffix == ".safetensors":
-            rows = _safetensors(path)
-        else:
-            raise DataError(f"{flag} {str(path)!r}: expected a file NAME.npy or NAME.safetensors")
-    except (OSError, ValueError, EOFError, LookupError, TypeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{flag} {str(path)!r} cannot be read: {reason}") from error
+        rows = _npy(path) if path.suffix == ".npy" else _safetensors(path)
+    except DataError as error:
+        raise DataError(f"{named} cannot be read: {error}") from error
+    except Exception as error:  # NumPy raises about everything for a damaged header
+        reason = getattr(error, "strerror", None) or f"it is not a {path.suffix[1:]} file, or damaged"
+        raise DataError(f"{named} cannot be read: {reason}; {_ACTIVATIONS}") from error
     return GivenActivations.of(rows)
+
+
+def _npy(path: Path) -> np.ndarray:
+    """Return the array of a file; unlike ``numpy.load``, this reads no other format."""
+    rows: np.ndarray = np.lib.format.open_memmap(path, mode="r")  # type: ignore[no-untyped-call]
+    return rows
 
 
 def _safetensors(path: Path) -> np.ndarray:
     """Return the single matrix of a file: 8 bytes with the length of the JSON header, the header, then the numbers."""
-    with open(path, "rb") as file:
+    with open(path, "rb") as file, safe_open(path, "numpy"):  # the latter raises for a header that does not fit
         length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:
-            raise ValueError("it is not a safetensors file")
         tensors = {name: facts for name, facts in json.loads(file.read(length)).items() if name != "__metadata__"}
     matrices = {name: facts for name, facts in tensors.items() if len(facts["shape"]) == 2}
     if len(matrices) != 1:
-        raise ValueError(f"it holds {', '.join(tensors) or 'nothing'}; expected one matrix [count, width]")
+        raise DataError(f"it holds {', '.join(tensors) or 'nothing'}; expected one matrix [count, width]")
     ((name, facts),) = matrices.items()
     if facts["dtype"] not in _TYPES:
-        raise ValueError(f"{name} holds {facts['dtype']}; expected {', '.join(_TYPES)}")
+        raise DataError(f"{name} holds {facts['dtype']}; expected {', '.join(_TYPES)}")
     start = 8 + length + facts["data_offsets"][0]
     return np.memmap(path, _TYPES[facts["dtype"]], "r", start, tuple(facts["shape"]))

@@ -187,13 +187,18 @@ def _labels(classes: Classes, samples: list[Any]) -> np.ndarray:
     labels: list[Any] = [
         sample[1] if isinstance(sample, (tuple, list)) and len(sample) > 1 else None for sample in samples
     ]
-    if not all(
-        isinstance(label, (int, np.integer)) or (isinstance(label, Tensor) and label.ndim == 0) for label in labels
-    ):
-        raise DataError(
-            f"labels are needed, but this data set gives {labels[0]!r}; expected one class number per image"
-        )
+    for label in labels:
+        if not _is_whole(label):
+            raise DataError(
+                f"labels are needed, but this data set gives {label!r}; expected one class number per image"
+            )
     return np.array([classes.check(int(label), "an image of the data set") for label in labels], dtype=np.int64)
+
+
+def _is_whole(label: Any) -> bool:
+    if isinstance(label, Tensor) and label.ndim == 0 and not label.is_complex():
+        return float(label).is_integer()
+    return isinstance(label, (int, np.integer))
 
 
 def open_images(

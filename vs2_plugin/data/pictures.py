@@ -1,4 +1,4 @@
-"""Image files, decoded as clip_benchmark decodes the images in shards.
+"""Image files and PIL images, read as clip_benchmark reads the images in shards.
 
 That is by ``convert("RGB")``: it reads CMYK and palettes, drops transparency, and ignores the rotation that EXIF asks
 for. Two cases differ: grey values of 16 bits, which would be clipped to white, are scaled to 8, and so are those of 32
@@ -8,13 +8,15 @@ bits if one exceeds 255; and floating-point numbers are refused.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image
 
 from vs2_plugin.errors import DataError
 
-__all__ = ["open_picture"]
+__all__ = ["as_rgb", "open_picture"]
 
 #: Formats whose integers have at most 16 bits, though older versions of PIL decode them to 32.
 _OF_16_BITS = ("PNG", "PPM")
@@ -28,19 +30,31 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
         DataError: the file cannot be read. The error's cause has an ``errno`` if the system refused the file.
     """
     named = repr(os.fspath(path))  # escapes line breaks in the name
+    with _told(named), Image.open(path) as image:
+        return as_rgb(image, named)
+
+
+def as_rgb(image: Image.Image, named: str) -> Image.Image:
+    """Return a PIL image as RGB. Raises DataError, which says ``named`` for the image, if that is impossible."""
+    with _told(named):
+        if 0 in image.size:
+            raise DataError(f"{named} has no pixels, as it is {image.width} x {image.height}; expected at least 1 x 1")
+        if image.mode.startswith("I"):  # 16 bits, or 32 that may hold 16
+            grey = np.asarray(image).astype(np.int64)
+            bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, ())
+            if image.mode != "I" or image.format in _OF_16_BITS or 16 in bits or grey.max() > 255:
+                grey >>= 8
+            return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+        if image.mode == "F":  # PIL would turn values from 0 to 1 into black
+            raise DataError(f"{named} is not a readable image: it holds floating-point numbers; expected whole numbers")
+        return image.convert("RGB")
+
+
+@contextmanager
+def _told(named: str) -> Iterator[None]:
+    """Raise whatever is raised while an image is read as a DataError that says ``named`` for the image."""
     try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16 bits, or 32 that may hold 16
-                grey = np.asarray(image).astype(np.int64)
-                bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, ())
-                if image.mode != "I" or image.format in _OF_16_BITS or 16 in bits or grey.max() > 255:
-                    grey >>= 8
-                return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
-            if image.mode == "F":  # PIL would turn values from 0 to 1 into black
-                raise DataError(f"{named} is not a readable image: it holds floating-point numbers; expected whole "
-                                "numbers")
-            picture: Image.Image = image.convert("RGB")
-            return picture
+        yield
     except DataError:
         raise
     except FileNotFoundError as error:

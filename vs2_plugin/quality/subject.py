@@ -147,9 +147,9 @@ def read_rows(path: Path, site: SiteSAE, flag: str = "--activations") -> np.ndar
 
 def _labels(path: Path, count: int) -> np.ndarray:
     try:
-        labels = np.load(path)
-    except (OSError, ValueError, EOFError) as error:
-        reason = getattr(error, "strerror", None) or error
+        labels = np.asarray(np.load(path))
+    except Exception as error:  # NumPy raises about everything for a damaged header
+        reason = getattr(error, "strerror", None) or "it is not an npy file, or damaged"
         raise DataError(f"--labels {str(path)!r} cannot be read: {reason}; expected a file NAME.npy") from error
     if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
         raise DataError(
