@@ -140,7 +140,10 @@ class Classifier:
     def unnamed(cls, weights: Tensor, amp: bool = True) -> Classifier:
         """Build a classifier from class embeddings; its classes are named by their numbers."""
         if ((weights.float().norm(dim=0) - 1).abs() > _UNIT).any():
-            _LOG.warning("class embeddings are not of unit norm, as clip_benchmark's are: accuracies will differ")
+            _LOG.warning(
+                "class embeddings are not of unit norm (--load_clfs with several files averages them): methods that "
+                "use the classes take them at unit norm, plain CLIP as they are, so accuracies differ"
+            )
         return cls(tuple(map(str, range(weights.shape[-1]))), weights, (), amp)
 
 
