@@ -55,7 +55,6 @@ def test_what_is_noted_travels_and_leaves_the_digest(checkpoint, tmp_path, hub, 
     copy = checkpoint.save(tmp_path / "copy")
     first, *others = copy.sites
     assert copy.note(first, {"recovered": 0.5, "recovered_on": "2 images"}) and copy.note(first, {"recovered": 0.75})
-    (copy.folder / "README.md").unlink()
     copy.push_to_hub("me/sae", gallery=True)
     found = Checkpoint.from_hub("me/sae")
     assert found.sites[0].training == {**first.training, "recovered": 0.75, "recovered_on": "2 images"}
@@ -205,6 +204,49 @@ def test_a_card_of_ones_own_is_pushed_as_it_is(checkpoint, tmp_path, hub):
     (own.folder / "README.md").write_text("# Mine\n")
     own.push_to_hub("me/sae")
     assert hub.files("me/sae")[1]["README.md"] == b"# Mine\n"
+
+
+def test_a_card_that_nobody_changed_is_made_anew_with_its_licence(checkpoint, tmp_path, hub):
+    checkpoint.push_to_hub("me/first", license="mit")
+    copy = Checkpoint.from_hub("me/first").save(tmp_path / "copy")
+    text = (copy.folder / "README.md").read_text()
+    assert "# copy\n" in text and "license: mit" in text
+    copy.push_to_hub("me/sae")
+    text = hub.files("me/sae")[1]["README.md"].decode()
+    assert "# me/sae\n" in text and "license: mit" in text and "@copy" not in text
+    (copy.folder / "README.md").write_text(text.replace("# me/sae", "# Ours"))
+    copy.push_to_hub("me/other")
+    assert b"# Ours\n" in hub.files("me/other")[1]["README.md"]
+
+
+def test_a_card_of_ones_own_gives_way_where_a_licence_is_named(checkpoint, tmp_path, hub):
+    own = checkpoint.save(tmp_path / "own")
+    (own.folder / "README.md").write_text("my own words")
+    own.push_to_hub("me/sae", license="mit")
+    assert "license: mit" in (Checkpoint.from_hub("me/sae").folder / "README.md").read_text()
+
+
+def test_the_folders_of_the_training_images_stay_at_home(checkpoint, tmp_path, hub):
+    own = checkpoint.save(tmp_path / "own")
+    values = json.loads((own.folder / "vs2.json").read_text())
+    values["data"]["folders"] = ["/home/me/photos"] * len(own.data.datasets)
+    del values["digest"]
+    (own.folder / "vs2.json").write_text(json.dumps(values))
+    own = Checkpoint.load(own.folder)
+    own.push_to_hub("me/sae")
+    assert own.data.folders and Checkpoint.from_hub("me/sae").data.folders == ()
+
+
+@pytest.mark.parametrize("share", [
+    lambda checkpoint, folder: checkpoint.save(folder), lambda checkpoint, folder: checkpoint.push_to_hub("me/sae"),
+])  # fmt: skip
+def test_a_damaged_one_is_not_shared(share, checkpoint, tmp_path, hub):
+    own = checkpoint.save(tmp_path / "own")
+    file = own.folder / FIRST / "sae.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        share(own, tmp_path / "shared")
+    assert not (tmp_path / "shared").exists()
 
 
 def test_of_another_tower_it_is_refused(pushed, monkeypatch, tmp_path):

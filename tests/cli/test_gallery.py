@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -155,6 +156,21 @@ def test_another_encoder_is_extracted_once_and_said_in_the_manifest(folder, monk
     assert found.embeddings["test_vit"].shape == (48, facts.width) and facts.weights == ""
     assert train("--retrieval_encoder", "test_vit,", name="other") == 0
     assert len(extracted) == 1
+
+
+def test_images_that_come_to_another_encoder_in_another_order_are_refused(folder, monkeypatch, capsys):
+    import vs2_plugin.training.extract as module
+
+    original = module.extract
+
+    def extract(encode, widths, *given, **options):
+        found = original(encode, widths, *given, **options)
+        return replace(found, digests=found.digests[::-1]) if "test_vit" in widths else found
+
+    monkeypatch.setattr(module, "extract", extract)
+    assert train("--retrieval_encoder", "test_vit,") == 2
+    assert "gave its images in another order the second time" in capsys.readouterr().err
+    assert Store.default().names() == []
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import errno
 import os
 from pathlib import Path
 
@@ -5,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vs2_plugin.data.folders import open_files, open_folder
+from vs2_plugin.data.folders import LeftOut, open_files, open_folder
 from vs2_plugin.data.images import open_images
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import DataError
@@ -227,6 +228,21 @@ def test_files_and_folders_can_be_named_together(draw, monkeypatch):
 
 
 # ---- decoding
+
+
+def test_an_image_that_the_disk_fails_to_give_is_never_left_out(draw, monkeypatch):
+    """Else a disk that comes and goes would decide which images are trained on."""
+    images = open_folder(draw("a/0.png"))
+    images.lenient = True
+
+    def fails(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Image, "open", fails)
+    with pytest.raises(DataError, match=r"0\.png.*Input/output error$"):
+        images[0]
+    monkeypatch.setattr(Image, "open", lambda path: 1 / 0)
+    assert isinstance(images[0][0], LeftOut)
 
 
 @pytest.mark.parametrize("suffix", sorted(PICTURES))

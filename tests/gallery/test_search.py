@@ -90,6 +90,13 @@ def test_screened_search_finds_the_same(dtype, n, store, rows, queries, tmp_path
     assert np.abs(cosines.numpy() - expected).max() < 1e-6
 
 
+@pytest.mark.parametrize("block", [32, 1 << 16])
+def test_screened_search_finds_every_embedding_by_itself(block, rows, monkeypatch):
+    monkeypatch.setattr(search, "_BLOCK", block)
+    _, found = search.ScreenedSearch(rows, "cpu")(torch.from_numpy(unit(rows)).float(), 1)
+    assert found[:, 0].tolist() == list(range(100))
+
+
 def test_what_half_precision_cannot_tell_apart_is_ranked_in_float32():
     """Forty rows at angles of 0.002 to 0.022 to the query: cosines that differ by 1e-6 or more, and less than 3e-4."""
     torch.manual_seed(0)

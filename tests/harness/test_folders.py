@@ -100,6 +100,9 @@ def test_the_images_that_were_trained_on_are_marked_where_they_are_evaluated(her
         code, error = clip_benchmark("eval", "--model", f"vs2:{TINY}", *EVALUATE, *words)
         assert code == 0, error
         assert json.loads(Path("x.json").read_text())["metrics"]["vs2_transductive"] is marked
+        words = (*words[:-1], f"{split}/{{model}}.json")
+        assert main.main(["sweep", "--model", f"vs2:{TINY}", *EVALUATE, *words]) == 0
+        assert json.loads(Path(split, f"vs2:{TINY}.json").read_text())["metrics"]["vs2_transductive"] is marked
 
 
 def test_an_image_that_cannot_be_read_is_left_out_of_training_and_ends_an_evaluation(here, clip_benchmark):

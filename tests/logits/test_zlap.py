@@ -1,6 +1,7 @@
 """ZLaP against a plain computation of its formulas."""
 
 import numpy as np
+import pytest
 import torch
 
 from vs2_plugin.logits import zlap
@@ -23,7 +24,8 @@ def joined(x, images, texts, own):
     return found
 
 
-def test_it_is_the_formula(monkeypatch):
+@pytest.mark.parametrize("damping", [0.0, 0.4, 0.95])
+def test_it_is_the_formula(damping, monkeypatch):
     monkeypatch.setattr(zlap, "_BATCH", 2)
     random = np.random.default_rng(0)
     texts, images = unit(random.normal(size=(5, 8)), 1), unit(random.normal(size=(20, 8)) + 0.3, 1)
@@ -32,9 +34,9 @@ def test_it_is_the_formula(monkeypatch):
     graph[5:] = joined(images, images, texts, own=True)
     graph += graph.T
     scale = np.diag(graph.sum(1) ** -0.5)
-    scores = np.linalg.inv(np.eye(25) - 0.4 * scale @ graph @ scale)[:, :5]
+    scores = np.linalg.inv(np.eye(25) - damping * scale @ graph @ scale)[:, :5]
 
-    read = zlap.propagated(*map(torch.from_numpy, (texts.T.astype("f4"), images.astype("f4"))), 3, 2.0, 0.4)
+    read = zlap.propagated(*map(torch.from_numpy, (texts.T.astype("f4"), images.astype("f4"))), 3, 2.0, damping)
     rows = torch.arange(20)
     within = read(torch.from_numpy(images).float()[rows], Batch(rows=rows)).exp()
     np.testing.assert_allclose(within.numpy(), scores[5:], rtol=1e-3, atol=1e-6)

@@ -61,6 +61,13 @@ def test_an_image_without_logits_has_no_class(load):
         model.explain(images[3])
 
 
+def test_where_a_later_image_fails_it_is_named_and_nothing_is_recorded_any_more(load):
+    model = load(f"vs2:{TINY}@{NAME}")[0]
+    with pytest.raises(DataError, match="number 2"):
+        model.classify([Image.new("RGB", (32, 32)), Image.new("RGB", (32, 32)), 7], batch_size=2)
+    assert not any(gate.recording for gate in model.places.gates)
+
+
 def test_numbers_below_one_are_refused(load):
     model = load(f"vs2:{TINY}@{NAME}")[0]
     found = model.classify(torch.zeros(1, 3, 32, 32))

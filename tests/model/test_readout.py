@@ -90,6 +90,22 @@ def test_unlabeled_images_are_those_of_the_gallery_as_they_are_steered(add, in_d
         load("learns:vs2", "@blocks=2+3")
 
 
+def test_for_other_classes_it_learns_again(in_demo, images):
+    model, *_ = vs2_plugin.load(f"dn:{TINY}", dataset="wds/digits", classes=CLASSES, amp=False)
+    first = model.classify(images).logits
+    again, *_ = vs2_plugin.load(f"dn:{TINY}", dataset="wds/digits", classes=CLASSES[::-1], amp=False)
+    model.set_classifier(again.classifier)
+    torch.testing.assert_close(model.classify(images).logits, first.flip(1))
+
+
+def test_figures_of_a_gate_are_not_of_the_gallerys_images(in_demo, clip_benchmark):
+    names = [f"{method}:{TINY}@gate=0.5" for method in ("vs2", "dn:vs2")]
+    assert clip_benchmark(*STOCK, "--model", *names, "--output", "gated-{model}.json")[0] == 0
+    alone, beneath = (metrics(in_demo / f"gated-{name}.json") for name in names)
+    for figure in ("vs2_coverage", "vs2_mean_fvu"):
+        assert beneath[figure] == alone[figure]
+
+
 def test_all_test_images_are_shown_at_once_where_asked_for(add, in_demo, images):
     seen = []
 

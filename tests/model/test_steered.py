@@ -152,6 +152,27 @@ def test_later_data_sets_do_not_rebind(in_demo):
     assert model.vs2_facts()["vs2_checkpoint_digest"] == digest and model.checkpoint.name == NAME
 
 
+def test_results_tell_whose_labels_neighbours_have_and_the_weight_of_pass(in_demo):
+    facts = vs2_plugin.load(f"vs2pp:{TINY}@labels=pseudo@alpha=1", dataset="wds/digits")[0].vs2_facts()
+    assert (facts["vs2_neighbour_labels"], facts["vs2_labels"]) == ("pseudo", "none")
+    assert vs2_plugin.load(f"pass:{TINY}", dataset="wds/digits")[0].vs2_facts()["vs2_pass_weight"] > 0
+    assert "vs2_pass_weight" not in vs2_plugin.load(f"vs2:{TINY}", dataset="wds/digits")[0].vs2_facts()
+
+
+@torch.no_grad()
+def test_of_several_places_images_tell_the_last_fvu_and_whether_any_of_them_steered(in_demo, images):
+    model, *_ = vs2_plugin.load(f"vs2:{TINY}@blocks=2+3@gate=0.5", dataset="wds/digits")
+    first, last = model.places.gates
+    first.tau, last.tau = 9.0, 0.0
+    model.record_images(True)
+    model.encode_image(images)
+    told = model.per_image()
+    assert torch.equal(told["fvu"], last.per_image()["fvu"]) and not torch.equal(told["fvu"], first.per_image()["fvu"])
+    assert told["steered"].all() and not last.per_image()["steered"].any()
+    assert model.vs2_facts()["vs2_coverage"] == 0  # which is that of the last place
+    assert model.vs2_facts()["vs2_mean_fvu"] == pytest.approx(told["fvu"].mean().item())
+
+
 def test_a_linear_probe_caches_features_per_checkpoint(in_demo):
     """Its cache is keyed by the model's name; the digest joins it, so that a retrained SAE finds no stale features."""
     from types import ModuleType
@@ -166,6 +187,25 @@ def test_a_linear_probe_caches_features_per_checkpoint(in_demo):
     metrics = module.evaluate(model, "name")
     assert seen == [f"name-{json_digest(model.vs2_facts())[:16]}"] and metrics["vs2_method"] == "vs2"
     assert module.evaluate(torch.nn.Identity(), "name") == {"acc1": 1.0} and seen[1] == "name"
+
+
+def test_a_linear_probe_caches_features_per_content_of_folders_and_tells_no_share_of_training_images(in_demo, images):
+    from types import ModuleType, SimpleNamespace
+
+    from vs2_plugin.harness.patches import patch
+
+    def stock(model, model_id, train_dataloader, dataloader):
+        seen.append(model_id)
+        return {"encoded": len(model.encode_image(images))}
+
+    seen, module = [], ModuleType("clip_benchmark.metrics.linear_probe")
+    module.evaluate = stock
+    patch(module)
+    model, *_ = vs2_plugin.load(f"vs2:{TINY}@{NAME}")
+    train, test, other = (SimpleNamespace(dataset=SimpleNamespace(fingerprint=lambda one=one: one)) for one in "abc")
+    found = [module.evaluate(model, "x", one, two) for one, two in ((train, test), (other, test), (train, other))]
+    assert len(set(seen)) == 3
+    assert all("vs2_coverage" not in metrics and "vs2_mean_fvu" not in metrics for metrics in found)
 
 
 def test_an_unsupported_clip_benchmark_is_named():

@@ -188,6 +188,18 @@ def test_what_cannot_be_represented_is_refused_with_the_reason(tmp_path, weights
         read_foreign(write(tmp_path / "sae", saelens(**changed), weights))
 
 
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_codes_that_fine_tuning_scales_are_refused_and_a_factor_of_one_is_none(tmp_path, weights, factor):
+    scaled = {**weights, "scaling_factor": torch.full((N,), factor)}
+    folder = write(tmp_path / "sae", saelens(finetuning_scaling_factor=True), scaled)
+    if factor == 1:
+        assert read_foreign(folder).sae.config.num_latents == N
+        return
+    with pytest.raises(CheckpointError, match="scales each latent by a factor of fine-tuning"):
+        read_foreign(folder)
+    assert read_foreign(write(tmp_path / "plain", saelens(), scaled)).sae.config.num_latents == N  # not used
+
+
 @pytest.mark.parametrize(
     ("hook", "block"), [("blocks.4.hook_resid_pre", 3), ("vision_model.encoder.layers.9", 9), ("visual", None)]
 )

@@ -1,5 +1,6 @@
 """Training: what it is given, what it keeps apart, and what it says of itself."""
 
+import copy
 import math
 from dataclasses import asdict
 
@@ -12,7 +13,7 @@ from vs2_plugin.errors import DataError, SettingError
 from vs2_plugin.sae import source
 from vs2_plugin.sae import train as train_module
 from vs2_plugin.sae.config import RECIPES, TrainConfig
-from vs2_plugin.sae.fit import QUANTILES, pca_fvu
+from vs2_plugin.sae.fit import QUANTILES, parted, pca_fvu
 from vs2_plugin.sae.source import Source
 from vs2_plugin.sae.topk import fvu, sample_fvu
 from vs2_plugin.sae.train import train_sae
@@ -258,6 +259,56 @@ def test_zeros_are_filled_in_by_the_number_of_activations():
 def test_the_paper_recipe_states_what_the_paper_does():
     paper = TrainConfig(**RECIPES["paper"])
     assert (paper.lr, paper.auxk, paper.rescale, paper.init, paper.activation) == (5e-4, 0.0, False, "random", "relu")
+
+
+def test_latents_silent_for_so_many_steps_are_those_that_the_step_revives(monkeypatch):
+    told, active, set_gradients = [], [], train_module.set_gradients
+
+    def spy(sae, x, dead, *args):
+        found = set_gradients(sae, x, dead, *args)
+        told.append(dead.clone())
+        active.append(torch.bincount(found[1].indices[found[1].values != 0], minlength=4 * D_IN) > 0)
+        return found
+
+    monkeypatch.setattr(train_module, "set_gradients", spy)
+    train(make_activations(), k=1, samples=100, sae_batch_size=5, dead_after=3)
+    for step in range(20):
+        expected = ~torch.stack(active[step - 3 : step]).any(0) if step >= 3 else torch.zeros(4 * D_IN, dtype=bool)
+        assert torch.equal(told[step], expected)
+    assert 0 < sum(map(torch.sum, told)) < 17 * 4 * D_IN
+
+
+def test_the_weights_kept_are_those_of_the_least_held_out_fvu(monkeypatch):
+    seen = []
+
+    def spy(sae, *_):
+        seen.append(copy.deepcopy(sae))
+        return [3.0, 1.0, 2.0][len(seen) - 1]
+
+    monkeypatch.setattr(train_module, "held_out_fvu", spy)
+    monkeypatch.setattr(train_module, "_EVALUATIONS", 3)
+    sae, _, _ = train(make_activations(), samples=150, rescale=False)
+    assert [same_weights(sae, one) for one in seen] == [False, True, False]
+
+
+@torch.no_grad()
+def test_latents_chosen_with_a_value_of_zero_are_not_counted_as_active():
+    activations = make_activations()
+    sae, _, figures = train(activations, samples=500, k=60)
+    rest = torch.from_numpy(activations[np.random.default_rng(0).permutation(300)[30:]])
+    counts = (sae.encode(rest).values != 0).sum(1).double()
+    assert figures.l0 == pytest.approx(counts.mean().item(), abs=1e-4) and figures.l0 < 59
+
+
+def test_a_tenth_is_held_out_but_no_more_than_ten_thousand():
+    assert [list(map(len, parted(count, 0))) for count in (25, 200_000)] == [[2, 23], [10_000, 190_000]]
+
+
+def test_the_learning_rate_rises_for_the_warm_up_and_falls_to_the_end(monkeypatch):
+    rates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self))
+    train(make_activations(), samples=500, warmup=0.4, lr=1e-3)
+    assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, *(n / 6 * 1e-3 for n in (5, 4, 3, 2, 1))])
 
 
 def test_of_few_activations_there_are_few_principal_components():

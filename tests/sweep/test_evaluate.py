@@ -243,7 +243,7 @@ def test_names_with_slashes(here):
     assert result(here / "s" / files[0])["model"] == "local-dir:./tiny-clip"
 
 
-def test_images_with_several_labels(here, monkeypatch):
+def test_images_with_several_labels(here, monkeypatch, capsys):
     """clip_benchmark then reports the mean average precision."""
     from clip_benchmark.datasets import builder
 
@@ -260,6 +260,7 @@ def test_images_with_several_labels(here, monkeypatch):
     monkeypatch.setattr(builder, "build_dataset", lambda **settings: Several())
     data = ("--pretrained", "", "--dataset", "several", "--num_workers", "0", "--no_amp", "--batch_size", "4")
     assert sweep(f"vs2:{TINY}@other@lam=0,2", output="m/{model}.json", data=data) == 0
+    assert " % mean average precision\n" in capsys.readouterr().out
     plain, same, other = (
         result(f"m/{name}.json")["metrics"]["mean_average_precision"]
         for name in (TINY, f"vs2:{TINY}@other@lam=0", f"vs2:{TINY}@other@lam=2")
@@ -364,6 +365,11 @@ def test_mistakes_are_found_before_anything_is_loaded(here, monkeypatch, capsys,
     assert sweep(*models, output="r/{model}.json", words=words) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("vs2: error: ") and error.count("\n") == 1
+
+
+def test_a_method_that_looks_at_several_views_is_refused(here, capsys):
+    assert sweep(f"zero:{TINY}", output="v/{model}.json") == 2
+    assert "looks at several views of each image, and a sweep encodes each once" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,11 @@ def drawn(monkeypatch, tmp_path):
 
     monkeypatch.setattr(figures, "save", keep)
 
-    def draw(text, plain=50.0, values=None):
+    def draw(text, plain=50.0, values=None, **named):
         [grid] = read_grids([text])
         numbers = range(len(grid.points)) if values is None else values
         values = {point.model: float(number) for number, point in zip(numbers, grid.points, strict=True)}
-        paths = figures.draw(grid, values, plain, lambda words: tmp_path / f"picture{words and '@'}{words}")
+        paths = figures.draw(grid, values, plain, lambda words: tmp_path / f"picture{words and '@'}{words}", **named)
         assert [path.name for path in paths] == list(found)
         return found
 
@@ -86,6 +86,12 @@ def test_a_third_numeric_axis_has_a_heat_map_for_each_of_its_values(drawn):
     found = drawn("vs2pp:X@gamma=1,2@lam=3,4@n=5,10")
     assert list(found) == ["picture@n=5", "picture@n=10"]
     assert np.array_equal(found["picture@n=10"].axes[0].images[0].get_array(), [[1, 5], [3, 7]])
+
+
+def test_what_is_drawn_is_named(drawn):
+    for text in ("vs2:X@alpha=1,2", "vs2:X@gamma=1,2@lam=1,2"):
+        axes = drawn(text, measure="mean average precision")["picture"].axes
+        assert "mean average precision, %" in [axis.get_ylabel() for axis in axes]
 
 
 def test_a_picture_is_a_file(tmp_path):

@@ -2,10 +2,13 @@
 
 import shutil
 import tarfile
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from vs2_plugin.checkpoint.store import Store
+from vs2_plugin.training.extract import Part, all_labels
 
 from ..conftest import IMAGES
 
@@ -99,3 +102,18 @@ def test_pass_without_labels_is_refused(folder, capsys, train):
     drop_labels(folder)
     assert train("--pass_weight", "0.8") == 2
     assert "has no label (0000.cls), but labels are needed" in capsys.readouterr().err
+
+
+def test_no_two_data_sets_share_a_class():
+    parts = [Part(None, "", SimpleNamespace(labels=np.array(labels)), {}) for labels in ([0, 2, 1], [1, 0], [0])]
+    assert all_labels(parts).tolist() == [0, 2, 1, 4, 3, 5]
+
+
+def test_room_is_asked_for_the_activations_and_for_the_checkpoint_after_them(folder, monkeypatch, train):
+    asked = []
+    monkeypatch.setattr(
+        "vs2_plugin.training.extract.require_space", lambda folder, needed, what: asked.append(needed) or needed
+    )
+    assert train() == train("--overwrite", "--max_images", "100") == 0
+    sae = Store.default().find(NAME).folder / "visual.transformer.resblocks.3/sae.safetensors"
+    assert asked[1] >= 100 * (128 + 64) * 2 + sae.stat().st_size and asked[0] - asked[1] == 200 * (128 + 64) * 2

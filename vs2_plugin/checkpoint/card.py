@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vs2_plugin.checkpoint.records import GIVEN, SiteSAE, TrainingData
+from vs2_plugin.files import json_digest
 from vs2_plugin.gallery.contents import GalleryContents
 from vs2_plugin.names import LOCAL, library_place, with_weights
 from vs2_plugin.text import printable
 
-__all__ = ["CARD", "card"]
+__all__ = ["CARD", "card", "is_by_hand", "license_of"]
 
 CARD = "README.md"
 #: The hub's value for a licence that nobody has stated.
@@ -51,7 +52,22 @@ def card(
     lines = ["---", yaml.safe_dump(head, sort_keys=False).strip(), "---", ""]
     lines += [f"# {_plain(name.removeprefix('hf:'))}", "", *_about(backbone, pretrained, data, sites[0])]
     lines += ["", *_saes(sites), "", *_use(name, backbone, pretrained, data, sites, gallery)]
-    return "\n".join(lines) + "\n"
+    return _signed("\n".join(lines) + "\n")
+
+
+def is_by_hand(text: str) -> bool:
+    """Return whether somebody wrote or changed a card, as its last line tells: a digest of the rest."""
+    return text != _signed(text.rpartition("\n<!-- ")[0])
+
+
+def license_of(text: str) -> str | None:
+    """Return the licence that a card's head names; None without one."""
+    found = re.search(r"^license: (.+)$", text, re.MULTILINE)
+    return found[1] if found else None
+
+
+def _signed(text: str) -> str:
+    return f"{text}\n<!-- card by vs2-plugin: {json_digest(text)[:16]} -->\n"
 
 
 def _about(backbone: str, pretrained: str, data: TrainingData, site: SiteSAE) -> Iterator[str]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vs2_plugin import __version__
-from vs2_plugin.checkpoint.card import CARD, card
+from vs2_plugin.checkpoint.card import CARD, card, is_by_hand, license_of
 from vs2_plugin.checkpoint.manifest import AGAIN, MANIFEST, manifest_digest, read_manifest, write_manifest
 from vs2_plugin.checkpoint.records import GIVEN, SiteSAE, TrainingData, problems
 from vs2_plugin.checkpoint.sharing import GALLERY, PATTERNS, are_there, copy_files
@@ -468,12 +467,12 @@ class Checkpoint:
             values["data"].pop("folders", None)
         write_manifest(folder, values)
         own = self.folder / CARD
-        if own.is_file() and license is None:
-            shutil.copyfile(own, folder / CARD)
-        else:
+        text = own.read_text(encoding="utf-8", errors="surrogateescape") if own.is_file() else ""
+        if not text or license is not None or not is_by_hand(text):
             sites = Checkpoint.load(self.folder).sites  # read again, as vs2.json was, for figures noted since
+            license = license or license_of(text)
             text = card(name, self.backbone, self.pretrained, self.data, sites, contents, license)
-            (folder / CARD).write_text(text, encoding="utf-8")
+        (folder / CARD).write_text(text, encoding="utf-8", errors="surrogateescape")
 
     def verify(self) -> None:
         """Read every file in full. Raises CheckpointError at the first damaged one."""

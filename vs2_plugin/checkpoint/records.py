@@ -16,12 +16,12 @@ from vs2_plugin.paths import share_files
 from vs2_plugin.settings import whole
 from vs2_plugin.text import counted, expanded
 
-__all__ = ["FEW", "GIVEN", "RETRAIN", "SiteSAE", "TrainingData", "problems"]
+__all__ = ["FEW", "GIVEN", "SiteSAE", "TrainingData", "problems"]
 
 #: Name of the split for images or activations that belong to no data set.
 GIVEN = "given"
-#: Advice for an SAE that is useless.
-RETRAIN = (
+#: Advice for an SAE that was trained here and is useless.
+_RETRAIN = (
     "train it again with vs2-train-sae --overwrite and more images or --samples, a larger --k, a smaller "
     "--expansion_factor or a lower --lr"
 )
@@ -152,11 +152,17 @@ class SiteSAE:
         return None
 
     @property
+    def advice(self) -> str:
+        """What to do about a useless SAE."""
+        imported = "it was trained elsewhere: is it for this tower, place and preprocessing?"
+        return imported if "library" in self.training else _RETRAIN
+
+    @property
     def below_components(self) -> str | None:
         """A note that as many principal components explain more, as with few images or a short training, or None.
 
         None for an SAE trained by PASS, which trades explained variance for codes that agree within a class, and for an
-        imported SAE, whose principal components would be fitted to the very images on which they are measured.
+        imported SAE, which was not trained on these images, whereas the principal components are of them.
         """
         pca_fvu, k = self.training.get("pca_fvu"), self.training.get("k")
         exempt = self.variant == "pass" or "library" in self.training

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from vs2_plugin import __version__
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
-from vs2_plugin.checkpoint.records import RETRAIN
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.errors import Vs2Error
 from vs2_plugin.harness import autoload
@@ -119,4 +118,4 @@ def _checkpoints(store: Store) -> Iterator[Finding]:
             sites = ", ".join(f"{site.folder} FVU {site.fvu:.4f}" for site in checkpoint.sites)
             yield Finding(f"{folder.name}: {checkpoint.data.images:,} images, {sites}")
             for site in (site for site in checkpoint.sites if site.warning):
-                yield Finding(f"{folder.name}: the SAE at {site.folder} is useless: {site.warning}", False, RETRAIN)
+                yield Finding(f"{folder.name}: the SAE at {site.folder} is useless: {site.warning}", False, site.advice)

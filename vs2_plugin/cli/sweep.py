@@ -94,11 +94,11 @@ def _sweep(args: argparse.Namespace) -> int:
             raise
         print(f"\nvs2: interrupted; {_left(planned)}", file=sys.stderr)
         return 130
-    for backbone, accuracy in outcome.plain.items():
-        report(f"zero-shot {backbone}: {accuracy:.2f} %")
+    for backbone, value in outcome.plain.items():
+        report(f"zero-shot {backbone}: {value:.2f} % {outcome.measure}")
     best, *others = outcome.models
     report(f"best of {len(planned.points)}: {outcome.best:.2f} % by {best}{and_others(others)}")
-    other = "Report the accuracy of that choice on other images: it was made on these."
+    other = f"Report the {outcome.measure} of that choice on other images: it was made on these."
     report(_TUNING if request.split == "test" else other)
     for path in (planned.folder, *outcome.written):
         report(f"wrote {path}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vs2_plugin import __version__
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
-from vs2_plugin.checkpoint.records import RETRAIN, SiteSAE
+from vs2_plugin.checkpoint.records import SiteSAE
 from vs2_plugin.clip.sites import Site, Sites
 from vs2_plugin.errors import CheckpointError, ModelStringError, PluginError
 from vs2_plugin.method import LABELS_USED, Scalar, widest
@@ -272,7 +272,7 @@ def _place(
         return Place(spec.method.name, site, None, steering, None, retriever, current)
     sae, mean = parts.sae(checkpoint, facts)
     if facts.warning:
-        warning = f"checkpoint {checkpoint.name!r}: the SAE at {site} is useless: {facts.warning}; {RETRAIN}"
+        warning = f"checkpoint {checkpoint.name!r}: the SAE at {site} is useless: {facts.warning}; {facts.advice}"
         parts.once(("warning", checkpoint.folder, facts.folder), lambda: _LOG.warning("%s", warning))
     shared: dict[str, Any] = parts.once(("shared", checkpoint.folder, facts.folder), dict)
     context = Context(parts.model, *location, sae, mean.clone(), dict(facts.fvu_quantiles), task, retriever, shared)

@@ -121,7 +121,7 @@ class Reproduction:
         except DataError:
             return False
         same = (result.model, result.pretrained, result.dataset) == (run.model, run.weights, name)
-        if not same or not images_file(file).is_file():
+        if not same or (result.number("acc1") is not None and not images_file(file).is_file()):
             return False
         checkpoint = self.checkpoint(run.checkpoint) if run.checkpoint else None
         used = result.fact("checkpoint_digest")
@@ -348,9 +348,12 @@ class Reproduction:
         if cell.metric == "gain":
             return _gain(self.results(cell.plain), file, cell.of_class)
         name = _METRICS[cell.metric]
-        number = read_run(file).number(name)
+        result = read_run(file)
+        number = result.number(name)
         if number is None:
-            raise DataError(f"{file} has no {name}; run the same command again")
+            several = result.number("mean_average_precision") is not None
+            why = "its images have several labels" if several else "run the same command again"
+            raise DataError(f"{file} has no {name}; {why}")
         return 100 * number
 
     def finish(self) -> tuple[list[str], int]:

@@ -64,6 +64,11 @@ class Run:
         return self.number("mean_average_precision") if accuracy is None else accuracy
 
     @property
+    def measure(self) -> str:
+        """What :attr:`headline` is."""
+        return "mean average precision" if self.number("acc1") is None else "top-1 accuracy"
+
+    @property
     def method(self) -> str | None:
         """The steering method; None for a plain model."""
         return None if self.fact("method") is None else printable(self.fact("method"))

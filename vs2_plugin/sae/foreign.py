@@ -136,6 +136,11 @@ def _convert(file: Path, library: str, facts: Mapping[str, Any], weights: Mappin
     config = _shape(file, weights, k, activation, str(facts.get("normalize_activations") or "none"))
     encoder, decoder, bias, b_dec = (weights[name].float() for name in ("W_enc", "W_dec", "b_enc", "b_dec"))
     encoder = encoder.T
+    scaled = weights.get("scaling_factor")  # SAELens before version 6 multiplies codes by it, after fine-tuning
+    if facts.get("finetuning_scaling_factor") and isinstance(scaled, Tensor) and not (scaled == 1).all():
+        raise CheckpointError(
+            f"the SAE in {file.parent} cannot be represented: it scales each latent by a factor of fine-tuning"
+        )
     if not facts.get("apply_b_dec_to_input", True):  # W x + b is W (x - b_dec) + (b + W b_dec)
         bias = bias + encoder @ b_dec
     if facts.get("rescale_acts_by_decoder_norm"):  # the same SAE, with decoder rows of unit norm

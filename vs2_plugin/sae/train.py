@@ -104,9 +104,10 @@ def train_saes(
     SAEs of the same seed, batch size and number of samples share one pass: each batch is read once for all SAEs of its
     site. The result for each SAE is the same as if it were trained alone.
 
-    The loss is the batch's FVU, ``Σ‖x - x̃‖² / Σ‖x - batch mean‖²``, plus ``auxk`` times the share of the residual
-    that dead latents fail to explain. A tenth of the activations, at most 10,000, is held out; the weights kept are
-    those of lowest FVU on held-out activations (2,000 at most, evaluated 20 times).
+    The loss is the batch's FVU, ``Σ‖x - x̃‖² / Σ‖x - batch mean‖²``, plus ``auxk`` times what dead latents fail to
+    explain of the residual, over the same variance (:mod:`vs2_plugin.sae.step`). A tenth of the activations, at most
+    10,000, is held out; the weights kept are those of lowest FVU on held-out activations (2,000 at most, evaluated 20
+    times).
 
     With ``pass_weight``, the loss has the term of PASS (:class:`vs2_plugin.sae.step.ClassMeans`), which trades FVU for
     codes that agree within a class: labels are needed, and the weights kept are the last ones.

@@ -21,14 +21,17 @@ Key = TypeVar("Key")
 _NOTE = "the best point is chosen on these very images: report its accuracy on others"
 
 
-def draw(grid: Grid, values: Mapping[str, float], plain: float, name: Callable[[str], Path]) -> list[Path]:
+def draw(
+    grid: Grid, values: Mapping[str, float], plain: float, name: Callable[[str], Path], measure: str = "top-1 accuracy"
+) -> list[Path]:
     """Draw a grid.
 
     Args:
         grid: the grid.
-        values: model string -> top-1 accuracy, in percent.
-        plain: top-1 accuracy of the plain model, in percent.
+        values: model string -> its value, in percent.
+        plain: the value of the plain model, in percent.
         name: returns the file of a figure, from the values that tell it from the grid's other figures (empty if none).
+        measure: what the values are.
 
     Returns:
         The files written: none for a grid without axes; with two or more numeric axes, a heat map over the first two
@@ -38,20 +41,20 @@ def draw(grid: Grid, values: Mapping[str, float], plain: float, name: Callable[[
     numeric = [axis for axis, texts in grid.axes.items() if None not in map(as_number, texts)]
     if len(numeric) >= 2:
         return [
-            save(_heat_map(grid, title, rows, plain, numeric[:2]), name(title), "vs2 sweep")
+            save(_heat_map(grid, title, rows, plain, numeric[:2], measure), name(title), "vs2 sweep")
             for title, rows in _sections(grid, table, numeric[:2])
         ]
     if not grid.axes:
         return []
     along = numeric[0] if numeric else next(iter(grid.axes))
-    return [save(_curves(grid, along, _sections(grid, table, [along]), plain), name(""), "vs2 sweep")]
+    return [save(_curves(grid, along, _sections(grid, table, [along]), plain, measure), name(""), "vs2 sweep")]
 
 
 Section = tuple[str, dict[tuple[str, ...], float]]
 
 
 def _sections(grid: Grid, table: Mapping[tuple[str, ...], float], axes: list[str]) -> list[Section]:
-    """Return, for each combination of values of the other axes: its words, and place on ``axes`` -> accuracy."""
+    """Return, for each combination of values of the other axes: its words, and place on ``axes`` -> value."""
     others = {axis: texts for axis, texts in grid.axes.items() if axis not in axes}
     sections = []
     for chosen in product(*others.values()):
@@ -76,7 +79,9 @@ def and_others(others: Sequence[Any]) -> str:
     return f" and {counted(len(others), 'other point')}" if others else ""
 
 
-def _heat_map(grid: Grid, title: str, rows: dict[tuple[str, ...], float], plain: float, axes: list[str]) -> Figure:
+def _heat_map(
+    grid: Grid, title: str, rows: dict[tuple[str, ...], float], plain: float, axes: list[str], measure: str
+) -> Figure:
     across, up = (_rising(grid.axes[axis]) for axis in axes)
     values = np.array([[rows[x, y] for x in across] for y in up])
     best, *others = all_best(rows)
@@ -90,7 +95,7 @@ def _heat_map(grid: Grid, title: str, rows: dict[tuple[str, ...], float], plain:
         ticks(shown, [texts[index] for index in shown])
     plot.set_xlabel(axes[0])
     plot.set_ylabel(axes[1])
-    bar = figure.colorbar(mesh, label="top-1 accuracy, %")
+    bar = figure.colorbar(mesh, label=f"{measure}, %")
     if values.min() <= plain <= values.max():
         bar.ax.axhline(plain, color="red", linewidth=2)
     figure.suptitle(f"{grid.text}{' at ' + title if title else ''}", fontsize=9, wrap=True)
@@ -109,7 +114,7 @@ def _rising(texts: Sequence[str]) -> list[str]:
     return sorted(texts, key=lambda text: as_number(text) or 0.0)
 
 
-def _curves(grid: Grid, along: str, sections: list[Section], plain: float) -> Figure:
+def _curves(grid: Grid, along: str, sections: list[Section], plain: float, measure: str) -> Figure:
     texts = _rising(grid.axes[along])
     numbers = [number for text in texts if (number := as_number(text)) is not None]
     in_words = len(numbers) < len(texts)
@@ -127,7 +132,7 @@ def _curves(grid: Grid, along: str, sections: list[Section], plain: float) -> Fi
     if in_words:
         plot.set_xticks(list(places.values()), texts)
     plot.set_xlabel(along)
-    plot.set_ylabel("top-1 accuracy, %")
+    plot.set_ylabel(f"{measure}, %")
     plot.grid(alpha=0.3)
     figure.suptitle(grid.text, fontsize=9, wrap=True)
     plot.set_title(_NOTE, fontsize=8)

@@ -60,12 +60,14 @@ class Plan:
 class Summary:
     """The outcome of a sweep."""
 
+    measure: str
+    """What the values are: top-1 accuracy, or mean average precision."""
     plain: dict[str, float]
-    """Plain model -> accuracy in percent."""
+    """Plain model -> value in percent."""
     best: float
-    """Highest accuracy of the points, in percent; points that read test labels count only if all do."""
+    """Highest value of the points, in percent; points that read test labels count only if all do."""
     models: list[str]
-    """Model strings that reach the highest accuracy."""
+    """Model strings that reach the highest value."""
     written: list[Path]
     """Files of the table and the figures."""
 
@@ -205,15 +207,16 @@ def _finish(planned: Plan) -> Summary:
     table, runs = planned.file("sweep", ".csv"), planned.results
     write_table(table, [runs[model] for model in planned.files])
     values = {model: 100 * (run.headline or 0.0) for model, run in runs.items()}
+    measure = next(iter(runs.values())).measure
     pictures: list[Path] = []
     for grid in planned.grids:
 
         def name(what: str, text: str = grid.text) -> Path:
             return planned.file(f"{text}{'@' + what if what else ''}", ".png")
 
-        pictures += draw(grid, values, values[grid.backbone], name)
+        pictures += draw(grid, values, values[grid.backbone], name, measure)
     # An oracle reads the labels of the test images, and is not compared with the others.
     own = [model for model in planned.points if runs[model].labels != "oracle"] or planned.points
     models = all_best({model: values[model] for model in own})
     plain = {backbone: values[backbone] for backbone in planned.backbones}
-    return Summary(plain, values[models[0]], models, [table, *pictures])
+    return Summary(measure, plain, values[models[0]], models, [table, *pictures])

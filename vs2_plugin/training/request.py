@@ -57,7 +57,7 @@ class TrainRequest:
         "marked in checkpoint and results",
     )
     max_images: int | None = setting(
-        None, minimum=1, help="use at most this many images: a random subset (default: all)"
+        None, minimum=1, help="use at most this many images of each data set: a random subset (default: all)"
     )
     batch_size: int = setting(64, minimum=1, help="images per forward pass")
     num_workers: int = setting(min(4, os.cpu_count() or 1), minimum=0, help="image loader processes")

@@ -15,7 +15,7 @@ from typing import Any
 
 from vs2_plugin import __version__
 from vs2_plugin.checkpoint.checkpoint import Checkpoint, save_checkpoint
-from vs2_plugin.checkpoint.records import FEW, GIVEN, RETRAIN, TrainingData
+from vs2_plugin.checkpoint.records import FEW, GIVEN, TrainingData
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.clip.backbone import check_backbone, ignores_pretrained, load_backbone
 from vs2_plugin.clip.hf import revision_of
@@ -235,7 +235,7 @@ def _warnings(checkpoint: Checkpoint) -> Iterator[str]:
     """Yield a warning, with its remedy, for each SAE of a checkpoint that is useless or has learned too little."""
     for site in checkpoint.sites:
         if site.warning:
-            yield f"the SAE at {site.folder} is useless: {site.warning}; {RETRAIN}"
+            yield f"the SAE at {site.folder} is useless: {site.warning}; {site.advice}"
         elif site.below_components:
             yield f"the SAE at {site.folder} has learned too little: {site.below_components}; {FEW}"
 
