@@ -204,7 +204,7 @@ def settle(path: Path) -> None:
 
     Nothing is done if the folder around ``path`` cannot be written.
     """
-    path = Path(os.path.abspath(path))  # "." has no name
+    path = path if path.name not in ("", "..") else path.resolve()
     if not path.name:  # "/"
         return
     if (path.exists() or not _old(path).exists()) and not _new(path).exists():

@@ -173,6 +173,28 @@ def test_of_several_places_images_tell_the_last_fvu_and_whether_any_of_them_stee
     assert model.vs2_facts()["vs2_mean_fvu"] == pytest.approx(told["fvu"].mean().item())
 
 
+def test_activations_that_a_gpu_steered_to_nan_are_told_before_anything_else_is_blamed(in_demo, images):
+    from types import ModuleType
+
+    from vs2_plugin.harness.patches import patch
+
+    model, *_ = vs2_plugin.load(f"vs2:{TINY}", dataset="wds/digits", classes=CLASSES)
+
+    def encode(model, model_id=None):  # as a GPU notes it, which is not waited for
+        model.places[0].sums.add(steered=torch.tensor([float("nan")]), given=torch.ones(1))
+        return {}
+
+    module = ModuleType("clip_benchmark.metrics.linear_probe")
+    module.evaluate = encode
+    patch(module)
+    with pytest.raises(PluginError, match="steered to NaN or infinity"):
+        module.evaluate(model, "name")
+    encode_image = model.encode_image
+    model.encode_image = lambda *given: (encode(model), encode_image(*given))[1]
+    with pytest.raises(PluginError, match="steered to NaN or infinity"):
+        model.classify(images)
+
+
 def test_a_linear_probe_caches_features_per_checkpoint(in_demo):
     """Its cache is keyed by the model's name; the digest joins it, so that a retrained SAE finds no stale features."""
     from types import ModuleType

@@ -7,12 +7,23 @@ from vs2_plugin.quality.subject import Images
 from vs2_plugin.quality.tower import _is_labelled
 
 
+def images(labels, *datasets):
+    rows, numbers = np.zeros((3, 4)), np.arange(3)
+    return Images("", rows, rows, "", numbers, numbers[:0], None if labels is None else np.array(labels), datasets)
+
+
 @pytest.mark.parametrize(("labels", "expected"), [([0, 1, 2], True), ([0, 3, 1], False), ([0, -1, 1], False)])
 def test_labels_are_taken_if_they_are_numbers_of_the_classes(labels, expected):
-    rows, numbers = np.zeros((3, 4)), np.arange(3)
-    assert _is_labelled(Images("", rows, rows, "", numbers, numbers[:0], np.array(labels)), 3) is expected
+    for dataset in ("wds/a", None):
+        assert _is_labelled(images(labels), 3, dataset) is expected
+        assert _is_labelled(images(labels, "wds/a"), 3, dataset) is expected
+
+
+def test_labels_of_another_data_set_or_of_several_number_other_classes():
+    assert not _is_labelled(images([0, 1, 2], "wds/b"), 3, "wds/a")
+    for dataset in ("wds/a", None):
+        assert not _is_labelled(images([0, 1, 2], "wds/a", "wds/b"), 1000, dataset)
 
 
 def test_images_without_labels_are_not_labelled():
-    rows, numbers = np.zeros((3, 4)), np.arange(3)
-    assert not _is_labelled(Images("", rows, rows, "", numbers, numbers[:0]), 3) and not _is_labelled(None, 3)
+    assert not _is_labelled(images(None), 3, None) and not _is_labelled(None, 3, None)

@@ -53,6 +53,12 @@ def test_activations_of_another_width_are_refused(found):
         adopt(found, x, np.ones(30, dtype=bool))
 
 
+def test_a_few_activations_are_needed(found):
+    with pytest.raises(DataError, match="3 activations to measure the SAE on; expected at least 4"):
+        adopt(found, np.eye(3, 16, dtype=np.float32), np.ones(3, dtype=bool))
+    assert adopt(found, np.eye(4, 16, dtype=np.float32), np.ones(4, dtype=bool)).figures.held_out_count == 2
+
+
 def test_activations_that_are_not_finite_are_refused(found):
     x = torch.randn(30, 16)
     x[3] = torch.inf

@@ -32,6 +32,17 @@ def test_what_is_counted_apart_counts_when_it_is_kept():
     assert one.means() == {"fvu": 4.0}
 
 
+def test_what_is_kept_within_a_block_counts_apart_too():
+    tally = Tally()
+    with counted() as outer:
+        with counted() as inner:
+            tally.add(fvu=torch.ones(2))
+        assert not outer
+        for one, sums, count in inner:  # as a replayed graph does
+            one.keep(sums, count)
+    assert tally.means() == {} and len(outer) == 1
+
+
 def test_numbers_are_added_in_double_precision():
     tally = Tally()
     for _ in range(3):

@@ -17,7 +17,6 @@ No heavy imports: the harness looks a checkpoint up before it loads anything.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -109,7 +108,7 @@ class Checkpoint:
             raise CheckpointError(f"checkpoint {folder!r:.80}: expected the path of its folder")
         folder = Path(folder)
         if folder.name in ("", ".."):  # "." and ".." do not tell the checkpoint's name
-            folder = Path(os.path.abspath(folder))
+            folder = folder.resolve()
         settle(folder)
         values = read_manifest(folder)
         try:

@@ -88,7 +88,7 @@ def _tell(images: Any, dataset: DataSet, classnames: str | None, prompts: str | 
                 f"--custom_classname_file {classnames!r}: expected a list of {count or 'the'} names for "
                 f"{dataset.name!r}, in the order of the classes"
             )
-        images.classes = list(map(str, names))
+        images.classes = names
     if prompts is not None:
         templates = _held(prompts, dataset, "imagenet1k")  # as clip_benchmark looks them up
         if not isinstance(templates, (list, dict)) or not templates:

@@ -209,10 +209,12 @@ def _patch_metrics(module: Any) -> None:
         if not isinstance(metrics, dict):
             return metrics
         if model is not None:
+            facts = model.vs2_facts()
             if "model_id" in values:  # a linear probe encodes training images too, or reads features from its cache
                 model.reset_statistics()
+                facts = model.vs2_facts()
             unreported = {name for method, _ in model.spec.methods for name in method.unreported}
-            metrics = {name: value for name, value in metrics.items() if name not in unreported} | model.vs2_facts()
+            metrics = {name: value for name, value in metrics.items() if name not in unreported} | facts
         return metrics if recorder is None else metrics | recorder.facts()
 
     module.evaluate = evaluate

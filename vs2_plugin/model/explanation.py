@@ -228,6 +228,7 @@ def explain(
         raise HarnessError(f"of {len(names)} class none leads over another; expected two classes or more")
     plain, steered = _embeddings(model, image)
     logits = [_logits(embedding, texts)[0] for embedding in (plain, steered)]
+    model.places.require_finite()  # before the pixels are blamed
     require_numbers(*(values[None] for values in logits))
     before, after = (values.softmax(0).tolist() for values in logits)
     changes = (logits[1] - logits[0]).tolist()

@@ -118,8 +118,7 @@ class Places(Sequence[Place]):
         Raises:
             PluginError: the method steered to NaN or infinity on a GPU, which is checked only here.
         """
-        for place in self:
-            place.require_finite()
+        self.require_finite()
         last = self[-1]
         facts, problems = facts_of(last.steering)
         for problem in problems:  # no reason to lose an evaluation
@@ -127,6 +126,11 @@ class Places(Sequence[Place]):
         seen = {**facts, **({} if last.gate is None else last.gate.facts)}
         seen |= {} if self.readout is None else self.readout.facts
         return {f"vs2_{name}": value for name, value in {**self._declared, **seen}.items()}
+
+    def require_finite(self) -> None:
+        """Raise PluginError if a method steered to NaN or infinity on a GPU since :meth:`reset`."""
+        for place in self:
+            place.require_finite()
 
     def _require_facts(self) -> None:
         """Raise PluginError if a method reports a fact that does not fit into results."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,7 +73,7 @@ def class_names(names: Sequence[str], what: str = "classes") -> tuple[str, ...]:
 
 def _listed(values: object) -> list[Any] | None:
     """Return values that have an order as a list, which a generator yields once; None for anything else."""
-    unordered = isinstance(values, (str, bytes, set, frozenset))
+    unordered = isinstance(values, (str, bytes, set, frozenset, Mapping))
     return list(values) if isinstance(values, Iterable) and not unordered else None
 
 
@@ -277,6 +277,7 @@ class _Steered(Protocol):
     def reset_statistics(self) -> None: ...
     def record_images(self, recording: bool, show: Callable[[Callable[[], Tensor]], None] | None = None) -> None: ...
     def per_image(self) -> dict[str, Tensor]: ...
+    def require_finite(self) -> None: ...
 
 
 def predict(
@@ -314,6 +315,7 @@ def predict(
     finally:
         model.record_images(False)
     count, plain_logits = len(logits), torch.cat(plain)
+    model.require_finite()  # before the pixels are blamed
     require_numbers(logits, plain_logits)
     return Predictions(
         classes=classifier.names,

@@ -262,6 +262,10 @@ class SteeredCLIP(nn.Module):
         """Forget the images seen so far; the harness glue calls this before each evaluation."""
         self.places.reset()
 
+    def require_finite(self) -> None:
+        """Raise PluginError if a method steered to NaN or infinity; see :meth:`Places.require_finite`."""
+        self.places.require_finite()
+
     def vs2_facts(self) -> dict[str, Scalar]:
         """Return the metrics that describe the steering; see :meth:`Places.results`."""
         return self.places.results()

@@ -42,6 +42,8 @@ class Images:
     """int64: numbers of the images that the SAE was trained on, in random order; empty if there are none."""
     labels: np.ndarray | None = None
     """int64 ``[count]``: classes of the images."""
+    datasets: tuple[str, ...] = ()
+    """The data sets whose classes the labels number, one after another; empty where a file gives the labels."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ def _gallery(checkpoint: Checkpoint, site: SiteSAE) -> Images:
     return Images(
         f"{checkpoint.data}, from the gallery", gallery.activations[site.hookpoint], gallery.embeddings[encoder],
         "CLIP itself" if encoder == CLIP else encoder, held, rest, gallery.labels,
+        gallery.datasets,
     )  # fmt: skip
 
 

@@ -50,12 +50,18 @@ def open_zero_shot(
     model = opened.model
     site = model.sites.find(subject.site.hookpoint)
     embed = partial(embedding_from, model.model, site) if model.sites.at_end(site) else None
-    of = "given" if classes is not None else f"of {DataSet.of(dataset or '', dataset_root).name}"
-    about = f"{len(opened.classes):,} classes {of}"
-    return ZeroShot(embed, opened.class_texts.T, _is_labelled(subject.images, len(opened.classes)), about)
+    named = DataSet.of(dataset or "", dataset_root).name if classes is None else None
+    about = f"{len(opened.classes):,} classes {'given' if named is None else f'of {named}'}"
+    return ZeroShot(embed, opened.class_texts.T, _is_labelled(subject.images, len(opened.classes), named), about)
 
 
-def _is_labelled(images: Images | None, classes: int) -> bool:
-    """Return whether all images have labels that are numbers of the classes. In a gallery of several data sets, the
-    labels of all but the first are not: they follow on from the first's."""
-    return images is not None and images.labels is not None and bool(np.isin(images.labels, range(classes)).all())
+def _is_labelled(images: Images | None, classes: int, dataset: str | None) -> bool:
+    """Return whether all images have labels that are numbers of the classes.
+
+    ``dataset`` names the data set of the classes; None: they are given, and a gallery of one data set may number them.
+    """
+    if images is None or images.labels is None:
+        return False
+    if len(images.datasets) > 1 or (dataset is not None and images.datasets not in ((), (dataset,))):
+        return False
+    return bool(np.isin(images.labels, range(classes)).all())

@@ -69,8 +69,8 @@ class Group:
     def title(self) -> str:
         """The backbone, its weights, and the name of its prompts."""
         split = self.zero and self.zero.run.fact("split")
-        prompts = self.prompts and (f"split {printable(split)}" if split else f"prompts with {self.prompts}")
-        return ", ".join(filter(None, (self.backbone, self.pretrained, prompts)))
+        parts = (f"prompts with {self.prompts}", split and f"split {printable(split)}") if self.prompts else ()
+        return ", ".join(filter(None, (self.backbone, self.pretrained, *parts)))
 
     @property
     def zero(self) -> Row | None:

@@ -6,13 +6,16 @@ import time
 
 import numpy as np
 
-from vs2_plugin.errors import CheckpointError
+from vs2_plugin.errors import CheckpointError, DataError
 from vs2_plugin.sae.fit import HELD_OUT, fit_of
 from vs2_plugin.sae.foreign import ForeignSAE
 from vs2_plugin.sae.source import Device, Rows, Source
 from vs2_plugin.sae.train import Figures, Trained
 
 __all__ = ["adopt"]
+
+#: The fewest activations on which an SAE is measured: two in each half.
+_LEAST = 4
 
 
 def adopt(found: ForeignSAE, activations: Rows, calibration: np.ndarray, *, device: Device = "cpu") -> Trained:
@@ -29,7 +32,8 @@ def adopt(found: ForeignSAE, activations: Rows, calibration: np.ndarray, *, devi
 
     Raises:
         CheckpointError: the SAE is for activations of another width.
-        DataError: no drawn activation is in ``calibration``, or all are equal, or some are not finite.
+        DataError: there are fewer than four activations, no drawn activation is in ``calibration``, all are equal, or
+            some are not finite.
     """
     started, width = time.monotonic(), found.sae.config.d_in
     source = Source(activations, device)
@@ -39,6 +43,8 @@ def adopt(found: ForeignSAE, activations: Rows, calibration: np.ndarray, *, devi
             f"{source.shape[1]}; expected an SAE for this site, or another --blocks or --model"
         )
     source.check()
+    if len(activations) < _LEAST:
+        raise DataError(f"{len(activations)} activations to measure the SAE on; expected at least {_LEAST}")
     order = np.random.default_rng(0).permutation(len(activations))
     half = min(HELD_OUT, -(-len(order) // 2))
     held, others = np.sort(order[:half]), order[half:]

@@ -168,7 +168,8 @@ def _read(file: Path, model: str, planned: Plan) -> Run:
             raise DataError(f"{file} was changed after it was written, according to the digest in it")
         split = run.fact("split") or "test"
         if split != request.split:
-            raise DataError(f"{file} holds results of the split {split!r}; expected {request.split!r}")
+            unsaid = "" if run.fact("split") else ", or of an earlier version, which named no split for plain models"
+            raise DataError(f"{file} holds results of the split {split!r}{unsaid}; expected {request.split!r}")
         point = planned.points.get(model)
         if point is None:
             return run
@@ -176,7 +177,8 @@ def _read(file: Path, model: str, planned: Plan) -> Run:
         if digest is not None and _digest(point, request) not in (None, digest):
             raise DataError(f"{file} holds results of another SAE than {run.fact('checkpoint')} is now")
         if run.fact("option_files") != point.spec.option_files:
-            raise DataError(f"{file} holds results with another content of a file that {model} names")
+            earlier = " or by an earlier version, which did not record it" if run.fact("option_files") is None else ""
+            raise DataError(f"{file} holds results with another content of a file that {model} names{earlier}")
     except DataError as error:
         raise DataError(f"{error}; remove it, give another --output, or omit --skip_existing") from error
     return run
