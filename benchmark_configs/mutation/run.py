@@ -29,7 +29,11 @@ TESTS = {
     **{f"steering/{x}": f"steering/test_{x}.py steering/test_reference.py" for x in ("move", "gate", "neighbours")},
     **{f"steering/{name}": f"steering/test_{name}.py" for name in ("selective", "retriever")},
     **{f"strength/{name}": f"strength/test_{name}.py" for name in ("criterion", "choice")},
+    **{f"logits/{name}": f"logits/test_{name}.py" for name in ("dn", "inmap", "stata", "tda", "zero", "zlap")},
     "results/statistics": "results/test_statistics.py",
+    "results/runs": "results/test_runs.py report/test_summary.py",
+    **{f"report/{name}": f"report/test_{name}.py report/test_summary.py" for name in ("rows", "summary", "verdict")},
+    **{f"sweep/{name}": f"sweep/test_{name}.py" for name in ("grid", "figures")},
     "harness/recorder": "harness/test_recorder.py -k 'logits or left_out or of_the_system'",
 }
 SWAPS = {ast.Add: ast.Sub, ast.Mult: ast.Div, ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.Is: ast.IsNot}

@@ -81,7 +81,9 @@ def test_rows_that_gain_as_much_as_the_best_are_counted(write_run, steered):
     assert "It is the best of the 2 rows without labels (with 1 other)." in told(path.parent).sentences
     for gate in (0.95, 0.99):
         write_run(f"vs2:B@gate={gate}", 0.7, metrics=steered())
-    assert "It is the best of 4 rows (with 1 other) on these very test images" in told(path.parent).sentences[1]
+    second = told(path.parent).sentences[1]
+    assert "It is the best of 4 rows (with 1 other) on these very test images" in second
+    assert "with no interval, for lack of per-image results" in second
 
 
 def test_vs2_leads_whatever_others_see(write_run, make_images, steered):

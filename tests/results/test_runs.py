@@ -145,6 +145,14 @@ def test_the_headline_of_a_result(metrics, headline):
     assert Run(Path("x"), "d", "B", "", "t", "en", metrics).headline == headline
 
 
+@pytest.mark.parametrize(
+    ("facts", "protocol"),
+    [({}, "image"), ({"vs2_checkpoint": "a"}, "unlabeled"), ({"vs2_protocol": "stream"}, "stream")],
+)
+def test_the_protocol_that_older_results_do_not_name(facts, protocol):
+    assert Run(Path("x"), "d", "vs2:B", "", "t", "en", {"vs2_method": "vs2", **facts}).protocol == protocol
+
+
 # ---- changed after they were written
 
 

@@ -111,6 +111,8 @@ def test_points_of_one_alpha_come_to_the_same():
         ("vs2:X", "vs2:Y", False),
         ("vs2:X", "vs2:X@a", False),
         ("vs2:X", "vs2:X@gate=0.9", False),
+        ("dn:vs2:X@weight=0.1@gamma=1.5", "dn:vs2:X@weight=0.1", True),
+        ("dn:vs2:X@weight=0.1", "dn:vs2:X@weight=0.2", False),
         ("vs2:X", "vs2:X@blocks=3", False),
         ("vs2pp:X@rule=query", "vs2pp:X", False),
         ("amp:X@gamma=1", "amp:X@gamma=2", False),
