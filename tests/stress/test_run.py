@@ -78,8 +78,10 @@ def test_models_on_subsets_against_zero_shot_on_the_same_images(stubborn, in_dem
 
 def test_what_there_are_too_few_images_for_is_said(caplog):
     labels = np.repeat(np.arange(4), 12)
-    run._warn_of_few(labels, StressRequest(model=("dn:X",), dataset="x", tail=(10.0, 100.0), images=(40, 48)))
+    limits = {"present": (0.5, 0.1), "tail": (10.0, 100.0), "images": (40, 48)}
+    run._warn_of_few(labels, StressRequest(model=("dn:X",), dataset="x", **limits))
     assert [record.getMessage() for record in caplog.records] == [
+        "--present 0.1 of 4 classes is less than one class: one is taken",
         "--tail 100: the smallest class has 12 image(s), so the most frequent class has at most 12 times as many "
         "images as the rarest",
         "--images 48 is left out: there are only 48 images",

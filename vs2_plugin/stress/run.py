@@ -99,8 +99,12 @@ Subset = tuple[str, str, int, Rows]
 
 
 def _warn_of_few(labels: Rows, request: StressRequest) -> None:
-    """Warn of values of --tail and --images that need more images than there are."""
-    least = int(np.unique(labels, return_counts=True)[1].min())
+    """Warn of values of --present, --tail and --images that need more classes or images than there are."""
+    counts = np.unique(labels, return_counts=True)[1]
+    least = int(counts.min())
+    for share in request.present:
+        if round(share * len(counts)) < 1:
+            _LOG.warning("--present %g of %d classes is less than one class: one is taken", share, len(counts))
     for ratio in request.tail:
         if ratio > least:
             _LOG.warning(
