@@ -186,11 +186,11 @@ def test_a_classifier_of_ones_own(load):
         (np.zeros((2, 30, 30, 3)), r"shape \(2, 30, 30, 3\) and type float64; expected floats \[images, 3, 32, 32\]"),
         (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "type torch.uint8"),
         (np.zeros((1, 3, 32, 32), object), r"type object; expected floats \[images, 3, 32, 32\]"),
-        ([(Image.new("RGB", (9, 9)), 3)], "image number 0 is a tuple; expected a PIL image"),
-        ([Image.new("RGB", (9, 9)), [Image.new("RGB", (9, 9))]], "image number 1 is a list; expected a PIL image"),
-        ([np.zeros((3, 32, 32), object)], "image number 0 is an array of type object; expected a PIL image"),
-        (Image.new("RGB", (0, 0)), "image number 0 is without pixels"),
-        (np.zeros((2, 0, 5, 3), np.uint8), "image number 0 is without pixels"),
+        ([(Image.new("RGB", (9, 9)), 3)], "image number 0 is of type tuple; expected PIL images"),
+        ([Image.new("RGB", (9, 9)), [Image.new("RGB", (9, 9))]], "image number 1 is of type list; expected PIL images"),
+        ([np.zeros((3, 32, 32), object)], r"image number 0 is of shape \[3, 32, 32\] and type object; expected PIL"),
+        (Image.new("RGB", (0, 0)), "image number 0 has no pixels"),
+        (np.zeros((2, 0, 5, 3), np.uint8), "image number 0 has no pixels"),
     ],
 )
 def test_what_is_no_image_is_said(images, problem, load):

@@ -78,13 +78,17 @@ class Prepare:
         self._shape = tuple(transform(Image.new("RGB", (8, 8))).shape)
 
     def __call__(self, number: int, item: Any) -> Any:
-        """Return the item with its image prepared; ``number`` names the image in messages.
+        """Return an image, or a tuple that begins with an image, with the image as :meth:`image` prepares it."""
+        if isinstance(item, (tuple, list)) and item:
+            return (self.image(number, item[0]), *item[1:])
+        return self.image(number, item)
+
+    def image(self, number: int, item: Any) -> Tensor:
+        """Return an image as a tensor ``[3, height, width]``; ``number`` names the image in messages.
 
         Raises:
             DataError: the item is not an image.
         """
-        if isinstance(item, (tuple, list)) and item:
-            return (self(number, item[0]), *item[1:])
         named = f"image number {number}"
         if isinstance(item, (str, Path)):
             item = open_picture(Path(item))

@@ -378,11 +378,13 @@ def _pictures(images: Any, transform: Callable[[Any], Tensor]) -> Sequence[Any]:
 
 def _batch(pictures: Sequence[Any], transform: Callable[[Any], Tensor], first: int = 0) -> Tensor:
     """Return preprocessed images ``[batch, 3, height, width]``; ``first`` is the first one's number, for errors."""
-    if isinstance(pictures, (Tensor, np.ndarray)):
-        batch = _float32(pictures)
+    if isinstance(pictures, Tensor):
+        batch = pictures.float()
+    elif isinstance(pictures, np.ndarray):  # torch has neither its negative strides, nor all of its types
+        batch = torch.from_numpy(np.ascontiguousarray(pictures, np.float32))
     else:
         prepare = Prepare(transform)
-        batch = torch.stack([prepare(number, _single(number, item)) for number, item in enumerate(pictures, first)])
+        batch = torch.stack([prepare.image(number, item) for number, item in enumerate(pictures, first)])
     if not batch.sum().isfinite():  # a finite sum shows that all are finite, in a twentieth of the time
         wrong = ~batch.flatten(1).isfinite().all(1)
         if wrong.any():
@@ -390,28 +392,5 @@ def _batch(pictures: Sequence[Any], transform: Callable[[Any], Tensor], first: i
     return batch
 
 
-def _single(number: int, item: Any) -> Any:
-    """Return an image of a list, floats as a tensor. Raises DataError for what is certainly none."""
-    if isinstance(item, np.ndarray) and _has_floats(item):
-        return _float32(item)
-    if isinstance(item, (tuple, list)):
-        kind = f"a {type(item).__name__}"
-    elif isinstance(item, np.ndarray) and item.dtype != np.uint8:
-        kind = f"an array of type {item.dtype}"
-    elif 0 in (item.size if isinstance(item, Image.Image) else getattr(item, "shape", ())):
-        kind = "without pixels"
-    else:
-        return item
-    raise DataError(
-        f"image number {number} is {kind}; expected a PIL image, a path, an array of bytes [height, width, 3], or a "
-        "preprocessed image [3, height, width]"
-    )
-
-
 def _has_floats(values: Tensor | np.ndarray) -> bool:
     return values.is_floating_point() if isinstance(values, Tensor) else values.dtype.kind == "f"
-
-
-def _float32(values: Tensor | np.ndarray) -> Tensor:
-    """Return floats as a tensor; torch has neither NumPy's negative strides, nor all of its types."""
-    return values.float() if isinstance(values, Tensor) else torch.from_numpy(np.ascontiguousarray(values, np.float32))
