@@ -6,7 +6,7 @@ from PIL import Image
 
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import DataError, HarnessError
-from vs2_plugin.host import Evaluation, build, default_task, unknown_data_set, with_texts
+from vs2_plugin.host import Evaluation, build, default_task, require_texts, unknown_data_set, with_texts
 
 # ---- an evaluation
 
@@ -133,3 +133,15 @@ def test_prompts_of_a_file_that_fit_are_taken(prompts):
 def test_class_names_of_a_file_that_are_no_texts_are_refused(names):
     with pytest.raises(DataError, match=r"--custom_classname_file 'c\.json' gives the class names .*; expected a"):
         with_texts(SimpleNamespace(classes=names), custom_classname_file="c.json")
+
+
+@pytest.mark.parametrize("text", ['["a {c}"]', "3", "null", "{", "[" * 100_000], ids=len)
+def test_a_file_of_texts_that_is_no_json_object_is_refused(text, tmp_path):
+    file = tmp_path / "p.json"
+    file.write_text(text)
+    for flag in ("custom_template_file", "custom_classname_file"):
+        with pytest.raises(DataError, match=r"p\.json'.*; expected (a JSON object|JSON), {data set: list}"):
+            require_texts(**{flag: str(file)})
+    with pytest.raises(DataError, match="cannot read 'none.json'"):
+        require_texts(custom_template_file="none.json")
+    require_texts(custom_template_file="en_zeroshot_classification_templates.json")  # clip_benchmark's own

@@ -12,7 +12,7 @@ from typing import Any
 
 from vs2_plugin.data.labels import has_place
 from vs2_plugin.data.naming import DataSet
-from vs2_plugin.data.own import build_folder, build_listed
+from vs2_plugin.data.own import build_folder, build_listed, texts_in
 from vs2_plugin.errors import DataError, HarnessError
 from vs2_plugin.text import reason_of
 
@@ -21,6 +21,7 @@ __all__ = [
     "build",
     "default_task",
     "not_built",
+    "require_texts",
     "unknown_data_set",
     "with_texts",
     "zero_shot_classification",
@@ -143,6 +144,7 @@ def build(dataset: DataSet, split: str, *, remedy: str = "", **settings: Any) ->
     from clip_benchmark.datasets.builder import build_dataset
 
     stock = inspect.unwrap(build_dataset)
+    require_texts(**settings)
     try:
         built = stock(dataset_name=dataset.name, root=dataset.root, split=split, download=True, **settings)
         return with_texts(built, **settings)
@@ -150,6 +152,14 @@ def build(dataset: DataSet, split: str, *, remedy: str = "", **settings: Any) ->
         raise
     except (Exception, SystemExit) as error:  # a failed download, a missing file, package or tool: any exception
         raise not_built(dataset.name, dataset.root, split, error, remedy) from error
+
+
+def require_texts(
+    custom_classname_file: str | None = None, custom_template_file: str | None = None, **others: Any
+) -> None:
+    """Raise DataError if a file of class names or prompts cannot be read, before clip_benchmark reads it."""
+    for file in filter(None, (custom_classname_file, custom_template_file)):
+        texts_in(file)
 
 
 def with_texts(

@@ -205,8 +205,8 @@ def test_the_store_comes_before_a_folder_of_the_same_name(store, put, tmp_path, 
 def test_the_error_says_what_is_there(name, store, put):
     with pytest.raises(CheckpointNotFound) as error:
         store.find(name)
-    expected = f"no SAE checkpoint {name!r} in the store {store.root} (available: none), and no such folder"
-    assert expected in str(error.value)
+    expected = f"no SAE checkpoint {name!r} in the store {store.root} (available: none)"
+    assert f"{expected}, and no folder of that name holds one" in str(error.value)
     for saved in ("b", "a"):
         put(store.checkpoints / saved)
     with pytest.raises(CheckpointNotFound, match=r"\(available: a, b\)"):

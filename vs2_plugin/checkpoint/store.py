@@ -183,7 +183,7 @@ class Store:
             return Checkpoint.load(elsewhere)
         if name and os.path.isdir(elsewhere):
             _refuse_foreign(elsewhere)
-        raise CheckpointNotFound(f"{self.without(name)}, and no such folder")
+        raise CheckpointNotFound(f"{self.without(name)}, and no folder of that name holds one")
 
     def without(self, name: str) -> str:
         """Return a message that a checkpoint is not in the store, with the names of those that are."""

@@ -15,7 +15,7 @@ from vs2_plugin.data.shards import EXTENSIONS, beside, decoded, fetch, listed_sh
 from vs2_plugin.errors import DataError
 from vs2_plugin.text import reason_of
 
-__all__ = ["build_folder", "build_listed"]
+__all__ = ["build_folder", "build_listed", "texts_in"]
 
 
 def build_folder(
@@ -100,17 +100,24 @@ def _tell(images: Any, dataset: DataSet, classnames: str | None, prompts: str | 
 
 
 def _held(file: str, dataset: DataSet, *others: str) -> Any:
-    """Return the entry of a data set, or else of ``others``, in a JSON file of the user's or clip_benchmark's, or None.
+    """Return the entry of a data set, or else of ``others``, in a JSON file of texts, or None. Raises DataError."""
+    texts, keys = texts_in(file), (dataset.name, dataset.name.partition("/")[2], *others)
+    return next((texts[key] for key in keys if key in texts), None)
+
+
+def texts_in(file: str) -> dict[str, Any]:
+    """Return the JSON object in a file of class names or prompts, the user's or clip_benchmark's.
 
     Raises:
-        DataError: the file cannot be read.
+        DataError: the file cannot be read, or holds something else.
     """
     from clip_benchmark.datasets import builder
 
     path = file if os.path.exists(file) else os.path.join(os.path.dirname(builder.__file__), file)
     try:
-        held = json.loads(Path(path).read_text(encoding="utf-8"))
-        keys = (dataset.name, dataset.name.partition("/")[2], *others)
-        return next((held[key] for key in keys if key in held), None)
-    except (OSError, ValueError, TypeError) as error:
+        texts = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read {file!r} ({reason_of(error)}); expected JSON, {{data set: list}}") from None
+    if not isinstance(texts, dict):
+        raise DataError(f"{file!r} holds {texts!r:.80}; expected a JSON object, {{data set: list}}")
+    return texts

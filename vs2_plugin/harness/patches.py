@@ -157,6 +157,7 @@ def _patch_builder(module: Any) -> None:
             if own:
                 dataset = host.build(DataSet(name, root), split, **arguments.arguments)
             else:
+                host.require_texts(**arguments.arguments)
                 dataset = host.with_texts(stock(*args, **kwargs), **arguments.arguments)
         except Vs2Error:
             raise

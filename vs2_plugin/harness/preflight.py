@@ -306,7 +306,7 @@ def missing_checkpoint(missing: Sequence[tuple[ModelString, Evaluation]], store:
     for model, run in missing:
         if model.checkpoint:
             advice = f" (as an option: @{model.checkpoint}=VALUE)" if model.method.option(model.checkpoint) else ""
-            sentences.append(f"{store.without(model.checkpoint)}, and no such folder{advice}")
+            sentences.append(f"{store.without(model.checkpoint)}, and no folder of that name holds one{advice}")
         else:
             weights = "" if ignores_pretrained(model.backbone) else f" ({run.pretrained or 'random weights'})"
             name = store.name_for(model.backbone, run.pretrained, run.dataset)
