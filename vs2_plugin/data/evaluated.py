@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from vs2_plugin.data.labels import CLASS_NAMES, TEMPLATES, UNKNOWN, Classes
+from vs2_plugin.data.labels import CLASS_NAMES, TEMPLATES, UNKNOWN, Classes, has_place
 from vs2_plugin.data.shards import (
     EXTENSIONS,
     LISTING,
@@ -102,12 +102,10 @@ def _check_templates(file: Path) -> None:
         lines = [line.strip() for line in file.read_text(errors="replace").splitlines()]
     except OSError as error:
         raise DataError(f"no readable file {file} ({error.strerror}), the prompts; write it: {mend}") from None
-    for line in lines:
-        try:
-            line.format(c="")
-        except (KeyError, IndexError, ValueError, AttributeError):
-            raise DataError(f"{file}: the prompt {line!r} cannot be filled in; expected {{c}} for the class") from None
-    if not any("{c" in line for line in lines):
+    wrong = next((line for line in lines if "{" in line and not has_place(line)), None)
+    if wrong is not None:
+        raise DataError(f"{file}: the prompt {wrong!r} cannot be filled in; expected {{c}} for the class")
+    if not any(map(has_place, lines)):
         raise DataError(f"{file} holds no prompt with {{c}}, where the name of the class goes; write one: {mend}")
 
 
