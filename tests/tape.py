@@ -46,7 +46,7 @@ class Tape:
     operations are done again without its Python, so that what this decides stays as it was."""
 
     def __init__(self, room: Any = None) -> None:
-        self.calls = 0
+        self._calls = 0
         self._done: list[tuple[Any, Any, Any, Any]] = []
         self._thens: list[tuple[int, Callable[[], None]]] = []
         self._recorder: _Recorder | None = None
@@ -56,8 +56,8 @@ class Tape:
         return bool(self._done)
 
     def __call__(self, work: Callable[[], None]) -> None:
-        self.calls += 1
-        if self.calls < 3:
+        self._calls += 1
+        if self._calls < 3:
             return work()
         if not self.is_told:
             self._recorder = _Recorder()

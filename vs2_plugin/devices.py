@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import platform
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -25,10 +26,13 @@ __all__ = [
     "has_bfloat16_units",
     "own_device",
     "partitions_fast",
+    "process_wide",
     "to_processor",
 ]
 
 _LOG = logging.getLogger(__name__)
+#: Held by the thread that captures a graph, or changes what torch and Python keep once for all threads.
+process_wide = threading.RLock()
 
 if hasattr(os, "register_at_fork"):
     # A forked process, such as a loader of images, cannot free memory on a GPU or pinned for one: it would be aborted
@@ -139,7 +143,7 @@ class Replayed:
         """Capture ``work`` in graphs without running it, and return whether that succeeded."""
         stream, self._capturing, captured = torch.cuda.current_stream(), True, False
         try:
-            with self._open:
+            with process_wide, self._open:
                 self._begin()
                 work()
             captured = True

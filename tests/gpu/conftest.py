@@ -1,30 +1,34 @@
-"""A checkpoint that was trained on the GPU, and what the tests there share. Without a GPU all of them are skipped."""
+"""A checkpoint that was trained on the GPU, and what the tests there share.
+
+Without a GPU all of them are skipped, unless ``--replayed`` has the CPU stand for one: that shows whether the tests
+themselves still fit the package. Then only those are skipped that a GPU alone can pass.
+"""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from ..harness.conftest import TINY, at, clip_benchmark, few_digits  # noqa: F401
 
 #: Of a quarter of the test digits.
 DATA = ("--dataset", "wds/few", "--dataset_root", "few", "--num_workers", "1", "--quiet")
 NAME = "local-dir-tiny-clip_wds-few"
+#: The device of all tests here.
+GPU = "cuda" if torch.cuda.is_available() else "cpu"
+needs_gpu = pytest.mark.skipif(GPU == "cpu", reason="it is about what a GPU alone does")
 
 
 @pytest.fixture(autouse=True, scope="session")
-def gpu():
+def gpu(request):
     """Skip without one."""
-    import torch
-
-    if not torch.cuda.is_available():
+    if GPU == "cpu" and not request.config.getoption("--replayed"):
         pytest.skip("torch finds no GPU that it can use by CUDA")
 
 
 @pytest.fixture(autouse=True)
 def exact(gpu):
     """Products and convolutions in float32 throughout: torch makes convolutions in TF32 unless told."""
-    import torch
-
     torch.backends.cudnn.allow_tf32 = False
     yield
     torch.backends.cudnn.allow_tf32 = True
@@ -58,6 +62,4 @@ def here(laboratory, monkeypatch):
 @pytest.fixture
 def without_gpu(monkeypatch):
     """A function after which this process finds no GPU."""
-    import torch
-
     return lambda: monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -5,8 +5,9 @@ import pytest
 from vs2_plugin.demo.run import SYSTEMS
 
 from ..harness.conftest import demo  # noqa: F401
+from .conftest import needs_gpu
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, needs_gpu]
 
 
 def test_the_demo_runs(demo):  # noqa: F811

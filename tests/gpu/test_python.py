@@ -19,7 +19,7 @@ from vs2_plugin.demo.digits import CLASSES, read_digits
 from vs2_plugin.model.candidates import ZeroShot
 
 from ..classify.conftest import write_photos
-from .conftest import NAME, TINY
+from .conftest import GPU, NAME, TINY
 
 pytestmark = pytest.mark.gpu
 
@@ -39,7 +39,7 @@ def both(here):
     def load(method):
         name, at, options = method.partition("@")
         string = f"{name}:{TINY}@{NAME}{at}{options}"
-        return [vs2_plugin.load(string, classes=CLASSES, amp=False, device=device)[0] for device in ("cpu", "cuda")]
+        return [vs2_plugin.load(string, classes=CLASSES, amp=False, device=device)[0] for device in ("cpu", GPU)]
 
     return load
 
@@ -57,19 +57,32 @@ def test_images_are_classified_and_explained(both, pictures, method):
     assert [place.site for place in other.places] == [place.site for place in one.places]
 
 
+@pytest.mark.parametrize("method", ["vs2@gate=0.5", "vs2s", "vs2pp", "clipsteer", "rag", "knn", "dn", "tda"])
+def test_a_model_with_classes_may_be_moved(both, pictures, method):
+    moved, there = both(method)
+    before = moved.classify(pictures).logits
+    moved.to(GPU)
+    assert moved.classifier.weights.device.type == GPU
+    assert torch.equal(moved.classify(pictures).labels, there.classify(pictures).labels)
+    if method not in ("dn", "tda"):  # what is explained is a change of activations
+        assert moved.explain(pictures[0]).classes
+    moved.cpu()
+    assert torch.equal(moved.classify(pictures).logits, before)
+
+
 def test_activations_are_steered_where_they_lie(both):
     expected, found = both("vs2@gate=0.5")
     x = torch.randn(16, 128, generator=torch.Generator().manual_seed(0))
     assert (found.steer(x) - expected.steer(x)).abs().max() < 1e-4
-    assert found.steer(x).device == x.device and found.steer(x.cuda()).is_cuda
+    assert found.steer(x).device == x.device and found.steer(x.to(GPU)).device.type == GPU
 
 
 def test_an_sae_of_activations_is_that_of_their_images(here, pictures):
     quick = {"model": TINY, "pretrained": "", "samples": 3000, "amp": False, "quiet": True, "overwrite": True}
-    loaded = load_backbone(TINY, "", None, "cuda")
+    loaded = load_backbone(TINY, "", None, GPU)
     site = loaded.sites.default
     with torch.no_grad(), reading(loaded.model, [site]) as found:
-        loaded.model.encode_image(torch.stack([loaded.transform(one) for one in pictures]).cuda())
+        loaded.model.encode_image(torch.stack([loaded.transform(one) for one in pictures]).to(GPU))
     by_images = vs2_plugin.train(pictures, **quick, name="images", cache_dtype="float32")
     np.save("x.npy", found[site].cpu().numpy())
     by_file = vs2_plugin.train(activations="x.npy", **quick, name="file")
@@ -96,9 +109,9 @@ def test_a_folder_of_photos_is_classified(here, without_gpu):
 def test_many_candidates_get_the_classes_that_the_tower_gives_each(both):
     _, model = both("vs2")
     place = model.places[0]
-    x, v = torch.randn(2, 150, 128, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    x, v = torch.randn(2, 150, 128, device=GPU, generator=torch.Generator(GPU).manual_seed(0))
     ways = [F.normalize(x + strength * v) * x.norm(dim=1, keepdim=True) for strength in (0.0, 0.5, 1.0, 3.0, 8.0)]
-    classifier = F.normalize(torch.randn(64, 30, device="cuda"), dim=0)
+    classifier = F.normalize(torch.randn(64, 30, device=GPU), dim=0)
     with torch.no_grad():
         found = ZeroShot(model.model, place.site, classifier)(ways)
         for way, classes in zip(ways, found.unbind(1), strict=True):

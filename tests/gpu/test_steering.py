@@ -25,7 +25,7 @@ from vs2_plugin.plugins import registry
 from vs2_plugin.steering.batch import Batch
 
 from ..clip import library
-from .conftest import NAME, TINY
+from .conftest import GPU, NAME, TINY, needs_gpu
 
 pytestmark = pytest.mark.gpu
 
@@ -66,7 +66,7 @@ class Steered:
 @pytest.fixture
 def steered(here, digits):
     """A function from a method with options and a device to a :class:`Steered`."""
-    return lambda method, device="cuda": Steered(digits, method, device)
+    return lambda method, device=GPU: Steered(digits, method, device)
 
 
 def forget_choices():
@@ -109,7 +109,7 @@ def test_other_precisions_stay_within_their_tolerance(steered, method, precision
         finally:
             torch.backends.cuda.matmul.allow_tf32 = False
     else:
-        with torch.autocast("cuda", precision):
+        with torch.autocast(GPU, precision):
             embeddings = found.embed()
     differences = apart(embeddings, expected)
     assert differences.median() < usual and (differences > worst).sum() <= 1  # one vote may turn out otherwise
@@ -136,7 +136,7 @@ def test_an_image_of_the_gallery_is_not_its_own_neighbour(steered, method):
     with torch.no_grad(), found.model.unsteered():
         hood = found.model.places.retriever.neighbours(batch)
     own = np.array([image_digest(image) for image in found.images])
-    assert hood.rows.is_cuda and np.isin(own, gallery.digests).sum() >= 32
+    assert hood.rows.device.type == GPU and np.isin(own, gallery.digests).sum() >= 32
     assert not (gallery.digests[hood.rows.cpu().numpy()] == own[:, None]).any()
 
 
@@ -146,14 +146,14 @@ def test_no_batch_waits_for_the_gpu(steered, method, monkeypatch):
     found = steered(method)
     for _ in range(3):  # what a GPU is told once, it is told by then
         found.embed()
-        with torch.autocast("cuda"):
+        with torch.autocast(GPU):
             found.embed()
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.no_grad():
             for _ in range(2):
                 found.model.encode_image(found.images)
-            with torch.autocast("cuda"):
+            with torch.autocast(GPU):
                 found.model.encode_image(found.images)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -175,7 +175,7 @@ def test_replayed_models_give_the_same_bits(steered, method, amp, monkeypatch):
     results = []
     for on in (False, True):
         found.model.reset_statistics()
-        with monkeypatch.context() as patch, torch.autocast("cuda", enabled=amp):
+        with monkeypatch.context() as patch, torch.autocast(GPU, enabled=amp):
             if not on:
                 patch.setattr("vs2_plugin.model.steered.can_replay", lambda x: False)
             results.append([found.model.encode_image(images) for images in some])
@@ -200,7 +200,7 @@ def test_replays_follow_the_classes_and_the_device(steered):
     assert all(torch.equal(found.embed(), expected) for _ in range(4))
     plain = steered("vs2")
     *_, expected = (plain.embed() for _ in range(4))
-    plain.model.cpu().cuda()
+    plain.model.cpu().to(GPU)
     assert all(torch.equal(plain.embed(), expected) for _ in range(4))
     with torch.no_grad():
         plain.model.model.visual.proj.mul_(-1)  # in place
@@ -210,12 +210,12 @@ def test_replays_follow_the_classes_and_the_device(steered):
 @torch.no_grad()
 def test_replays_read_nothing_that_the_surrounding_autocast_has_cast(steered):
     found, others = steered("vs2"), steered("vs2")
-    with torch.autocast("cuda"):
+    with torch.autocast(GPU):
         expected = others.embed()
         for _ in range(4):
             assert torch.equal(found.embed(), expected)
-    junk = [torch.full((1 << 20,), float("nan"), device="cuda") for _ in range(8)]  # where the casts were
-    with torch.autocast("cuda"):
+    junk = [torch.full((1 << 20,), float("nan"), device=GPU) for _ in range(8)]  # where the casts were
+    with torch.autocast(GPU):
         assert torch.equal(found.embed(), expected) and len(junk) == 8
 
 
@@ -228,6 +228,7 @@ class Waiting:
         return x + float(x[0, 0])
 
 
+@needs_gpu
 @torch.no_grad()
 def test_a_steering_that_waits_for_the_gpu_is_asked_each_time(here, digits, monkeypatch, caplog):
     known = registry()
@@ -235,7 +236,7 @@ def test_a_steering_that_waits_for_the_gpu_is_asked_each_time(here, digits, monk
     monkeypatch.setitem(known.methods, method.name, method)
     monkeypatch.setitem(known.owners, method.name, "a test")
     caplog.set_level("INFO", "vs2_plugin")
-    found, others = Steered(digits, "waiting", "cuda"), Steered(digits, "waiting", "cpu")
+    found, others = Steered(digits, "waiting", GPU), Steered(digits, "waiting", "cpu")
     for by in range(5):
         found.images, others.images = (one.images.roll(by, 0) for one in (found, others))
         assert (found.embed() - others.embed()).abs().max() < 1e-5
@@ -255,6 +256,7 @@ assert torch.ones(3, device="cuda").sum().item() == 3
 """
 
 
+@needs_gpu
 def test_a_graph_that_cannot_be_made_leaves_the_stream_as_it_was():
     """In another process, in which torch may make no other graph afterwards."""
     subprocess.run([sys.executable, "-c", FAILS], check=True)
@@ -283,6 +285,7 @@ assert gc.collect() > 0
 """
 
 
+@needs_gpu
 def test_what_lies_on_a_gpu_is_not_freed_by_processes_without_one():
     subprocess.run([sys.executable, "-c", FORKS], check=True)
 
@@ -297,12 +300,13 @@ def test_hooks_of_others_are_called_each_time(steered):
     assert torch.equal(found.embed(), expected) and len(seen) == 4
 
 
+@needs_gpu
 def test_what_is_not_finite_is_told_before_results_are(here, digits, monkeypatch):
     known = registry()
     method = Method("wild", lambda context: lambda x: x / 0, needs_checkpoint=False)
     monkeypatch.setitem(known.methods, method.name, method)
     monkeypatch.setitem(known.owners, method.name, "a test")
-    model = Steered(digits, "wild", "cuda")
+    model = Steered(digits, "wild", GPU)
     model.embed()
     with pytest.raises(PluginError, match="method 'wild' of a test steered to NaN or infinity at block 3"):
         model.model.vs2_facts()
@@ -310,31 +314,32 @@ def test_what_is_not_finite_is_told_before_results_are(here, digits, monkeypatch
     assert model.model.vs2_facts()["vs2_method"] == "wild"
 
 
+@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sums_are_those_of_the_cpu_and_the_same_each_time(dtype):
     torch.manual_seed(0)
     values = torch.randn(300_000, dtype=dtype) * 100
     places = torch.randint(0, 500, values.shape)
     expected = torch.zeros(500, dtype=torch.float64).index_add_(0, places, values.double())
-    found = [add_at(torch.zeros(500, dtype=dtype).cuda(), places.cuda(), values.cuda()).cpu() for _ in range(3)]
+    found = [add_at(torch.zeros(500, dtype=dtype).to(GPU), places.to(GPU), values.to(GPU)).cpu() for _ in range(3)]
     assert all(torch.equal(one, found[0]) for one in found)
     torch.testing.assert_close(found[0].double(), expected, rtol=1e-6, atol=1e-5)
     rows, own = values.view(3, -1), places.view(3, -1)
     expected = torch.zeros(3, 500, dtype=torch.float64).scatter_add_(1, own, rows.double())
-    found = add_at(torch.zeros(3, 500, dtype=dtype).cuda(), own.cuda(), rows.cuda()).cpu()
+    found = add_at(torch.zeros(3, 500, dtype=dtype).to(GPU), own.to(GPU), rows.to(GPU)).cpu()
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-5)
-    nothing = add_at(torch.ones(2).cuda(), torch.tensor([1]).cuda(), torch.zeros(1).cuda())
+    nothing = add_at(torch.ones(2).to(GPU), torch.tensor([1]).to(GPU), torch.zeros(1).to(GPU))
     assert torch.equal(nothing.cpu(), torch.ones(2))
     for wrong in (torch.inf, torch.nan):
-        sums = add_at(torch.zeros(2).cuda(), torch.tensor([0, 1, 1]).cuda(), torch.tensor([1.0, wrong, 1.0]).cuda())
+        sums = add_at(torch.zeros(2).to(GPU), torch.tensor([0, 1, 1]).to(GPU), torch.tensor([1.0, wrong, 1.0]).to(GPU))
         assert not sums[1].isfinite()
 
 
 def test_a_model_moves_between_devices(steered):
     model = steered("vs2@gate=0.5", "cpu")
     expected = model.embed()
-    model.model.cuda()
-    model.images = model.images.cuda()
+    model.model.to(GPU)
+    model.images = model.images.to(GPU)
     assert (model.embed() - expected).abs().max() < 1e-5
     model.model.cpu()
     model.images = model.images.cpu()
@@ -348,7 +353,7 @@ def test_copies_and_pickles_steer_alike(steered, method):
     for other in (copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
         model.model = other
         assert torch.equal(model.embed(), expected)
-        assert next(other.parameters()).is_cuda
+        assert next(other.parameters()).device.type == GPU
 
 
 def test_per_image_facts_come_to_the_cpu(steered):
@@ -367,7 +372,7 @@ def test_per_image_facts_come_to_the_cpu(steered):
 def test_a_tower_of_transformers_is_steered(kind, tmp_path):
     name = getattr(library, f"write_{kind}")(tmp_path / kind)
     embeddings = []
-    for device in ("cpu", "cuda"):
+    for device in ("cpu", GPU):
         loaded = load_backbone(name, "", None, device)
         pictures = [Image.effect_noise((40, 30), sigma).convert("RGB") for sigma in (20, 60)]
         torch.manual_seed(0)

@@ -5,7 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from open_clip.model import CLIP
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vs2_plugin
 from vs2_plugin.data.images import open_images
@@ -13,6 +15,7 @@ from vs2_plugin.data.naming import DataSet
 from vs2_plugin.demo.digits import CLASSES
 from vs2_plugin.errors import DataError, HarnessError, ModelStringError, SettingError
 from vs2_plugin.harness.recorder import Recorder
+from vs2_plugin.model import predictions
 from vs2_plugin.model.predictions import Classifier, class_names, prompts_of
 
 from .conftest import TINY, few_digits
@@ -236,6 +239,19 @@ def test_classes_that_the_model_cannot_tell_apart_are_named(load, caplog):
     assert said.startswith("the classes 'zero', 'Zero' have the same embedding")
     load(f"vs2:{TINY}")
     assert caplog.text.count("cannot tell them apart") == 1
+
+
+def test_classes_are_embedded_on_the_model_s_own_gpu_of_several(monkeypatch):
+    """Of two GPUs that are not there, nothing is computed, but where it would be."""
+    monkeypatch.setattr(predictions, "warn_of_equals", lambda names, weights: None)  # it reads the numbers
+    vision = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 1}
+    text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
+    with FakeTensorMode():
+        with torch.device("cuda:1"):
+            model = CLIP(embed_dim=24, vision_cfg=vision, text_cfg=text)
+        tokens = torch.zeros(1, 8, dtype=torch.long)  # of one prompt
+        classifier = Classifier.of(model, lambda texts: tokens, ["cat", "dog"], None, False)
+    assert classifier.weights.device == torch.device("cuda:1")
 
 
 def test_prompts_have_a_place_for_the_name():

@@ -6,8 +6,10 @@ import gc
 import itertools
 import logging
 import pickle
+import threading
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -209,7 +211,36 @@ def test_weights_that_are_elsewhere_are_found_before_a_gpu_looks_for_them(again)
     (before,) = replays._told.values()
     model[0].weight.data = model[0].weight.data.clone()
     assert replays(model, encode, x) is not None and len(encode.seen) == 4
-    assert before not in replays._told.values() and before._replayed.calls == 3
+    assert before not in replays._told.values() and before._replayed._calls == 3
+
+
+def test_weights_that_lie_otherwise_at_the_same_place_are_told_anew():
+    model, replays, x = copy.deepcopy(MODEL), Replays(), torch.ones(1, 3)
+    told = [replays(model, Doubling(), x) is not None for _ in range(3)]
+    model[0].weight.data = model[0].weight.data.T
+    told += [replays(model, Doubling(), x) is not None for _ in range(2)]
+    assert told == [True, True, True, False, True]
+
+
+def test_threads_leave_the_mode_of_waits_as_it_was(monkeypatch):
+    modes, inside, left = [0], threading.Event(), threading.Event()
+    monkeypatch.setattr("torch.cuda.get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr("torch.cuda.set_sync_debug_mode", modes.append)
+
+    def first():
+        with replay._without_waits():
+            inside.set()
+            left.wait(0.2)  # for a second thread that did not wait for this one
+
+    def second():
+        inside.wait(60)
+        with replay._without_waits():
+            left.set()
+
+    with ThreadPoolExecutor(2) as threads:
+        for done in [threads.submit(first), threads.submit(second)]:
+            done.result(60)
+    assert modes == [0, "warn", 0, "warn", 0]
 
 
 def test_another_model_is_told_anew():
@@ -374,7 +405,7 @@ def test_replayed_models_give_the_same_bits_and_figures(text, amp, in_demo, imag
             some = [images.roll(by, 3) for by in range(5)] + [images[:2], images[2:4], -images[:2], images[:2]]
             embeddings = [model.encode_image(batch) for batch in some]
         found.append((embeddings, model.vs2_facts()))
-        assert [one._replayed.calls for one in model._replays._told.values()] == ([5, 4] if on else [])
+        assert [one._replayed._calls for one in model._replays._told.values()] == ([5, 4] if on else [])
     (anew, facts), (again, same) = found
     assert facts == same and all(map(torch.equal, anew, again))
     model.reset_statistics()

@@ -140,6 +140,21 @@ def test_a_copy_is_steered_like_the_original(in_demo, images):
         assert torch.equal(copy.deepcopy(model).encode_image(images), model.encode_image(images))
 
 
+@pytest.mark.parametrize("options", ["vs2:{}@gate=0.5", "vs2pp:{}", "dn:{}", "vs2s:{}"])
+def test_a_model_that_comes_from_another_device_is_bound_anew(in_demo, options, monkeypatch):
+    model, *_ = vs2_plugin.load(options.format(TINY), dataset="wds/digits", classes=CLASSES, amp=False)
+    pictures = read_digits("test")[0][:8]
+    before, expected, prompts = model.places, model.classify(pictures), model.classifier.prompts
+    assert model.cpu().places is before
+    devices = iter([torch.device("cuda:1")])
+    monkeypatch.setattr(type(model), "_device", property(lambda model: next(devices, torch.device("cpu"))))
+    found = model.cpu().classify(pictures)
+    assert model.places is not before and model.classifier.prompts == prompts
+    assert before.retriever is None or model.places.retriever is not before.retriever
+    assert torch.equal(found.logits, expected.logits)
+    assert next(model.to("meta").parameters()).is_meta  # where nothing can be computed, nothing is built
+
+
 def test_later_data_sets_do_not_rebind(in_demo):
     """A linear probe builds its training and validation sets after the test set."""
     from clip_benchmark.datasets.builder import build_dataset

@@ -199,7 +199,7 @@ def load_backbone(
     """
     check_backbone(backbone, pretrained)
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=device, dtype=torch.double)  # in which figures are added up
     except Exception as error:  # no such device, or a torch without support for it
         raise TowerError(f"device {device!r} cannot be used: {reason_of(error)}; expected 'cpu', or a GPU's") from error
     warn_about_quickgelu(backbone, pretrained)

@@ -95,8 +95,9 @@ class ScreenedSearch:
 
     @staticmethod
     def _rounded(rows: Tensor) -> Candidates | None:
-        """Return the search for candidates by Triton kernels; None if the kernels fail on a first query."""
-        if not rows.is_cuda:
+        """Return the search for candidates by Triton kernels; None where they fail on a first query, or on a GPU before
+        the generation of the A100, for which Triton cannot compile products of 8-bit integers and prints pages."""
+        if not rows.is_cuda or torch.cuda.get_device_capability(rows.device) < (8, 0):
             return None
         try:
             from vs2_plugin.gallery.kernels import Rounded

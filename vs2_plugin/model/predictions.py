@@ -130,7 +130,7 @@ class Classifier:
             SettingError: class names or prompts that cannot be used.
         """
         classes, templates = class_names(names), prompts_of(prompts)
-        device = next(model.parameters()).device.type
+        device = str(next(model.parameters()).device)  # with its number: 'cuda' is the current GPU
         with zero_shot_classification() as harness:
             weights = harness.zero_shot_classifier(model, tokenizer, list(classes), list(templates), device, amp)
         warn_of_equals(classes, weights)
@@ -309,7 +309,7 @@ def predict(
             classify = inspect.unwrap(harness.run_classification)
             readout = model.readout
             reader = model if readout is None else Read(model, readout)
-            logits, _ = classify(reader, weights, batches(), weights.device.type, amp=classifier.amp)
+            logits, _ = classify(reader, weights, batches(), str(weights.device), amp=classifier.amp)
             logits = logits if readout is None else readout.logits()
         facts = model.per_image()
     finally:

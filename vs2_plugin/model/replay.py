@@ -17,7 +17,7 @@ from torch.nn.modules import module as hooks_of_all
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from vs2_plugin.clip.edits import Edit, is_hooked
-from vs2_plugin.devices import Replayed, to_processor
+from vs2_plugin.devices import Replayed, process_wide, to_processor
 from vs2_plugin.steering.batch import Batch
 from vs2_plugin.steering.tally import Counted, counted
 from vs2_plugin.text import sentence_of
@@ -114,7 +114,7 @@ class _Parts:
 
     def __init__(self, tower: nn.Module, found: list[object], tensors: list[Tensor]) -> None:
         self.tower, self._found, self._tensors = tower, found, tensors
-        self._places = self._where()
+        self._places, self._layouts = self._where(), self._laid_out()
 
     @classmethod
     def of(cls, tower: nn.Module) -> _Parts | None:
@@ -126,6 +126,9 @@ class _Parts:
     def _where(self) -> list[int]:
         return [tensor.data_ptr() for tensor in self._tensors]
 
+    def _laid_out(self) -> list[Hashable]:
+        return [(tensor.dtype, tensor.shape, tensor.stride()) for tensor in self._tensors]
+
     def have_moved(self) -> bool:
         """Return whether a weight has another address now; to be checked before a GPU reads the old address."""
         return self._where() != self._places
@@ -133,7 +136,8 @@ class _Parts:
     def are_the_same(self) -> bool:
         """Return whether the tower still has these parts and may still be replayed."""
         parts = _parts_of(self.tower)
-        return parts is not None and len(parts) == len(self._found) and all(map(is_, parts, self._found))
+        same = parts is not None and len(parts) == len(self._found) and all(map(is_, parts, self._found))
+        return same and self._laid_out() == self._layouts
 
 
 def _parts_of(module: nn.Module) -> list[object] | None:
@@ -156,7 +160,8 @@ def _parts_of(module: nn.Module) -> list[object] | None:
 
 
 def _setting(images: Tensor) -> tuple[Hashable, ...]:
-    """Return everything that decides which kernels run: layout of the images, autocast, precision and attention."""
+    """Return the settings that a graph depends on and that users change: layout of the images, autocast, precision,
+    attention and determinism. Others, such as cuDNN's choice of kernels, stay as they were at the capture."""
     device = images.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     kinds = [torch.backends.cuda.matmul, getattr(torch.backends.cudnn, "conv", torch.backends.cudnn)]
@@ -229,8 +234,8 @@ class _Told:
 def _without_waits() -> Iterator[None]:
     """Raise RuntimeError if the CPU waited for the GPU in a ``with`` block: a graph capture would fail there, and with
     after-effects. Waits of other threads count too, since they cannot be told apart."""
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as raised:
+    with process_wide, warnings.catch_warnings(record=True) as raised:
+        before = torch.cuda.get_sync_debug_mode()
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -114,8 +115,18 @@ class SteeredCLIP(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SteeredCLIP:
         self._replays.forget()  # to free GPU memory where the model moves to another device
+        before = self._device
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._places is not None and self._device not in (before, torch.device("meta")):
+            classifier = self.classifier
+            self.bind(self._places.task)  # since galleries, searches and classes are on the device of before
+            if classifier is not None:
+                self.set_classifier(classifier, quiet=True)
         return self
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     def __repr__(self) -> str:
         return describe(self.spec, self._places, self.classifier)
@@ -181,10 +192,13 @@ class SteeredCLIP(nn.Module):
         _require_classifier(weights, self.sites.output.width)
         if weights.dtype == torch.float64:  # no model computes in float64
             weights = weights.float()
-        named = classifier if isinstance(classifier, Classifier) else Classifier.unnamed(weights, self.amp)
+        weights = weights.to(self._device)
         self._replays.forget()
-        self.places.set_classifier(named.weights, quiet)
-        self.classifier = named
+        self.places.set_classifier(weights, quiet)
+        if isinstance(classifier, Classifier):
+            self.classifier = replace(classifier, weights=weights)
+        else:
+            self.classifier = Classifier.unnamed(weights, self.amp)
 
     def classify(self, images: Images, batch_size: int = 64) -> Predictions:
         """Return the steered and the plain model's predictions for images: the numbers of ``clip_benchmark eval`` with

@@ -108,7 +108,7 @@ class GpuStep:
 
     @torch.no_grad()
     def read_weights(self) -> None:
-        """Copy the SAE's weights to bfloat16."""
+        """Copy the SAE's weights to bfloat16, before the first step: captured graphs read these copies."""
         encoder = self._sae.encoder
         self._encoder, self._decoder, self._bias = (
             weight.detach().to(_HALF, copy=True) for weight in (encoder.weight, self._sae.W_dec, encoder.bias)
