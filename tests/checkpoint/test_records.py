@@ -3,6 +3,14 @@ import pytest
 from vs2_plugin.checkpoint.records import TrainingData
 
 
+def test_training_images_found_by_name_are_known_by_name_and_split(tmp_path):
+    data = TrainingData(("cifar10", "p"), 7, ("train", "train"), folders=("", str(tmp_path / "p")))
+    for of in (data, TrainingData(("cifar10",), 7, ("train",))):
+        assert of.holds_split("cifar10", "train")
+        for dataset, split in (("cifar10", "test"), ("cifar10", None), ("cifar100", "train"), ("p", "train")):
+            assert not of.holds_split(dataset, split)
+
+
 @pytest.mark.parametrize(
     ("trained", "evaluated", "shared"),
     [("/p", "/p", True), ("/p/train", "/p/test", False), ("/p/train", "/p", True), ("/p", "/p/test", True),

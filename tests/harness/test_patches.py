@@ -76,6 +76,19 @@ def test_no_steering_is_the_stock_model_bit_for_bit(in_demo, clip_benchmark):
         assert {key: found[key] for key in stock} == stock
 
 
+def test_results_of_another_split_name_it_and_say_that_the_sae_was_trained_on_it(in_demo, clip_benchmark):
+    for split in ("train", "test"):
+        words = ("--model", TINY, f"vs2:{TINY}", "--pretrained", "", *DIGITS, "--split", split)
+        code, error = clip_benchmark("eval", *words, "--output", f"{split} {{model}}.json")
+        assert code == 0, error
+    plain, steered = (metrics(in_demo / f"train {model}.json") for model in (TINY, f"vs2:{TINY}"))
+    assert plain["vs2_split"] == steered["vs2_split"] == "train"
+    assert (steered["vs2_transductive"], steered["vs2_protocol"]) == (True, "transductive")
+    plain, steered = (metrics(in_demo / f"test {model}.json") for model in (TINY, f"vs2:{TINY}"))
+    assert not any(name.startswith("vs2_") for name in plain) and "vs2_split" not in steered
+    assert (steered["vs2_transductive"], steered["vs2_protocol"]) == (False, "unlabeled")
+
+
 def test_several_data_sets_in_one_call_each_with_its_own_checkpoint(in_demo, clip_benchmark):
     data = ("--dataset", "wds/first", "wds/second", "--dataset_root", "{dataset}", *DIGITS[4:])
     words = ("--model", TINY, f"vs2:{TINY}", "--pretrained", "", *data, "--output", "s-{dataset}-{model}.json")

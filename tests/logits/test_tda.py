@@ -41,3 +41,8 @@ def test_it_is_the_formula():
     read = tda.Stream(torch.from_numpy(texts).float(), 2.0, 5.0, 0.4, 1.0)
     found = torch.cat([read(x[None]) for x in torch.from_numpy(stream).float()])
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_one_class_is_no_trouble():
+    read = tda.Stream(torch.ones(1, 1), 2.0, 5.0, 0.4, 1.0)
+    assert read(torch.ones(1, 1)).tolist() == [[102.0]]

@@ -30,6 +30,13 @@ def test_it_is_the_vote_of_the_most_confident_views():
     assert ties > 3
 
 
+def test_the_share_of_views_is_taken_as_it_is_written():
+    texts = torch.eye(3)
+    for keep, count in ((0.29, 29), (0.57, 57), (0.299, 29), (1.0, 100)):
+        votes = voted(texts, keep)(torch.rand(1, 100, 3)).exp().sum()
+        assert votes == pytest.approx(count + 0.02, abs=1e-3)
+
+
 def test_one_view_votes_at_least_and_logits_are_finite():
     texts = torch.eye(3)
     logits = voted(texts, 0.01)(torch.tensor([[[1.0, 0, 0], [0.6, 0.8, 0]]]))

@@ -140,7 +140,14 @@ def test_it_is_used_only_where_unlabeled_images_speak_for_it_if_so_asked(method,
     assert facts["vs2_used"] is used and "nats" in facts["vs2_use_reason"]
     assert "vs2_used" not in always.vs2_facts()
     seen = load(method, f"{options}@use=auto@unlabeled=test").classify(images)  # ten of noise speak for nothing
-    torch.testing.assert_close(seen.logits, seen.plain_logits, rtol=0, atol=1e-4)
+    assert torch.equal(seen.logits, seen.plain_logits)
+
+
+def test_a_method_that_is_not_used_leaves_the_rounded_logits_of_clip_benchmark(add, in_demo, images):
+    add("learns", shifted, protocol="unlabeled")
+    model, *_ = vs2_plugin.load(f"learns:vs2:{TINY}@use=auto", dataset="wds/digits", classes=CLASSES, amp=True)
+    steered, *_ = vs2_plugin.load(f"vs2:{TINY}", dataset="wds/digits", classes=CLASSES, amp=True)
+    assert torch.equal(model.classify(images).logits, steered.classify(images).logits)
 
 
 def test_a_stream_comes_image_by_image_in_the_order_of_its_seed(add, in_demo, images):

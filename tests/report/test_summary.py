@@ -193,6 +193,10 @@ def test_results_of_two_splits_are_not_compared_with_each_other(write_run, steer
     path = write_run("B", 0.4, folder="alone", metrics={"vs2_split": "train"})
     (row,) = group_of(path.parent).steered
     assert row.change is None  # only the train split's plain result is there
+    write_run("B", 0.7, folder="other")  # without a split: of the test images
+    path = write_run("vs2:B@alpha=2", 0.8, folder="other", metrics=steered(split="train", alpha=2))
+    (row,) = group_of(path.parent).steered
+    assert row.change is None
 
 
 def test_seeds_of_other_images_are_no_mean(write_run, make_images, steered):

@@ -76,6 +76,11 @@ class TrainingData:
         files and folders are followed; copies are not found."""
         return bool(folder) and any(_share(_real(folder), path) for path in map(_real, filter(None, self.folders)))
 
+    def holds_split(self, dataset: str, split: str | None) -> bool:
+        """Return whether images of a split are among the training images, for a data set that is found by its name."""
+        by_name = zip(self.datasets, self.splits, self.folders or [""] * len(self.datasets), strict=False)
+        return any((dataset, split) == (name, its_split) and not folder for name, its_split, folder in by_name)
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
         values = asdict(self)

@@ -260,7 +260,7 @@ def _patch_classification(module: Any) -> None:
             values["model"] = Read(model, readout)
         try:
             logits, target = stock(**values)
-            logits = logits if readout is None else readout.logits()
+            logits = logits if readout is None else readout.replace(logits)
             if recorder is not None:
                 recorder.finish(logits, target, {} if model is None else model.per_image())
         finally:
@@ -362,7 +362,8 @@ def _patch_cli(module: Any) -> None:
 
 
 def _run(stock: Callable[[Namespace], Any], args: Namespace) -> Any:
-    """Evaluate one model, and sign its results with a digest if it is steered or its images are recorded."""
+    """Evaluate one model, and sign its results with a digest if it is steered or its images are recorded. Results of
+    another split than ``test`` name it: clip_benchmark's do not."""
     from vs2_plugin.harness.recorder import Recorder
     from vs2_plugin.host import Evaluation
     from vs2_plugin.results.runs import forget_images, sign
@@ -376,8 +377,9 @@ def _run(stock: Callable[[Namespace], Any], args: Namespace) -> Any:
     finally:
         _recorder.reset(token)
     if not skipped:
-        if recorder is not None or is_steered(args.model):
-            sign(output)
+        facts = {} if args.split == "test" else {"vs2_split": args.split}
+        if recorder is not None or is_steered(args.model) or facts:
+            sign(output, **facts)
         forget_images(output)  # of an earlier run; this one may record none
         if recorder is not None:
             recorder.save(str(output))

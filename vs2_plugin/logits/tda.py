@@ -71,7 +71,7 @@ class Stream:
         entropy, label = float(torch.special.entr(shares).sum()), int(shares.argmax())
         self._sure.add(image, entropy, label)
         classes = len(shares)
-        if _UNSURE[0] < entropy / math.log2(classes) < _UNSURE[1]:
+        if _UNSURE[0] < entropy / math.log2(max(classes, 2)) < _UNSURE[1]:
             place = self._unsure.add(image, entropy, label)
             if place is not None:
                 best = shares.topk(self._possible.shape[2])

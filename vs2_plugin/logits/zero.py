@@ -31,7 +31,8 @@ def voted(classifier: Tensor, keep: float) -> Callable[[Tensor], Tensor]:
     def read(x: Tensor) -> Tensor:
         shares = (100 * x @ classifier).softmax(2)
         order = torch.special.entr(shares).sum(2).argsort(dim=1, stable=True)
-        chosen, rest = order.tensor_split([max(1, int(keep * x.shape[1]))], dim=1)
+        count = int(round(keep * x.shape[1], 6))  # 0.29 times 100 is less than 29
+        chosen, rest = order.tensor_split([max(1, count)], dim=1)
         classes = shares.argmax(2)
         votes = torch.zeros(len(x), classifier.shape[1], dtype=torch.float64, device=x.device)
         votes.scatter_add_(1, classes.gather(1, chosen), votes.new_ones(chosen.shape))

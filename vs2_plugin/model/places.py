@@ -75,9 +75,11 @@ class Places(Sequence[Place]):
     @cached_property
     def transductive(self) -> bool:
         """Whether the checkpoint was trained on images that are evaluated, as far as that is known."""
-        if self.checkpoint is None:
-            return False
-        return self.checkpoint.transductive or self.checkpoint.data.holds(self.task.folder if self.task else "")
+        checkpoint, task = self.checkpoint, self.task
+        if checkpoint is None or task is None:
+            return checkpoint is not None and checkpoint.transductive
+        of_name = not task.folder and checkpoint.data.holds_split(task.dataset, task.split)
+        return checkpoint.transductive or of_name or checkpoint.data.holds(task.folder)
 
     @property
     def _split(self) -> str | None:

@@ -310,7 +310,7 @@ def predict(
             readout = model.readout
             reader = model if readout is None else Read(model, readout)
             logits, _ = classify(reader, weights, batches(), str(weights.device), amp=classifier.amp)
-            logits = logits if readout is None else readout.logits()
+            logits = logits if readout is None else readout.replace(logits)
         facts = model.per_image()
     finally:
         model.record_images(False)

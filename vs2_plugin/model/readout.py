@@ -163,6 +163,13 @@ class Readout:
             logits_of[row] = self._checked(read, x[row : row + 1], Batch())
         return torch.cat(logits_of)
 
+    def replace(self, logits: Tensor) -> Tensor:
+        """Return the method's logits of all images since :meth:`start`, to take the place of ``logits`` that
+        clip_benchmark computed for them; ``logits`` themselves if ``@use=auto`` decided against the method. (Under
+        autocast, clip_benchmark rounds its logits, which the method's are not.)"""
+        own = self.logits()
+        return own if self._chosen.get("used", True) else logits
+
     def _build(self, unlabeled: Tensor | None) -> Steering:
         if self._classifier is None:
             raise HarnessError(f"method {self.method.name!r} needs classes, but none are known")
@@ -205,7 +212,7 @@ class Readout:
 
 class Read:
     """A model with a method on logits, as passed to clip_benchmark's ``run_classification``: each encoded batch is also
-    read by the method. The caller replaces clip_benchmark's logits by :meth:`Readout.logits`."""
+    read by the method. The caller replaces clip_benchmark's logits by :meth:`Readout.replace`."""
 
     def __init__(self, model: Any, readout: Readout) -> None:
         self._model, self._readout = model, readout

@@ -308,8 +308,8 @@ def _before(run: Run, zero: Run | None, runs: Sequence[Run]) -> Run | None:
     of the same images, else one in the same folder, else ``zero`` if all plain results may be of the same images."""
     if run.method is None or run.plain is not None:
         return run.plain
-    plain = [other for other in runs if other.method is None and other.fact("split") in (None, run.fact("split"))]
-    same = [other for other in plain if Pairing.of(run, other) is not None]
+    same = [other for other in runs if other.method is None and Pairing.of(run, other) is not None]
+    plain = [other for other in runs if other.method is None and other.fact("split") == run.fact("split")]
     beside = [other for other in plain if other.path.parent == run.path.parent]
     alone = [zero] if zero in plain and _are_of_the_same(plain) else []
     return next(iter([*same, *beside, *alone]), None)

@@ -241,12 +241,14 @@ def digest_of(content: Mapping[str, Any]) -> str:
     return json_digest(whole)[:16]
 
 
-def sign(path: Path) -> None:
-    """Add the digest to a results file that was just written. If the file cannot be accessed, leave it as it is."""
+def sign(path: Path, **facts: str) -> None:
+    """Add facts and the digest to the metrics of a results file that was just written. If the file cannot be accessed,
+    leave it as it is."""
     if not path.is_file():  # for example a terminal
         return
     with suppress(OSError):
         content = json.loads(path.read_text(encoding="utf-8"))
+        content["metrics"] |= facts
         content["metrics"][DIGEST] = digest_of(content)
         with atomic_file(path.resolve()) as scratch:
             scratch.write_text(json.dumps(content), encoding="utf-8")
