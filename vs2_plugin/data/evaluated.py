@@ -178,51 +178,38 @@ def fewer_workers(counts: Sequence[int], asked: int) -> int:
 
 
 @dataclass
-class _Place:
-    """Shard and key of the sample that was read last."""
+class _Naming:
+    """Stages of webdataset's pipeline that keep track of the sample that was read last, and name it in errors."""
 
-    url: str = "?"
+    classes: Classes
+    shard: str = "?"
     key: str = "?"
 
-
-@dataclass
-class _Noting:
-    """A stage of webdataset's pipeline that records which sample passes through."""
-
-    place: _Place
-
-    def __call__(self, source: Iterable[Any]) -> Iterator[Any]:
-        """Yield the samples unchanged."""
+    def note(self, source: Iterable[Any]) -> Iterator[Any]:
+        """Yield the samples unchanged, and record which one passes through: a stage after each other stage."""
         for sample in source:
             if isinstance(sample, dict):
-                self.place.url = str(sample.get("__url__") or sample.get("url") or self.place.url)
-                self.place.key = str(sample.get("__key__", self.place.key))
+                self.shard = str(sample.get("__url__") or sample.get("url") or self.shard)
+                self.key = str(sample.get("__key__", self.key))
             yield sample
 
-
-@dataclass
-class _Naming:
-    """The last stage of the pipeline: turns an error of an earlier stage into a DataError that names the sample."""
-
-    place: _Place
-    classes: Classes
-
-    def __call__(self, source: Iterable[Any]) -> Iterator[Any]:
-        """Yield the samples, tuples of an image and its label or captions, after checking labels."""
+    def name(self, source: Iterable[Any]) -> Iterator[Any]:
+        """Yield the samples, tuples of an image and its label or captions, after checking labels, and turn an error of
+        an earlier stage into a DataError that names the sample: the last stage."""
         try:
             for sample in source:
                 if isinstance(sample[1], int):
-                    self.classes.check(sample[1], f"{self.place.url}: {self.place.key}.cls")
+                    self.classes.check(sample[1], f"{self.shard}: {self.key}.cls")
                 yield sample
         except Vs2Error:
             raise
         except Exception as error:  # whatever webdataset, PIL or a download raises
             extension = getattr(error, "k", None)  # webdataset's decoding error holds the extension of the file
             if extension in EXTENSIONS:
-                said = f"{self.place.key}.{extension} is not a readable image"
+                said = f"{self.key}.{extension} is not a readable image"
             else:
-                said = f"cannot continue reading at the sample {self.place.key!r}: {failure(error.__cause__ or error)}"
-            raise DataError(one_line(f"{self.place.url}: {said}", 1000)) from None
+                said = f"cannot continue reading at the sample {self.key!r}: {failure(error.__cause__ or error)}"
+            raise DataError(one_line(f"{self.shard}: {said}", 1000)) from None
 
 
 def name_samples(dataset: Any) -> Any:
@@ -230,7 +217,7 @@ def name_samples(dataset: Any) -> Any:
     samples stay the same."""
     stages: list[Callable[..., Any]] | None = getattr(dataset, "pipeline", None)
     if isinstance(stages, list):
-        place, names = _Place(), getattr(dataset, "classes", None)
-        classes = Classes(len(names), "the data set") if names else UNKNOWN
-        dataset.pipeline = [step for stage in stages for step in (stage, _Noting(place))] + [_Naming(place, classes)]
+        names = getattr(dataset, "classes", None)
+        naming = _Naming(Classes(len(names), "the data set") if names else UNKNOWN)
+        dataset.pipeline = [step for stage in stages for step in (stage, naming.note)] + [naming.name]
     return dataset
