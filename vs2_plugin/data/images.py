@@ -45,11 +45,6 @@ class Batch(NamedTuple):
         """Number of images that were requested for the batch, with those left out."""
         return len(self.images) + len(self.left_out)
 
-    def first(self, count: int) -> Batch:
-        """Return a batch of the first ``count`` images."""
-        labels = None if self.labels is None else self.labels[:count]
-        return Batch(self.images[:count], self.digests[:count], labels)
-
 
 def image_digest(image: Tensor) -> int:
     """Return 64 bits of the SHA-256 over the bytes of a preprocessed image. The harness keeps neither names nor order:
@@ -111,23 +106,15 @@ class TrainingImages:
         # Each worker would repeat a stream. Other images are counted, and so shards are indexed, before workers start.
         most = 1 if streamed else self.count or 0
         loader = DataLoader(
-            _from(self.source, first) if first else self.source,
+            _stretch(self.source, first, self.limit),
             batch_size=batch_size,
             num_workers=min(num_workers, most),
             collate_fn=partial(_batch, self.classes if self.labels else None),
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=leave_interruptions,
         )
-        left = self.limit - first if streamed and self.limit is not None else None
         try:
-            for batch in read(loader):
-                within_limit = batch if left is None else batch.first(left)
-                if len(within_limit.images) or within_limit.left_out:
-                    yield within_limit
-                if left is not None:
-                    left -= len(batch.images)
-                    if left <= 0:
-                        return
+            yield from read(loader)
         except Vs2Error as error:
             raise DataError(said_by(error)) from error
         except Exception as error:  # whatever a data set's own code, PIL or a download raises
@@ -136,21 +123,21 @@ class TrainingImages:
             ) from error
 
 
-class _LateStream(IterableDataset[Any]):
-    """A stream without its ``first`` first items."""
+class _Stretch(IterableDataset[Any]):
+    """The items of a stream from number ``first`` up to number ``stop``, or to its end if that is None."""
 
-    def __init__(self, source: IterableDataset[Any], first: int) -> None:
-        self._source, self._first = source, first
+    def __init__(self, source: IterableDataset[Any], first: int, stop: int | None) -> None:
+        self._source, self._first, self._stop = source, first, stop
 
     def __iter__(self) -> Iterator[Any]:
-        return islice(iter(self._source), self._first, None)
+        return islice(iter(self._source), self._first, self._stop)
 
 
-def _from(source: Dataset[Any], first: int) -> Dataset[Any]:
-    """Return a data set without its ``first`` first items."""
+def _stretch(source: Dataset[Any], first: int, stop: int | None) -> Dataset[Any]:
+    """Return a data set without its ``first`` first items, and a stream without those from number ``stop`` on."""
     if isinstance(source, IterableDataset):
-        return _LateStream(source, first)
-    return Subset(source, range(first, _length(source) or 0))
+        return _Stretch(source, first, stop)
+    return Subset(source, range(first, _length(source) or 0)) if first else source
 
 
 def _length(source: Dataset[Any]) -> int | None:
