@@ -57,7 +57,7 @@ def test_what_is_neither_a_name_nor_a_path_is_refused():
 def test_a_name_is_a_name_even_where_there_is_such_a_folder(name):
     found = DataSet.of(name, "root/{dataset_cleaned}")
     short = name.removeprefix("wds/")
-    assert found == DataSet(name, f"root/{short.replace('/', '-')}") and found.short == short
+    assert found == DataSet(name, f"root/{short.replace('/', '-')}")
     assert not found.is_folder and found.is_shards == name.startswith("wds/")
 
 

@@ -101,15 +101,6 @@ class DataSet:
         return place if "://" in place else os.path.abspath(place)
 
     @property
-    def short(self) -> str:
-        """Name without the prefix ``wds/``, as clip_benchmark fills it in.
-
-        >>> DataSet("wds/mine", "root").short, DataSet("vtab/pets", "root").short
-        ('mine', 'vtab/pets')
-        """
-        return self.name.removeprefix(_SHARDS)
-
-    @property
     def template(self) -> str:
         """Root with doubled braces: a ``--dataset_root`` in which clip_benchmark fills in nothing."""
         return self.root.replace("{", "{{").replace("}", "}}")
