@@ -69,8 +69,8 @@ def test_weights_come_with_some_names():
     assert [ignores_pretrained(name) for name in names] == [False, True, True, False]
 
 
-def test_the_quickgelu_mismatch_is_said_once_with_the_right_name(caplog, monkeypatch):
-    monkeypatch.setattr(backbone, "_warned", set())
+def test_the_quickgelu_mismatch_is_said_once_with_the_right_name(caplog):
+    warn_about_quickgelu.cache_clear()
     for _ in range(2):
         warn_about_quickgelu("ViT-B-32", "openai")
     [said] = caplog.messages
@@ -90,8 +90,8 @@ def test_the_quickgelu_mismatch_is_said_once_with_the_right_name(caplog, monkeyp
         (TINY, ""),
     ],
 )
-def test_no_quickgelu_warning_where_nothing_is_wrong(name, pretrained, caplog, monkeypatch):
-    monkeypatch.setattr(backbone, "_warned", set())
+def test_no_quickgelu_warning_where_nothing_is_wrong(name, pretrained, caplog):
+    warn_about_quickgelu.cache_clear()
     warn_about_quickgelu(name, pretrained)
     assert caplog.messages == []
 

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ __all__ = [
     "ignores_pretrained",
     "load_backbone",
     "loader_of",
-    "quickgelu_mismatch",
     "require_weights",
     "warn_about_quickgelu",
     "weights_repository",
@@ -72,7 +71,7 @@ def check_backbone(backbone: str, pretrained: str) -> None:
         _check_own_weights(backbone)
         return
     models = open_clip.list_models()
-    name = backbone.replace("/", "-")
+    name = _architecture(backbone)
     if name not in models:
         close = [model for model in models if model.lower() == name.lower()] or difflib.get_close_matches(
             name, models, n=3, cutoff=0.5
@@ -107,32 +106,23 @@ def _check_own_weights(backbone: str) -> None:
         raise TowerError(f"{backbone!r}: no file {config}; expected a folder that open_clip wrote")
 
 
-_warned: set[str] = set()
-
-
-def quickgelu_mismatch(backbone: str, pretrained: str) -> str | None:
-    """Return a warning if the weights were trained with QuickGELU and the architecture lacks QuickGELU; else None."""
+@cache
+def warn_about_quickgelu(backbone: str, pretrained: str) -> None:
+    """Log a warning, once, if the weights were trained with QuickGELU and the architecture lacks QuickGELU."""
     if ignores_pretrained(backbone):
-        return None
+        return
     backbone = _architecture(backbone)
     # Taken from its module, since some versions of the package do not export it.
     weights = open_clip.pretrained.get_pretrained_cfg(backbone, pretrained) or {}
     architecture = open_clip.get_model_config(backbone) or {}
     if not weights.get("quick_gelu", False) or architecture.get("quick_gelu", False):
-        return None
+        return
     better = f"{backbone}-quickgelu"
     better = f"; {better} is the right name for them" if better in open_clip.list_models() else ""
-    return (
-        f"the weights {pretrained!r} were trained with QuickGELU and {backbone} has GELU, which costs accuracy{better}"
-    )
-
-
-def warn_about_quickgelu(backbone: str, pretrained: str) -> None:
-    """Log :func:`quickgelu_mismatch` once."""
-    mismatch = quickgelu_mismatch(backbone, pretrained)
-    if mismatch and mismatch not in _warned:
-        _warned.add(mismatch)
-        _LOG.warning(mismatch)
+    _LOG.warning(
+        "the weights %r were trained with QuickGELU and %s has GELU, which costs accuracy%s",
+        pretrained, backbone, better,
+    )  # fmt: skip
 
 
 def _offline(backbone: str) -> str:
