@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from itertools import count
 from typing import Any, TypeVar
 
@@ -144,13 +145,10 @@ def reading(model: nn.Module, sites: Iterable[Site]) -> AbstractContextManager[d
 def _recording(model: nn.Module, sites: Iterable[Site], take: Callable[[Site, Output], T]) -> Iterator[dict[Site, T]]:
     seen: dict[Site, T] = {}
 
-    def recorder(site: Site) -> Callable[[nn.Module, object, Output], None]:
-        def hook(module: nn.Module, args: object, output: Output) -> None:
-            seen[site] = take(site, output)
+    def keep(site: Site, module: nn.Module, args: object, output: Output) -> None:
+        seen[site] = take(site, output)
 
-        return hook
-
-    handles = [site.module(model).register_forward_hook(recorder(site)) for site in sites]
+    handles = [site.module(model).register_forward_hook(partial(keep, site)) for site in sites]
     try:
         yield seen
     finally:
