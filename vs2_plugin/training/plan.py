@@ -67,6 +67,10 @@ class Plan:
         SaeConfig(width, config.expansion_factor * width, config.k, config.activation)
         return config
 
+    def wanted(self, sites: Sequence[Site]) -> list[tuple[str, Site, TrainConfig]]:
+        """Return variant, site and settings of each SAE to train."""
+        return [(variant, site, self.config(variant, site.width)) for variant in self.variants for site in sites]
+
 
 def make_plans(request: TrainRequest, store: Store, by_python: bool = False) -> list[Plan]:
     """Return the checkpoints to write: one for each combination of the settings with several values.

@@ -38,7 +38,7 @@ from vs2_plugin.text import reason_of
 from vs2_plugin.training.extract import Extraction, Part, Report, load_encoders
 from vs2_plugin.training.plan import Plan, chosen_sites, fitted, make_plans
 from vs2_plugin.training.request import TrainRequest
-from vs2_plugin.training.saes import Saes, make_saes, wanted
+from vs2_plugin.training.saes import Saes, make_saes
 from vs2_plugin.training.supplied import Supplied, require_no_images, supply
 
 __all__ = ["train"]
@@ -198,9 +198,7 @@ def _alone(store: Store, plans: Sequence[Plan], processes: Processes) -> Iterato
 def _identity(request: TrainRequest, plans: Sequence[Plan], sites: Sequence[Site], parts: Sequence[Part]) -> str:
     """Return a digest of everything that the state of the SAEs depends on, which identifies the training."""
     configs = [
-        [plan.folder.name, site.hookpoint, asdict(plan.config(variant, site.width))]
-        for plan in plans
-        for variant, site in wanted(plan, sites)
+        [plan.folder.name, site.hookpoint, asdict(config)] for plan in plans for _, site, config in plan.wanted(sites)
     ]
     values = [__version__, configs, [part.tower.contents for part in parts], request.calibrate_on]
     return json_digest(values)[:32]
@@ -319,8 +317,8 @@ def _room(plans: Sequence[Plan], sites: Sequence[Site]) -> int:
     and Adam's moments. Galleries are links."""
     size = 0
     for plan in plans:
-        for variant, site in wanted(plan, sites):
-            latents = plan.config(variant, site.width).expansion_factor * site.width
+        for _, site, config in plan.wanted(sites):
+            latents = config.expansion_factor * site.width
             size += 5 * 4 * (2 * latents * site.width + latents + site.width)
     return size
 

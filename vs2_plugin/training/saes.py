@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from vs2_plugin.training.plan import Plan
 from vs2_plugin.training.request import TrainRequest
 from vs2_plugin.training.supplied import Supplied
 
-__all__ = ["Saes", "make_saes", "wanted"]
+__all__ = ["Saes", "make_saes"]
 
 #: The SAEs of a checkpoint, each with its record.
 Saes = list[tuple[SiteSAE, TopKSAE]]
@@ -60,10 +60,9 @@ def make_saes(
             report(_outcome(job.name, result))
 
     def saes(plan: Plan) -> Saes:
-        settled = ((variant, site, plan.config(variant, site.width)) for variant, site in wanted(plan, sites))
         return [
             (_facts(_settings(request, config, outcome, foreign), site, variant, outcome), outcome.sae)
-            for variant, site, config in settled
+            for variant, site, config in plan.wanted(sites)
             for outcome in [results[site, config]]
         ]
 
@@ -77,16 +76,12 @@ def _jobs(
     activations = {site: stack([part.tower.columns[site.hookpoint] for part in parts]) for site in sites}
     labels = all_labels(parts) if extraction.labels else None
     jobs: dict[tuple[Site, TrainConfig], Job] = {}
-    for plan, variant, site in [(owner, *pair) for owner in plans for pair in wanted(owner, sites)]:
-        config = plan.config(variant, site.width)
-        job = Job(_name(plan, variant, site, len(plans)), activations[site], config, labels)
-        jobs.setdefault((site, config), job if variant == "pass" else replace(job, labels=None))
+    for plan in plans:
+        for variant, site, config in plan.wanted(sites):
+            own = labels if variant == "pass" else None
+            job = Job(_name(plan, variant, site, len(plans)), activations[site], config, own)
+            jobs.setdefault((site, config), job)
     return jobs
-
-
-def wanted(plan: Plan, sites: Sequence[Site]) -> list[tuple[str, Site]]:
-    """Return variant and site of each SAE of a checkpoint."""
-    return [(variant, site) for variant in plan.variants for site in sites]
 
 
 def _name(plan: Plan, variant: str, site: Site, plans: int) -> str:
