@@ -89,27 +89,14 @@ class FolderImages(Dataset[tuple[Any, int]]):
         self.classes = classes
         #: Prompts with ``{c}`` for the class.
         self.templates: Any = templates
-        self._listing = listing
-
-    @property
-    def paths(self) -> Paths:
-        """Paths of the images relative to ``root``, in the order of the items."""
-        return self._listing.paths
+        #: The images and skipped files; see :class:`_Listing`.
+        self.paths, self.labels, self.passed = listing.paths, listing.labels, listing.passed
+        self._digest = listing.digest
 
     @property
     def folder(self) -> str:
         """Absolute path of the folder that holds the images, and no other split."""
         return os.path.abspath(os.path.join(self.root, self.part))
-
-    @property
-    def labels(self) -> np.ndarray:
-        """int32 ``[count]``: the class number of each image; -1 for none."""
-        return self._listing.labels
-
-    @property
-    def passed(self) -> dict[str, int]:
-        """File extension -> number of files with that extension that are not images and were skipped."""
-        return self._listing.passed
 
     @property
     def about(self) -> str:
@@ -120,7 +107,7 @@ class FolderImages(Dataset[tuple[Any, int]]):
 
     def fingerprint(self) -> str:
         """Return a digest that changes when an image is added, removed, renamed or rewritten."""
-        return self._listing.digest
+        return self._digest
 
     def require_labels(self) -> None:
         """Raise DataError unless every image lies in a folder of a class and there are at least two classes."""
