@@ -144,21 +144,14 @@ class Checkpoint:
         address = str(Repository(repository, revision))
         if not refresh:
             return cls._of_hub(download(repository, revision, PATTERNS, _is_whole), address)
-        with suppress(_DamagedCopy):
-            return cls._fetched(repository, revision, address)
-        try:
-            return cls._fetched(repository, revision, address, again=True)
-        except _DamagedCopy as error:
-            raise CheckpointError(f"{error.problem}; it is the same on the hub: tell whoever pushed it") from error
-
-    @classmethod
-    def _fetched(cls, repository: str, revision: str | None, found: str, again: bool = False) -> Checkpoint:
-        """Fetch files that are newer on the hub, or with ``again`` all files, and read them in full."""
-        from vs2_plugin.hub import download
-
-        checkpoint = cls._of_hub(download(repository, revision, PATTERNS, again=again), found)
-        checkpoint.verify()
-        return checkpoint
+        for again in (False, True):  # what is damaged in the cache is fetched a second time
+            try:
+                checkpoint = cls._of_hub(download(repository, revision, PATTERNS, again=again), address)
+                checkpoint.verify()
+                return checkpoint
+            except _DamagedCopy as error:
+                damage = error
+        raise CheckpointError(f"{damage.problem}; it is the same on the hub: tell whoever pushed it") from damage
 
     @classmethod
     def _of_hub(cls, folder: Path, hub: str) -> Checkpoint:
