@@ -27,7 +27,7 @@ from vs2_plugin import __version__
 from vs2_plugin.checkpoint.card import CARD, card, is_by_hand, license_of
 from vs2_plugin.checkpoint.manifest import AGAIN, MANIFEST, manifest_digest, read_manifest, write_manifest
 from vs2_plugin.checkpoint.records import GIVEN, SiteSAE, TrainingData, problems
-from vs2_plugin.checkpoint.sharing import GALLERY, PATTERNS, are_there, copy_files
+from vs2_plugin.checkpoint.sharing import GALLERY, PATTERNS, copy_files
 from vs2_plugin.checkpoint.typed import typed
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.documented import documented
@@ -483,7 +483,11 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _are_there(checkpoint: Checkpoint) -> bool:
-    return are_there(checkpoint.folder, checkpoint.sites, checkpoint.gallery, checkpoint.gallery_folder)
+    """Return whether all files of a checkpoint exist, whatever they contain."""
+    files = [checkpoint.folder / site.folder / name for site in checkpoint.sites for name in site.files]
+    for number, part in enumerate(() if checkpoint.gallery is None else checkpoint.gallery.parts):
+        files += [checkpoint.gallery_folder / str(number) / f"{name}.npy" for name in part.contents or ()]
+    return all(file.is_file() for file in files)
 
 
 class _DamagedCopy(CheckpointError):

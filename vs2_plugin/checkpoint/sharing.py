@@ -9,9 +9,8 @@ from pathlib import Path
 from vs2_plugin.checkpoint.card import CARD
 from vs2_plugin.checkpoint.manifest import MANIFEST
 from vs2_plugin.checkpoint.records import SiteSAE
-from vs2_plugin.gallery.contents import GalleryContents
 
-__all__ = ["GALLERY", "PATTERNS", "are_there", "copy_files"]
+__all__ = ["GALLERY", "PATTERNS", "copy_files"]
 
 #: The folder of the gallery, beside the first SAE's files.
 GALLERY = "gallery"
@@ -29,11 +28,3 @@ def copy_files(source: Path, sites: Sequence[SiteSAE], gallery: Path | None, tar
         folder = target / sites[0].folder / GALLERY / file.parent.name
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, folder / file.name)
-
-
-def are_there(folder: Path, sites: Sequence[SiteSAE], gallery: GalleryContents | None, gallery_folder: Path) -> bool:
-    """Return whether all files of a checkpoint exist, whatever they contain."""
-    files = [folder / site.folder / name for site in sites for name in site.files]
-    for number, part in enumerate(() if gallery is None else gallery.parts):
-        files += [gallery_folder / str(number) / f"{name}.npy" for name in part.contents or ()]
-    return all(file.is_file() for file in files)
