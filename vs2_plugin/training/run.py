@@ -77,8 +77,8 @@ def train(
 
 def _train(request: TrainRequest, processes: Processes, report: Report, given: _Given | None) -> list[Checkpoint]:
     """Train as :func:`train` does, with the random generators as they are."""
-    by_python = given is not None
-    given, created = _begin(request, given)
+    by_python, asked = given is not None, request
+    given = _supplied(request, given)
     request = replace(
         request,
         pretrained="" if ignores_pretrained(request.model) else request.pretrained,
@@ -110,7 +110,7 @@ def _train(request: TrainRequest, processes: Processes, report: Report, given: _
             "tower": extraction.tower,
             "data": data,
             "gallery": extraction.gallery(parts),
-            "created": {**created, **_origin(request)},
+            "created": _created(asked, by_python),
         }
         checkpoints = _save(plans, [[*old, *new] for old, new in zip(old_saes, trained, strict=True)], contents, report)
         shutil.rmtree(states, ignore_errors=True)
@@ -119,29 +119,31 @@ def _train(request: TrainRequest, processes: Processes, report: Report, given: _
     return checkpoints
 
 
-def _begin(request: TrainRequest, given: _Given | None) -> tuple[_Given | None, dict[str, str]]:
-    """Return the data supplied by Python or by a file, and a checkpoint's record of its making: versions, and the
-    command if there is one.
+def _supplied(request: TrainRequest, given: _Given | None) -> _Given | None:
+    """Return the data supplied by Python or by a file; None if there are none.
 
     Raises:
         DataError: a file of activations cannot be read.
         TowerError: the model is unknown.
     """
-    created = {"torch": version("torch"), "open_clip": version("open_clip_torch")}
-    if given is None:
-        created["command"] = shlex.join(request.words())
-        given = None if request.activations is None else read_activations(Path(request.activations).expanduser())
+    if given is None and request.activations is not None:
+        given = read_activations(Path(request.activations).expanduser())
     if request.model or not isinstance(given, GivenActivations):
         check_backbone(request.model, request.pretrained)  # first, since names of checkpoints contain the model's
-    return given, created
+    return given
 
 
-def _origin(request: TrainRequest) -> dict[str, str]:
-    """Return a checkpoint's record of a model of transformers: the version, and the commit of a repository."""
-    if library_place(request.model) is None:
-        return {}
-    commit = revision_of(request.model, request.model_cache_dir)
-    return {"transformers": version("transformers"), **({} if commit is None else {"model_revision": commit})}
+def _created(request: TrainRequest, by_python: bool) -> dict[str, str]:
+    """Return a checkpoint's record of its making: the versions, the command if there is one, and the commit of a
+    model of transformers from a repository."""
+    created = {"torch": version("torch"), "open_clip": version("open_clip_torch")}
+    if not by_python:
+        created["command"] = shlex.join(request.words())
+    if library_place(request.model) is not None:
+        created["transformers"] = version("transformers")
+        commit = revision_of(request.model, request.model_cache_dir)
+        created |= {} if commit is None else {"model_revision": commit}
+    return created
 
 
 def _splits(request: TrainRequest, given: _Given | None) -> dict[DataSet, Split]:
