@@ -237,11 +237,10 @@ def _put(scratch: Path, path: Path) -> None:
     new = _new(path)
     os.replace(scratch, new)  # from here on, any process that locks ``path`` completes the move
     try:
-        _swap(new, path)
+        _finish(path)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)  # the caller gets the error, so no later process may complete the move
         raise
-    shutil.rmtree(_old(path), ignore_errors=True)
 
 
 def _swap(new: Path, path: Path) -> None:
