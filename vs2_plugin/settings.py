@@ -105,14 +105,13 @@ class Setting:
         for a word. Raises ValueError with what was expected.
         """
         if self.several:
-            values = tuple(map(self.plain, value if isinstance(value, (list, tuple)) else [value]))
-            expected = self.check(values)
+            value = tuple(map(self.plain, value if isinstance(value, (list, tuple)) else [value]))
         else:
             value = self.plain(value)
-            expected = self.check(value)
+        expected = self.check(value)
         if expected is not None:
             raise ValueError(expected)
-        return values if self.several else value
+        return value
 
     def plain(self, value: Any) -> Any:
         """Return ``value``, of NumPy's types as Python's; if the setting is a word, a whole number or a path becomes
