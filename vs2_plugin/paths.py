@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any, overload
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["PICTURES", "Paths", "listed", "listed_once", "share_files"]
+__all__ = ["PICTURES", "SPLITS", "Paths", "listed", "listed_once", "share_files"]
 
 #: Suffixes of image files, in lower case.
 PICTURES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+#: Split -> names of folders that may hold it, in order of preference.
+SPLITS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
 #: Suffixes of files that hold images.
 _HOLDING = PICTURES | {".tar"}
 

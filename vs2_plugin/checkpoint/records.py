@@ -12,7 +12,7 @@ from typing import Any
 from vs2_plugin.documented import documented
 from vs2_plugin.gallery.contents import GalleryContents
 from vs2_plugin.method import ENCODER_NAME
-from vs2_plugin.paths import share_files
+from vs2_plugin.paths import SPLITS, share_files
 from vs2_plugin.settings import whole
 from vs2_plugin.text import counted, expanded
 
@@ -31,8 +31,6 @@ FEW = "more images help most; with fewer than a few hundred, --expansion_factor 
 _MOSTLY = 0.5
 #: The files of an SAE; see sae.files, which is not imported here since it imports torch.
 _FILES = ("cfg.json", "sae.safetensors")
-#: Names of folders that stand for a split; see data.folders, which is not imported here since it imports torch.
-_SPLITS = ("train", "test", "val", "valid", "validation")
 #: The largest number in float32, and a bound above any number of images, classes or dimensions.
 _FLOAT32, _MOST = 3.4028234e38, 2**40
 
@@ -67,7 +65,8 @@ class TrainingData:
 
         def is_split(path: str) -> bool:
             where, name = os.path.split(path)
-            return where == root and (name.lower() in {*_SPLITS, *self.splits} or name.endswith(".tar"))
+            splits = {*SPLITS["train"], *SPLITS["test"], *self.splits}
+            return where == root and (name.lower() in splits or name.endswith(".tar"))
 
         return all(path == root or is_split(path) for path in map(_real, filter(None, self.folders)))
 

@@ -29,15 +29,13 @@ from torch.utils.data import Dataset
 from vs2_plugin.data.labels import CLASS_NAMES, PROMPT, TEMPLATES, has_place
 from vs2_plugin.data.pictures import open_picture
 from vs2_plugin.errors import DataError
-from vs2_plugin.paths import PICTURES, Paths, listed
+from vs2_plugin.paths import PICTURES, SPLITS, Paths, listed
 from vs2_plugin.text import counted, printable
 
 __all__ = ["FolderImages", "LeftOut", "in_words", "open_files", "open_folder"]
 
 _LOG = logging.getLogger(__name__)
-#: Split -> names of folders that may hold it, in order of preference.
-_SPLITS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
-_KNOWN = {*_SPLITS["train"], *_SPLITS["test"]}
+_KNOWN = {*SPLITS["train"], *SPLITS["test"]}
 #: Folders that archivers and file servers leave beside images; they may hold thumbnails.
 _LEAVINGS = {"__MACOSX", "@eaDir"}
 _NO_CLASS = -1
@@ -205,7 +203,7 @@ def _splits(root: str) -> dict[str, str]:
     """
     names = [name for name, is_folder in _entries(root) if is_folder]
     splits = {name.lower(): name for name in names if name.lower() in _KNOWN}
-    both = "train" in splits and not splits.keys().isdisjoint(_SPLITS["test"])
+    both = "train" in splits and not splits.keys().isdisjoint(SPLITS["test"])
     return splits if both or len(splits) == len(names) else {}
 
 
@@ -213,7 +211,7 @@ def _part(root: str, split: str, splits: dict[str, str]) -> str:
     """Return the folder of a split relative to the root, empty for the root. Raises DataError if there is none."""
     if not splits:
         return ""
-    looked_for = _SPLITS.get(split, (split.lower(),))
+    looked_for = SPLITS.get(split, (split.lower(),))
     for name in looked_for:
         if name in splits:
             if name != split.lower():
