@@ -46,7 +46,7 @@ def test_the_output_is_named_as_clip_benchmark_does(changed, name, tmp_path):
     assert Evaluation(**settings).output_file == name.replace("FILE_PATH", str(file).replace("/", "_"))
 
 
-@pytest.mark.parametrize("output", ["{nope}.json", "{", "{0}"])
+@pytest.mark.parametrize("output", ["{nope}.json", "{", "{0}", "{model.x}", "{model[x]}"])
 def test_an_output_that_cannot_be_filled_in_is_refused(output):
     with pytest.raises(HarnessError, match=r"cannot be filled in .*; known fields: \{model\}, "):
         Evaluation("m", "p", "d", output=output).output_file  # noqa: B018

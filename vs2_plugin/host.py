@@ -105,7 +105,7 @@ class Evaluation:
         }
         try:
             return self.output.format(**values)
-        except (KeyError, IndexError, ValueError) as error:
+        except (LookupError, ValueError, AttributeError, TypeError) as error:
             names = ", ".join(f"{{{name}}}" for name in values)
             raise HarnessError(
                 f"--output {self.output!r} cannot be filled in ({error}); known fields: {names}"

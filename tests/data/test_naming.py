@@ -79,7 +79,7 @@ def test_what_stands_in_a_command_names_the_same_again():
     assert DataSet.of("./photos").words == ["--dataset", "./photos/"]
 
 
-@pytest.mark.parametrize("root", ["{nope}", "{", "{0}", "{dataset.x}"])
+@pytest.mark.parametrize("root", ["{nope}", "{", "{0}", "{dataset.x}", "{dataset[x]}"])
 def test_a_root_that_cannot_be_filled_in_is_refused(root):
     with pytest.raises(SettingError, match=r"only \{dataset\} and \{dataset_cleaned\} can be filled in"):
         DataSet.of("cifar10", root)

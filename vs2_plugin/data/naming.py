@@ -131,7 +131,7 @@ def _filled_in(root: str, name: str) -> str:
     name = name.removeprefix(_SHARDS).removeprefix(_FOLDER)
     try:
         return root.format(dataset=name, dataset_cleaned=name.replace("/", "-"))
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
+    except (LookupError, ValueError, AttributeError, TypeError) as error:
         raise SettingError(
             f"--dataset_root {root!r}: only {{dataset}} and {{dataset_cleaned}} can be filled in ({error})"
         ) from None
