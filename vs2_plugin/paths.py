@@ -6,17 +6,18 @@ No heavy imports.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from functools import cache
-from typing import TYPE_CHECKING, Any, overload
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["PICTURES", "SPLITS", "Paths", "listed", "listed_once", "share_files"]
+__all__ = ["PICTURES", "SPLITS", "Paths", "kept", "listed", "listed_once", "share_files"]
 
+T = TypeVar("T")
 #: Suffixes of image files, in lower case.
 PICTURES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 #: Split -> names of folders that may hold it, in order of preference.
@@ -39,6 +40,17 @@ def listed_once() -> Iterator[None]:
         listed.reset(token)
 
 
+def kept(what: tuple[str, ...], make: Callable[[], T]) -> T:
+    """Return the listing that ``make`` makes, or made before of the same in the block of :func:`listed_once`."""
+    listings = listed.get()
+    if listings is None:
+        return make()
+    if what not in listings:
+        listings[what] = make()
+    found: T = listings[what]
+    return found
+
+
 def share_files(one: str, other: str) -> bool:
     """Return whether two folders, given by their real paths, share images or shards: one lies in the other, or links in
     them lead to the same files. Copies and hidden files are not found.
@@ -47,7 +59,7 @@ def share_files(one: str, other: str) -> bool:
     """
     if _is_within({one}, other) or _is_within({other}, one):
         return True
-    ours, theirs = _places(one), _places(other)
+    ours, theirs = (kept(("places", folder), partial(_places, folder)) for folder in (one, other))
     if not ours.isdisjoint(theirs):
         return True
     above, below = ({os.path.dirname(path) for path in places} for places in (theirs, ours))
@@ -62,11 +74,7 @@ def _is_within(places: set[str], path: str) -> bool:
 
 def _places(folder: str) -> set[str]:
     """Return the real paths where a folder's files lie: the folder itself, and the targets of links in it."""
-    listings: dict[Any, set[str]] = {} if (current := listed.get()) is None else current
-    if ("places", folder) in listings:
-        return listings["places", folder]
-    listings["places", folder] = places = {folder}
-    pending, real = [folder], cache(os.path.realpath)
+    places, pending, real = {folder}, [folder], cache(os.path.realpath)
     while pending:
         with suppress(OSError), os.scandir(pending.pop()) as entries:  # no entries if it is a URL, or gone
             for entry in (entry for entry in entries if not entry.name.startswith(".")):

@@ -17,7 +17,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 from vs2_plugin.data.labels import CLASS_NAMES, PROMPT, TEMPLATES, has_place
 from vs2_plugin.data.pictures import open_picture
 from vs2_plugin.errors import DataError
-from vs2_plugin.paths import PICTURES, SPLITS, Paths, listed
+from vs2_plugin.paths import PICTURES, SPLITS, Paths, kept
 from vs2_plugin.text import counted, printable
 
 __all__ = ["FolderImages", "LeftOut", "in_words", "open_files", "open_folder"]
@@ -170,14 +170,14 @@ def open_folder(root: str | os.PathLike[str], split: str = "test", transform: Tr
     splits = _splits(root)
     folders = _class_folders(root, splits)
     part = _part(root, split, splits)
-    listing = _listing(root, part, tuple(folders))
+    listing = kept((os.path.abspath(root), part, *folders), partial(_listing, root, part, folders))
     where = printable(os.path.join(root, part))
     if not len(listing.paths):
         raise DataError(f"no images ({_extensions()}) in {where}{_passed_over(listing.passed)}")
     return FolderImages(root, listing, _class_names(root, folders), _templates(root), transform, part)
 
 
-def open_files(paths: Iterable[str | os.PathLike[str]], transform: Transform = None) -> FolderImages:
+def open_files(paths: Iterable[str | os.PathLike[str]]) -> FolderImages:
     """List image files, and all images in folders, in the order of ``paths``. The images have no classes.
 
     Raises:
@@ -193,7 +193,7 @@ def open_files(paths: Iterable[str | os.PathLike[str]], transform: Transform = N
     if not len(listing.paths):
         where = printable(", ".join(named[:3]) + (", ..." if len(named) > 3 else ""))
         raise DataError(f"no images ({_extensions()}) in {where}{_passed_over(listing.passed)}")
-    return FolderImages("", listing, [], [PROMPT], transform)
+    return FolderImages("", listing, [], [PROMPT])
 
 
 def _splits(root: str) -> dict[str, str]:
@@ -311,12 +311,8 @@ def _lines(file: str) -> list[str]:
 # -- listing
 
 
-def _listing(root: str, part: str, folders: tuple[str, ...]) -> _Listing:
-    """Return the list of a folder, from the enclosing :func:`listed_once` block if it has been listed there before."""
-    listings: dict[Any, _Listing] | None = listed.get()
-    key = (os.path.abspath(root), part, folders)
-    if listings is not None and key in listings:
-        return listings[key]
+def _listing(root: str, part: str, folders: list[str]) -> _Listing:
+    """Return the list of a folder."""
     numbers = {name: number for number, name in enumerate(folders)}
     rows = _Rows(root)
     rows.walk(part, lambda relative: numbers.get(relative.partition(os.sep)[0], _NO_CLASS))
@@ -324,8 +320,6 @@ def _listing(root: str, part: str, folders: tuple[str, ...]) -> _Listing:
     if not part:  # then these text files lie in the listed folder, and are not skipped images
         texts = Counter({".txt": sum(os.path.isfile(os.path.join(root, name)) for name in (CLASS_NAMES, TEMPLATES))})
         listing = replace(listing, passed=dict(Counter(listing.passed) - texts))
-    if listings is not None:
-        listings[key] = listing
     return listing
 
 
