@@ -16,6 +16,7 @@ are interpreted in this module only, after :mod:`vs2_plugin.names` has split the
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -123,10 +124,11 @@ class ModelString:
         without such options. A file that cannot be read is left out: whoever needs its content raises the error."""
         digests = []
         for method, options in self.methods:
-            for name in (option.name for option in method.all_options if option.file):
-                with suppress(OSError, RuntimeError):  # RuntimeError: no home folder
-                    path = options[name]
-                    digests += [] if path is None else [f"{name}:{file_digest(Path(str(path)).expanduser())[:16]}"]
+            paths = {option.name: options[option.name] for option in method.all_options if option.file}
+            for name, path in paths.items():
+                if path is not None:
+                    with suppress(OSError):
+                        digests.append(f"{name}:{file_digest(Path(os.path.expanduser(str(path))))[:16]}")
         return "+".join(digests) or None
 
     def __str__(self) -> str:

@@ -155,6 +155,11 @@ def test_what_nothing_can_be_trained_on_is_refused(folder, source, error, proble
         vs2_plugin.train(*source, **QUICK)
 
 
+def test_a_file_in_the_home_of_an_unknown_user_is_a_data_error(folder):
+    with pytest.raises(DataError, match="'~nobody-of-that-name/x.npy' cannot be read: No such file"):
+        vs2_plugin.train(activations="~nobody-of-that-name/x.npy", quiet=True)
+
+
 def test_a_generator_cannot_be_read_twice(folder, images):
     with pytest.raises(SettingError, match="a generator gives them once; give a list"):
         vs2_plugin.train(iter(images), retrieval_encoder="resnet10t,", **QUICK)

@@ -17,6 +17,7 @@ No heavy imports: the harness looks a checkpoint up before it loads anything.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -406,7 +407,7 @@ class Checkpoint:
             CheckpointError: a file of the checkpoint is damaged.
             OSError: the folder cannot be written.
         """
-        folder = Path(folder).expanduser()
+        folder = Path(os.path.expanduser(folder))
         if folder.exists() and not (overwrite and (folder / MANIFEST).is_file()):
             raise DataError(f"{folder} already exists; name a new folder")
         self.verify()

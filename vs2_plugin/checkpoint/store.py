@@ -82,7 +82,7 @@ class Store:
         """Return the store at ``root``, else at ``$VS2_STORE``, else in the platform's cache folder."""
         chosen = root or os.environ.get(ENVIRONMENT_VARIABLE)
         if chosen:
-            return cls(_expand(chosen))
+            return cls(Path(os.path.expanduser(chosen)))
         from platformdirs import user_cache_dir
 
         return cls(Path(user_cache_dir("vs2-plugin", appauthor=False)))
@@ -178,7 +178,7 @@ class Store:
             settle(here)
         if _is_checkpoint(here):
             return Checkpoint.load(here)
-        elsewhere = _expand(name)
+        elsewhere = Path(os.path.expanduser(name))
         if _is_checkpoint(elsewhere):
             return Checkpoint.load(elsewhere)
         if name and os.path.isdir(elsewhere):
@@ -261,13 +261,6 @@ class Store:
         return freed
 
 
-def _expand(path: str | Path) -> Path:
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:  # ~USER of an unknown user
-        return Path(path)
-
-
 def _refuse_foreign(folder: Path) -> None:
     """Raise CheckpointError if a folder holds SAEs but is no checkpoint; the message says how to make one of it."""
     from vs2_plugin.sae.foreign import find_foreign
@@ -286,10 +279,7 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    try:
-        return (folder / MANIFEST).is_file()
-    except OSError:  # a name too long for the file system
-        return False
+    return os.path.isfile(folder / MANIFEST)  # false also for a name that is too long for the file system
 
 
 def folder_size(*folders: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import shutil
 import tempfile
@@ -127,7 +128,7 @@ def _supplied(request: TrainRequest, given: _Given | None) -> _Given | None:
         TowerError: the model is unknown.
     """
     if given is None and request.activations is not None:
-        given = read_activations(Path(request.activations).expanduser())
+        given = read_activations(Path(os.path.expanduser(request.activations)))
     if request.model or not isinstance(given, GivenActivations):
         check_backbone(request.model, request.pretrained)  # first, since names of checkpoints contain the model's
     return given
