@@ -97,6 +97,8 @@ def test_what_was_damaged_since_is_written_again(tmp_path):
     raw[128 + ROWS * 6 + 7] ^= 1  # in the second chunk
     path.write_bytes(raw)
     assert whole_rows(path, 3, np.float16) == ROWS
+    sums_of(path).write_bytes(b"\xff" + sums_of(path).read_bytes()[1:])
+    assert whole_rows(path, 3, np.float16) == 0
     path.write_bytes(raw[: 128 + ROWS * 6 - 1])
     assert whole_rows(path, 3, np.float16) == 0
     assert whole_rows(tmp_path / "none.npy", 3, np.float16) == 0

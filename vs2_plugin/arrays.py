@@ -125,11 +125,11 @@ def whole_rows(path: Path, width: int | None, dtype: DTypeLike) -> int:
     """Return how many rows of an incomplete :class:`Column` are intact by their digests, a multiple of 1,024."""
     size = ROWS * np.dtype(dtype).itemsize * (1 if width is None else width)
     rows = 0
-    with suppress(OSError), open(path, "rb") as file, open(sums_of(path)) as sums:
+    with suppress(OSError), open(path, "rb") as file, open(sums_of(path), "rb") as sums:
         file.seek(_HEADER)
         for line in sums:
             chunk = file.read(size)
-            if len(chunk) < size or hashlib.sha256(chunk).hexdigest() != line.strip():
+            if len(chunk) < size or hashlib.sha256(chunk).hexdigest().encode() != line.strip():
                 break
             rows += ROWS
     return rows
