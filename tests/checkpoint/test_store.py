@@ -194,6 +194,13 @@ def test_a_checkpoint_is_found_by_path(store, put, tmp_path, monkeypatch):
     assert store.find("~/elsewhere/other").digest == saved.digest
 
 
+def test_a_checkpoint_whose_writer_died_is_found_by_path_too(store, put, tmp_path, monkeypatch):
+    saved = put(tmp_path / "elsewhere" / "other")
+    saved.folder.rename(saved.folder.with_name(".other.old"))
+    monkeypatch.chdir(tmp_path)
+    assert store.find("elsewhere/other").digest == saved.digest
+
+
 def test_the_store_comes_before_a_folder_of_the_same_name(store, put, tmp_path, monkeypatch):
     put(tmp_path / "mine")
     saved = put(store.checkpoints / "mine")

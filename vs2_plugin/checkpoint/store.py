@@ -173,14 +173,12 @@ class Store:
         on_hub = repository(name)
         if on_hub is not None:
             return Checkpoint.from_hub(*on_hub)
-        here = self.checkpoints / name
-        with suppress(OSError):  # a name too long for the file system
-            settle(here)
-        if _is_checkpoint(here):
-            return Checkpoint.load(here)
         elsewhere = Path(os.path.expanduser(name))
-        if _is_checkpoint(elsewhere):
-            return Checkpoint.load(elsewhere)
+        for folder in (self.checkpoints / name, elsewhere):
+            with suppress(OSError):  # a name too long for the file system
+                settle(folder)
+            if _is_checkpoint(folder):
+                return Checkpoint.load(folder)
         if name and os.path.isdir(elsewhere):
             _refuse_foreign(elsewhere)
         raise CheckpointNotFound(f"{self.without(name)}, and no folder of that name holds one")
