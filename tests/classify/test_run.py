@@ -107,7 +107,8 @@ def test_an_image_that_cannot_be_read_has_a_row_that_says_so(classify, tmp_path)
     write_photos(folder, 6)
     (folder / "nine/a.jpg").write_bytes(b"no image")
     (folder / "nine/b.png").write_bytes(b"")
-    rows, _, summary = classify(str(folder), str(folder / "nine/a.jpg"), batch_size=1, model=RAG, classes="a,b")
+    (tmp_path / "a.jpg").write_bytes(b"no image")
+    rows, _, summary = classify(str(folder), str(tmp_path / "a.jpg"), batch_size=1, model=RAG, classes="a,b")
     errors = {Path(row["path"]).name: row["error"] for row in rows if row["error"]}
     assert set(errors) == {"a.jpg", "b.png"} and "not a readable image" in errors["a.jpg"] and len(rows) == 9
     assert (summary.images, summary.unreadable) == (6, 3)

@@ -1,5 +1,6 @@
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -225,6 +226,14 @@ def test_files_and_folders_can_be_named_together(draw, monkeypatch):
     assert images[2][0].size == (8, 8)
     with pytest.raises(DataError, match="cannot read gone.png: No such file"):
         open_files(["gone.png"])
+
+
+def test_what_is_named_twice_is_listed_once(draw, monkeypatch):
+    folder = draw("a/0.png", "a/b/1.png", "c.png")
+    monkeypatch.chdir(folder)
+    shutil.copy("c.png", "a/odd.picture")  # a folder's other files are listed if they are named
+    images = open_files(["a/b", "a/0.png", "a", "c.png", "./c.png", "a/odd.picture", folder / "a"])
+    assert list(images.paths) == ["a/0.png", "a/b/1.png", "c.png", "a/odd.picture"]
 
 
 # ---- decoding

@@ -21,16 +21,18 @@ dog     40.0 %   10.0 %                -0.50
 block 1: FVU 0.2
   contributions to the lead of cat over dog
   (1 of 2 active latents)
-            activation  contribution  nearest words
-  latent 7        0.50        +1.000  cat 0.25, dog -0.10
-  change                      +1.750
+             activation  contribution  nearest words
+  latent 7         0.50        +1.000  cat 0.25, dog -0.10
+  remainder                    +0.000
+  change                       +1.750
 block 2: FVU 0.9
   Left alone."""
 
 
 def test_an_explanation_reads_as_a_table():
     classes = [ClassChange("cat", 0.6, 0.9, 1.25), ClassChange("dog", 0.4, 0.1, -0.5)]
-    lines = (Line("latent 7", [1.0], 7, 0.5, (("cat", 0.25), ("dog", -0.1))), Line("change", [1.75]))
+    near = (("cat", 0.25), ("dog", -0.1))
+    lines = (Line("latent 7", [1.0], 7, 0.5, near), Line("remainder", [-1e-5]), Line("change", [1.75]))
     places = [
         PlaceChange("block 1", "FVU 0.2", "", "1 of 2 active latents", lines),
         PlaceChange("block 2", "FVU 0.9", "Left alone."),
@@ -43,6 +45,14 @@ def test_one_class_leads_over_none(in_demo, image):
     model.set_classifier(torch.ones(64, 1) / 8)
     with pytest.raises(HarnessError, match="expected two classes or more"):
         model.explain(image)
+
+
+def test_a_figure_beside_its_bound_has_the_digits_that_tell_them_apart(in_demo, image):
+    model, *_ = vs2_plugin.load(f"vs2:{TINY}@{NAME}@gate=0.5", classes=CLASSES, amp=False)
+    fvu = model.classify(image).fvu.item()
+    model.places[0].gate.tau = fvu - 2e-5
+    (place,) = model.explain(image).places
+    assert place.decision == f"FVU {fvu:.7f} is above the gate's threshold {fvu - 2e-5:.7f} (q = 0.5): left alone"
 
 
 @pytest.fixture

@@ -178,12 +178,12 @@ def open_folder(root: str | os.PathLike[str], split: str = "test", transform: Tr
 
 
 def open_files(paths: Iterable[str | os.PathLike[str]]) -> FolderImages:
-    """List image files, and all images in folders, in the order of ``paths``. The images have no classes.
+    """List image files, and all images in folders, in the order of ``paths``, each once. The images have no classes.
 
     Raises:
         DataError: a file or folder is missing, or there is no image in any of them.
     """
-    rows, named = _Rows(""), [os.fspath(path) for path in paths]
+    rows, named = _Rows(""), _once([os.fspath(path) for path in paths])
     for path in named:
         if os.path.isdir(path):
             rows.walk(path, lambda relative: _NO_CLASS)
@@ -194,6 +194,20 @@ def open_files(paths: Iterable[str | os.PathLike[str]]) -> FolderImages:
         where = printable(", ".join(named[:3]) + (", ..." if len(named) > 3 else ""))
         raise DataError(f"no images ({_extensions()}) in {where}{_passed_over(listing.passed)}")
     return FolderImages("", listing, [], [PROMPT])
+
+
+def _once(paths: Iterable[str]) -> list[str]:
+    """Return paths without those that are repeated, or whose images are listed with a folder among them."""
+    places: dict[str, str] = {}
+    for path in paths:
+        places.setdefault(os.path.abspath(path), path)
+    folders = {place for place in places if os.path.isdir(place)}
+
+    def is_listed(place: str) -> bool:
+        is_image = place in folders or os.path.splitext(place)[1].lower() in PICTURES
+        return is_image and not folders.isdisjoint(map(str, Path(place).parents))
+
+    return [path for place, path in places.items() if not is_listed(place)]
 
 
 def _splits(root: str) -> dict[str, str]:

@@ -67,4 +67,4 @@ def _told(named: str) -> Iterator[None]:
         raise DataError(f"{named} needs more memory than is available; scale it down") from error
     except Exception as error:  # PIL's readers of damaged files raise about everything
         reason = getattr(error, "strerror", None) or "it is damaged or in another format"
-        raise DataError(f"{named} is not a readable image (png, jpg, webp): {reason}") from error
+        raise DataError(f"{named} is not a readable image (png, jpg, webp, gif, bmp, tif): {reason}") from error

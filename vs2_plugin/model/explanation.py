@@ -100,7 +100,8 @@ class PlaceChange:
         for line in self.lines:
             activation = "" if line.activation is None else f"{line.activation:.2f}"
             near = ", ".join(f"{word} {cosine:.2f}" for word, cosine in line.words)
-            yield f"{line.name:<{column}}  {activation:>10}  {line.values[0]:>+12.3f}  {near}"
+            share = round(line.values[0], 3) + 0.0  # no -0.000
+            yield f"{line.name:<{column}}  {activation:>10}  {share:>+12.3f}  {near}"
         if self.without:
             yield f"without these latents: {self.without}"
 
@@ -359,4 +360,5 @@ def _decision(place: Place, x: Tensor, q: object) -> str:
             among = f" (held-out training images: median {usual['0.5']:.3f}, 99 % below {usual['0.99']:.3f})"
         return f"FVU {ratio:.3f}{among}; no gate, every image is steered"
     side, fate = ("within", "steered") if ratio <= tau else ("above", "left alone")
-    return f"FVU {ratio:.3f} is {side} the gate's threshold {tau:.3f} (q = {q:g}): {fate}"
+    digits = 3 if abs(ratio - tau) > 1e-3 else 7  # enough to tell them apart
+    return f"FVU {ratio:.{digits}f} is {side} the gate's threshold {tau:.{digits}f} (q = {q:g}): {fate}"

@@ -92,10 +92,12 @@ def _name(plan: Plan, variant: str, site: Site, plans: int) -> str:
 
 def _outcome(name: str, trained: Trained) -> str:
     sae, _, figures = trained
-    how = f"{figures.train_count:,} activations in {figures.seconds:.1f} s" if figures.steps else "taken as it is"
+    held_out, how = "held-out ", f"{figures.train_count:,} activations in {figures.seconds:.1f} s"
+    if not figures.steps:  # of another library, which may have trained it on the same images
+        held_out, how = "", "taken as it is"
     return (
         f"{name}: {sae.config.num_latents} latents, {sae.config.k} active; FVU {figures.fvu:.4f} on "
-        f"{figures.held_out_count:,} held-out activations, {figures.dead:.1%} of latents dead, {how}"
+        f"{figures.held_out_count:,} {held_out}activations, {figures.dead:.1%} of latents dead, {how}"
     )
 
 
