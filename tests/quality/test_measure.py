@@ -11,7 +11,7 @@ from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.quality import measure as module
 from vs2_plugin.quality.measure import ZeroShot, keep, measure, stability
 from vs2_plugin.quality.notes import NOTES
-from vs2_plugin.quality.subject import Elsewhere, open_subject
+from vs2_plugin.quality.subject import open_subject
 
 COUNT, WIDTH = 400, 16
 
@@ -37,7 +37,7 @@ def subject(trained):
 
 
 def test_figures_are_those_of_plain_computations(trained, subject):
-    found = measure(subject, Elsewhere("other", np.load(trained / "other.npy")))
+    found = measure(subject, np.load(trained / "other.npy"))
     x, sae, site = np.load(trained / "X.npy"), subject.sae, subject.site
     order = np.random.default_rng(0).permutation(COUNT)
     held, rest = np.sort(order[:40]), order[40:]

@@ -16,9 +16,9 @@ from vs2_plugin.quality.codes import Codes, encode
 from vs2_plugin.quality.dictionary import Agreement, agreement, nearest_cosines
 from vs2_plugin.quality.meaning import Monosemanticity, monosemanticity, sparse_probes
 from vs2_plugin.quality.recovered import recovered
-from vs2_plugin.quality.subject import Elsewhere, Images, Subject
+from vs2_plugin.quality.subject import Images, Subject
 from vs2_plugin.sae.fit import PCA_MAX, held_out_fvu, pca_fvu
-from vs2_plugin.sae.source import Source
+from vs2_plugin.sae.source import Rows, Source
 from vs2_plugin.text import counted
 
 __all__ = ["STABLE", "Figure", "Measured", "ZeroShot", "keep", "measure", "stability"]
@@ -73,7 +73,7 @@ class Measured:
 
 def measure(
     subject: Subject,
-    elsewhere: Elsewhere | None = None,
+    elsewhere: Rows | None = None,
     zero_shot: ZeroShot | str = "",
     device: str = "cpu",
 ) -> Measured:
@@ -81,7 +81,7 @@ def measure(
 
     Args:
         subject: the SAE with its images. Without images, figures recorded in training are used where there are any.
-        elsewhere: activations of another data set.
+        elsewhere: activations of another data set ``[count, d]``.
         zero_shot: the classes for zero-shot figures, or the reason why there are none.
         device: device that encodes.
 
@@ -148,12 +148,12 @@ def _reconstruction(subject: Subject, source: Source, images: Images) -> dict[st
     return {"explained_variance": Figure(1 - held_out_fvu(subject.sae, source, held), beside)}
 
 
-def _elsewhere(subject: Subject, elsewhere: Elsewhere | None, device: str) -> Figure:
+def _elsewhere(subject: Subject, elsewhere: Rows | None, device: str) -> Figure:
     if elsewhere is None:
         return Figure(None, why="name another data set with --elsewhere: a checkpoint of the same tower, or a file")
-    source = Source(elsewhere.activations, device)
+    source = Source(elsewhere, device)
     source.check()
-    numbers = np.sort(np.random.default_rng(0).permutation(len(elsewhere.activations))[:LOOKED_AT])
+    numbers = np.sort(np.random.default_rng(0).permutation(len(elsewhere))[:LOOKED_AT])
     return Figure(1 - held_out_fvu(subject.sae, source, numbers))
 
 

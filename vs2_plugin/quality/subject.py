@@ -20,7 +20,7 @@ from vs2_plugin.sae.source import Rows
 from vs2_plugin.sae.topk import TopKSAE
 from vs2_plugin.text import counted
 
-__all__ = ["Elsewhere", "Images", "Subject", "open_elsewhere", "open_subject", "require_comparable"]
+__all__ = ["Images", "Subject", "open_elsewhere", "open_subject", "require_comparable"]
 
 #: File name endings of activations.
 _FILES = (".npy", ".safetensors")
@@ -61,14 +61,6 @@ class Subject:
     def name(self) -> str:
         """The checkpoint's name, followed by the SAE's folder if the checkpoint has several SAEs."""
         return self.checkpoint.name + (f", {self.site.folder}" if len(self.checkpoint.sites) > 1 else "")
-
-
-@dataclass(frozen=True)
-class Elsewhere:
-    """Activations of another data set."""
-
-    name: str
-    activations: Rows
 
 
 def open_subject(
@@ -162,8 +154,9 @@ def _labels(path: Path, count: int) -> np.ndarray:
     return np.asarray(labels, np.int64)
 
 
-def open_elsewhere(name: str, store: Store, subject: Subject) -> Elsewhere:
-    """Return activations of another data set: from the gallery of another checkpoint of the same tower, or a file.
+def open_elsewhere(name: str, store: Store, subject: Subject) -> Rows:
+    """Return activations of another data set ``[count, d]``: from the gallery of another checkpoint of the same tower,
+    or a file.
 
     Raises:
         CheckpointError: there is no such checkpoint, it is of another tower, or keeps no activations at this site.
@@ -171,7 +164,7 @@ def open_elsewhere(name: str, store: Store, subject: Subject) -> Elsewhere:
     """
     site = subject.site
     if name.endswith(_FILES):
-        return Elsewhere(Path(name).name, read_rows(Path(name).expanduser(), site, "--elsewhere"))
+        return read_rows(Path(name).expanduser(), site, "--elsewhere")
     other = store.find(name)
     ours, theirs = subject.checkpoint.tower, other.tower
     difference = "" if ours is None or theirs is None else ours.difference(theirs)
@@ -185,7 +178,7 @@ def open_elsewhere(name: str, store: Store, subject: Subject) -> Elsewhere:
             f"checkpoint {other.name!r} keeps no activations at {site.hookpoint} (available: "
             f"{', '.join(other.require_gallery().sites)}); train it with the same --blocks"
         )
-    return Elsewhere(str(other.data), other.open_gallery().activations[site.hookpoint])
+    return other.open_gallery().activations[site.hookpoint]
 
 
 def require_comparable(subjects: Sequence[Subject]) -> None:
