@@ -57,6 +57,19 @@ def test_an_interrupted_demo_says_how_to_go_on_and_its_command_does_not(tmp_path
     assert line == "vs2: interrupted; nothing was kept: run the same command again"
 
 
+def test_a_sweep_of_an_interrupted_demo_does_not_speak_either(tmp_path, monkeypatch, capsys):
+    from vs2_plugin.demo import run as demo
+    from vs2_plugin.sweep import run
+
+    monkeypatch.setattr(demo, "_steps", lambda seeds: [["vs2", "sweep", "--model", "vs2:B", "--dataset", "cifar10"]])
+    monkeypatch.setattr(run, "plan", lambda request: run.Plan(request, [], ["B"], {"B": tmp_path / "B.json"}, ["B"]))
+    monkeypatch.setattr(run, "_finish", lambda planned: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(run, "_evaluate", lambda *given: None)
+    assert main(["demo", "--out", str(tmp_path / "demo")]) == 130
+    _, said = capsys.readouterr().err.split("\nvs2: interrupted")
+    assert said == "; nothing was kept: run the same command again\n"
+
+
 def test_interrupted_commands_say_how_to_go_on(monkeypatch, capsys):
     from vs2_plugin.inspection import pictures, survey
     from vs2_plugin.results import runs as results

@@ -10,7 +10,7 @@ from pathlib import Path
 from vs2_plugin import __version__
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli.classify import add_classify
-from vs2_plugin.cli.common import Command, add_store_option, end_well, make_folder
+from vs2_plugin.cli.common import AGAIN, Command, add_store_option, end_well, make_folder
 from vs2_plugin.cli.data import add_data
 from vs2_plugin.cli.inspect import add_inspect
 from vs2_plugin.cli.latents import add_latents
@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         help="seed of the SAEs; with several, the table gives mean and standard deviation over them (default: 0)",
     )
     demo.add_argument("--quiet", action="store_true", help="hide the output of the commands")
-    demo.set_defaults(run=_demo, interrupted="; nothing was kept: run the same command again")
+    demo.set_defaults(run=_demo, interrupted=AGAIN)
 
     doctor = commands.add_parser(
         "doctor", help="check the installation, the plugins and the store", epilog="example: vs2 doctor --store store"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -124,15 +123,8 @@ def _work(
         for line in work.commands():
             say(line)
         return 0
-    try:
-        work.run()
-    except KeyboardInterrupt:
-        print(
-            f"\nvs2: interrupted; finished work is kept in {args.out} and in the store: run the same command to "
-            "continue",
-            file=sys.stderr,
-        )
-        return 130
+    args.interrupted = f"; finished work is kept in {args.out} and in the store: run the same command to continue"
+    work.run()
     return _tell(args, work, report)
 
 

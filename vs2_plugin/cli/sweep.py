@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from typing import TYPE_CHECKING
 
 from vs2_plugin.cli.common import Commands, add_flags, load_torch, request_of
-from vs2_plugin.errors import is_interruption
 from vs2_plugin.messages import complain, say
 from vs2_plugin.sweep.request import SweepRequest
 from vs2_plugin.text import counted
@@ -72,7 +70,7 @@ def add_sweep(commands: Commands) -> None:
     sweep.set_defaults(run=_sweep, interrupted="; nothing was written: run the same command again")
 
 
-def _sweep(args: argparse.Namespace) -> int:
+def _sweep(args: argparse.Namespace) -> None:
     load_torch()
     from vs2_plugin.harness.patches import PER_IMAGE
     from vs2_plugin.sweep.figures import and_others
@@ -89,11 +87,9 @@ def _sweep(args: argparse.Namespace) -> int:
     report(f"{len(planned.points)} point(s) and {plain} plain model(s); {existing} have results already")
     try:
         outcome = sweep(planned, args.quiet)
-    except (KeyboardInterrupt, RuntimeError) as error:
-        if not is_interruption(error):
-            raise
-        print(f"\nvs2: interrupted; {_left(planned)}", file=sys.stderr)
-        return 130
+    except BaseException:
+        args.interrupted = f"; {_left(planned)}"
+        raise
     for backbone, value in outcome.plain.items():
         report(f"zero-shot {backbone}: {value:.2f} % {outcome.measure}")
     best, *others = outcome.models
@@ -102,7 +98,6 @@ def _sweep(args: argparse.Namespace) -> int:
     report(_TUNING if request.split == "test" else other)
     for path in (planned.folder, *outcome.written):
         report(f"wrote {path}")
-    return 0
 
 
 def _left(planned: Plan) -> str:
