@@ -240,24 +240,16 @@ class _Seen:
         self.features: dict[_SweptModel, Tensor] = {}
         #: Digests of the images, if a point's protocol is a stream.
         self.digests: list[int] | None = None
-        self._activations: dict[Site, tuple[Tensor, torch.dtype]] = {}
+        #: The plain activation ``[batch, d]`` at each site at the tower's end, in float32, and its dtype in the tower.
+        self.activations: dict[Site, tuple[Tensor, torch.dtype]] = {}
         self._batches: dict[Site, Batch] = {}
-
-    def keep(self, site: Site, activation: Tensor) -> None:
-        """Keep the plain activation ``[batch, d]`` at a site at the tower's end, in float32."""
-        activation = activation.detach()
-        self._activations[site] = activation.to(torch.float32, copy=True), activation.dtype
-
-    def activation(self, site: Site) -> tuple[Tensor, torch.dtype]:
-        """Return the activation at ``site``, float32, and its dtype in the tower."""
-        return self._activations[site]
 
     def batch(self, model: ClipModel, site: Site) -> Batch:
         """Return the batch that is shared by the points that steer first at ``site``."""
         if site not in self._batches:
             batch = Batch(self.images, self.targets, embed=lambda: self._plain)
-            if site in self._activations:  # the embedding as a steered model computes it
-                x = self._activations[site][0]
+            if site in self.activations:  # the embedding as a steered model computes it
+                x = self.activations[site][0]
                 batch.embed = lambda: embedding_from(model, site, x)
             self._batches[site] = batch
         return self._batches[site]
@@ -340,7 +332,7 @@ class _SweptModel:
         if self in seen.features:
             return seen.features.pop(self)
         [place] = self.places
-        x, dtype = seen.activation(place.site)
+        x, dtype = seen.activations[place.site]
         batch = seen.batch(self._model, place.site)
         steered = in_float32(lambda x: place.steer(x, batch), x)
         return finish(self._model, place.site, steered.to(dtype))
@@ -368,10 +360,10 @@ class _FirstPass:
             seen.digests = [image_digest(image) for image in images]
         self.batches.append(seen)
         for site in self._ends:
-            seen.keep(site, site.read(put_out[site]))
+            activation = site.read(put_out[site]).detach()
+            seen.activations[site] = activation.to(torch.float32, copy=True), activation.dtype
         exact = all(
-            torch.equal(finish(self._model, site, activation.to(dtype)), plain)
-            for site, (activation, dtype) in ((site, seen.activation(site)) for site in self._ends)
+            torch.equal(finish(self._model, site, x.to(dtype)), plain) for site, (x, dtype) in seen.activations.items()
         )
         for point in self._points:
             point.look(seen)
