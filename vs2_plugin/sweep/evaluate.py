@@ -121,8 +121,8 @@ def one_pass(args: PassRequest, backbone: str, specs: Sequence[ModelString], qui
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
     loaded = load_backbone(backbone, args.pretrained, args.model_cache_dir, device)
-    data = _Data(args, backbone, loaded)
-    shared = _Shared(loaded, args.pretrained, data.task)
+    task, data_loader = _opened(args, backbone, loaded)
+    shared = _Shared(loaded, args.pretrained, task)
     models = [_SweptModel(spec, shared) for spec in specs]
     evaluated: dict[Hashable, _SweptModel] = {}
     for model in models:
@@ -132,7 +132,7 @@ def one_pass(args: PassRequest, backbone: str, specs: Sequence[ModelString], qui
         if not hasattr(harness.evaluate, "__wrapped__"):
             raise HarnessError(f"clip_benchmark does not know the steered models; is {DISABLE} set? See: vs2 doctor")
         file = Path(folder) / "classifier.pt"
-        classes, templates = data.task.classes, data.task.templates
+        classes, templates = task.classes, task.templates
         names = tqdm(classes, "classes", disable=quiet or None, leave=False)
         classifier = harness.zero_shot_classifier(loaded.model, loaded.tokenizer, names, templates, device, args.amp)
         torch.save(classifier, file)
@@ -150,7 +150,7 @@ def one_pass(args: PassRequest, backbone: str, specs: Sequence[ModelString], qui
             return logits, targets
 
         first = _FirstPass(loaded.model, [*evaluated.values()])
-        yield OnePass(data.loader, first, models, first_of, measure, classify, quiet)
+        yield OnePass(data_loader, first, models, first_of, measure, classify, quiet)
 
 
 def _metrics_of(point: _SweptModel, evaluated: _SweptModel, metrics: Metrics) -> Metrics:
@@ -160,37 +160,34 @@ def _metrics_of(point: _SweptModel, evaluated: _SweptModel, metrics: Metrics) ->
     return {name: value for name, value in metrics.items() if name not in gone} | own
 
 
-class _Data:
-    """The split under evaluation, opened as clip_benchmark's ``cli.run`` does."""
+def _opened(args: PassRequest, backbone: str, loaded: Loaded) -> tuple[Task, DataLoader[Any]]:
+    """Open the split under evaluation as clip_benchmark's ``cli.run`` does, and return it with its description."""
+    from clip_benchmark.datasets.builder import get_dataset_collate_fn
 
-    def __init__(self, args: PassRequest, backbone: str, loaded: Loaded) -> None:
-        from clip_benchmark.datasets.builder import get_dataset_collate_fn
+    if "nllb-clip" in backbone:
+        from clip_benchmark.models.nllb_clip import set_language
 
-        if "nllb-clip" in backbone:
-            from clip_benchmark.models.nllb_clip import set_language
-
-            set_language(loaded.tokenizer, args.language)
-        named = DataSet.of(args.dataset, args.dataset_root)
-        dataset = build(
-            named, args.split, transform=loaded.transform, annotation_file="", language=args.language,
-            task=args.task, custom_template_file=args.custom_template_file,
-            custom_classname_file=args.custom_classname_file, wds_cache_dir=args.wds_cache_dir,
-        )  # fmt: skip
-        shards = named.is_shards  # whose data sets make the batches themselves
-        classes, templates = (getattr(dataset, name, None) for name in ("classes", "templates"))
-        if classes is None or templates is None:
-            raise DataError(f"{args.dataset} has no classes and templates; a sweep needs a data set for classification")
-        dataset = name_samples(dataset) if shards else dataset
-        #: Description of the split for the methods.
-        self.task = Task(named.name, named.root, args.split, classes, templates, place_of(named, dataset))
-        self.loader: DataLoader[Any] = DataLoader(
-            dataset.batched(args.batch_size) if shards else dataset,
-            batch_size=None if shards else args.batch_size,
-            collate_fn=None if shards else get_dataset_collate_fn(args.dataset),
-            shuffle=False,
-            num_workers=args.num_workers,
-            worker_init_fn=leave_interruptions,
-        )
+        set_language(loaded.tokenizer, args.language)
+    named = DataSet.of(args.dataset, args.dataset_root)
+    dataset = build(
+        named, args.split, transform=loaded.transform, annotation_file="", language=args.language,
+        task=args.task, custom_template_file=args.custom_template_file,
+        custom_classname_file=args.custom_classname_file, wds_cache_dir=args.wds_cache_dir,
+    )  # fmt: skip
+    shards = named.is_shards  # whose data sets make the batches themselves
+    classes, templates = (getattr(dataset, name, None) for name in ("classes", "templates"))
+    if classes is None or templates is None:
+        raise DataError(f"{args.dataset} has no classes and templates; a sweep needs a data set for classification")
+    dataset = name_samples(dataset) if shards else dataset
+    loader: DataLoader[Any] = DataLoader(
+        dataset.batched(args.batch_size) if shards else dataset,
+        batch_size=None if shards else args.batch_size,
+        collate_fn=None if shards else get_dataset_collate_fn(args.dataset),
+        shuffle=False,
+        num_workers=args.num_workers,
+        worker_init_fn=leave_interruptions,
+    )
+    return Task(named.name, named.root, args.split, classes, templates, place_of(named, dataset)), loader
 
 
 @contextmanager
