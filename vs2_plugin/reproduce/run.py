@@ -21,7 +21,6 @@ import shlex
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -96,15 +95,12 @@ class Reproduction:
     def evaluations(self) -> list[list[Evaluation]]:
         """Return the evaluations whose results are missing or of another checkpoint, grouped by command."""
         runs = dict.fromkeys(run for cell in self.cells for seed in cell.seeds for run in cell.evaluations(seed))
-        missing = [run for run in runs if not self.is_done(run)]
-
-        def command(run: Evaluation) -> tuple[Hashable, ...]:
-            alone = run.model if run.file != f"{run.model}.json" else ""  # its name is no valid file name
-            return run.backbone, run.weights, run.dataset, run.prompts, alone
-
-        order = {key: number for number, key in enumerate(dict.fromkeys(map(command, missing)))}
-        missing.sort(key=lambda run: order[command(run)])
-        return [list(group) for _, group in groupby(missing, command)]
+        commands: dict[Hashable, list[Evaluation]] = {}
+        for run in runs:
+            if not self.is_done(run):
+                alone = run.model if run.file != f"{run.model}.json" else ""  # its name is no valid file name
+                commands.setdefault((run.backbone, run.weights, run.dataset, run.prompts, alone), []).append(run)
+        return list(commands.values())
 
     def checkpoint(self, name: str) -> Checkpoint | None:
         """Return the checkpoint of that name; None if it is missing or unreadable."""
