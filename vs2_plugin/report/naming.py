@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from vs2_plugin.names import Parts
 from vs2_plugin.results.runs import Run
@@ -81,20 +80,15 @@ def _strength(runs: Sequence[Run]) -> str:
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
-def written(facts: Mapping[str, Any]) -> str:
+def written(facts: Mapping[str, str]) -> str:
     """Return facts as text.
 
     >>> written({"k": "16", "expansion": "4", "seed": "0, 1", "alpha": "1.05"})
     'alpha 1.05, k 16, expansion 4, seeds 0, 1'
     """
-    words = [f"checkpoint {facts['checkpoint']}"] if "checkpoint" in facts else []
-    words += [f"{name} {facts[name]}" for name in ("alpha", "k", "expansion") if name in facts]
-    if "latents" in facts:
-        words.append(f"{facts['latents']} latents")
-    if "pass_weight" in facts:
-        words.append(f"PASS weight {facts['pass_weight']}")
-    if "split" in facts:
-        words.append(f"split {facts['split']}")
-    if "seed" in facts:
-        words.append(f"seed{'s' if ',' in facts['seed'] else ''} {facts['seed']}")
-    return ", ".join(words)
+    several = "s" if "," in facts.get("seed", "") else ""
+    forms = {
+        "checkpoint": "checkpoint {}", "alpha": "alpha {}", "k": "k {}", "expansion": "expansion {}",
+        "latents": "{} latents", "pass_weight": "PASS weight {}", "split": "split {}", "seed": f"seed{several} {{}}",
+    }  # fmt: skip
+    return ", ".join(form.format(facts[name]) for name, form in forms.items() if name in facts)
