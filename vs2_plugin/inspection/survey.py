@@ -138,16 +138,15 @@ def survey_latents(subject: Subject, *, limit: int = 100) -> LatentSurvey:
     model, checkpoint = subject.model, subject.model.checkpoint
     require_sae(model.spec)
     place, places = model.places[-1], len(model.places)
-    if checkpoint is not None:
-        checkpoint.require_gallery()
+    assert checkpoint is not None  # as the method has an SAE
+    checkpoint.require_gallery()
     if places > 1:
         raise HarnessError(
             f"{model.spec} steers at {places} sites, each with an SAE of its own; expected one, for example "
             f"@blocks={place.site.block}"
         )
     statistics, k = subject.statistics(place), sae_at(place)[0].config.k
-    if checkpoint is None or statistics is None:
-        raise HarnessError(f"{model.spec} has no training images to look at; expected a checkpoint with a gallery")
+    assert statistics is not None  # as there is a gallery
     words = subject.words_of(place, np.arange(len(statistics.counts)), statistics.means)
     survey = LatentSurvey(
         checkpoint.name, k, subject.classes, statistics, kinds(statistics.frequencies, k), words
