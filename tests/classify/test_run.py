@@ -130,6 +130,20 @@ def test_without_an_sae_one_is_trained_on_the_photos(classify, tmp_path, monkeyp
     assert len(said) == 1 and said[0].startswith("SAE: ")
 
 
+def test_it_is_said_what_an_sae_is_trained_on(here, tmp_path, monkeypatch):
+    write_photos(tmp_path / "few", 6)
+    said, where = [], {"train_images": (str(tmp_path / "few"), "photos"), "out": str(tmp_path / "x.csv")}
+    request = ClassifyRequest(photos=("photos",), model=f"vs2:{TINY}", **where)
+
+    def stop(request, report):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "train", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run.classify(make_plan(request), said.append, quiet=True)
+    assert said == [f"there is no SAE for this yet: training one on {tmp_path}/few photos"]
+
+
 def test_it_is_said_when_the_model_is_left_alone(classify):
     """Over nonsense classes, no strength tells more than none."""
     _, said, summary = classify("photos/nine", model=f"vs2s:{TINY}@{NAME}", classes="a,b")

@@ -51,16 +51,6 @@ class Plan:
         """Path of the table."""
         return Path(self.request.out)
 
-    @property
-    def transductive(self) -> bool:
-        """Whether the SAE is to be trained on the images that are classified."""
-        return self.training is not None and not self.request.train_images
-
-    @property
-    def train_on(self) -> str:
-        """The folders that an SAE is trained on, in words."""
-        return " ".join(self.request.train_images or self.request.photos)
-
 
 def make_plan(request: ClassifyRequest) -> Plan:
     """Make a plan from a request, and create the folder of the table.

@@ -113,7 +113,7 @@ def _with_sae(plan: Plan, report: Report, quiet: bool) -> Plan:
     request = plan.training
     if request is None:
         return plan
-    what = "the photos themselves, without labels (transductive)" if plan.transductive else plan.train_on
+    what = " ".join(plan.request.train_images) or "the photos themselves, without labels (transductive)"
     report(f"there is no SAE for this yet: training one on {what}")
 
     def tell(line: str) -> None:
