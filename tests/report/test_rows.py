@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from vs2_plugin.report.rows import Mean
 from vs2_plugin.report.summary import summarise
 from vs2_plugin.results.runs import read
 
@@ -29,7 +28,7 @@ def test_seeds_are_one_row_with_mean_and_spread(three_seeds):
     folder, images = three_seeds
     group = group_of(folder)
     zero, row = group.rows
-    assert isinstance(row, Mean) and [one.run.model for one in row.members] == [f"vs2:B@mine-seed{n}" for n in range(3)]
+    assert [one.run.model for one in row.seeds] == [f"vs2:B@mine-seed{n}" for n in range(3)]
     accuracies = [(one["prediction"] == one["target"]).mean() for one in images]
     assert row.top1 == pytest.approx(np.mean(accuracies)) and row.spread == pytest.approx(np.std(accuracies, ddof=1))
     assert row.change == pytest.approx(row.top1 - zero.top1)

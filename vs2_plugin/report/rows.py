@@ -24,7 +24,7 @@ from vs2_plugin.results.statistics import (
     share_interval,
 )
 
-__all__ = ["Mean", "Pairing", "Row"]
+__all__ = ["Pairing", "Row"]
 
 #: If all confidences are above this, they are not probabilities.
 _CERTAIN = 0.9999
@@ -67,9 +67,13 @@ class Pairing:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A result, and its change over zero-shot. Properties without data are None."""
+    """A result, or the mean of several that differ in the seed of the SAE only, and its change over zero-shot.
+
+    Properties without data are None. Classes, bins and calibration are not averaged: they are those of the first seed.
+    """
 
     run: Run
+    """The result; of several seeds, that of the first."""
     label: str
     """Method and options."""
     zero: Run | None = field(default=None, repr=False)
@@ -79,6 +83,8 @@ class Row:
     """Other facts that tell this row from others: strength, and k, size and seed of the SAE."""
     shown: str = ""
     """The name of the checkpoint as it stands in the label; empty if it does not."""
+    seeds: tuple[Row, ...] = ()
+    """The results by rising seed, at least two; empty for a single result."""
 
     @property
     def title(self) -> str:
@@ -88,30 +94,46 @@ class Row:
     @property
     def members(self) -> tuple[Row, ...]:
         """The results that this row stands for: itself, or those of several seeds."""
-        return (self,)
+        return self.seeds or (self,)
 
-    @property
-    def spread(self) -> float | None:
-        """Standard deviation of the accuracy over the seeds of the SAE; None for a single seed."""
-        return None
+    def _over(self, value: Callable[[Row], float | None]) -> float | None:
+        """Return the value of the result, or its mean over the seeds; None unless all have it."""
+        if not self.seeds:
+            return value(self)
+        numbers = [number for row in self.seeds if (number := value(row)) is not None]
+        return fmean(numbers) if len(numbers) == len(self.seeds) else None
 
-    def number(self, name: str) -> float | None:
-        """Return the metric of that name, if it is a finite number."""
-        return self.run.number(name)
+    def _of_images(self, values: Callable[[Row], Array | None]) -> Interval | None:
+        """Return the 95 % bootstrap interval of the mean of per-image ``values``, over images but not over seeds; None
+        unless all seeds have them."""
+        parts = [values(row) for row in self.members]
+        aligned = _aligned([row.run.images for row in self.members], [part for part in parts if part is not None])
+        return None if aligned is None else interval(np.sum(aligned, axis=0) / len(aligned))
 
     @property
     def top1(self) -> float:
         """Accuracy."""
-        return float(self.run.metrics["acc1"])
+        return fmean(float(row.run.metrics["acc1"]) for row in self.members)
+
+    @property
+    def spread(self) -> float | None:
+        """Sample standard deviation of the accuracy over the seeds of the SAE; None for a single seed."""
+        return stdev(row.top1 for row in self.seeds) if self.seeds else None
+
+    def number(self, name: str) -> float | None:
+        """Return the metric of that name, if it is a finite number."""
+        return self._over(lambda row: row.run.number(name))
 
     @property
     def change(self) -> float | None:
         """Change of the accuracy over zero-shot."""
-        return None if self.zero is None else self.top1 - float(self.zero.metrics["acc1"])
+        return self._over(lambda row: None if row.zero is None else row.top1 - float(row.zero.metrics["acc1"]))
 
     @cached_property
     def interval(self) -> Interval | None:
-        """95 % interval of the accuracy, Wilson's."""
+        """95 % interval of the accuracy: Wilson's, or of several seeds by bootstrap."""
+        if self.seeds:
+            return self._of_images(lambda row: None if row.run.images is None else row.run.images.correct)
         return None if self.run.images is None else share_interval(self.run.images.correct)
 
     @cached_property
@@ -127,34 +149,32 @@ class Row:
     @cached_property
     def change_interval(self) -> Interval | None:
         """95 % bootstrap interval of the change, over the paired images."""
-        both = self.pairing
-        return None if both is None else interval(both.change)
+        return self._of_images(lambda row: None if row.pairing is None else row.pairing.change)
 
     @property
     def mended(self) -> float | None:
         """Images that zero-shot got wrong and this run right."""
-        both = self.pairing
-        return self._count("vs2_mended") if both is None else int((both.change > 0).sum())
+        return self._over(lambda row: row._moved("vs2_mended", 1))
 
     @property
     def broken(self) -> float | None:
         """Images that zero-shot got right and this run wrong."""
-        both = self.pairing
-        return self._count("vs2_broken") if both is None else int((both.change < 0).sum())
+        return self._over(lambda row: row._moved("vs2_broken", -1))
 
-    def _count(self, name: str) -> int | None:
-        number = self.run.number(name)
+    def _moved(self, name: str, way: int) -> int | None:
+        """Return the number of images that changed in a way (1: mended, -1: broken), else the metric that tells it."""
+        number = self.run.number(name) if self.pairing is None else (self.pairing.change == way).sum()
         return None if number is None else int(number)
 
     @property
     def seconds(self) -> float | None:
         """Wall clock of the run."""
-        return self.run.seconds
+        return self._over(lambda row: row.run.seconds)
 
     @property
     def peak_memory(self) -> float | None:
         """Peak memory in bytes."""
-        return self.run.peak_memory
+        return self._over(lambda row: row.run.peak_memory)
 
     @cached_property
     def calibration(self) -> Calibration | None:
@@ -173,6 +193,9 @@ class Row:
     @property
     def ece(self) -> float | None:
         """Expected calibration error; None where the confidences are no probabilities."""
+        return self._over(Row._ece)
+
+    def _ece(self) -> float | None:
         if self.calibration is None and (self.run.images is not None or self.run.calibration() is not None):
             return None
         return self.run.number("vs2_ece") if self.calibration is None else self.calibration.ece
@@ -196,87 +219,6 @@ class Row:
             return []
         bins = by_fvu(self.pairing.after.fvu)
         return bins if len(bins) > 1 else []
-
-
-@dataclass(frozen=True, eq=False)
-class Mean(Row):
-    """The mean of results that differ in the seed of the SAE only.
-
-    Classes, bins and calibration are not averaged: they are those of the first seed, whose run is ``run``.
-    """
-
-    seeds: tuple[Row, ...] = ()
-    """The results by rising seed; at least two."""
-
-    @property
-    def members(self) -> tuple[Row, ...]:
-        """The results of the seeds."""
-        return self.seeds
-
-    @property
-    def spread(self) -> float | None:
-        """Sample standard deviation of the accuracy over the seeds."""
-        return stdev(row.top1 for row in self.seeds)
-
-    def number(self, name: str) -> float | None:
-        """Return the mean of the metric over the seeds; None unless all have it."""
-        return self._over(lambda row: row.run.number(name))
-
-    @property
-    def top1(self) -> float:
-        """Mean accuracy."""
-        return fmean(row.top1 for row in self.seeds)
-
-    @property
-    def change(self) -> float | None:
-        """Mean change of the accuracy."""
-        return self._over(lambda row: row.change)
-
-    @cached_property
-    def interval(self) -> Interval | None:
-        """95 % bootstrap interval of the mean accuracy, over images but not over seeds."""
-        return self._of_images(lambda row: None if row.run.images is None else row.run.images.correct)
-
-    @cached_property
-    def change_interval(self) -> Interval | None:
-        """95 % bootstrap interval of the mean change, over images but not over seeds."""
-        return self._of_images(lambda row: None if row.pairing is None else row.pairing.change)
-
-    @property
-    def mended(self) -> float | None:
-        """Mean number of images that were mended."""
-        return self._over(lambda row: row.mended)
-
-    @property
-    def broken(self) -> float | None:
-        """Mean number of images that were broken."""
-        return self._over(lambda row: row.broken)
-
-    @property
-    def seconds(self) -> float | None:
-        """Mean wall clock of a run."""
-        return self._over(lambda row: row.seconds)
-
-    @property
-    def peak_memory(self) -> float | None:
-        """Mean peak memory in bytes."""
-        return self._over(lambda row: row.peak_memory)
-
-    @property
-    def ece(self) -> float | None:
-        """Mean expected calibration error."""
-        return self._over(lambda row: row.ece)
-
-    def _over(self, value: Callable[[Row], float | None]) -> float | None:
-        values = [value(row) for row in self.seeds]
-        numbers = [number for number in values if number is not None]
-        return fmean(numbers) if len(numbers) == len(values) else None
-
-    def _of_images(self, values: Callable[[Row], Array | None]) -> Interval | None:
-        """Return the bootstrap interval of per-image ``values``, averaged over the seeds; None unless all have them."""
-        parts = [values(row) for row in self.seeds]
-        aligned = _aligned([row.run.images for row in self.seeds], [part for part in parts if part is not None])
-        return None if aligned is None else interval(np.sum(aligned, axis=0) / len(aligned))
 
 
 def _aligned(images: Sequence[Images | None], values: Sequence[Array]) -> list[Array] | None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from vs2_plugin.names import LOCAL, SCHEMES
 from vs2_plugin.report.naming import base_of, facts_of, label_of, same_but_for_the_seed, seed_of, written
-from vs2_plugin.report.rows import Mean, Pairing, Row
+from vs2_plugin.report.rows import Pairing, Row
 from vs2_plugin.results.images import Images
 from vs2_plugin.results.runs import Run
 from vs2_plugin.text import printable
@@ -299,7 +299,7 @@ def _group(backbone: str, pretrained: str, runs: list[Run], alone: bool) -> Grou
             continue
         own = {name: value for name, value in own.items() if name != "seed"}
         seeds = tuple(replace(row, about=written({**own, "seed": str(seed_of(row.run))})) for row in (first, *others))
-        rows.append(Mean(first.run, first.label, first.zero, written(own), shown, seeds))
+        rows.append(replace(first, about=written(own), seeds=seeds))
     return Group(backbone, pretrained, _told_apart(rows), alone, written(common), runs[0].dataset)
 
 
