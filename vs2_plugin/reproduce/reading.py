@@ -217,19 +217,16 @@ class _Reader:
         return name + "".join(f"@{key}={value}" for key, value in given["options"].items())
 
     def spec(self, model: str | None, backbone: str, place: str) -> ModelString | None:
-        if model is None or not is_steered(model):
-            if model not in (None, backbone):
-                raise self.wrong(place, f"model {model!r} does not have the backbone {backbone!r}; write {{backbone}} "
-                                        "instead")
+        if model is None:
             return None
         try:
-            spec = parse(model)
+            spec = parse(model) if is_steered(model) else None
         except ModelStringError as error:
             raise self.wrong(place, str(error)) from None
-        if spec.backbone != backbone:
+        if backbone != (model if spec is None else spec.backbone):
             raise self.wrong(place, f"model {model!r} does not have the backbone {backbone!r}; write {{backbone}} "
                                     "instead")
-        if spec.checkpoint:
+        if spec is not None and spec.checkpoint:
             raise self.wrong(place, f"model {model!r} names a checkpoint; leave it out: sae says how it is trained")
         return spec
 
