@@ -147,19 +147,17 @@ def _row(table: Table, measured: Measured) -> list[str]:
     return [text.replace("|", "\\|") for text in texts]
 
 
-def write(table: Table, cells: Sequence[Measured], folder: Path) -> list[Path]:
+def write(table: Table, cells: Sequence[Measured], folder: Path) -> None:
     """Write ``STEM.md`` and ``STEM.json`` into ``folder``."""
-    paths = [folder / f"{table.path.stem}{suffix}" for suffix in (".md", ".json")]
     content = {
         "title": table.title,
         "source": table.source,
         "stand_in": table.stand_in,
         "cells": [_json(measured) for measured in cells],
     }
-    for path, text in zip(paths, (markdown(table, cells), json.dumps(content, indent=1) + "\n"), strict=True):
-        with atomic_file(path) as scratch:
+    for suffix, text in ((".md", markdown(table, cells)), (".json", json.dumps(content, indent=1) + "\n")):
+        with atomic_file(folder / f"{table.path.stem}{suffix}") as scratch:
             scratch.write_text(text, encoding="utf-8")
-    return paths
 
 
 def _json(measured: Measured) -> dict[str, Any]:
