@@ -56,14 +56,12 @@ def stress(request: StressRequest, quiet: bool = False) -> tuple[list[Outcome], 
         points = [point for point in planned.points.values() if point.spec.backbone == backbone]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "This DataLoader will create")  # --num_workers is as in clip_benchmark
-            with one_pass(planned.request, backbone, [point.spec for point in points], quiet) as images:
-                outcomes += _outcomes(images, backbone, [point.model for point in points], request, quiet)
+            with one_pass(planned.request, backbone, points, quiet) as images:
+                outcomes += _outcomes(images, backbone, request, quiet)
     return outcomes, [_write(outcomes, folder / "stress.csv"), draw(outcomes, folder / "stress.png")]
 
 
-def _outcomes(
-    images: OnePass, backbone: str, names: Sequence[str], request: StressRequest, quiet: bool
-) -> Iterator[Outcome]:
+def _outcomes(images: OnePass, backbone: str, request: StressRequest, quiet: bool) -> Iterator[Outcome]:
     plain, targets = images.classify(None)
     if targets.ndim != 1:
         raise DataError(f"{request.dataset} has several labels per image; expected one")
@@ -72,18 +70,15 @@ def _outcomes(
     _warn_of_few(labels, request)
     subsets = list(_subsets(labels, request))
     yield from _judged(backbone, "image", labels, zero_shot, subsets, lambda rows: zero_shot[rows])
-    bar = tqdm(zip(names, images.evaluated, strict=True), "models", len(names), disable=quiet or None, leave=False)
-    wholes: dict[object, Rows] = {}  # model -> its predictions of all images
-    for name, model in bar:
-        if model not in wholes:
-            wholes[model] = _predictions(images.classify(model)[0])
-        protocol, readout = str(model.vs2_facts()["vs2_protocol"]), model.readout
-        again = readout is not None and readout.protocol in ("stream", "transductive")
-        predict: Callable[[Rows], Rows] = wholes[model].__getitem__
-        if again and readout is not None:
+    for group in tqdm(images.groups, "models", disable=quiet or None, leave=False):
+        whole = _predictions(images.classify(group[0])[0])
+        protocol, readout = str(group[0].vs2_facts()["vs2_protocol"]), group[0].readout
+        predict: Callable[[Rows], Rows] = whole.__getitem__
+        if readout is not None and readout.protocol in ("stream", "transductive"):
             predict = partial(_read_again, readout.logits)
         mine = [*subsets, *(_orders(labels, request) if protocol == "stream" else ())]
-        yield from _judged(name, protocol, labels, zero_shot, mine, predict)
+        for model in group:
+            yield from _judged(model.name, protocol, labels, zero_shot, mine, predict)
 
 
 def _read_again(logits: Callable[[Sequence[int]], Tensor], rows: Rows) -> Rows:

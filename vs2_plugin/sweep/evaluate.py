@@ -62,17 +62,12 @@ def evaluate(args: SweepRequest, backbone: str, points: Sequence[Point], quiet: 
     Raises:
         Vs2Error: something cannot be loaded.
     """
-    groups: dict[Hashable, list[Point]] = {}
-    for point in points:
-        groups.setdefault(outcome_key(point.spec), []).append(point)
-    with one_pass(args, backbone, [point.spec for point in points], quiet) as images:
-        models = dict(zip([point.model for point in points], images.models, strict=True))
+    with one_pass(args, backbone, points, quiet) as images:
         yield backbone, images.measure(None)
-        for group in tqdm(groups.values(), "points", disable=quiet or None, leave=False):
-            model = models[group[0].model]
-            metrics = images.measure(model)
-            for point in group:
-                yield point.model, _metrics_of(models[point.model], model, metrics)
+        for group in tqdm(images.groups, "points", disable=quiet or None, leave=False):
+            metrics = images.measure(group[0])
+            for model in group:
+                yield model.name, _metrics_of(model, group[0], metrics)
 
 
 class OnePass:
@@ -82,17 +77,14 @@ class OnePass:
         self,
         loader: DataLoader[Any],
         first: _FirstPass,
-        models: Sequence[_SweptModel],
-        evaluated: Sequence[_SweptModel],
+        groups: Sequence[Sequence[_SweptModel]],
         measure: Callable[[Any, Any], Metrics],
         classify: Callable[[Any, Any], tuple[Tensor, Tensor]],
         quiet: bool,
     ) -> None:
         """``measure`` and ``classify`` are clip_benchmark's own functions of a model and a data loader."""
-        #: The models, in the order of their model strings.
-        self.models = models
-        #: In the same order, the model that is evaluated for each: the first of those that give the same features.
-        self.evaluated = evaluated
+        #: The models, those that give the same features together; only the first of each group can be evaluated.
+        self.groups = groups
         self._loader, self._first, self._quiet = loader, first, quiet
         self._measure, self._classify = measure, classify
 
@@ -112,8 +104,8 @@ class OnePass:
 
 
 @contextmanager
-def one_pass(args: PassRequest, backbone: str, specs: Sequence[ModelString], quiet: bool) -> Iterator[OnePass]:
-    """Open a backbone, the data and the models of that backbone for evaluation within a ``with`` block.
+def one_pass(args: PassRequest, backbone: str, points: Sequence[Point], quiet: bool) -> Iterator[OnePass]:
+    """Open a backbone, the data and the points of that backbone for evaluation within a ``with`` block.
 
     Raises:
         Vs2Error: something cannot be loaded.
@@ -123,11 +115,10 @@ def one_pass(args: PassRequest, backbone: str, specs: Sequence[ModelString], qui
     loaded = load_backbone(backbone, args.pretrained, args.model_cache_dir, device)
     task, data_loader = _opened(args, backbone, loaded)
     shared = _Shared(loaded, args.pretrained, task)
-    models = [_SweptModel(spec, shared) for spec in specs]
-    evaluated: dict[Hashable, _SweptModel] = {}
-    for model in models:
-        evaluated.setdefault(outcome_key(model.spec), model)
-    first_of = [evaluated[outcome_key(model.spec)] for model in models]
+    groups: dict[Hashable, list[_SweptModel]] = {}
+    for point in points:
+        groups.setdefault(outcome_key(point.spec), []).append(_SweptModel(point, shared))
+    evaluated = [group[0] for group in groups.values()]
     with zero_shot_classification() as harness, tempfile.TemporaryDirectory() as folder:
         if not hasattr(harness.evaluate, "__wrapped__"):
             raise HarnessError(f"clip_benchmark does not know the steered models; is {DISABLE} set? See: vs2 doctor")
@@ -136,7 +127,7 @@ def one_pass(args: PassRequest, backbone: str, specs: Sequence[ModelString], qui
         names = tqdm(classes, "classes", disable=quiet or None, leave=False)
         classifier = harness.zero_shot_classifier(loaded.model, loaded.tokenizer, names, templates, device, args.amp)
         torch.save(classifier, file)
-        for model in evaluated.values():
+        for model in evaluated:
             model.set_classifier(classifier, quiet)
 
         def measure(model: Any, loader: Any) -> Metrics:
@@ -149,8 +140,8 @@ def one_pass(args: PassRequest, backbone: str, specs: Sequence[ModelString], qui
             logits, targets = harness.run_classification(model, classifier, loader, device, amp=args.amp)
             return logits, targets
 
-        first = _FirstPass(loaded.model, [*evaluated.values()])
-        yield OnePass(data_loader, first, models, first_of, measure, classify, quiet)
+        first = _FirstPass(loaded.model, evaluated)
+        yield OnePass(data_loader, first, [*groups.values()], measure, classify, quiet)
 
 
 def _metrics_of(point: _SweptModel, evaluated: _SweptModel, metrics: Metrics) -> Metrics:
@@ -265,13 +256,14 @@ class _Seen:
 class _SweptModel:
     """The model of a point, which clip_benchmark evaluates at most once, on :class:`_Seen` in place of images."""
 
-    def __init__(self, spec: ModelString, shared: _Shared) -> None:
+    def __init__(self, point: Point, shared: _Shared) -> None:
+        spec = point.spec
         if spec.reading is not None and spec.reading.method.views:
             raise ModelStringError(
                 f"model {str(spec)!r} looks at several views of each image, and a sweep encodes each once; evaluate it "
                 "by clip_benchmark eval"
             )
-        self.spec, self._model, self._current = spec, shared.model, shared.current
+        self.name, self.spec, self._model, self._current = point.model, spec, shared.model, shared.current
         self.places = build_places(spec, shared.checkpoint(spec), shared.task, shared.parts, shared.current)
         #: Facts for the results that do not depend on the images.
         self.declared = self.places.results()
