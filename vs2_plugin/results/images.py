@@ -171,17 +171,14 @@ def _problems(held: Mapping[str, Array]) -> Iterator[str]:
     missing = ", ".join(name for name in _NEEDED if name not in held)
     if missing:
         yield f"it holds no {missing}"
-    columns = [name for name in _COLUMNS if name in held]
-    for name in columns:
-        yield from _malformed(name, held[name], held["digest"].size)
     classes = held["classes"]
     if classes.ndim != 1 or classes.dtype.kind != "U":
         yield f"classes is {_shape(classes)}; expected a list of names"
+    for name in (name for name in _COLUMNS if name in held):
+        yield from _column_problems(name, held[name], held["digest"].size, len(classes))
     of_plain = {"plain_prediction", "plain_confidence"} & held.keys()
     if len(of_plain) == 1:
         yield f"of the plain model it holds {of_plain.pop()} only"
-    for name in columns:
-        yield from _out_of_range(name, held[name], len(held["classes"]))
     yield from _path_problems(held)
     for name in _NUMBERS:
         if name in held and not _is_number(held[name]):
@@ -213,18 +210,13 @@ def _is_number(value: Array) -> bool:
     return value.ndim == 0 and value.dtype.kind in "iuf" and bool(0 <= value < np.inf)
 
 
-def _malformed(name: str, array: Array, count: int) -> Iterator[str]:
-    """Yield the problems of a column's shape, dtype and finiteness, for ``count`` images."""
-    kind = _COLUMNS[name]["dtype"].kind
+def _column_problems(name: str, array: Array, count: int, classes: int) -> Iterator[str]:
+    """Yield the problems of a column for ``count`` images and this number of classes (0: unknown)."""
+    kind, holds = _COLUMNS[name]["dtype"].kind, _COLUMNS[name]["holds"]
     if array.shape != (count,) or array.dtype.kind != kind or count == 0:
         yield f"{name} is {_shape(array)} for {count} images"
     if kind == "f" and not np.isfinite(array).all():
         yield f"{name} holds values that are not finite numbers"
-
-
-def _out_of_range(name: str, array: Array, classes: int) -> Iterator[str]:
-    """Yield the problems of a column's range, for this number of classes (0: unknown)."""
-    holds = _COLUMNS[name]["holds"]
     if holds == "class" and (array.min() < 0 or array.max() >= (classes or np.inf)):
         yield f"{name} names a class outside the {classes} classes"
     if holds == "share" and (array.min() < 0 or array.max() > 1 + 1e-3):
