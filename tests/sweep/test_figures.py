@@ -1,39 +1,24 @@
 """Pictures of grids, read from the axes."""
 
 import numpy as np
-import pytest
 
 from vs2_plugin.sweep import figures
 from vs2_plugin.sweep.grid import read_grids
 
 
-@pytest.fixture
-def drawn(monkeypatch, tmp_path):
-    """A function that draws a grid with a value for each point: file -> figure."""
-    found = {}
-
-    def keep(figure, path, software):
-        found[path.name] = figure
-        return path
-
-    monkeypatch.setattr(figures, "save", keep)
-
-    def draw(text, plain=50.0, values=None, **named):
-        [grid] = read_grids([text])
-        numbers = range(len(grid.points)) if values is None else values
-        values = {point.model: float(number) for number, point in zip(numbers, grid.points, strict=True)}
-        paths = figures.draw(grid, values, plain, lambda words: tmp_path / f"picture{words and '@'}{words}", **named)
-        assert [path.name for path in paths] == list(found)
-        return found
-
-    return draw
+def drawn(text, plain=50.0, values=None, **named):
+    """The figures of a grid with a value for each point: what tells it from others -> figure."""
+    [grid] = read_grids([text])
+    numbers = range(len(grid.points)) if values is None else values
+    values = {point.model: float(number) for number, point in zip(numbers, grid.points, strict=True)}
+    return {f"picture{words and '@'}{words}": figure for words, figure in figures.draw(grid, values, plain, **named)}
 
 
-def test_one_point_is_no_picture(drawn):
+def test_one_point_is_no_picture():
     assert drawn("vs2:X@gamma=2") == {}
 
 
-def test_one_numeric_axis_is_a_curve_for_each_value_of_the_others(drawn):
+def test_one_numeric_axis_is_a_curve_for_each_value_of_the_others():
     figure = drawn("vs2pp:X@n=10,50@rule=majority,query")["picture"]
     [axes] = figure.axes
     zero, *lines = axes.lines
@@ -46,7 +31,7 @@ def test_one_numeric_axis_is_a_curve_for_each_value_of_the_others(drawn):
     assert axes.get_title() == "the best point is chosen on these very images: report its accuracy on others"
 
 
-def test_numbers_rise_along_an_axis_however_they_were_given(drawn):
+def test_numbers_rise_along_an_axis_however_they_were_given():
     [axes] = drawn("vs2:X@alpha=2,0.5,1")["picture"].axes
     [curve] = [line for line in axes.lines if len(line.get_xdata()) == 3]
     assert list(curve.get_xdata()) == [0.5, 1, 2] and list(curve.get_ydata()) == [1, 2, 0]
@@ -55,14 +40,14 @@ def test_numbers_rise_along_an_axis_however_they_were_given(drawn):
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2"]
 
 
-def test_words_stand_at_even_places(drawn):
+def test_words_stand_at_even_places():
     [axes] = drawn("vs2:X@blocks=3,2+3,all")["picture"].axes
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["3", "2+3", "all"]
     [curve] = [line for line in axes.lines if len(line.get_xdata()) == 3]
     assert list(curve.get_xdata()) == [0, 1, 2] and list(curve.get_ydata()) == [0, 1, 2]
 
 
-def test_two_numeric_axes_are_a_heat_map_for_each_value_of_the_others(drawn):
+def test_two_numeric_axes_are_a_heat_map_for_each_value_of_the_others():
     found = drawn("vs2pp:X@rule=majority,query@gamma=1:3:1@lam=2,4", plain=7.5)
     assert list(found) == ["picture@rule=majority", "picture@rule=query"]
     axes, bar = found["picture@rule=query"].axes
@@ -74,7 +59,7 @@ def test_two_numeric_axes_are_a_heat_map_for_each_value_of_the_others(drawn):
     assert all(line.get_ydata()[0] != 7.5 for line in found["picture@rule=majority"].axes[1].lines)  # outside of it
 
 
-def test_points_that_are_equally_good_all_have_a_star(drawn):
+def test_points_that_are_equally_good_all_have_a_star():
     [axes] = drawn("vs2:X@alpha=1,2,3", values=[1, 5, 5])["picture"].axes
     assert [line.get_label() for line in axes.lines][1] == "best 5.00 at alpha=2 and 1 other point"
     assert [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "*"] == [[2], [3]]
@@ -82,13 +67,13 @@ def test_points_that_are_equally_good_all_have_a_star(drawn):
     assert len(axes.lines) == 3 and "best, 5.00 at gamma=1, lam=1 and 2 other points; zero-shot" in axes.get_title()
 
 
-def test_a_third_numeric_axis_has_a_heat_map_for_each_of_its_values(drawn):
+def test_a_third_numeric_axis_has_a_heat_map_for_each_of_its_values():
     found = drawn("vs2pp:X@gamma=1,2@lam=3,4@n=5,10")
     assert list(found) == ["picture@n=5", "picture@n=10"]
     assert np.array_equal(found["picture@n=10"].axes[0].images[0].get_array(), [[1, 5], [3, 7]])
 
 
-def test_what_is_drawn_is_named(drawn):
+def test_what_is_drawn_is_named():
     for text in ("vs2:X@alpha=1,2", "vs2:X@gamma=1,2@lam=1,2"):
         axes = drawn(text, measure="mean average precision")["picture"].axes
         assert "mean average precision, %" in [axis.get_ylabel() for axis in axes]
@@ -96,5 +81,5 @@ def test_what_is_drawn_is_named(drawn):
 
 def test_a_picture_is_a_file(tmp_path):
     [grid] = read_grids(["vs2:X@gamma=1,2"])
-    [path] = figures.draw(grid, {point.model: 1.0 for point in grid.points}, 1.0, lambda words: tmp_path / "a.png")
-    assert path.read_bytes()[:4] == b"\x89PNG"
+    [(_, figure)] = figures.draw(grid, {point.model: 1.0 for point in grid.points}, 1.0)
+    assert figures.save(figure, tmp_path / "a.png", "vs2 sweep").read_bytes()[:4] == b"\x89PNG"

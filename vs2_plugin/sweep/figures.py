@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,32 +22,29 @@ _NOTE = "the best point is chosen on these very images: report its accuracy on o
 
 
 def draw(
-    grid: Grid, values: Mapping[str, float], plain: float, name: Callable[[str], Path], measure: str = "top-1 accuracy"
-) -> list[Path]:
+    grid: Grid, values: Mapping[str, float], plain: float, measure: str = "top-1 accuracy"
+) -> Iterator[tuple[str, Figure]]:
     """Draw a grid.
 
     Args:
         grid: the grid.
         values: model string -> its value, in percent.
         plain: the value of the plain model, in percent.
-        name: returns the file of a figure, from the values that tell it from the grid's other figures (empty if none).
         measure: what the values are.
 
-    Returns:
-        The files written: none for a grid without axes; with two or more numeric axes, a heat map over the first two
-        for each combination of values of the other axes; else one figure of curves.
+    Yields:
+        The values that tell a figure from the grid's other figures (empty if there are none), and the figure. There is
+        none for a grid without axes; with two or more numeric axes, a heat map over the first two for each combination
+        of values of the other axes; else one figure of curves.
     """
     table = {point.place: values[point.model] for point in grid.points}
     numeric = [axis for axis, texts in grid.axes.items() if None not in map(as_number, texts)]
     if len(numeric) >= 2:
-        return [
-            save(_heat_map(grid, title, rows, plain, numeric[:2], measure), name(title), "vs2 sweep")
-            for title, rows in _sections(grid, table, numeric[:2])
-        ]
-    if not grid.axes:
-        return []
-    along = numeric[0] if numeric else next(iter(grid.axes))
-    return [save(_curves(grid, along, _sections(grid, table, [along]), plain, measure), name(""), "vs2 sweep")]
+        for title, rows in _sections(grid, table, numeric[:2]):
+            yield title, _heat_map(grid, title, rows, plain, numeric[:2], measure)
+    elif grid.axes:
+        along = numeric[0] if numeric else next(iter(grid.axes))
+        yield "", _curves(grid, along, _sections(grid, table, [along]), plain, measure)
 
 
 Section = tuple[str, dict[tuple[str, ...], float]]

@@ -18,7 +18,7 @@ from vs2_plugin.model.parts import find_checkpoint
 from vs2_plugin.names import file_stem, is_steered, weights_tag
 from vs2_plugin.results.runs import Run, read_run, write_run, write_table
 from vs2_plugin.sweep import evaluate
-from vs2_plugin.sweep.figures import all_best, draw
+from vs2_plugin.sweep.figures import all_best, draw, save
 from vs2_plugin.sweep.grid import Grid, Point, read_grids
 from vs2_plugin.sweep.request import SweepRequest
 
@@ -210,13 +210,11 @@ def _finish(planned: Plan) -> Summary:
     write_table(table, [runs[model] for model in planned.files])
     values = {model: 100 * (run.headline or 0.0) for model, run in runs.items()}
     measure = next(iter(runs.values())).measure
-    pictures: list[Path] = []
-    for grid in planned.grids:
-
-        def name(what: str, text: str = grid.text) -> Path:
-            return planned.file(f"{text}{'@' + what if what else ''}", ".png")
-
-        pictures += draw(grid, values, values[grid.backbone], name, measure)
+    pictures = [
+        save(figure, planned.file(f"{grid.text}{'@' + what if what else ''}", ".png"), "vs2 sweep")
+        for grid in planned.grids
+        for what, figure in draw(grid, values, values[grid.backbone], measure)
+    ]
     # An oracle reads the labels of the test images, and is not compared with the others.
     own = [model for model in planned.points if runs[model].labels != "oracle"] or planned.points
     models = all_best({model: values[model] for model in own})
