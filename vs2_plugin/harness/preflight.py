@@ -9,6 +9,7 @@ import os
 import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -203,21 +204,15 @@ def _check_output(run: Evaluation, output: str) -> None:
 def _try_output(output: str, folder: str) -> None:
     """Refuse an output file that the system could not write, without touching it."""
     try:
-        os.stat(output)  # fails if the name is too long
-        if not os.access(output, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise _unwritable(output, error) from None
-    try:
+        with suppress(FileNotFoundError):
+            os.stat(output)  # fails if the name is too long
+            if not os.access(output, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise _unwritable(output, error) from None
-
-
-def _unwritable(output: str, error: OSError) -> HarnessError:
-    return HarnessError(f"the results could not be written to {output!r}: {error.strerror}; give another --output")
+        raise HarnessError(
+            f"the results could not be written to {output!r}: {error.strerror}; give another --output"
+        ) from None
 
 
 def _look_at_data(runs: Sequence[Evaluation]) -> dict[str, int]:
