@@ -369,13 +369,8 @@ class _Showing:
         self.dataset, self._loader, self._model, self._quiet = loader.dataset, loader, model, quiet
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        try:
-            total = len(self._loader)
-        except TypeError:  # shards have no length
-            total = None
-        for images, targets in tqdm(
-            read(self._loader), "encoding", total, unit="batch", disable=self._quiet or None, leave=False
-        ):
+        bar = tqdm(self._loader, "encoding", unit="batch", disable=self._quiet or None, leave=False)
+        for images, targets in read(bar):
             self._model.targets = targets
             yield images, targets
 
