@@ -293,6 +293,22 @@ def test_a_training_that_fails_is_told_and_the_rest_goes_on(finished, tmp_path, 
     assert "Not measured, 1 cell (VS2 / digits): no luck" in text
 
 
+def test_what_a_loader_says_of_an_interruption_is_no_failed_training(copied, tmp_path, monkeypatch):
+    from vs2_plugin.reproduce.stand_in import stand_in
+
+    def train(request, report):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("DataLoader worker (pid(s) 1) exited unexpectedly")
+
+    monkeypatch.setattr(module, "train", train)
+    work = Reproduction([stand_in(read(copied / "small.yaml"))], tmp_path / "out", "digits")
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        work._train(next(cell.sae for cell in work.cells if cell.sae), [0])
+    assert work.problems == {}
+
+
 def test_one_model_that_fails_does_not_keep_the_others_from_it(copied, monkeypatch):
     """The command stops at a model; those behind it are evaluated, and nobody else is blamed."""
     from vs2_plugin.reproduce.stand_in import stand_in

@@ -28,7 +28,7 @@ import numpy as np
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.data.naming import DataSet
-from vs2_plugin.errors import CheckpointError, DataError, Vs2Error
+from vs2_plugin.errors import CheckpointError, DataError, Vs2Error, is_interruption
 from vs2_plugin.files import json_digest
 from vs2_plugin.reproduce.cells import Cell, Evaluation, Sae, Table
 from vs2_plugin.reproduce.command import run_command
@@ -251,6 +251,8 @@ class Reproduction:
             try:
                 train(replace(request, quiet=self.quiet), report=self.report)
             except Exception as error:  # whatever failed, even memory or disk: the other cells go on
+                if is_interruption(error):
+                    raise
                 problem = _flat(str(error) if isinstance(error, Vs2Error) else f"{type(error).__name__}: {error}")
                 _LOG.warning("not trained: %s", problem)
                 problems = (problem,)
