@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ __all__ = ["CHECKS", "Finding", "findings", "found_by"]
 
 #: Largest difference, as a share of the largest number, between numbers that are computed in another order.
 _CLOSE = 1e-4
+
+
+Check: TypeAlias = Callable[[Subject], "str | None"]
 
 
 class Finding(NamedTuple):
@@ -52,17 +55,17 @@ def findings(method: str) -> list[Finding]:
         ModelStringError, PluginError: there is no such method, or no such option.
     """
     subject, results = Subject(method), []
-    broken: set[str] = set()
+    causes: dict[Check, str] = {}  # check that failed, or was skipped for it -> name of the one that failed
     for check, needs in CHECKS.items():
-        missing = [other for other in needs if other in broken]
-        finding = found_by(check, subject, f"since {missing[0]} fails" if missing else "")
-        if finding.problem:
-            broken.add(finding.check)
+        cause = next((causes[other] for other in needs if other in causes), "")
+        finding = found_by(check, subject, f"since {cause} fails" if cause else "")
+        if cause or finding.problem:
+            causes[check] = cause or finding.check
         results.append(finding)
     return results
 
 
-def found_by(check: Callable[[Subject], str | None], subject: Subject, skipped: str = "") -> Finding:
+def found_by(check: Check, subject: Subject, skipped: str = "") -> Finding:
     """Return the finding of one check, which is not made if ``skipped`` gives a reason."""
     name, about = check.__name__.replace("_", " "), (check.__doc__ or "").strip()
     if skipped:
@@ -284,14 +287,12 @@ def _apart(expected: Tensor, found: Tensor) -> str:
     return f"by up to {float((expected - found.to(expected)).abs().max()):.3g}"
 
 
-#: The checks, in order -> names of the checks that each one presupposes.
-CHECKS: dict[Callable[[Subject], str | None], tuple[str, ...]] = {
+#: The checks, in order -> the checks that each one presupposes, besides those that these presuppose.
+CHECKS: dict[Check, tuple[Check, ...]] = {
     builds: (),
-    runs: ("builds",),
-    **dict.fromkeys((shape, dtype, device), ("builds", "runs")),
-    **dict.fromkeys((finite, in_place, facts), ("builds", "runs", "shape", "dtype", "device")),
-    images: ("builds", "runs", "shape", "dtype", "device", "in place"),
-    **dict.fromkeys((deterministic, independent, automatic, copies, pickles, gradients, autocast, replays), (
-        "builds", "runs", "shape", "dtype", "device", "in place", "images",
-    )),
-}  # fmt: skip
+    runs: (builds,),
+    **dict.fromkeys((shape, dtype, device), (runs,)),
+    **dict.fromkeys((finite, in_place, facts), (shape, dtype, device)),
+    images: (in_place,),
+    **dict.fromkeys((deterministic, independent, automatic, copies, pickles, gradients, autocast, replays), (images,)),
+}
