@@ -136,18 +136,22 @@ def check_outputs(evaluations: Sequence[Evaluation]) -> None:
     """
     for run in _steered(evaluations):
         parse(run.model)
-        _check_output(run, run.output_file)
+        _check_output(run)
     files: dict[str, Evaluation] = {}
-    ours = [is_steered(run.model) or bool(_named(run).home) for run in evaluations]
-    for run in evaluations if any(ours) else ():
+    for run in evaluations if any(map(_is_ours, evaluations)) else ():
         other = files.setdefault(run.output_file, run)
-        if other != run and any(is_steered(either.model) or _named(either).home for either in (run, other)):
+        if other != run and (_is_ours(run) or _is_ours(other)):
             fields = ("model", "pretrained_full_path", "dataset", "language", "task")
             raise HarnessError(
                 f"--output {run.output!r} puts the results of {other.model} and of {run.model} into one file, "
                 f"{run.output_file!r}, and only the last would be kept; expected a name that contains what differs, "
                 f"out of {', '.join(f'{{{name}}}' for name in fields)}"
             )
+
+
+def _is_ours(run: Evaluation) -> bool:
+    """Return whether an evaluation is of a steered model, or of data that this package reads."""
+    return is_steered(run.model) or bool(_named(run).home)
 
 
 def _is_skipped(run: Evaluation) -> bool:
@@ -187,8 +191,9 @@ def _check_probe(model: ModelString, run: Evaluation) -> None:
         raise HarnessError(f"{run.model}: clip_benchmark's linear probe needs a CUDA device, but there is none")
 
 
-def _check_output(run: Evaluation, output: str) -> None:
-    """Refuse an output file that could not be written once the evaluation is over."""
+def _check_output(run: Evaluation) -> None:
+    """Refuse an output file that could not be written once the evaluation is over, without touching it."""
+    output = run.output_file
     folder, name = os.path.split(output)
     if os.path.isdir(output) or not name:
         example = os.path.join(run.output, os.path.basename(Evaluation.output))
@@ -198,17 +203,12 @@ def _check_output(run: Evaluation, output: str) -> None:
             f"the results could not be written to {output!r}: no folder {folder!r}; make it with: mkdir -p "
             f"{shlex.quote(folder)}"
         )
-    _try_output(output, folder or ".")
-
-
-def _try_output(output: str, folder: str) -> None:
-    """Refuse an output file that the system could not write, without touching it."""
     try:
         with suppress(FileNotFoundError):
             os.stat(output)  # fails if the name is too long
             if not os.access(output, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        tempfile.TemporaryFile(dir=folder).close()
+        tempfile.TemporaryFile(dir=folder or ".").close()
     except OSError as error:
         raise HarnessError(
             f"the results could not be written to {output!r}: {error.strerror}; give another --output"
@@ -219,8 +219,7 @@ def _look_at_data(runs: Sequence[Evaluation]) -> dict[str, int]:
     """Check the folders and shards that are to be evaluated, once for each task, and return what :func:`check` does.
     Stock data sets of plain models are not checked."""
     fewer: dict[str, int] = {}
-    planned = [(_named(run), run) for run in runs if not _is_skipped(run)]
-    planned = [(data, run) for data, run in planned if data.home or is_steered(run.model)]
+    planned = [(_named(run), run) for run in runs if not _is_skipped(run) and _is_ours(run)]
     for data, run in {(data, run.own_task): (data, run) for data, run in planned}.values():
         if data.is_folder:
             _look_at_folder(data, run)
