@@ -268,6 +268,29 @@ def test_curves_of_methods_without_lambda_and_of_saes_with_another_k(write_run, 
     assert [value for value, _ in curves["k"][0].points] == [32, 64]
 
 
+def test_a_curve_joins_results_of_the_same_seeds(write_run, steered):
+    write_run("B", 0.5)
+    for alpha, seeds in ((1, (0, 1, 2)), (2, (0, 1, 2)), (3, (2,)), (4, (2,))):
+        for seed in seeds:
+            facts = steered(alpha=alpha, seed=seed, checkpoint=f"a-seed{seed}")
+            path = write_run(f"vs2:B@a-seed{seed}@alpha={alpha}", 0.5 + seed / 10, metrics=facts)
+    curves = {curve.label: [*zip(*curve.points)] for curve in group_of(path.parent).curves()["alpha"]}
+    assert {*curves} == {"vs2, seeds 0, 1, 2", "vs2, seed 2"}
+    assert curves["vs2, seeds 0, 1, 2"][0] == (1, 2) and curves["vs2, seed 2"][0] == (3, 4)
+    assert [row.top1 for row in curves["vs2, seeds 0, 1, 2"][1]] == [pytest.approx(0.6)] * 2
+
+
+def test_two_folders_with_one_setting_are_two_curves_and_otherwise_one(write_run, steered):
+    for folder, strengths in (("x", (1, 2)), ("y", (2, 3)), ("z", (4,))):
+        for alpha in strengths:
+            path = write_run(f"vs2:B@alpha={alpha}", metrics=steered(alpha=alpha), folder=folder)
+    root = path.parents[1]
+    found = {curve.label: [value for value, _ in curve.points] for curve in group_of(root).curves()["alpha"]}
+    assert found == {"vs2, x": [1, 2], "vs2, y": [2, 3]}
+    (curve,) = group_of(root / "x", root / "z").curves()["alpha"]
+    assert (curve.label, [value for value, _ in curve.points]) == ("vs2", [1, 2, 4])
+
+
 def test_a_strength_that_was_chosen_automatically_is_no_point_of_a_curve(write_run, steered):
     write_run("B")
     for alpha in np.arange(1, 20) / 4:

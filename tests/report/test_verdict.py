@@ -59,6 +59,15 @@ def test_a_few_images_are_not_beyond_chance(mended, tone, write_run, make_images
     found = told(write_run("vs2:B", images=after, metrics=steered()).parent)
     assert found.tone == tone
     assert ("That may be chance: too few images changed to say more." in found.sentences[0]) == (not tone)
+    write_run("vs2s:B", images=after, metrics=steered("vs2s"))
+    found = told(write_run("vs2:B", images=before, metrics=steered()).parent)
+    assert ("which may be chance, since few images changed" in found.sentences[1]) == (not tone)
+
+
+def test_zero_shot_of_other_images_is_not_taken_for_the_same(write_run, make_images, steered):
+    write_run("B", images=make_images(0.5))
+    found = told(write_run("vs2:B", images=make_images(0.6, count=300), metrics=steered()).parent)
+    assert found.sentences[0].endswith("or with other class names: the change may come from that.") and not found.tone
 
 
 def test_the_best_row_without_labels_is_named(write_run, make_images, steered):

@@ -55,7 +55,7 @@ def test_bytes_that_are_no_text_missing_files_and_empty_folders(tmp_path):
         read([tmp_path / "empty"])
 
 
-@pytest.mark.parametrize("acc1", [58.8, -0.1, float("nan"), float("inf"), "0.5", [0.5]])
+@pytest.mark.parametrize("acc1", [True, 58.8, -0.1, float("nan"), float("inf"), "0.5", [0.5]])
 def test_an_accuracy_that_is_none(write_run, acc1):
     with pytest.raises(DataError, match=rf"B.json: acc1 is {re.escape(str(acc1))}; expected a share from 0 to 1"):
         read([write_run("B", metrics={"acc1": acc1})])

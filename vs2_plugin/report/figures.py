@@ -74,8 +74,8 @@ _ACCURACY = (
 )
 _GATE = (
     "Results that differ only in the gate: images are steered where their FVU is within the q-quantile of held-out "
-    "training activations. Above: share of the test images that it let through. Below: top-1 accuracy; the dashed line "
-    "is zero-shot CLIP. The values of q are evenly spaced here."
+    "training activations. Above: share of the test images that it let through, of several sites at the last. Below: "
+    "top-1 accuracy; the dashed line is zero-shot CLIP. The values of q are evenly spaced here."
 )
 _GRID = "Top-1 accuracy in percent, of results that differ only in gamma and lambda. Empty: not evaluated."
 _ALONG = "Results that differ only in this setting. The dashed line is zero-shot CLIP."
@@ -203,7 +203,7 @@ def _gate(curves: list[Curve], zero: Row | None) -> Figure:
     _zero_line(below, zero)
     _lines(below, curves, ticks.index, lambda row: row.top1, spread=True)
     above.set_ylim(-4, 104)
-    above.set_ylabel("images steered, %")
+    above.set_ylabel("coverage, %")
     below.set_ylabel("top-1 accuracy, %")
     below.set_xticks(range(len(ticks)), ["no gate" if tick is None else f"{tick:g}" for tick in ticks])
     below.margins(x=0.08)

@@ -157,7 +157,7 @@ def _metrics(rows: Sequence[Row]) -> list[Column]:
         Column("recall %", metric("mean_per_class_recall"), "accuracy per class, averaged over the classes"),
         Column("mended", [fixed(row.mended, 0, scale=1) for row in rows], "images that only zero-shot got wrong"),
         Column("broken", [fixed(row.broken, 0, scale=1) for row in rows], "images that only zero-shot got right"),
-        Column("coverage %", metric("vs2_coverage", 1), "share of images that the gate let through"),
+        Column("coverage %", metric("vs2_coverage", 1), "share of images that the gate of the last site let through"),
     ]
 
 

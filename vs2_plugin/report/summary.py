@@ -156,7 +156,7 @@ class Group:
     def _along(self, key: str, free: set[str], without: str = "") -> list[Curve]:
         """Return curves along ``key`` of results that differ only in settings ``free`` and lack fact ``without``."""
         curves = []
-        for label, rows in self._alike(free):
+        for label, rows in self._alike(free, key):
             pairs = [(row.run.number(f"vs2_{key}"), row) for row in reversed(rows) if row.run.fact(without) is None]
             points = {value: row for value, row in pairs if abs(value or 0.0) < _LARGEST}
             if key != "gate":  # there, None is one of the values: no gate
@@ -166,8 +166,9 @@ class Group:
                 curves.append(Curve(label, tuple((value, points[value]) for value in values)))
         return curves
 
-    def _alike(self, free: set[str]) -> list[tuple[str, list[Row]]]:
-        """Return the steered results that agree in method, checkpoint, site and all options but the ``free`` ones.
+    def _alike(self, free: set[str], along: str = "") -> list[tuple[str, list[Row]]]:
+        """Return the steered results that agree in method, checkpoint, seeds of the SAE, site and all options but the
+        ``free`` ones; those of two folders apart if both have a result with the same value of ``along``.
 
         Results whose options were chosen automatically are left out."""
         fixed = sorted(({"method", "checkpoint", "latents", "site", "split"} | self._options) - free)
@@ -175,9 +176,16 @@ class Group:
         for row in self.steered:
             if row.run.fact("auto") is not None:
                 continue
-            settings = (base_of(row.run) if key == "checkpoint" else row.run.setting(key) for key in fixed)
-            alike.setdefault(tuple(map(str, settings)), []).append(row)
-        return [(label_of(rows[0].run, rows[0].shown, free), rows) for rows in alike.values()]
+            values = (base_of(row.run) if name == "checkpoint" else row.run.setting(name) for name in fixed)
+            seeds = ", ".join(str(seed_of(member.run)) for member in row.members)
+            alike.setdefault((*map(str, values), seeds), []).append(row)
+        found = []
+        for settings, rows in alike.items():
+            label, folders = label_of(rows[0].run, rows[0].shown, free), _by_folder(rows, along)
+            if sum(settings[:-1] == other[:-1] for other in alike) > 1:
+                label += f", {written({'seed': settings[-1]})}"
+            found += [(f"{label}, {name}" if len(folders) > 1 else label, mine) for name, mine in folders.items()]
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -328,6 +336,18 @@ def _by_seed(runs: Sequence[Run]) -> list[list[Run]]:
     first = {group[0]: sorted(group, key=lambda run: seed_of(run) or 0) for group in joined}
     others = {run for group in joined for run in group[1:]}
     return [first.get(run, [run]) for run in runs if run not in others]
+
+
+def _by_folder(rows: Sequence[Row], along: str) -> dict[str, list[Row]]:
+    """Return folder -> its rows, or all rows together if no two folders have a result with one value of ``along``."""
+    places = {(row.run.number(f"vs2_{along}"), row.run.path.parent) for row in rows}
+    values = [value for value, _ in places if value is not None]
+    if len(set(values)) == len(values):
+        return {"": list(rows)}
+    folders: dict[str, list[Row]] = {}
+    for row in rows:
+        folders.setdefault(row.run.path.parent.name, []).append(row)
+    return folders
 
 
 def _are_of_the_same(runs: Iterable[Run]) -> bool:

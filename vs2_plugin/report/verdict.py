@@ -112,11 +112,15 @@ def _seeds(row: Row) -> str:
     return f", on average over {len(row.members)} seeds of the SAE (standard deviation {fixed(row.spread, 1)})"
 
 
-def _tone(row: Row) -> str:
+def _excludes_zero(row: Row) -> bool:
     ends = row.change_interval
-    if ends is None or ends.low <= 0 <= ends.high or _are_few(row):
+    return ends is not None and not ends.low <= 0 <= ends.high
+
+
+def _tone(row: Row) -> str:
+    if not _excludes_zero(row) or _are_few(row):
         return ""
-    return "up" if ends.low > 0 else "down"
+    return "up" if (row.change or 0.0) > 0 else "down"
 
 
 def _are_few(row: Row) -> bool:
@@ -127,13 +131,15 @@ def _are_few(row: Row) -> bool:
 
 
 def _chance(row: Row) -> str:
+    if any(member.is_of_other_images for member in row.members):
+        return "Zero-shot was evaluated on other images, or with other class names: the change may come from that."
     if row.change_interval is None:
         return "Whether that is beyond chance is not known: there are no per-image results to compare."
     if _tone(row):
         return "That is beyond chance: the interval excludes 0."
-    if row.change_interval.low <= 0 <= row.change_interval.high:
-        return "That may be chance: the interval includes 0."
-    return "That may be chance: too few images changed to say more."
+    if _excludes_zero(row):
+        return "That may be chance: too few images changed to say more."
+    return "That may be chance: the interval includes 0."
 
 
 def _best(best: Row, usual: Row, changed: Sequence[Row]) -> str:
@@ -144,7 +150,8 @@ def _best(best: Row, usual: Row, changed: Sequence[Row]) -> str:
     if best is usual:
         return f"It is the best of the {rows} without labels{tied}." if among > 1 else "It used no labels."
     doubt = "which may be chance" if best.change_interval else "with no interval, for lack of per-image results"
-    chance = "beyond chance" if _tone(best) else doubt
+    few = ", since few images changed" if _excludes_zero(best) else ""
+    chance = "beyond chance" if _tone(best) else doubt + few
     return (
         f"Best without labels: {best.title} with {fixed(best.top1)} %, {_points(best)} points{_interval(best)}"
         f"{_seeds(best)}, {chance}. It is the best of {rows}{tied} on these very test images: on others, expect less."

@@ -187,7 +187,8 @@ def read_run(path: Path) -> Run:
     if not fits or not all(isinstance(content.get(key), str) for key in ("dataset", "model", "task")):
         raise DataError(f"{path} is not {EXPECTED}")
     accuracy = content["metrics"].get("acc1")
-    if accuracy is not None and not (isinstance(accuracy, (int, float)) and 0 <= accuracy <= 1):
+    is_number = isinstance(accuracy, (int, float)) and not isinstance(accuracy, bool)
+    if accuracy is not None and not (is_number and 0 <= accuracy <= 1):
         raise DataError(f"{path}: acc1 is {printable(accuracy)}; expected a share from 0 to 1")
     language = content.get("language") or "en"
     languages = [language] if isinstance(language, str) else language
