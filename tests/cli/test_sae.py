@@ -44,6 +44,7 @@ def test_blocks_variants_and_checkpoints_without_a_gallery(folder, capsys):
         ([NAME, "--activations", "none.npy"], ["cannot be read"]),
         ([NAME, "--elsewhere", "bare"], ["has no gallery"]),
         ([NAME, "--elsewhere", "none.npy"], ["--elsewhere 'none.npy' cannot be read"]),
+        ([NAME, "--elsewhere", "~no one/x.npy"], ["--elsewhere '~no one/x.npy' cannot be read"]),
         ([NAME, "--block", "7"], ["no SAE at block 7"]),
     ],
 )

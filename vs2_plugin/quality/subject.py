@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,7 +165,7 @@ def open_elsewhere(name: str, store: Store, subject: Subject) -> Rows:
     """
     site = subject.site
     if name.endswith(_FILES):
-        return read_rows(Path(name).expanduser(), site, "--elsewhere")
+        return read_rows(Path(os.path.expanduser(name)), site, "--elsewhere")
     other = store.find(name)
     ours, theirs = subject.checkpoint.tower, other.tower
     difference = "" if ours is None or theirs is None else ours.difference(theirs)
