@@ -22,6 +22,7 @@ from itertools import count
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # the package is this clone's, wherever one is installed
 TESTS = {
     "selection": "test_selection.py",
     "sae/topk": "sae/test_topk.py",
@@ -30,6 +31,7 @@ TESTS = {
     **{f"steering/{name}": f"steering/test_{name}.py" for name in ("selective", "retriever")},
     **{f"strength/{name}": f"strength/test_{name}.py" for name in ("criterion", "choice")},
     **{f"logits/{name}": f"logits/test_{name}.py" for name in ("dn", "inmap", "stata", "tda", "zero", "zlap")},
+    **{f"quality/{x}": f"quality/test_{x}.py" for x in ("codes", "dictionary", "meaning", "measure", "recovered")},
     "results/statistics": "results/test_statistics.py",
     "results/runs": "results/test_runs.py report/test_summary.py",
     **{f"report/{name}": f"report/test_{name}.py report/test_summary.py" for name in ("rows", "summary", "verdict")},

@@ -16,7 +16,8 @@ def directions(count, seed=0, width=8):
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_nearest_cosines_are_those_of_the_whole_matrix(signed):
+def test_nearest_cosines_are_those_of_the_whole_matrix(signed, monkeypatch):
+    monkeypatch.setattr(dictionary, "_BLOCK", 60)  # three rows at a time
     unit = directions(20)
     cosines = unit @ unit.T
     cosines = cosines if signed else np.abs(cosines)
@@ -42,9 +43,12 @@ def test_the_same_dictionary_in_another_order_agrees_and_a_random_one_does_not()
 
 
 def test_a_random_dictionary_has_the_mean_and_covariance():
-    one = torch.from_numpy(directions(4000, width=6))
+    one = torch.from_numpy(np.random.default_rng(0).normal(size=(4000, 6)) * np.linspace(0.3, 1, 6) + 1)
+    one = one / one.norm(dim=1, keepdim=True)
     drawn = dictionary._random_like(one)
+    assert torch.equal(drawn, dictionary._random_like(one))
     np.testing.assert_allclose(drawn.norm(dim=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(drawn.mean(0), one.mean(0), atol=0.03)
     np.testing.assert_allclose(np.cov(drawn.numpy().T), np.cov(one.numpy().T), atol=0.03)
 
 

@@ -28,6 +28,7 @@ def random_code(signed=False, count=30, latents=12, seed=0):
     code[4, 1] = 1.0  # one image only
     code[:, 3] = np.where(np.arange(count) == 4, 1e-5, np.arange(count) == 5)  # one image by far
     code[:, 2] = 1 + rng.random(count)  # always active
+    code[:, 4] = 2  # always the same
     return (code * rng.choice([-1, 1], size=code.shape) if signed else code).astype(np.float32)
 
 
@@ -36,7 +37,7 @@ def test_monosemanticity_is_the_sum_over_pairs(signed):
     code, embeddings = random_code(signed), np.random.default_rng(1).normal(size=(30, 100)) + 0.3
     found = monosemanticity(csr_array(code), embeddings, seed=5)
     np.testing.assert_allclose(found.scores, by_pairs(code, embeddings), rtol=1e-5)
-    assert np.isnan(found.scores[:2]).all()
+    assert np.isnan(found.scores[[0, 1, 4]]).all() and np.isfinite(found.scores).sum() == 9
     order = np.random.default_rng(5).permutation(30)
     np.testing.assert_allclose(found.shuffled, by_pairs(code, embeddings[order]), rtol=1e-5)
 
@@ -79,7 +80,12 @@ def test_probes_are_those_of_a_dense_computation():
 
 
 def test_classes_of_too_few_images_are_not_probed():
-    labels = np.repeat([0, 1], [4, 4])
-    held = np.arange(8) % 2 == 0
-    assert sparse_probes(csr_array(np.eye(8)), labels, ~held, held) == {}
-    assert sparse_probes(csr_array(np.eye(8)), labels, ~held, held, least=2)[1].classes == 2
+    def probed(fitted, held, **least):
+        labels = np.repeat([0, 1, 0, 1], [*fitted, *held])
+        first = np.arange(len(labels)) < sum(fitted)
+        return [probe.classes for probe in sparse_probes(csr_array(np.eye(9)), labels, first, ~first, **least).values()]
+
+    assert probed([5, 2], [1, 1]) == [1, 1] and probed([4, 3], [1, 1]) == []
+    assert probed([4, 3], [1, 1], least=4) == [1, 1] and probed([4, 3], [1, 1], least=3) == [2, 2]
+    for fitted, held in ([7, 0], [1, 1]), ([5, 2], [0, 2]), ([5, 2], [2, 0]):  # no rest, or none to test on
+        assert probed(fitted, held) == []

@@ -8,7 +8,9 @@ import torch
 
 import vs2_plugin
 from vs2_plugin.checkpoint.store import Store
+from vs2_plugin.errors import DataError
 from vs2_plugin.quality import measure as module
+from vs2_plugin.quality.meaning import sparse_probes
 from vs2_plugin.quality.measure import ZeroShot, keep, measure, stability
 from vs2_plugin.quality.notes import NOTES
 from vs2_plugin.quality.subject import open_subject
@@ -55,7 +57,9 @@ def test_figures_are_those_of_plain_computations(trained, subject):
     outside = x[held] - x[rest].mean(0)
     outside = outside - outside @ vectors.T @ vectors
     pca = 1 - (outside**2).sum() / ((x[held] - x[held].mean(0)) ** 2).sum()
-    assert found.figures["explained_variance"].beside == pytest.approx(pca, abs=1e-5)
+    older = replace(subject, site=replace(site, training={}))  # its training recorded nothing
+    for figures_of in (found, measure(older)):
+        assert figures_of.figures["explained_variance"].beside == pytest.approx(pca, abs=1e-5)
     assert figures["gamma"] == pytest.approx(np.linalg.norm(x.mean(0)) / np.sqrt(x.var(0).sum()), rel=1e-5)
     latents = sae.encode(torch.from_numpy(x[np.sort(order)]))
     dense = torch.zeros(COUNT, 64).scatter_(1, latents.indices, latents.values).numpy() != 0
@@ -71,6 +75,7 @@ def test_figures_are_those_of_plain_computations(trained, subject):
     there = ~np.isnan(found.meaning.scores)
     chance = np.quantile(found.meaning.shuffled[there], 0.95)
     assert figures["monosemantic"] == pytest.approx((found.meaning.scores[there] > chance).mean())
+    assert found.figures["monosemantic"].beside == 0.05
     unit = sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True)
     nearest = (unit @ unit.T - 2 * torch.eye(64)).amax(1)
     assert figures["collinearity"] == pytest.approx(nearest.mean().item(), abs=1e-5)
@@ -84,16 +89,27 @@ def test_other_activations_than_those_of_the_training_are_told(trained):
     assert measure(subject).figures["explained_variance"].beside is None  # principal components are of others
     assert len(subject.images.held) == COUNT and not len(subject.images.others)
     found = measure(replace(subject, images=replace(subject.images, labels=np.load(trained / "y.npy"))))
-    assert found.figures["probe_1"].value is not None  # fitted on half of what is new
+    first = np.arange(COUNT) % 2 == 0  # tested on half of what is new, and fitted on the others
+    expected = sparse_probes(found.codes.matrix, np.load(trained / "y.npy"), ~first, first)
+    assert (found.figures["probe_1"].value, found.figures["probe_5"].value) == (expected[1].auc, expected[5].auc)
 
 
 def test_without_activations_the_figures_of_the_training_are_shown(trained):
     found = measure(open_subject("s0", Store(trained)))
     site = found.subject.site
     assert found.codes is None and found.figures["dead"].value == site.training["dead"]
-    assert found.figures["explained_variance"].value == 1 - site.fvu
+    shown = found.figures["explained_variance"]
+    assert (shown.value, shown.beside) == (1 - site.fvu, 1 - site.training["pca_fvu"])
     assert "--activations" in found.figures["monosemanticity"].why
     assert found.figures["collinearity"].value is not None
+
+
+def test_activations_that_are_all_equal_are_refused(subject):
+    equal = np.ones((COUNT, WIDTH), np.float32)
+    own = replace(subject, images=replace(subject.images, activations=equal))
+    for given in ((own,), (subject, Elsewhere("other", equal))):
+        with pytest.raises(DataError, match="all activations are equal"):
+            measure(*given)
 
 
 def test_predictions_with_labels_without_them_and_before_the_towers_end(subject):
@@ -139,6 +155,10 @@ def test_two_seeds_are_compared_and_one_is_not(trained, monkeypatch):
     for others in ([saes[0]], [copied]):  # of one seed, and the same by another way
         figures, pairs = stability([saes[0], *others])
         assert not pairs and figures["stable"].value is None and "several seeds" in figures["stability"].why
-    assert len(stability([*saes, copied])[1]) == 2
+    figures, pairs = stability([*saes, copied])
+    means = [found.cosines.mean() for _, _, found in pairs]
+    assert len(pairs) == 2 and figures["stability"].value == pytest.approx(np.mean(means))
+    longer = replace(saes[1].subject.site, training={"seed": 0, "samples": 9})  # as of the first one's seed
+    assert not stability([saes[0], replace(saes[1], subject=replace(saes[1].subject, site=longer))])[1]
     monkeypatch.setattr(module, "LOOKED_AT", 100)
     assert measure(saes[0].subject).codes.matrix.shape[0] == 100

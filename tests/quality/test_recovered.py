@@ -35,4 +35,5 @@ def test_shares_are_those_of_a_plain_computation(make_sae):
 
 def test_what_is_recovered_is_above_the_constant_activation():
     assert Recovered(1, 0, 0.75, 0.5, 0.25).share == 0.5
-    assert Recovered(1, 0, 0.2, 0.5, 0.25).share is None and Recovered(1, 0).share is None
+    assert Recovered(1, 0, 0.2, 0.5, 0.25).share is None and Recovered(1, 0, 0.25, 0.5, 0.25).share is None
+    assert Recovered(1, 0).share is None

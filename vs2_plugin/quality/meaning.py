@@ -16,7 +16,6 @@ from vs2_plugin.arrays import spread
 __all__ = ["Monosemanticity", "Probe", "monosemanticity", "sparse_probes"]
 
 _COLUMNS = 64  # columns of the embeddings at a time, so that their double-precision copy stays small
-_LEAST = 2  # images in which a latent must be active, so that there is a pair
 _CLASSES = 200  # most classes that are probed
 
 
@@ -57,7 +56,7 @@ def monosemanticity(code: csr_array, embeddings: np.ndarray, seed: int = 0) -> M
         for number, rows in enumerate((part, part[order])):
             for which, matrix, dtype in parts:
                 sums[number, which] += _squared_norms(matrix, rows.astype(dtype))
-    scored = (np.diff(csc_array(scaled).indptr) >= _LEAST) & (pairs > 0)
+    scored = pairs > 0
     scores = np.where(scored, (sums - squares) / np.where(scored, pairs, 1), np.nan)
     return Monosemanticity(*scores)
 
@@ -73,13 +72,11 @@ def _squared_norms(matrix: csr_array, rows: np.ndarray) -> np.ndarray:
 def _scaled(code: csr_array) -> csr_array:
     """Return the magnitudes of each latent's activations, scaled to 0 to 1 over all images: float64 ``[count, n]``."""
     columns = csc_array(abs(code).astype(np.float64))
-    columns.sort_indices()
     for latent in np.flatnonzero(np.diff(columns.indptr) == code.shape[0]):  # active in all images: minimum not 0
         own = slice(columns.indptr[latent], columns.indptr[latent + 1])
         columns.data[own] -= columns.data[own].min()
     most = columns.max(axis=0).toarray().ravel()
     columns.data /= np.repeat(np.where(most > 0, most, 1), np.diff(columns.indptr))
-    columns.eliminate_zeros()
     return csr_array(columns)
 
 
