@@ -33,6 +33,7 @@ def test_a_row_has_the_best_classes_and_what_was_without_steering(rows):
     assert torch.equal(chances, found.probabilities[0].sort(descending=True).values[:2])  # bit for bit
     assert rows[0]["changed"] is bool(found.changed[0]) and rows[2]["fvu"] is None and not rows[2]["steered"]
     assert [name for name in columns(2) if name.startswith("class")] == ["class", "class_2"]
+    assert "class_6" not in columns(7) and "probability_5" in columns(7)
 
 
 @pytest.mark.parametrize("name", ["x.csv", "x.JSONL", "x.parquet"])
@@ -59,7 +60,7 @@ def test_parquet_needs_its_package(monkeypatch, tmp_path):
     monkeypatch.setattr(table.importlib.util, "find_spec", lambda name: None)
     require_format(tmp_path / "x.csv")
     with pytest.raises(SettingError, match="pip install pyarrow"):
-        require_format(tmp_path / "x.parquet")
+        require_format(tmp_path / "x.PARQUET")
 
 
 PATHS = [f"{number}.png" for number in range(10)]

@@ -28,12 +28,26 @@ def test_the_table_of_latents(subject):
     assert [int(row["images"]) for row in rows] == counts.tolist()
     dead = [row for row in rows if row["kind"] == "dead"]
     assert dict(survey.title)["dead"].startswith(f"{len(dead)} ") and all(row["purity"] == "" for row in dead)
-    for row in rows:
-        if row["kind"] != "dead":
-            assert float(row["frequency"]) == pytest.approx(int(row["images"]) / IMAGES, rel=1e-4)
-            assert int(row["top_images"]) == min(10, int(row["images"]))
-            assert 0 < float(row["p_purity"]) <= 1 and row["class"] in CLASSES
-            assert len(row["words"].split("; ")) == 3
+    dense = torch.zeros(IMAGES, len(rows)).scatter_(1, code.indices, code.values).numpy()
+    alive = [row for row in rows if row["kind"] != "dead"]
+    for row, column in zip(alive, dense.T[counts > 0], strict=True):
+        own = survey.statistics.classes[int(row["latent"])]
+        votes = np.bincount(own[own >= 0])
+        assert int(row["top_images"]) == votes.sum() == min(10, int(row["images"]))
+        figures = [float(row[name]) for name in ("frequency", "mean_activation", "max_activation", "purity")]
+        expected = [(column > 0).mean(), column[column > 0].mean(), column.max(), votes.max() / votes.sum()]
+        assert figures == pytest.approx(expected, rel=1e-3) and row["class"] == CLASSES[votes.argmax()]
+        by_chance = survey.statistics.purity_by_chance(int(row["latent"]))
+        assert (float(row["chance_purity"]), float(row["p_purity"])) == pytest.approx(by_chance, rel=1e-3)
+        assert len(row["words"].split("; ")) == 3
+    often, even = counts / IMAGES, sae.config.k / len(rows)
+    for kind, number in (("rare", (often[often > 0] < even / 10).sum()), ("dense", (often > 0.1).sum())):
+        assert [row["kind"] for row in rows].count(kind) == number
+        assert dict(survey.title)[kind].startswith(f"{number} ({number / len(rows):.1%})")
+    assert f"{sae.config.k} are active in an image; k/n = {even:.3%}" in dict(survey.title)["latents"]
+    assert f"{even / 10:.3%} of the images" in dict(survey.title)["rare"]
+    pure = [float(row["purity"]) for row in alive if row["top_images"] == "10"]
+    assert dict(survey.title)["purity"].startswith(f"{np.mean(pure):.1%} on average over {len(pure)} latents")
 
 
 def test_groups_are_what_they_are_said_to_be(subject):

@@ -109,3 +109,17 @@ def test_along_lines_few_directions_and_few_doubts_are_left(make, directions, mo
     assert [len(found) for found in seen] == [directions]
     if make in (lines, gated, two_lines):
         assert sum(asked) < 0.02 * IMAGES * len(make())
+
+
+def test_what_lies_outside_of_the_directions_counts_as_doubt(model):
+    """Each image goes from its own class towards the next best one, out of the only direction."""
+    classifier = F.normalize(drawn(E, CLASSES, seed=4), dim=0)
+    search, first, weights = ZeroShot(model, BLOCK, classifier), drawn(5000, D), model.visual.proj @ classifier
+    best, next_best = ((first + model.visual.ln_post.bias) @ weights).topk(2).indices.T
+    away = weights.T[next_best] - weights.T[best]
+    along = F.normalize(first, dim=1)
+    away = F.normalize(away - (away * along).sum(1, keepdim=True) * along, dim=1)
+    z = torch.stack([first, first + torch.linspace(0, 1, 5000)[:, None] * away], dim=1)
+    classes, sure = search._part(z, [0])
+    wrong = classes != ((z + model.visual.ln_post.bias) @ weights).argmax(2)
+    assert wrong.float().mean() > 0.1 and sure.float().mean() > 0.5 and not (wrong & sure).any()

@@ -32,3 +32,22 @@ def test_models_of_one_meaning_share_an_evaluation(tmp_path):
     cells = {cell.row: cell for cell in read(tmp_path / "twice.yaml").cells}
     for row in ("one", "other value"):
         assert parse(cells[row].evaluation(0).model).options == cells[row].spec.options
+
+
+def test_a_cell_needs_the_evaluations_that_its_number_is_computed_from(tmp_path):
+    (tmp_path / "needs.yaml").write_text(
+        'title: T\nbackbone: "B,w"\ndataset: wds/a\nsae: {recipe: paper}\nmodel: "vs2:{backbone}"\n'
+        "columns: {number: {}, gain: {metric: gain}}\n"
+        "rows: {steered: {}, again: {}, FVU: {metric: fvu}, shown: {model: null}, best: {best_of: [steered, again]}}\n"
+        "published: {steered: [64.5, [3, 4]], shown: [1, 2]}\n"
+    )
+    cells = {cell.title: cell for cell in read(tmp_path / "needs.yaml").cells}
+    number, gain, fvu = (cells[title] for title in ("steered / number", "steered / gain", "FVU / number"))
+    assert number.evaluations(0) == [number.evaluation(0)] != [number.plain] and fvu.evaluations(0) == []
+    assert gain.evaluations(0) == [gain.plain, gain.evaluation(0)] and gain.plain.model == "B"
+    assert [cell.ends for cell in (number, gain, fvu)] == [(64.5,), (3, 4), ()]
+    assert number.is_wanted and cells["best / number"].is_wanted and not cells["shown / number"].is_wanted
+    assert cells["shown / number"].evaluations(0) == cells["best / number"].evaluations(0) == []
+    one, both = (number.sae.request(seeds, "root") for seeds in ([1], [1, 2]))
+    assert one.name == f"{both.name}-seed1" == number.sae.name(1) and both.seed == (1, 2)
+    assert one.recipe == "paper" and not one.transductive

@@ -20,7 +20,7 @@ def test_a_long_tail_falls_off_by_the_ratio():
     assert sizes == [round(40 * 10 ** (-rank / 9)) for rank in range(10)] and sizes[0] == 10 * sizes[-1]
     assert len(np.unique(rows)) == len(rows)
     assert (np.bincount(LABELS[long_tail(LABELS, 1, 0)]) == 40).all()
-    assert (np.bincount(LABELS[long_tail(LABELS, 1000, 0)]) >= 1).all()  # no class goes
+    assert np.bincount(LABELS[long_tail(LABELS, 1000, 0)]).min() == 1  # no class goes
 
 
 def test_a_batch_is_of_as_many_classes_as_asked_for_and_no_more_images():
