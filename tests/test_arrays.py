@@ -57,11 +57,12 @@ def started(path, count, width=3):
     column.close()
 
 
-def test_a_rest_that_was_completed_is_no_whole_chunk(tmp_path):
-    column = Column(tmp_path / "x.npy", 3, np.float16)
-    column.append(np.ones((ROWS + 10, 3)))
+@pytest.mark.parametrize("width", [None, 3])
+def test_a_rest_that_was_completed_is_no_whole_chunk(width, tmp_path):
+    column = Column(tmp_path / "x.npy", width, np.float16)
+    column.append(np.ones((ROWS + 10, 3) if width else ROWS + 10))
     column.complete()
-    assert whole_rows(tmp_path / "x.npy", 3, np.float16) == ROWS
+    assert whole_rows(tmp_path / "x.npy", width, np.float16) == ROWS
 
 
 @pytest.mark.parametrize(("count", "whole"), [(0, 0), (ROWS - 1, 0), (ROWS, ROWS), (2 * ROWS + 5, 2 * ROWS)])

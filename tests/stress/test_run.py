@@ -1,6 +1,7 @@
 """``vs2 stress`` on the demo's digits: what it says is what becomes of the very same models on those images."""
 
 import csv
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from vs2_plugin.demo.digits import CLASSES, TEMPLATES, read_digits
 from vs2_plugin.method import Method
 from vs2_plugin.plugins import registry
 from vs2_plugin.stress import run
+from vs2_plugin.stress.outcomes import Outcome
 from vs2_plugin.stress.request import StressRequest
-from vs2_plugin.stress.subsets import few
+from vs2_plugin.stress.subsets import batch, few, long_tail, of_classes
 
 from .conftest import DIGITS, TINY
 
@@ -74,6 +76,35 @@ def test_models_on_subsets_against_zero_shot_on_the_same_images(stubborn, in_dem
         rows = few(labels, 60, int(row["draw"]))
         predictions = model.classify([images[index] for index in rows]).labels.numpy()
         assert float(row["accuracy"]) == pytest.approx((predictions == labels[rows]).mean())
+
+
+def test_an_outcome_is_of_the_images_of_its_subset():
+    labels = np.array([0, 0, 0, 1, 1, 2, 2, 2, 2, 2])
+    zero_shot, predicted = np.array([0, 1, 2, 0, 1, 2, 0, 0, 0, 0]), np.array([0, 0, 1, 1, 2, 0, 2, 2, 2, 2])
+    rows = np.array([4, 0, 2, 1, 3])  # right: all but 4 and 2
+    [found] = run._judged("m", "image", labels, zero_shot, [("present", "0.5", 1, rows)], lambda rows: predicted[rows])
+    assert found == Outcome("m", "image", "present", "0.5", 1, 5, 2, 3 / 5, (2 / 3 + 1 / 2) / 2, 2 / 5)
+
+
+def test_every_draw_has_its_own_subsets():
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(4), 20))
+    limits = {"present": (0.5,), "tail": (10.0,), "images": (40, 80, 100), "batches": (2,), "draws": 2}
+    request = StressRequest(model=("dn:X",), dataset="x", **limits)
+    found = {(axis, value, draw): rows for axis, value, draw, rows in run._subsets(labels, request)}
+    assert [key for key in found if key[2] == 1] == [
+        ("all", "", 1), ("present", "0.5", 1), ("tail", "10", 1), ("images", "40", 1), ("batch", "2", 1)
+    ]  # fmt: skip
+    assert sorted(found["all", "", 0]) == sorted(found["all", "", 1]) == list(range(80))
+    for draw in range(2):
+        assert np.array_equal(found["present", "0.5", draw], of_classes(labels, 0.5, draw))
+        assert np.array_equal(found["tail", "10", draw], long_tail(labels, 10, draw))
+        assert np.array_equal(found["images", "40", draw], few(labels, 40, draw))
+        assert np.array_equal(found["batch", "2", draw], batch(labels, 64, 2, 2, draw))
+    orders = [(axis, value, draw, list(labels[rows])) for axis, value, draw, rows in run._orders(labels, request)]
+    for axis, value, _, classes in orders:
+        assert (axis, value) == ("order", "by class") and sorted(classes) == sorted(labels)
+        assert sum(one != other for one, other in pairwise(classes)) == 3  # each class in one piece
+    assert [draw for *_, draw, _ in orders] == [0, 1] and orders[0][3] != orders[1][3]
 
 
 def test_what_there_are_too_few_images_for_is_said(caplog):
