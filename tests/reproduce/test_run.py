@@ -348,6 +348,22 @@ def test_a_class_that_is_not_there_is_told(copied):
     assert _gain(plain, plain, "one") == _gain(plain, plain, None) == 0
 
 
+def test_a_gain_is_the_change_of_the_accuracy_on_a_classs_images(tmp_path):
+    from vs2_plugin.reproduce.run import _gain
+
+    target, share = np.array([0, 0, 1, 1, 1], np.int32), np.ones(5, np.float32)
+    for name, predicted in (("plain", [0, 2, 0, 2, 1]), ("steered", [0, 0, 1, 2, 1])):
+        prediction = np.array(predicted, np.int32)
+        Images(
+            digest=np.arange(5, dtype=np.uint64), target=target, prediction=prediction, confidence=share,
+            rank=(prediction != target).astype(np.int32), target_probability=share, classes=("a", "b", "c"),
+        ).write(images_file(tmp_path / f"{name}.json"))  # fmt: skip
+    files = tmp_path / "plain.json", tmp_path / "steered.json"
+    assert (_gain(*files, "a"), _gain(*files, None)) == (50, 50) and _gain(*files, "b") == pytest.approx(100 / 3)
+    with pytest.raises(DataError, match="class 'c' has no image"):
+        _gain(*files, "c")
+
+
 def test_classes_without_names_are_not_counted_by_their_numbers(tmp_path):
     from vs2_plugin.reproduce.run import _gain
 

@@ -408,7 +408,10 @@ def _gain(plain: Path, steered: Path, name: str | None) -> float:
         return float(np.nanmax(gains))
     if name not in after.classes:
         raise DataError(f"{steered}: there is no class {name!r}; the classes: {', '.join(after.classes[:5])}, ...")
-    return float(gains[after.classes.index(name)])
+    gain = float(gains[after.classes.index(name)])
+    if np.isnan(gain):
+        raise DataError(f"{steered}: class {name!r} has no image, so it has no gain; expected a class with images")
+    return gain
 
 
 def _recalls(images: Images) -> Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,7 +168,7 @@ def _json(measured: Measured) -> dict[str, Any]:
         "column": cell.column,
         "metric": cell.metric,
         "published": cell.published,
-        **{name: None if value is None or not math.isfinite(value) else value for name, value in numbers.items()},
+        **numbers,
         "values": {str(seed): value for seed, value in measured.values.items()},
         "model": cell.model,
         **({"best_of": cell.best_of} if cell.best_of else {}),
