@@ -16,7 +16,7 @@ from vs2_plugin.demo.digits import CLASSES
 from vs2_plugin.errors import DataError, HarnessError, ModelStringError, SettingError
 from vs2_plugin.harness.recorder import Recorder
 from vs2_plugin.model import predictions
-from vs2_plugin.model.predictions import Classifier, class_names, prompts_of
+from vs2_plugin.model.predictions import Classifier, Predictions, class_names, prompts_of
 
 from .conftest import TINY, few_digits
 
@@ -164,6 +164,24 @@ def test_they_are_told_as_a_table_and_in_words(load):
     lines = repr(found).splitlines()
     assert lines[0].startswith("12 images, 10 classes; steering changed ") and lines[-1] == "  and 2 more: see rows()"
     assert f"0: {rows[0]['class']} {100 * rows[0]['probability']:.1f} %" in lines[1] and "FVU" in lines[1]
+
+
+def test_a_row_and_a_line_hold_an_images_probabilities_with_steering_and_without():
+    chances, plain = torch.tensor([[0.75, 0.25], [0.4, 0.6]]), torch.tensor([[0.125, 0.875], [0.3, 0.7]])
+    found = Predictions(("cat", "dog"), chances.log() + 5, plain.log() - 3, torch.tensor([0.25, torch.nan]),
+                        torch.tensor([True, False]), ("a.jpg", "b.jpg"))  # fmt: skip
+    first, second = found.rows()
+    assert first == {
+        "image": "a.jpg", "class": "cat", "probability": pytest.approx(0.75), "plain_class": "dog",
+        "plain_probability": pytest.approx(0.875), "changed": True, "fvu": 0.25, "steered": True,
+    }  # fmt: skip
+    assert second["class"] == second["plain_class"] == "dog" and not second["changed"] and not second["steered"]
+    assert (second["probability"], second["plain_probability"]) == pytest.approx((0.6, 0.7))
+    assert repr(found).splitlines() == [
+        "2 images, 2 classes; steering changed 1",
+        "  a.jpg: cat 75.0 %, without steering dog 87.5 %; FVU 0.250",
+        "  b.jpg: dog 60.0 %, without 70.0 %, not steered",
+    ]
 
 
 def test_a_classifier_of_ones_own(load):

@@ -174,6 +174,7 @@ def test_codes_are_in_the_units_of_the_activations(x, normalized):
         ({"k": None}, "k is None"),
         ({"k": N + 1}, "more than the 40 latents"),
         ({"normalize_activations": "expected_average_only_in"}, "a factor that is not in its files; fold it in"),
+        ({"normalize_activations": True}, "a factor that is not in its files; fold it in"),
         ({"normalize_activations": "covariance_whitening"}, "covariance_whitening"),
         ({"reshape_activations": "hook_z"}, "reshapes activations"),
         ({"is_transcoder": True}, "it is a transcoder"),
