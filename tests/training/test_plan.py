@@ -1,6 +1,7 @@
 """Which checkpoints a request asks for, without training any."""
 
 import shlex
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,8 @@ from vs2_plugin.cli import train_sae
 from vs2_plugin.clip.sites import Sites
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.errors import CheckpointError, DataError, SettingError
-from vs2_plugin.training.plan import chosen_sites, make_plans
+from vs2_plugin.sae.foreign import ForeignSAE
+from vs2_plugin.training.plan import chosen_sites, fitted, make_plans
 from vs2_plugin.training.request import TrainRequest
 
 DATA = TrainingData(("cifar100",), 7)
@@ -87,6 +89,22 @@ def test_the_paper_recipe_has_a_shape_for_each_backbone_and_flags_override_it(st
 def test_a_setting_that_no_training_takes_is_refused_before_any(store):
     with pytest.raises(SettingError, match="sae_batch_size is 1"):
         plans(store, sae_batch_size=1)
+
+
+def test_an_sae_that_is_there_keeps_its_shape_and_takes_no_settings_of_a_training(make_sae):
+    request = TrainRequest(model="ViT-B-32", dataset="cifar100")
+    given = ForeignSAE(make_sae(4, 8, 2), "SAELens", 7, None)
+    found = fitted(request, given)
+    assert (found.blocks, found.k, found.expansion_factor) == (("7",), (2,), (2,))
+    assert fitted(request, ForeignSAE(make_sae(4, 3, 2), "SAELens", 7, None)).expansion_factor == (1,)
+    assert fitted(request, replace(given, block=None)).blocks == ("last",)
+    assert fitted(replace(request, blocks=("1",), seed=(3,)), given).blocks == ("1",)
+    for changed in ({"recipe": "paper"}, {"lr": 0.1}):
+        with pytest.raises(SettingError, match=f"omit --{next(iter(changed))}"):
+            fitted(replace(request, **changed), given)
+    for changed in ({"blocks": ("0", "1")}, {"blocks": ("all",)}, {"seed": (0, 1)}):
+        with pytest.raises(SettingError, match="one value of --blocks and of --seed"):
+            fitted(replace(request, **changed), given)
 
 
 def test_what_is_there_is_added_to_or_replaced_when_asked(store, put):
