@@ -25,10 +25,13 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the package is this clone's, wherever one is installed
 TESTS = {
     "selection": "test_selection.py",
+    "arrays": "test_arrays.py ../vs2_plugin/arrays.py",
     "sae/topk": "sae/test_topk.py",
     "sae/step": "sae/test_step.py",
+    **{f"sae/{name}": f"sae/test_{name}.py" for name in ("adopt", "foreign")},
     **{f"steering/{x}": f"steering/test_{x}.py steering/test_reference.py" for x in ("move", "gate", "neighbours")},
-    **{f"steering/{name}": f"steering/test_{name}.py" for name in ("selective", "retriever")},
+    **{f"steering/{name}": f"steering/test_{name}.py" for name in ("batch", "selective", "retriever", "tally")},
+    "gallery/search": "gallery/test_search.py",
     **{f"strength/{name}": f"strength/test_{name}.py" for name in ("criterion", "choice")},
     **{f"logits/{name}": f"logits/test_{name}.py" for name in ("dn", "inmap", "stata", "tda", "zero", "zlap")},
     **{f"quality/{x}": f"quality/test_{x}.py" for x in ("codes", "dictionary", "meaning", "measure", "recovered")},

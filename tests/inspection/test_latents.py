@@ -39,7 +39,7 @@ def plain(sae, activations, embeddings, classifier):
 @pytest.mark.parametrize("activation", ["relu", "abs"])
 def test_statistics_equal_plain_loops(make_sae, arrays, monkeypatch, block, activation):
     monkeypatch.setattr(latents, "_BLOCK", block)
-    sae = make_sae(activation=activation)
+    sae = make_sae(activation=activation, k=40)  # of which some are not active by ReLU
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.copy_((16 * parameter).round() / 16)
@@ -111,7 +111,7 @@ def test_chance_with_many_classes_is_finite():
 
 def test_a_latent_is_rare_by_an_even_share_and_dense_by_the_images():
     frequencies = np.zeros(100)
-    frequencies[:5] = [0.0039, 0.0041, 0.04, 0.1, 0.11]
+    frequencies[:5] = [0.0039, 4 / 100 / 10, 0.04, 0.1, 0.11]
     assert kinds(frequencies, 4)[:6].tolist() == ["rare", "", "", "", "dense", "dead"]
 
 
@@ -125,16 +125,24 @@ def statistics(counts, purity=None):
 
 
 def test_choices_are_what_they_are_said_to_be():
-    found = statistics([0, 2, 9, 30, 30, 500, 40, 0], [0, 2, 3, 4, 4, 1, 2, 0])
+    found = statistics([0, 2, 9, 30, 30, 500, 40, 0], [0, 2, 3, 4, 4, 2, 2, 0])
     chosen = choose(found, 8)
     assert {name: len(rows) for name, rows in chosen.items()} == {"random": 2, "frequent": 2, "strong": 2, "pure": 2}
     assert chosen["frequent"].tolist() == chosen["strong"].tolist() == [5, 6]
     assert chosen["pure"].tolist() == [3, 4]  # not 1, whose two images are of one class
     everything = choose(found, 400)
     assert sorted(everything["random"].tolist()) == [1, 2, 3, 4, 5, 6]
-    assert everything["pure"].tolist() == [3, 4, 2, 6, 5]
-    assert [len(rows) for rows in choose(found, 6).values()] == [2, 2, 1, 1]
+    assert everything["pure"].tolist() == [3, 4, 2, 5, 6]
+    assert [len(rows) for rows in choose(found, 5).values()] == [2, 1, 1, 1]
+    assert [len(rows) for rows in choose(found, 7).values()] == [2, 2, 2, 1]
     assert np.array_equal(choose(found, 8)["random"], chosen["random"])
+
+
+def test_purity_by_chance_is_that_of_as_many_images_drawn_with_the_classes_shares():
+    found = statistics([3, 9], [2, 2])
+    for latent, shown in ((0, 3), (1, 4)):
+        most = np.array([max(Counter(draw).values()) for draw in itertools.product(range(TOP + 1), repeat=shown)])
+        assert found.purity_by_chance(latent) == pytest.approx((most.mean() / shown, (most >= 2).mean()))
 
 
 def test_random_latents_are_drawn_evenly():

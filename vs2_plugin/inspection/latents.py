@@ -62,7 +62,7 @@ class LatentStatistics:
         votes = same.sum(2)
         most = votes.max(1)
         first = np.where(votes == most[:, None], self.classes, len(self.class_counts)).min(1)
-        return np.where(most > 0, first, -1), most
+        return first, most
 
     @property
     def full(self) -> np.ndarray:
