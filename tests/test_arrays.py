@@ -1,5 +1,6 @@
 import hashlib
 import os
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -15,11 +16,20 @@ from vs2_plugin.arrays import (
     check_all,
     digest_of,
     on_disk,
+    spread,
     stack,
     sums_of,
     trust_all,
     whole_rows,
 )
+
+
+def test_rows_are_spread_evenly_from_the_first_to_the_last():
+    for count in (0, 1, 5):
+        assert spread(count, 5).tolist() == list(range(count))
+    found = spread(1000, 7).tolist()
+    assert (len(found), found[0], found[-1]) == (7, 0, 999) and {b - a for a, b in pairwise(found)} == {166, 167}
+
 
 # ---- a column
 

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the package is this clone's, wherever one is installed
 TESTS = {
     "selection": "test_selection.py",
-    "arrays": "test_arrays.py ../vs2_plugin/arrays.py",
+    "arrays": "test_arrays.py",
     "sae/topk": "sae/test_topk.py",
     "sae/step": "sae/test_step.py",
     **{f"sae/{name}": f"sae/test_{name}.py" for name in ("adopt", "foreign")},
@@ -35,6 +35,13 @@ TESTS = {
     **{f"strength/{name}": f"strength/test_{name}.py" for name in ("criterion", "choice")},
     **{f"logits/{name}": f"logits/test_{name}.py" for name in ("dn", "inmap", "stata", "tda", "zero", "zlap")},
     **{f"quality/{x}": f"quality/test_{x}.py" for x in ("codes", "dictionary", "meaning", "measure", "recovered")},
+    **{f"stress/{x}": f"stress/test_{x}.py" for x in ("subsets", "run")},
+    "reproduce/table": "reproduce/test_table.py reproduce/test_page.py",
+    "reproduce/cells": "reproduce/test_cells.py reproduce/test_reading.py reproduce/test_table.py",
+    "classify/table": "classify/test_table.py",
+    "training/plan": "training/test_plan.py",
+    **{f"inspection/{x}": f"inspection/test_{x}.py" for x in ("latents", "survey")},
+    **{f"model/{x}": f"model/test_{x}.py" for x in ("attribution", "candidates", "words")},
     "results/statistics": "results/test_statistics.py",
     "results/runs": "results/test_runs.py report/test_summary.py",
     **{f"report/{name}": f"report/test_{name}.py report/test_summary.py" for name in ("rows", "summary", "verdict")},

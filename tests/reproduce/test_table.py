@@ -89,4 +89,5 @@ Not measured, 1 cell (other / FVU): no SAE
         (49, None, None), (None, None, None),
     ]  # fmt: skip
     assert held[0]["spread"] == pytest.approx(2**0.5) and held[0]["values"] == {"0": 60, "1": 62}
+    assert held[0]["prompts"] == "harness" and "best_of" not in held[0]
     assert held[0]["transductive"] and held[2]["published"] == [50, 51] and held[4]["spread"] is None
