@@ -44,6 +44,7 @@ def test_classes_and_contributions_are_those_of_the_steered_model(folder, digit,
         assert (change.before, change.after, change.change) == pytest.approx([float(value) for value in expected], 1e-3)
     [place] = finding.places
     assert f"FVU {fvu:.3f}" in place.decision and "no gate" in place.decision
+    assert place.lines[-1].values[1:] == pytest.approx([change.change for change in finding.classes], abs=0.01)
     parts = to_the_lead(place)
     change = parts.pop("change")
     assert sum(parts.values()) == pytest.approx(change, abs=0.01) and abs(parts["remainder"]) < 0.01

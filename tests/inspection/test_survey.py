@@ -52,6 +52,8 @@ def test_the_table_of_latents(subject):
 
 def test_groups_are_what_they_are_said_to_be(subject):
     survey = survey_latents(subject("vs2"), limit=12)
+    first, second = sorted(card.latent for card in survey.groups[0].cards[:2])
+    assert dict(survey.title)["to leave some out"] == f"latents:local-dir:tiny-clip@suppress={first}+{second}"
     assert [group.title.split()[0] for group in survey.groups] == ["Random", "Most", "Strongest", "Purest"]
     assert [len(group.cards) for group in survey.groups] == [3, 3, 3, 3]
     assert survey.groups[0].how.startswith(f"3 latents drawn evenly from the {(survey.kinds != 'dead').sum()} ")

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import vs2_plugin
-from vs2_plugin.demo.digits import CLASSES
+from vs2_plugin.demo.digits import CLASSES, read_digits
 from vs2_plugin.errors import DataError, HarnessError
 from vs2_plugin.model.explanation import ClassChange, Explanation, Line, PlaceChange
 
@@ -77,6 +77,18 @@ def test_a_model_explains_an_image_however_it_comes(in_demo, image, tmp_path):
     assert sum(line.values[0] for line in place.lines[:-1]) == pytest.approx(place.lines[-1].values[0], abs=0.01)
 
 
+def test_the_lead_is_over_the_class_before_or_else_over_the_second_best(in_demo):
+    model, *_ = vs2_plugin.load(f"vs2:{TINY}@{NAME}@alpha=4", classes=CLASSES, amp=False)
+    seen = set()
+    for picture in read_digits("test")[0][:8]:
+        predicted = model.classify(picture)
+        [[(first, _), (second, _)]] = predicted.top(2)
+        before = CLASSES[predicted.plain_labels[0]]
+        assert model.explain(picture, latents=1).lead == f"{first} over {second if before == first else before}"
+        seen.add(before == first)
+    assert seen == {True, False}
+
+
 def test_what_cannot_be_explained_is_told(in_demo, image):
     model, *_ = vs2_plugin.load(f"vs2:{TINY}@{NAME}", classes=CLASSES, amp=False)
     with pytest.raises(DataError, match="2 images; expected one"):
@@ -86,4 +98,6 @@ def test_what_cannot_be_explained_is_told(in_demo, image):
     with pytest.raises(HarnessError, match="knows no classes; load it with classes="):
         vs2_plugin.load(f"vs2:{TINY}@{NAME}")[0].explain(image)
     oracle, *_ = vs2_plugin.load(f"rag:{TINY}@{NAME}@labels=oracle", classes=CLASSES, amp=False)
+    with pytest.raises(HarnessError, match="needs the true class of the image"):
+        vs2_plugin.load(f"proto:{TINY}@{NAME}", classes=CLASSES, amp=False)[0].explain(image)
     assert isinstance(oracle.explain(image), Explanation)  # it reads labels of neighbours, and none of the image
