@@ -184,6 +184,13 @@ def test_a_row_and_a_line_hold_an_images_probabilities_with_steering_and_without
     ]
 
 
+def test_class_embeddings_that_are_not_of_unit_norm_are_said(caplog):
+    weights = torch.nn.functional.normalize(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), dim=0)
+    assert Classifier.unnamed(weights).names == ("0", "1", "2") and not caplog.records
+    Classifier.unnamed(weights * torch.tensor([1, 1, 0.9]))
+    assert "class embeddings are not of unit norm" in caplog.text
+
+
 def test_a_classifier_of_ones_own(load):
     """Without names, classes have numbers. What a model was told last counts."""
     model, _ = load(f"vs2:{TINY}")
