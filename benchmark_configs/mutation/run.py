@@ -38,6 +38,7 @@ TESTS = {
     **{f"stress/{x}": f"stress/test_{x}.py" for x in ("subsets", "run")},
     "reproduce/table": "reproduce/test_table.py reproduce/test_page.py",
     "reproduce/cells": "reproduce/test_cells.py reproduce/test_reading.py reproduce/test_table.py",
+    **{f"data/{x}": f"data/test_{x}.py" for x in ("shards", "splits")},
     "classify/table": "classify/test_table.py",
     "training/plan": "training/test_plan.py",
     **{f"inspection/{x}": f"inspection/test_{x}.py" for x in ("latents", "survey")},

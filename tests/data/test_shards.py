@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from vs2_plugin.data.images import open_images
+from vs2_plugin.data.labels import CLASS_NAMES
 from vs2_plugin.data.naming import DataSet
-from vs2_plugin.data.shards import LocalShards, RemoteShards, open_shards
+from vs2_plugin.data.shards import LocalShards, RemoteShards, beside, open_shards, remote_shards
 from vs2_plugin.errors import DataError
 
 
@@ -429,3 +430,13 @@ def test_hugging_face_addresses_are_split_into_raw_and_resolve(monkeypatch):
     found = RemoteShards("https://huggingface.co/datasets/me/wds_x/tree/main", "train", grey)
     assert asked == ["https://huggingface.co/datasets/me/wds_x/raw/main/train/nshards.txt"]
     assert found.urls == [f"https://huggingface.co/datasets/me/wds_x/resolve/main/train/{i}.tar" for i in range(2)]
+
+
+def test_small_files_lie_beside_listed_shards_or_above_them(tmp_path):
+    listed = str(tmp_path / "train" / "{0..1}.tar")
+    assert beside(str(tmp_path)) == beside(listed) == tmp_path
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / CLASS_NAMES).touch()
+    assert beside(listed) == tmp_path / "train"
+    shards = [f"https://x.org/a/{number}.tar" for number in range(2)]
+    assert remote_shards("https://x.org/a/{0..1}.tar", "test") == ("https://x.org/a", shards)
