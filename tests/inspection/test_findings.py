@@ -107,10 +107,27 @@ def test_neighbours_are_shown_with_their_sides(looked):
     neighbours = looked(904, "vs2pp", "@n=7@labels=oracle").neighbours
     assert "The 7 nearest training images" in neighbours.about and "with its training label" in neighbours.about
     assert len(neighbours.images) == 7 and all(image.picture for image in neighbours.images)
-    assert {image.side for image in neighbours.images} <= {"S+", "S-"}
-    assert {image.label for image in neighbours.images} <= set(CLASSES)
-    similarities = [image.similarity for image in neighbours.images]
-    assert similarities == sorted(similarities, reverse=True)
+
+
+def test_neighbours_are_the_nearest_images_of_the_gallery_with_their_labels(subject, digit):
+    seen = {}
+    for kind, rule in (("oracle", "majority"), ("pseudo", "majority"), ("oracle", "query")):
+        opened = subject("vs2pp", f"@n=7@labels={kind}@rule={rule}")
+        image = read_image(digit(905))
+        gallery = opened.model.checkpoint.open_gallery()
+        embeddings = torch.nn.functional.normalize(torch.from_numpy(np.array(gallery.embeddings["clip"])).float())
+        with torch.no_grad(), opened.model.unsteered():
+            plain = opened.model.model.encode_image(opened.transform(image.image)[None])
+        cosines, rows = (torch.nn.functional.normalize(plain) @ embeddings.T)[0].topk(7)
+        labels = gallery.labels[rows] if kind == "oracle" else (embeddings[rows] @ opened.class_texts.T).argmax(1)
+        seen[kind] = found = [CLASSES[label] for label in labels]
+        shown = inspect_images(opened, [image]).findings[0].neighbours.images
+        assert [one.label for one in shown] == found
+        assert [one.similarity for one in shown] == pytest.approx(cosines.tolist(), abs=1e-3)
+        own = CLASSES[(plain @ opened.class_texts.T).argmax()]
+        target = own if rule == "query" else max(found, key=found.count)
+        assert [one.side for one in shown] == ["S+" if label == target else "S-" for label in found]
+    assert seen["oracle"] != seen["pseudo"]
 
 
 @pytest.mark.parametrize("method", ["rag", "knn", "clipsteer"])
