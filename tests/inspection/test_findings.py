@@ -103,7 +103,7 @@ def test_where_the_gate_is_closed_nothing_is_attributed(subject, digit):
     assert "is within the gate's threshold" in seen.places[0].decision and seen.places[0].lines
 
 
-def test_neighbours_are_shown_with_their_sides(looked):
+def test_neighbours_are_shown_with_their_pictures(looked):
     neighbours = looked(904, "vs2pp", "@n=7@labels=oracle").neighbours
     assert "The 7 nearest training images" in neighbours.about and "with its training label" in neighbours.about
     assert len(neighbours.images) == 7 and all(image.picture for image in neighbours.images)
@@ -121,12 +121,14 @@ def test_neighbours_are_the_nearest_images_of_the_gallery_with_their_labels(subj
         cosines, rows = (torch.nn.functional.normalize(plain) @ embeddings.T)[0].topk(7)
         labels = gallery.labels[rows] if kind == "oracle" else (embeddings[rows] @ opened.class_texts.T).argmax(1)
         seen[kind] = found = [CLASSES[label] for label in labels]
-        shown = inspect_images(opened, [image]).findings[0].neighbours.images
+        neighbours = inspect_images(opened, [image]).findings[0].neighbours
+        shown = neighbours.images
         assert [one.label for one in shown] == found
         assert [one.similarity for one in shown] == pytest.approx(cosines.tolist(), abs=1e-3)
         own = CLASSES[(plain @ opened.class_texts.T).argmax()]
         target = own if rule == "query" else max(found, key=found.count)
         assert [one.side for one in shown] == ["S+" if label == target else "S-" for label in found]
+        assert f"Steered towards the {found.count(target)} of {target!r} (S+)" in neighbours.about
     assert seen["oracle"] != seen["pseudo"]
 
 
