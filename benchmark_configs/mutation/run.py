@@ -1,4 +1,4 @@
-"""Mutation testing of the mathematics: how many small changes of a module do its own tests notice?
+"""Mutation testing of mathematics and tables: how many small changes of a module do its own tests notice?
 
     python benchmark_configs/mutation/run.py [MODULE …] [--sample N]
 
@@ -40,8 +40,7 @@ TESTS = {
     "reproduce/cells": "reproduce/test_cells.py reproduce/test_reading.py reproduce/test_table.py",
     **{f"data/{x}": f"data/test_{x}.py" for x in ("shards", "splits")},
     "settings": "test_settings.py",
-    "steering/builtin": "steering/test_reference.py steering/test_by_hand.py strength/test_declarations.py "
-                        "model/test_attribution.py",
+    "steering/builtin": "steering/test_reference.py steering/test_by_hand.py model/test_attribution.py",
     "classify/table": "classify/test_table.py",
     "training/plan": "training/test_plan.py",
     **{f"inspection/{x}": f"inspection/test_{x}.py" for x in ("latents", "survey")},
