@@ -58,7 +58,8 @@ def test_a_table_holds_means_and_spreads_over_seeds_and_says_what_is_missing(tmp
         measured("plain", "FVU", 0.5, "fvu", model=None),
     ]
     table = Table(tmp_path / "a.yaml", "T", "From a paper.", ("A note.",), tuple(one.cell for one in cells))
-    as_markdown, as_json = write(table, cells, tmp_path)
+    write(table, cells, tmp_path)
+    as_markdown, as_json = (tmp_path / f"{table.path.stem}.{suffix}" for suffix in ("md", "json"))
     assert as_markdown.read_text() == """\
 # T
 
