@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 _LOG = logging.getLogger(__name__)
-#: Held by the thread that captures a graph, or changes what torch and Python keep once for all threads.
+#: Held by the thread that captures a graph, or watches for waits: either changes what all threads share.
 process_wide = threading.RLock()
 
 if hasattr(os, "register_at_fork"):

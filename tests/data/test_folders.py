@@ -232,8 +232,12 @@ def test_what_is_named_twice_is_listed_once(draw, monkeypatch):
     folder = draw("a/0.png", "a/b/1.png", "c.png")
     monkeypatch.chdir(folder)
     shutil.copy("c.png", "a/odd.picture")  # a folder's other files are listed if they are named
-    images = open_files(["a/b", "a/0.png", "a", "c.png", "./c.png", "a/odd.picture", folder / "a"])
-    assert list(images.paths) == ["a/0.png", "a/b/1.png", "c.png", "a/odd.picture"]
+    Path("a/.hidden").mkdir()
+    shutil.copy("c.png", "a/.hidden/2.png")
+    images = open_files(["a/b", "a/0.png", "a", "c.png", "./c.png", "a/odd.picture", "a/.hidden", folder / "a"])
+    assert list(images.paths) == ["a/b/1.png", "a/0.png", "c.png", "a/odd.picture", "a/.hidden/2.png"]
+    with pytest.raises(DataError, match="cannot read a/gone.png: No such file"):
+        open_files(["a", "a/gone.png"])
 
 
 # ---- decoding

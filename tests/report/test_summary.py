@@ -197,6 +197,9 @@ def test_results_of_two_splits_are_not_compared_with_each_other(write_run, steer
     path = write_run("vs2:B@alpha=2", 0.8, folder="other", metrics=steered(split="train", alpha=2))
     (row,) = group_of(path.parent).steered
     assert row.change is None
+    write_run("B", 0.704, folder="third", metrics={"vs2_split": "train"})
+    (row,) = group_of(path.parent, path.parents[1] / "third").steered
+    assert row.change == pytest.approx(0.096)  # the only one of that split
 
 
 def test_seeds_of_other_images_are_no_mean(write_run, make_images, steered):
@@ -286,7 +289,7 @@ def test_two_folders_with_one_setting_are_two_curves_and_otherwise_one(write_run
             path = write_run(f"vs2:B@alpha={alpha}", metrics=steered(alpha=alpha), folder=folder)
     root = path.parents[1]
     found = {curve.label: [value for value, _ in curve.points] for curve in group_of(root).curves()["alpha"]}
-    assert found == {"vs2, x": [1, 2], "vs2, y": [2, 3]}
+    assert found == {f"vs2, {root.name}/x": [1, 2], f"vs2, {root.name}/y": [2, 3]}
     (curve,) = group_of(root / "x", root / "z").curves()["alpha"]
     assert (curve.label, [value for value, _ in curve.points]) == ("vs2", [1, 2, 4])
 

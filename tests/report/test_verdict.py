@@ -121,6 +121,12 @@ def test_labels_and_a_missing_zero_shot_result_are_said(write_run, steered):
     assert told(path.parent) is None
 
 
+def test_a_zero_shot_result_of_another_split_is_no_comparison(write_run, steered):
+    write_run("B", 0.5)
+    path = write_run("vs2:B", 0.6, metrics=steered(split="train"))
+    assert told(path.parent).sentences[1].endswith("there is no zero-shot result of B of the same split.")
+
+
 def test_seeds_are_said_with_their_spread(write_run, steered):
     write_run("B", 0.5)
     for seed in (0, 1):

@@ -183,7 +183,8 @@ def open_files(paths: Iterable[str | os.PathLike[str]]) -> FolderImages:
     Raises:
         DataError: a file or folder is missing, or there is no image in any of them.
     """
-    rows, named = _Rows(""), _once([os.fspath(path) for path in paths])
+    named = [os.fspath(path) for path in paths]
+    rows = _Rows("", once=len(named) > 1)
     for path in named:
         if os.path.isdir(path):
             rows.walk(path, lambda relative: _NO_CLASS)
@@ -194,20 +195,6 @@ def open_files(paths: Iterable[str | os.PathLike[str]]) -> FolderImages:
         where = printable(", ".join(named[:3]) + (", ..." if len(named) > 3 else ""))
         raise DataError(f"no images ({_extensions()}) in {where}{_passed_over(listing.passed)}")
     return FolderImages("", listing, [], [PROMPT])
-
-
-def _once(paths: Iterable[str]) -> list[str]:
-    """Return paths without those that are repeated, or whose images are listed with a folder among them."""
-    places: dict[str, str] = {}
-    for path in paths:
-        places.setdefault(os.path.abspath(path), path)
-    folders = {place for place in places if os.path.isdir(place)}
-
-    def is_listed(place: str) -> bool:
-        is_image = place in folders or os.path.splitext(place)[1].lower() in PICTURES
-        return is_image and not folders.isdisjoint(map(str, Path(place).parents))
-
-    return [path for place, path in places.items() if not is_listed(place)]
 
 
 def _splits(root: str) -> dict[str, str]:
@@ -340,8 +327,10 @@ def _listing(root: str, part: str, folders: list[str]) -> _Listing:
 class _Rows:
     """A listing under construction."""
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, once: bool = False) -> None:
+        """With ``once``, list a file that is added repeatedly only the first time."""
         self.root = root
+        self._seen: set[str] | None = set() if once else None
         self._text, self._ends, self._labels = bytearray(), array("q"), array("i")
         self._digest, self._passed = hashlib.sha256(), Counter[str]()
 
@@ -359,6 +348,11 @@ class _Rows:
         if not stat.S_ISREG(status.st_mode):  # reading a pipe would block
             named = printable(os.path.join(self.root, path))
             raise DataError(f"cannot read {named}: it is a pipe or a device; expected files, so remove it")
+        if self._seen is not None:
+            place = os.path.abspath(os.path.join(self.root, path))
+            if place in self._seen:
+                return
+            self._seen.add(place)
         encoded = os.fsencode(path)
         self._text += encoded
         self._ends.append(len(self._text))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -279,8 +280,8 @@ def read_prior(path: str, classes: Sequence[str] | None = None, count: int | Non
         )
 
     try:
-        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: nested too deeply, or an unknown user's ~
+        content = json.loads(Path(os.path.expanduser(path)).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise wrong(" ".join(str(error).split())) from None
     by_name = isinstance(content, dict)
     shares = list(content.values()) if by_name else content

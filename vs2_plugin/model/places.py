@@ -76,10 +76,11 @@ class Places(Sequence[Place]):
     def transductive(self) -> bool:
         """Whether the checkpoint was trained on images that are evaluated, as far as that is known."""
         checkpoint, task = self.checkpoint, self.task
-        if checkpoint is None or task is None:
+        if checkpoint is None or task is None or checkpoint.transductive:
             return checkpoint is not None and checkpoint.transductive
-        of_name = not task.folder and checkpoint.data.holds_split(task.dataset, task.split)
-        return checkpoint.transductive or of_name or checkpoint.data.holds(task.folder)
+        if task.folder:
+            return checkpoint.data.holds(task.folder)
+        return checkpoint.data.holds_split(task.dataset, task.split)
 
     @property
     def _split(self) -> str | None:

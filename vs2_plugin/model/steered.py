@@ -113,6 +113,7 @@ class SteeredCLIP(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("model"), name)
 
+    @_in_turn
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SteeredCLIP:
         self._replays.forget()  # to free GPU memory where the model moves to another device
         before = self._device

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -34,6 +34,9 @@ _STAND_IN = ("wds/digits", "tiny-clip")
 _LARGEST = 1e12
 #: The largest number of rows in one figure.
 _MANY = 16
+
+#: Where a result stands in a figure: along a curve, or on a grid.
+Place = tuple[float | None, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,18 +139,15 @@ class Group:
             by_key[key] = self._along(key, {key})
         return {key: curves for key, curves in by_key.items() if curves}
 
-    def grids(self) -> list[tuple[str, dict[tuple[float, float], Row]]]:
+    def grids(self) -> list[tuple[str, dict[Any, Row]]]:
         """Return label and results by (gamma, lam) of results that differ in these only, with several values each."""
-        grids = []
-        for label, rows in self._alike(_STRENGTH):
-            cells = {}
-            for row in reversed(rows):
-                gamma, lam = (row.run.number(f"vs2_{name}") for name in ("gamma", "lam"))
-                if gamma is not None and lam is not None:
-                    cells[gamma, lam] = row
-            if all(len({key[axis] for key in cells}) > 1 for axis in (0, 1)):
-                grids.append((label, cells))
-        return grids
+
+        def place(row: Row) -> Place | None:
+            pair = tuple(row.run.number(f"vs2_{name}") for name in ("gamma", "lam"))
+            return None if None in pair else pair
+
+        grids = self._alike(_STRENGTH, place)
+        return [grid for grid in grids if all(len({pair[axis] for pair in grid[1]}) > 1 for axis in (0, 1))]
 
     @property
     def _options(self) -> set[str]:
@@ -155,36 +155,38 @@ class Group:
 
     def _along(self, key: str, free: set[str], without: str = "") -> list[Curve]:
         """Return curves along ``key`` of results that differ only in settings ``free`` and lack fact ``without``."""
+
+        def place(row: Row) -> Place | None:
+            value = row.run.number(f"vs2_{key}")
+            if row.run.fact(without) is not None or (value is None and key != "gate"):  # no gate is a value, too
+                return None
+            return (value,) if abs(value or 0.0) < _LARGEST else None
+
         curves = []
-        for label, rows in self._alike(free, key):
-            pairs = [(row.run.number(f"vs2_{key}"), row) for row in reversed(rows) if row.run.fact(without) is None]
-            points = {value: row for value, row in pairs if abs(value or 0.0) < _LARGEST}
-            if key != "gate":  # there, None is one of the values: no gate
-                points.pop(None, None)
-            values = sorted(points, key=lambda value: (value is None, value or 0.0))
-            if len(values) > 1:
-                curves.append(Curve(label, tuple((value, points[value]) for value in values)))
+        for label, rows in self._alike(free, place):
+            points = sorted(rows.items(), key=lambda item: (item[0][0] is None, item[0][0] or 0.0))
+            if len(points) > 1:
+                curves.append(Curve(label, tuple((value, row) for (value,), row in points)))
         return curves
 
-    def _alike(self, free: set[str], along: str = "") -> list[tuple[str, list[Row]]]:
-        """Return the steered results that agree in method, checkpoint, seeds of the SAE, site and all options but the
-        ``free`` ones; those of two folders apart if both have a result with the same value of ``along``.
+    def _alike(self, free: set[str], place: Callable[[Row], Place | None]) -> list[tuple[str, dict[Place, Row]]]:
+        """Return label and rows, by ``place``, of the steered results that agree in method, checkpoint, seeds of the
+        SAE, site and all options but the ``free`` ones. Where two folders have a result at one place, they are apart.
 
-        Results whose options were chosen automatically are left out."""
+        Results without a place, or whose options were chosen automatically, are left out. Of several in one folder at
+        one place, the first in the table is taken."""
         fixed = sorted(({"method", "checkpoint", "latents", "site", "split"} | self._options) - free)
         alike: dict[tuple[str, ...], list[Row]] = {}
         for row in self.steered:
-            if row.run.fact("auto") is not None:
-                continue
-            values = (base_of(row.run) if name == "checkpoint" else row.run.setting(name) for name in fixed)
-            seeds = ", ".join(str(seed_of(member.run)) for member in row.members)
-            alike.setdefault((*map(str, values), seeds), []).append(row)
+            if row.run.fact("auto") is None and place(row) is not None:
+                values = (base_of(row.run) if name == "checkpoint" else row.run.setting(name) for name in fixed)
+                alike.setdefault(tuple(map(str, values)), []).append(row)
         found = []
-        for settings, rows in alike.items():
-            label, folders = label_of(rows[0].run, rows[0].shown, free), _by_folder(rows, along)
-            if sum(settings[:-1] == other[:-1] for other in alike) > 1:
-                label += f", {written({'seed': settings[-1]})}"
-            found += [(f"{label}, {name}" if len(folders) > 1 else label, mine) for name, mine in folders.items()]
+        for rows in alike.values():
+            label = label_of(rows[0].run, rows[0].shown, free)
+            for about, mine in _parts_of(rows, place):
+                points = {at: row for row in reversed(mine) if (at := place(row)) is not None}
+                found.append((", ".join(filter(None, (label, *about))), points))
         return found
 
 
@@ -291,7 +293,6 @@ def _group(backbone: str, pretrained: str, runs: list[Run], alone: bool) -> Grou
     runs = sorted(runs, key=_rank)
     if runs[0].method is not None:  # no plain model was evaluated; a steered run may have recorded it
         runs = [*[run.plain for run in runs if run.plain][:1], *runs]
-    zero = runs[0] if runs[0].method is None else None
     entries = _by_seed(runs)
     facts = [facts_of(entry) for entry in entries]
     common = _common(facts)
@@ -300,7 +301,7 @@ def _group(backbone: str, pretrained: str, runs: list[Run], alone: bool) -> Grou
         own = {name: value for name, value in texts.items() if name not in common}
         shown = own.pop("checkpoint", "")
         first, *others = (
-            Row(run, label_of(run, shown), _before(run, zero, runs), written(own), shown) for run in entry
+            Row(run, label_of(run, shown), _before(run, runs), written(own), shown) for run in entry
         )
         if not others:
             rows.append(first)
@@ -311,15 +312,15 @@ def _group(backbone: str, pretrained: str, runs: list[Run], alone: bool) -> Grou
     return Group(backbone, pretrained, _told_apart(rows), alone, written(common), runs[0].dataset)
 
 
-def _before(run: Run, zero: Run | None, runs: Sequence[Run]) -> Run | None:
+def _before(run: Run, runs: Sequence[Run]) -> Run | None:
     """Return the zero-shot result that a steered run is compared with: the one that the run recorded itself, else one
-    of the same images, else one in the same folder, else ``zero`` if all plain results may be of the same images."""
+    of the same images, else one of the same split: in the same folder, or any if all may be of the same images."""
     if run.method is None or run.plain is not None:
         return run.plain
     same = [other for other in runs if other.method is None and Pairing.of(run, other) is not None]
     plain = [other for other in runs if other.method is None and other.fact("split") == run.fact("split")]
     beside = [other for other in plain if other.path.parent == run.path.parent]
-    alone = [zero] if zero in plain and _are_of_the_same(plain) else []
+    alone = plain[:1] if _are_of_the_same(plain) else []
     return next(iter([*same, *beside, *alone]), None)
 
 
@@ -338,16 +339,30 @@ def _by_seed(runs: Sequence[Run]) -> list[list[Run]]:
     return [first.get(run, [run]) for run in runs if run not in others]
 
 
-def _by_folder(rows: Sequence[Row], along: str) -> dict[str, list[Row]]:
-    """Return folder -> its rows, or all rows together if no two folders have a result with one value of ``along``."""
-    places = {(row.run.number(f"vs2_{along}"), row.run.path.parent) for row in rows}
-    values = [value for value, _ in places if value is not None]
-    if len(set(values)) == len(values):
-        return {"": list(rows)}
-    folders: dict[str, list[Row]] = {}
+def _parts_of(rows: Sequence[Row], place: Callable[[Row], Place | None]) -> Iterator[tuple[list[str], list[Row]]]:
+    """Yield rows of the same seeds of the SAE, and of one folder where two folders have a row at the same place, each
+    with words that tell them from the others."""
+    seeds = _by_key(rows, _seeds)
+    for numbers, same in seeds.items():
+        about = [written({"seed": numbers})] if len(seeds) > 1 and numbers else []
+        places = {(place(row), row.run.path.parent) for row in same}
+        if len({at for at, _ in places}) == len(places):
+            yield about, same
+            continue
+        for folder, mine in _by_key(same, lambda row: row.run.path.parent).items():
+            yield [*about, "/".join(folder.parts[-2:])], mine
+
+
+def _seeds(row: Row) -> str:
+    numbers = (seed_of(member.run) for member in row.members)
+    return ", ".join(str(number) for number in numbers if number is not None)
+
+
+def _by_key(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+    groups: dict[Any, list[Row]] = {}
     for row in rows:
-        folders.setdefault(row.run.path.parent.name, []).append(row)
-    return folders
+        groups.setdefault(key(row), []).append(row)
+    return groups
 
 
 def _are_of_the_same(runs: Iterable[Run]) -> bool:

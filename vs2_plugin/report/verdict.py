@@ -42,9 +42,7 @@ def verdict(group: Group) -> Verdict | None:
         return None
     before = usual.members[0].zero
     if before is None:
-        accuracy = f"{usual.title}: top-1 accuracy {fixed(usual.top1)} %{_seeds(usual)}."
-        missing = f"What steering changed is not known: there is no zero-shot result of {group.backbone}."
-        return Verdict((accuracy, missing), short=f"{usual.label} {fixed(usual.top1)} %")
+        return _not_compared(usual, group)
     changed = [row for row in free if row.change is not None]
     first, tone, short = _headline(usual, float(before.metrics["acc1"]), changed)
     sentences = [first]
@@ -56,6 +54,13 @@ def verdict(group: Group) -> Verdict | None:
     sentences += _of_others(unlabeled)
     gains = best is not None and (best.change or 0.0) > 0
     return Verdict(tuple(sentences), tone, short, best if gains else None)
+
+
+def _not_compared(usual: Row, group: Group) -> Verdict:
+    accuracy = f"{usual.title}: top-1 accuracy {fixed(usual.top1)} %{_seeds(usual)}."
+    same = " of the same split" if group.zero else ""  # earlier versions named no split for plain models
+    missing = f"What steering changed is not known: there is no zero-shot result of {group.backbone}{same}."
+    return Verdict((accuracy, missing), short=f"{usual.label} {fixed(usual.top1)} %")
 
 
 def _headline(usual: Row, before: float, changed: Sequence[Row]) -> tuple[str, str, str]:
@@ -118,9 +123,9 @@ def _excludes_zero(row: Row) -> bool:
 
 
 def _tone(row: Row) -> str:
-    if not _excludes_zero(row) or _are_few(row):
+    if row.change_interval is None or not _excludes_zero(row) or _are_few(row):
         return ""
-    return "up" if (row.change or 0.0) > 0 else "down"
+    return "up" if row.change_interval.low > 0 else "down"
 
 
 def _are_few(row: Row) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,13 +67,13 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[int, float]:
 def _read(path: str) -> dict[int, float]:
     """Read latent -> factor from a JSON file. Raises ModelStringError if that is not possible."""
     try:
-        pairs = json.loads(Path(path).expanduser().read_text(encoding="utf-8"), object_pairs_hook=list)
+        pairs = json.loads(Path(os.path.expanduser(path)).read_text(encoding="utf-8"), object_pairs_hook=list)
         if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
             raise ModelStringError("it does not map latents to factors")
         if not pairs:
             raise ModelStringError("it names no latent")
         return _each_once(pairs)
-    except (OSError, ValueError, RuntimeError, ModelStringError) as error:  # RuntimeError: too deep, or no home folder
+    except (OSError, ValueError, RecursionError, ModelStringError) as error:
         raise ModelStringError(f"option edits={path!r}: {' '.join(str(error).split())}; {_FORMAT}") from None
 
 
