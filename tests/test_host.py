@@ -6,7 +6,7 @@ from PIL import Image
 
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import DataError, HarnessError
-from vs2_plugin.host import Evaluation, build, default_task, require_texts, unknown_data_set, with_texts
+from vs2_plugin.host import Evaluation, build, default_task, not_built, require_texts, unknown_data_set, with_texts
 
 # ---- an evaluation
 
@@ -67,6 +67,16 @@ def test_what_cannot_be_built_is_told_with_its_remedy(tmp_path):
     with pytest.raises(DataError) as error:
         build(DataSet("wds/nope", str(tmp_path)), "train")
     assert not str(error.value).endswith("; ")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(OSError("gone"), "OSError: gone; put it there"), (SystemExit(1), "it ended with the line above; put it there"),
+     (ImportError("no h5py"), "ImportError: no h5py"), (ValueError("broken URL"), "ValueError: broken URL")],
+    ids=repr,
+)  # fmt: skip
+def test_a_remedy_is_told_where_it_can_help(error, said):
+    assert str(not_built("d", "root", "test", error, "put it there")).endswith(f" in 'root': {said}")
 
 
 @pytest.mark.parametrize(

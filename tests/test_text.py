@@ -6,16 +6,17 @@ from vs2_plugin.errors import DataError
 from vs2_plugin.text import counted, gigabytes, one_line, printable, reason_of, said_by
 
 
-def test_what_a_worker_of_a_loader_said_is_the_end_of_its_traceback():
+@pytest.mark.parametrize("message", ["1.tar: a.png: no image", "it gives tensor([0.,\n        1.]): too many\nfor one"])
+def test_what_a_worker_of_a_loader_said_is_the_end_of_its_traceback(message):
     from torch._utils import ExceptionWrapper
 
     try:
-        raise DataError("1.tar: a.png: no image")
+        raise DataError(message)
     except DataError:
         wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
     with pytest.raises(DataError, match="Traceback") as error:
         wrapped.reraise()
-    assert said_by(error.value) == "1.tar: a.png: no image" == said_by(DataError("1.tar: a.png: no image"))
+    assert said_by(error.value) == message == said_by(DataError(message))
 
 
 @pytest.mark.parametrize(

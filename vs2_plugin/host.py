@@ -198,8 +198,10 @@ def not_built(dataset: str, root: str, split: str, error: BaseException, remedy:
     """Return the error that says why :func:`build` failed, and what the user can do."""
     if str(error).startswith("Unsupported dataset"):  # neither a network nor a file is to blame
         return DataError(unknown_data_set(dataset) or f"clip_benchmark knows no data set {dataset!r}")
-    problem = f"clip_benchmark could not build the split {split!r} of {dataset!r} in {root!r}: {reason_of(error)}"
-    return DataError("; ".join(filter(None, (problem, remedy))))
+    why = "it ended with the line above" if isinstance(error, SystemExit) else reason_of(error)
+    problem = f"clip_benchmark could not build the split {split!r} of {dataset!r} in {root!r}: {why}"
+    is_other = isinstance(error, (ImportError, ValueError))  # a missing package, or something that no data mend
+    return DataError("; ".join(filter(None, (problem, "" if is_other else remedy))))
 
 
 def unknown_data_set(dataset: str) -> str | None:

@@ -72,7 +72,11 @@ def sentence_of(error: BaseException) -> str:
 def said_by(error: BaseException) -> str:
     """Return the message of an exception; a data loader's worker puts it at the end of a traceback."""
     text = str(error).strip()
-    return text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text
+    if "Original Traceback" not in text:
+        return text
+    # After the last call, whose lines are indented, the exception begins with its name; its message may have lines.
+    told = re.search(r"^\S+?: (.*)", text[text.rfind('\n  File "') + 1 :], re.MULTILINE | re.DOTALL)
+    return told[1] if told else text
 
 
 def expanded(text: str) -> Iterator[str]:

@@ -7,6 +7,9 @@ def test_training_images_found_by_name_are_known_by_name_and_split(tmp_path):
     data = TrainingData(("cifar10", "p"), 7, ("train", "train"), folders=("", str(tmp_path / "p")))
     for of in (data, TrainingData(("cifar10",), 7, ("train",))):
         assert of.holds_split("cifar10", "train")
+        assert of.holds_split("cifar10", "trainval")
+        assert not TrainingData(("pets",), 7, ("val",)).holds_split("pets", "train")
+        assert TrainingData(("pets",), 7, ("trainval",)).holds_split("pets", "val")
         for dataset, split in (("cifar10", "test"), ("cifar10", None), ("cifar100", "train"), ("p", "train")):
             assert not of.holds_split(dataset, split)
 

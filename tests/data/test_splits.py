@@ -116,3 +116,14 @@ def test_test_images_are_refused_unless_allowed(dataset, requested, reason):
         training_split(dataset, requested, transductive=False)
     for part in (f"{dataset} has no training split to use", reason, "add --transductive"):
         assert part in str(error.value)
+
+
+def test_shards_with_test_images_only_have_no_training_split(tmp_path):
+    root = str(tmp_path)
+    assert without_training_split("wds/x", root) is None  # nothing is there, which is another error
+    for split in ("test", "train"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "nshards.txt").write_text("1")
+        only_test = split == "test"
+        assert (without_training_split("wds/x", root) is not None) is only_test
+        assert training_split("wds/x", None, True, root) == Split("test" if only_test else "train", only_test)

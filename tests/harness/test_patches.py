@@ -298,6 +298,12 @@ def test_fewer_shards_than_workers_are_read_by_fewer(in_demo, clip_benchmark):
         assert metrics(in_demo / file) == metrics(in_demo / file.replace("one", "four"))
 
 
+def test_a_linear_probe_is_not_trained_on_the_one_list_of_shards_that_it_is_evaluated_on(in_demo, clip_benchmark):
+    words = ("--model", TINY, "--pretrained", "", "--dataset", "digits/test/{0..3}.tar", "--task", "linear_probe")
+    code, error = clip_benchmark("eval", *words)
+    assert code == 2 and "digits/test/{0..3}.tar is one list of shards, so a linear probe would be trained on" in error
+
+
 def test_plain_models_alone_are_not_looked_after(in_demo, clip_benchmark):
     few_digits(in_demo, "few", 0, count=5)
     with pytest.raises(Exception, match="No samples found") as caught:

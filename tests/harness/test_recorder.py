@@ -279,7 +279,8 @@ def test_per_image_results_of_an_earlier_run_go_where_a_run_records_none(recordi
     monkeypatch.setenv("VS2_PER_IMAGE", recording)
     monkeypatch.setattr(Evaluation, "of", lambda args: SimpleNamespace(output_file=str(result)))
     content = {"dataset": "d", "model": "B", "task": "t", "metrics": {"mean_average_precision": 0.5}}  # several labels
-    patches._run(lambda args: result.write_text(json.dumps(content)), Namespace(model="B", skip_existing=False))
+    args = Namespace(model="B", skip_existing=False, split="test")
+    patches._run(lambda args: result.write_text(json.dumps(content)), args)
     assert not images.exists() and read_run(result).headline == 0.5
 
 

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.utils.data import Subset
 
 import vs2_plugin
 from vs2_plugin.demo.digits import CLASSES, read_digits
@@ -13,6 +14,7 @@ from vs2_plugin.errors import DataError, HarnessError, ModelStringError, PluginE
 from vs2_plugin.files import json_digest
 from vs2_plugin.method import Method, Option
 from vs2_plugin.plugins import registry
+from vs2_plugin.steering.context import Task
 
 from .conftest import TINY
 
@@ -233,7 +235,7 @@ def test_a_linear_probe_caches_features_per_content_of_folders_and_tells_no_shar
 
     from vs2_plugin.harness.patches import patch
 
-    def stock(model, model_id, train_dataloader, dataloader):
+    def stock(model, model_id, train_dataloader, dataloader, val_dataloader=None):
         seen.append(model_id)
         return {"encoded": len(model.encode_image(images))}
 
@@ -243,7 +245,13 @@ def test_a_linear_probe_caches_features_per_content_of_folders_and_tells_no_shar
     model, *_ = vs2_plugin.load(f"vs2:{TINY}@{NAME}")
     train, test, other = (SimpleNamespace(dataset=SimpleNamespace(fingerprint=lambda one=one: one)) for one in "abc")
     found = [module.evaluate(model, "x", one, two) for one, two in ((train, test), (other, test), (train, other))]
-    assert len(set(seen)) == 3
+    for parts in ([0, 2], [0, 1]):  # of the training images, and others for the choice of the weight decay
+        for whole in (train, other):
+            part = SimpleNamespace(dataset=Subset(whole.dataset, parts))
+            found += [module.evaluate(model, "x", part, test), module.evaluate(model, "x", train, test, part)]
+    model.bind(Task("wds/digits", "elsewhere", "test"))
+    found.append(module.evaluate(model, "x", train, test))
+    assert len(set(seen)) == len(found) == 12
     assert all("vs2_coverage" not in metrics and "vs2_mean_fvu" not in metrics for metrics in found)
 
 

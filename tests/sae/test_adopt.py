@@ -64,3 +64,13 @@ def test_activations_that_are_not_finite_are_refused(found):
     x[3] = torch.inf
     with pytest.raises(DataError, match="not finite"):
         adopt(found, x.numpy(), np.ones(30, dtype=bool))
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_thresholds_are_not_of_next_to_no_activations(count, found):
+    x = torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
+    held = np.random.default_rng(0).permutation(300)[:150]
+    calibration = np.zeros(300, bool)
+    calibration[held[:count]] = True
+    with pytest.raises(DataError, match=f"^{count or 'none'} of the held-out activations .* need 4 or more; take more"):
+        adopt(found, x.numpy(), calibration)

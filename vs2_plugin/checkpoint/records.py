@@ -35,6 +35,10 @@ _FILES = ("cfg.json", "sae.safetensors")
 _FLOAT32, _MOST = 3.4028234e38, 2**40
 
 
+def _parts(split: str | None) -> set[str | None]:
+    return {"train", "val"} if split == "trainval" else {split}
+
+
 @documented
 @dataclass(frozen=True)
 class TrainingData:
@@ -76,9 +80,11 @@ class TrainingData:
         return bool(folder) and any(_share(_real(folder), path) for path in map(_real, filter(None, self.folders)))
 
     def holds_split(self, dataset: str, split: str | None) -> bool:
-        """Return whether images of a split are among the training images, for a data set that is found by its name."""
+        """Return whether images of a split are among the training images, for a data set that is found by its name. The
+        split ``trainval`` holds those of ``train`` and ``val``."""
         by_name = zip(self.datasets, self.splits, self.folders or [""] * len(self.datasets), strict=False)
-        return any((dataset, split) == (name, its_split) and not folder for name, its_split, folder in by_name)
+        own = [its_split for name, its_split, folder in by_name if name == dataset and not folder]
+        return any(not _parts(split).isdisjoint(_parts(its_split)) for its_split in own)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""

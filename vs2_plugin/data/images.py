@@ -177,7 +177,8 @@ def _labels(classes: Classes, samples: list[Any]) -> np.ndarray:
     for label in labels:
         if not _is_whole(label):
             raise DataError(
-                f"labels are needed, but this data set gives {label!r}; expected one class number per image"
+                f"labels are needed, but this data set gives {one_line(repr(label), 80)}; expected one class number "
+                "per image"
             )
     return np.array([classes.check(int(label), "an image of the data set") for label in labels], dtype=np.int64)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from vs2_plugin.errors import DataError
@@ -33,23 +34,28 @@ class Split:
     """Whether the split holds the images that are evaluated later."""
 
 
-def without_training_split(dataset: str) -> str | None:
-    """Return why ``dataset`` has no training split of its own; None if it has one (or is not known here)."""
+def without_training_split(dataset: str, root: str = "") -> str | None:
+    """Return why ``dataset`` has no training split of its own; None if it has one (or is not known here). The shards of
+    ``wds/NAME`` are looked for in the folder ``root``."""
+    if dataset.startswith("wds/"):
+        train, test = (os.path.isfile(os.path.join(root, split, "nshards.txt")) for split in ("train", "test"))
+        return _TEST_ONLY if test and not train else None
     return _TEST_ONLY if dataset.startswith("sugar_crepe/") else _WITHOUT.get(dataset)
 
 
-def training_split(dataset: str, requested: str | None, transductive: bool) -> Split:
+def training_split(dataset: str, requested: str | None, transductive: bool, root: str = "") -> Split:
     """Return the split to train on.
 
     Args:
         dataset: a clip_benchmark data-set name.
         requested: the user's choice; None for the data set's usual one.
         transductive: whether the user allows training on the images that are evaluated.
+        root: the folder of the data set.
 
     Raises:
         DataError: only the evaluated images could be trained on, and ``transductive`` is not set.
     """
-    reason = without_training_split(dataset)
+    reason = without_training_split(dataset, root)
     if reason is None and requested == "test":
         reason = "the split 'test' is the one that is evaluated"
     if reason is None:

@@ -161,7 +161,7 @@ def _patch_builder(module: Any) -> None:
                 dataset = host.with_texts(stock(*args, **kwargs), **arguments.arguments)
         except Vs2Error:
             raise
-        except Exception as error:  # a failed download, a missing file or package: any exception
+        except (Exception, SystemExit) as error:  # a failed download, a missing file, package or tool: any exception
             raise host.not_built(name, root, split, error) from error
         recorder = _recorder.get()
         if recorder is not None:
@@ -225,12 +225,25 @@ def _patch_metrics(module: Any) -> None:
 
 def _told_apart(model: SteeredCLIP | None, given: dict[str, Any]) -> str:
     """Return a suffix for the name under which the linear probe caches features, so that neither another checkpoint, a
-    changed file of options nor other images in a folder of the same name find them."""
-    digests = [] if model is None else [json_digest(model.vs2_facts())[:16]]
-    for name in ("train_dataloader", "dataloader"):
-        fingerprint = getattr(getattr(given.get(name), "dataset", None), "fingerprint", None)
-        digests += [] if fingerprint is None else [fingerprint()[:16]]
-    return "".join(f"-{digest}" for digest in digests)
+    changed file of options, another root nor other images in a folder of the same name find them."""
+    known: list[Any] = []
+    if model is not None:
+        root = None if model.places.task is None else model.places.task.root
+        known = [model.vs2_facts(), root if root is None or "://" in root else os.path.abspath(root)]
+    known += [_fingerprint(given.get(name)) for name in ("train_dataloader", "val_dataloader", "dataloader")]
+    return "".join(f"-{json_digest(value)[:16]}" for value in known if value is not None)
+
+
+def _fingerprint(loader: Any) -> Any:
+    """Return what tells the images of a loader, or of a part of them, from others of the same name; None where
+    clip_benchmark finds them by their name."""
+    dataset = getattr(loader, "dataset", None)
+    indices = getattr(dataset, "indices", None)
+    if indices is not None:  # a part, by --val_proportion
+        whole = _fingerprint(dataset)
+        return None if whole is None else [whole, list(map(int, indices))]
+    own = getattr(dataset, "fingerprint", None)
+    return None if own is None else own()
 
 
 def _steered(model: Any) -> SteeredCLIP | None:

@@ -227,6 +227,7 @@ def _look_at_data(runs: Sequence[Evaluation]) -> dict[str, int]:
             continue
         if data.is_listed:
             build(data, run.split, **_custom_files(run))
+            _refuse_probe(run, f"{data.root} is one list of shards")
         counts = look(
             data.root,
             run.split,
@@ -250,11 +251,14 @@ def _look_at_folder(named: DataSet, run: Evaluation) -> None:
         raise HarnessError(f"{named.root}: a folder of images has classes, but nothing for the task {run.own_task}")
     images = build(named, run.split, **_custom_files(run))
     _LOG.info("%s", images.about)
-    if run.own_task == "linear_probe" and images.folder == named.home:
-        raise HarnessError(
-            f"{named.root} has no folders train/ and test/, so a linear probe would be trained on the images that "
-            "it is evaluated on"
-        )
+    if images.folder == named.home:
+        _refuse_probe(run, f"{named.root} has no folders train/ and test/")
+
+
+def _refuse_probe(run: Evaluation, why: str) -> None:
+    """Refuse a linear probe on images without a training split."""
+    if run.own_task == "linear_probe":
+        raise HarnessError(f"{why}, so a linear probe would be trained on the images that it is evaluated on")
 
 
 def _custom_files(run: Evaluation) -> dict[str, Any]:
@@ -290,7 +294,7 @@ def _data_words(run: Evaluation) -> list[str]:
     """Return the words of a training command that name the data."""
     data = _named(run)
     words = data.words if data.home else ["--dataset", run.dataset]
-    words += ["--transductive"] if without_training_split(run.dataset) else []
+    words += ["--transductive"] if without_training_split(data.name, data.root) else []
     return words if data.home or run.dataset_root == "root" else [*words, "--dataset_root", run.dataset_root]
 
 

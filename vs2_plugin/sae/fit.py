@@ -23,6 +23,7 @@ DENSE = 0.1
 #: Activations on which principal components are computed, at most.
 PCA_MAX = 10_000
 _NONE = 1e-10  # of the largest eigenvalue: rounding can make a zero eigenvalue as large as this
+_FEWEST = 4  # activations whose FVU gives quantiles
 _DEAD_MAX = 100_000  # activations on which dead and dense latents are counted, at most
 
 
@@ -65,10 +66,13 @@ def fit_of(sae: TopKSAE, source: Source, held: np.ndarray, calibrated: np.ndarra
         others: shuffled activations, to count dead and dense latents on and to compute principal components of.
 
     Raises:
-        DataError: ``calibrated`` is empty, or all activations in ``held`` are equal.
+        DataError: ``calibrated`` has too few activations, or all activations in ``held`` are equal.
     """
-    if not len(calibrated):
-        raise DataError("none of the activations to calibrate on is held out; take more images of those data sets")
+    if len(calibrated) < min(_FEWEST, len(held)):
+        raise DataError(
+            f"{len(calibrated) or 'none'} of the held-out activations can be calibrated on, and quantiles need "
+            f"{_FEWEST} or more; take more images of those data sets, or omit --calibrate_on"
+        )
     of_samples = _samples_fvu(sae, source, calibrated)
     frequencies = _frequencies(sae, source, np.sort(others[:_DEAD_MAX]))
     quantiles = torch.quantile(of_samples, torch.tensor(QUANTILES, dtype=torch.double)).tolist()

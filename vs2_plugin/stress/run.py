@@ -56,7 +56,7 @@ def stress(request: StressRequest, quiet: bool = False) -> tuple[list[Outcome], 
         points = [point for point in planned.points.values() if point.spec.backbone == backbone]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "This DataLoader will create")  # --num_workers is as in clip_benchmark
-            with one_pass(planned.request, backbone, points, quiet) as images:
+            with one_pass(planned.request, backbone, points, quiet, identify=True) as images:
                 outcomes += _outcomes(images, backbone, request, quiet)
     return outcomes, [_write(outcomes, folder / "stress.csv"), draw(outcomes, folder / "stress.png")]
 
@@ -68,7 +68,9 @@ def _outcomes(images: OnePass, backbone: str, request: StressRequest, quiet: boo
     labels = targets.numpy().astype(np.int64)
     zero_shot = _predictions(plain)
     _warn_of_few(labels, request)
-    subsets = list(_subsets(labels, request))
+    # So that no draw depends on batches or loader workers.
+    order = np.argsort(np.array(images.digests, np.uint64), kind="stable")
+    subsets = [(axis, value, n, order[rows]) for axis, value, n, rows in _subsets(labels[order], request)]
     yield from _judged(backbone, "image", labels, zero_shot, subsets, lambda rows: zero_shot[rows])
     for group in tqdm(images.groups, "models", disable=quiet or None, leave=False):
         whole = _predictions(images.classify(group[0])[0])
@@ -76,7 +78,9 @@ def _outcomes(images: OnePass, backbone: str, request: StressRequest, quiet: boo
         predict: Callable[[Rows], Rows] = whole.__getitem__
         if readout is not None and readout.protocol in ("stream", "transductive"):
             predict = partial(_read_again, readout.logits)
-        mine = [*subsets, *(_orders(labels, request) if protocol == "stream" else ())]
+        mine = list(subsets)
+        if readout is not None and readout.protocol == "stream":
+            mine += [(axis, value, n, order[rows]) for axis, value, n, rows in _orders(labels[order], request)]
         for model in group:
             yield from _judged(model.name, protocol, labels, zero_shot, mine, predict)
 

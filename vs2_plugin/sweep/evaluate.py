@@ -97,6 +97,11 @@ class OnePass:
         the plain model, None."""
         return self._classify(*self._given(model))
 
+    @property
+    def digests(self) -> list[int]:
+        """The digest of each image, after the first call."""
+        return [digest for seen in self._first.batches for digest in seen.digests or ()]
+
     def _given(self, model: _SweptModel | None) -> tuple[Any, Any]:
         if model is None:
             return self._first, _Showing(self._loader, self._first, self._quiet)
@@ -104,8 +109,11 @@ class OnePass:
 
 
 @contextmanager
-def one_pass(args: PassRequest, backbone: str, points: Sequence[Point], quiet: bool) -> Iterator[OnePass]:
-    """Open a backbone, the data and the points of that backbone for evaluation within a ``with`` block.
+def one_pass(
+    args: PassRequest, backbone: str, points: Sequence[Point], quiet: bool, identify: bool = False
+) -> Iterator[OnePass]:
+    """Open a backbone, the data and the points of that backbone for evaluation within a ``with`` block. With
+    ``identify``, :attr:`OnePass.digests` are known.
 
     Raises:
         Vs2Error: something cannot be loaded.
@@ -140,7 +148,7 @@ def one_pass(args: PassRequest, backbone: str, points: Sequence[Point], quiet: b
             logits, targets = harness.run_classification(model, classifier, loader, device, amp=args.amp)
             return logits, targets
 
-        first = _FirstPass(loaded.model, evaluated)
+        first = _FirstPass(loaded.model, evaluated, identify)
         yield OnePass(data_loader, first, [*groups.values()], measure, classify, quiet)
 
 
@@ -226,7 +234,7 @@ class _Seen:
         self.targets, self._plain = targets, plain
         #: Point -> its image features, if the tower had to be run for the point.
         self.features: dict[_SweptModel, Tensor] = {}
-        #: Digests of the images, if a point's protocol is a stream.
+        #: Digests of the images, if a point's protocol is a stream, or the caller needs them.
         self.digests: list[int] | None = None
         #: The plain activation ``[batch, d]`` at each site at the tower's end, in float32, and its dtype in the tower.
         self.activations: dict[Site, tuple[Tensor, torch.dtype]] = {}
@@ -330,10 +338,10 @@ class _SweptModel:
 class _FirstPass:
     """The plain model, whose activations are kept while clip_benchmark evaluates it."""
 
-    def __init__(self, model: ClipModel, points: Sequence[_SweptModel]) -> None:
+    def __init__(self, model: ClipModel, points: Sequence[_SweptModel], identify: bool) -> None:
         self._model, self._points = model, points
         self._sites = {point.first.site for point in points}
-        self._stream = any(point.spec.protocol == "stream" for point in points)
+        self._identify = identify or any(point.spec.protocol == "stream" for point in points)
         self._ends = {point.first.site for point in points if not point.places.inside}
         #: The batches that were encoded.
         self.batches: list[_Seen] = []
@@ -345,7 +353,7 @@ class _FirstPass:
         with outputs(self._model, self._sites) as put_out:
             plain: Tensor = self._model.encode_image(images)
         seen = _Seen(images, self.targets, plain)
-        if self._stream:
+        if self._identify:
             seen.digests = [image_digest(image) for image in images]
         self.batches.append(seen)
         for site in self._ends:

@@ -156,7 +156,8 @@ def _splits(request: TrainRequest, given: _Given | None) -> dict[DataSet, Split]
     """
     if given is None:
         splits = {
-            named: training_split(named.name, request.train_split, request.transductive) for named in request.data_sets
+            named: training_split(named.name, request.train_split, request.transductive, named.root)
+            for named in request.data_sets
         }
         for named in filter(lambda named: named.is_folder, splits):
             open_folder(named.root, splits[named].name)  # to raise its errors before a model is loaded
