@@ -327,7 +327,7 @@ def test_an_unreadable_image_is_a_data_error_in_one_line(error, num_workers, bui
     built(Damaged(error))
     said = complaint(num_workers)
     assert said.startswith("cannot read the training images: ")
-    assert "\n" not in said
+    assert "\n" not in said and said.endswith(", counted from 0)")
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -326,6 +326,28 @@ def test_a_linear_probe_sees_the_steered_features(in_demo, train, monkeypatch, t
     assert len(cached) == 4 and not torch.equal(first, second)
 
 
+class Torn(torch.utils.data.Dataset):
+    """Images of which one cannot be read."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        if index == 5:
+            raise OSError("Truncated File Read")
+        return torch.zeros(3, 32, 32), 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_pil_cannot_read_is_told_by_its_number(in_demo, workers):
+    from clip_benchmark.metrics import zeroshot_classification as harness
+
+    model, *_ = vs2_plugin.load(f"vs2:{TINY}@{NAME}")
+    loader = torch.utils.data.DataLoader(Torn(), batch_size=2, num_workers=workers)
+    with pytest.raises(DataError, match="number 4 or one of the batch after it, .*: OSError: Truncated File Read$"):
+        harness.run_classification(model, torch.eye(64)[:, :3], loader, "cpu", amp=False)
+
+
 # ---- in Python
 
 

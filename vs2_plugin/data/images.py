@@ -113,13 +113,17 @@ class TrainingImages:
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=leave_interruptions,
         )
+        done = first
         try:
-            yield from read(loader)
+            for batch in read(loader):
+                yield batch
+                done += batch_size
         except Vs2Error as error:
             raise DataError(said_by(error)) from error
         except Exception as error:  # whatever a data set's own code, PIL or a download raises
             raise DataError(
-                f"cannot read the training images: {type(error).__name__}: {one_line(said_by(error), 500)}"
+                f"cannot read the training images: {type(error).__name__}: {one_line(said_by(error), 500)} (in one of "
+                f"those from number {done} to {done + batch_size - 1}, counted from 0)"
             ) from error
 
 

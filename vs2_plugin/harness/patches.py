@@ -42,7 +42,7 @@ from vs2_plugin.messages import complain
 from vs2_plugin.names import TRANSFORMERS, file_stem, is_steered, split, weights_tag, with_method
 from vs2_plugin.paths import listed_once
 from vs2_plugin.plugins import registry
-from vs2_plugin.text import sentence_of
+from vs2_plugin.text import said_by, sentence_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -299,10 +299,20 @@ class _Telling:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         batches: Iterator[tuple[Tensor, Tensor]] = read(self._dataloader)
-        for images, target in batches if self._recorder is None else self._recorder.watch(batches):
-            if self._model is not None:
-                self._model.set_targets(target)
-            yield images, target
+        done = 0
+        try:
+            for images, target in batches if self._recorder is None else self._recorder.watch(batches):
+                if self._model is not None:
+                    self._model.set_targets(target)
+                yield images, target
+                done += len(target)
+        except OSError as error:
+            if error.errno is not None:  # of the system
+                raise
+            raise DataError(  # PIL does not say which picture is damaged
+                f"cannot read an image of the split, number {done} or one of the batch after it, counted from 0: "
+                f"{type(error).__name__}: {' '.join(said_by(error).split())}"
+            ) from error
 
 
 def _code_of(error: BaseException, steered: bool) -> int | None:
