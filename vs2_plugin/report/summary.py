@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -37,6 +37,9 @@ _MANY = 16
 
 #: Where a result stands in a figure: along a curve, or on a grid.
 Place = tuple[float | None, ...]
+
+T = TypeVar("T")
+K = TypeVar("K")
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,13 +179,13 @@ class Group:
         Results without a place, or whose options were chosen automatically, are left out. Of several in one folder at
         one place, the first in the table is taken."""
         fixed = sorted(({"method", "checkpoint", "latents", "site", "split"} | self._options) - free)
-        alike: dict[tuple[str, ...], list[Row]] = {}
-        for row in self.steered:
-            if row.run.fact("auto") is None and place(row) is not None:
-                values = (base_of(row.run) if name == "checkpoint" else row.run.setting(name) for name in fixed)
-                alike.setdefault(tuple(map(str, values)), []).append(row)
+
+        def settings(row: Row) -> tuple[str, ...]:
+            return tuple(str(base_of(row.run) if name == "checkpoint" else row.run.setting(name)) for name in fixed)
+
         found = []
-        for rows in alike.values():
+        drawn = (row for row in self.steered if row.run.fact("auto") is None and place(row) is not None)
+        for rows in _grouped(drawn, settings).values():
             label = label_of(rows[0].run, rows[0].shown, free)
             for about, mine in _parts_of(rows, place):
                 points = {at: row for row in reversed(mine) if (at := place(row)) is not None}
@@ -224,9 +227,14 @@ def summarise(runs: Iterable[Run]) -> list[Section]:
 
 
 def _by(runs: Iterable[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
-    groups: dict[Any, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: (key(run), _natural(run.model), str(run.path))):
-        groups.setdefault(key(run), []).append(run)
+    return _grouped(sorted(runs, key=lambda run: (key(run), _natural(run.model), str(run.path))), key)
+
+
+def _grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Return key -> items, both in the order of their first appearance."""
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
     return groups
 
 
@@ -342,27 +350,20 @@ def _by_seed(runs: Sequence[Run]) -> list[list[Run]]:
 def _parts_of(rows: Sequence[Row], place: Callable[[Row], Place | None]) -> Iterator[tuple[list[str], list[Row]]]:
     """Yield rows of the same seeds of the SAE, and of one folder where two folders have a row at the same place, each
     with words that tell them from the others."""
-    seeds = _by_key(rows, _seeds)
+    seeds = _grouped(rows, _seeds)
     for numbers, same in seeds.items():
         about = [written({"seed": numbers})] if len(seeds) > 1 and numbers else []
         places = {(place(row), row.run.path.parent) for row in same}
         if len({at for at, _ in places}) == len(places):
             yield about, same
             continue
-        for folder, mine in _by_key(same, lambda row: row.run.path.parent).items():
+        for folder, mine in _grouped(same, lambda row: row.run.path.parent).items():
             yield [*about, "/".join(folder.parts[-2:])], mine
 
 
 def _seeds(row: Row) -> str:
     numbers = (seed_of(member.run) for member in row.members)
     return ", ".join(str(number) for number in numbers if number is not None)
-
-
-def _by_key(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
-    groups: dict[Any, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(key(row), []).append(row)
-    return groups
 
 
 def _are_of_the_same(runs: Iterable[Run]) -> bool:

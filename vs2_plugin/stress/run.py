@@ -68,9 +68,12 @@ def _outcomes(images: OnePass, backbone: str, request: StressRequest, quiet: boo
     labels = targets.numpy().astype(np.int64)
     zero_shot = _predictions(plain)
     _warn_of_few(labels, request)
-    # So that no draw depends on batches or loader workers.
+    # Drawn from the images in the order of their content, so that no draw depends on batches or loader workers.
     order = np.argsort(np.array(images.digests, np.uint64), kind="stable")
-    subsets = [(axis, value, n, order[rows]) for axis, value, n, rows in _subsets(labels[order], request)]
+    subsets, streams = (
+        [(axis, value, number, order[rows]) for axis, value, number, rows in draws(labels[order], request)]
+        for draws in (_subsets, _orders)
+    )
     yield from _judged(backbone, "image", labels, zero_shot, subsets, lambda rows: zero_shot[rows])
     for group in tqdm(images.groups, "models", disable=quiet or None, leave=False):
         whole = _predictions(images.classify(group[0])[0])
@@ -78,9 +81,7 @@ def _outcomes(images: OnePass, backbone: str, request: StressRequest, quiet: boo
         predict: Callable[[Rows], Rows] = whole.__getitem__
         if readout is not None and readout.protocol in ("stream", "transductive"):
             predict = partial(_read_again, readout.logits)
-        mine = list(subsets)
-        if readout is not None and readout.protocol == "stream":
-            mine += [(axis, value, n, order[rows]) for axis, value, n, rows in _orders(labels[order], request)]
+        mine = [*subsets, *streams] if readout is not None and readout.protocol == "stream" else subsets
         for model in group:
             yield from _judged(model.name, protocol, labels, zero_shot, mine, predict)
 
