@@ -12,7 +12,7 @@ import pytest
 from vs2_plugin.cli import train_sae
 from vs2_plugin.demo.run import _clip_benchmark
 from vs2_plugin.distributed import ALONE, Processes
-from vs2_plugin.sae import step
+from vs2_plugin.sae.product import FLOAT32, Precision
 
 TRAIN = ["--model", "local-dir:tiny-clip", "--dataset", "wds/digits", "--dataset_root", "digits", "--no_amp"]
 TRAIN += ["--samples", "10000", "--max_images", "250", "--batch_size", "32", "--pass_weight", "0.8"]
@@ -34,11 +34,13 @@ STEP = """
 import torch
 from vs2_plugin import SaeConfig, TopKSAE
 from vs2_plugin.distributed import joined
-from vs2_plugin.sae.step import FLOAT32, ClassMeans, InBfloat16, set_gradients
+from vs2_plugin.sae.product import FLOAT32, Precision
+from vs2_plugin.sae.step import ClassMeans, set_gradients
 
 gradients = {}
 with joined() as processes:
-    for running, precision in ((False, FLOAT32), (True, FLOAT32), ("rounded", InBfloat16(True, True))):
+    rounded = Precision(torch.bfloat16, torch.bfloat16)
+    for running, precision in ((False, FLOAT32), (True, FLOAT32), ("rounded", rounded)):
         torch.manual_seed(0)
         sae = TopKSAE(SaeConfig(16, 48, 4))
         x, labels = torch.randn(31, 16) + 3, torch.randint(0, 5, (31,))
@@ -56,10 +58,10 @@ LAUNCH = """
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from vs2_plugin.cli import train_sae
-from vs2_plugin.sae import step
+from vs2_plugin.sae.product import FLOAT32, Precision
 from vs2_plugin.training import run
 
-step.InBfloat16.fastest = lambda device: step.FLOAT32  # each share is rounded by itself
+Precision.fastest = lambda *shape: FLOAT32  # each share is rounded by itself
 
 def work():
     exec({step!r}, {{}})
@@ -104,7 +106,7 @@ def test_two_processes_have_the_gradients_of_one(folder, printed):
 def test_two_processes_extract_and_train_what_one_does(folder, printed, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("VS2_STORE", "one")
-    monkeypatch.setattr(step.InBfloat16, "fastest", lambda device: step.FLOAT32)
+    monkeypatch.setattr(Precision, "fastest", lambda *shape: FLOAT32)
     assert train_sae.main(TRAIN) == 0
     assert printed.count("wrote ") == 1  # the first process speaks for both
 

@@ -117,7 +117,7 @@ def dense(shape: Shape, batches: Batches, keep: Keep, bfloat16: bool = False, co
 
 
 def vs2(shape: Shape, batches: Batches, keep: Keep, float32: bool = False) -> None:
-    """This package: the steps of :func:`vs2_plugin.sae.train.train_saes`; ``float32``: as without bfloat16 units."""
+    """This package: the steps of :func:`vs2_plugin.sae.train.train_saes`; ``float32``: with the product in float32."""
     from vs2_plugin.sae import train
     from vs2_plugin.sae.config import TrainConfig
     from vs2_plugin.sae.source import Source
@@ -128,7 +128,7 @@ def vs2(shape: Shape, batches: Batches, keep: Keep, float32: bool = False) -> No
     known = batches.first.cpu().repeat(2, 1).numpy()
     run = train._Run(train.Job("SAE", known, config), Source(known, batches.first.device))
     if float32:
-        run._bfloat16 = run._bfloat16._replace(product=False)
+        run._precision = run._precision._replace(product=None)
 
     def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
         latents = run.sae.encode(x / run.scale)

@@ -17,7 +17,8 @@ from vs2_plugin.clip.sites import Sites
 from vs2_plugin.data.cache import ActivationCache, activations_at, extract
 from vs2_plugin.data.images import TrainingImages
 from vs2_plugin.sae.config import TrainConfig
-from vs2_plugin.sae.step import FLOAT32, InBfloat16, set_gradients
+from vs2_plugin.sae.product import Precision, multiplies_int8
+from vs2_plugin.sae.step import set_gradients
 from vs2_plugin.sae.topk import SaeConfig, TopKSAE
 from vs2_plugin.sae.train import train_sae
 from vs2_plugin.steering.amplify import Amplify
@@ -63,11 +64,14 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
+        result = function(*args, **(kwargs or {}))
         if name in ("mm", "addmm", "bmm", "baddbmm", "linear"):
             one, other = args[1:3] if name in ("addmm", "baddbmm") else args[:2]
             columns = other.shape[0] if name == "linear" else other.shape[-1]
             self.counted.append(math.prod(one.shape) * columns)
-        return function(*args, **(kwargs or {}))
+        elif name == "qlinear_pointwise":
+            self.counted.append(math.prod(args[0].shape) * result.shape[1])
+        return result
 
 
 def dense_step(sae, x):
@@ -91,10 +95,13 @@ def products(step):
     return seen.counted.count(BATCH * D * LATENTS)
 
 
-@pytest.mark.parametrize("bfloat16", [FLOAT32, InBfloat16(rows=True), InBfloat16(True, True)])
-def test_a_training_step_takes_one_dense_product(sae, bfloat16):
+@pytest.mark.parametrize("product", [None, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("rows", [None, torch.bfloat16], ids=str)
+def test_a_training_step_takes_one_dense_product(sae, product, rows):
+    if product == torch.int8 and not multiplies_int8():
+        pytest.skip("torch has no products of 8-bit integers here")
     x = torch.randn(BATCH, D)
-    assert products(lambda: set_gradients(sae, x, bfloat16=bfloat16)) == 1
+    assert products(lambda: set_gradients(sae, x, precision=Precision(product, rows))) == 1
     assert products(lambda: dense_step(sae, x)) == 6  # as many as there are in the dense form
 
 

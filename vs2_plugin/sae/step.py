@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Any, NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vs2_plugin.devices import add_at, has_bfloat16_units
+from vs2_plugin.devices import add_at
 from vs2_plugin.distributed import mean_row, total
+from vs2_plugin.sae.product import FLOAT32, Precision, Room, pre_activations
 from vs2_plugin.sae.topk import Latents, TopKSAE, by_latent, combine, sum_by_latent
 from vs2_plugin.selection import largest_above_zero
 
-__all__ = ["FLOAT32", "ClassMeans", "InBfloat16", "Room", "gradient_of", "set_gradients"]
+__all__ = ["ClassMeans", "gradient_of", "set_gradients"]
 
 
 class ClassMeans:
@@ -58,54 +59,13 @@ class ClassMeans:
         return means
 
 
-class InBfloat16(NamedTuple):
-    """Which parts of a training step are computed in bfloat16; the rest is float32."""
-
-    product: bool = False
-    """The encoder's product, which rounds the code by up to 0.4 %, and all of AuxK."""
-    rows: bool = False
-    """The sums over rows of the decoder and of the batch, with these rows and their weights."""
-
-    @classmethod
-    def fastest(cls, device: torch.device) -> InBfloat16:
-        """Return the fastest choice for a device: the product on CPUs with bfloat16 units, the rows on every x86 CPU,
-        where torch sums rows by FBGEMM and reads them from the cache."""
-        units = has_bfloat16_units() if device.type == "cpu" else None
-        return cls(bool(units), units is not None)
-
-
-FLOAT32 = InBfloat16()
-
-
-class Room:
-    """Memory for the tensors of a step, kept for the next step: allocating it takes as long as computing them."""
-
-    def __init__(self) -> None:
-        self._kept: dict[str, Tensor] = {}
-        # For tensors that are not kept here: glibc keeps freed memory up to about twice the largest block (below 32 MB)
-        # ever freed, and returns the rest to the system. Freeing one large block now avoids that in each step.
-        torch.empty(31 << 20, dtype=torch.uint8)
-
-    def like(self, tensor: Tensor, name: str, shape: tuple[int, ...] | None = None, dtype: Any = None) -> Tensor:
-        """Return the uninitialised tensor ``name``, like ``tensor`` but for a given ``shape`` and ``dtype``."""
-        shape, dtype = shape or tensor.shape, dtype or tensor.dtype
-        room = self._kept.get(name)
-        if room is None or (*room.shape,) != (*shape,) or room.dtype != dtype:
-            room = self._kept[name] = tensor.new_empty(shape, dtype=dtype)
-        return room
-
-    def cast(self, tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-        """Return ``tensor`` in ``dtype``: a copy in the memory ``name``, or the tensor itself if it has that dtype."""
-        return tensor.detach() if tensor.dtype == dtype else self.like(tensor, name, dtype=dtype).copy_(tensor)
-
-
 @torch.no_grad()
 def set_gradients(
     sae: TopKSAE,
     x: Tensor,
     dead: Tensor | None = None,
     auxk: float = 0.0,
-    bfloat16: InBfloat16 = FLOAT32,
+    precision: Precision = FLOAT32,
     classes: ClassMeans | None = None,
     labels: Tensor | None = None,
     room: Room | None = None,
@@ -124,7 +84,7 @@ def set_gradients(
         x: the batch, ``[batch, d]``, float32; this process's share of it.
         dead: which latents count as dead, bool ``[n]``.
         auxk: weight of AuxK; 0 switches it off.
-        bfloat16: which parts are computed in bfloat16.
+        precision: the types of the encoder's product and of sums over rows.
         classes: adds the term of PASS; needs ``labels``.
         labels: the batch's classes, int64 ``[batch]``.
         room: memory that the caller keeps from step to step.
@@ -133,11 +93,12 @@ def set_gradients(
         This process's share of the loss, and the sparse code of its activations.
     """
     room = room or Room()
-    product, rows = (torch.bfloat16 if half else x.dtype for half in bfloat16)
+    rows = precision.rows or x.dtype
     centered = torch.sub(x, sae.b_dec, out=room.like(x, "centered"))
-    rounded = room.cast(centered, "rounded", product)
-    pre, latents = _encode(sae, rounded, room)
-    latents = Latents(latents.values.to(x.dtype), latents.indices)
+    rounded = room.cast(centered, "rounded", rows)
+    pre = pre_activations(sae, rounded if precision.product == rows else centered, precision.product, room)
+    values, indices = sae.select(pre)
+    latents = Latents(values.to(x.dtype), indices)
     residual = room.like(x, "residual").copy_(combine(latents, room.cast(sae.W_dec, "decoder", rows)))
     torch.sub(centered, residual, out=residual)
     apart = torch.sub(x, mean_row(x), out=room.like(x, "apart")).square_()
@@ -151,8 +112,7 @@ def set_gradients(
         loss, to_values = loss + term / variance, to_values + by_values / variance
     if sae.config.activation == "relu":
         to_values *= latents.values > 0
-    inputs = rounded if rows == product else room.cast(centered, "given", rows)
-    _sum_up(sae, latents, to_values, inputs, to_output, room.cast(to_output, "to output", rows))
+    _sum_up(sae, latents, to_values, rounded, to_output, room.cast(to_output, "to output", rows))
     if auxk and dead is not None and dead.any():
         loss = loss + _add_auxk(sae, pre, centered, residual, variance, dead.nonzero().squeeze(1), auxk)
     _join_and_project(sae)
@@ -182,14 +142,6 @@ def _join_and_project(sae: TopKSAE) -> None:
     to_decoder = gradient_of(sae.W_dec)
     own = torch.arange(len(to_decoder), device=to_decoder.device)[:, None]
     to_decoder.addcmul_(_products(to_decoder, own, sae.W_dec), sae.W_dec, value=-1)
-
-
-def _encode(sae: TopKSAE, centered: Tensor, room: Room) -> tuple[Tensor, Latents]:
-    """Return pre-activations and code of ``centered``, which is ``x - b_dec``, in its dtype."""
-    weight = room.cast(sae.encoder.weight, "encoder", centered.dtype)
-    pre = room.like(centered, "pre-activations", (len(centered), len(weight)))
-    torch.addmm(sae.encoder.bias.to(centered.dtype), centered, weight.T, out=pre)
-    return pre, sae.select(pre)
 
 
 def _products(vectors: Tensor, indices: Tensor, table: Tensor) -> Tensor:

@@ -22,9 +22,10 @@ from vs2_plugin.distributed import ALONE, Processes, total
 from vs2_plugin.errors import DataError, SettingError
 from vs2_plugin.sae.config import TrainConfig
 from vs2_plugin.sae.fit import Fit, fit_of, held_out_fvu, parted
+from vs2_plugin.sae.product import Precision, Room
 from vs2_plugin.sae.source import Device, Rows, Source, ahead, batches_of, chunks
 from vs2_plugin.sae.state import SavedState
-from vs2_plugin.sae.step import ClassMeans, InBfloat16, Room, set_gradients
+from vs2_plugin.sae.step import ClassMeans, set_gradients
 from vs2_plugin.sae.topk import SaeConfig, TopKSAE
 from vs2_plugin.seeds import seeded
 from vs2_plugin.text import sentence_of
@@ -228,7 +229,9 @@ class _Run:
             self._classes = ClassMeans(config.pass_weight, len(classes), config.pass_means == "running")
             self._labels = torch.from_numpy(labels).to(device)
         self._optimizer = torch.optim.Adam([p for p in self.sae.parameters() if p.requires_grad], fused=True)
-        self._bfloat16 = InBfloat16.fastest(self.sae.b_dec.device)
+        self._precision = Precision.fastest(
+            self.sae.b_dec.device, self.batch_size, width, self.sae.config.num_latents
+        )  # fmt: skip
         self._silent = torch.zeros(self.sae.config.num_latents, dtype=torch.long, device=device)
         self._best: tuple[float, dict[str, Tensor]] = (math.inf, {})
         self._last = math.inf
@@ -249,7 +252,7 @@ class _Run:
             return
         dead = self._dead()
         x = torch.div(x, self.scale, out=self._room.like(x, "batch"))
-        _, latents = set_gradients(sae, x, dead, config.auxk, self._bfloat16, self._classes, own, self._room)
+        _, latents = set_gradients(sae, x, dead, config.auxk, self._precision, self._classes, own, self._room)
         self._optimizer.param_groups[0]["lr"] = rate
         self._optimizer.step()
         sae.normalize_decoder()
