@@ -311,3 +311,5 @@ def test_an_sae_of_no_use_is_told_when_a_model_is_bound_and_in_its_results(in_de
         model, *_ = vs2_plugin.load(f"vs2:{TINY}@{folder}")
         assert model.vs2_facts().get("vs2_sae_warning") == (told and f"block 3: {told}")
         assert caplog.text.count("is useless") == (told is not None)
+        model.bind(Task("wds/digits"))  # as clip_benchmark and vs2 classify do next
+        assert caplog.text.count("is useless") == (told is not None)

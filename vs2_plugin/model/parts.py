@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ from vs2_plugin.steering.retriever import Retriever
 
 __all__ = ["Parts", "find_checkpoint", "require"]
 
+_LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -62,10 +64,14 @@ def require(checkpoint: Checkpoint, spec: ModelString) -> list[SiteSAE]:
 class Parts:
     """The parts of steered models that share one tower. Each part is opened once, however many models use it."""
 
-    def __init__(self, model: ClipModel, sites: Sites, tower: Tower | None = None) -> None:
+    def __init__(
+        self, model: ClipModel, sites: Sites, tower: Tower | None = None, warned: set[str] | None = None
+    ) -> None:
+        """``warned`` holds the warnings that were given before, which are not given again."""
         self.model, self.sites, self.tower = model, sites, tower
         self.device = next(model.parameters()).device
         self._opened: dict[Hashable, Any] = {}
+        self._warned = set() if warned is None else warned
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """Return the result of ``make()``, which is called only at the first use of ``key``."""
@@ -73,6 +79,12 @@ class Parts:
             self._opened[key] = make()
         part: T = self._opened[key]
         return part
+
+    def warn(self, warning: str) -> None:
+        """Log a warning, once."""
+        if warning not in self._warned:
+            self._warned.add(warning)
+            _LOG.warning("%s", warning)
 
     def sae(self, checkpoint: Checkpoint, facts: SiteSAE) -> tuple[TopKSAE, Tensor]:
         """Return an SAE of a checkpoint and the mean activation ``[d]`` at its site, on the model's device."""

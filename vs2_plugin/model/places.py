@@ -279,8 +279,7 @@ def _place(
         return Place(spec.method.name, site, None, steering, None, retriever, current)
     sae, mean = parts.sae(checkpoint, facts)
     if facts.warning:
-        warning = f"checkpoint {checkpoint.name!r}: the SAE at {site} is useless: {facts.warning}; {facts.advice}"
-        parts.once(("warning", checkpoint.folder, facts.folder), lambda: _LOG.warning("%s", warning))
+        parts.warn(f"checkpoint {checkpoint.name!r}: the SAE at {site} is useless: {facts.warning}; {facts.advice}")
     shared: dict[str, Any] = parts.once(("shared", checkpoint.folder, facts.folder), dict)
     context = Context(parts.model, *location, sae, mean.clone(), dict(facts.fvu_quantiles), task, retriever, shared)
     steering, q = _steering(spec, context), spec.options["gate"]

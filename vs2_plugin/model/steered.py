@@ -96,6 +96,7 @@ class SteeredCLIP(nn.Module):
         self.classifier: Classifier | None = None
         self._tower = Tower.of(loaded.model, loaded.transform) if spec.needs_checkpoint else None
         self._find_checkpoint = find_checkpoint
+        self._warned: set[str] = set()  # a model that names its checkpoint is bound to it, and later to a data set
         self._current = Current()
         self._places: Places | None = None
         self._edits: list[Edit] = []
@@ -141,7 +142,7 @@ class SteeredCLIP(nn.Module):
             PluginError: the method could not be built.
         """
         for again in (True, True, False):
-            parts = Parts(self.model, self.sites, self._tower)
+            parts = Parts(self.model, self.sites, self._tower, self._warned)
             try:
                 places = build_places(self.spec, self._find_checkpoint(task), task, parts, self._current)
                 break
