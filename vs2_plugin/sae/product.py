@@ -22,8 +22,8 @@ class Precision(NamedTuple):
     """The types in which parts of a training step are computed, if not in that of the SAE, which is float32."""
 
     product: torch.dtype | None = None
-    """The encoder's product: None, as the SAE; bfloat16, which rounds the code by up to 0.4 %, and with it all of AuxK;
-    or int8, which is off by about 1 % of the code's norm."""
+    """The encoder's product: None, as the SAE; bfloat16, which rounds values by up to 1 %, and with them all of AuxK;
+    or int8, off by 1 to 2 % of the norm. Either selects other latents where pre-activations are nearly equal."""
     rows: torch.dtype | None = None
     """The sums over rows of the decoder and of the batch, with these rows and their weights: None, or bfloat16."""
 
