@@ -324,9 +324,10 @@ def test_the_built_in_methods_come_by_the_hook(install):
 
 
 def test_every_built_in_method_and_option_says_what_it_is():
+    from vs2_plugin.logits import builtin as on_logits
     from vs2_plugin.steering import builtin
 
-    for method in builtin.vs2_methods():
+    for method in (*builtin.vs2_methods(), *on_logits.vs2_methods()):
         assert method.summary, method.name
         assert all(option.help for option in method.options), method.name
 
