@@ -1,5 +1,7 @@
 """The encoder's product at lower precision, against float64."""
 
+import platform
+
 import pytest
 import torch
 
@@ -30,6 +32,39 @@ def activations(columns, rows):
 def code_of(sae, x, dtype):
     values, indices = sae.select(pre_activations(sae, x, dtype, Room()))
     return torch.zeros(len(x), LATENTS).scatter(1, indices, values)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
+def test_a_product_of_floats_is_in_the_precision_asked_for(dtype):
+    """Also where memory is kept from a batch of another shape and precision; nothing of it is differentiated."""
+    sae, x, room = make_sae().requires_grad_(True), activations(1, 1).repeat(3, 1)[:LATENTS], Room()
+    for before in (None, torch.bfloat16):
+        pre_activations(sae, 100 * x[:7], before, room)
+        found = pre_activations(sae, x, dtype, room)
+        kept = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[found.dtype]
+        assert found.dtype == (dtype or torch.float32) and not found.requires_grad
+        exact = (x @ sae.encoder.weight.T + sae.encoder.bias).detach()
+        assert (found.float() - exact).norm() <= kept * exact.norm() and found.shape == exact.shape
+
+
+def test_memory_of_the_same_name_and_shape_is_the_same():
+    room, x = Room(), torch.ones(3, 2)
+    first = room.like(x, "a")
+    assert room.like(x, "a") is first and room.like(x, "b") is not first
+    assert room.like(x, "a", dtype=torch.int8).dtype == torch.int8
+    assert room.like(x, "a", (4, 2), torch.int8).shape == (4, 2)
+    assert room.cast(x, "c", torch.float32).data_ptr() == x.data_ptr()
+
+
+@needs_int8
+@pytest.mark.parametrize("size", [1, 1e-6])
+def test_weights_of_each_latent_have_a_unit_of_their_own(size):
+    """However small the activations are."""
+    sae, x = make_sae(), size * activations(1, 1)
+    sae.encoder.bias.zero_()
+    sae.encoder.weight[::2] *= 300
+    found, exact = pre_activations(sae, x, torch.int8, Room()), x @ sae.encoder.weight.T
+    assert ((found - exact).norm(dim=0) <= 0.03 * exact.norm(dim=0)).all()
 
 
 @needs_int8
@@ -87,6 +122,13 @@ def test_memory_that_is_kept_holds_nothing_of_the_step_before():
     assert torch.equal(pre_activations(sae, x, torch.int8, room), pre_activations(sae, x, torch.int8, Room()))
 
 
+def test_a_processor_of_this_build_multiplies_integers():
+    """Were it not known to, all tests of them would be left out."""
+    if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of torch may have no oneDNN")
+    assert multiplies_int8()
+
+
 LARGE = (1024, 768, 3072)
 
 
@@ -108,7 +150,7 @@ def test_precision_is_told_by_processor_and_shape(units, device, shape, product,
     assert Precision.fastest(torch.device(device), *shape) == Precision(product, rows)
 
 
-@pytest.mark.parametrize("error", [AttributeError, RuntimeError, None])
+@pytest.mark.parametrize("error", [AttributeError, NotImplementedError, RuntimeError, TypeError, None])
 def test_without_products_of_integers_they_are_float32(error, monkeypatch):
     """A build of torch without them, or one whose results are wrong."""
 
