@@ -87,10 +87,31 @@ def test_without_a_projection(model):
     assert torch.equal(ZeroShot(model, BLOCK, classifier)(lines()), expected(model, BLOCK, lines(), classifier))
 
 
+def test_a_tower_may_be_of_half_precision(model):
+    classifier = F.normalize(drawn(E, CLASSES, seed=4), dim=0)
+    ways = lines()
+    found = ZeroShot(model.bfloat16(), BLOCK, classifier)(ways)
+    assert torch.equal(found, expected(model, BLOCK, ways, classifier))
+
+
 def test_of_classes_with_the_same_embedding_the_tower_decides(model):
     classifier = F.normalize(drawn(E, CLASSES, seed=4), dim=0)
     twice = torch.cat([classifier, classifier], dim=1)
     assert torch.equal(ZeroShot(model, BLOCK, twice)(lines()), expected(model, BLOCK, lines(), twice))
+
+
+def test_of_a_single_class_all_are(model):
+    classifier = F.normalize(drawn(E, 1, seed=4), dim=0)
+    assert torch.equal(ZeroShot(model, BLOCK, classifier)(lines()), torch.zeros(IMAGES, len(STRENGTHS), dtype=int))
+
+
+@pytest.mark.parametrize("bias", [1, 10_000])
+def test_of_classes_that_rounding_could_swap_the_tower_decides(bias, model):
+    """The bias of the LayerNorm takes part in rounding, and may be far longer than what varies."""
+    model.visual.ln_post.bias *= bias
+    classifier = F.normalize(drawn(E, CLASSES, seed=4), dim=0)
+    near = torch.cat([classifier, classifier + 2e-7 * drawn(E, CLASSES, seed=5)], dim=1)
+    assert torch.equal(ZeroShot(model, BLOCK, near)(lines()), expected(model, BLOCK, lines(), near))
 
 
 @pytest.mark.parametrize(("make", "directions"), [(none, 0), (lines, 2), (gated, 2), (two_lines, 3), (anywhere, 4)])
@@ -111,9 +132,10 @@ def test_along_lines_few_directions_and_few_doubts_are_left(make, directions, mo
         assert sum(asked) < 0.02 * IMAGES * len(make())
 
 
-def test_what_lies_outside_of_the_directions_counts_as_doubt(model):
+@pytest.mark.parametrize("count", [2, CLASSES])
+def test_what_lies_outside_of_the_directions_counts_as_doubt(count, model):
     """Each image goes from its own class towards the next best one, out of the only direction."""
-    classifier = F.normalize(drawn(E, CLASSES, seed=4), dim=0)
+    classifier = F.normalize(drawn(E, count, seed=4), dim=0)
     search, first, weights = ZeroShot(model, BLOCK, classifier), drawn(5000, D), model.visual.proj @ classifier
     best, next_best = ((first + model.visual.ln_post.bias) @ weights).topk(2).indices.T
     away = weights.T[next_best] - weights.T[best]
