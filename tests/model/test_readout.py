@@ -68,7 +68,31 @@ def test_the_metrics_of_the_stock_command_are_computed_from_what_it_gives(add, i
     assert rolled["vs2_method"] == "rolled" and rolled["vs2_protocol"] == "image" and rolled["vs2_shift"] == 1
 
 
-def test_unlabeled_images_are_those_of_the_gallery_as_they_are_steered(add, in_demo, images):
+def test_class_embeddings_come_at_unit_norm(add, in_demo, images):
+    add("same", zero_shot)
+    model = load("same")
+    expected = model.classify(images).logits
+    model.set_classifier(3 * model.classifier.weights)
+    torch.testing.assert_close(model.classify(images).logits, expected)
+
+
+def test_a_method_sees_the_images_and_tells_facts_of_itself(add, in_demo, images):
+    class Read:
+        def __init__(self, classifier):
+            self.classifier, self.facts = classifier, {"brightest": -100.0}
+
+        def __call__(self, x, batch):
+            self.facts = {"brightest": max(self.facts["brightest"], float(batch.images.max()))}
+            return (100 * x @ self.classifier).double()
+
+    add("sees", lambda context: Read(context.classifier))
+    model = load("sees")
+    assert model.classify(images, 4).logits.dtype == torch.float32
+    assert model.vs2_facts()["vs2_brightest"] == float(images.max())
+
+
+def test_unlabeled_images_are_those_of_the_gallery_as_they_are_steered(add, in_demo, images, monkeypatch):
+    monkeypatch.setattr("vs2_plugin.gallery.search._BLOCK", 70)  # the gallery is more than one block
     seen = []
 
     def build(context):
@@ -80,6 +104,7 @@ def test_unlabeled_images_are_those_of_the_gallery_as_they_are_steered(add, in_d
     stored = np.array(plain.checkpoint.open_gallery().embeddings["clip"])
     torch.testing.assert_close(seen[0], F.normalize(torch.from_numpy(stored).float(), dim=1))
     assert seen[1].shape == seen[0].shape and (seen[1] - seen[0]).norm(dim=1).min() > 0.01
+    torch.testing.assert_close(seen[1].norm(dim=1), torch.ones(len(seen[1])))
     calls = len(seen)
     plain.classify(images)
     steered.set_classifier(steered.classifier)
@@ -138,9 +163,30 @@ def test_it_is_used_only_where_unlabeled_images_speak_for_it_if_so_asked(method,
     torch.testing.assert_close(found.logits, expected.logits if used else found.plain_logits, rtol=0, atol=1e-4)
     facts = auto.vs2_facts()
     assert facts["vs2_used"] is used and "nats" in facts["vs2_use_reason"]
+    assert facts["vs2_use_reason"].endswith(": enough") is used
     assert "vs2_used" not in always.vs2_facts()
     seen = load(method, f"{options}@use=auto@unlabeled=test").classify(images)  # ten of noise speak for nothing
     assert torch.equal(seen.logits, seen.plain_logits)
+
+
+def test_its_use_is_decided_by_some_of_the_unlabeled_images_which_it_is_told(add, in_demo, monkeypatch):
+    monkeypatch.setattr("vs2_plugin.model.readout._JUDGED", 50)
+    judged = []
+
+    def build(context):
+        def read(x, batch):
+            judged.append(batch.rows)
+            assert torch.equal(context.unlabeled[batch.rows], x)
+            return 100 * x @ context.classifier
+
+        return read
+
+    add("learns", build, protocol="unlabeled")
+    model = load("learns", "@use=auto")
+    [rows] = judged
+    last = len(model.checkpoint.open_gallery()) - 1
+    assert len(rows) == 50 and (rows[0], rows[-1]) == (0, last)
+    assert model.vs2_facts()["vs2_use_reason"].startswith("over 50 images, a class carries ")
 
 
 def test_a_method_that_is_not_used_leaves_the_rounded_logits_of_clip_benchmark(add, in_demo, images):
@@ -244,6 +290,32 @@ def edits_classes(context):
     return read
 
 
+def edits_images(context):
+    def read(x, batch):
+        batch.images.mul_(2)
+        return x @ context.classifier
+
+    return read
+
+
+def not_all_finite(context):
+    return lambda x: (100 * x @ context.classifier).where(torch.arange(len(CLASSES)) > 0, torch.nan)
+
+
+def fewer_images(context):
+    return lambda x: 100 * x[1:] @ context.classifier
+
+
+class Boasts:
+    facts = {"not a name": 1}
+
+    def __init__(self, context):
+        pass
+
+    def __call__(self, x):
+        return x
+
+
 def no_function(context):
     return 3
 
@@ -254,7 +326,11 @@ def no_function(context):
         (wrong_shape, r"returned \(4, 64\); expected logits \(4, 10\)"),
         (nothing, "returned NoneType; expected logits"),
         (not_finite, "NaN or infinity"),
+        (not_all_finite, "NaN or infinity"),
+        (fewer_images, r"returned \(3, 10\); expected logits \(4, 10\)"),
+        (Boasts, "has a fact named 'not a name'"),
         (edits, "edited its embeddings in place"),
+        (edits_images, "edited batch.images in place"),
         (edits_classes, "edited context.classifier in place"),
         (no_function, "expected a function from embeddings to logits"),
         (lambda context: context.require_unlabeled(), "could not be built: this method learns from unlabeled"),
