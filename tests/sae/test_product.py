@@ -57,7 +57,7 @@ def test_memory_of_the_same_name_and_shape_is_the_same():
 
 
 @needs_int8
-@pytest.mark.parametrize("size", [1, 1e-6])
+@pytest.mark.parametrize("size", [1, 1e-10])
 def test_weights_of_each_latent_have_a_unit_of_their_own(size):
     """However small the activations are."""
     sae, x = make_sae(), size * activations(1, 1)
