@@ -39,10 +39,12 @@ def test_photos_become_a_table(classify, tmp_path):
 def test_unreadable_images_are_counted_and_the_rest_goes_on(classify, tmp_path):
     shutil.copytree("photos/nine", tmp_path / "nine")
     (tmp_path / "nine/broken.png").write_bytes(b"\x89PNG")
+    (tmp_path / "nine/phone.HEIC").write_bytes(b"heic")
     model = f"vs2:{TINY}@local-dir-tiny-clip_folder-photos"
     words = ("--model", model, "--classes", "nine,ten", *WORDS[2:], "--out", str(tmp_path / "x.csv"))
     code, said, warned = classify(str(tmp_path / "nine"), *words)
     assert code == 0 and "vs2: 1 image could not be read; the column error says why" in warned
+    assert said.splitlines()[0].endswith(" images, 2 classes; 1 other file skipped (1 .heic)")
 
 
 def test_a_mistake_is_one_line(classify, tmp_path):

@@ -56,7 +56,7 @@ def _classify(args: argparse.Namespace) -> None:
 
     plan = make_plan(request)
     report = (lambda line: None) if args.quiet else say
-    report(f"{counted(len(plan.images), 'image')}, {len(plan.classes)} classes")
+    report(f"{counted(len(plan.images), 'image')}, {len(plan.classes)} classes{plan.images.skipped}")
     summary = classify(plan, report, args.quiet)
     if summary.unreadable:
         complain(f"vs2: {counted(summary.unreadable, 'image')} could not be read; the column error says why")

@@ -101,7 +101,12 @@ class FolderImages(Dataset[tuple[Any, int]]):
         """Numbers of images, classes and skipped files, in words."""
         classes = f" of {len(self.classes):,} classes" if len(self.classes) > 1 else ""
         where = printable(os.path.join(self.root, self.part))
-        return f"{counted(len(self), 'image')}{classes} in {where}{_passed_over(self.passed)}"
+        return f"{counted(len(self), 'image')}{classes} in {where}{self.skipped}"
+
+    @property
+    def skipped(self) -> str:
+        """Number of skipped files, in words that follow others; empty if none was."""
+        return _passed_over(self.passed)
 
     def fingerprint(self) -> str:
         """Return a digest that changes when an image is added, removed, renamed or rewritten."""
