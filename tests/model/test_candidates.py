@@ -26,6 +26,19 @@ def model():
     return model.requires_grad_(False)
 
 
+@pytest.fixture
+def asked(monkeypatch):
+    """How many activations the tower itself classifies, a number for each time that it is asked."""
+    counts = []
+
+    def embed(model, site, x):
+        counts.append(len(x))
+        return embedding_from(model, site, x)
+
+    monkeypatch.setattr(module, "embedding_from", embed)
+    return counts
+
+
 def drawn(*shape, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -106,23 +119,17 @@ def test_of_a_single_class_all_are(model):
 
 
 @pytest.mark.parametrize("bias", [1, 10_000])
-def test_of_classes_that_rounding_could_swap_the_tower_decides(bias, model):
+def test_of_classes_that_rounding_could_swap_the_tower_decides(bias, model, asked):
     """The bias of the LayerNorm takes part in rounding, and may be far longer than what varies."""
     model.visual.ln_post.bias *= bias
     classifier = F.normalize(drawn(E, CLASSES, seed=4), dim=0)
     near = torch.cat([classifier, classifier + 2e-7 * drawn(E, CLASSES, seed=5)], dim=1)
-    assert torch.equal(ZeroShot(model, BLOCK, near)(lines()), expected(model, BLOCK, lines(), near))
+    ZeroShot(model, BLOCK, near)(lines())
+    assert sum(asked) == IMAGES * len(STRENGTHS)
 
 
 @pytest.mark.parametrize(("make", "directions"), [(none, 0), (lines, 2), (gated, 2), (two_lines, 3), (anywhere, 4)])
-def test_along_lines_few_directions_and_few_doubts_are_left(make, directions, model, monkeypatch):
-    asked = []
-
-    def embed(model, site, x):
-        asked.append(len(x))
-        return embedding_from(model, site, x)
-
-    monkeypatch.setattr(module, "embedding_from", embed)
+def test_along_lines_few_directions_and_few_doubts_are_left(make, directions, model, asked, monkeypatch):
     seen = []
     spanning = module._spanning
     monkeypatch.setattr(module, "_spanning", lambda z: seen.append(spanning(z)) or seen[-1])
