@@ -8,7 +8,6 @@ import hashlib
 import importlib.util
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -20,15 +19,13 @@ import pluggy
 from vs2_plugin import hookspecs
 from vs2_plugin.errors import ModelStringError, PluginError
 from vs2_plugin.method import Method
-from vs2_plugin.text import reason_of
+from vs2_plugin.plugin_faults import fault_of
 
 __all__ = ["GROUP", "UNINSTALL", "VARIABLE", "Registry", "find_plugins", "registry"]
 
 GROUP = "vs2_plugin"
 #: The environment variable that names files with methods, separated as in ``PATH``. No other file is run.
 VARIABLE = "VS2_PLUGINS"
-_PACKAGE = os.path.dirname(os.path.abspath(__file__))
-
 
 #: Advice for a name that two plugins claim.
 UNINSTALL = f"uninstall one of them, or leave it out of {VARIABLE}"
@@ -71,7 +68,7 @@ class Registry:
         try:
             methods = self._methods_of(label, load())
         except (Exception, SystemExit) as error:
-            self.broken[label] = reason_of(error) + _where(error)
+            self.broken[label] = fault_of(error)
             if self._manager.has_plugin(label):
                 self._manager.unregister(name=label)
             return
@@ -139,30 +136,6 @@ class Registry:
 def _names(method: Method) -> list[str]:
     """Return the names of a method: its own and its aliases, each once."""
     return list(dict.fromkeys((method.name, *method.aliases)))
-
-
-def _where(error: BaseException) -> str:
-    """Return, in words, the file and line of a plugin that raised an exception; empty if no plugin's file did."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f" (in {error.filename}, line {error.lineno})"
-    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    own = [frame for frame in frames if not _is_machinery(frame[0])]
-    # The innermost frame in the plugin's own files, which lie beside the first one, not in a library that it calls.
-    lines = [f" (in {file}, line {line})" for file, line in own if _beside(file, own[0][0])]
-    return lines[-1] if lines else ""
-
-
-def _is_machinery(file: str) -> bool:
-    """Return whether a file belongs to the code that loads plugins."""
-    library = os.path.dirname(os.__file__)
-    ours = (_PACKAGE, os.path.join(library, "importlib"), os.path.dirname(pluggy.__file__))
-    return file.startswith(("<frozen ", *(os.path.join(folder, "") for folder in ours)))
-
-
-def _beside(file: str, first: str) -> bool:
-    """Return whether a file is ``first``, or lies in the package of ``first``."""
-    package = os.path.dirname(first)
-    return file == first or (os.path.isfile(os.path.join(package, "__init__.py")) and file.startswith(package + os.sep))
 
 
 def _named_files() -> Iterator[Path]:

@@ -4,7 +4,9 @@ import copy
 import gc
 import json
 import pickle
+import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -166,6 +168,8 @@ EDITS = {
     "batch.code() 0, its values": lambda context, x, batch: batch.code(context.sae, x).values.mul_(2),
     "batch.embedding()": lambda context, x, batch: batch.embedding().zero_(),
     "context.sae.W_dec": lambda context, x, batch: context.sae.W_dec.zero_(),
+    "context.model.visual.proj": lambda context, x, batch: context.model.visual.proj.add_(1),
+    "context.model.ln_final.weight": lambda context, x, batch: context.model.ln_final.weight.zero_(),
     "context.sae.encoder.bias": lambda context, x, batch: setattr(
         context.sae.encoder, "bias", torch.nn.Parameter(torch.zeros(512))
     ),
@@ -224,6 +228,9 @@ def test_what_a_method_is_given_of_its_own_it_may_change(what, in_demo, images, 
 BUILDS = {
     "context.sae.b_dec": lambda context: context.sae.b_dec.zero_(),
     "context.model.visual.proj": lambda context: context.model.visual.proj.zero_(),
+    "context.model.visual.ln_post.bias": lambda context: setattr(
+        context.model.visual.ln_post, "bias", torch.nn.Parameter(torch.ones(128))
+    ),
 }
 
 
@@ -232,6 +239,39 @@ BUILDS = {
 def test_a_builder_that_edits_weights_is_refused(what, in_demo, offer):
     with pytest.raises(PluginError, match=f"method 'odd' of a plugin could not be built: the steering edited {what}"):
         offer(lambda context: (BUILDS[what](context), lambda x: x)[1])
+
+
+class Fails(torch.nn.Module):
+    def forward(self, x):
+        raise RuntimeError("boom")
+
+
+def stops(x):
+    sys.exit(3)
+
+
+FAILURES = {
+    "RuntimeError: boom": lambda context: Fails(),
+    "SystemExit: 3": lambda context: stops,
+    "StopIteration: ": lambda context: lambda x: next(iter(())),
+}
+
+
+@pytest.mark.parametrize("gate", ["", "@gate=0.9"])
+@pytest.mark.parametrize("what", FAILURES)
+@torch.no_grad()
+def test_a_method_that_raises_is_named_with_its_site_and_line(what, gate, in_demo, images, offer):
+    offer(FAILURES[what])
+    model, *_ = vs2_plugin.load(f"odd:{TINY}@local-dir-tiny-clip_wds-digits{gate}")
+    with pytest.raises(PluginError) as error:
+        model.encode_image(images)
+    place = rf" \(in {re.escape(__file__)}, line \d+\)"
+    assert re.fullmatch(f"method 'odd' of a plugin failed at block 3: {what}{place}", str(error.value))
+
+
+def test_a_builder_that_ends_the_process_is_named(in_demo, offer):
+    with pytest.raises(PluginError, match="method 'odd' of a plugin could not be built: SystemExit: 3 .in .*, line"):
+        offer(stops)
 
 
 def test_arrays_of_the_gallery_cannot_be_written_to(in_demo, offer):

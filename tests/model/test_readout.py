@@ -316,6 +316,14 @@ class Boasts:
         return x
 
 
+def edits_weights(context):
+    return lambda x: (context.model.logit_scale.mul_(1), x @ context.classifier)[1]
+
+
+def raises(context):
+    return lambda x: 1 / 0
+
+
 def no_function(context):
     return 3
 
@@ -332,6 +340,8 @@ def no_function(context):
         (edits, "edited its embeddings in place"),
         (edits_images, "edited batch.images in place"),
         (edits_classes, "edited context.classifier in place"),
+        (edits_weights, "edited context.model.logit_scale in place"),
+        (raises, r"failed: ZeroDivisionError: division by zero \(in .*test_readout.py, line \d+\)$"),
         (no_function, "expected a function from embeddings to logits"),
         (lambda context: context.require_unlabeled(), "could not be built: this method learns from unlabeled"),
         (lambda context: context.require_sae(), "could not be built: this method steers along an SAE"),

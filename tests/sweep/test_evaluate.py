@@ -218,6 +218,16 @@ def test_methods_of_plugins(here, monkeypatch):
         assert result(f"plugin-sweep/{model}.json") == result(f"plugin-harness/{model}.json")
 
 
+@pytest.mark.parametrize("blocks", ["", "@blocks=1"])  # at the tower's end, and within
+def test_a_point_that_fails_is_named(blocks, here, monkeypatch, capsys):
+    build = lambda context, strength: lambda x: x / 0 if strength == 2 else x  # noqa: E731
+    monkeypatch.setitem(registry().methods, "fails", Method("fails", build, STRENGTH))
+    monkeypatch.setitem(registry().owners, "fails", "a test")
+    assert sweep(f"fails:{TINY}@strength=1,2,3{blocks}", output="fails/{model}.json") == 2
+    point = f"fails:{TINY}@strength=2{blocks}"
+    assert f"model {point!r}: method 'fails' of a test steered to NaN or infinity at " in capsys.readouterr().err
+
+
 # ---- several checkpoints, models and formats
 
 

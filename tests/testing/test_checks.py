@@ -3,6 +3,7 @@
 import threading
 from itertools import count
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -69,6 +70,20 @@ def edit_embedding(of, x, batch):
     return x + 1
 
 
+def edits_weights(edit):
+    """Return a builder of a steering that edits a weight, which all subjects share."""
+
+    def build(context):
+        def steer(x, batch):
+            weight = context.model.visual.proj.detach()
+            edit(weight)
+            return x + 1
+
+        return steer
+
+    return build
+
+
 def refuses_rounded(of, x, batch):
     return raises() if torch.equal(x, x.bfloat16().float()) else x + 1
 
@@ -93,7 +108,10 @@ STEERINGS = {
     "device": [(Of(lambda of, x, batch: x.to("meta")), "it returned a tensor on meta; expected one on")],
     "finite": [(Of(lambda of, x, batch: x / x.norm(dim=1, keepdim=True)), "NaN or infinity for digits of which")],
     "in place": [(Of(add_in_place), "edited what it was given in place"), (Of(edit_images), "edited batch.images"),
-                 (Of(edit_embedding), "edited batch.embedding() in place")],
+                 (Of(edit_embedding), "edited batch.embedding() in place"),
+                 (edits_weights(lambda weight: weight.mul_(1)), "edited context.model.visual.proj in place"),
+                 (edits_weights(lambda weight: weight.data.mul_(1.1)), "it edited context.model.visual.proj; exp"),
+                 (edits_weights(lambda weight: np.negative(weight.numpy(), out=weight.numpy())), "visual.proj; exp")],
     "facts": [(Of(lambda of, x, batch: x + 1, share=float("nan")), "it has the fact 'share' = nan")],
     "images": [(Of(raises), "ZeroDivisionError: no luck")],
     "deterministic": [(Of(lambda of, x, batch: x + torch.rand_like(x)), "other numbers a second time, by up to"),
@@ -128,7 +146,12 @@ def problems(method):
 
 @pytest.mark.parametrize(("name", "built", "fragment"), BAD, ids=[f"{row[0]}: {row[2]}" for row in BAD])
 def test_each_check_can_fail(name, built, fragment, declare):
-    finding = found_by(BY_NAME[name], Subject(declare(built)))
+    subject = Subject(declare(built))
+    weight = Subject("centre").model.model.visual.proj
+    before = weight.detach().clone()
+    finding = found_by(BY_NAME[name], subject)
+    with torch.no_grad():
+        weight.copy_(before)
     assert fragment in finding.problem and "\n" not in finding.problem
     assert finding.check == name and finding.about
 

@@ -19,6 +19,7 @@ from vs2_plugin.gallery.files import index_file
 from vs2_plugin.gallery.gallery import CLIP, Gallery
 from vs2_plugin.gallery.search import open_search
 from vs2_plugin.method import NEIGHBOURS
+from vs2_plugin.model.builder import weights_of
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.sae.topk import TopKSAE
 from vs2_plugin.steering.retriever import Retriever
@@ -72,6 +73,8 @@ class Parts:
         self.device = next(model.parameters()).device
         self._opened: dict[Hashable, Any] = {}
         self._warned = set() if warned is None else warned
+        #: The weights of the model, by the names that a plugin finds them by.
+        self.weights = weights_of(model)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """Return the result of ``make()``, which is called only at the first use of ``key``."""

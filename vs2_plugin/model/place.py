@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from threading import RLock, get_ident
@@ -70,7 +70,9 @@ class Place(nn.Module):
         gate: Gate | None,
         retriever: Retriever | None,
         current: Current,
+        weights: Mapping[str, Tensor],
     ) -> None:
+        """``weights``: those of the model, by the names for messages."""
         super().__init__()
         #: Name of the method.
         self.name = name
@@ -83,6 +85,7 @@ class Place(nn.Module):
         #: The gate around the steering, where there is an SAE. It holds the SAE and the mean activation.
         self.gate = gate
         self.current = current
+        self._weights = weights
         #: At the first place, if it is at the tower's end: the model, whose plain embedding the rest of the tower then
         #: computes from the activation here. In a tuple, so that the model is no submodule of its own steering.
         self.shows: tuple[ClipModel, ...] = ()
@@ -104,9 +107,9 @@ class Place(nn.Module):
         """Return the activations ``[batch, d]`` of a batch of images, float32, steered where the gate is open.
 
         Raises:
-            PluginError: the method returned something else, or activations that are not finite though x is, or edited
-                a tensor that is not its own. Without ``wait``, a GPU is not waited for: :meth:`require_finite` then
-                raises the error for activations that are not finite.
+            PluginError: the method failed, returned something else, or activations that are not finite though x is, or
+                edited a tensor that is not its own. Without ``wait``, a GPU is not waited for: :meth:`require_finite`
+                then raises the error for activations that are not finite.
         """
         return self._checked(self.gate or partial(steer, self.steering), x, batch, wait)
 
@@ -117,7 +120,7 @@ class Place(nn.Module):
     def _checked(self, steer: Callable[[Tensor, Batch], Tensor], x: Tensor, batch: Batch, wait: bool) -> Tensor:
         sae = None if self.gate is None else self.gate.sae
         try:
-            with unchanged(lambda: {"its activations": x, **read_by_all(sae, self.retriever, batch)}):
+            with unchanged(lambda: {"its activations": x, **read_by_all(sae, self.retriever, batch)}, self._weights):
                 steered = steer(x, batch)
         except PluginError as error:
             raise PluginError(f"{self.whose} failed at {self.site}: {error}") from error

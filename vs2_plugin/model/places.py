@@ -189,19 +189,20 @@ class Places(Sequence[Place]):
         if reading is None:
             return None
         context = partial(Context, parts.model, "logits", parts.sites.output.width, task=deepcopy(self.task))
+        weights = parts.weights
         if reading.protocol != "unlabeled":
-            return Readout(reading, context, None)
+            return Readout(reading, context, None, weights)
         assert self.checkpoint is not None  # a method that learns from unlabeled images needs one
         gallery = parts.gallery(self.checkpoint)
         if self.spec.outer is None:
-            return Readout(reading, context, partial(plain_gallery, gallery, parts.device))
+            return Readout(reading, context, partial(plain_gallery, gallery, parts.device), weights)
         if self.inside:
             raise ModelStringError(
                 f"model {str(self.spec)!r}: {reading.method.name} learns from steered images of the gallery, whose "
                 f"activations are known only at the end of the tower, but steering begins at {self[0].site}; "
                 "expected @unlabeled=test, or no @blocks"
             )
-        return Readout(reading, context, partial(steered_gallery, gallery, parts.model, self[0]))
+        return Readout(reading, context, partial(steered_gallery, gallery, parts.model, self[0]), weights)
 
     def per_image(self) -> dict[str, Tensor]:
         """Return what recording gates know of each image: ``fvu`` at the last site, and ``steered`` at any site."""
@@ -276,7 +277,7 @@ def _place(
     if facts is None or checkpoint is None:
         context = Context(parts.model, *location, task=task, retriever=retriever)
         steering = as_it_is if spec.method.site == "logits" else _steering(spec, context)
-        return Place(spec.method.name, site, None, steering, None, retriever, current)
+        return Place(spec.method.name, site, None, steering, None, retriever, current, parts.weights)
     sae, mean = parts.sae(checkpoint, facts)
     if facts.warning:
         parts.warn(f"checkpoint {checkpoint.name!r}: the SAE at {site} is useless: {facts.warning}; {facts.advice}")
@@ -284,7 +285,8 @@ def _place(
     context = Context(parts.model, *location, sae, mean.clone(), dict(facts.fvu_quantiles), task, retriever, shared)
     steering, q = _steering(spec, context), spec.options["gate"]
     gate = Gate(steering, sae, mean, None if q is None else threshold(facts.fvu_quantiles, float(q)))
-    return Place(spec.method.name, site, facts, steering, gate, retriever, current).to(parts.device).eval()
+    place = Place(spec.method.name, site, facts, steering, gate, retriever, current, parts.weights)
+    return place.to(parts.device).eval()
 
 
 def as_it_is(x: Tensor, batch: Batch) -> Tensor:

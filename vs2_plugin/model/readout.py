@@ -47,6 +47,7 @@ class Readout:
         reading: Reading,
         context: Callable[..., Context],
         gallery: Callable[[], Tensor] | None,
+        weights: Mapping[str, Tensor],
     ) -> None:
         """
         Args:
@@ -54,13 +55,14 @@ class Readout:
             context: makes the builder's context from a ``classifier`` and from ``unlabeled`` embeddings.
             gallery: returns the embeddings ``[images, embed_dim]``, of unit norm, of the gallery's images, steered as
                 evaluated images are; None for a protocol that does not read the gallery.
+            weights: those of the model, by the names for messages.
         """
         self.method, self.options = reading.method, reading.options
         self.protocol = reading.protocol
         views = self.options.get("views") if self.method.views else None
         #: Number of views of each image that the method sees.
         self.views = int(views or 1)
-        self._context, self._gallery = context, gallery
+        self._context, self._gallery, self._weights = context, gallery, weights
         self._read: Steering | None = None
         self._told: Mapping[str, Scalar] = {}
         self._chosen: Mapping[str, Scalar] = {}
@@ -185,12 +187,14 @@ class Readout:
         """Return the logits ``[batch, classes]`` that ``read`` gives, on the CPU.
 
         Raises:
-            PluginError: logits of another shape, or not finite; or the method edited a tensor that is not its own.
+            PluginError: the method failed, gave logits of another shape or not finite, or edited a tensor that is not
+                its own.
         """
         assert self._classifier is not None
         with torch.autocast(x.device.type, enabled=False):
             try:
-                with unchanged(lambda: {"its embeddings": x, "context.classifier": self._classifier, **batch.shared()}):
+                given = {"its embeddings": x, "context.classifier": self._classifier}
+                with unchanged(lambda: {**given, **batch.shared()}, self._weights):
                     logits = call(read, x, batch)
             except PluginError as error:
                 raise PluginError(f"{whose(self.method.name)} failed: {error}") from error

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vs2_plugin.devices import to_processor
-from vs2_plugin.errors import HarnessError, PluginError
+from vs2_plugin.errors import HarnessError, PluginError, Vs2Error
+from vs2_plugin.plugin_faults import fault_of
 from vs2_plugin.sae.topk import TopKSAE
 from vs2_plugin.steering.move import Code, Move
 
@@ -110,13 +111,21 @@ def call(steering: Steering, x: Tensor, batch: Batch) -> Any:
 
     Returns:
         The steering's result: activations ``[batch, d]``, or a :class:`Move`.
+
+    Raises:
+        PluginError: the steering raised an exception that is not of this package, or would have ended the process.
     """
     function = steering.forward if isinstance(steering, nn.Module) else steering
     try:
         wants_batch = "batch" in inspect.signature(function).parameters
     except (TypeError, ValueError):  # some functions written in C have no signature
         wants_batch = False
-    return steering(x, batch=batch) if wants_batch else steering(x.clone())
+    try:
+        return steering(x, batch=batch) if wants_batch else steering(x.clone())
+    except Vs2Error:
+        raise
+    except (Exception, SystemExit) as error:
+        raise PluginError(fault_of(error)) from error
 
 
 def steer(steering: Steering, x: Tensor, batch: Batch) -> Tensor:
@@ -138,18 +147,31 @@ def steer(steering: Steering, x: Tensor, batch: Batch) -> Tensor:
 
 
 @contextmanager
-def unchanged(held: Callable[[], Mapping[str, Tensor | None]]) -> Iterator[None]:
-    """Refuse in-place edits, within a ``with`` block, of the tensors that ``held()`` returns. Takes microseconds.
+def unchanged(
+    held: Callable[[], Mapping[str, Tensor | None]], weights: Mapping[str, Tensor] | None = None
+) -> Iterator[None]:
+    """Refuse in-place edits, within a ``with`` block, of the tensors that ``held()`` returns and of ``weights``. Takes
+    microseconds, since torch counts the edits, though not those by ``.data`` or ``.numpy()``, nor those of tensors of
+    the inference mode, of which no weight may be one.
 
     Raises:
         PluginError: one of the tensors was edited, or replaced by another.
     """
     before = {name: (tensor, _version(tensor)) for name, tensor in held().items() if tensor is not None}
+    weights = {} if weights is None or torch.compiler.is_compiling() else weights
+    edits = [weight._version for weight in weights.values()]  # a list, as there may be hundreds
     yield
+    for name, weight, count in zip(weights, weights.values(), edits, strict=True):
+        if weight._version != count:
+            raise _edited(name)
     after = held()
     for name, (tensor, version) in before.items():
         if after.get(name) is not tensor or _version(tensor) != version:
-            raise PluginError(f"the steering edited {name} in place; expected new tensors, or a copy that it edits")
+            raise _edited(name)
+
+
+def _edited(name: str) -> PluginError:
+    return PluginError(f"the steering edited {name} in place; expected new tensors, or a copy that it edits")
 
 
 def _version(tensor: Tensor) -> int:

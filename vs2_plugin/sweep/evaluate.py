@@ -28,7 +28,7 @@ from vs2_plugin.data.evaluated import name_samples
 from vs2_plugin.data.images import image_digest, place_of
 from vs2_plugin.data.loading import leave_interruptions, read
 from vs2_plugin.data.naming import DataSet
-from vs2_plugin.errors import DataError, HarnessError, ModelStringError
+from vs2_plugin.errors import DataError, HarnessError, ModelStringError, PluginError
 from vs2_plugin.harness.autoload import DISABLE
 from vs2_plugin.host import build, zero_shot_classification
 from vs2_plugin.method import Scalar
@@ -318,6 +318,7 @@ class _SweptModel:
             for place in self.places:
                 stack.enter_context(editing(self._model, place.site, place))
             stack.enter_context(_resumed(self._model, self.first.site, output))
+            stack.enter_context(self._named())
             seen.features[self] = self._model.encode_image(images)
 
     def eval(self) -> _SweptModel:
@@ -331,8 +332,17 @@ class _SweptModel:
         [place] = self.places
         x, dtype = seen.activations[place.site]
         batch = seen.batch(self._model, place.site)
-        steered = in_float32(lambda x: place.steer(x, batch), x)
+        with self._named():
+            steered = in_float32(lambda x: place.steer(x, batch), x)
         return finish(self._model, place.site, steered.to(dtype))
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Name the point in the error if its method fails within a ``with`` block, since a method may have many."""
+        try:
+            yield
+        except PluginError as error:
+            raise PluginError(f"model {self.name!r}: {error}") from error
 
 
 class _FirstPass:

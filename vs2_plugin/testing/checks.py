@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -143,8 +143,13 @@ def in_place(subject: Subject) -> None:
     """it edits in place only tensors of its own"""
     with subject.act() as act:
         for _ in range(2):  # the first call computes shared values, such as codes, which the second call could edit
+            given = {"what it was given": act.x, **act.held()}
+            before = {name: tensor.clone() for name, tensor in given.items() if tensor is not None}
             with unchanged(lambda: {"what it was given": act.x, **act.held()}):
                 _result(act, act.x)
+            for name, tensor in before.items():  # torch does not count all edits
+                if not torch.equal(tensor, cast(Tensor, given[name])):
+                    raise PluginError(f"it edited {name}; expected new tensors, or a copy that it edits")
 
 
 def _result(act: Act, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from vs2_plugin.demo.digits import CLASSES, MODEL, TEMPLATES, read_digits
 from vs2_plugin.harness.loader import load
 from vs2_plugin.harness.shared import Shared
 from vs2_plugin.method import Scalar
-from vs2_plugin.model.builder import build, read_by_all
+from vs2_plugin.model.builder import build, read_by_all, weights_of
 from vs2_plugin.model.predictions import Classifier
 from vs2_plugin.model.readout import Read, plain_gallery
 from vs2_plugin.model.steered import SteeredCLIP
@@ -187,11 +187,10 @@ class Subject:
             with model.at_hand(images) as batch:
                 batch.embed = lambda: plain
                 x = seen[place.site].float()
-                tower = {f"context.model.{name}": weight for name, weight in model.model.named_parameters()}
                 sae = None if place.gate is None else place.gate.sae
 
                 def held() -> dict[str, Tensor | None]:
-                    return {**tower, **read_by_all(sae, place.retriever, batch)}
+                    return {**weights_of(model.model), **read_by_all(sae, place.retriever, batch)}
 
                 first = Batch(images[:1], None if targets is None else targets[:1], embed=lambda: plain[:1])
 
