@@ -21,14 +21,13 @@ from vs2_plugin.errors import ModelStringError, PluginError
 from vs2_plugin.method import Method
 from vs2_plugin.plugin_faults import fault_of
 
-__all__ = ["GROUP", "UNINSTALL", "VARIABLE", "Registry", "find_plugins", "registry"]
+__all__ = ["GROUP", "VARIABLE", "Registry", "find_plugins", "registry"]
 
 GROUP = "vs2_plugin"
 #: The environment variable that names files with methods, separated as in ``PATH``. No other file is run.
 VARIABLE = "VS2_PLUGINS"
-
-#: Advice for a name that two plugins claim.
-UNINSTALL = f"uninstall one of them, or leave it out of {VARIABLE}"
+#: How the label of a built-in plugin begins.
+_BUILT_IN = "vs2-plugin (built in"
 
 
 def _manager() -> pluggy.PluginManager:
@@ -111,6 +110,14 @@ class Registry:
             own = [alias for alias in method.aliases if alias not in self.conflicts]
             self.aliases.update(dict.fromkeys(own, method.name))
 
+    def conflict(self, name: str) -> tuple[str, str]:
+        """Return, in words, who claims a name that two plugins claim, and what to do."""
+        claimants = self.conflicts[name]
+        others = [label for label in claimants if not label.startswith(_BUILT_IN)]
+        removed = "one of them" if others == claimants else " and ".join(others)
+        problem = f"method {name!r} is claimed by {' and '.join(claimants)}"
+        return problem, f"uninstall {removed}, or leave it out of {VARIABLE}"
+
     @property
     def names(self) -> list[str]:
         """Every name that can stand before a colon, aliases included."""
@@ -124,8 +131,7 @@ class Registry:
             ModelStringError: no plugin claims it.
         """
         if name in self.conflicts:
-            claimants = " and ".join(self.conflicts[name])
-            raise PluginError(f"method {name!r} is claimed by {claimants}; {UNINSTALL}")
+            raise PluginError("; ".join(self.conflict(name)))
         method = self.methods.get(self.aliases.get(name, name))
         if method is None:
             broken = f"; plugins that failed to load: {', '.join(self.broken)} (see vs2 doctor)" if self.broken else ""
@@ -171,8 +177,8 @@ def find_plugins() -> Registry:
     from vs2_plugin.steering import builtin
 
     plugins = Registry()
-    plugins.add_plugin("vs2-plugin (built in)", builtin)
-    plugins.add_plugin("vs2-plugin (built in, on logits)", on_logits)
+    plugins.add_plugin(f"{_BUILT_IN})", builtin)
+    plugins.add_plugin(f"{_BUILT_IN}, on logits)", on_logits)
     for point in sorted(entry_points(group=GROUP), key=lambda p: (p.dist.name if p.dist else "", p.name)):
         distribution = f"{point.dist.name} {point.dist.version}" if point.dist else "an unnamed distribution"
         plugins.load_plugin(f"{distribution} (entry point {point.name!r})", point.load)

@@ -17,7 +17,7 @@ from vs2_plugin.errors import Vs2Error
 from vs2_plugin.harness import autoload
 from vs2_plugin.harness.patches import SUPPORTED
 from vs2_plugin.messages import say
-from vs2_plugin.plugins import UNINSTALL, registry
+from vs2_plugin.plugins import registry
 from vs2_plugin.text import reason_of
 
 __all__ = ["Finding", "doctor"]
@@ -94,11 +94,12 @@ def _harness() -> Iterator[Finding]:
 def _plugins() -> Iterator[Finding]:
     plugins = registry()
     for plugin in plugins.plugins:
-        names = ", ".join(name for name, owner in plugins.owners.items() if owner == plugin) or "no methods"
+        names = ", ".join(name for name, owner in plugins.owners.items() if owner == plugin) or "no usable method"
         problem = plugins.broken.get(plugin)
         yield Finding(f"{plugin}: {names}" + (f" ({problem})" if problem else ""), problem is None)
-    for name, claimants in plugins.conflicts.items():
-        yield Finding(f"method {name!r} is claimed by {' and '.join(claimants)}", False, UNINSTALL)
+    for name in plugins.conflicts:
+        problem, mend = plugins.conflict(name)
+        yield Finding(problem, False, mend)
 
 
 def _folders(store: Store) -> list[Path]:

@@ -7,7 +7,7 @@ import argparse
 from vs2_plugin.cli.common import Commands, load_torch
 from vs2_plugin.messages import complain, say
 from vs2_plugin.method import AUTOMATIC, COMMON, LABELS, NEIGHBOURS, STREAM, UNLABELED, VIEWS, Method, Option
-from vs2_plugin.plugins import UNINSTALL, registry
+from vs2_plugin.plugins import registry
 
 __all__ = ["add_methods"]
 
@@ -81,8 +81,8 @@ def _list_methods() -> int:
         say(f"every method that {which} has:")
         for option in group:
             show(option)
-    for name, claimants in plugins.conflicts.items():
-        complain(f"vs2: error: method {name!r} is claimed by {' and '.join(claimants)}; {UNINSTALL}")
+    for name in plugins.conflicts:
+        complain(f"vs2: error: {'; '.join(plugins.conflict(name))}")
     for plugin, problem in plugins.broken.items():
         complain(f"vs2: error: plugin {plugin} failed to load: {problem}")
     return 1 if plugins.conflicts or plugins.broken else 0
