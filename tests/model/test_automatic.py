@@ -20,8 +20,10 @@ from vs2_plugin.errors import HarnessError, ModelStringError
 from vs2_plugin.harness import loader
 from vs2_plugin.method import Method, Option
 from vs2_plugin.model.automatic import read_prior
+from vs2_plugin.model.candidates import ZeroShot
 from vs2_plugin.modelstring import parse
 from vs2_plugin.plugins import registry
+from vs2_plugin.steering.move import Move
 from vs2_plugin.steering.retriever import Retriever
 from vs2_plugin.strength import RULE
 
@@ -755,18 +757,38 @@ def test_rounding_is_no_move(run, sae, add_method):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("as_move", [False, True])
 @pytest.mark.parametrize("options", ["@share=auto", "@share=1", "@share=1@gate=0.9"])
-def test_a_method_that_steers_to_no_number_is_refused(value, options, few, clip_benchmark, add_method):
+def test_a_method_that_steers_to_no_number_is_refused(as_move, value, options, few, clip_benchmark, add_method):
     """As a class, NaN is the first: an accuracy would come out of it."""
 
     def build(context, share):
-        return lambda x: x.where(torch.arange(len(x))[:, None] % 2 == 0, value) if share else x
+        def steer(x, batch):
+            wild = torch.where(torch.arange(len(x))[:, None] % 2 == 0, 1.0, value)
+            if as_move:
+                return Move(batch.code(context.sae, x).scaled(wild), share)
+            return x * wild if share else x
+
+        return steer
 
     add_method(Method("wild", build, [Option("share", float, 0.0, auto=(0.0, 1.0))]))
     code, error = clip_benchmark("eval", "--model", f"wild:{TINY}@{NAME}{options}", *DATA, "--output", "b.json")
     said = [line for line in error.splitlines() if line.startswith("vs2: ")]
     assert code == 2 and len(said) == 1 and "Traceback" not in error and not Path("b.json").exists()
     assert said[0].startswith("vs2: error: method 'wild' of a test steered to NaN or infinity at block 3; expected")
+
+
+@pytest.mark.parametrize("model", [f"{name}:{{tiny}}@{{sae}}@alpha=auto" for name in ("vs2", "vs2s")])
+def test_the_choice_is_the_same_if_every_candidate_is_computed(model, run, sae, monkeypatch):
+    calls = []
+    along = ZeroShot.along
+    monkeypatch.setattr(ZeroShot, "along", lambda *args: calls.append(1) or along(*args))
+    found, [line] = run(model.format(tiny=TINY, sae=sae))
+    assert calls
+    shutil.rmtree(Path("store/checkpoints", sae, GALLERY, "auto"))
+    monkeypatch.setattr(ZeroShot, "mixes", False)
+    calls.clear()
+    assert run(model.format(tiny=TINY, sae=sae)) == (found, [line]) and not calls
 
 
 # ---- the other commands

@@ -8,6 +8,7 @@ from torch import nn
 from vs2_plugin.clip.sites import OUTPUT, Site, embedding_from
 from vs2_plugin.model import candidates as module
 from vs2_plugin.model.candidates import ZeroShot
+from vs2_plugin.steering.move import Move
 
 D, E, CLASSES, IMAGES = 24, 16, 30, 150
 BLOCK = Site("visual.transformer.resblocks.3", D, 1)
@@ -77,6 +78,49 @@ def none():
     return [torch.zeros(IMAGES, D)] * 3
 
 
+class Along:
+    """A code, as far as a move asks for it."""
+
+    def __init__(self, direction):
+        self.direction = direction
+
+    def __getitem__(self, rows):
+        return Along(self.direction[rows])
+
+
+def moves(*directions):
+    return [Move(Along(direction), strength) for direction in directions for strength in STRENGTHS]
+
+
+def one_line():
+    return drawn(IMAGES, D), moves(drawn(IMAGES, D, seed=2))
+
+
+def lines_of_one_image():
+    return drawn(1, D), moves(drawn(1, D, seed=2))
+
+
+def small():
+    """Activations for which LayerNorm's eps matters."""
+    return drawn(IMAGES, D) / 1000, moves(drawn(IMAGES, D, seed=2) / 1000)
+
+
+def two_lines_from():
+    """Moves along two lines; some images do not move, and one is zero."""
+    x, first, second = drawn(IMAGES, D), drawn(IMAGES, D, seed=2), drawn(IMAGES, D, seed=3)
+    first[:5], x[7] = 0, 0
+    return x, [*moves(first, second), Move(Along(-first), 2.0)]
+
+
+def cancelled():
+    """Moves of which one leaves next to nothing of each image, or nothing at all."""
+    x = drawn(IMAGES, D)
+    left = torch.logspace(-6, -1, IMAGES)[:, None] * drawn(IMAGES, D, seed=2)
+    away = left - x / x.new_tensor(STRENGTHS[1:])[torch.arange(IMAGES) % 4, None]
+    away[0] = -x[0]
+    return x + 3, moves(away - 3 / x.new_tensor(STRENGTHS[1:])[torch.arange(IMAGES) % 4, None])
+
+
 def expected(model, site, ways, classifier):
     return torch.stack(
         [(F.normalize(embedding_from(model, site, way), dim=-1) @ classifier).argmax(1) for way in ways], dim=1
@@ -92,6 +136,49 @@ def test_the_classes_are_those_of_the_tower(make, site, model):
     assert torch.equal(found, expected(model, site, ways, classifier))
     for way, copy in zip(ways, before, strict=True):
         torch.testing.assert_close(way, copy, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("make", [one_line, lines_of_one_image, small, two_lines_from, cancelled])
+@pytest.mark.parametrize("site", [BLOCK, Site(OUTPUT, D)], ids=["block", "output"])
+@pytest.mark.parametrize("projected", [True, False])
+def test_the_classes_under_moves_are_those_of_the_tower(projected, make, site, model, asked):
+    model.visual.proj = model.visual.proj if projected else None
+    classifier = F.normalize(drawn(E if site is BLOCK and projected else D, CLASSES, seed=4), dim=0)
+    search, (x, ways) = ZeroShot(model, site, classifier), make()
+    assert search.mixes
+    found = search.along(x, ways)
+    doubts = sum(asked)
+    assert torch.equal(found, expected(model, site, [move.apply(x) for move in ways], classifier))
+    assert doubts < (0.2 if make is cancelled else 0.05) * found.numel()
+
+
+@pytest.mark.parametrize("bias", [0, 1])
+def test_of_classes_that_rounding_could_swap_the_tower_decides_under_moves_too(bias, model, asked):
+    model.visual.ln_post.bias *= bias
+    classifier = F.normalize(drawn(E, CLASSES, seed=4), dim=0)
+    near = torch.cat([classifier, classifier + 2e-7 * drawn(E, CLASSES, seed=5)], dim=1)
+    ZeroShot(model, BLOCK, near).along(*one_line())
+    assert sum(asked) == IMAGES * len(STRENGTHS)
+
+
+def other_eps(model):
+    norm = model.visual.ln_post
+    norm.forward = lambda x: F.layer_norm(x, (D,), norm.weight, norm.bias, 1e-6)  # not the eps that it tells
+
+
+ENDS = {
+    "of another eps": other_eps,
+    "in half precision": lambda model: model.bfloat16(),
+    "with a hook": lambda model: model.visual.ln_post.register_forward_hook(lambda norm, given, result: result * 1.1),
+    "of another kind": lambda model: setattr(model.visual, "ln_post", nn.Tanh()),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_tower_that_does_not_end_with_a_layernorm_is_found_out(end, model):
+    ENDS[end](model)
+    assert not ZeroShot(model, BLOCK, drawn(E, CLASSES)).mixes
+    assert ZeroShot(model, Site(OUTPUT, D), drawn(D, CLASSES)).mixes
 
 
 def test_without_a_projection(model):

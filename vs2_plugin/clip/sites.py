@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from vs2_plugin.errors import TowerError
 
-__all__ = ["OUTPUT", "ClipModel", "Output", "Site", "Sites", "embedding_from", "finish", "pooled_from"]
+__all__ = ["OUTPUT", "ClipModel", "Output", "Site", "Sites", "embedding_from", "finish", "pooled_from",
+           "pooled_mixtures"]  # fmt: skip
 
 OUTPUT = "visual"
 _BLOCKS = "visual.transformer.resblocks"
@@ -151,6 +152,30 @@ def pooled_from(model: ClipModel, site: Site, x: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         pooled: Tensor = model.visual.ln_post(x.to(dtype)).float()
         return pooled
+
+
+def pooled_mixtures(model: ClipModel, site: Site, vectors: Tensor, amounts: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return what :func:`pooled_from` makes of mixtures of a few vectors, again as mixtures, but for LayerNorm's bias.
+
+    The mean is subtracted from each vector, and the variance of a mixture follows from inner products. None where the
+    tower's last module has not the weight and eps of a LayerNorm.
+
+    Args:
+        vectors: float32 ``[images, m, d]``.
+        amounts: ``[images, mixtures, m]``, of the vectors in each mixture.
+
+    Returns:
+        The new vectors and amounts, of the same shapes.
+    """
+    if site.token_dim is None:
+        return vectors, amounts
+    weight, eps = (getattr(model.visual.ln_post, name, None) for name in ("weight", "eps"))
+    if weight is None or eps is None:
+        return None
+    centred = vectors - vectors.mean(2, keepdim=True)
+    products = torch.bmm(centred, centred.mT) / vectors.shape[2]
+    variance = (torch.bmm(amounts, products) * amounts).sum(2, keepdim=True)
+    return centred * weight.float(), amounts / (variance + eps).sqrt()
 
 
 def finish(model: ClipModel, site: Site, x: Tensor) -> Tensor:

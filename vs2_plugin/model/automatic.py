@@ -16,7 +16,7 @@ from contextlib import suppress
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,8 @@ from vs2_plugin.strength import choose as choose_by_evidence
 __all__ = ["Automatic", "choose", "read_prior", "settle"]
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: Most images of a gallery that a choice reads, evenly spread over the gallery, and images in one batch.
 _IMAGES, _BATCH = 10_000, 2048
@@ -133,6 +135,7 @@ def choose(
     spec: ModelString,
     classes: Sequence[str] | None,
     quiet: bool,
+    move: Callable[..., Move | None] | None = None,
 ) -> None:
     """Choose among the candidates of ``automatic``, or read the stored choice, and log the choice unless ``quiet``.
 
@@ -158,7 +161,7 @@ def choose(
 
     def make() -> Choice:
         return settle(
-            automatic, steer, model, site, gallery, classifier, retriever, prior, None if quiet else name
+            automatic, steer, model, site, gallery, classifier, retriever, prior, None if quiet else name, move
         )
 
     automatic.settle(_kept(checkpoint.gallery_folder / "auto", identity, classifier, make), classifier)
@@ -176,6 +179,7 @@ def settle(
     retriever: Retriever | None = None,
     prior: Tensor | None = None,
     name: str | None = None,
+    move: Callable[..., Move | None] | None = None,
 ) -> Choice:
     """Choose among the candidates by the zero-shot classes that the gallery's images get under each of them.
 
@@ -189,6 +193,7 @@ def settle(
         retriever: looks up neighbours of the images, for a steering that needs them.
         prior: shares of the classes ``[classes]``, if known.
         name: label of the progress bar; None shows no bar.
+        move: returns the move that ``steer`` applies, if it is one.
     """
     rows = spread(len(gallery), _IMAGES)
     if len(rows) < 2:
@@ -205,13 +210,36 @@ def settle(
     classes: list[Tensor] = []
     with torch.no_grad(), torch.autocast(classifier.device.type, enabled=False):
         zero_shot = ZeroShot(model, site, classifier.float())
+        move = move if zero_shot.mixes else None
         for x, batch in tqdm(batches, name, unit="batch", disable=None if name else True, leave=False):
-            steered = []
-            for steering in steerings:
-                automatic.use(steering)
-                steered.append(in_float32(partial(steer, batch=batch), x))
-            classes.append(zero_shot(steered))
+            moves = [] if move is None else _under_each(steerings, automatic, move, x, batch)
+            if _are_lines(moves):
+                classes.append(zero_shot.along(x, moves))
+            else:
+                move = None
+                classes.append(zero_shot(_under_each(steerings, automatic, steer, x, batch)))
     return choose_by_evidence(automatic.candidates, torch.cat(classes).unbind(1), graph, classifier.shape[1], prior)
+
+
+def _under_each(
+    steerings: Sequence[Steering], automatic: Automatic, act: Callable[..., T], x: Tensor, batch: Batch
+) -> list[T]:
+    """Return what ``act`` returns of activations ``[batch, d]`` with each of the steerings in use."""
+    returned = []
+    for steering in steerings:
+        automatic.use(steering)
+        returned.append(act(x, batch=batch))
+    return returned
+
+
+def _are_lines(moves: Sequence[Move | None]) -> TypeGuard[Sequence[Move]]:
+    """Return whether all are moves, from x along finite directions, that keep the norm."""
+    lines = [move for move in moves if move is not None and move.base == "x" and move.keep_norm]
+    if not lines or len(lines) < len(moves):
+        return False
+    furthest = max(abs(move.strength) for move in lines)
+    squares = [(furthest * code.direction.norm()).square() for code in {move.code for move in lines}]
+    return all(bool(square.isfinite()) for square in squares)
 
 
 @torch.no_grad()

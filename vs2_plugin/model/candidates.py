@@ -3,19 +3,24 @@
 Steerings that differ only in strength move an activation along a line, so that the outputs of the tower's final
 LayerNorm lie in a plane, or nearly. The products with projection and class embeddings are therefore computed for a few
 directions only, and logits are sums of these products. An image whose two best logits are closer than the possible
-error is classified by the tower itself. Nothing is assumed of a steering: the part of an output outside of the
-directions is measured, and counts as error, as rounding does.
+error is classified by the tower itself.
+
+For moves, the directions follow from theirs, and no moved activation is computed. Of other steerings nothing is
+assumed: the part of an output outside of the directions is measured, and counts as error, as rounding does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vs2_plugin.clip.sites import ClipModel, Site, embedding_from, pooled_from
+from vs2_plugin.clip.sites import ClipModel, Site, embedding_from, pooled_from, pooled_mixtures
+from vs2_plugin.steering.move import Move
 
 __all__ = ["ZeroShot"]
 
@@ -42,32 +47,91 @@ class ZeroShot:
 
     def __call__(self, ways: Sequence[Tensor]) -> Tensor:
         """Return the classes, int64 ``[images, steerings]``, of the activations ``[images, d]`` under each steering."""
-        labels, unsure, spanning = [], [], None
+        found, spanning = [], None
         for part in zip(*(way.split(_PART) for way in ways), strict=True):
-            z = pooled_from(self._model, self._site, torch.stack(part, dim=1)) - self._origin
+            z = self._outputs(torch.stack(part, dim=1))
             spanning = _spanning(z) if spanning is None else spanning
-            classes, sure = self._part(z, spanning)
-            labels.append(classes)
-            unsure.append(~sure)
-        classes = torch.cat(labels)
-        for way, rows, own in zip(ways, torch.cat(unsure).unbind(1), classes.unbind(1), strict=True):
-            if rows.any():
-                embedding = F.normalize(embedding_from(self._model, self._site, way[rows]), dim=-1)
-                own[rows] = (embedding @ self._classifier).argmax(1)
-        return classes
+            found.append(self._part(z, spanning))
+        return self._decided(found, lambda steering, rows: ways[steering][rows])
+
+    @cached_property
+    def mixes(self) -> bool:
+        """Whether the tower's last module is a LayerNorm in float32, or nothing, as :meth:`along` supposes. It is tried
+        on a few vectors."""
+        d = self._site.width
+        vectors = torch.randn(2, 3, d, generator=torch.Generator().manual_seed(0)).to(self._classifier)
+        amounts = vectors[:, :, :3].clone()
+        vectors[1] /= 1000  # so that LayerNorm's eps matters
+        mixed = pooled_mixtures(self._model, self._site, vectors, amounts)
+        z = self._outputs(torch.bmm(amounts, vectors))
+        return mixed is not None and bool((torch.bmm(mixed[1], mixed[0]) - z).norm() <= _ROUNDING * z.norm())
+
+    def along(self, x: Tensor, moves: Sequence[Move]) -> Tensor:
+        """Return the classes, int64 ``[images, moves]``, of activations ``[images, d]`` under moves from x that keep
+        its norm. The moved activations are not computed: only inner products of x and the moves' directions."""
+        codes = list(dict.fromkeys(move.code for move in moves))
+        lines = x.new_tensor([[1.0, *(move.strength * (move.code is code) for code in codes)] for move in moves])
+        blocks = zip(x.split(_PART), *(code.direction.split(_PART) for code in codes), strict=True)
+        found = [self._moved(torch.stack(block, dim=1), lines) for block in blocks]
+
+        def steered(number: int, rows: Tensor) -> Tensor:
+            move, rows = moves[number], rows.nonzero()[:, 0]
+            return replace(move, code=move.code[rows]).apply(x[rows])
+
+        return self._decided(found, steered)
+
+    def _outputs(self, x: Tensor) -> Tensor:
+        """Return the outputs of the final LayerNorm, without its bias, for activations ``[..., d]``."""
+        return pooled_from(self._model, self._site, x) - self._origin
 
     def _part(self, z: Tensor, spanning: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return the classes of a block of vectors ``[images, steerings, d]``, and which of them are beyond doubt."""
         directions = _directions(z[:, spanning])
         amounts = torch.bmm(z, directions.mT)
         rest = torch.baddbmm(z, amounts, directions, alpha=-1).norm(dim=2)
-        lengths = amounts.norm(dim=2) + rest + self._origin.norm()
-        products = torch.cat([directions @ self._weights, self._shift.expand(len(z), 1, -1)], dim=1)
+        return self._mixed(directions, amounts, rest + _ROUNDING * (amounts.norm(dim=2) + rest))
+
+    def _moved(self, vectors: Tensor, lines: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the same for mixtures ``lines`` ``[moves, m]`` of vectors ``[images, m, d]``, each mixture brought to
+        the norm of the first vector."""
+        amounts = lines.expand(len(vectors), -1, -1)
+        amounts = amounts * (vectors[:, :1].norm(dim=2) / _norms(amounts, vectors))[..., None]
+        mixed = pooled_mixtures(self._model, self._site, vectors, amounts)
+        assert mixed is not None  # as mixes is True
+        directions, amounts = mixed
+        lengths = torch.bmm(amounts.abs(), directions.norm(dim=2, keepdim=True))[..., 0]
+        cancelled = lengths / _norms(amounts, directions)  # 1, or more where vectors cancel, and less precision is left
+        return self._mixed(directions, amounts, _ROUNDING * lengths * cancelled.square())
+
+    def _mixed(self, directions: Tensor, amounts: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the classes of vectors ``amounts @ directions``, and which of them are beyond doubt.
+
+        Args:
+            directions: ``[images, m, d]``.
+            amounts: ``[images, steerings, m]``.
+            error: bound on the length of the vectors' errors, ``[images, steerings]``.
+        """
+        products = torch.cat([directions @ self._weights, self._shift.expand(len(directions), 1, -1)], dim=1)
         logits = torch.bmm(F.pad(amounts, (0, 1), value=1.0), products)
-        doubt = (rest + _ROUNDING * lengths) * self._longest
+        doubt = (error + _ROUNDING * self._origin.norm()) * self._longest
         largest, classes = logits.topk(min(2, logits.shape[2]), dim=2)
         sure = (largest[..., 1:] < (largest[..., 0] - 2 * doubt)[..., None]).all(2)  # False where a logit is NaN
         return classes[..., 0], sure
+
+    def _decided(self, found: Sequence[tuple[Tensor, Tensor]], steered: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """Return the classes found in blocks of images, those in doubt replaced by the tower's own; ``steered`` returns
+        the activations of some rows, bool ``[images]``, under the steering of a number."""
+        classes, sure = (torch.cat(parts) for parts in zip(*found, strict=True))
+        for number, (rows, own) in enumerate(zip((~sure).unbind(1), classes.unbind(1), strict=True)):
+            if rows.any():
+                embedding = F.normalize(embedding_from(self._model, self._site, steered(number, rows)), dim=-1)
+                own[rows] = (embedding @ self._classifier).argmax(1)
+        return classes
+
+
+def _norms(amounts: Tensor, vectors: Tensor) -> Tensor:
+    """Return the norms of mixtures ``[images, mixtures, m]`` of vectors ``[images, m, d]``."""
+    return (torch.bmm(amounts, torch.bmm(vectors, vectors.mT)) * amounts).sum(2).sqrt()
 
 
 def _spanning(z: Tensor) -> list[int]:

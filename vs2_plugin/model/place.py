@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from threading import RLock, get_ident
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from vs2_plugin.steering.retriever import Retriever
 from vs2_plugin.steering.tally import Tally
 
 __all__ = ["Current", "Place"]
+
+T = TypeVar("T")
 
 
 class Current:
@@ -117,13 +120,25 @@ class Place(nn.Module):
         """Return the activations ``[batch, d]`` steered without the gate, otherwise as :meth:`steer` does."""
         return self._checked(partial(steer, self.steering), x, batch, True)
 
-    def _checked(self, steer: Callable[[Tensor, Batch], Tensor], x: Tensor, batch: Batch, wait: bool) -> Tensor:
+    def move(self, x: Tensor, batch: Batch) -> Move | None:
+        """Return the method's move of activations ``[batch, d]``, without the gate; None if it does not return one.
+
+        Raises:
+            PluginError: the method failed, or edited a tensor that is not its own.
+        """
+        moved = self._called(partial(call, self.steering), x, batch)
+        return moved if isinstance(moved, Move) else None
+
+    def _called(self, function: Callable[[Tensor, Batch], T], x: Tensor, batch: Batch) -> T:
         sae = None if self.gate is None else self.gate.sae
         try:
             with unchanged(lambda: {"its activations": x, **read_by_all(sae, self.retriever, batch)}, self._weights):
-                steered = steer(x, batch)
+                return function(x, batch)
         except PluginError as error:
             raise PluginError(f"{self.whose} failed at {self.site}: {error}") from error
+
+    def _checked(self, steer: Callable[[Tensor, Batch], Tensor], x: Tensor, batch: Batch, wait: bool) -> Tensor:
+        steered = self._called(steer, x, batch)
         if not wait and x.device.type != "cpu":
             self.sums.add(steered=steered.detach(), given=x.detach())
         elif not _is_finite(steered) and _is_finite(x):
@@ -154,11 +169,6 @@ class Place(nn.Module):
     def whose(self) -> str:
         """Name of the method and of its plugin, in words."""
         return whose(self.name)
-
-    def move(self, x: Tensor, batch: Batch) -> Move | None:
-        """Return the method's move of activations ``[batch, d]``, without the gate; None if it does not return one."""
-        moved = call(self.steering, x, batch)
-        return moved if isinstance(moved, Move) else None
 
     @property
     def replayable(self) -> bool:

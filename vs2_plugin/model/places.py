@@ -175,6 +175,7 @@ class Places(Sequence[Place]):
             self.spec,
             None if self.task is None else self.task.classes,
             quiet,
+            None if gated else place.move,
         )
         if gated and place.gate is not None:
             place.gate.reset()  # its figures so far are of the gallery's images
