@@ -140,6 +140,10 @@ MISTAKES = [
     (("--model", "vs2:ViT-B-33"), ["no model 'ViT-B-33'", "ViT-B-32"]),
     (("--model", "vs2:ViT-B-32", "--pretrained", "opnai"), ["no weights 'opnai'", "openai"]),
     (("--model", "vs2:local-dir:nowhere"), ["nowhere/open_clip_config.json"]),
+    (("--model", "ViT-B-33", f"vs2:{TINY}"), ["no model 'ViT-B-33'", "ViT-B-32"]),
+    (("--model", "ViT-B-32", f"vs2:{TINY}", "--pretrained", "opnai"), ["ViT-B-32 has no weights 'opnai'", "openai"]),
+    (("--model", "local-dir:nowhere", f"vs2:{TINY}"), ["nowhere/open_clip_config.json"]),
+    (("--pretrained_model", f"vs2:{TINY},", "ViT-B-33,openai"), ["no model 'ViT-B-33'", "ViT-B-32"]),
     (
         ("--model", "vs2:ViT-B-32"),
         [
@@ -309,6 +313,15 @@ def test_plain_models_alone_are_not_looked_after(in_demo, clip_benchmark):
     with pytest.raises(Exception, match="No samples found") as caught:
         clip_benchmark(*few(models=[TINY]))
     traceback.clear_frames(caught.tb)  # which hold the loader: torch would wait for its processes
+    with pytest.raises(RuntimeError, match="Model config for 'ViT-B-33' not found"):
+        clip_benchmark(*few(models=["ViT-B-33"]))
+
+
+def test_a_plain_model_whose_result_is_there_is_not_looked_after(in_demo, clip_benchmark):
+    few_digits(in_demo, "few", 0, count=5)
+    (in_demo / "few-ViT-B-33.json").write_text("{}")
+    code, error = clip_benchmark(*few("--skip_existing", models=["ViT-B-33", f"tda:{TINY}"]))
+    assert code == 0, error
 
 
 @pytest.mark.parametrize("output", ["store", "store/", "new/"])

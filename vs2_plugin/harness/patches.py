@@ -14,9 +14,10 @@ Only these are changed:
   the command with one line on stderr and exit code 2, and results of steered models get a digest of their own.
 
 A model that is not steered passes through all patches unchanged, except for what clip_benchmark itself does not have:
-models of transformers, and as data sets folders of images and listed shards. In one command with a steered model, it
-reads the same data in the same way: by as many loader workers as the shards can serve, and with the same message for a
-sample that cannot be read. It is loaded and encodes texts as usual; later steered models of its backbone reuse both.
+models of transformers, and as data sets folders of images and listed shards. In one command with a steered model, its
+name and weights are checked before anything is loaded, and it reads the same data in the same way: by as many loader
+workers as the shards can serve, and with the same message for a sample that cannot be read. It is loaded and encodes
+texts as usual; later steered models of its backbone reuse both.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def check(evaluations: Sequence[Evaluation]) -> dict[str, int]:
         lowest = min((getattr(run, flag) for _, run in parsed), default=least)
         if lowest < least:
             raise SettingError(f"--{flag} is {lowest}; expected a whole number, at least {least}")
-    _check_library(evaluations)
+    _check_plain(evaluations, beside_steered=bool(parsed))
     for model, run in parsed:
         check_backbone(model.backbone, run.pretrained)
     pending = [(model, run) for model, run in parsed if not _is_skipped(run)]
@@ -91,12 +91,16 @@ def check(evaluations: Sequence[Evaluation]) -> dict[str, int]:
     return fewer
 
 
-def _check_library(evaluations: Sequence[Evaluation]) -> None:
-    """Refuse a plain model of transformers that cannot be loaded, as far as that can be told."""
-    for run in (run for run in evaluations if run.model_type == "open_clip" and run.model.startswith(TRANSFORMERS)):
-        check_backbone(run.model, run.pretrained)
-        if not _is_skipped(run):
-            require_weights(run.model, run.pretrained, run.model_cache_dir)
+def _check_plain(evaluations: Sequence[Evaluation], beside_steered: bool) -> None:
+    """Refuse a plain model that cannot be loaded, as far as that can be told: one of transformers, and beside a steered
+    model also one of open_clip. Commands of open_clip's plain models alone are left to clip_benchmark."""
+    for run in (run for run in evaluations if run.model_type == "open_clip" and not is_steered(run.model)):
+        if run.model.startswith(TRANSFORMERS):
+            check_backbone(run.model, run.pretrained)
+            if not _is_skipped(run):
+                require_weights(run.model, run.pretrained, run.model_cache_dir)
+        elif beside_steered and not _is_skipped(run):
+            check_backbone(run.model, run.pretrained)
 
 
 def _check_checkpoints(pending: Sequence[tuple[ModelString, Evaluation]]) -> None:
