@@ -1,4 +1,6 @@
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -556,10 +558,24 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read_is_not_called_damaged(sa
         second.sae(second.sites[0])
 
 
-def test_damage_is_told_with_the_command_that_made_the_checkpoint(save):
+def test_damage_is_told_with_the_command_that_made_the_checkpoint(save, tmp_path):
     for command in ("vs2-train-sae --k 8", "vs2-train-sae --k 8 --overwrite"):
-        checkpoint = save(created={"command": command})
+        checkpoint = save(created={"command": command, "folder": os.path.realpath(tmp_path / "mine")})
         (checkpoint.folder / LAST / "cfg.json").write_text("{}")
         mended = r"cfg\.json is not the file .*; make it again with: vs2-train-sae --k 8 --overwrite$"
         with pytest.raises(CheckpointError, match=mended):
             checkpoint.sae(checkpoint.sites[1])
+
+
+@pytest.mark.parametrize("origin", ["mine", "gone", None])
+@pytest.mark.parametrize("command", ["vs2-train-sae --k 8", "vs2-train-sae --k 8 --overwrite"])
+def test_damage_of_a_copy_is_told_without_a_command_that_replaces_the_original(command, origin, save, tmp_path):
+    made_in = {} if origin is None else {"folder": os.path.realpath(tmp_path / origin)}
+    saved = save(created={"command": command, **made_in})
+    copy = Checkpoint.load(shutil.copytree(saved.folder, tmp_path / "copy"))
+    (copy.folder / LAST / "cfg.json").write_text("{}")
+    again = f"copy it again from {saved.folder.resolve()}" if origin == "mine" else "if it is a copy, copy it again"
+    with pytest.raises(CheckpointError) as told:
+        copy.verify()
+    assert str(told.value).endswith(f"); {again}; it was made with: vs2-train-sae --k 8")
+    saved.verify()

@@ -230,11 +230,13 @@ def test_the_folders_of_the_training_images_stay_at_home(checkpoint, tmp_path, h
     own = checkpoint.save(tmp_path / "own")
     values = json.loads((own.folder / "vs2.json").read_text())
     values["data"]["folders"] = ["/home/me/photos"] * len(own.data.datasets)
+    values["created"]["folder"] = "/home/me/store/checkpoints/own"
     del values["digest"]
     (own.folder / "vs2.json").write_text(json.dumps(values))
     own = Checkpoint.load(own.folder)
     own.push_to_hub("me/sae")
     assert own.data.folders and Checkpoint.from_hub("me/sae").data.folders == ()
+    assert b"/home/me" not in b"".join(hub.files("me/sae")[1].values())
 
 
 @pytest.mark.parametrize("share", [

@@ -275,6 +275,7 @@ def test_the_command_in_a_checkpoint_asks_for_the_same(folder):
     words = shlex.split(checkpoint.created["command"])
     assert words == request.words()
     assert TrainRequest(**vars(train_sae.parser().parse_args(words[1:]))) == request
+    assert checkpoint.created["folder"] == os.path.realpath(checkpoint.folder)
 
 
 def test_several_values_are_a_list_of_checkpoints(folder):

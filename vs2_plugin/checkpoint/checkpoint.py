@@ -82,7 +82,7 @@ class Checkpoint:
     gallery: GalleryContents | None = None
     """Contents of the gallery, if there is one."""
     created: dict[str, str] = field(default_factory=dict)
-    """Versions of the software, and the command."""
+    """Versions of the software, and the command with the folder that it wrote."""
     hub: str = ""
     """``hf:owner/name[#revision]``, if the checkpoint lies in a hub's cache."""
 
@@ -361,8 +361,17 @@ class Checkpoint:
             command = self.created.get("command")
             if command is None or isinstance(error.__cause__, PermissionError):
                 raise
-            again = command if "--overwrite" in command else f"{command} --overwrite"
-            raise CheckpointError(f"{str(error).removesuffix(f'; {AGAIN}')}; make it again with: {again}") from error
+            raise CheckpointError(f"{str(error).removesuffix(f'; {AGAIN}')}; {self._remake(command)}") from error
+
+    def _remake(self, command: str) -> str:
+        """Return in words how to mend damage. The command that made a checkpoint writes the folder that it wrote then,
+        so that for a copy of it, ``--overwrite`` would replace the original."""
+        once, origin = command.replace(" --overwrite", ""), self.created.get("folder")
+        if origin == os.path.realpath(self.folder):
+            return f"make it again with: {once} --overwrite"
+        is_there = origin is not None and os.path.isdir(origin)
+        again = f"copy it again from {origin}" if is_there else "if it is a copy, copy it again"
+        return f"{again}; it was made with: {once}"
 
     def _is_replaced(self) -> bool:
         try:
@@ -456,7 +465,8 @@ class Checkpoint:
         if contents is None:
             values.pop("gallery", None)
         if away:
-            values["created"].pop("command", None)
+            for place in ("command", "folder"):
+                values["created"].pop(place, None)
             values["data"].pop("folders", None)
         write_manifest(folder, values)
         own = self.folder / CARD

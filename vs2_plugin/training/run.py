@@ -219,10 +219,12 @@ def _save(
     checkpoints, failures = [], []
     for plan, own in zip(plans, saes, strict=True):
         sorted_saes = sorted(own, key=lambda pair: pair[0].variant != "plain")
+        created = {**contents["created"], "folder": os.path.realpath(plan.folder)}
+        whole = {**contents, "saes": sorted_saes, "created": created}
         try:
-            checkpoint = save_checkpoint(plan.folder, saes=sorted_saes, **contents)
+            checkpoint = save_checkpoint(plan.folder, **whole)
         except OSError as error:
-            failures.append(_keep_aside(plan.folder, error, {**contents, "saes": sorted_saes}))
+            failures.append(_keep_aside(plan.folder, error, whole))
         else:
             report(f"wrote {checkpoint.folder}")
             for line in _warnings(checkpoint):
