@@ -39,6 +39,12 @@ def test_the_body_tells_tower_data_figures_and_use():
     assert "find none here" in body and "transductive" not in body.lower()
 
 
+@pytest.mark.parametrize("name", ["folder/pics", "wds/mine"])
+def test_its_command_asks_for_the_folder_of_data_that_are_not_found_by_name(name):
+    _, body = made(data=replace(DATA, datasets=(name,), folders=("/home/me/pics",)))
+    assert f"--dataset {name} --dataset_root DIR\n" in body and "/home/me" not in body
+
+
 def test_what_is_left_of_predictions_is_told_where_it_was_measured():
     about = {"agreement": 0.875, "recovered_on": "90 images, with 10 classes of a|b"}
     known, kept = (replace(SITE, training={**FIGURES, **told}) for told in ({"recovered": 0.912, **about}, about))

@@ -226,17 +226,25 @@ def test_a_card_of_ones_own_gives_way_where_a_licence_is_named(checkpoint, tmp_p
     assert "license: mit" in (Checkpoint.from_hub("me/sae").folder / "README.md").read_text()
 
 
-def test_the_folders_of_the_training_images_stay_at_home(checkpoint, tmp_path, hub):
+@pytest.mark.parametrize("way", ["pushed", "saved"])
+def test_the_folders_of_the_training_images_stay_at_home(way, checkpoint, tmp_path, hub):
     own = checkpoint.save(tmp_path / "own")
     values = json.loads((own.folder / "vs2.json").read_text())
     values["data"]["folders"] = ["/home/me/photos"] * len(own.data.datasets)
-    values["created"]["folder"] = "/home/me/store/checkpoints/own"
+    values["created"] |= {"command": "vs2-train-sae --store /home/me/store", "folder": "/home/me/store/checkpoints/own"}
     del values["digest"]
     (own.folder / "vs2.json").write_text(json.dumps(values))
     own = Checkpoint.load(own.folder)
-    own.push_to_hub("me/sae")
-    assert own.data.folders and Checkpoint.from_hub("me/sae").data.folders == ()
-    assert b"/home/me" not in b"".join(hub.files("me/sae")[1].values())
+    copy = own.save(tmp_path / "copy")
+    assert copy.digest == own.digest and copy.data.folders == own.data.folders and copy.created == own.created
+    if way == "pushed":
+        own.push_to_hub("me/sae", gallery=True)
+        away = Checkpoint.from_hub("me/sae")
+    else:
+        away = own.save(tmp_path / "away", away=True)
+    assert own.data.folders and away.data.folders == ()
+    assert not any(b"/home/me" in (away.folder / name).read_bytes() for name in inside(away.folder))
+    away.verify()
 
 
 @pytest.mark.parametrize("share", [

@@ -147,8 +147,10 @@ def _use(
     variants = {site.variant for site in sites}
     weights = f" --pretrained {_word(pretrained)}" if pretrained else ""
     dataset = "cifar100" if GIVEN in data.splits else data.datasets[0]
+    # Where the data lie is not told: it concerns the machine of the training.
+    root = " --dataset_root DIR" if dataset.startswith(("folder/", "wds/")) else ""
     yield "```sh"
-    yield f"clip_benchmark eval --model {_word(backbone)} {_word(model)}{weights} --dataset {_word(dataset)}"
+    yield f"clip_benchmark eval --model {_word(backbone)} {_word(model)}{weights} --dataset {_word(dataset)}{root}"
     yield "```"
     yield ""
     yield "```python"

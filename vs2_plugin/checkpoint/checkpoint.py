@@ -403,13 +403,16 @@ class Checkpoint:
             return True
         return False
 
-    def save(self, folder: Path | str, *, gallery: bool = True, overwrite: bool = False) -> Checkpoint:
-        """Copy the checkpoint into a new folder, with a model card: a repository for a hub.
+    def save(
+        self, folder: Path | str, *, gallery: bool = True, overwrite: bool = False, away: bool = False
+    ) -> Checkpoint:
+        """Copy the checkpoint into a new folder, with a model card; with ``away``, the folder is fit for upload.
 
         Args:
             folder: the new folder, which must not exist yet.
             gallery: whether to copy the gallery.
             overwrite: replace a checkpoint that exists at ``folder``.
+            away: leave out what concerns this machine, as :meth:`push_to_hub` does.
 
         Raises:
             DataError: ``folder`` exists already.
@@ -422,7 +425,7 @@ class Checkpoint:
         self.verify()
         folder.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(folder) as scratch:
-            self._copy(scratch, gallery, folder.name, None)
+            self._copy(scratch, gallery, folder.name, None, away)
         return Checkpoint.load(folder)
 
     def push_to_hub(
@@ -430,7 +433,7 @@ class Checkpoint:
     ) -> str:
         """Upload the checkpoint, with a model card, to a repository of a hub, which is created if it is missing.
 
-        The training command and the folders of the training images, which concern this machine, are left out. A
+        The training command, its folder and those of the training images, which concern this machine, are left out. A
         ``README.md`` in the checkpoint's folder replaces the card, unless ``license`` is given.
 
         Args:
@@ -458,7 +461,7 @@ class Checkpoint:
 
     def _copy(self, folder: Path, gallery: bool, name: str, license: str | None, away: bool = False) -> None:
         """Copy the checkpoint's files into an empty folder, with a card that calls it ``name``; with ``away``, without
-        the training command and the folders of this machine."""
+        the training command and the folders of this machine, which its owner needs to recognise the images."""
         contents = self.gallery if gallery else None
         copy_files(self.folder, self.sites, None if contents is None else self.gallery_folder, folder)
         values = read_manifest(self.folder)
