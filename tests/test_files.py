@@ -10,7 +10,7 @@ from filelock import FileLock
 
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.errors import CheckpointError, CheckpointNotFound, DataError
-from vs2_plugin.files import alone, atomic_file, atomic_folder, hidden, part_of, settle
+from vs2_plugin.files import alone, atomic_file, atomic_folder, hidden, part_of, settle, without_part
 
 
 def names(folder):
@@ -39,6 +39,30 @@ def test_a_file_is_replaced_whole(tmp_path):
         scratch.write_text("new")
         assert path.read_text() == "old and longer"
     assert path.read_text() == "new" and names(tmp_path) == ["x.json"]
+
+
+@pytest.mark.parametrize("before", ["old", None])
+@pytest.mark.parametrize("kind", [OSError, Interrupted])
+def test_a_file_that_another_writer_began_is_removed_when_it_fails(kind, before, tmp_path):
+    path = tmp_path / "x.json"
+    if before is not None:
+        path.write_text(before)
+    with pytest.raises(kind) as caught, without_part(path):
+        path.write_text("")
+        raise kind(errno.ENOSPC, "No space left on device")
+    assert names(tmp_path) == [] and getattr(caught.value, "filename", str(path)) == str(path)
+
+
+def test_a_file_that_another_writer_finished_or_did_not_begin_stays(tmp_path):
+    path = tmp_path / "x.json"
+    with without_part(path):
+        path.write_text("old")
+    error = OSError(errno.EIO, "Input/output error")  # of something else
+    with pytest.raises(OSError, match="Input") as caught, without_part(path):
+        raise error
+    assert path.read_text() == "old" and caught.value.filename is None
+    with pytest.raises(OSError, match="Input"), without_part(Path(os.devnull)):
+        raise error
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows knows no such modes")

@@ -23,7 +23,7 @@ from vs2_plugin.errors import DataError
 
 __all__ = [
     "LOCKS", "LONGEST", "alone", "atomic_file", "atomic_folder", "file_digest", "hidden", "json_digest",
-    "make_shared", "naming", "part_of", "settle", "sync",
+    "make_shared", "naming", "part_of", "settle", "sync", "without_part",
 ]  # fmt: skip
 
 #: The folder, beside the files that are written, of the lock files by which processes exclude each other.
@@ -63,6 +63,30 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is None and error.errno is not None:
             error.filename = str(path)
         raise
+
+
+@contextmanager
+def without_part(path: Path) -> Iterator[None]:
+    """Remove ``path`` if the block fails after it began to write it, for writers that use no scratch file. An OSError
+    that names no file then names ``path``."""
+    before = _last_written(path)
+    try:
+        yield
+    except BaseException:
+        if not path.is_file() or _last_written(path) == before:
+            raise
+        with suppress(OSError):
+            path.resolve().unlink()
+        with naming(path):
+            raise
+
+
+def _last_written(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
 
 
 @contextmanager

@@ -337,6 +337,25 @@ def test_an_output_that_the_system_refuses_is_refused_at_once(in_demo, clip_benc
     assert "could not be written to 'xxx" in error and "File name too long; give another --output" in error
 
 
+@pytest.mark.parametrize("models", [(TINY, f"tda:{TINY}"), (f"tda:{TINY}", TINY)], ids=["plain", "steered"])
+def test_a_result_that_does_not_fit_on_the_disk_leaves_no_file_to_be_skipped(models, in_demo, clip_benchmark):
+    resource = pytest.importorskip("resource")
+    few_digits(in_demo, "few", 0, count=5)
+    output = f"full-{models[0]}.json"
+    (in_demo / output).unlink(missing_ok=True)
+    words = few("--num_workers", "0", models=models, output="full-{model}.json")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40, hard))
+    try:
+        code, error = clip_benchmark(*words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2 and error.splitlines()[-1] == f"vs2: error: File too large: {output!r}"
+    assert not (in_demo / output).exists()
+    code, error = clip_benchmark(*words, "--skip_existing")
+    assert code == 0 and metrics(in_demo / output)
+
+
 def test_damaged_checkpoints_are_refused(in_demo, clip_benchmark):
     original = in_demo / "store/checkpoints/local-dir-tiny-clip_wds-digits"
     broken = in_demo / "store/checkpoints/broken"

@@ -11,7 +11,8 @@ Only these are changed:
   targets, and a method on logits gives the logits; where ``VS2_PER_IMAGE`` asks for it, the images of any model are
   recorded;
 - ``cli.main_eval`` and ``cli.run``: everything is checked before the first model is loaded, this package's errors end
-  the command with one line on stderr and exit code 2, and results of steered models get a digest of their own.
+  the command with one line on stderr and exit code 2, results of steered models get a digest of their own, and a
+  results file of any model that could not be written whole is removed.
 
 A model that is not steered passes through all patches unchanged, except for what clip_benchmark itself does not have:
 models of transformers, and as data sets folders of images and listed shards. In one command with a steered model, its
@@ -38,7 +39,7 @@ from typing import TYPE_CHECKING, Any
 from vs2_plugin.data.loading import read
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import DataError, HarnessError, Vs2Error, is_interruption
-from vs2_plugin.files import json_digest
+from vs2_plugin.files import json_digest, without_part
 from vs2_plugin.messages import complain
 from vs2_plugin.names import TRANSFORMERS, file_stem, is_steered, split, weights_tag, with_method
 from vs2_plugin.paths import listed_once
@@ -397,7 +398,8 @@ def _run(stock: Callable[[Namespace], Any], args: Namespace) -> Any:
     skipped = args.skip_existing and output.exists()
     token = _recorder.set(recorder)
     try:
-        result = stock(args)
+        with without_part(output):  # a full disk leaves an empty file, which --skip_existing would skip ever after
+            result = stock(args)
     finally:
         _recorder.reset(token)
     if not skipped:
