@@ -241,7 +241,7 @@ def test_the_folders_of_the_training_images_stay_at_home(way, checkpoint, tmp_pa
         own.push_to_hub("me/sae", gallery=True)
         away = Checkpoint.from_hub("me/sae")
     else:
-        away = own.save(tmp_path / "away", away=True)
+        away = own.save(tmp_path / "away", portable=True)
     assert own.data.folders and away.data.folders == ()
     assert not any(b"/home/me" in (away.folder / name).read_bytes() for name in inside(away.folder))
     away.verify()

@@ -404,15 +404,15 @@ class Checkpoint:
         return False
 
     def save(
-        self, folder: Path | str, *, gallery: bool = True, overwrite: bool = False, away: bool = False
+        self, folder: Path | str, *, gallery: bool = True, overwrite: bool = False, portable: bool = False
     ) -> Checkpoint:
-        """Copy the checkpoint into a new folder, with a model card; with ``away``, the folder is fit for upload.
+        """Copy the checkpoint into a new folder, with a model card; with ``portable``, the folder is fit for upload.
 
         Args:
             folder: the new folder, which must not exist yet.
             gallery: whether to copy the gallery.
             overwrite: replace a checkpoint that exists at ``folder``.
-            away: leave out what concerns this machine, as :meth:`push_to_hub` does.
+            portable: leave out what concerns this machine, as :meth:`push_to_hub` does.
 
         Raises:
             DataError: ``folder`` exists already.
@@ -425,7 +425,7 @@ class Checkpoint:
         self.verify()
         folder.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(folder) as scratch:
-            self._copy(scratch, gallery, folder.name, None, away)
+            self._copy(scratch, gallery, folder.name, None, portable)
         return Checkpoint.load(folder)
 
     def push_to_hub(
@@ -456,18 +456,18 @@ class Checkpoint:
 
         self.verify()
         with TemporaryDirectory(prefix="vs2-") as scratch:
-            self._copy(Path(scratch), gallery, str(Repository(repository)), license, away=True)
+            self._copy(Path(scratch), gallery, str(Repository(repository)), license, portable=True)
             return upload(Path(scratch), repository, PATTERNS, f"Checkpoint {self.digest[:16]} of vs2-plugin", private)
 
-    def _copy(self, folder: Path, gallery: bool, name: str, license: str | None, away: bool = False) -> None:
-        """Copy the checkpoint's files into an empty folder, with a card that calls it ``name``; with ``away``, without
-        the training command and the folders of this machine, which its owner needs to recognise the images."""
+    def _copy(self, folder: Path, gallery: bool, name: str, license: str | None, portable: bool = False) -> None:
+        """Copy the checkpoint's files into an empty folder, with a card that calls it ``name``; with ``portable``,
+        without the training command and the folders of this machine, by which its owner's images are recognised."""
         contents = self.gallery if gallery else None
         copy_files(self.folder, self.sites, None if contents is None else self.gallery_folder, folder)
         values = read_manifest(self.folder)
         if contents is None:
             values.pop("gallery", None)
-        if away:
+        if portable:
             for place in ("command", "folder"):
                 values["created"].pop(place, None)
             values["data"].pop("folders", None)
