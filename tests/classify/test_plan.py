@@ -35,6 +35,9 @@ def test_classes_and_prompts_are_named(plan, tmp_path):
     found = plan(classes=str(file), prompts=str(prompts))
     assert found.classes == ("cat", "dog") and found.prompts == ("a {c} sketch", "{c}")
     assert plan(classes=" cat, dog house,").classes == ("cat", "dog house")
+    file.write_text("001.cat\ta cat\ndog_house\t kennel \n")  # as in a folder's classnames.txt
+    assert plan(classes=str(file)).classes == ("a cat", "kennel")
+    assert plan("photos/nine", classes="photos").classes == tuple(CLASSES)
     write_photos(tmp_path / "own", 6)
     (tmp_path / "own/zeroshot_classification_templates.txt").write_text("the number {c}")
     assert plan(str(tmp_path / "own"), model=f"knn:{TINY}@local-dir-tiny-clip_folder-photos").prompts == (
@@ -68,6 +71,8 @@ def test_where_there_is_no_sae_one_is_to_be_trained(plan, tmp_path):
         ([], {"classes": "cat,dog,cat"}, SettingError, "--classes: 'cat' is given twice"),
         ([], {"prompts": "nope.txt"}, SettingError, "--prompts 'nope.txt' cannot be read"),
         ([], {"prompts": "words.txt"}, SettingError, "prompt 'no place': expected one {c}"),
+        ([], {"classes": "mixed.txt"}, SettingError, "--classes 'mixed.txt': 'b' has no tab; expected FOLDER<tab>NAME"),
+        ([], {"classes": "photos/nine"}, SettingError, "--classes: none; expected at least two"),
         ([], {"classes": "binary.txt"}, SettingError, "--classes 'binary.txt' is not UTF-8 text"),
         ([], {"out": "photos.csv"}, SettingError, "is a folder"),
         ([], {"out": "words.csv"}, SettingError, "already exists; name another file, or replace it with --overwrite"),
@@ -89,6 +94,7 @@ def test_what_cannot_be_is_told(photos, settings, error, problem, plan, photogra
     Path("one/nine/0.png").write_bytes(next(Path("photos/nine").iterdir()).read_bytes())
     Path("words.txt").write_text("no place\n")
     Path("words.csv").write_text("")
+    Path("mixed.txt").write_text("a\tA\nb\n")
     Path("binary.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(error, match=problem):
         plan(*photos, **settings)

@@ -59,7 +59,7 @@ def test_a_note_in_place_of_contributions(folder, digit, capsys):
 
 
 def test_words_that_the_terminal_cannot_write(folder, digit, tmp_path, monkeypatch):
-    (tmp_path / "classes.txt").write_text("\u732b\n\n \u72ac \n", encoding="utf-8")
+    (tmp_path / "classes.txt").write_text("cat\t\u732b\n\n dog\t\u72ac \n", encoding="utf-8")  # as in classnames.txt
     written = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
     assert run(digit(904), "--classes", tmp_path / "classes.txt") == 0

@@ -13,7 +13,7 @@ from vs2_plugin.classify.request import ClassifyRequest
 from vs2_plugin.classify.table import require_format
 from vs2_plugin.clip.backbone import check_backbone, ignores_pretrained
 from vs2_plugin.data.folders import FolderImages, open_files, open_folder
-from vs2_plugin.data.labels import read_lines
+from vs2_plugin.data.labels import read_lines, read_names
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import CheckpointNotFound, SettingError, Vs2Error
 from vs2_plugin.files import LONGEST, json_digest
@@ -118,13 +118,15 @@ def _classes(request: ClassifyRequest) -> tuple[tuple[str, ...], tuple[str, ...]
 
 
 def _named(classes: str) -> list[str]:
-    """Return the class names that ``--classes`` gives: a file, or a list separated by commas."""
+    """Return the class names that ``--classes`` gives: a file, a folder of classes, or a list separated by commas."""
     if os.path.isfile(classes):
-        return read_lines(classes, "--classes", "one name")
+        return read_names(classes)
+    if os.path.isdir(classes):
+        return open_folder(classes).classes
     if "," not in classes:
         raise SettingError(
-            f"--classes {classes!r}: there is no such file, and one name is not enough; expected a file with a name "
-            "per line, or names separated by commas, such as cat,dog"
+            f"--classes {classes!r}: there is no such file or folder, and one name is not enough; expected a file "
+            "with a name per line, a folder of class folders, or names separated by commas, such as cat,dog"
         )
     return [name for part in classes.split(",") if (name := part.strip())]
 

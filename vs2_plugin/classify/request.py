@@ -29,7 +29,9 @@ class ClassifyRequest:
     model: str = setting(help="model string: method:backbone[@checkpoint][@key=value]...")
     pretrained: str = setting("laion400m_e32", help="open_clip's weights tag or file")
     classes: str | None = setting(
-        None, help="file with a class name per line, or names separated by commas (default: names of the folders)"
+        None,
+        help="file with a class name per line, folder of class folders, or names separated by commas (default: names "
+        "of the folders of photos)",
     )
     prompts: str | None = setting(
         None, help="file with a prompt per line, {c} where the class name goes (default: a photo of a {c}.)"

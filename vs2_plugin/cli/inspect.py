@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vs2_plugin.cli.common import AGAIN, Commands, load_torch, refuse_silence
-from vs2_plugin.data.labels import read_lines
+from vs2_plugin.data.labels import read_lines, read_names
 from vs2_plugin.inspection.notes import ATTRIBUTION, TOP_IMAGES, WORDS
 from vs2_plugin.messages import complain, say
 
@@ -113,7 +113,7 @@ def subject_of(args: argparse.Namespace) -> Subject:
     return open_subject(
         args.model, args.pretrained, args.dataset, args.dataset_root,
         concepts=args.concepts and read_lines(args.concepts, "--concepts", "one word"),
-        classes=args.classes and read_lines(args.classes, "--classes", "one name"),
+        classes=args.classes and read_names(args.classes),
         model_cache_dir=args.model_cache_dir, wds_cache_dir=args.wds_cache_dir, progress=not args.quiet,
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli.common import AGAIN, Commands, add_store_option, load_torch, refuse_silence
-from vs2_plugin.data.labels import read_lines
+from vs2_plugin.data.labels import read_names
 from vs2_plugin.errors import SettingError
 from vs2_plugin.messages import say
 
@@ -72,7 +72,7 @@ def _run(args: argparse.Namespace) -> None:
     from vs2_plugin.quality.tower import open_zero_shot
 
     store, device = Store.default(args.store), "cuda" if torch.cuda.is_available() else "cpu"
-    classes = args.classes and read_lines(args.classes, "--classes", "one name")
+    classes = args.classes and read_names(args.classes)
     subjects = [
         open_subject(name, store, args.block, args.variant, args.activations, args.labels) for name in args.names
     ]

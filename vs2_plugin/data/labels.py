@@ -11,7 +11,7 @@ from vs2_plugin.errors import DataError, SettingError
 
 __all__ = [
     "CLASS_NAMES", "LONGEST_LABEL", "PROMPT", "TEMPLATES", "UNKNOWN", "Classes", "has_place", "read_label",
-    "read_lines",
+    "read_lines", "read_names",
 ]  # fmt: skip
 
 #: The file of a webdataset folder that names its classes, one per line.
@@ -47,6 +47,21 @@ def read_lines(file: str | os.PathLike[str], flag: str, what: str) -> list[str]:
     except UnicodeDecodeError:
         raise SettingError(f"{flag} {str(file)!r} is not UTF-8 text; expected {what} per line") from None
     return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def read_names(file: str | os.PathLike[str], flag: str = "--classes") -> list[str]:
+    """Return the class names in a file: its lines, or the names in lines FOLDER<tab>NAME, as in ``classnames.txt``.
+
+    Raises:
+        SettingError: the file cannot be read, or only some of its lines have a tab.
+    """
+    lines = read_lines(file, flag, "one name")
+    if not any("\t" in line for line in lines):
+        return lines
+    for line in lines:
+        if "\t" not in line:
+            raise SettingError(f"{flag} {str(file)!r}: {line!r} has no tab; expected FOLDER<tab>NAME as in other lines")
+    return [line.partition("\t")[2].strip() for line in lines]
 
 
 @dataclass(frozen=True)
