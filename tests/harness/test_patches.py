@@ -289,6 +289,23 @@ def test_an_image_that_cannot_be_read_ends_with_its_name(models, workers, in_dem
     assert "Traceback" not in error and not list(in_demo.glob("broken-*.json"))
 
 
+def test_classes_that_cannot_be_told_apart_are_named_once_for_each_data_set(in_demo, clip_benchmark):
+    model = f"vs2:{TINY}@local-dir-tiny-clip_wds-digits"
+    some = (TINY, model, f"{model}@alpha=0.5")
+    for name in ("few", "more"):
+        few_digits(in_demo, name, 0, count=5)
+    names = (in_demo / "few/classnames.txt").read_text().splitlines()
+    (in_demo / "few/classnames.txt").write_text("\n".join([*names[:-1], names[0].upper()]) + "\n")
+    words = ("--dataset", "wds/few", "wds/more", "--dataset_root", "{dataset}", "--num_workers", "0")
+    code, error = clip_benchmark(*few(*words, models=some, output="equal-{model}-{dataset}.json"))
+    assert code == 0, error
+    told = f"vs2: warning: the classes {names[0]!r}, {names[0].upper()!r} have the same embedding"
+    assert error.count(told) == error.count("the same embedding") == 1
+    # Alone, the plain model passes unchanged.
+    code, error = clip_benchmark(*few(*words, models=[TINY], output="{model}-{dataset}.json"))
+    assert code == 0 and "the same embedding" not in error
+
+
 def test_fewer_shards_than_workers_are_read_by_fewer(in_demo, clip_benchmark):
     few_digits(in_demo, "few", 0, count=20)
     code, error = clip_benchmark(*few("--num_workers", "1", output="one-{model}.json"))

@@ -7,9 +7,9 @@ Only these are changed:
 - ``datasets.builder.build_dataset``: opens folders of images and listed shards; tells a model loaded before it which
   data set it is evaluated on; shards name the sample that cannot be read;
 - ``metrics.*.evaluate``: a steered model's facts are added to the metrics, and text embeddings are cached;
-- ``metrics.zeroshot_classification.run_classification``: a steered model is told the classifier, and an oracle the
-  targets, and a method on logits gives the logits; where ``VS2_PER_IMAGE`` asks for it, the images of any model are
-  recorded;
+- ``metrics.zeroshot_classification.run_classification``: a steered model is told the classifier, with a warning of
+  equal classes, and an oracle the targets, and a method on logits gives the logits; where ``VS2_PER_IMAGE`` asks for
+  it, the images of any model are recorded;
 - ``cli.main_eval`` and ``cli.run``: everything is checked before the first model is loaded, this package's errors end
   the command with one line on stderr and exit code 2, results of steered models get a digest of their own, and a
   results file of any model that could not be written whole is removed.
@@ -31,7 +31,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -70,6 +70,8 @@ class _Command:
     fewer_workers: dict[str, int]
     """Data set -> number of loader workers, if its shards cannot serve as many as asked for."""
     shared: Shared
+    compared: set[tuple[str, str]] = field(default_factory=set)
+    """Data set and backbone, where the embeddings of the classes have been compared with each other."""
 
 
 #: The command that is running; None if it has no such state.
@@ -264,6 +266,7 @@ def _patch_classification(module: Any) -> None:
         model, recorder = _steered(values["model"]), _recorder.get()
         if model is not None:
             model.set_classifier(values["classifier"])
+            _compare_classes(model, values["classifier"])
             if recorder is not None:
                 model.record_images(True, functools.partial(recorder.see_plain, values["classifier"]))
         if model is not None or recorder is not None:
@@ -285,6 +288,18 @@ def _patch_classification(module: Any) -> None:
         return logits, target
 
     module.run_classification = run_classification
+
+
+def _compare_classes(model: SteeredCLIP, classifier: Tensor) -> None:
+    """Warn of classes that a steered model cannot tell apart, once for a data set and a backbone of a command."""
+    from vs2_plugin.model.predictions import warn_of_equals
+
+    command, task = _command.get(), model.places.task
+    if command is None or task is None or (task.dataset, model.spec.backbone) in command.compared:
+        return
+    command.compared.add((task.dataset, model.spec.backbone))
+    if task.classes is not None and len(task.classes) == classifier.shape[-1]:  # --load_clfs may bring any classes
+        warn_of_equals(task.classes, classifier)
 
 
 class _Telling:
