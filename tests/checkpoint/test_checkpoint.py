@@ -435,7 +435,8 @@ def test_an_sae_of_another_width_is_refused(save):
     [(0.999, {"dead": 0.5}, None), (1.0, {}, "its FVU is 1, while that of the mean activation alone is 1"),
      (3.25, {"dead": 0.9}, "its FVU is 3.25, while"), (0.1, {"dead": 0.75}, "75.0% of its latents are dead"),
      (0.1, {}, None), (0.1, {"dead": None}, None), (0.1, {"dead": "all"}, None), (0.1, {"dead": 1.0}, "100.0% of its"),
-     (0.1, {"dead": 0.35}, None)],
+     (0.1, {"dead": 0.35}, None), (1.12, {"held_out_count": 9}, None), (1.0, {"held_out_count": "9"}, "its FVU is 1,"),
+     (1.125, {"held_out_count": 9}, "its FVU is 1.125, while"), (1.01, {"held_out_count": 101}, "its FVU is 1.01,")],
 )  # fmt: skip
 def test_an_sae_of_no_use_is_told_from_one_that_serves(fvu, training, told):
     """Half of the latents dead is too much; the demo's SAEs have 14 to 35 % of them."""

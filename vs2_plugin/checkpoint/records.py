@@ -151,11 +151,13 @@ class SiteSAE:
     def warning(self) -> str | None:
         """The reason why the SAE is useless, in words, or None.
 
-        At an FVU of 1, the SAE explains no more than the mean activation. With most latents dead, few directions are
-        left to steer along; in an SAE that was trained well enough, at most a third of them are dead.
+        At an FVU of 1, the SAE explains no more than the mean of the m held-out activations themselves. The mean of the
+        training activations has an expected FVU above m/(m-1), which only matters where few are held out. With most
+        latents dead, few directions are left to steer along; in an SAE that was trained well enough, at most a third of
+        them are dead.
         """
-        dead = self.training.get("dead")
-        if self.fvu >= 1:
+        dead, count = self.training.get("dead"), self.training.get("held_out_count")
+        if self.fvu >= (count / (count - 1) if isinstance(count, int) and count > 1 else 1):
             return f"its FVU is {self.fvu:.4g}, while that of the mean activation alone is 1"
         if isinstance(dead, float) and dead > _MOSTLY:
             return f"{dead:.1%} of its latents are dead"
