@@ -41,9 +41,11 @@ def test_every_format_holds_the_same(name, rows, tmp_path):
     path = tmp_path / name
     if path.suffix == ".parquet":
         parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    rows[0]["class_2"] = "b\udcff"  # --classes of another encoding
     write_table(path, columns(7), rows)
     if path.suffix == ".parquet":
         found = parquet.read_table(path).to_pylist()
+        assert found[0]["class_2"] == "b\ufffd"
         assert found[2]["path"] == "b\ufffdy.png" and found[0]["changed"] is rows[0]["changed"]
     elif path.suffix == ".csv":
         with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:

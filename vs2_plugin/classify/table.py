@@ -178,7 +178,7 @@ def write_table(out: Path, columns: Mapping[str, type], rows: Iterable[Row]) -> 
 
 
 def _write_csv(path: Path, columns: Mapping[str, type], rows: Iterable[Row]) -> None:
-    # Bytes of a path that are no UTF-8 are written unchanged.
+    # Bytes of a path or a class that are no UTF-8 are written unchanged.
     with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         table = csv.DictWriter(file, list(columns), lineterminator="\n")
         table.writeheader()
@@ -205,7 +205,10 @@ def _write_parquet(path: Path, columns: Mapping[str, type], rows: Iterable[Row])
     remaining = iter(rows)
     with parquet.ParquetWriter(path, schema) as file:
         while group := list(islice(remaining, _GROUP)):
-            # Parquet holds UTF-8 only, so other bytes of a path are replaced.
-            table = [{**row, "path": row["path"].encode("utf-8", "surrogateescape").decode("utf-8", "replace")}
-                     for row in group]  # fmt: skip
+            table = [{name: _utf8(value) for name, value in row.items()} for row in group]
             file.write_table(pyarrow.Table.from_pylist(table, schema=schema))
+
+
+def _utf8(value: Any) -> Any:
+    """Return a value of a row; bytes of a path or a class that are no UTF-8, which Parquet cannot hold, replaced."""
+    return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace") if isinstance(value, str) else value
