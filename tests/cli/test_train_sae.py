@@ -1,5 +1,7 @@
 """vs2-train-sae, in this process, on the demo's digits and tiny CLIP."""
 
+from pathlib import Path
+
 import pytest
 
 from vs2_plugin.checkpoint.store import Store
@@ -45,10 +47,23 @@ def test_mistakes_end_with_one_line(words, fragments, capsys):
     assert Store.default().names() == []
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--k", "600"], "k is 600"),
+        (["--dataset", "photos/"], "19 images are too few to train an SAE; expected at least 20"),
+        (["--dataset", "photos/", "more/", "--max_images", "9"], "18 images are too few"),
+    ],
+)
 @pytest.mark.usefixtures("folder")
-def test_an_sae_that_cannot_be_is_refused_before_images_are_encoded(capsys):
-    assert train("--k", "600") == 2
-    assert "activations of" not in capsys.readouterr().out
+def test_an_sae_that_cannot_be_is_refused_before_images_are_encoded(words, told, capsys):
+    for place, count in (("photos", 19), ("more", 30)):
+        Path(place).mkdir()
+        for number in range(count):
+            Path(place, f"{number}.png").touch()
+    assert train_sae.main([*WORDS, *(word for word in FEW if word != "--quiet"), *words]) == 2
+    said = capsys.readouterr()
+    assert "activations of" not in said.out and told in said.err
 
 
 def test_help_is_written_as_it_is_meant(capsys):

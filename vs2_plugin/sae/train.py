@@ -33,9 +33,10 @@ from vs2_plugin.text import sentence_of
 if TYPE_CHECKING:
     from vs2_plugin.sae.gpu import GpuStep
 
-__all__ = ["Figures", "Job", "Trained", "train_sae", "train_saes"]
+__all__ = ["Figures", "Job", "Trained", "require_enough", "train_sae", "train_saes"]
 
 _LOG = logging.getLogger(__name__)
+_FEWEST = 20  # activations that an SAE is trained on
 _EVALUATIONS = 20  # held-out evaluations per training
 _WATCHED_MAX = 2_000  # held-out activations looked at to choose the weights to keep
 _ASKED = 16  # steps between checks whether any latent is dead: on a GPU, a check waits for all queued work
@@ -139,11 +140,16 @@ def train_saes(
     return [trained[index] for index in range(len(jobs))]
 
 
+def require_enough(count: int, what: str) -> None:
+    """Raise DataError, which names what is counted, if an SAE cannot be trained on so few."""
+    if count < _FEWEST:
+        raise DataError(f"{count} {what} are too few to train an SAE; expected at least {_FEWEST}")
+
+
 def _filled(jobs: Sequence[Job], processes: Processes) -> list[Job]:
     """Return the jobs with all settings filled in. Raises DataError or SettingError if one cannot be trained."""
     count = len(jobs[0].activations)
-    if count < 20:
-        raise DataError(f"{count} activations are too few to train an SAE; expected at least 20")
+    require_enough(count, "activations")
     jobs = [replace(job, config=job.config.for_size(count)) for job in jobs]
     for job in jobs:
         if job.config.pass_weight and job.labels is None:

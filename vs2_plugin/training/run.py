@@ -34,6 +34,7 @@ from vs2_plugin.files import alone, json_digest
 from vs2_plugin.names import library_place, with_weights
 from vs2_plugin.paths import listed_once
 from vs2_plugin.sae.foreign import read_foreign
+from vs2_plugin.sae.train import require_enough
 from vs2_plugin.seeds import seeded
 from vs2_plugin.text import reason_of
 from vs2_plugin.training.extract import Extraction, Part, Report, load_encoders
@@ -151,7 +152,7 @@ def _splits(request: TrainRequest, given: _Given | None) -> dict[DataSet, Split]
     """Return the split of each data set, and check the settings against supplied data.
 
     Raises:
-        DataError: a data set has no split to train on.
+        DataError: a data set has no split to train on, or too few images to train an SAE on.
         SettingError: a setting does not fit the supplied data.
     """
     if given is None:
@@ -159,8 +160,10 @@ def _splits(request: TrainRequest, given: _Given | None) -> dict[DataSet, Split]
             named: training_split(named.name, request.train_split, request.transductive, named.root)
             for named in request.data_sets
         }
-        for named in filter(lambda named: named.is_folder, splits):
-            open_folder(named.root, splits[named].name)  # to raise its errors before a model is loaded
+        folders = [named for named in splits if named.is_folder]
+        counts = [len(open_folder(named.root, splits[named].name)) for named in folders]  # its errors, before a model
+        if request.sae is None and len(folders) == len(splits):
+            require_enough(sum(min(count, request.max_images or count) for count in counts), "images")
         return splits
     if len(request.dataset) != 1:
         raise SettingError(f"--dataset {' '.join(request.dataset)}: expected one name for what is given")
