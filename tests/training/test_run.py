@@ -20,6 +20,7 @@ from vs2_plugin.checkpoint.records import TrainingData
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli import train_sae
 from vs2_plugin.data.given import GivenActivations
+from vs2_plugin.demo.digits import read_digits
 from vs2_plugin.demo.run import _clip_benchmark
 from vs2_plugin.errors import CheckpointError, DataError
 from vs2_plugin.sae.foreign import write_saelens
@@ -289,6 +290,21 @@ def test_several_values_are_a_list_of_checkpoints(folder):
     alone = vs2_plugin.train("wds/digits", name="alone", k=8, seed=1, quiet=True, **SETTINGS)
     assert alone.sites[0].files == checkpoints[-1].sites[0].files  # as it would come out alone
     assert len(vs2_plugin.train("wds/digits", name="two", k=(4, 8), quiet=True, **SETTINGS)) == 2
+
+
+@pytest.mark.parametrize(
+    ("place", "evaluated"),
+    [("photos/{}.png", False), ("photos/train/{1}/{0}.png", False), ("photos/{1}/{0}.png", True)],
+)
+def test_an_evaluation_is_only_suggested_where_there_are_labels_for_it(place, evaluated, folder):
+    for number, (picture, label) in enumerate(zip(*read_digits("train"), strict=True)):
+        if number < 30:
+            file = Path(place.format(number, label % 2))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(file)
+    lines = []
+    run.train(TrainRequest(dataset="photos/", **{**SETTINGS, "samples": 200}), report=lines.append)
+    assert any(line.startswith("evaluate with: ") for line in lines) is evaluated
 
 
 @pytest.mark.parametrize("fast", [True, False])

@@ -116,7 +116,7 @@ def _train(request: TrainRequest, processes: Processes, report: Report, given: _
         }
         checkpoints = _save(plans, [[*old, *new] for old, new in zip(old_saes, trained, strict=True)], contents, report)
         shutil.rmtree(states, ignore_errors=True)
-    if given is None:
+    if given is None and _has_labels(request.data_sets):
         say(f"evaluate with: {store.assignment}{_evaluate_command(request, plans, extraction.amp)}")
     return checkpoints
 
@@ -349,6 +349,17 @@ def _data(request: TrainRequest, splits: Mapping[DataSet, Split], parts: Sequenc
         max_images=request.max_images,
         folders=folders if any(folders) else (),
     )
+
+
+def _has_labels(data_sets: Iterable[DataSet]) -> bool:
+    """Return whether every folder among the data sets has test images in folders of classes, as an evaluation needs."""
+    try:
+        for named in data_sets:
+            if named.is_folder:
+                open_folder(named.root, "test").require_labels()
+    except DataError:
+        return False
+    return True
 
 
 def _evaluate_command(request: TrainRequest, plans: Sequence[Plan], amp: bool) -> str:
