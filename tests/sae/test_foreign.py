@@ -135,7 +135,9 @@ def test_sparsify_folder_tells_its_block(tmp_path):
     save_sae(sae, tmp_path / "layers.7")
     found = read_foreign(tmp_path / "layers.7")
     assert (found.library, found.block) == ("sparsify", 7)
-    with pytest.raises(CheckpointError, match=r"several SAEs; name the folder of one: layers\.7"):
+    assert read_foreign(tmp_path).block == 7  # the only one in there
+    save_sae(sae, tmp_path / "layers.8")
+    with pytest.raises(CheckpointError, match=r"several SAEs; name the folder of one: layers\.7, layers\.8"):
         read_foreign(tmp_path)
 
 

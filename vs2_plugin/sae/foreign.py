@@ -62,7 +62,7 @@ def read_foreign(path: Path) -> ForeignSAE:
     """Read an SAE from its folder.
 
     Args:
-        path: the folder of one SAE, not the folder around several.
+        path: the folder of one SAE, or one that holds it, not the folder around several.
 
     Raises:
         CheckpointError: there is no SAE, its files are damaged, or this package cannot represent it.
@@ -70,8 +70,9 @@ def read_foreign(path: Path) -> ForeignSAE:
     if not path.is_dir():
         raise CheckpointError(f"no folder {str(path)!r}; expected one with {_EXPECTED}")
     libraries = find_foreign(path)
-    if path in libraries:
-        return _LIBRARIES[libraries[path]][1](path)
+    if len(libraries) == 1:
+        ((folder, library),) = libraries.items()
+        return _LIBRARIES[library][1](folder)
     if libraries:
         names = ", ".join(folder.name for folder in libraries)
         raise CheckpointError(f"{path} holds several SAEs; name the folder of one: {names}")
