@@ -3,6 +3,7 @@ import re
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from vs2_plugin.clip import backbone
@@ -181,6 +182,9 @@ def test_weights_that_cannot_be_read_are_named(tmp_path):
     broken.write_bytes(os.urandom(64))
     with pytest.raises(TowerError, match=r"with weights '.*weights\.pt': it is not a file of weights \(\w+Error"):
         load_backbone("RN50", str(broken))
+    torch.save({"positional_embedding": torch.zeros(77, 8)}, broken)  # refused by open_clip, before it loads them
+    with pytest.raises(TowerError, match=r"weights\.pt': its weights do not fit this architecture \(Assertion"):
+        load_backbone("ViT-S-32-alt", str(broken))
 
 
 @pytest.mark.parametrize(

@@ -205,16 +205,19 @@ def load_backbone(
         cause = f"{reason_of(first)}; " if first is not error and isinstance(first, OSError) else ""
         what = _not_loaded(backbone, pretrained)
         if os.path.isfile(pretrained) and not ignores_pretrained(backbone):
-            raise TowerError(f"{what}: {_of_file(backbone, error)}") from error
+            raise TowerError(f"{what}: {_of_file(backbone, pretrained, error)}") from error
         raise TowerError(f"{what} ({_offline(backbone)}): {cause}{reason_of(error)}") from error
     _require_numbers(model, _not_loaded(backbone, pretrained))
     return Loaded(model.eval(), transform, tokenizer)
 
 
-def _of_file(backbone: str, error: Exception) -> str:
+def _of_file(backbone: str, file: str, error: Exception) -> str:
     """Return words on why open_clip could not load a file of weights."""
-    other = "loading state_dict" in str(error)  # torch's message for weights of another architecture
-    fault = "its weights do not fit this architecture" if other else "it is not a file of weights"
+    try:
+        open_clip.factory.load_state_dict(file)  # an error may also come from what is done with the weights afterwards
+        fault = "its weights do not fit this architecture"
+    except Exception:  # reading an arbitrary file can raise anything
+        fault = "it is not a file of weights"
     return (
         f"{fault} ({one_line(reason_of(error), 160)}); expected what open_clip wrote for {backbone}, a state_dict or a "
         "checkpoint of a training, as .pt or .safetensors"
