@@ -125,6 +125,9 @@ def test_blocks_without_sae_are_refused_with_those_there_are(blocks, missing, sa
         save().select(blocks)
     assert f"checkpoint 'mine' has no SAE at block {missing} (its blocks: 0 11)" in str(error.value)
     assert "--overwrite --blocks 0 " in str(error.value) and "11" in str(error.value)  # those it has, too
+    typed = save(created={"command": "vs2-train-sae --model X"})
+    with pytest.raises(CheckpointError, match=r"the same vs2-train-sae command \(vs2-train-sae --model X\) and --over"):
+        typed.select(blocks)
 
 
 def test_a_checkpoint_of_the_output_embedding_has_no_blocks(save):

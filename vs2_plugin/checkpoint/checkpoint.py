@@ -229,7 +229,9 @@ class Checkpoint:
         """Return in words how to make the checkpoint again with ``flags``; one from a hub is trained anew."""
         if self.hub:
             return f"train your own with vs2-train-sae {flags}".rstrip()
-        return f"{AGAIN} with the same vs2-train-sae command and --overwrite {flags}".rstrip()
+        command = self.created.get("command")  # which vs2 classify and others run without its being typed
+        same = "the same vs2-train-sae command" + (f" ({command})" if command else "")
+        return f"{AGAIN} with {same} and --overwrite {flags}".rstrip()
 
     def require_tower(self, tower: Tower, backbone: str, method: str = "vs2") -> None:
         """Refuse a tower other than the one that the SAEs were trained on.
