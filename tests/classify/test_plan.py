@@ -77,6 +77,8 @@ def test_where_there_is_no_sae_one_is_to_be_trained(plan, tmp_path):
         ([], {"out": "photos.csv"}, SettingError, "is a folder"),
         ([], {"out": "words.csv"}, SettingError, "already exists; name another file, or replace it with --overwrite"),
         ([], {"out": "words.txt/x.csv"}, SettingError, "its folder cannot be made"),
+        ([], {"page": "words.txt/x.html"}, DataError, "cannot write into words.txt: words.txt is no folder"),
+        ([], {"page": "words.html"}, DataError, "words.html already exists, .*; name another file with --page"),
         ([], {"model": "ViT-B-32"}, ModelStringError, "no steering method"),
         ([], {"model": "vs2:nope"}, TowerError, "has no model 'nope'"),
         ([], {"model": f"vs2:{TINY}@nope"}, CheckpointNotFound, "'nope'"),
@@ -94,6 +96,7 @@ def test_what_cannot_be_is_told(photos, settings, error, problem, plan, photogra
     Path("one/nine/0.png").write_bytes(next(Path("photos/nine").iterdir()).read_bytes())
     Path("words.txt").write_text("no place\n")
     Path("words.csv").write_text("")
+    Path("words.html").write_text("")
     Path("mixed.txt").write_text("a\tA\nb\n")
     Path("binary.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(error, match=problem):

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from PIL import Image
 
 from vs2_plugin.cli.main import main
 
@@ -47,6 +48,17 @@ def test_mistakes_end_with_one_line(folder, tmp_path, capsys, model, options, fr
     [error] = [line for line in capsys.readouterr().err.splitlines() if line]
     assert error.startswith("vs2: error: ") and all(fragment in error for fragment in fragments)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["latents", "inspect"])
+def test_where_nothing_can_be_written_nothing_is_loaded(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("vs2_plugin.inspection.subject.open_subject", lambda *a, **k: pytest.fail("loaded too early"))
+    (tmp_path / "file").touch()
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    images = [str(tmp_path / "x.png")] if command == "inspect" else []
+    words = ["--model", "vs2:local-dir:tiny-clip", *DATA, "--out", str(tmp_path / "file" / "new")]
+    assert main([command, *images, *words]) == 2
+    assert "file is no folder that can be written; name another folder with --out" in capsys.readouterr().err
 
 
 def test_help_shows_examples_and_the_formulas(capsys):

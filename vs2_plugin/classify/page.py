@@ -12,16 +12,23 @@ from vs2_plugin.classify.table import Row
 from vs2_plugin.data.pictures import open_picture
 from vs2_plugin.errors import DataError
 from vs2_plugin.inspection.pictures import Thumbnail, thumbnail
-from vs2_plugin.report.rendering import render, save
+from vs2_plugin.report.rendering import render, require_place, save
 
-__all__ = ["Sheet"]
+__all__ = ["Sheet", "require_page"]
 
 #: Mark near the beginning of the page, so that only such pages are overwritten.
 _MARK = "vs2 classify"
 #: Most pictures on a page, and most and fewest pictures of a class.
 _PICTURES, _MOST, _LEAST = 300, 24, 4
+#: What to do where the page cannot be written.
+_REMEDY = "another file with --page"
 #: Most unreadable images that are listed.
 _NAMED = 50
+
+
+def require_page(path: str | Path) -> None:
+    """Raise DataError if :meth:`Sheet.write` could not write the file, before anything is classified."""
+    require_place(Path(path).parent, (Path(path).name,), _MARK, remedy=_REMEDY)
 
 
 class _Ranked(NamedTuple):
@@ -128,7 +135,7 @@ class Sheet:
         }  # fmt: skip
         page = Path(path)
         files = {page.name: render("classify.html", _MARK, context)}
-        return save(page.parent, files, _MARK, remedy="another file with --page")[0]
+        return save(page.parent, files, _MARK, remedy=_REMEDY)[0]
 
 
 def _picture(path: str) -> Thumbnail | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.checkpoint.store import Store
+from vs2_plugin.classify.page import require_page
 from vs2_plugin.classify.request import ClassifyRequest
 from vs2_plugin.classify.table import require_format
 from vs2_plugin.clip.backbone import check_backbone, ignores_pretrained
@@ -72,6 +73,8 @@ def make_plan(request: ClassifyRequest) -> Plan:
         request = replace(request, pretrained="")
     require_format(out)
     _require_free(out, request.overwrite)
+    if request.page is not None:
+        require_page(request.page)
     names, prompts = _classes(request)
     images = open_files(request.photos)
     checkpoint, training = _sae(request, spec, store)

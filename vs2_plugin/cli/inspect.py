@@ -54,12 +54,14 @@ def _run(args: argparse.Namespace) -> None:
     refuse_silence(args)
     load_torch()
     from vs2_plugin.inspection.findings import inspect_images
-    from vs2_plugin.inspection.pages import write_inspection
+    from vs2_plugin.inspection.pages import require_inspection_place, write_inspection
     from vs2_plugin.inspection.pictures import read_image
     from vs2_plugin.model.explanation import require_explainable
     from vs2_plugin.modelstring import parse
 
     require_explainable(parse(args.model))  # refused before anything is loaded
+    if args.out is not None:
+        require_inspection_place(args.out)
     images = [read_image(path) for path in args.images]
     inspection = inspect_images(subject_of(args), images, top=args.top, latents=args.latents)
     if not args.quiet:

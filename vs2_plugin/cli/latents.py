@@ -44,11 +44,12 @@ def add_latents(commands: Commands) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     load_torch()
-    from vs2_plugin.inspection.pages import write_survey
+    from vs2_plugin.inspection.pages import require_survey_place, write_survey
     from vs2_plugin.inspection.survey import require_sae, survey_latents
     from vs2_plugin.modelstring import parse
 
     require_sae(parse(args.model))  # refused before anything is loaded
+    require_survey_place(args.out)
     survey = survey_latents(subject_of(args), limit=args.limit)
     paths = write_survey(survey, args.out)
     if args.quiet:

@@ -8,13 +8,23 @@ from vs2_plugin.inspection.findings import Inspection
 from vs2_plugin.inspection.notes import ATTRIBUTION, GROUPS, PURITY, TOP_IMAGES, WORDS
 from vs2_plugin.inspection.survey import CSV_HEADER, LatentSurvey
 from vs2_plugin.report.latent_figures import draw_latents
-from vs2_plugin.report.rendering import render, save
+from vs2_plugin.report.rendering import render, require_place, save
 from vs2_plugin.sae.fit import DENSE
 
-__all__ = ["write_inspection", "write_survey"]
+__all__ = ["require_inspection_place", "require_survey_place", "write_inspection", "write_survey"]
 
 #: Marks near the beginning of the pages, so that only such pages are overwritten.
 _INSPECTION, _SURVEY = "vs2 inspect", "vs2 latents"
+
+
+def require_inspection_place(folder: Path) -> None:
+    """Raise DataError if :func:`write_inspection` could not write into ``folder``, before anything is computed."""
+    require_place(folder, ("index.html",), _INSPECTION)
+
+
+def require_survey_place(folder: Path) -> None:
+    """Raise DataError if :func:`write_survey` could not write into ``folder``, before anything is computed."""
+    require_place(folder, ("index.html", "latents.csv"), _SURVEY, CSV_HEADER)
 
 
 def write_inspection(inspection: Inspection, folder: Path) -> list[Path]:

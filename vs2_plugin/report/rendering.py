@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from vs2_plugin.files import atomic_file
 from vs2_plugin.report.drawing import COLOURS
 from vs2_plugin.text import counted, printable
 
-__all__ = ["fixed", "render", "save"]
+__all__ = ["fixed", "render", "require_place", "save"]
 
 
 def render(template: str, mark: str, context: Mapping[str, Any]) -> bytes:
@@ -62,6 +63,25 @@ def _code(text: object) -> str:
     return "`" + " ".join(str(text).replace("`", "'").split()).replace("|", "\\|") + "`"
 
 
+def require_place(
+    folder: Path, names: Collection[str], mark: str, *others: str, remedy: str = "another folder with --out"
+) -> None:
+    """Refuse a folder as :func:`save` would for files of these ``names``, but before there is anything to write.
+
+    Raises:
+        DataError: a file exists that does not bear ``mark``, or the folder cannot be written to.
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))  # may be to be made
+    try:
+        if not (os.path.isdir(there) and os.access(there, os.W_OK)):
+            raise PermissionError(None, f"{there} is no folder that can be written")
+        for path in (folder / name for name in names):
+            if path.exists() and not any(own.encode() in path.read_bytes()[:2000] for own in (mark, *others)):
+                raise DataError(f"{path} already exists, and {mark} did not write it; name {remedy}")
+    except OSError as error:
+        raise DataError(f"cannot write into {folder}: {error.strerror}; name {remedy}") from error
+
+
 def save(
     folder: Path, files: Mapping[str, bytes], mark: str, *others: str, remedy: str = "another folder with --out"
 ) -> list[Path]:
@@ -73,12 +93,9 @@ def save(
     Raises:
         DataError: such a file exists, or the folder cannot be written to.
     """
+    require_place(folder, files.keys(), mark, *others, remedy=remedy)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in files:
-            path = folder / name
-            if path.exists() and not any(own.encode() in path.read_bytes()[:2000] for own in (mark, *others)):
-                raise DataError(f"{path} already exists, and {mark} did not write it; name {remedy}")
         for name, content in files.items():
             with atomic_file(folder / name) as scratch:
                 scratch.write_bytes(content)
