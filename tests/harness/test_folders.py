@@ -146,6 +146,7 @@ def test_the_sae_of_another_folder_of_the_same_name_is_refused_with_both_ways_ou
      (["photos/", "--split", "extra"], "no folder for the split 'extra', only test/, train/"),
      (["photos/", "--task", "zeroshot_retrieval"], "nothing for the task zeroshot_retrieval"),
      (["photos/test/", "--task", "linear_probe"], "a linear probe would be trained on the images"),
+     (["photos/", "photos/test/", "--output", "x.json"], f"{TINY} on folder/photos and of {TINY} on folder/test into"),
      (["photos/test/zero/000.png"], "is an image; expected the folder")],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )  # fmt: skip

@@ -146,8 +146,10 @@ def check_outputs(evaluations: Sequence[Evaluation]) -> None:
         other = files.setdefault(run.output_file, run)
         if other != run and (_is_ours(run) or _is_ours(other)):
             fields = ("model", "pretrained_full_path", "dataset", "language", "task")
+            differ = other.dataset != run.dataset
+            one, two = (f"{each.model} on {each.dataset}" if differ else each.model for each in (other, run))
             raise HarnessError(
-                f"--output {run.output!r} puts the results of {other.model} and of {run.model} into one file, "
+                f"--output {run.output!r} puts the results of {one} and of {two} into one file, "
                 f"{run.output_file!r}, and only the last would be kept; expected a name that contains what differs, "
                 f"out of {', '.join(f'{{{name}}}' for name in fields)}"
             )
