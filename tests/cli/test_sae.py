@@ -52,3 +52,10 @@ def test_mistakes_end_with_one_line(folder, capsys, words, fragments):
     assert main(["sae", *words]) == 2
     [error] = [line for line in capsys.readouterr().err.splitlines() if line]
     assert error.startswith("vs2: error: ") and all(fragment in error for fragment in fragments)
+
+
+def test_where_nothing_can_be_written_nothing_is_measured(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("vs2_plugin.quality.measure.measure", lambda *args: pytest.fail("measured too early"))
+    (tmp_path / "file").touch()
+    assert main(["sae", NAME, "--out", str(tmp_path / "file" / "new")]) == 2
+    assert "file is no folder that can be written; name another folder with --out" in capsys.readouterr().err

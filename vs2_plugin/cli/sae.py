@@ -67,10 +67,12 @@ def _run(args: argparse.Namespace) -> None:
     import torch
 
     from vs2_plugin.quality.measure import keep, measure, stability
-    from vs2_plugin.quality.page import Quality
+    from vs2_plugin.quality.page import Quality, require_page_place
     from vs2_plugin.quality.subject import open_elsewhere, open_subject, require_comparable
     from vs2_plugin.quality.tower import open_zero_shot
 
+    if args.out is not None:
+        require_page_place(args.out)
     store, device = Store.default(args.store), "cuda" if torch.cuda.is_available() else "cpu"
     classes = args.classes and read_names(args.classes)
     subjects = [

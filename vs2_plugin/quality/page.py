@@ -15,14 +15,21 @@ from vs2_plugin.quality.measure import STABLE, Figure, Measured
 from vs2_plugin.quality.notes import NOTES, Note
 from vs2_plugin.report.drawing import Picture
 from vs2_plugin.report.latent_figures import draw_agreement, draw_sae
-from vs2_plugin.report.rendering import render, save
+from vs2_plugin.report.rendering import render, require_place, save
 from vs2_plugin.sae.fit import DENSE
 from vs2_plugin.text import counted
 
-__all__ = ["Quality", "Row", "write_page"]
+__all__ = ["Quality", "Row", "require_page_place", "write_page"]
 
 #: Mark near the beginning of the page, so that only such pages are overwritten.
 _MARK = "vs2 sae"
+#: How ``quality.json`` begins.
+_JSON = '{\n "saes"'
+
+
+def require_page_place(folder: Path) -> None:
+    """Raise DataError if :func:`write_page` could not write into ``folder``, before anything is measured."""
+    require_place(folder, ("index.html", "quality.json"), _MARK, _JSON)
 
 
 @dataclass(frozen=True)
@@ -153,7 +160,7 @@ def write_page(quality: Quality, folder: Path) -> list[Path]:
         "pairs": quality.compared(),
     }
     page = render("quality.html", _MARK, context)
-    return save(folder, {"index.html": page, "quality.json": quality.json().encode()}, _MARK, '{\n "saes"')
+    return save(folder, {"index.html": page, "quality.json": quality.json().encode()}, _MARK, _JSON)
 
 
 def _facts(saes: Sequence[Measured]) -> list[tuple[str, str]]:
