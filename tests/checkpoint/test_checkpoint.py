@@ -39,6 +39,7 @@ def save(tmp_path, make_sae):
         data=DATA,
         d_in=8,
         width=8,
+        at_output=False,
     ):
         def site(hookpoint, seed):
             quantiles = {"0.5": 0.25, "0.99": 0.75}
@@ -47,7 +48,7 @@ def save(tmp_path, make_sae):
             )
             return facts, make_sae(d_in, 32, 4, seed=seed)
 
-        saes = [site(FIRST, seed), site(LAST, seed + 1)]
+        saes = [site(FIRST, seed), site(LAST, seed + 1), *([site("visual", seed + 2)] if at_output else [])]
         return save_checkpoint(
             folder,
             backbone="ViT-B-32",
@@ -125,6 +126,8 @@ def test_blocks_without_sae_are_refused_with_those_there_are(blocks, missing, sa
         save().select(blocks)
     assert f"checkpoint 'mine' has no SAE at block {missing} (its blocks: 0 11)" in str(error.value)
     assert "--overwrite --blocks 0 " in str(error.value) and "11" in str(error.value)  # those it has, too
+    with pytest.raises(CheckpointError, match=r"\(its blocks: 0 11\); .* --overwrite --blocks [0-9 ]+ output$"):
+        save(at_output=True).select(blocks)
     typed = save(created={"command": "vs2-train-sae --model X"})
     with pytest.raises(CheckpointError, match=r"the same vs2-train-sae command \(vs2-train-sae --model X\) and --over"):
         typed.select(blocks)

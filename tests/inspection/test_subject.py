@@ -9,7 +9,7 @@ from ..conftest import IMAGES
 
 
 def test_a_subject_knows_its_classes_words_and_images(subject):
-    opened = subject("vs2", concepts=["cat", "dog"])
+    opened = subject("vs2", concepts=["cat", "dog", "cat"])
     title = dict(opened.title)
     assert opened.classes == CLASSES and opened.words == ["cat", "dog"]
     assert opened.class_texts.shape[0] == 10 and opened.word_texts.shape[0] == 2

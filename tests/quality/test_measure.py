@@ -88,6 +88,7 @@ def test_other_activations_than_those_of_the_training_are_told(trained):
     assert "whose mean is not that of those that it was trained on" in subject.images.about
     assert measure(subject).figures["explained_variance"].beside is None  # principal components are of others
     assert len(subject.images.held) == COUNT and not len(subject.images.others)
+    assert subject.images.held_out == "400 images that it may have been trained on"
     found = measure(replace(subject, images=replace(subject.images, labels=np.load(trained / "y.npy"))))
     first = np.arange(COUNT) % 2 == 0  # tested on half of what is new, and fitted on the others
     expected = sparse_probes(found.codes.matrix, np.load(trained / "y.npy"), ~first, first)

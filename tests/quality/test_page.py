@@ -45,6 +45,16 @@ def test_a_figure_that_one_of_several_lacks_is_a_question_mark(trained):  # noqa
     lines = list(Quality(saes, *stability(saes)).lines())
     [line] = [line for line in lines if line.startswith("  Monosemanticity (MS): ")]
     assert line.partition("  (")[0].endswith(", ?") and "figures of s0, s1:" in lines
+    assert line.endswith(", ?)")  # what it is compared with, in the same order
+    [told] = [line for line in lines if ": Monosemanticity (MS): " in line and line.startswith("not measured")]
+    assert told.startswith("not measured for s1: ") and "name a file of them with --activations" in told
+
+
+def test_the_page_says_what_one_of_several_lacks(trained, tmp_path):  # noqa: F811
+    store = Store(trained)
+    saes = [measure(open_subject("s0", store, activations=trained / "X.npy")), measure(open_subject("s1", store))]
+    text = write_page(Quality(saes, *stability(saes)), tmp_path / "page")[0].read_text()
+    assert "?<small>not measured: the checkpoint keeps no activations" in text
 
 
 def test_json_holds_values_and_reasons(quality):

@@ -1,10 +1,15 @@
 """Which images have labels that are numbers of the classes at hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from vs2_plugin.quality.subject import Images
-from vs2_plugin.quality.tower import _is_labelled
+from vs2_plugin.checkpoint.store import Store
+from vs2_plugin.quality.subject import Images, open_subject
+from vs2_plugin.quality.tower import _is_labelled, open_zero_shot
+
+from ..inspection.conftest import folder, trained  # noqa: F401
 
 
 def images(labels, *datasets):
@@ -27,3 +32,14 @@ def test_labels_of_another_data_set_or_of_several_number_other_classes():
 
 def test_images_without_labels_are_not_labelled():
     assert not _is_labelled(images(None), 3, None) and not _is_labelled(None, 3, None)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_several_saes_each_has_its_own_labels(first, folder):  # noqa: F811
+    """Labels of another data set are no numbers of these classes, whichever SAE is named first."""
+    store = Store.default()
+    own = open_subject("local-dir-tiny-clip_wds-digits", store)
+    other = replace(own, images=replace(own.images, datasets=("folder/photos",)))
+    subjects = [own, other] if first == 0 else [other, own]
+    found = open_zero_shot(subjects, store, "wds/digits", "digits", None)
+    assert [one.labelled for one in found] == [first == 0, first == 1]

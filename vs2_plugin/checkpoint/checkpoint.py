@@ -218,7 +218,8 @@ class Checkpoint:
         missing = [str(number) for number in numbers if number not in at_block]
         if missing or not numbers:
             present = " ".join(map(str, sorted(at_block))) or f"none, only {sites[-1].hookpoint}"
-            all_blocks = " ".join(map(str, sorted({*numbers, *at_block}))) or "all"
+            at_output = ["output"] if at_block and len(at_block) < len(sites) else []  # training replaces all SAEs
+            all_blocks = " ".join(map(str, [*sorted({*numbers, *at_block}), *at_output])) or "all"
             raise CheckpointError(
                 f"checkpoint {self.name!r} has no SAE at block {' '.join(missing) or blocks} (its blocks: {present}); "
                 f"{self._again(f'--blocks {all_blocks}')}"

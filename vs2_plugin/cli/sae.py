@@ -80,12 +80,13 @@ def _run(args: argparse.Namespace) -> None:
     ]
     require_comparable(subjects)
     elsewhere = None if args.elsewhere is None else open_elsewhere(args.elsewhere, store, subjects[0])
-    zero_shot = open_zero_shot(
-        subjects[0], store, args.dataset, args.dataset_root, classes, args.model_cache_dir, args.wds_cache_dir
+    zero_shots = open_zero_shot(
+        subjects, store, args.dataset, args.dataset_root, classes, args.model_cache_dir, args.wds_cache_dir
     )
-    saes = [measure(subject, elsewhere, zero_shot, device) for subject in subjects]
+    pairs = [*zip(subjects, zero_shots, strict=True)]
+    saes = [measure(subject, elsewhere, zero_shot, device) for subject, zero_shot in pairs]
     quality = Quality(saes, *stability(saes))
-    recorded = [sae.subject.name for sae in saes if keep(sae, zero_shot)]
+    recorded = [sae.subject.name for sae, zero_shot in zip(saes, zero_shots, strict=True) if keep(sae, zero_shot)]
     _tell(args, quality, recorded)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -154,9 +154,8 @@ def open_subject(
     named = DataSet.of(dataset, dataset_root)
     if classes is None:
         classes, prompts = _classes_of(named, wds_cache_dir)
-    for name, words in (("classes", classes), ("concepts", concepts)):
-        if words is not None and len(set(words)) < 2:
-            raise DataError(f"{name}: {', '.join(map(repr, words[:3])) or 'none'}; expected two words or more")
+    _require_two("classes", classes)
+    concepts = None if concepts is None else _require_two("concepts", concepts)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with seeded(0):  # random weights equal clip_benchmark's
         steered, transform, tokenizer = load(model, pretrained, model_cache_dir, device)
@@ -181,6 +180,14 @@ def open_subject(
         steered, transform, device, classes, wording, class_texts, concepts or classes, word_texts, pictures, problems,
         progress,
     )  # fmt: skip
+
+
+def _require_two(name: str, words: Sequence[str]) -> list[str]:
+    """Return the words, each once. Raises DataError for fewer than two."""
+    different = list(dict.fromkeys(words))
+    if len(different) < 2:
+        raise DataError(f"{name}: {', '.join(map(repr, words[:3])) or 'none'}; expected two words or more")
+    return different
 
 
 def _classes_of(dataset: DataSet, wds_cache_dir: str | None) -> tuple[list[str], Any]:

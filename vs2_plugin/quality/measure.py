@@ -19,7 +19,6 @@ from vs2_plugin.quality.recovered import recovered
 from vs2_plugin.quality.subject import Images, Subject
 from vs2_plugin.sae.fit import PCA_MAX, held_out_fvu, pca_fvu
 from vs2_plugin.sae.source import Rows, Source
-from vs2_plugin.text import counted
 
 __all__ = ["STABLE", "Figure", "Measured", "ZeroShot", "keep", "measure", "stability"]
 
@@ -185,11 +184,10 @@ def keep(measured: Measured, zero_shot: ZeroShot | str) -> bool:
     if subject.images is None or agreement is None or isinstance(zero_shot, str):
         return False
     recovered = measured.figures["recovered"].value
-    held = counted(len(subject.images.held), "image")
     record: dict[str, float | str | None] = {
         "agreement": round(agreement, 6),
         "recovered": None if recovered is None else round(recovered, 6),
-        "recovered_on": f"{held} that it was not trained on ({subject.images.about}), with {zero_shot.about}",
+        "recovered_on": f"{subject.images.held_out} ({subject.images.about}), with {zero_shot.about}",
     }
     return subject.checkpoint.note(subject.site, record)
 

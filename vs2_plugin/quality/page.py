@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,7 +17,6 @@ from vs2_plugin.report.drawing import Picture
 from vs2_plugin.report.latent_figures import draw_agreement, draw_sae
 from vs2_plugin.report.rendering import render, require_place, save
 from vs2_plugin.sae.fit import DENSE
-from vs2_plugin.text import counted
 
 __all__ = ["Quality", "Row", "require_page_place", "write_page"]
 
@@ -32,15 +31,24 @@ def require_page_place(folder: Path) -> None:
     require_place(folder, ("index.html", "quality.json"), _MARK, _JSON)
 
 
+class Cell(NamedTuple):
+    """One figure of one SAE, or of all together, as text."""
+
+    shown: str
+    """The figure; empty where it is missing."""
+    beside: str
+    """The figure that it is compared with, or empty."""
+    why: str
+    """Why it is missing."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One figure for all SAEs, as text."""
 
     note: Note
-    cells: list[tuple[str, str]]
-    """For each SAE the figure and the one that it is compared with; an empty text where there is none."""
-    why: str
-    """Why a figure is missing."""
+    cells: list[Cell]
+    """One for each SAE, or one for all."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +95,20 @@ class Quality:
             yield f"figures of {', '.join(sae.subject.name for sae in self.saes)}:"
         missing = []
         for row in self.rows():
-            if not any(cell for cell, _ in row.cells):
-                missing.append(f"not measured: {row.note.title}: {row.why}")
+            if not any(cell.shown for cell in row.cells):
+                missing.append(f"not measured: {row.note.title}: {row.cells[0].why}")
                 continue
-            beside = [cell for _, cell in row.cells if cell]
-            words = f"  ({row.note.beside}: {', '.join(beside)})" if beside else ""
-            yield f"  {row.note.title}: {', '.join(cell or '?' for cell, _ in row.cells)}{words}"
+            yield _line(row)
+            lacking = [pair for pair in zip(self.saes, row.cells, strict=False) if not pair[1].shown]
+            missing += [f"not measured for {sae.subject.name}: {row.note.title}: {cell.why}" for sae, cell in lacking]
         yield from missing
+
+
+def _line(row: Row) -> str:
+    """Return a figure of all SAEs, and what each is compared with, as a line."""
+    shown, beside, _ = ([text or "?" for text in texts] for texts in zip(*row.cells, strict=True))
+    words = f"  ({row.note.beside}: {', '.join(beside)})" if any(cell.beside for cell in row.cells) else ""
+    return f"  {row.note.title}: {', '.join(shown)}{words}"
 
 
 def _identity(measured: Measured) -> dict[str, Any]:
@@ -122,8 +137,8 @@ def about(measured: Measured) -> str:
         return f"{shape}; no activations are available, so the figures are those of its training"
     looked = measured.codes.matrix.shape[0]
     return (
-        f"{shape}; {images.about}: reconstruction and probes on {counted(len(images.held), 'image')} that it was not "
-        f"trained on, latents on {looked:,}, which are compared by {images.embedded_by}"
+        f"{shape}; {images.about}: reconstruction and probes on {images.held_out}, latents on {looked:,}, which are "
+        f"compared by {images.embedded_by}"
     )
 
 
@@ -140,8 +155,7 @@ def _row(note: Note, figures: Sequence[Figure]) -> Row:
     def shown(value: float | None) -> str:
         return "" if value is None else note.form.format(value)
 
-    cells = [(shown(figure.value), shown(figure.beside)) for figure in figures]
-    return Row(note, cells, next((figure.why for figure in figures if figure.value is None), ""))
+    return Row(note, [Cell(shown(figure.value), shown(figure.beside), figure.why) for figure in figures])
 
 
 def write_page(quality: Quality, folder: Path) -> list[Path]:

@@ -38,13 +38,20 @@ class Images:
     """``[count, e]``: the embeddings by which images are compared."""
     embedded_by: str
     held: np.ndarray
-    """int64: numbers of at most 10,000 images that the SAE was not trained on."""
+    """int64: numbers of at most 10,000 images that the SAE was not trained on, as far as is known."""
     others: np.ndarray
     """int64: numbers of the images that the SAE was trained on, in random order; empty if there are none."""
     labels: np.ndarray | None = None
     """int64 ``[count]``: classes of the images."""
     datasets: tuple[str, ...] = ()
     """The data sets whose classes the labels number, one after another; empty where a file gives the labels."""
+
+    @property
+    def held_out(self) -> str:
+        """Number of the images :attr:`held`, in words, and whether the SAE was trained on them. That is known where
+        those of its training can be told."""
+        known = "was not trained on" if len(self.others) else "may have been trained on"
+        return f"{counted(len(self.held), 'image')} that it {known}"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -19,14 +21,14 @@ NO_CLASSES = "it needs classes: name a data set that has them with --dataset, or
 
 
 def open_zero_shot(
-    subject: Subject, store: Store, dataset: str | None, dataset_root: str, classes: list[str] | None,
+    subjects: Sequence[Subject], store: Store, dataset: str | None, dataset_root: str, classes: list[str] | None,
     model_cache_dir: str | None = None, wds_cache_dir: str | None = None,
-) -> ZeroShot | str:  # fmt: skip
-    """Load the tower and embed the classes; return the reason as text where that is not possible.
+) -> list[ZeroShot | str]:  # fmt: skip
+    """Load the tower and embed the classes, for each SAE; return the reasons as text where that is not possible.
 
     Args:
-        subject: the SAE.
-        store: the store that holds the checkpoint.
+        subjects: SAEs of one tower and site.
+        store: the store that holds the checkpoints.
         dataset: the data set whose classes and prompts are used.
         dataset_root: the folder that holds the data set.
         classes: names of classes in place of the data set's.
@@ -36,23 +38,25 @@ def open_zero_shot(
     Raises:
         Vs2Error: the tower or the data set cannot be loaded.
     """
-    checkpoint = subject.checkpoint
+    checkpoint, first = subjects[0].checkpoint, subjects[0].site
     if dataset is None and classes is None:
-        return NO_CLASSES
+        return [NO_CLASSES] * len(subjects)
     if checkpoint.tower is None:
-        return "it needs the tower, but the SAE was trained on activations of an unnamed one"
+        return ["it needs the tower, but the SAE was trained on activations of an unnamed one"] * len(subjects)
     place = checkpoint.hub or (str(checkpoint.folder) if store.words else checkpoint.name)
-    method = "vs2" if subject.site.variant == "plain" else "pass"
+    method = "vs2" if first.variant == "plain" else "pass"
     opened = open_subject(
         f"{method}:{checkpoint.backbone}@{place}", checkpoint.pretrained, dataset or checkpoint.data.datasets[0],
         dataset_root, classes=classes, model_cache_dir=model_cache_dir, wds_cache_dir=wds_cache_dir,
     )  # fmt: skip
     model = opened.model
-    site = model.sites.find(subject.site.hookpoint)
+    site = model.sites.find(first.hookpoint)
     embed = partial(embedding_from, model.model, site) if model.sites.at_end(site) else None
     named = DataSet.of(dataset or "", dataset_root).name if classes is None else None
     about = f"{len(opened.classes):,} classes {'given' if named is None else f'of {named}'}"
-    return ZeroShot(embed, opened.class_texts.T, _is_labelled(subject.images, len(opened.classes), named), about)
+    zero_shot = ZeroShot(embed, opened.class_texts.T, False, about)
+    count = len(opened.classes)
+    return [replace(zero_shot, labelled=_is_labelled(subject.images, count, named)) for subject in subjects]
 
 
 def _is_labelled(images: Images | None, classes: int, dataset: str | None) -> bool:
