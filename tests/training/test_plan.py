@@ -98,7 +98,11 @@ def test_an_sae_that_is_there_keeps_its_shape_and_takes_no_settings_of_a_trainin
     assert (found.blocks, found.k, found.expansion_factor) == (("7",), (2,), (2,))
     assert fitted(request, ForeignSAE(make_sae(4, 3, 2), "SAELens", 7, None)).expansion_factor == (1,)
     assert fitted(request, replace(given, block=None)).blocks == ("last",)
-    assert fitted(replace(request, blocks=("1",), seed=(3,)), given).blocks == ("1",)
+    assert fitted(replace(request, blocks=("1",), seed=(3,)), replace(given, block=None)).blocks == ("1",)
+    assert fitted(replace(request, blocks=("07",)), given).blocks == ("7",)
+    for block in ("1", "output"):
+        with pytest.raises(SettingError, match=f"--blocks {block} contradicts .* activations after block 7; omit --b"):
+            fitted(replace(request, blocks=(block,)), given)
     for changed in ({"recipe": "paper"}, {"lr": 0.1}):
         with pytest.raises(SettingError, match=f"omit --{next(iter(changed))}"):
             fitted(replace(request, **changed), given)

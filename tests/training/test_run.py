@@ -454,7 +454,8 @@ def test_an_sae_of_another_library_becomes_a_checkpoint(folder, capsys, train):
     checkpoint.save(folder / "saved")
     told = (folder / "saved" / "README.md").read_text()
     assert "trained by `SAELens`" in told and "Trained by SAELens elsewhere and measured on" in told
-    other = ["--sae", "theirs", "--name", "at-the-end", "--blocks", "output"]
+    write_saelens(sae, folder / "anywhere", model="tiny-clip", block=None)
+    other = ["--sae", "anywhere", "--name", "at-the-end", "--blocks", "output"]
     assert train_sae.main([*WORDS, "--no_amp", "--num_workers", "0", *other]) == 2
     assert "of width 128, but those at this site have 64" in capsys.readouterr().err
     assert train_sae.main([*WORDS, "--sae", "theirs", "--k", "3"]) == 2

@@ -105,7 +105,7 @@ def fitted(request: TrainRequest, given: ForeignSAE) -> TrainRequest:
     """Return the request with block, k and expansion factor of the SAE ``given`` in place of a training.
 
     Raises:
-        SettingError: the request has settings of a training, or several blocks or seeds.
+        SettingError: the request has settings of a training, several blocks or seeds, or another block than the SAE.
     """
     of_training = [field.name for field in fields(TrainConfig) if field.name not in ("rescale", "seed")]
     asked = [name for name in of_training if getattr(request, name) is not None]
@@ -114,10 +114,12 @@ def fitted(request: TrainRequest, given: ForeignSAE) -> TrainRequest:
         raise SettingError(f"--sae uses an SAE as it is; omit --{' --'.join(asked)}")
     if len(request.blocks) > 1 or request.blocks == ("all",) or len(request.seed or ()) > 1:
         raise SettingError("--sae is one SAE, for one place; expected one value of --blocks and of --seed")
-    config, has_block = given.sae.config, request.blocks == ("last",) and given.block is not None
+    config, (block,) = given.sae.config, request.blocks
+    if given.block is not None and block != "last" and whole(block) != given.block:
+        raise SettingError(f"--blocks {block} contradicts the files, which hold {given}; omit --blocks")
     return replace(
         request,
-        blocks=(str(given.block),) if has_block else request.blocks,
+        blocks=request.blocks if given.block is None else (str(given.block),),
         k=(config.k,),
         expansion_factor=(max(1, config.num_latents // config.d_in),),
     )
