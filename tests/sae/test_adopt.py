@@ -1,5 +1,7 @@
 """An SAE that is there, measured on activations."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -49,8 +51,9 @@ def test_principal_components_beside_it_have_not_seen_what_they_explain(found):
 
 def test_activations_of_another_width_are_refused(found):
     x = torch.randn(30, 8).numpy()
-    with pytest.raises(CheckpointError, match="of width 16, but those at this site have 8"):
-        adopt(found, x, np.ones(30, dtype=bool))
+    for block, other in ((11, "--model$"), (None, "--blocks or --model$")):
+        with pytest.raises(CheckpointError, match=f"of width 16, but those at this site have 8; .* or another {other}"):
+            adopt(replace(found, block=block), x, np.ones(30, dtype=bool))
 
 
 def test_a_few_activations_are_needed(found):

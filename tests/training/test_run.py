@@ -457,7 +457,8 @@ def test_an_sae_of_another_library_becomes_a_checkpoint(folder, capsys, train):
     write_saelens(sae, folder / "anywhere", model="tiny-clip", block=None)
     other = ["--sae", "anywhere", "--name", "at-the-end", "--blocks", "output"]
     assert train_sae.main([*WORDS, "--no_amp", "--num_workers", "0", *other]) == 2
-    assert "of width 128, but those at this site have 64" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "of width 128, but those at this site have 64" in said.err and "on the split" not in said.out
     assert train_sae.main([*WORDS, "--sae", "theirs", "--k", "3"]) == 2
     assert "omit --k" in capsys.readouterr().err
 

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from vs2_plugin.errors import CheckpointError, DataError
+from vs2_plugin.errors import DataError
 from vs2_plugin.sae.fit import HELD_OUT, fit_of
 from vs2_plugin.sae.foreign import ForeignSAE
 from vs2_plugin.sae.source import Device, Rows, Source
@@ -35,13 +35,9 @@ def adopt(found: ForeignSAE, activations: Rows, calibration: np.ndarray, *, devi
         DataError: there are fewer than four activations, no drawn activation is in ``calibration``, all are equal, or
             some are not finite.
     """
-    started, width = time.monotonic(), found.sae.config.d_in
+    started = time.monotonic()
     source = Source(activations, device)
-    if source.shape[1] != width:
-        raise CheckpointError(
-            f"the SAE by {found.library} takes activations of width {width}, but those at this site have "
-            f"{source.shape[1]}; expected an SAE for this site, or another --blocks or --model"
-        )
+    found.require_width(source.shape[1])
     source.check()
     if len(activations) < _LEAST:
         raise DataError(f"{len(activations)} activations to measure the SAE on; expected at least {_LEAST}")

@@ -57,6 +57,15 @@ class ForeignSAE:
         after = "" if self.block is None else f", of the activations after block {self.block}"
         return f"the SAE by {self.library}{of}{after}"
 
+    def require_width(self, width: int) -> None:
+        """Raise CheckpointError unless the SAE takes activations of this width."""
+        own, other = self.sae.config.d_in, "--blocks or --model" if self.block is None else "--model"
+        if own != width:
+            raise CheckpointError(
+                f"the SAE by {self.library} takes activations of width {own}, but those at this site have {width}; "
+                f"expected an SAE for this site, or another {other}"
+            )
+
 
 def read_foreign(path: Path) -> ForeignSAE:
     """Read an SAE from its folder.

@@ -99,6 +99,8 @@ def _train(request: TrainRequest, processes: Processes, report: Report, given: _
             plans = make_plans(request, store, by_python)
         _warn(request, plans, splits.values(), say)
         extraction, sites = _open(request, plans, store, cache, given, processes, say)
+        if foreign is not None:
+            foreign.require_width(sites[0].width)
         parts = [extraction.run(dataset, split) for dataset, split in splits.items()]
         data = _data(request, splits, parts, extraction.amp)
         old_saes = [plan.load_kept(data) for plan in plans]
