@@ -6,7 +6,8 @@ import textwrap
 
 import pytest
 
-from vs2_plugin.data.splits import TRAIN_NAMES, Split, training_split, without_training_split
+from vs2_plugin.data.naming import DataSet
+from vs2_plugin.data.splits import TRAIN_NAMES, Split, split_at_hand, training_split, without_training_split
 from vs2_plugin.errors import DataError
 
 
@@ -127,3 +128,21 @@ def test_shards_with_test_images_only_have_no_training_split(tmp_path):
         only_test = split == "test"
         assert (without_training_split("wds/x", root) is not None) is only_test
         assert training_split("wds/x", None, True, root) == Split("test" if only_test else "train", only_test)
+
+
+@pytest.mark.parametrize(
+    ("name", "folders", "split"),
+    [
+        ("folder/x", ["Train"], "train"),
+        ("wds/x", ["train"], "train"),
+        ("folder/x", ["train", "valid"], "test"),
+        ("wds/x", ["test"], "test"),
+        ("folder/x", ["cat", "dog"], "test"),  # the whole folder is the split, of any name
+        ("cifar100", ["train"], "test"),
+    ],
+)
+def test_names_of_classes_are_read_from_a_split_that_is_there(name, folders, split, tmp_path):
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+    assert split_at_hand(DataSet(name, str(tmp_path))) == split
+    assert split_at_hand(DataSet("wds/x", "https://example.org/x")) == "test"

@@ -1,5 +1,7 @@
 """What is inspected."""
 
+import shutil
+
 import pytest
 
 from vs2_plugin.demo.digits import CLASSES
@@ -20,6 +22,11 @@ def test_a_subject_knows_its_classes_words_and_images(subject):
     statistics = opened.statistics(place)
     assert statistics.images == IMAGES and opened.statistics(place) is statistics  # read once
     assert "concepts" not in dict(subject("vs2", "@bare").title) and subject("vs2", "@bare").statistics(place) is None
+
+
+def test_no_test_split_is_needed(subject, folder, tmp_path):
+    shutil.copytree(folder / "digits", tmp_path / "digits", ignore=shutil.ignore_patterns("test"))
+    assert subject("vs2", dataset_root=str(tmp_path / "digits")).classes == CLASSES
 
 
 @pytest.mark.parametrize(

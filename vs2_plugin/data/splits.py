@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import DataError
+from vs2_plugin.paths import SPLITS
 
-__all__ = ["TRAIN_NAMES", "Split", "training_split", "without_training_split"]
+__all__ = ["TRAIN_NAMES", "Split", "split_at_hand", "training_split", "without_training_split"]
 
 #: clip_benchmark data sets whose training split has another name than "train".
 TRAIN_NAMES = {"pets": "trainval"}
@@ -67,3 +69,11 @@ def training_split(dataset: str, requested: str | None, transductive: bool, root
             "labels, add --transductive (the checkpoint and every result will say so)"
         )
     return Split(requested or "test", transductive=True)
+
+
+def split_at_hand(dataset: DataSet) -> str:
+    """Return the split from which to read what all splits share, such as names of classes: ``test``, but ``train`` for
+    a folder or shards that have only that one."""
+    local = (dataset.is_folder or dataset.is_shards) and os.path.isdir(dataset.root)
+    names = {name.lower() for name in os.listdir(dataset.root)} if local else set()
+    return "train" if "train" in names and names.isdisjoint(SPLITS["test"]) else "test"

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vs2_plugin.data.naming import DataSet
+from vs2_plugin.data.splits import split_at_hand
 from vs2_plugin.errors import DataError
 from vs2_plugin.gallery.gallery import CLIP
 from vs2_plugin.harness.loader import load
@@ -191,12 +192,12 @@ def _require_two(name: str, words: Sequence[str]) -> list[str]:
 
 
 def _classes_of(dataset: DataSet, wds_cache_dir: str | None) -> tuple[list[str], Any]:
-    """Return class names and prompts as clip_benchmark has them for the test split."""
+    """Return class names and prompts as clip_benchmark has them, which are those of any split."""
     hint = "or name the classes with --classes FILE"
     remedy = f"its class names are needed: put the data there, {hint}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings of the order of shards, which are not read here
-        built = build(dataset, "test", remedy=remedy, wds_cache_dir=wds_cache_dir)
+        built = build(dataset, split_at_hand(dataset), remedy=remedy, wds_cache_dir=wds_cache_dir)
     classes, prompts = getattr(built, "classes", None), getattr(built, "templates", None)
     if not classes or len(classes) < 2 or not prompts:
         raise DataError(f"{dataset.name} has no class names and prompts; expected a classification data set, {hint}")
