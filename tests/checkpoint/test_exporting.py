@@ -83,6 +83,12 @@ def test_what_is_there_stays(checkpoint, tmp_path):
             export(checkpoint, folder, "sparsify")
 
 
+def test_a_folder_that_cannot_be_made_is_told(checkpoint, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(DataError, match="cannot write into .*file/out: File exists; name another folder"):
+        export(checkpoint, tmp_path / "file/out", "saelens")
+
+
 def test_an_sae_by_pass_tells_its_block(tmp_path, make_sae):
     save_sae(make_sae(8, 16, 3), tmp_path / "visual.transformer.resblocks.1.pass")
     assert read_foreign(tmp_path / "visual.transformer.resblocks.1.pass").block == 1

@@ -30,17 +30,20 @@ def export(checkpoint: Checkpoint, folder: Path, format: str) -> list[Path]:
 
     Raises:
         CheckpointError: the format cannot represent an SAE, or a file of the checkpoint is damaged.
-        DataError: ``folder`` exists already.
+        DataError: ``folder`` exists already, or cannot be written.
     """
     from vs2_plugin.sae.foreign import WRITERS
 
     if folder.exists():
         raise DataError(f"{folder} already exists; remove it, or name another folder")
-    with atomic_folder(folder) as scratch:
-        for site in checkpoint.sites:
-            sae, _ = checkpoint.sae(site)
-            try:
-                WRITERS[format](sae, scratch / site.folder, model=checkpoint.model, block=site.block)
-            except CheckpointError as error:
-                raise CheckpointError(f"checkpoint {checkpoint.name!r}, {site.folder}: {error}") from error
+    try:
+        with atomic_folder(folder) as scratch:
+            for site in checkpoint.sites:
+                sae, _ = checkpoint.sae(site)
+                try:
+                    WRITERS[format](sae, scratch / site.folder, model=checkpoint.model, block=site.block)
+                except CheckpointError as error:
+                    raise CheckpointError(f"checkpoint {checkpoint.name!r}, {site.folder}: {error}") from error
+    except OSError as error:
+        raise DataError(f"cannot write into {folder}: {error.strerror}; name another folder") from error
     return [folder / site.folder for site in checkpoint.sites]
