@@ -77,3 +77,14 @@ def test_where_the_training_images_cannot_be_read_it_is_said(subject, digit, tmp
     assert "Training images of wds/digits are not shown: no readable file" in problem
     cards = inspection.findings[0].places[0].cards
     assert not any(card.pictures for card in cards) and all("active in" in card.about for card in cards)
+
+
+def test_training_images_are_not_looked_for_in_a_folder_of_other_images(subject, digit, tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        shutil.copy(digit(904), tmp_path / "photos" / name)
+    dataset = f"{tmp_path}/photos/"
+    survey = survey_latents(subject("vs2", "@local-dir-tiny-clip_wds-digits", dataset=dataset), limit=2)
+    [problem] = survey.problems
+    assert problem.startswith("Training images of wds/digits are not shown: the checkpoint does not say in which")
+    assert "--dataset wds/digits --dataset_root FOLDER" in problem

@@ -131,11 +131,20 @@ class TrainingPictures:
         return source
 
     def _data_set(self, part: int) -> DataSet:
-        """Return the data set to read a part from: the part's own folder, if another one than the data set at hand."""
+        """Return the data set to read a part from: the part's own folder, if another one than the data set at hand.
+
+        Raises:
+            DataError: the data set at hand is another folder, and the part's own is not known.
+        """
         name, folders = self._parts[part].dataset, self._checkpoint.data.folders
         folder = folders[part] if folders else ""
         if folder and (name != self._at_hand.name or not self._checkpoint.data.is_of(self._at_hand.home)):
             return DataSet(name, folder)
+        if self._at_hand.home and name != self._at_hand.name:
+            raise DataError(
+                f"the checkpoint does not say in which folder they are; name it with --dataset {name} --dataset_root "
+                "FOLDER, and classes of other data with --classes FILE"
+            )
         return DataSet.of(name, self._at_hand.template)
 
     def _read(self, part: int, images: Any, row: int) -> Thumbnail | None:
