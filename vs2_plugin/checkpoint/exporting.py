@@ -45,5 +45,5 @@ def export(checkpoint: Checkpoint, folder: Path, format: str) -> list[Path]:
                 except CheckpointError as error:
                     raise CheckpointError(f"checkpoint {checkpoint.name!r}, {site.folder}: {error}") from error
     except OSError as error:
-        raise DataError(f"cannot write into {folder}: {error.strerror}; name another folder") from error
+        raise DataError(f"cannot write into {folder}: {error.strerror or error}; name another folder") from error
     return [folder / site.folder for site in checkpoint.sites]
