@@ -8,6 +8,7 @@ import pytest
 import torch
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 
+from vs2_plugin.demo.digits import read_digits
 from vs2_plugin.gallery.search import ExactSearch
 from vs2_plugin.method import LABELS, Method, Option
 from vs2_plugin.plugins import registry
@@ -17,7 +18,7 @@ from vs2_plugin.steering.neighbours import Codes
 from vs2_plugin.sweep import evaluate
 from vs2_plugin.sweep.grid import read_grids
 
-from .conftest import AUTOCAST, BATCHES, TINY, at, both_commands, harness, interrupt_write, result, sweep
+from .conftest import AUTOCAST, BATCHES, DATA, TINY, at, both_commands, harness, interrupt_write, result, sweep
 
 STRINGS = [
     f"vs2:{TINY}@gamma=1:2:0.5@lam=2,4",  # two points of α = 0, and two of α = 2
@@ -334,6 +335,50 @@ def test_results_of_something_else_are_not_taken_for_those_of_a_sweep(here, caps
     assert f"{TINY}.json holds results of the split 'train'; expected 'test'" in capsys.readouterr().err
 
 
+NAMES = [f"number {digit}" for digit in range(10)]
+OTHER = {
+    "class names": ("--custom_classname_file", {"wds/few": NAMES, "few": NAMES}),
+    "prompts": ("--custom_template_file", {"wds/few": ["{c}"], "few": ["{c}"]}),
+}
+
+
+@pytest.mark.parametrize("what", OTHER)
+def test_results_of_other_settings_are_not_mixed_in(what, here, capsys):
+    flag, content = OTHER[what]
+    (here / "other.json").write_text(json.dumps(content))
+    words = (flag, "other.json")
+    output = f"m-{what.replace(' ', '-')}/{{model}}.json"
+    assert sweep(f"centre:{TINY}@alpha=1", output=output) == 0
+    assert sweep(f"centre:{TINY}@alpha=1,2", output=output, words=("--skip_existing", *words)) == 2
+    assert f" are of other {what}; remove them, give another --output, or omit --skip_existing" in (
+        capsys.readouterr().err
+    )
+    assert sweep(f"centre:{TINY}@alpha=1,2", output=output, words=words) == 0  # without results that are kept
+    assert sweep(f"centre:{TINY}@alpha=1,3", output=output, words=("--skip_existing", *words)) == 0
+
+
+def test_results_of_another_precision_are_not_mixed_in(here, capsys):
+    assert sweep(f"centre:{TINY}@alpha=1", output="a/{model}.json") == 0
+    data = tuple(word for word in DATA if word != "--no_amp")
+    words = ("--skip_existing",)
+    assert sweep(f"centre:{TINY}@alpha=1,2", output="a/{model}.json", words=words, data=data) == 2
+    assert "the results in a are of other precision; remove them" in capsys.readouterr().err
+
+
+def test_results_of_another_folder_of_the_same_name_are_not_mixed_in(here, capsys):
+    for number, place in enumerate(("first", "second")):
+        for name in ("zero", "one"):
+            (here / place / "pictures/test" / name).mkdir(parents=True)
+            read_digits("test")[0][number].save(here / place / "pictures/test" / name / "x.png")
+    words = ("--dataset_root", "root", "--dataset")
+    assert sweep(f"tda:{TINY}", output="p/{model}.json", words=(*words, "first/pictures")) == 0
+    more = (f"tda:{TINY}", f"tda:{TINY}@positive=1")
+    words = ("--skip_existing", *words)
+    assert sweep(*more, output="p/{model}.json", words=(*words, "second/pictures")) == 2
+    assert "the results in p are of other images; remove them" in capsys.readouterr().err
+    assert sweep(*more, output="p/{model}.json", words=(*words, "first/pictures")) == 0
+
+
 def test_a_changed_file_of_latents_is_another_result(here, capsys):
     (here / "edits.json").write_text('{"1": 0}')
     name = f"latents:{TINY}@edits=edits.json"
@@ -349,7 +394,8 @@ def test_an_interruption_leaves_whole_files_and_says_how_to_go_on(here, monkeypa
     assert "interrupted; 2 of 5 results are in i; to continue, run the same command with --skip_existing\n" in (
         capsys.readouterr().err
     )
-    assert [path.name for path in (here / "i").iterdir()] and len(list((here / "i").iterdir())) == 2
+    names = {path.name for path in (here / "i").iterdir()}
+    assert names == {f"{TINY}.json", f"vs2:{TINY}@lam=1.json", "sweep.settings"}
     assert sweep(f"vs2:{TINY}@lam=1:4:1", output="i/{model}.json", words=("--skip_existing",)) == 0
     assert len(list((here / "i").glob("*.json"))) == 5
 

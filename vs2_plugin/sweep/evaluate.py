@@ -29,6 +29,7 @@ from vs2_plugin.data.images import image_digest, place_of
 from vs2_plugin.data.loading import leave_interruptions, read
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import DataError, HarnessError, ModelStringError, PluginError
+from vs2_plugin.files import json_digest
 from vs2_plugin.harness.autoload import DISABLE
 from vs2_plugin.host import build, zero_shot_classification
 from vs2_plugin.method import Scalar
@@ -42,12 +43,16 @@ from vs2_plugin.steering.context import Task
 from vs2_plugin.sweep.grid import Point, outcome_key
 from vs2_plugin.sweep.request import PassRequest, SweepRequest
 
-__all__ = ["Metrics", "OnePass", "evaluate", "one_pass"]
+__all__ = ["Metrics", "OnePass", "Settings", "evaluate", "one_pass"]
 
 Metrics = dict[str, Scalar]
+#: What the results depend on besides the models: name in words -> digest, or name.
+Settings = dict[str, str]
 
 
-def evaluate(args: SweepRequest, backbone: str, points: Sequence[Point], quiet: bool) -> Iterator[tuple[str, Metrics]]:
+def evaluate(
+    args: SweepRequest, backbone: str, points: Sequence[Point], quiet: bool, check: Callable[[Settings], None]
+) -> Iterator[tuple[str, Metrics]]:
     """Evaluate the plain model and all points of one backbone.
 
     Args:
@@ -55,6 +60,7 @@ def evaluate(args: SweepRequest, backbone: str, points: Sequence[Point], quiet: 
         backbone: the model's name.
         points: points of the grids with that backbone.
         quiet: show no progress.
+        check: called with what the results depend on, before the first image is encoded.
 
     Yields:
         The name of a model and its metrics, as soon as they are computed; the plain model first.
@@ -63,6 +69,7 @@ def evaluate(args: SweepRequest, backbone: str, points: Sequence[Point], quiet: 
         Vs2Error: something cannot be loaded.
     """
     with one_pass(args, backbone, points, quiet) as images:
+        check(images.settings)
         yield backbone, images.measure(None)
         for group in tqdm(images.groups, "points", disable=quiet or None, leave=False):
             metrics = images.measure(group[0])
@@ -81,10 +88,13 @@ class OnePass:
         measure: Callable[[Any, Any], Metrics],
         classify: Callable[[Any, Any], tuple[Tensor, Tensor]],
         quiet: bool,
+        settings: Settings,
     ) -> None:
         """``measure`` and ``classify`` are clip_benchmark's own functions of a model and a data loader."""
         #: The models, those that give the same features together; only the first of each group can be evaluated.
         self.groups = groups
+        #: What the results depend on besides the models.
+        self.settings = settings
         self._loader, self._first, self._quiet = loader, first, quiet
         self._measure, self._classify = measure, classify
 
@@ -149,7 +159,8 @@ def one_pass(
             return logits, targets
 
         first = _FirstPass(loaded.model, evaluated, identify)
-        yield OnePass(data_loader, first, [*groups.values()], measure, classify, quiet)
+        settings = _settings(task, data_loader, args.amp)
+        yield OnePass(data_loader, first, [*groups.values()], measure, classify, quiet, settings)
 
 
 def _metrics_of(point: _SweptModel, evaluated: _SweptModel, metrics: Metrics) -> Metrics:
@@ -157,6 +168,16 @@ def _metrics_of(point: _SweptModel, evaluated: _SweptModel, metrics: Metrics) ->
     gone = evaluated.declared.keys() - point.declared.keys()
     own = {name: value for name, value in point.declared.items() if evaluated.declared.get(name) != value}
     return {name: value for name, value in metrics.items() if name not in gone} | own
+
+
+def _settings(task: Task, loader: DataLoader[Any], amp: bool) -> Settings:
+    own = getattr(loader.dataset, "fingerprint", None)  # clip_benchmark finds others by their name
+    return {
+        "class names": json_digest(task.classes),
+        "prompts": json_digest(task.templates),
+        "images": "" if own is None else json_digest(own()),
+        "precision": "autocast" if amp else "float32",
+    }
 
 
 def _opened(args: PassRequest, backbone: str, loaded: Loaded) -> tuple[Task, DataLoader[Any]]:

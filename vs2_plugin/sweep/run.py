@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.clip.backbone import check_backbone
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import CheckpointError, DataError, HarnessError, SettingError
+from vs2_plugin.files import atomic_file
 from vs2_plugin.harness import preflight
 from vs2_plugin.host import Evaluation, default_task
 from vs2_plugin.model.parts import find_checkpoint
@@ -195,13 +198,33 @@ def _digest(point: Point, request: SweepRequest) -> str | None:
 
 def _evaluate(planned: Plan, backbone: str, points: Sequence[Point], quiet: bool) -> None:
     request = planned.request
-    for model, metrics in evaluate.evaluate(request, backbone, points, quiet):
+    check = partial(_require_same, planned)
+    for model, metrics in evaluate.evaluate(request, backbone, points, quiet, check):
         if model in planned.pending:
             weights = weights_tag(model, request.pretrained)
             about = request.dataset, model, weights, request.task, request.language
             told = {} if request.split == "test" else {"vs2_split": request.split}  # of the plain model's results too
             run = Run(planned.files[model], *about, {**metrics, **told})
             planned.results[model] = write_run(run)
+
+
+def _require_same(planned: Plan, settings: evaluate.Settings) -> None:
+    """Keep what the results depend on in ``sweep.settings``, by which a sweep that goes on notices a difference.
+
+    Raises:
+        DataError: the existing results are of other images, class names or prompts, or of another precision.
+    """
+    file, earlier = planned.file("sweep", ".settings"), None
+    with suppress(OSError, ValueError):  # of an earlier version, or written by clip_benchmark eval
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+    if planned.results and isinstance(earlier, dict) and earlier != settings:
+        different = " and ".join(name for name in settings if earlier.get(name) != settings[name])
+        raise DataError(
+            f"the results in {planned.folder} are of other {different}; remove them, give another --output, or omit "
+            "--skip_existing"
+        )
+    with atomic_file(file) as scratch:
+        scratch.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def _finish(planned: Plan) -> Summary:
