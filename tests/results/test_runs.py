@@ -81,6 +81,17 @@ def test_numbers_that_are_none(write_run):
     assert read_run(path).calibration() is None
 
 
+def test_per_image_results_of_another_model_of_nearly_the_same_accuracy(write_run, make_images):
+    images = make_images(0.5, before=0.45)
+    plain, right = (images[name] == images["target"] for name in ("plain_prediction", "prediction"))
+    told = {"vs2_mended": int((~plain & right).sum()), "vs2_broken": int((plain & ~right).sum())}
+    path = write_run("B", images=images, metrics=told)
+    assert read([path])[0][0].images is not None
+    np.savez(path.with_suffix(".images.npz"), **make_images(0.5, before=0.4))
+    with pytest.raises(DataError, match=r"does not belong to the run of B.json: in it \d+ images are mended and 0"):
+        read([path])
+
+
 def test_per_image_results_of_another_run(write_run, make_images):
     path = write_run("B", images=make_images(0.5))
     np.savez(path.with_suffix(".images.npz"), **make_images(0.9))

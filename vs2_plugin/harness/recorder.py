@@ -108,10 +108,9 @@ class Recorder:
         metrics = {"seconds": round(self._seconds(), 3), "peak_memory": _peak()}
         if self._images is not None:
             metrics |= _calibration("ece", self._images)
-            plain = self._images.plain
-            if plain is not None:
-                was, right = plain.correct, self._images.correct
-                metrics |= {"mended": int((~was & right).sum()), "broken": int((was & ~right).sum())}
+            plain, moved = self._images.plain, self._images.moved
+            if plain is not None and moved is not None:
+                metrics |= {"mended": moved[0], "broken": moved[1]}
                 metrics |= _calibration("ece_before", plain)
         return {f"vs2_{name}": value for name, value in metrics.items()}
 

@@ -103,6 +103,14 @@ class Images:
             plain_prediction=None, plain_confidence=None, seconds=None, peak_memory=None,
         )  # fmt: skip
 
+    @property
+    def moved(self) -> tuple[int, int] | None:
+        """Numbers of images that steering mended and broke; None without the plain model's results."""
+        plain = self.plain
+        if plain is None:
+            return None
+        return int((self.correct & ~plain.correct).sum()), int((plain.correct & ~self.correct).sum())
+
     def changed(self, limit: int = 20) -> dict[str, list[tuple[str, str, str]]]:
         """Return up to ``limit`` files each for ``mended`` and ``broken``, those of highest confidence first.
 

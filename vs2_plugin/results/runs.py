@@ -228,6 +228,12 @@ def _with_images(run: Run) -> Run:
             f"{images.accuracy:.2%} of the images, the results say {acc1:.2%}; run the evaluation again with "
             "VS2_PER_IMAGE=1"
         )
+    told, moved = (run.number("vs2_mended"), run.number("vs2_broken")), images.moved
+    if moved is not None and None not in told and moved != told:
+        raise DataError(
+            f"{file} does not belong to the run of {run.path.name}: in it {moved[0]} images are mended and {moved[1]} "
+            f"broken, in the results {told[0]:.0f} and {told[1]:.0f}; run the evaluation again with VS2_PER_IMAGE=1"
+        )
     return replace(run, images=images)
 
 
