@@ -43,7 +43,8 @@ class Option(Setting):
     :mod:`vs2_plugin.strength`). With all automatic options at their first value, the method must leave activations
     unchanged. None: the option does not accept ``auto``."""
     auto_needs: tuple[str, str] | None = None
-    """Key of an option that has to be given together with ``auto``, and the reason in words."""
+    """Key of an option that has to be given together with ``auto``, and the reason in words. With ``KEY=auto``, that
+    option has to be ``auto`` too, or this one a number."""
     file: bool = False
     """Whether the value is the path of a file. Results then tell the file's digest, by which a changed file is noticed.
     """
@@ -289,7 +290,7 @@ class Method:
                     f"method {self.name!r}: an option named {option.name!r}, a name that results use for every method; "
                     "expected another name"
                 )
-            if option.auto_needs is not None and option.auto_needs[0] not in by_name:
+            if option.auto_needs is not None and option.auto_needs[0].removesuffix(f"={AUTO}") not in by_name:
                 raise PluginError(
                     f"method {self.name!r}: auto of {option.name!r} needs {option.auto_needs[0]!r}, which is not an "
                     "option"

@@ -272,8 +272,8 @@ def _check_automatic(method: Method, given: dict[str, Scalar]) -> None:
     filled = method.fill(given)
     automatic = method.automatic(filled)
     for option in automatic:
-        needed, reason = option.auto_needs or (None, "")
-        if needed is not None and filled[needed] is None:
+        needed, reason = option.auto_needs or ("", "")
+        if needed in filled and filled[needed] is None:
             accepted = next(other.accepted() for other in method.all_options if other.name == needed)
             raise ModelStringError(
                 f"option {option.name}=auto: expected @{needed}= beside it ({accepted}), since {reason}"

@@ -734,11 +734,15 @@ def test_a_first_candidate_that_moves_activations_is_refused(few, clip_benchmark
 
 
 def test_a_number_that_leaves_no_plain_model_to_compare_with_is_told_as_such(few, clip_benchmark):
-    code, error = clip_benchmark("eval", "--model", f"vs2s:{TINY}@{NAME}@alpha=1", *DATA, "--output", "b.json")
+    models = (TINY, f"vs2s:{TINY}@{NAME}@alpha=1")
+    code, error = clip_benchmark("eval", "--model", *models, *DATA, "--output", "before-{model}.json")
+    assert not [*Path().glob("before-*")]  # nothing was evaluated first
     assert code == 2 and error.splitlines()[-1] == (
         "vs2: error: with alpha=1, method 'vs2s' steers whatever p is, and auto chooses between steering and the model "
         "as it is; expected auto for alpha too, or numbers for all"
     )
+    still = f"vs2s:{TINY}@{NAME}@alpha=0"  # of any p
+    assert clip_benchmark("eval", "--model", still, *DATA, "--output", "still.json")[0] == 0
 
 
 def test_rounding_is_no_move(run, sae, add_method):

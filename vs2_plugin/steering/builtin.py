@@ -42,6 +42,7 @@ FIXED = (*STRENGTH[:2], replace(STRENGTH[2], auto=None))
 ALPHA = replace(STRENGTH[2], default=AUTO, excludes=(), help="strength; as lam*(gamma-1) in vs2, at equal mean length")
 P = Option(
     "p", float, AUTO, minimum=0, maximum=8, auto=(0.0, 2.0),
+    auto_needs=("alpha=auto", "auto chooses between steering and the model as it is"),
     help="how much more to amplify latents that differ between classes; 0: none, as vs2",
 )  # fmt: skip
 BRAKE = Option(
