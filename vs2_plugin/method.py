@@ -290,11 +290,12 @@ class Method:
                     f"method {self.name!r}: an option named {option.name!r}, a name that results use for every method; "
                     "expected another name"
                 )
-            if option.auto_needs is not None and option.auto_needs[0].removesuffix(f"={AUTO}") not in by_name:
-                raise PluginError(
-                    f"method {self.name!r}: auto of {option.name!r} needs {option.auto_needs[0]!r}, which is not an "
-                    "option"
+            needed, _, value = (option.auto_needs or ("", ""))[0].partition("=")
+            if needed and (needed not in by_name or (value and by_name[needed].auto is None)):
+                which = f"{value} of {needed!r}, which does not accept it" if needed in by_name else (
+                    f"{needed!r}, which is not an option"
                 )
+                raise PluginError(f"method {self.name!r}: auto of {option.name!r} needs {which}")
         return by_name
 
     @property

@@ -350,9 +350,11 @@ def test_results_of_other_settings_are_not_mixed_in(what, here, capsys):
     output = f"m-{what.replace(' ', '-')}/{{model}}.json"
     assert sweep(f"centre:{TINY}@alpha=1", output=output) == 0
     assert sweep(f"centre:{TINY}@alpha=1,2", output=output, words=("--skip_existing", *words)) == 2
-    assert f" are of other {what}; remove them, give another --output, or omit --skip_existing" in (
-        capsys.readouterr().err
-    )
+    refusal = f".json is of other {what}; remove it, give another --output, or omit --skip_existing"
+    assert refusal in capsys.readouterr().err
+    assert sweep(f"centre:{TINY}@alpha=2", output=output, words=words) == 0  # of the new settings
+    assert sweep(f"centre:{TINY}@alpha=1,3", output=output, words=("--skip_existing", *words)) == 2
+    assert f"alpha=1{refusal}" in capsys.readouterr().err  # the one that is still of the old ones
     assert sweep(f"centre:{TINY}@alpha=1,2", output=output, words=words) == 0  # without results that are kept
     assert sweep(f"centre:{TINY}@alpha=1,3", output=output, words=("--skip_existing", *words)) == 0
 
@@ -362,7 +364,7 @@ def test_results_of_another_precision_are_not_mixed_in(here, capsys):
     data = tuple(word for word in DATA if word != "--no_amp")
     words = ("--skip_existing",)
     assert sweep(f"centre:{TINY}@alpha=1,2", output="a/{model}.json", words=words, data=data) == 2
-    assert "the results in a are of other precision; remove them" in capsys.readouterr().err
+    assert f"{TINY}.json is of other precision; remove it" in capsys.readouterr().err
 
 
 def test_results_of_another_folder_of_the_same_name_are_not_mixed_in(here, capsys):
@@ -375,7 +377,7 @@ def test_results_of_another_folder_of_the_same_name_are_not_mixed_in(here, capsy
     more = (f"tda:{TINY}", f"tda:{TINY}@positive=1")
     words = ("--skip_existing", *words)
     assert sweep(*more, output="p/{model}.json", words=(*words, "second/pictures")) == 2
-    assert "the results in p are of other images; remove them" in capsys.readouterr().err
+    assert f"{TINY}.json is of other images; remove it" in capsys.readouterr().err
     assert sweep(*more, output="p/{model}.json", words=(*words, "first/pictures")) == 0
 
 

@@ -16,6 +16,7 @@ from vs2_plugin.clip.backbone import check_backbone, ignores_pretrained
 from vs2_plugin.data.folders import FolderImages, open_files, open_folder
 from vs2_plugin.data.labels import read_lines, read_names
 from vs2_plugin.data.naming import DataSet
+from vs2_plugin.data.splits import split_at_hand
 from vs2_plugin.errors import CheckpointNotFound, SettingError, Vs2Error
 from vs2_plugin.files import LONGEST, json_digest
 from vs2_plugin.method import PROTOCOLS
@@ -125,7 +126,7 @@ def _named(classes: str) -> list[str]:
     if os.path.isfile(classes):
         return read_names(classes)
     if os.path.isdir(classes):
-        return open_folder(classes).classes
+        return open_folder(classes, split_at_hand(DataSet.of(Path(classes)))).classes
     if "," not in classes:
         raise SettingError(
             f"--classes {classes!r}: there is no such file or folder, and one name is not enough; expected a file "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -213,7 +214,7 @@ def settle(
         move = move if zero_shot.mixes else None
         for x, batch in tqdm(batches, name, unit="batch", disable=None if name else True, leave=False):
             moves = [] if move is None else _under_each(steerings, automatic, move, x, batch)
-            if _are_lines(moves):
+            if _are_lines(moves, x):
                 classes.append(zero_shot.along(x, moves))
             else:
                 move = None
@@ -232,14 +233,22 @@ def _under_each(
     return returned
 
 
-def _are_lines(moves: Sequence[Move | None]) -> TypeGuard[Sequence[Move]]:
-    """Return whether all are moves, from x along finite directions, that keep the norm."""
-    lines = [move for move in moves if move is not None and move.base == "x" and move.keep_norm]
+def _are_lines(moves: Sequence[Move | None], x: Tensor) -> TypeGuard[Sequence[Move]]:
+    """Return whether all are moves, from activations x along finite directions, that keep the norm."""
+    lines = [move for move in moves if move is not None and _keeps_norm(move)]
     if not lines or len(lines) < len(moves):
         return False
     furthest = max(abs(move.strength) for move in lines)
-    squares = [(furthest * code.direction.norm()).square() for code in {move.code for move in lines}]
-    return all(bool(square.isfinite()) for square in squares)
+    for direction in (code.direction for code in {move.code for move in lines}):
+        same = direction.shape == x.shape and direction.dtype == x.dtype
+        if not same or not (furthest * direction.norm()).square().isfinite():
+            return False
+    return True
+
+
+def _keeps_norm(move: Move) -> bool:
+    is_number = isinstance(move.strength, (int, float)) and math.isfinite(move.strength)
+    return is_number and move.base == "x" and move.keep_norm
 
 
 @torch.no_grad()

@@ -75,7 +75,7 @@ def _check_automatic(spec: ModelString) -> None:
         other = method.option(name) if value else None
         if other is not None and spec.options[name] not in (value, *(other.auto or ())[:1]):
             raise ModelStringError(
-                f"with {name}={spec.options[name]:g}, method {method.name!r} steers whatever {option.name} is, and "
+                f"with {name}={spec.options[name]}, method {method.name!r} steers whatever {option.name} is, and "
                 f"{reason}; expected {value} for {name} too, or numbers for all"
             )
 

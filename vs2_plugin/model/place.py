@@ -17,7 +17,7 @@ from vs2_plugin.clip.sites import ClipModel, Site, embedding_from
 from vs2_plugin.errors import PluginError
 from vs2_plugin.method import Scalar
 from vs2_plugin.model.builder import read_by_all, whose
-from vs2_plugin.steering.batch import Batch, Steering, call, steer, unchanged
+from vs2_plugin.steering.batch import Batch, Steering, blamed, call, steer, unchanged
 from vs2_plugin.steering.gate import Gate
 from vs2_plugin.steering.move import Move
 from vs2_plugin.steering.retriever import Retriever
@@ -126,8 +126,15 @@ class Place(nn.Module):
         Raises:
             PluginError: the method failed, or edited a tensor that is not its own.
         """
-        moved = self._called(partial(call, self.steering), x, batch)
-        return moved if isinstance(moved, Move) else None
+
+        def move(x: Tensor, batch: Batch) -> Move | None:
+            moved = call(self.steering, x, batch)
+            if not isinstance(moved, Move):
+                return None
+            with blamed():  # the direction may be computed only now
+                return moved if moved.code.direction is not None else None
+
+        return self._called(move, x, batch)
 
     def _called(self, function: Callable[[Tensor, Batch], T], x: Tensor, batch: Batch) -> T:
         sae = None if self.gate is None else self.gate.sae

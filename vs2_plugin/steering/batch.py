@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vs2_plugin.devices import to_processor
-from vs2_plugin.errors import HarnessError, PluginError, Vs2Error
+from vs2_plugin.errors import HarnessError, PluginError, Vs2Error, is_interruption
 from vs2_plugin.plugin_faults import fault_of
 from vs2_plugin.sae.topk import TopKSAE
 from vs2_plugin.steering.move import Code, Move
 
-__all__ = ["Batch", "Steering", "call", "steer", "unchanged"]
+__all__ = ["Batch", "Steering", "blamed", "call", "steer", "unchanged"]
 
 T = TypeVar("T")
 
@@ -120,11 +120,21 @@ def call(steering: Steering, x: Tensor, batch: Batch) -> Any:
         wants_batch = "batch" in inspect.signature(function).parameters
     except (TypeError, ValueError):  # some functions written in C have no signature
         wants_batch = False
-    try:
+    with blamed():
         return steering(x, batch=batch) if wants_batch else steering(x.clone())
-    except Vs2Error:
+
+
+@contextmanager
+def blamed() -> Iterator[None]:
+    """Raise PluginError, with file and line, for what the code of a plugin raises within a ``with`` block; memory that
+    runs out, and an interruption, are not its fault."""
+    try:
+        yield
+    except (Vs2Error, MemoryError, torch.OutOfMemoryError):
         raise
     except (Exception, SystemExit) as error:
+        if is_interruption(error):
+            raise
         raise PluginError(fault_of(error)) from error
 
 
@@ -135,7 +145,8 @@ def steer(steering: Steering, x: Tensor, batch: Batch) -> Tensor:
         PluginError: the result is not a tensor of the shape, dtype, device and layout of x.
     """
     steered = call(steering, x, batch)
-    result = steered.apply(x) if isinstance(steered, Move) else steered
+    with blamed():  # a move may compute its code only now
+        result = steered.apply(x) if isinstance(steered, Move) else steered
     if not isinstance(result, Tensor):
         raise PluginError(f"the steering returned {type(result).__name__}; expected activations {tuple(x.shape)}")
     for what in ("shape", "dtype", "device", "layout"):

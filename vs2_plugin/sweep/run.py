@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 from vs2_plugin.checkpoint.store import Store
@@ -198,7 +197,13 @@ def _digest(point: Point, request: SweepRequest) -> str | None:
 
 def _evaluate(planned: Plan, backbone: str, points: Sequence[Point], quiet: bool) -> None:
     request = planned.request
-    check = partial(_require_same, planned)
+    file, settings = planned.file("sweep", ".settings"), list[evaluate.Settings]()
+    known = _known(file)
+
+    def check(found: evaluate.Settings) -> None:
+        settings.append(found)
+        _require_same(planned, known, found)
+
     for model, metrics in evaluate.evaluate(request, backbone, points, quiet, check):
         if model in planned.pending:
             weights = weights_tag(model, request.pretrained)
@@ -206,25 +211,30 @@ def _evaluate(planned: Plan, backbone: str, points: Sequence[Point], quiet: bool
             told = {} if request.split == "test" else {"vs2_split": request.split}  # of the plain model's results too
             run = Run(planned.files[model], *about, {**metrics, **told})
             planned.results[model] = write_run(run)
+            known[run.path.name] = settings[-1]
+            with atomic_file(file) as scratch:
+                scratch.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
 
-def _require_same(planned: Plan, settings: evaluate.Settings) -> None:
-    """Keep what the results depend on in ``sweep.settings``, by which a sweep that goes on notices a difference.
+def _known(file: Path) -> dict[str, evaluate.Settings]:
+    """Return what earlier results depend on, by the names of their files; nothing of those by ``clip_benchmark eval``
+    or an earlier version."""
+    with suppress(OSError, ValueError):
+        known = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(known, dict):
+            return {name: settings for name, settings in known.items() if isinstance(settings, dict)}
+    return {}
 
-    Raises:
-        DataError: the existing results are of other images, class names or prompts, or of another precision.
-    """
-    file, earlier = planned.file("sweep", ".settings"), None
-    with suppress(OSError, ValueError):  # of an earlier version, or written by clip_benchmark eval
-        earlier = json.loads(file.read_text(encoding="utf-8"))
-    if planned.results and isinstance(earlier, dict) and earlier != settings:
+
+def _require_same(planned: Plan, known: Mapping[str, evaluate.Settings], settings: evaluate.Settings) -> None:
+    """Raise DataError if an existing result is of other images, class names or prompts, or of another precision."""
+    for run in planned.results.values():
+        earlier = known.get(run.path.name, settings)
         different = " and ".join(name for name in settings if earlier.get(name) != settings[name])
-        raise DataError(
-            f"the results in {planned.folder} are of other {different}; remove them, give another --output, or omit "
-            "--skip_existing"
-        )
-    with atomic_file(file) as scratch:
-        scratch.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        if different:
+            raise DataError(
+                f"{run.path} is of other {different}; remove it, give another --output, or omit --skip_existing"
+            )
 
 
 def _finish(planned: Plan) -> Summary:
