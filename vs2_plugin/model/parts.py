@@ -73,9 +73,11 @@ def _check_automatic(spec: ModelString) -> None:
         needed, reason = option.auto_needs or ("", "")
         name, _, value = needed.partition("=")
         other = method.option(name) if value else None
-        if other is not None and spec.options[name] not in (value, *(other.auto or ())[:1]):
+        given = spec.options.get(name)
+        if other is not None and given not in (value, *(other.auto or ())[:1]):
+            number = f"{given:g}" if isinstance(given, float) else given
             raise ModelStringError(
-                f"with {name}={spec.options[name]}, method {method.name!r} steers whatever {option.name} is, and "
+                f"with {name}={number}, method {method.name!r} steers whatever {option.name} is, and "
                 f"{reason}; expected {value} for {name} too, or numbers for all"
             )
 
