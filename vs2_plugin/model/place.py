@@ -131,8 +131,9 @@ class Place(nn.Module):
             moved = call(self.steering, x, batch)
             if not isinstance(moved, Move):
                 return None
-            with blamed():  # the direction may be computed only now
-                return moved if moved.code.direction is not None else None
+            with blamed():
+                _ = moved.code.direction  # which may be computed only now
+            return moved
 
         return self._called(move, x, batch)
 

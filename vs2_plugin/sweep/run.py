@@ -197,11 +197,11 @@ def _digest(point: Point, request: SweepRequest) -> str | None:
 
 def _evaluate(planned: Plan, backbone: str, points: Sequence[Point], quiet: bool) -> None:
     request = planned.request
-    file, settings = planned.file("sweep", ".settings"), list[evaluate.Settings]()
-    known = _known(file)
+    file = planned.file("sweep", ".settings")
+    known, settings = _known(file), evaluate.Settings()
 
     def check(found: evaluate.Settings) -> None:
-        settings.append(found)
+        settings.update(found)
         _require_same(planned, known, found)
 
     for model, metrics in evaluate.evaluate(request, backbone, points, quiet, check):
@@ -211,7 +211,7 @@ def _evaluate(planned: Plan, backbone: str, points: Sequence[Point], quiet: bool
             told = {} if request.split == "test" else {"vs2_split": request.split}  # of the plain model's results too
             run = Run(planned.files[model], *about, {**metrics, **told})
             planned.results[model] = write_run(run)
-            known[run.path.name] = settings[-1]
+            known[run.path.name] = settings
             with atomic_file(file) as scratch:
                 scratch.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
