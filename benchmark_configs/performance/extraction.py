@@ -104,9 +104,10 @@ def throughput(args: argparse.Namespace, say: Say) -> None:
     """Images per second of the plain forward and of extraction, in turns. Said after each round."""
     from vs2_plugin.clip.backbone import load_backbone
     from vs2_plugin.clip.sites import Sites
-    from vs2_plugin.data.cache import ActivationCache, activations_at, extract
+    from vs2_plugin.data.cache import ActivationCache, extract
     from vs2_plugin.data.images import TrainingImages, open_images
     from vs2_plugin.data.naming import DataSet
+    from vs2_plugin.training.extract import activations_at
 
     folder, count, device = args.path, args.images, torch.device(args.device)
     on_gpu = device.type != "cpu"

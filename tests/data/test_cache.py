@@ -12,12 +12,13 @@ from vs2_plugin.arrays import ROWS, whole_rows
 from vs2_plugin.clip.edits import reading
 from vs2_plugin.clip.sites import Sites
 from vs2_plugin.data import cache as cache_module
-from vs2_plugin.data.cache import ActivationCache, activations_at, extract, require_space
+from vs2_plugin.data.cache import ActivationCache, extract, require_space
 from vs2_plugin.data.folders import LeftOut
 from vs2_plugin.data.images import TrainingImages, image_digest
 from vs2_plugin.distributed import Processes
 from vs2_plugin.errors import DataError
 from vs2_plugin.files import LOCKS, part_of
+from vs2_plugin.training.extract import activations_at
 
 KEY = {
     "tower": {"parameters": "abc"},

@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vs2_plugin.clip.sites import Sites
-from vs2_plugin.data.cache import ActivationCache, activations_at, extract
+from vs2_plugin.data.cache import ActivationCache, extract
 from vs2_plugin.data.images import TrainingImages
 from vs2_plugin.sae.config import TrainConfig
 from vs2_plugin.sae.product import Precision, multiplies_int8
@@ -23,6 +23,7 @@ from vs2_plugin.sae.topk import SaeConfig, TopKSAE
 from vs2_plugin.sae.train import train_sae
 from vs2_plugin.steering.amplify import Amplify
 from vs2_plugin.steering.gate import Gate
+from vs2_plugin.training.extract import activations_at
 
 SUITE = Path(__file__).parents[2] / "benchmark_configs" / "performance"
 D, LATENTS, K, BATCH = 64, 512, 8, 256

@@ -15,12 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from vs2_plugin.arrays import Column, check_all, trust_all, whole_rows
-from vs2_plugin.clip.edits import reading
-from vs2_plugin.clip.sites import Site
 from vs2_plugin.data.images import Batch, TrainingImages
 from vs2_plugin.devices import to_processor
 from vs2_plugin.distributed import ALONE, Processes, wait
@@ -28,7 +26,7 @@ from vs2_plugin.errors import DataError
 from vs2_plugin.files import alone, atomic_folder, hidden, json_digest, part_of, settle
 from vs2_plugin.text import counted, gigabytes
 
-__all__ = ["ActivationCache", "Encode", "Extracted", "Writer", "activations_at", "extract", "require_space"]
+__all__ = ["ActivationCache", "Encode", "Extracted", "Writer", "extract", "require_space"]
 
 _FACTS = "activations.json"
 _DIGESTS = "digests"
@@ -244,19 +242,6 @@ class Writer:
 
 def _line(left_out: tuple[int, str]) -> str:
     return json.dumps(left_out) + "\n"
-
-
-def activations_at(model: nn.Module, sites: Sequence[Site], amp: bool) -> Encode:
-    """Return an encoder for :func:`extract` that gives the activations of an open_clip model at ``sites``."""
-
-    encode_image: Callable[[Tensor], Tensor] = model.encode_image  # type: ignore[assignment]
-
-    def encode(images: Tensor) -> dict[str, Tensor]:
-        with torch.autocast(images.device.type, enabled=amp), reading(model, sites) as activations:
-            encode_image(images)
-        return {site.hookpoint: activations[site] for site in sites}
-
-    return encode
 
 
 def require_space(folder: Path, needed: int, what: str = "the activations") -> int:

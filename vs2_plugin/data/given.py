@@ -53,7 +53,7 @@ class GivenImages:
         return not hasattr(self.items, "__getitem__") and iter(self.items) is self.items
 
     def open(
-        self, transform: Callable[[Any], Tensor], *, max_images: int | None = None, seed: int = 0, labels: bool = False
+        self, transform: Callable[[Any], Tensor], *, max_images: int | None = None, labels: bool = False
     ) -> TrainingImages:
         """Prepare the images for a tower, as :func:`vs2_plugin.data.images.open_images` does for a data set.
 
@@ -66,7 +66,7 @@ class GivenImages:
         if len(self.items) == 0:
             raise DataError(f"there are no images; {_IMAGES}")
         fingerprint = _content(self.items) if self.is_kept else None
-        source, identity = subset(Prepared(self.items, prepare), fingerprint, max_images, seed)
+        source, identity = subset(Prepared(self.items, prepare), fingerprint, max_images)
         return TrainingImages(source, max_images, identity, labels)
 
 

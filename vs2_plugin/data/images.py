@@ -199,7 +199,6 @@ def open_images(
     transform: Callable[[Any], Any],
     *,
     max_images: int | None = None,
-    seed: int = 0,
     wds_cache_dir: str | None = None,
     labels: bool = False,
 ) -> TrainingImages:
@@ -209,8 +208,7 @@ def open_images(
         dataset: the data set.
         split: the split's name.
         transform: the tower's preprocessing.
-        max_images: read at most this many: a random subset, or the first ones of a stream.
-        seed: selects the random subset.
+        max_images: read at most this many: a random subset, the same each time, or the first ones of a stream.
         labels: read the labels too; otherwise labels are ignored.
 
     Raises:
@@ -239,7 +237,7 @@ def open_images(
     if total == 0:
         raise DataError(f"the split {split!r} of {name} in {root} is empty")
     fingerprint: Any = source.fingerprint() if hasattr(source, "fingerprint") else _probe(source)
-    source, fingerprint = subset(source, fingerprint, max_images, seed)
+    source, fingerprint = subset(source, fingerprint, max_images)
     return TrainingImages(source, max_images, [fingerprint, total], labels, classes, folder, about)
 
 
@@ -251,17 +249,19 @@ def place_of(dataset: DataSet, source: object) -> str:
     return os.path.abspath(listed) if listed and "://" not in listed else listed
 
 
-def subset(
-    source: Dataset[Any], fingerprint: Any, max_images: int | None, seed: int
-) -> tuple[Dataset[Any], Any]:
-    """Return at most ``max_images`` images of a data set, chosen by ``seed``, and the fingerprint of the choice. A
-    stream is returned whole."""
+def subset(source: Dataset[Any], fingerprint: Any, max_images: int | None) -> tuple[Dataset[Any], Any]:
+    """Return at most ``max_images`` random images of a data set, and the fingerprint of the choice. A stream is
+    returned whole.
+
+    The choice does not depend on the seed of a training: all SAEs of a checkpoint, and all that are compared with each
+    other, are of the same images.
+    """
     total = _length(source)
     # Some streams know their length, and none can be indexed.
     if isinstance(source, IterableDataset) or max_images is None or total is None or max_images >= total:
         return source, fingerprint
-    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:max_images].sort().values
-    return Subset(source, chosen.tolist()), [fingerprint, total, max_images, seed]
+    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:max_images].sort().values
+    return Subset(source, chosen.tolist()), [fingerprint, total, max_images, 0]  # 0: as in caches of earlier versions
 
 
 def _probe(source: Dataset[Any]) -> list[str]:

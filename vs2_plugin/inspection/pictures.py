@@ -115,8 +115,7 @@ class TrainingPictures:
                 raise DataError("they were given to train() in Python, and are not kept")
             source: Any = open_images(
                 self._data_set(part), checkpoint.data.splits[part], self._prepare,
-                max_images=checkpoint.data.max_images, seed=int(checkpoint.sites[0].training.get("seed") or 0),
-                wds_cache_dir=self._wds_cache_dir,
+                max_images=checkpoint.data.max_images, wds_cache_dir=self._wds_cache_dir,
             ).source  # fmt: skip
             if isinstance(source, IterableDataset):
                 raise DataError("a stream of shards cannot be read by row; fetch the shards and name their folder")

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vs2_plugin.clip.backbone import Loaded
+from vs2_plugin.clip.edits import reading
 from vs2_plugin.clip.sites import Site
 from vs2_plugin.clip.tower import Tower
-from vs2_plugin.data.cache import ActivationCache, Encode, Extracted, activations_at, extract, require_space
+from vs2_plugin.data.cache import ActivationCache, Encode, Extracted, extract, require_space
 from vs2_plugin.data.given import GivenImages
 from vs2_plugin.data.images import TrainingImages, open_images
 from vs2_plugin.data.naming import DataSet
@@ -30,7 +31,7 @@ from vs2_plugin.gallery.gallery import CLIP
 from vs2_plugin.text import gigabytes
 from vs2_plugin.training.request import TrainRequest
 
-__all__ = ["Extraction", "Part", "Report", "all_labels", "load_encoders"]
+__all__ = ["Extraction", "Part", "Report", "activations_at", "all_labels", "load_encoders"]
 
 #: Function that shows a line to the user.
 Report = Callable[[str], None]
@@ -88,6 +89,18 @@ def load_encoders(
         encoder = load_encoder(name, weights, preprocessing, device)
         encoders[name] = encoder, encoder.identity(name, weights and os.path.abspath(weights))
     return encoders
+
+
+def activations_at(model: nn.Module, sites: Sequence[Site], amp: bool) -> Encode:
+    """Return an encoder for :func:`extract` that gives the activations of an open_clip model at ``sites``."""
+    encode_image: Callable[[Tensor], Tensor] = model.encode_image  # type: ignore[assignment]
+
+    def encode(images: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(images.device.type, enabled=amp), reading(model, sites) as activations:
+            encode_image(images)
+        return {site.hookpoint: activations[site] for site in sites}
+
+    return encode
 
 
 @dataclass(frozen=True)
@@ -148,15 +161,14 @@ class Extraction:
         return Part(dataset, images.folder, of_tower, encoded)
 
     def _open(self, dataset: DataSet, split: Split) -> TrainingImages:
-        request, transform, seed = self.request, self.loaded.transform, self.request.first_seed
+        request, transform = self.request, self.loaded.transform
         if self.given is not None:
-            return self.given.open(transform, max_images=request.max_images, seed=seed, labels=self.labels)
+            return self.given.open(transform, max_images=request.max_images, labels=self.labels)
         return open_images(
             dataset,
             split.name,
             transform,
             max_images=request.max_images,
-            seed=seed,
             wds_cache_dir=request.wds_cache_dir,
             labels=self.labels,
         )
@@ -177,7 +189,7 @@ class Extraction:
             "split": split.name,
             "images": images.fingerprint,
             "max_images": request.max_images,
-            "seed": self.request.first_seed if request.max_images else None,
+            "seed": 0 if request.max_images else None,  # of the subset; see data.images.subset
             "labels": self.labels,
             "amp": self.amp,
             "device": self.device.partition(":")[0],

@@ -29,7 +29,8 @@ class TrainRequest:
     """The settings of one training, which may write several checkpoints.
 
     Settings of :class:`vs2_plugin.sae.config.TrainConfig` that are None take the recipe's value. ``k``,
-    ``expansion_factor``, ``pass_weight`` and ``seed`` take several values, and each combination becomes a checkpoint.
+    ``expansion_factor``, ``pass_weight`` and ``seed`` take several values, and each combination becomes a checkpoint;
+    a plain SAE (``pass_weight`` 0) and one by PASS share theirs.
     A setting that takes several values accepts a single one too.
 
     Raises:
@@ -57,8 +58,9 @@ class TrainRequest:
         "marked in checkpoint and results",
     )
     max_images: int | None = setting(
-        None, minimum=1, help="use at most this many images of each data set: a random subset (default: all)"
-    )
+        None, minimum=1,
+        help="use at most this many images of each data set: a random subset, the same for all seeds (default: all)",
+    )  # fmt: skip
     batch_size: int = setting(64, minimum=1, help="images per forward pass")
     num_workers: int = setting(min(4, os.cpu_count() or 1), minimum=0, help="image loader processes")
     amp: bool | None = setting(
@@ -164,7 +166,7 @@ class TrainRequest:
 
     @property
     def first_seed(self) -> int:
-        """Seed of everything that the SAEs share: random weights, loaders, the subset of ``max_images``."""
+        """Seed of everything that the SAEs share: random weights and loaders."""
         return (self.seed or (0,))[0]
 
     @property
