@@ -1,11 +1,14 @@
 """Which images have labels that are numbers of the classes at hand."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from vs2_plugin.checkpoint.store import Store
+from vs2_plugin.inspection.subject import open_subject as open_one
+from vs2_plugin.quality import tower
 from vs2_plugin.quality.subject import Images, open_subject
 from vs2_plugin.quality.tower import _is_labelled, open_zero_shot
 
@@ -41,5 +44,20 @@ def test_of_several_saes_each_has_its_own_labels(first, folder):  # noqa: F811
     own = open_subject("local-dir-tiny-clip_wds-digits", store)
     other = replace(own, images=replace(own.images, datasets=("folder/photos",)))
     subjects = [own, other] if first == 0 else [other, own]
-    found = open_zero_shot(subjects, store, "wds/digits", "digits", None)
+    found = open_zero_shot(subjects, "wds/digits", "digits", None)
     assert [one.labelled for one in found] == [first == 0, first == 1]
+
+
+def test_classes_are_of_the_tower_of_the_checkpoint_at_hand(folder, tmp_path, monkeypatch):  # noqa: F811
+    """It is not looked up again by its name, which another one in the store may have; nor is the data set that it was
+    trained on, if the classes are given."""
+    shutil.copytree("store/checkpoints/local-dir-tiny-clip_wds-digits", tmp_path / "bare")  # a name that is taken
+    subject = open_subject(str(tmp_path / "bare"), Store.default())
+    seen = []
+    monkeypatch.setattr(tower, "open_subject", lambda *args, **named: seen.append(open_one(*args, **named)) or seen[-1])
+    data = replace(subject.checkpoint.data, datasets=("folder/photos",), folders=("/nowhere/photos",))
+    elsewhere = replace(subject, checkpoint=replace(subject.checkpoint, data=data))
+    [of_digits] = open_zero_shot([subject], "wds/digits", "digits", None)
+    [of_words] = open_zero_shot([elsewhere], None, "root", ["one", "two"])
+    assert of_digits.about == "10 classes of wds/digits" and of_words.about == "2 classes given"
+    assert [one.model.checkpoint.folder for one in seen] == [tmp_path / "bare"] * 2

@@ -81,10 +81,9 @@ def _run(args: argparse.Namespace) -> None:
     require_comparable(subjects)
     elsewhere = None if args.elsewhere is None else open_elsewhere(args.elsewhere, store, subjects[0])
     zero_shots = open_zero_shot(
-        subjects, store, args.dataset, args.dataset_root, classes, args.model_cache_dir, args.wds_cache_dir
+        subjects, args.dataset, args.dataset_root, classes, args.model_cache_dir, args.wds_cache_dir
     )
-    pairs = [*zip(subjects, zero_shots, strict=True)]
-    saes = [measure(subject, elsewhere, zero_shot, device) for subject, zero_shot in pairs]
+    saes = [measure(one, elsewhere, zero_shot, device) for one, zero_shot in zip(subjects, zero_shots, strict=True)]
     quality = Quality(saes, *stability(saes))
     recorded = [sae.subject.name for sae, zero_shot in zip(saes, zero_shots, strict=True) if keep(sae, zero_shot)]
     _tell(args, quality, recorded)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.data.splits import split_at_hand
 from vs2_plugin.errors import DataError
@@ -128,6 +129,7 @@ def open_subject(
     dataset: str,
     dataset_root: str = "root",
     *,
+    checkpoint: Checkpoint | None = None,
     classes: list[str] | None = None,
     concepts: list[str] | None = None,
     model_cache_dir: str | None = None,
@@ -142,6 +144,7 @@ def open_subject(
         dataset: the data set whose classes and checkpoint are used; a folder of images, ``photos/``, or ``wds/NAME``
             for shards.
         dataset_root: the folder that holds a data set given by name. Training images are read from there again.
+        checkpoint: the checkpoint, unless ``model`` names one or the data set's is meant.
         classes: class names to use instead of the data set's.
         concepts: words to compare latents with in place of the classes.
         model_cache_dir: where downloaded models are kept.
@@ -159,7 +162,7 @@ def open_subject(
     concepts = None if concepts is None else _require_two("concepts", concepts)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with seeded(0):  # random weights equal clip_benchmark's
-        steered, transform, tokenizer = load(model, pretrained, model_cache_dir, device)
+        steered, transform, tokenizer = load(model, pretrained, model_cache_dir, device, checkpoint=checkpoint)
     steered.bind(Task(named.name, named.root, "test", classes, prompts))
     with zero_shot_classification() as harness:
         embed = partial(harness.zero_shot_classifier, steered.model, tokenizer, device=device, amp=False)
@@ -167,10 +170,6 @@ def open_subject(
         word_texts = class_texts if concepts is None else embed(concepts, [_PROMPT]).T.contiguous()
     warn_of_equals(classes, class_texts.T)
     steered.set_classifier(class_texts.T)
-    if isinstance(prompts, dict):
-        wording = "prompts of their own"
-    else:
-        wording = f"the prompt {prompts[0]!r}" if len(prompts) == 1 else f"{len(prompts)} prompts"
     problems: dict[str, None] = {}
     pictures, checkpoint = None, steered.checkpoint
     if checkpoint is not None and checkpoint.gallery is not None:
@@ -178,9 +177,15 @@ def open_subject(
     elif checkpoint is not None:
         problems[NO_GALLERY] = None
     return Subject(
-        steered, transform, device, classes, wording, class_texts, concepts or classes, word_texts, pictures, problems,
-        progress,
+        steered, transform, device, classes, _wording(prompts), class_texts, concepts or classes, word_texts, pictures,
+        problems, progress,
     )  # fmt: skip
+
+
+def _wording(prompts: Sequence[str] | Mapping[str, Sequence[str]]) -> str:
+    if isinstance(prompts, Mapping):
+        return "prompts of their own"
+    return f"the prompt {prompts[0]!r}" if len(prompts) == 1 else f"{len(prompts)} prompts"
 
 
 def _require_two(name: str, words: Sequence[str]) -> list[str]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.checkpoint.records import SiteSAE
@@ -61,7 +60,6 @@ class Subject:
     checkpoint: Checkpoint
     site: SiteSAE
     sae: TopKSAE
-    mean: Tensor
     images: Images | None
     """None if no images are at hand."""
 
@@ -91,13 +89,13 @@ def open_subject(
     """
     checkpoint = store.find(name)
     [site] = checkpoint.select(block, variant)
-    sae, mean = checkpoint.sae(site)
+    sae, _ = checkpoint.sae(site)
     images = None
     if activations is not None:
         images = _given(site, activations, labels)
     elif checkpoint.gallery is not None and site.hookpoint in checkpoint.gallery.sites:
         images = _gallery(checkpoint, site)
-    return Subject(checkpoint, site, sae, mean, images)
+    return Subject(checkpoint, site, sae, images)
 
 
 def _gallery(checkpoint: Checkpoint, site: SiteSAE) -> Images:

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from vs2_plugin.checkpoint.store import Store
+from vs2_plugin.checkpoint.records import GIVEN
 from vs2_plugin.clip.sites import embedding_from
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.inspection.subject import open_subject
@@ -21,14 +21,17 @@ NO_CLASSES = "it needs classes: name a data set that has them with --dataset, or
 
 
 def open_zero_shot(
-    subjects: Sequence[Subject], store: Store, dataset: str | None, dataset_root: str, classes: list[str] | None,
-    model_cache_dir: str | None = None, wds_cache_dir: str | None = None,
-) -> list[ZeroShot | str]:  # fmt: skip
+    subjects: Sequence[Subject],
+    dataset: str | None,
+    dataset_root: str,
+    classes: list[str] | None,
+    model_cache_dir: str | None = None,
+    wds_cache_dir: str | None = None,
+) -> list[ZeroShot | str]:
     """Load the tower and embed the classes, for each SAE; return the reasons as text where that is not possible.
 
     Args:
         subjects: SAEs of one tower and site.
-        store: the store that holds the checkpoints.
         dataset: the data set whose classes and prompts are used.
         dataset_root: the folder that holds the data set.
         classes: names of classes in place of the data set's.
@@ -43,11 +46,10 @@ def open_zero_shot(
         return [NO_CLASSES] * len(subjects)
     if checkpoint.tower is None:
         return ["it needs the tower, but the SAE was trained on activations of an unnamed one"] * len(subjects)
-    place = checkpoint.hub or (str(checkpoint.folder) if store.words else checkpoint.name)
     method = "vs2" if first.variant == "plain" else "pass"
     opened = open_subject(
-        f"{method}:{checkpoint.backbone}@{place}", checkpoint.pretrained, dataset or checkpoint.data.datasets[0],
-        dataset_root, classes=classes, model_cache_dir=model_cache_dir, wds_cache_dir=wds_cache_dir,
+        f"{method}:{checkpoint.backbone}", checkpoint.pretrained, dataset or GIVEN, dataset_root,
+        checkpoint=checkpoint, classes=classes, model_cache_dir=model_cache_dir, wds_cache_dir=wds_cache_dir,
     )  # fmt: skip
     model = opened.model
     site = model.sites.find(first.hookpoint)
