@@ -58,6 +58,14 @@ def test_where_there_is_no_sae_one_is_to_be_trained(plan, tmp_path):
     assert other.training.name.startswith("local-dir-tiny-clip_folder-photos-")
 
 
+def test_of_many_folders_the_checkpoint_has_a_shorter_name(plan, tmp_path):
+    folders = [str(tmp_path / f"the pictures of day {number}") for number in range(12)]
+    for folder in folders:
+        write_photos(tmp_path / folder, 4)
+    name, other = (plan(*some, classes="a,b").training.name for some in (folders, folders[::-1]))
+    assert len(name) == len(other) == 200 and name[-8:] != other[-8:]
+
+
 @pytest.mark.parametrize(
     ("photos", "settings", "error", "problem"),
     [

@@ -8,6 +8,7 @@ import pytest
 import torch
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 
+from vs2_plugin.cli import train_sae
 from vs2_plugin.demo.digits import read_digits
 from vs2_plugin.gallery.search import ExactSearch
 from vs2_plugin.method import LABELS, Method, Option
@@ -379,6 +380,24 @@ def test_results_of_another_folder_of_the_same_name_are_not_mixed_in(here, capsy
     assert sweep(*more, output="p/{model}.json", words=(*words, "second/pictures")) == 2
     assert f"{TINY}.json is of other images; remove it" in capsys.readouterr().err
     assert sweep(*more, output="p/{model}.json", words=(*words, "first/pictures")) == 0
+
+
+def test_results_of_another_sae_of_a_folder_are_not_taken_whatever_its_path_holds(here, capsys):
+    folder = here / "shots {1}" / "digits"
+    for split in ("train", "test"):
+        pictures, labels = read_digits(split)
+        for number in range(40):
+            place = folder / split / str(labels[number])
+            place.mkdir(parents=True, exist_ok=True)
+            pictures[number].save(place / f"{number}.png")
+    train = ["--model", TINY, "--dataset", f"{folder}/", "--no_amp", "--num_workers", "0", "--quiet", "--samples"]
+    data = ("--pretrained", "", "--dataset", f"{folder}/", "--num_workers", "0", "--no_amp")
+    assert train_sae.main([*train, "1000"]) == sweep(f"vs2:{TINY}", output="f/{model}.json", data=data) == 0
+    assert sweep(f"vs2:{TINY}", output="f/{model}.json", data=data, words=("--skip_existing",)) == 0
+    assert train_sae.main([*train, "2000", "--overwrite"]) == 0
+    capsys.readouterr()
+    assert sweep(f"vs2:{TINY}", output="f/{model}.json", data=data, words=("--skip_existing",)) == 2
+    assert "holds results of another SAE than local-dir-tiny-clip_folder-digits is now" in capsys.readouterr().err
 
 
 def test_a_changed_file_of_latents_is_another_result(here, capsys):

@@ -148,7 +148,8 @@ def _sae(request: ClassifyRequest, spec: ModelString, store: Store) -> tuple[Che
     sets = [_data_set(folder, bool(request.train_images)) for folder in folders]
     name = store.name_for(spec.backbone, request.pretrained, "+".join(dict.fromkeys(dataset.name for dataset in sets)))
     homes = [dataset.home for dataset in sets]
-    for own in (name, f"{name[:_SHORTER]}-{json_digest(homes)[:8]}"):  # the first may be of other folders
+    digested = f"{name[:_SHORTER]}-{json_digest(homes)[:8]}"
+    for own in (name, digested) if len(name) <= LONGEST else (digested,):  # the first may be of other folders
         try:
             checkpoint = store.find(own)
         except CheckpointNotFound:

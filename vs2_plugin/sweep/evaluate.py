@@ -1,6 +1,6 @@
 """Evaluates many steered models on one data set with one pass of its images through the plain tower.
 
-Every number is computed by clip_benchmark's own ``evaluate``, as patched by ``harness.register``: once for the plain
+Every number is computed by clip_benchmark's own ``evaluate``, as patched by ``harness.patches``: once for the plain
 model, whose activations are kept, and once per point for a model that steers the kept activations. For each point that
 steers before the tower's end, the rest of the tower is run while the batch is in memory.
 """

@@ -188,7 +188,7 @@ def _read(file: Path, model: str, planned: Plan) -> Run:
 
 def _digest(point: Point, request: SweepRequest) -> str | None:
     """Return the digest of a point's checkpoint, shortened as in results; None if there is no checkpoint."""
-    home = DataSet(request.dataset, request.dataset_root).home
+    home = DataSet.of(request.dataset, request.dataset_root).home
     with suppress(CheckpointError):
         checkpoint = find_checkpoint(point.spec, Store.default(), request.pretrained, request.dataset, home)
         return None if checkpoint is None else checkpoint.digest[:16]
