@@ -16,7 +16,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, get_session, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from vs2_plugin.errors import HubError
+from vs2_plugin.errors import HubError, Vs2Error
 from vs2_plugin.text import one_line, reason_of
 
 __all__ = ["chain", "download", "require_hub", "upload"]
@@ -123,6 +123,8 @@ def _told(repository: str, revision: str | None) -> Iterator[None]:
     what = repository if revision is None else f"{repository} at {revision}"
     try:
         yield
+    except Vs2Error:  # about files in the hub's cache
+        raise
     except HFValidationError as error:
         raise HubError(f"{repository!r} is not the name of a repository ({one_line(str(error))})") from error
     except (LocalEntryNotFoundError, ConnectionError) as error:

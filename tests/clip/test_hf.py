@@ -13,7 +13,7 @@ from PIL import Image
 from vs2_plugin.clip import hf
 from vs2_plugin.clip.backbone import check_backbone, load_backbone
 from vs2_plugin.clip.edits import editing, reading
-from vs2_plugin.clip.hf import revision_of
+from vs2_plugin.clip.hf import find_folder, revision_of
 from vs2_plugin.clip.sites import OUTPUT, Site, finish
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.errors import HubError, TowerError
@@ -159,6 +159,15 @@ def test_a_repository_is_fetched_once_and_its_commit_is_told(shared, clip, batch
     assert not any("resolve" in path for _, path in shared.asked)
     with pytest.raises(HubError, match="refuses org/none"):
         load_backbone("hf:org/none", "")
+
+
+def test_a_damaged_file_in_the_cache_is_named(shared, folder):
+    (folder / "model.safetensors.index.json").write_text("{}")
+    shared.commit("org/parts", {path.name: path.read_bytes() for path in folder.iterdir()})
+    load_backbone("hf:org/parts", "")
+    (find_folder("hf:org/parts") / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(TowerError, match=r"model\.safetensors\.index\.json cannot be read"):
+        load_backbone("hf:org/parts", "")
 
 
 def test_another_cache_can_be_named(shared, tmp_path):

@@ -158,7 +158,9 @@ def test_faiss_finds_nearly_what_exact_search_finds(clustered, tmp_path):
     cosines, found = FaissSearch(rows, tmp_path / "x.faiss", "cpu")(queries, 10)
     exact_cosines, exact = ExactSearch(rows, "cpu")(queries, 10)
     recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found.tolist(), exact.tolist(), strict=True)])
-    assert recall > 0.9
+    assert recall > 0.9 and torch.equal(FaissSearch(rows, tmp_path / "x.faiss", "cpu")(queries, 10)[1], found)
+    needing = queries.clone().requires_grad_()  # as embeddings are outside of no_grad
+    assert torch.equal(FaissSearch(rows, tmp_path / "x.faiss", "cpu")(needing, 10)[1], found)
     assert cosines.shape == found.shape == (60, 10) and found.dtype == torch.int64
     assert (cosines[:, :-1] >= cosines[:, 1:]).all()
     assert (cosines[:, 0] - exact_cosines[:, 0]).abs().median() < 1e-3

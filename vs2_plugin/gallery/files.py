@@ -9,7 +9,7 @@ gallery/
     *.npy.sha256                             digests of an array's rows; see arrays.Column
     verified.json                            arrays that were compared with their digests and are untouched since
   clip.faiss                                 index of FAISS, built at the first search
-  auto/                                      automatic choices; see harness.automatic
+  auto/                                      automatic choices; see model.automatic
 """
 
 from __future__ import annotations

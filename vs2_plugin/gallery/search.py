@@ -220,7 +220,7 @@ class FaissSearch:
 
     def __call__(self, queries: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """See :class:`Search`. If FAISS finds fewer than n, the remaining row numbers are -1."""
-        cosines, rows = self._index.search(queries.cpu().numpy(), n)
+        cosines, rows = self._index.search(queries.detach().cpu().numpy(), n)
         return torch.from_numpy(cosines).to(self._device), torch.from_numpy(rows).to(self._device)
 
 
