@@ -18,6 +18,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -268,21 +269,37 @@ def _check_combination(method: Method, given: dict[str, Scalar]) -> None:
 
 
 def _check_automatic(method: Method, given: dict[str, Scalar]) -> None:
-    """Refuse ``auto`` without the option that it needs, and options that serve ``auto`` where no option is ``auto``."""
+    """Refuse ``auto`` without what it needs, and options that serve ``auto`` where no option is ``auto``."""
     filled = method.fill(given)
     automatic = method.automatic(filled)
     for option in automatic:
-        needed, reason = option.auto_needs or ("", "")
-        if needed in filled and filled[needed] is None:
-            accepted = next(other.accepted() for other in method.all_options if other.name == needed)
-            raise ModelStringError(
-                f"option {option.name}=auto: expected @{needed}= beside it ({accepted}), since {reason}"
-            )
+        if option.auto_needs is not None:
+            _check_beside(option.name, *option.auto_needs, method, filled)
     for option in AUTOMATIC:
         is_common = method.option(option.name) is option  # not a plugin's option of the same name
         if is_common and option.name in given and not automatic:
             names = " or ".join(f"@{other.name}=auto" for other in method.options if other.auto)
             raise ModelStringError(f"option {option.name} is for auto; expected {names} beside it")
+
+
+def _check_beside(
+    automatic: str, needed: str, reason: str, method: Method, filled: Mapping[str, Scalar | None]
+) -> None:
+    """Refuse an option that is ``auto`` without the one that it needs, or beside a number with which the method would
+    steer in any case."""
+    name, _, word = needed.partition("=")
+    other, value = method.option(name), filled[name]
+    assert other is not None  # checked when the method was declared
+    if not word and value is None:
+        raise ModelStringError(
+            f"option {automatic}=auto: expected @{name}= beside it ({other.accepted()}), since {reason}"
+        )
+    if word and value not in (word, *(other.auto or ())[:1]):  # the first leaves images as they are
+        number = f"{value:g}" if isinstance(value, float) else value
+        raise ModelStringError(
+            f"with {name}={number}, method {method.name!r} steers whatever {automatic} is, and {reason}; expected "
+            f"{word} for {name} too, or numbers for all"
+        )
 
 
 def _did_you_mean(word: str, known: list[str]) -> str:

@@ -738,8 +738,8 @@ def test_a_number_that_leaves_no_plain_model_to_compare_with_is_told_as_such(few
     code, error = clip_benchmark("eval", "--model", *models, *DATA, "--output", "before-{model}.json")
     assert not [*Path().glob("before-*")]  # nothing was evaluated first
     assert code == 2 and error.splitlines()[-1] == (
-        "vs2: error: with alpha=1, method 'vs2s' steers whatever p is, and auto chooses between steering and the model "
-        "as it is; expected auto for alpha too, or numbers for all"
+        f"vs2: error: model 'vs2s:{TINY}@{NAME}@alpha=1': with alpha=1, method 'vs2s' steers whatever p is, and auto "
+        "chooses between steering and the model as it is; expected auto for alpha too, or numbers for all"
     )
     still = f"vs2s:{TINY}@{NAME}@alpha=0"  # of any p
     assert clip_benchmark("eval", "--model", still, *DATA, "--output", "still.json")[0] == 0

@@ -108,7 +108,7 @@ def test_model_strings():
     assert parse("vs2:ViT-B-32").options["alpha"] is None
     selective = parse("vs2s:ViT-B-32")
     assert (selective.options["p"], selective.options["alpha"]) == (AUTO, AUTO)
-    assert parse("vs2s:ViT-B-32@alpha=2").options["p"] == AUTO
+    assert parse("vs2s:ViT-B-32@alpha=0").options["p"] == AUTO
     assert parse("vs2pp:ViT-B-32@brake=0.9@alpha=auto").options["brake"] == 0.9
     assert parse("vs2pp:ViT-B-32").options["brake"] is None
 
@@ -122,6 +122,7 @@ MISTAKES = [
     ("proto:X@prior=x.json", "unknown option 'prior' of proto"),
     ("amp:X@gamma=auto", "a number from -1000 to 1000"),
     ("vs2s:X@p=9", "a number from 0 to 8, or auto"),
+    ("vs2s:X@alpha=2", "with alpha=2, method 'vs2s' steers whatever p is"),
     ("vs2s:X@gamma=2", "unknown option 'gamma' of vs2s"),
     ("vs2pp:X@alpha=auto", "option alpha=auto: expected @brake= beside it (a number from 0 to 1), since moving images"),
     ("clipsteer:X@n=5@alpha=auto", "option alpha=auto: expected @brake= beside it"),
@@ -144,4 +145,4 @@ def test_the_word_is_a_value_of_a_sweep_like_others():
     keys = {outcome_key(parse(text)) for text in ("vs2:X@alpha=auto", "vs2:X@alpha=0", "vs2:X@alpha=auto@prior=a.json")}
     assert len(keys) == 3
     assert outcome_key(parse("vs2:X@gamma=1")) == outcome_key(parse("vs2:X@alpha=0"))
-    assert len({outcome_key(parse(f"vs2s:X@{text}")) for text in ("p=0", "p=2", "alpha=1", "p=0@alpha=1")}) == 4
+    assert len({outcome_key(parse(f"vs2s:X@{text}")) for text in ("p=0", "p=2", "p=2@alpha=1", "p=0@alpha=1")}) == 4

@@ -14,7 +14,6 @@ from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.clip.sites import ClipModel, Sites
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.data.images import image_digest
-from vs2_plugin.errors import ModelStringError
 from vs2_plugin.gallery.encoders import load_encoder
 from vs2_plugin.gallery.files import index_file
 from vs2_plugin.gallery.gallery import CLIP, Gallery
@@ -50,10 +49,8 @@ def require(checkpoint: Checkpoint, spec: ModelString) -> list[SiteSAE]:
 
     Raises:
         CheckpointError: the checkpoint lacks one of these SAEs, or the gallery that a method or ``auto`` reads.
-        ModelStringError: an option is ``auto`` beside a number with which the method would steer in any case.
     """
     method, options, reading = spec.method, spec.options, spec.reading
-    _check_automatic(spec)
     if method.gallery == "neighbours":
         n = options["n"]
         assert isinstance(n, int)
@@ -63,23 +60,6 @@ def require(checkpoint: Checkpoint, spec: ModelString) -> list[SiteSAE]:
         checkpoint.require_gallery()
     along = method.needs_checkpoint and method.site == "checkpoint"
     return checkpoint.select(options["blocks"], method.sae) if along else []
-
-
-def _check_automatic(spec: ModelString) -> None:
-    """Raise ModelStringError for an option that may only be ``auto`` together with one that is a number, unless that
-    number leaves images as they are."""
-    method = spec.method
-    for option in method.automatic(spec.options):
-        needed, reason = option.auto_needs or ("", "")
-        name, _, value = needed.partition("=")
-        other = method.option(name) if value else None
-        given = spec.options.get(name)
-        if other is not None and given not in (value, *(other.auto or ())[:1]):
-            number = f"{given:g}" if isinstance(given, float) else given
-            raise ModelStringError(
-                f"with {name}={number}, method {method.name!r} steers whatever {option.name} is, and "
-                f"{reason}; expected {value} for {name} too, or numbers for all"
-            )
 
 
 class Parts:
