@@ -41,6 +41,14 @@ def test_they_are_steered_as_in_the_tower(in_demo, images, options, method):
         assert torch.allclose(model.steer(x), inside[place.site], atol=1e-5)
 
 
+def test_the_callers_autocast_changes_nothing(in_demo, images):
+    model = load(classes=CLASSES, amp=False)
+    x = torch.randn(20, 128, generator=torch.Generator().manual_seed(0))
+    expected, explained = model.steer(x), repr(model.explain(images[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.steer(x), expected) and repr(model.explain(images[0])) == explained
+
+
 def test_what_comes_back_is_of_the_same_kind(in_demo):
     model, x = load(), torch.randn(3, 128)
     steered = model.steer(x)

@@ -262,6 +262,18 @@ def test_copies_and_pickles_read_the_same(in_demo, images):
         assert torch.equal(other.classify(images).logits, expected)
 
 
+def test_a_copy_that_learns_under_autocast_learns_the_same(in_demo, images, add):
+    def build(context):
+        counts = context.unlabeled @ context.classifier
+        return lambda x: 100 * x @ context.classifier + counts.mean(0)
+
+    add("counts", build, protocol="unlabeled")
+    model = load("counts:vs2")
+    again = copy.deepcopy(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(again.readout._learned()(torch.eye(64)), model.readout._learned()(torch.eye(64)))
+
+
 def wrong_shape(context):
     return lambda x: x
 

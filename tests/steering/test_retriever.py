@@ -208,6 +208,17 @@ def test_pseudo_labels_are_the_zero_shot_classes_of_the_gallery(block, images, m
         assert retriever.classes(batch).tolist() == cosines[:4].argmax(1).tolist()
 
 
+def test_what_is_known_of_the_same_classes_is_kept(images):
+    retriever = make(images)
+    classifier = torch.randn(48, 3, generator=torch.Generator().manual_seed(0))
+    retriever.set_classifier(classifier)
+    known = retriever.pseudo
+    retriever.set_classifier(classifier.clone())
+    assert retriever.pseudo is known
+    retriever.set_classifier(classifier.flip(1))
+    assert retriever.pseudo is not known
+
+
 def test_confidence_tells_apart_what_float32_calls_certain():
     """At CLIP's scale of 100 many probabilities round to 1; the order of confidence is still that of the images."""
     angles = torch.tensor([0.30, 0.10, 0.20, 0.00, 0.25])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vs2_plugin.clip.edits import in_float32
 from vs2_plugin.clip.sites import ClipModel, Sites, embedding_from
 from vs2_plugin.data.given import FLOATS
 from vs2_plugin.errors import DataError
@@ -50,7 +52,7 @@ def steer_activations(
     # After an earlier place the activation is steered already, so it does not determine the plain embedding.
     plain = sites.at_end(place.site) and place is places[0]
     batch = Batch(embed=(lambda: embedding_from(model, place.site, x)) if plain else None)
-    steered = place.steer(x, batch).to(tensor)
+    steered = in_float32(partial(place.steer, batch=batch), x).to(tensor)
     return steered.detach().numpy() if isinstance(activations, np.ndarray) else steered
 
 

@@ -33,15 +33,15 @@ from vs2_plugin.files import atomic_file, json_digest
 from vs2_plugin.gallery.gallery import CLIP, Gallery
 from vs2_plugin.method import Method, Scalar
 from vs2_plugin.model.candidates import ZeroShot
+from vs2_plugin.model.place import Place
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.steering.batch import Batch, Steering, call, steer
 from vs2_plugin.steering.move import Move
 from vs2_plugin.steering.neighbours import Activations, gallery_batches
 from vs2_plugin.steering.retriever import Retriever
-from vs2_plugin.strength import NEIGHBOURS, RULE, Choice, neighbour_graph
-from vs2_plugin.strength import choose as choose_by_evidence
+from vs2_plugin.strength import NEIGHBOURS, RULE, Choice, choose, neighbour_graph
 
-__all__ = ["Automatic", "choose", "read_prior", "settle"]
+__all__ = ["Automatic", "choose_at", "read_prior", "settle"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,12 +75,6 @@ class Automatic(nn.Module):
         self.choice: Choice | None = None
         self.steering: Steering | None = None
 
-    @property
-    def fixed(self) -> dict[str, float]:
-        """Options that accept ``auto`` but were given as numbers, with these numbers."""
-        values = ((option.name, self._given[option.name]) for option in self.method.options if option.auto)
-        return {name: value for name, value in values if isinstance(value, (int, float))}
-
     def build(self, values: Mapping[str, Scalar]) -> Steering:
         """Return the steering with these values of the automatic options."""
         return self._build({**self._given, **values})
@@ -90,14 +84,10 @@ class Automatic(nn.Module):
         self._modules.pop("steering", None)  # torch refuses to replace a module by a plain function
         self.steering = steering
 
-    def settle(self, choice: Choice, classifier: Tensor | None = None) -> None:
-        """Steer with the chosen values from now on; ``classifier``: the class embeddings that the choice is for."""
+    def settle(self, choice: Choice) -> None:
+        """Steer with the chosen values from now on."""
         self.use(self.build(choice.values))
-        self.choice, self._classes = choice, None if classifier is None else digest_of({"": classifier})
-
-    def is_settled(self, classifier: Tensor) -> bool:
-        """Return whether the choice was made for these class embeddings."""
-        return self.choice is not None and self._classes == digest_of({"": classifier})
+        self.choice = choice
 
     @property
     def facts(self) -> dict[str, Scalar]:
@@ -125,27 +115,29 @@ class Automatic(nn.Module):
         return moved
 
 
-def choose(
-    automatic: Automatic,
-    steer: Callable[..., Tensor],
+def choose_at(
+    place: Place,
     model: ClipModel,
-    site: Site,
     checkpoint: Checkpoint,
-    retriever: Retriever | None,
     classifier: Tensor,
     spec: ModelString,
     classes: Sequence[str] | None,
     quiet: bool,
-    move: Callable[..., Move | None] | None = None,
 ) -> None:
-    """Choose among the candidates of ``automatic``, or read the stored choice, and log the choice unless ``quiet``.
+    """Choose among the candidates at a place whose steering is :class:`Automatic`, or read the stored choice; log the
+    choice unless ``quiet``.
 
     Args:
-        steer: ``automatic``, inside its gate if there is one.
+        place: the place.
+        model: the open_clip model.
+        checkpoint: the checkpoint, with the gallery whose images are classified.
+        classifier: class embeddings ``[embed_dim, classes]``, as clip_benchmark makes them.
+        spec: the model string.
         classes: names of the classes, if they are known.
-
-    The other arguments are those of :func:`settle`.
+        quiet: whether to log nothing and to show no bar.
     """
+    automatic, site, retriever = place.steering, place.site, place.retriever
+    assert isinstance(automatic, Automatic)
     path = spec.options["prior"]
     prior = None if path is None else read_prior(str(path), classes, classifier.shape[1])
     gallery = checkpoint.open_gallery() if retriever is None else retriever.gallery
@@ -161,11 +153,15 @@ def choose(
     }
 
     def make() -> Choice:
-        return settle(
-            automatic, steer, model, site, gallery, classifier, retriever, prior, None if quiet else name, move
-        )
+        bar = None if quiet else name
+        if spec.options.get("gate") is None:
+            act, move = place.steer_all, place.move
+            return settle(automatic, act, model, site, gallery, classifier, retriever, prior, bar, move)
+        return settle(automatic, place.steer, model, site, gallery, classifier, retriever, prior, bar)
 
-    automatic.settle(_kept(checkpoint.gallery_folder / "auto", identity, classifier, make), classifier)
+    automatic.settle(_kept(checkpoint.gallery_folder / "auto", identity, classifier, make))
+    if place.gate is not None:
+        place.gate.reset()  # its figures so far are of the gallery's images
     if not quiet:
         logger.info("%s: %s", name, automatic.choice)
 
@@ -219,7 +215,7 @@ def settle(
             else:
                 move = None
                 classes.append(zero_shot(_under_each(steerings, automatic, steer, x, batch)))
-    return choose_by_evidence(automatic.candidates, torch.cat(classes).unbind(1), graph, classifier.shape[1], prior)
+    return choose(automatic.candidates, torch.cat(classes).unbind(1), graph, classifier.shape[1], prior)
 
 
 def _under_each(
@@ -253,18 +249,11 @@ def _keeps_norm(move: Move) -> bool:
 
 @torch.no_grad()
 def _check_first(automatic: Automatic, batches: Sequence[tuple[Tensor, Batch]]) -> None:
-    """Raise PluginError (ModelStringError if an option is fixed) unless the first candidate moves no activation."""
+    """Raise PluginError unless the first candidate moves no activation."""
     for x, batch in batches:
         moved = (in_float32(partial(steer, automatic, batch=batch), x) - x).norm(dim=-1)
         if not (moved <= _STILL * x.norm(dim=-1)).all():
-            chosen = ", ".join(automatic.candidates[0])
             values = ", ".join(f"{name}={value:g}" for name, value in automatic.candidates[0].items())
-            if fixed := automatic.fixed:
-                raise ModelStringError(
-                    f"with {', '.join(f'{name}={value:g}' for name, value in fixed.items())}, method "
-                    f"{automatic.method.name!r} steers whatever {chosen} is, and auto chooses between steering and the "
-                    f"model as it is; expected auto for {', '.join(fixed)} too, or numbers for all"
-                )
             raise PluginError(
                 f"method {automatic.method.name!r} moves activations by up to {float(moved.max()):.3g} with {values}; "
                 "expected that its automatic options, all at their first value, leave activations as they are, since "

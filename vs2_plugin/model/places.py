@@ -17,7 +17,7 @@ from vs2_plugin.checkpoint.records import SiteSAE
 from vs2_plugin.clip.sites import Site, Sites
 from vs2_plugin.errors import CheckpointError, ModelStringError, PluginError
 from vs2_plugin.method import LABELS_USED, Scalar, widest
-from vs2_plugin.model.automatic import Automatic, choose
+from vs2_plugin.model.automatic import Automatic, choose_at
 from vs2_plugin.model.builder import build
 from vs2_plugin.model.facts import facts_of
 from vs2_plugin.model.parts import Parts, require
@@ -55,6 +55,7 @@ class Places(Sequence[Place]):
             places[0].shows = self._model
         #: The method on logits that reads the tower's embeddings as classes, if there is one.
         self.readout = self._readout(parts)
+        self._classifier: Tensor | None = None
         self._declared = self._describe()
         self._require_facts()
 
@@ -149,36 +150,24 @@ class Places(Sequence[Place]):
             self.readout.start()
 
     def set_classifier(self, classifier: Tensor, quiet: bool = False) -> None:
-        """Set the zero-shot classifier ``[embed_dim, classes]``, and choose options that are ``auto`` by it."""
+        """Set the zero-shot classifier ``[embed_dim, classes]``, and choose options that are ``auto`` by it.
+
+        The same one again changes nothing: a sweep sets it twice, with images in between.
+        """
+        if self._classifier is not None and torch.equal(self._classifier, classifier):
+            return
         if self.retriever is not None:
             self.retriever.set_classifier(classifier)
-        classifier = classifier.detach()
+        own = classifier.detach().clone()
+        classes = None if self.task is None else self.task.classes
         for place in self:
-            # A sweep sets the classifier twice; a settled steering stays, with the images that it has seen in between.
-            if isinstance(place.steering, Automatic) and not place.steering.is_settled(classifier):
-                self._choose(place, place.steering, classifier, quiet)
+            if isinstance(place.steering, Automatic):
+                assert self.checkpoint is not None  # a method without a checkpoint has no automatic option
+                choose_at(place, self._model[0], self.checkpoint, own, self.spec, classes, quiet)
         if self.readout is not None:
-            self.readout.set_classifier(classifier)
+            self.readout.set_classifier(own)
         self._require_facts()
-
-    def _choose(self, place: Place, automatic: Automatic, classifier: Tensor, quiet: bool) -> None:
-        assert self.checkpoint is not None  # a method without a checkpoint has no automatic option
-        gated = self.spec.options.get("gate") is not None
-        choose(
-            automatic,
-            place.steer if gated else place.steer_all,
-            self._model[0],
-            place.site,
-            self.checkpoint,
-            self.retriever,
-            classifier,
-            self.spec,
-            None if self.task is None else self.task.classes,
-            quiet,
-            None if gated else place.move,
-        )
-        if gated and place.gate is not None:
-            place.gate.reset()  # its figures so far are of the gallery's images
+        self._classifier = own
 
     def _readout(self, parts: Parts) -> Readout | None:
         """Return the method on logits; None if there is none.
@@ -190,20 +179,19 @@ class Places(Sequence[Place]):
         if reading is None:
             return None
         context = partial(Context, parts.model, "logits", parts.sites.output.width, task=deepcopy(self.task))
-        weights = parts.weights
         if reading.protocol != "unlabeled":
-            return Readout(reading, context, None, weights)
+            return Readout(reading, context, None)
         assert self.checkpoint is not None  # a method that learns from unlabeled images needs one
         gallery = parts.gallery(self.checkpoint)
         if self.spec.outer is None:
-            return Readout(reading, context, partial(plain_gallery, gallery, parts.device), weights)
+            return Readout(reading, context, partial(plain_gallery, gallery, parts.device))
         if self.inside:
             raise ModelStringError(
                 f"model {str(self.spec)!r}: {reading.method.name} learns from steered images of the gallery, whose "
                 f"activations are known only at the end of the tower, but steering begins at {self[0].site}; "
                 "expected @unlabeled=test, or no @blocks"
             )
-        return Readout(reading, context, partial(steered_gallery, gallery, parts.model, self[0]), weights)
+        return Readout(reading, context, partial(steered_gallery, gallery, parts.model, self[0]))
 
     def per_image(self) -> dict[str, Tensor]:
         """Return what recording gates know of each image: ``fvu`` at the last site, and ``steered`` at any site."""

@@ -23,19 +23,21 @@ class PlainEmbedding:
 
     def __init__(self, model: ClipModel, edits: Sequence[Edit], inside: bool) -> None:
         """``inside``: whether the first edit is before the tower's end."""
-        self._model, self._edits, self._inside = model, edits, inside
+        self._model, self._edits = model, edits
         self._exact: dict[torch.Size, bool] = {}
         edits[0].keeping = not inside
 
     def of(self, image: Tensor) -> Tensor:
         """Return the plain embedding ``[batch, embed_dim]`` of the images that were just encoded."""
-        before = self._edits[0].before
-        quick = None if self._inside or before is None else finish(self._model, self._edits[0].site, before)
-        if quick is not None and self._exact.get(image.shape):
-            return quick
+        before, quick = self._edits[0].before, None
+        if before is not None and self._exact.get(image.shape, True):
+            quick = finish(self._model, self._edits[0].site, before)
+            if image.shape in self._exact:
+                return quick
         with paused(self._edits):
             plain: Tensor = self._model.encode_image(image)
-        self._exact[image.shape] = quick is not None and quick.dtype == plain.dtype and torch.equal(quick, plain)
+        if quick is not None:
+            self._exact[image.shape] = quick.dtype == plain.dtype and torch.equal(quick, plain)
         return plain
 
     def stop(self) -> None:

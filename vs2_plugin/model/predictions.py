@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +63,8 @@ def class_names(names: Sequence[str], what: str = "classes") -> tuple[str, ...]:
     stripped = tuple(name.strip() for name in listed)
     if "" in stripped:
         raise SettingError(f"{what}: name number {stripped.index('') + 1} is empty; expected one name per class")
-    twice = next((name for number, name in enumerate(stripped) if name in stripped[:number]), None)
-    if twice is not None:
+    if len(set(stripped)) < len(stripped):
+        twice = next(name for name, count in Counter(stripped).items() if count > 1)
         raise SettingError(f"{what}: {twice!r} is given twice; expected each class once")
     if len(stripped) < 2:
         problem = f"{stripped[0]!r} alone" if stripped else "none"

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vs2_plugin.arrays import digest_of, spread
+from vs2_plugin.arrays import spread
 from vs2_plugin.clip.edits import in_float32
 from vs2_plugin.clip.sites import ClipModel, embedding_from
 from vs2_plugin.data.images import image_digest
@@ -23,7 +23,7 @@ from vs2_plugin.errors import HarnessError, PluginError
 from vs2_plugin.gallery.gallery import CLIP, Gallery
 from vs2_plugin.gallery.search import blocks
 from vs2_plugin.method import AUTO, Scalar
-from vs2_plugin.model.builder import build, whose
+from vs2_plugin.model.builder import build, weights_of, whose
 from vs2_plugin.model.facts import facts_of
 from vs2_plugin.model.place import Place
 from vs2_plugin.model.views import views_of
@@ -43,11 +43,7 @@ class Readout:
     """A method on logits, for the evaluations of one model."""
 
     def __init__(
-        self,
-        reading: Reading,
-        context: Callable[..., Context],
-        gallery: Callable[[], Tensor] | None,
-        weights: Mapping[str, Tensor],
+        self, reading: Reading, context: Callable[..., Context], gallery: Callable[[], Tensor] | None
     ) -> None:
         """
         Args:
@@ -55,19 +51,18 @@ class Readout:
             context: makes the builder's context from a ``classifier`` and from ``unlabeled`` embeddings.
             gallery: returns the embeddings ``[images, embed_dim]``, of unit norm, of the gallery's images, steered as
                 evaluated images are; None for a protocol that does not read the gallery.
-            weights: those of the model, by the names for messages.
         """
         self.method, self.options = reading.method, reading.options
         self.protocol = reading.protocol
         views = self.options.get("views") if self.method.views else None
         #: Number of views of each image that the method sees.
         self.views = int(views or 1)
-        self._context, self._gallery, self._weights = context, gallery, weights
+        self._context, self._gallery = context, gallery
         self._read: Steering | None = None
         self._told: Mapping[str, Scalar] = {}
         self._chosen: Mapping[str, Scalar] = {}
         self._classifier: Tensor | None = None
-        self._known_for: str | None = None
+        self._weights: Mapping[str, Tensor] = {}  # of the model, by the names for messages
         self.start()
 
     def start(self) -> None:
@@ -77,19 +72,17 @@ class Readout:
         self._digests: list[int] = []
 
     def set_classifier(self, classifier: Tensor) -> None:
-        """Set the zero-shot classifier ``[embed_dim, classes]``. A method that learns from the gallery does so now, and
-        not again for the same classes."""
-        classifier = F.normalize(classifier.detach().float(), dim=0)
-        known_for = digest_of({"": classifier})
-        if known_for != self._known_for:
-            self._known_for, self._classifier, self._read = known_for, classifier, None
+        """Set the zero-shot classifier ``[embed_dim, classes]``. A method that learns from the gallery does so now."""
+        self._classifier, self._read = F.normalize(classifier.detach().float(), dim=0), None
         if self.protocol in ("image", "unlabeled"):
             self._learned()
 
     def _learned(self) -> Steering:
-        """Return the function that reads each batch as it comes, built at the first use."""
+        """Return the function that reads each batch as it comes, built at the first use, in full precision even if that
+        is under autocast."""
         if self._read is None:
-            self._read = self._build(None) if self._gallery is None else self._stood_up(self._gallery())
+            with torch.autocast(self._require_classifier().device.type, enabled=False):
+                self._read = self._build(None) if self._gallery is None else self._stood_up(self._gallery())
         return self._read
 
     @torch.no_grad()
@@ -98,10 +91,9 @@ class Readout:
         unless the images' classes agree better with their neighbours' by the method; the rule is that for strengths.
         The method is judged on images that it learned from: merely memorised classes show no gain, so they never
         speak for it."""
-        read, classifier = self._build(unlabeled), self._classifier
+        read, classifier = self._build(unlabeled), self._require_classifier()
         if self.options.get("use") != AUTO:
             return read
-        assert classifier is not None
         rows = spread(len(unlabeled), _JUDGED).to(unlabeled.device)
         judged = unlabeled[rows]
         logits = self._checked(read, judged, Batch(rows=rows))
@@ -172,10 +164,14 @@ class Readout:
         own = self.logits()
         return own if self._chosen.get("used", True) else logits
 
-    def _build(self, unlabeled: Tensor | None) -> Steering:
+    def _require_classifier(self) -> Tensor:
         if self._classifier is None:
             raise HarnessError(f"method {self.method.name!r} needs classes, but none are known")
-        context = self._context(classifier=self._classifier, unlabeled=unlabeled)
+        return self._classifier
+
+    def _build(self, unlabeled: Tensor | None) -> Steering:
+        context = self._context(classifier=self._require_classifier(), unlabeled=unlabeled)
+        self._weights = weights_of(context.model)
         options = {option.name: self.options[option.name] for option in self.method.options}
         read = build(self.method, context, options)
         problems = facts_of(read)[1]
@@ -190,15 +186,15 @@ class Readout:
             PluginError: the method failed, gave logits of another shape or not finite, or edited a tensor that is not
                 its own.
         """
-        assert self._classifier is not None
+        classifier = self._require_classifier()
         with torch.autocast(x.device.type, enabled=False):
             try:
-                given = {"its embeddings": x, "context.classifier": self._classifier}
+                given = {"its embeddings": x, "context.classifier": classifier}
                 with unchanged(lambda: {**given, **batch.shared()}, self._weights):
                     logits = call(read, x, batch)
             except PluginError as error:
                 raise PluginError(f"{whose(self.method.name)} failed: {error}") from error
-        expected = (len(x), self._classifier.shape[1])
+        expected = (len(x), classifier.shape[1])
         if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
             returned = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise PluginError(f"{whose(self.method.name)} returned {returned}; expected logits {expected}")

@@ -240,7 +240,8 @@ class SteeredCLIP(nn.Module):
         if not is_count(top) or not is_count(latents):
             raise SettingError(f"top is {top!r:.80} and latents {latents!r:.80}; expected whole numbers, at least 1")
         classifier = self._require_classes()
-        with torch.inference_mode(False), torch.enable_grad():  # contributions need gradients, in any caller's mode
+        # In any caller's mode: contributions need gradients.
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(self._device.type, enabled=False):
             prepared = one_image(image, self.transform).to(classifier.weights.device)
             texts = classifier.weights.float().T.contiguous()
             return explain(self, prepared, classifier.names, texts, top=top, latents=latents)

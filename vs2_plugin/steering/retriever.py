@@ -107,9 +107,13 @@ class Retriever:
     # -- the classes
 
     def set_classifier(self, classifier: Tensor) -> None:
-        """Set the zero-shot classifier ``[e, classes]`` of the data set under evaluation."""
-        self._classifier = F.normalize(classifier.detach().to(self.device, torch.float32), dim=0)
-        self._pseudo = None
+        """Set the zero-shot classifier ``[e, classes]`` of the data set under evaluation.
+
+        What is known for the same one is kept: the models of a sweep share a retriever.
+        """
+        normal = F.normalize(classifier.detach().to(self.device, torch.float32), dim=0)
+        if self._classifier is None or not torch.equal(self._classifier, normal):
+            self._classifier, self._pseudo = normal, None
 
     @property
     def classifier(self) -> Tensor:
