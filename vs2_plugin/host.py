@@ -83,6 +83,11 @@ class Evaluation:
         return cls(**{**values, **changed})
 
     @property
+    def data_set(self) -> DataSet:
+        """The data set."""
+        return DataSet.of(self.dataset, self.dataset_root)
+
+    @property
     def own_task(self) -> str:
         """The task, with ``auto`` replaced by the data set's own."""
         return default_task(self.dataset) if self.task == "auto" else self.task

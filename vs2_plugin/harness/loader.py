@@ -15,7 +15,7 @@ from vs2_plugin.clip.backbone import load_backbone
 from vs2_plugin.data.images import place_of
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.errors import CheckpointNotFound, ModelStringError
-from vs2_plugin.harness.preflight import missing_checkpoint
+from vs2_plugin.harness.advice import missing_checkpoint
 from vs2_plugin.harness.shared import Shared
 from vs2_plugin.host import Evaluation
 from vs2_plugin.model.parts import find_checkpoint

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import logging
 import os
@@ -18,10 +17,10 @@ from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.clip.backbone import check_backbone, ignores_pretrained, require_weights, warn_about_quickgelu
 from vs2_plugin.data.evaluated import CLASSIFICATION, fewer_workers, look
 from vs2_plugin.data.naming import DataSet
-from vs2_plugin.data.splits import without_training_split
 from vs2_plugin.devices import emulates_bfloat16
 from vs2_plugin.errors import CheckpointNotFound, DataError, HarnessError, ModelStringError, SettingError
-from vs2_plugin.host import Evaluation, build, unknown_data_set
+from vs2_plugin.harness.advice import missing_checkpoint
+from vs2_plugin.host import Evaluation, build
 from vs2_plugin.model.automatic import read_prior
 from vs2_plugin.model.parts import find_checkpoint, require
 from vs2_plugin.modelstring import GRAMMAR, ModelString, is_steered, parse
@@ -29,7 +28,7 @@ from vs2_plugin.names import TRANSFORMERS
 from vs2_plugin.paths import PICTURES
 from vs2_plugin.text import counted
 
-__all__ = ["check", "check_outputs", "check_pairs", "data_sets", "missing_checkpoint", "train_command"]
+__all__ = ["check", "check_outputs", "check_pairs", "data_sets"]
 
 _LOG = logging.getLogger(__name__)
 _EMULATED = (
@@ -108,7 +107,7 @@ def _check_checkpoints(pending: Sequence[tuple[ModelString, Evaluation]]) -> Non
     store, missing = Store.default(), []
     for model, run in pending:
         try:
-            checkpoint = find_checkpoint(model, store, run.pretrained, run.dataset, _named(run).home)
+            checkpoint = find_checkpoint(model, store, run.pretrained, run.dataset, run.data_set.home)
             if checkpoint is not None:
                 require(checkpoint, model)
         except CheckpointNotFound:
@@ -157,7 +156,7 @@ def check_outputs(evaluations: Sequence[Evaluation]) -> None:
 
 def _is_ours(run: Evaluation) -> bool:
     """Return whether an evaluation is of a steered model, or of data that this package reads."""
-    return is_steered(run.model) or bool(_named(run).home)
+    return is_steered(run.model) or bool(run.data_set.home)
 
 
 def _is_skipped(run: Evaluation) -> bool:
@@ -225,7 +224,7 @@ def _look_at_data(runs: Sequence[Evaluation]) -> dict[str, int]:
     """Check the folders and shards that are to be evaluated, once for each task, and return what :func:`check` does.
     Stock data sets of plain models are not checked."""
     fewer: dict[str, int] = {}
-    planned = [(_named(run), run) for run in runs if not _is_skipped(run) and _is_ours(run)]
+    planned = [(run.data_set, run) for run in runs if not _is_skipped(run) and _is_ours(run)]
     for data, run in {(data, run.own_task): (data, run) for data, run in planned}.values():
         if data.is_folder:
             _look_at_folder(data, run)
@@ -269,60 +268,3 @@ def _refuse_probe(run: Evaluation, why: str) -> None:
 
 def _custom_files(run: Evaluation) -> dict[str, Any]:
     return {"custom_classname_file": run.custom_classname_file, "custom_template_file": run.custom_template_file}
-
-
-def _named(run: Evaluation) -> DataSet:
-    return DataSet.of(run.dataset, run.dataset_root)
-
-
-def train_command(model: ModelString, run: Evaluation, store: Store) -> str:
-    """Return the ``vs2-train-sae`` command that makes, in a store, the checkpoint that an evaluation needs."""
-    method, options, tagged = model.method, model.options, not ignores_pretrained(model.backbone)
-    words = ["vs2-train-sae", "--model", model.backbone]
-    if tagged:
-        words += ["--pretrained", run.pretrained]
-    words += _data_words(run)
-    for flag, folder in (("--model_cache_dir", run.model_cache_dir), ("--wds_cache_dir", run.wds_cache_dir)):
-        words += [] if folder is None else [flag, folder]
-    if tagged and not run.pretrained and run.seed:
-        words += ["--seed", str(run.seed)]  # random weights: the same seed gives the same tower
-    if method.sae == "pass":
-        words += ["--pass_weight", "0.8"]
-    if method.gallery == "neighbours":
-        words += ["--gallery_labels"] if method.labels_used(options) == "oracle" else []
-        words += [] if options["encoder"] == "clip" else ["--retrieval_encoder", str(options["encoder"])]
-    if not run.amp:
-        words.append("--no_amp")
-    return shlex.join([*words, *store.words])
-
-
-def _data_words(run: Evaluation) -> list[str]:
-    """Return the words of a training command that name the data."""
-    data = _named(run)
-    words = data.words if data.home else ["--dataset", run.dataset]
-    words += ["--transductive"] if without_training_split(data.name, data.root) else []
-    return words if data.home or run.dataset_root == "root" else [*words, "--dataset_root", run.dataset_root]
-
-
-def missing_checkpoint(missing: Sequence[tuple[ModelString, Evaluation]], store: Store) -> CheckpointNotFound:
-    """Return the error that names the missing checkpoints and the commands that train them."""
-    sentences, commands = [], []
-    for model, run in missing:
-        if model.checkpoint:
-            advice = f" (as an option: @{model.checkpoint}=VALUE)" if model.method.option(model.checkpoint) else ""
-            sentences.append(f"{store.without(model.checkpoint)}, and no folder of that name holds one{advice}")
-        else:
-            weights = "" if ignores_pretrained(model.backbone) else f" ({run.pretrained or 'random weights'})"
-            name = store.name_for(model.backbone, run.pretrained, run.dataset)
-            close = difflib.get_close_matches(name, store.names(), n=1, cutoff=0.8)
-            sentences.append(
-                f"no SAE checkpoint for {model.backbone}{weights} on {run.dataset} in the store {store.root}"
-                + "".join(f" (there is {similar!r})" for similar in close)
-            )
-            unknown = unknown_data_set(run.dataset)
-            if unknown is None:
-                commands.append(train_command(model, run, store))
-            else:
-                sentences.append(unknown)
-    hint = f"; train it with: {' && '.join(dict.fromkeys(commands))}" if commands else ""
-    return CheckpointNotFound("; ".join(dict.fromkeys(sentences)) + hint)
