@@ -38,7 +38,7 @@ def here(script, *words):
             importlib.import_module(script.removesuffix(".py")).main()
     finally:
         torch.set_num_threads(threads)
-        for name in {"run", "rule", "settings", "methods", "sources", "table", "embeddings"} - before:
+        for name in {path.stem for path in STUDY.glob("*.py")} - before:
             sys.modules.pop(name, None)
     assert printed.getvalue().isascii()
     return printed.getvalue()

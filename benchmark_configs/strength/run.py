@@ -29,8 +29,8 @@ HERE = Path(__file__).parent
 PACKAGE = HERE.parents[1] / "vs2_plugin"
 #: What the runs come from. The rule is not among it: the tables choose by the rule as it is when they are made.
 CODE = (
-    *(HERE / name for name in ("settings.py", "sources.py", "methods.py", "embeddings.py")),
-    *(PACKAGE / name for name in ("model/automatic.py", "clip/sites.py", "demo/train_tiny_clip.py")),
+    *(HERE / name for name in ("settings.py", "sources.py", "methods.py", "embeddings.py", "train_tiny_clip.py")),
+    *(PACKAGE / name for name in ("model/automatic.py", "clip/sites.py")),
     PACKAGE / "strength" / "criterion.py",
     *(path for part in ("steering", "sae", "gallery") for path in sorted((PACKAGE / part).glob("*.py"))),
 )

@@ -14,13 +14,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
+import train_tiny_clip
 from settings import Sizes
 from torch import Tensor
 
 from vs2_plugin.clip.backbone import Loaded, load_backbone
 from vs2_plugin.clip.edits import reading
 from vs2_plugin.clip.sites import Sites
-from vs2_plugin.demo import digits, train_tiny_clip
+from vs2_plugin.demo import digits
 
 __all__ = ["Images", "classifier", "draw", "images", "load_clip", "train_clip"]
 

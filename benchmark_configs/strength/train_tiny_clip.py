@@ -1,6 +1,6 @@
 """Train the tiny CLIP that the demo uses, from glyphs of the fonts that matplotlib ships.
 
-    python -m vs2_plugin.demo.train_tiny_clip --out tiny-clip
+    python benchmark_configs/strength/train_tiny_clip.py --out tiny-clip
 
 It never sees a handwritten digit: the demo's zero-shot task is a real change of domain, from printed
 glyphs to handwriting. The result is a folder that open_clip loads as ``local-dir:tiny-clip``
