@@ -2,7 +2,7 @@
 
 A :class:`Writer` writes version 1 and then version 2, and tells which of them lies there. :func:`troubles` writes
 version 2 over and over, each time with a fault at the next call that changes the disk, until one time the fault comes
-too late to be met.
+too late to be met. For a process that dies, it looks at what lies there before each such call.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ __all__ = ["FAULTS", "LEFT", "Writer", "troubles"]
 LEFT = "a later writing left"
 
 _ERRORS = [errno.ENOSPC, errno.EROFS, errno.EIO]
-_DEAD = 86  # the exit status of a process that died by a fault
 _PATIENCE = 60  # seconds that a writing may take in a process of its own
 #: Python's own events of calls that change what lies on the disk (fsync has none; see below).
 _CHANGES = {"os.rename", "os.link", "os.symlink", "os.mkdir", "os.chmod", "os.truncate"}
@@ -54,10 +53,11 @@ class Writer:
 
 
 class _Counter:
-    """Counts the calls that change what lies below a folder, and lets the n-th fail, or end the process."""
+    """Counts the calls that change what lies below a folder, and does something before each."""
 
-    def __init__(self, folder: Path, number: int, kind: str) -> None:
-        self.folder, self.number, self.kind, self.calls = str(folder), number, kind, 0
+    def __init__(self, folder: Path, before: Callable[[int], None], removals: bool) -> None:
+        """``before`` is told the number of the call. Without ``removals``, those are not counted."""
+        self.folder, self.before, self.removals, self.calls = str(folder), before, removals, 0
 
     def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         removal = event in _REMOVALS
@@ -69,7 +69,7 @@ class _Counter:
         elif not removal and event not in _CHANGES:
             return
         # A tree is removed name by name, each within its open folder.
-        if self.kind == "dies" if removal else self._is_mine(arguments):
+        if self.removals if removal else self._is_mine(arguments):
             self.call()
 
     def _is_mine(self, arguments: tuple[Any, ...]) -> bool:
@@ -77,12 +77,7 @@ class _Counter:
 
     def call(self) -> None:
         self.calls += 1
-        met = self.calls >= self.number if self.kind == "fails from then on" else self.calls == self.number
-        if met and self.kind == "dies":
-            os._exit(_DEAD)
-        if met:
-            code = _ERRORS[self.number % len(_ERRORS)]
-            raise OSError(code, os.strerror(code))
+        self.before(self.calls)
 
 
 _counting: _Counter | None = None
@@ -95,13 +90,13 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 @contextmanager
-def _at_call(folder: Path, number: int, kind: str) -> Iterator[_Counter]:
-    """Let the n-th call that changes what lies below ``folder`` fail, or end the process."""
+def _at_calls(folder: Path, before: Callable[[int], None], removals: bool = False) -> Iterator[_Counter]:
+    """Have ``before`` done before each call that changes what lies below ``folder``."""
     global _counting, _hooked
     if not _hooked:  # it stays for good
         sys.addaudithook(_hook)
         _hooked = True
-    counter, fsync = _Counter(folder, number, kind), os.fsync
+    counter, fsync = _Counter(folder, before, removals), os.fsync
 
     def counted(file: Any) -> None:
         counter.call()
@@ -217,27 +212,50 @@ def _calls(writer: Writer, root: Path, before: int | None, kind: str) -> Iterato
     for number in count(1):
         place = _Place(writer, root / f"{before}-{number}", before)
         place.prepare()
-        if kind == "dies":
 
-            def run(place: _Place = place, number: int = number) -> None:
-                with _at_call(place.folder, number, kind):
-                    place.attempt()
-                if place.problem is not None:
-                    raise AssertionError(place.problem)
+        def fail(call: int, number: int = number) -> None:
+            if call >= number if kind == "fails from then on" else call == number:
+                code = _ERRORS[number % len(_ERRORS)]
+                raise OSError(code, os.strerror(code))
 
-            code = _in_a_child(run)
-            met, well = code == _DEAD, code == 0
-            if not met and not well:
-                place.problem = f"the process ended with {code}"
-        else:
-            with _at_call(place.folder, number, kind) as counter:
-                well = place.attempt()
-            met = counter.calls >= number
+        with _at_calls(place.folder, fail) as counter:
+            well = place.attempt()
         place.look(well)
         if place.problem is not None:
             yield f"call {number}", place.problem
-        if not met:
+        if counter.calls < number:
             return
+
+
+def _deaths(writer: Writer, root: Path, before: int | None, kind: str) -> Iterator[tuple[str, str]]:
+    """A process that dies leaves the disk as it is at that moment, and its locks free, as a copy's are. So version 2 is
+    written once, and what lies there before each call is copied."""
+    place = _Place(writer, root / f"{before}-alive", before)
+    place.prepare()
+    moments: list[Path] = []
+
+    def copy(call: int) -> None:
+        global _counting
+        counting, _counting = _counting, None
+        moments.append(root / f"{before}-{call}")
+        shutil.copytree(place.folder, moments[-1], copy_function=_copied)
+        _counting = counting
+
+    with _at_calls(place.folder, copy, removals=True):
+        well = place.attempt()
+    place.look(well)
+    for number, moment in enumerate(moments, 1):
+        left = _Place(writer, moment, before)
+        left.look(False)
+        if left.problem is not None:
+            yield f"call {number}", left.problem
+    if not moments or place.problem is not None:
+        yield "without a fault", place.problem or "no call was heard of"
+
+
+def _copied(source: str, target: str) -> object:
+    """Copy a file, or link one that is a link to what lies elsewhere."""
+    return os.link(source, target) if os.stat(source).st_nlink > 1 else shutil.copy2(source, target)
 
 
 def _bytes(writer: Writer, root: Path, before: int | None, kind: str) -> Iterator[tuple[str, str]]:
@@ -270,7 +288,7 @@ def _bytes(writer: Writer, root: Path, before: int | None, kind: str) -> Iterato
 FAULTS: dict[str, Callable[[Writer, Path, int | None, str], Iterator[tuple[str, str]]]] = {
     "fails": _calls,
     "fails from then on": _calls,
-    "dies": _calls,
+    "dies": _deaths,
     "full": _bytes,
     "dies while it writes": _bytes,
 }
