@@ -49,18 +49,21 @@ def read_lines(file: str | os.PathLike[str], flag: str, what: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def read_names(file: str | os.PathLike[str], flag: str = "--classes") -> list[str]:
-    """Return the class names in a file: its lines, or the names in lines FOLDER<tab>NAME, as in ``classnames.txt``.
+def read_names(file: str | os.PathLike[str]) -> list[str]:
+    """Return the class names in a file given by ``--classes``: its lines, or the names in lines FOLDER<tab>NAME, as in
+    ``classnames.txt``.
 
     Raises:
         SettingError: the file cannot be read, or only some of its lines have a tab.
     """
-    lines = read_lines(file, flag, "one name")
+    lines = read_lines(file, "--classes", "one name")
     if not any("\t" in line for line in lines):
         return lines
     for line in lines:
         if "\t" not in line:
-            raise SettingError(f"{flag} {str(file)!r}: {line!r} has no tab; expected FOLDER<tab>NAME as in other lines")
+            raise SettingError(
+                f"--classes {str(file)!r}: {line!r} has no tab; expected FOLDER<tab>NAME as in other lines"
+            )
     return [line.partition("\t")[2].strip() for line in lines]
 
 

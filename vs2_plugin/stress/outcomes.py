@@ -58,19 +58,21 @@ class Mean:
     @property
     def change(self) -> float:
         """Mean change of accuracy from the plain model, on the same images."""
-        return fmean(outcome.accuracy - outcome.zero_shot for outcome in self.outcomes)
+        return fmean(self._changes)
 
     @property
     def range(self) -> tuple[float, float]:
         """Smallest and largest change of accuracy in a draw."""
-        changes = [outcome.accuracy - outcome.zero_shot for outcome in self.outcomes]
-        return min(changes), max(changes)
+        return min(self._changes), max(self._changes)
 
     @property
     def spread(self) -> float | None:
         """Standard deviation of the change over the draws; None for a single draw."""
-        changes = [outcome.accuracy - outcome.zero_shot for outcome in self.outcomes]
-        return stdev(changes) if len(changes) > 1 else None
+        return stdev(self._changes) if len(self.outcomes) > 1 else None
+
+    @property
+    def _changes(self) -> list[float]:
+        return [outcome.accuracy - outcome.zero_shot for outcome in self.outcomes]
 
 
 def means(outcomes: Sequence[Outcome]) -> dict[tuple[str, str, str], Mean]:

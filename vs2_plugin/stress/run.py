@@ -23,7 +23,7 @@ from vs2_plugin.stress.outcomes import ALL, Outcome
 from vs2_plugin.stress.request import StressRequest
 from vs2_plugin.stress.subsets import Rows, batch, few, long_tail, of_classes, shuffled
 from vs2_plugin.sweep.evaluate import OnePass, one_pass
-from vs2_plugin.sweep.request import SweepRequest
+from vs2_plugin.sweep.request import PassRequest, SweepRequest
 from vs2_plugin.sweep.run import plan
 
 __all__ = ["stress"]
@@ -49,8 +49,8 @@ def stress(request: StressRequest, quiet: bool = False) -> tuple[list[Outcome], 
     for text in request.model:
         if is_steered(text) and any("," in word or ":" in word.partition("=")[2] for word in text.split("@")[1:]):
             raise SettingError(f"--model {text}: expected one value for each option; vs2 sweep takes several")
-    shared = {f.name: getattr(request, f.name) for f in fields(SweepRequest) if hasattr(request, f.name)}
-    planned = plan(SweepRequest(**{**shared, "output": str(folder / "{model}.json"), "skip_existing": False}))
+    shared = {field.name: getattr(request, field.name) for field in fields(PassRequest)}
+    planned = plan(SweepRequest(**shared, output=str(folder / "{model}.json")))
     outcomes: list[Outcome] = []
     for backbone in planned.backbones:
         points = [point for point in planned.points.values() if point.spec.backbone == backbone]

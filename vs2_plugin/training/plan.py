@@ -39,6 +39,10 @@ class Plan:
     existing: Checkpoint | None
     """The checkpoint that is already in the folder."""
 
+    def __post_init__(self) -> None:
+        for variant in self.variants:
+            self.config(variant, 512)  # raises now instead of after the extraction
+
     @property
     def kept(self) -> list[SiteSAE]:
         """SAEs of the existing checkpoint that stay: those of other variants."""
@@ -96,8 +100,8 @@ def make_plans(request: TrainRequest, store: Store, by_python: bool = False) -> 
         suffix += f"-pass{weight:g}" if len(passes) > 1 else ""
         variants = {"plain": 0.0} if 0.0 in weights else {}
         variants |= {"pass": weight} if weight else {}
-        settings = {**RECIPES[request.recipe], **single, **chosen}
-        plans.append(_plan(store.folder(base + suffix), settings, variants, request, by_python))
+        settings, folder = {**RECIPES[request.recipe], **single, **chosen}, store.folder(base + suffix)
+        plans.append(Plan(folder, settings, variants, _existing(folder, variants, request, by_python)))
     return plans
 
 
@@ -131,15 +135,6 @@ def _settings(request: TrainRequest) -> tuple[dict[str, Sequence[Any]], dict[str
     shape = _paper_shape(request.model) if request.recipe == "paper" else {}
     grid = {name: settings.pop(name) or ((shape[name],) if name in shape else ()) for name in _GRID}
     return grid, {name: value for name, value in settings.items() if value is not None}
-
-
-def _plan(
-    folder: Path, settings: Mapping[str, Any], variants: Mapping[str, float], request: TrainRequest, by_python: bool
-) -> Plan:
-    plan = Plan(folder, settings, variants, _existing(folder, variants, request, by_python))
-    for variant in variants:
-        plan.config(variant, 512)  # raises now instead of after the extraction
-    return plan
 
 
 def _existing(
