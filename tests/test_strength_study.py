@@ -1,13 +1,7 @@
 """The study of automatic strength runs, its tables say what its runs do, and a run says what the package does."""
 
-import contextlib
-import importlib
-import io
 import json
-import os
-import sys
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,29 +13,18 @@ from vs2_plugin.sae.config import TrainConfig
 from vs2_plugin.sae.train import train_sae
 from vs2_plugin.strength import RULE, Scores, choose, neighbour_graph
 
-STUDY = Path(__file__).parents[1] / "benchmark_configs" / "strength"
+from .studies import run_script
+
 QUICK = ("--jobs", "1", "--quick")
 TINY = Path(__file__).parents[1] / "vs2_plugin" / "demo" / "tiny_clip"
 ALPHAS = [0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0]
 
 
 def here(script, *words):
-    """What a script prints, run in this process. It raises SystemExit as the command would exit."""
-    before, threads, printed = set(sys.modules), torch.get_num_threads(), io.StringIO()
-    try:
-        with (
-            mock.patch.object(sys, "path", [str(STUDY), *sys.path]),
-            mock.patch.object(sys, "argv", [script, *map(str, words)]),
-            mock.patch.dict(os.environ),
-            contextlib.redirect_stdout(printed),
-        ):
-            importlib.import_module(script.removesuffix(".py")).main()
-    finally:
-        torch.set_num_threads(threads)
-        for name in {path.stem for path in STUDY.glob("*.py")} - before:
-            sys.modules.pop(name, None)
-    assert printed.getvalue().isascii()
-    return printed.getvalue()
+    """What a script prints."""
+    printed = run_script("strength", script, *words)
+    assert printed.isascii()
+    return printed
 
 
 def read(file):

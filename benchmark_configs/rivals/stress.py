@@ -11,8 +11,9 @@ their texts, since it may have too few images of a class to fill a batch.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -87,12 +88,16 @@ def grouped(texts, count):
     return group.numpy(), centres
 
 
-def main(path, which="odd"):
+def main():
     """Print both tables."""
-    with np.load(path) as data:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path, metavar="FILE.npz")
+    parser.add_argument("which", nargs="?", choices=("odd", "all"), default="odd")
+    args = parser.parse_args()
+    with np.load(args.path) as data:
         images, labels, texts = (torch.from_numpy(data[name]).float() for name in ("image", "label", "text"))
     images, texts, labels = F.normalize(images, dim=1), F.normalize(texts, dim=1), labels.long().numpy()
-    if which == "odd":
+    if args.which == "odd":
         rows = labels % 2 == 1
         images, labels, texts = images[torch.from_numpy(rows)], labels[rows] // 2, texts[1::2]
     table(images, labels, texts, SUBSETS)
@@ -103,4 +108,4 @@ def main(path, which="odd"):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
