@@ -114,7 +114,7 @@ def test_functions_have_at_most_60_lines(module):
 TESTS = Path(__file__).parent
 #: Tests of more than one module: the whole, commands as a person types them, pages in a browser, references.
 WHOLE = {
-    "": {"architecture", "docs", "faults", "strength_study"},
+    "": {"architecture", "docs", "faults", "strength_study", "studies"},
     "checkpoint": {"mutations"},
     "cli": {"gallery", "interruptions"},
     "demo": {"notebook"},

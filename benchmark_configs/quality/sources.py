@@ -16,7 +16,7 @@ from vs2_plugin.clip.backbone import load_backbone
 from vs2_plugin.clip.edits import reading
 from vs2_plugin.clip.sites import embedding_from
 from vs2_plugin.demo.digits import CLASSES, MODEL, TEMPLATES, read_digits
-from vs2_plugin.model.predictions import Classifier
+from vs2_plugin.model.classifier import Classifier
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from vs2_plugin.data.splits import split_at_hand
 from vs2_plugin.errors import CheckpointNotFound, SettingError, Vs2Error
 from vs2_plugin.files import LONGEST, json_digest
 from vs2_plugin.method import PROTOCOLS
-from vs2_plugin.model.predictions import class_names, prompts_of
+from vs2_plugin.model.classifier import class_names, prompts_of
 from vs2_plugin.modelstring import ModelString, parse
 from vs2_plugin.text import counted
 from vs2_plugin.training.request import TrainRequest

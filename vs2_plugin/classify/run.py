@@ -24,8 +24,8 @@ from vs2_plugin.devices import emulates_bfloat16, own_device
 from vs2_plugin.errors import DataError
 from vs2_plugin.harness.loader import load
 from vs2_plugin.model.automatic import Automatic
+from vs2_plugin.model.classifier import Classifier
 from vs2_plugin.model.description import told
-from vs2_plugin.model.predictions import Classifier
 from vs2_plugin.model.steered import SteeredCLIP
 from vs2_plugin.seeds import seeded
 from vs2_plugin.steering.context import Task

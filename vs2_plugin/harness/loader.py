@@ -18,8 +18,8 @@ from vs2_plugin.errors import CheckpointNotFound, ModelStringError
 from vs2_plugin.harness.advice import missing_checkpoint
 from vs2_plugin.harness.shared import Shared
 from vs2_plugin.host import Evaluation
+from vs2_plugin.model.classifier import Classifier, class_names, prompts_of
 from vs2_plugin.model.parts import find_checkpoint
-from vs2_plugin.model.predictions import Classifier, class_names, prompts_of
 from vs2_plugin.model.steered import SteeredCLIP
 from vs2_plugin.modelstring import ModelString, parse
 from vs2_plugin.steering.context import Task

@@ -292,7 +292,7 @@ def _patch_classification(module: Any) -> None:
 
 def _compare_classes(model: SteeredCLIP, classifier: Tensor) -> None:
     """Warn of classes that a steered model cannot tell apart, once for a data set and a backbone of a command."""
-    from vs2_plugin.model.predictions import warn_of_equals
+    from vs2_plugin.model.classifier import warn_of_equals
 
     command, task = _command.get(), model.places.task
     if command is None or task is None or (task.dataset, model.spec.backbone) in command.compared:

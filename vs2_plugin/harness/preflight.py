@@ -21,11 +21,11 @@ from vs2_plugin.devices import emulates_bfloat16
 from vs2_plugin.errors import CheckpointNotFound, DataError, HarnessError, ModelStringError, SettingError
 from vs2_plugin.harness.advice import missing_checkpoint
 from vs2_plugin.host import Evaluation, build
-from vs2_plugin.model.automatic import read_prior
 from vs2_plugin.model.parts import find_checkpoint, require
 from vs2_plugin.modelstring import GRAMMAR, ModelString, is_steered, parse
 from vs2_plugin.names import TRANSFORMERS
 from vs2_plugin.paths import PICTURES
+from vs2_plugin.strength.prior import read_prior
 from vs2_plugin.text import counted
 
 __all__ = ["check", "check_outputs", "check_pairs", "data_sets"]

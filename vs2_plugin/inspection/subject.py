@@ -23,9 +23,9 @@ from vs2_plugin.host import build, zero_shot_classification
 from vs2_plugin.inspection.latents import LatentStatistics, scan
 from vs2_plugin.inspection.notes import NO_GALLERY, NO_WORDS, TOP_IMAGES
 from vs2_plugin.inspection.pictures import Thumbnail, TrainingPictures
+from vs2_plugin.model.classifier import warn_of_equals
 from vs2_plugin.model.explanation import sae_at, words_of
 from vs2_plugin.model.place import Place
-from vs2_plugin.model.predictions import warn_of_equals
 from vs2_plugin.model.steered import SteeredCLIP
 from vs2_plugin.seeds import seeded
 from vs2_plugin.steering.context import Task

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
 from vs2_plugin.model.automatic import Automatic
+from vs2_plugin.model.classifier import Classifier
 from vs2_plugin.model.place import Place
 from vs2_plugin.model.places import Places
-from vs2_plugin.model.predictions import Classifier
 from vs2_plugin.modelstring import ModelString
 from vs2_plugin.steering.builtin import STRENGTH, strength
 

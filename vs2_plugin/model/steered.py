@@ -19,13 +19,14 @@ from vs2_plugin.clip.tower import Tower
 from vs2_plugin.errors import CheckpointReplaced, DataError, HarnessError, ModelStringError, SettingError
 from vs2_plugin.method import Scalar
 from vs2_plugin.model.activations import Activations, steer_activations
+from vs2_plugin.model.classifier import Classifier
 from vs2_plugin.model.description import describe
 from vs2_plugin.model.explanation import Explanation, explain
 from vs2_plugin.model.parts import Parts
 from vs2_plugin.model.place import Current
 from vs2_plugin.model.places import Places, build_places
 from vs2_plugin.model.plain import PlainEmbedding
-from vs2_plugin.model.predictions import Classifier, Images, OneImage, Predictions, one_image, predict
+from vs2_plugin.model.predictions import Images, OneImage, Predictions, one_image, predict
 from vs2_plugin.model.readout import Readout
 from vs2_plugin.model.replay import Replays, can_replay
 from vs2_plugin.modelstring import ModelString

@@ -24,7 +24,7 @@ from vs2_plugin.harness.loader import load
 from vs2_plugin.harness.shared import Shared
 from vs2_plugin.method import Scalar
 from vs2_plugin.model.builder import build, read_by_all, weights_of
-from vs2_plugin.model.predictions import Classifier
+from vs2_plugin.model.classifier import Classifier
 from vs2_plugin.model.readout import Read, plain_gallery
 from vs2_plugin.model.steered import SteeredCLIP
 from vs2_plugin.modelstring import ModelString, parse
