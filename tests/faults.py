@@ -229,7 +229,8 @@ def _calls(writer: Writer, root: Path, before: int | None, kind: str) -> Iterato
 
 def _deaths(writer: Writer, root: Path, before: int | None, kind: str) -> Iterator[tuple[str, str]]:
     """A process that dies leaves the disk as it is at that moment, and its locks free, as a copy's are. So version 2 is
-    written once, and what lies there before each call is copied."""
+    written once, and what lies there before each call is copied. (The inodes and times by which files count as verified
+    are not those of a copy, so there they are verified anew.)"""
     place = _Place(writer, root / f"{before}-alive", before)
     place.prepare()
     moments: list[Path] = []
@@ -238,11 +239,17 @@ def _deaths(writer: Writer, root: Path, before: int | None, kind: str) -> Iterat
         global _counting
         counting, _counting = _counting, None
         moments.append(root / f"{before}-{call}")
-        shutil.copytree(place.folder, moments[-1], copy_function=_copied)
-        _counting = counting
+        try:
+            shutil.copytree(place.folder, moments[-1], symlinks=True, copy_function=_copied)
+        except OSError as error:
+            raise AssertionError(f"what lies there cannot be copied: {error}") from error
+        finally:
+            _counting = counting
 
     with _at_calls(place.folder, copy, removals=True):
         well = place.attempt()
+    if not well and place.problem is None:
+        place.problem = "a writing without a fault failed"
     place.look(well)
     for number, moment in enumerate(moments, 1):
         left = _Place(writer, moment, before)

@@ -123,7 +123,7 @@ def _told(repository: str, revision: str | None) -> Iterator[None]:
     what = repository if revision is None else f"{repository} at {revision}"
     try:
         yield
-    except Vs2Error:  # about files in the hub's cache
+    except Vs2Error:  # it says what is wrong with a file in the cache
         raise
     except HFValidationError as error:
         raise HubError(f"{repository!r} is not the name of a repository ({one_line(str(error))})") from error

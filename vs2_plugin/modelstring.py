@@ -25,7 +25,7 @@ from pathlib import Path
 
 from vs2_plugin.errors import ModelStringError
 from vs2_plugin.files import file_digest
-from vs2_plugin.method import AUTOMATIC, LABELS_USED, Method, Scalar, widest
+from vs2_plugin.method import AUTOMATIC, LABELS_USED, Method, Option, Scalar, widest
 from vs2_plugin.names import Parts, is_steered, repository, split
 from vs2_plugin.plugins import Registry, registry
 
@@ -273,8 +273,7 @@ def _check_automatic(method: Method, given: dict[str, Scalar]) -> None:
     filled = method.fill(given)
     automatic = method.automatic(filled)
     for option in automatic:
-        if option.auto_needs is not None:
-            _check_beside(option.name, *option.auto_needs, method, filled)
+        _check_beside(option, method, filled)
     for option in AUTOMATIC:
         is_common = method.option(option.name) is option  # not a plugin's option of the same name
         if is_common and option.name in given and not automatic:
@@ -282,22 +281,23 @@ def _check_automatic(method: Method, given: dict[str, Scalar]) -> None:
             raise ModelStringError(f"option {option.name} is for auto; expected {names} beside it")
 
 
-def _check_beside(
-    automatic: str, needed: str, reason: str, method: Method, filled: Mapping[str, Scalar | None]
-) -> None:
+def _check_beside(automatic: Option, method: Method, filled: Mapping[str, Scalar | None]) -> None:
     """Refuse an option that is ``auto`` without the one that it needs, or beside a number with which the method would
     steer in any case."""
+    if automatic.auto_needs is None:
+        return
+    needed, reason = automatic.auto_needs
     name, _, word = needed.partition("=")
     other, value = method.option(name), filled[name]
     assert other is not None  # checked when the method was declared
     if not word and value is None:
         raise ModelStringError(
-            f"option {automatic}=auto: expected @{name}= beside it ({other.accepted()}), since {reason}"
+            f"option {automatic.name}=auto: expected @{name}= beside it ({other.accepted()}), since {reason}"
         )
     if word and value not in (word, *(other.auto or ())[:1]):  # the first leaves images as they are
         number = f"{value:g}" if isinstance(value, float) else value
         raise ModelStringError(
-            f"with {name}={number}, method {method.name!r} steers whatever {automatic} is, and {reason}; expected "
+            f"with {name}={number}, method {method.name!r} steers whatever {automatic.name} is, and {reason}; expected "
             f"{word} for {name} too, or numbers for all"
         )
 

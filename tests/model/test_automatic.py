@@ -16,7 +16,7 @@ from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.cli import train_sae
 from vs2_plugin.cli.main import main
 from vs2_plugin.demo.digits import CLASSES, read_digits
-from vs2_plugin.errors import HarnessError, ModelStringError
+from vs2_plugin.errors import HarnessError, ModelStringError, PluginError
 from vs2_plugin.harness import loader
 from vs2_plugin.method import Method, Option
 from vs2_plugin.model.candidates import ZeroShot
@@ -576,6 +576,18 @@ def test_the_same_classes_are_not_chosen_for_twice(in_demo, sae, classifier, cap
     assert "vs2_agreement" not in steered.vs2_facts()
 
 
+def test_the_callers_autocast_does_not_change_the_evidence(in_demo, sae, classifier):
+    steered, *_ = vs2_plugin.load(f"vs2:{TINY}@{sae}@alpha=auto", dataset="wds/digits")
+    steered.set_classifier(classifier)
+    expected = steered.vs2_facts()["vs2_auto_evidence"]
+    for file in files():
+        file.unlink()
+    steered.set_classifier(classifier.flip(1))  # others
+    with torch.autocast("cpu", torch.bfloat16):
+        steered.set_classifier(classifier)
+    assert steered.vs2_facts()["vs2_auto_evidence"] == expected
+
+
 def test_what_was_seen_while_choosing_does_not_count(in_demo, sae, classifier, images):
     steered, *_ = vs2_plugin.load(f"vs2pp:{TINY}@{sae}@alpha=auto@n=10@gate=0.9@brake=0.5", dataset="wds/digits")
     steered.set_classifier(classifier)
@@ -713,6 +725,17 @@ def test_a_first_candidate_that_moves_activations_is_refused(few, clip_benchmark
     said = [line for line in error.splitlines() if line.startswith("vs2: ")]
     assert code == 2 and len(said) == 1 and said[0].startswith("vs2: error: method 'tilt' moves activations by up to ")
     assert "with share=0; expected that its automatic options" in said[0] and not Path("b.json").exists()
+
+
+def test_a_number_beside_auto_with_which_a_plugin_moves_activations_is_told(few, add_method):
+    def build(context, share, turn):
+        return lambda x: x * torch.linspace(1, 2 - share + turn, x.shape[1])
+
+    options = [Option(name, float, first, auto=(first, 0.5)) for name, first in (("share", 1.0), ("turn", 0.0))]
+    add_method(Method("turn", build, options))
+    model, *_ = vs2_plugin.load(f"turn:{TINY}@{NAME}@share=auto@turn=2", dataset="wds/few")
+    with pytest.raises(PluginError, match="with share=1 and turn=2 as given; expected that its automatic"):
+        model.set_classifier(torch.nn.functional.normalize(torch.randn(64, 5), dim=0))
 
 
 def test_a_number_that_leaves_no_plain_model_to_compare_with_is_told_as_such(few, clip_benchmark):

@@ -262,16 +262,39 @@ def test_copies_and_pickles_read_the_same(in_demo, images):
         assert torch.equal(other.classify(images).logits, expected)
 
 
-def test_a_copy_that_learns_under_autocast_learns_the_same(in_demo, images, add):
+@pytest.mark.parametrize("protocol", ["image", "unlabeled", "stream", "transductive"])
+def test_the_callers_autocast_changes_nothing_that_is_learned(protocol, in_demo, images, add):
     def build(context):
-        counts = context.unlabeled @ context.classifier
+        of = context.classifier.T if context.unlabeled is None else context.unlabeled
+        counts = of @ context.classifier
         return lambda x: 100 * x @ context.classifier + counts.mean(0)
 
-    add("counts", build, protocol="unlabeled")
+    add("counts", build, protocol=protocol)
     model = load("counts:vs2")
-    again = copy.deepcopy(model)
+    model.classify(images)
+    readout, again = model.readout, copy.deepcopy(model.readout)  # which learns anew
+    again._embeddings, again._digests = readout._embeddings, readout._digests
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(again.readout._learned()(torch.eye(64)), model.readout._learned()(torch.eye(64)))
+        if protocol in ("image", "unlabeled"):
+            assert torch.equal(again._learned()(torch.eye(64)), readout._learned()(torch.eye(64)).float())
+        else:
+            assert torch.equal(again.logits(), model.readout.logits())
+    if protocol not in ("image", "unlabeled"):
+        assert torch.equal(again.logits(), readout.logits())
+
+
+def test_classes_that_a_method_cannot_learn_leave_no_mixture(in_demo, images, add):
+    def build(context):
+        assert context.classifier.shape[1] == 10
+        return lambda x: 100 * x @ context.classifier
+
+    add("ten", build)
+    model = load("ten:vs2")
+    expected, known = model.classify(images).logits, model.classifier
+    with pytest.raises(PluginError, match="could not be built: AssertionError"):
+        model.set_classifier(known.weights[:, :7])
+    model.set_classifier(known)
+    assert torch.equal(model.classify(images).logits, expected)
 
 
 def wrong_shape(context):

@@ -13,6 +13,7 @@ from vs2_plugin.cli import train_sae
 from vs2_plugin.clip.sites import Sites
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.errors import CheckpointError, DataError, SettingError
+from vs2_plugin.gallery.contents import GalleryContents, GalleryPart
 from vs2_plugin.sae.foreign import ForeignSAE
 from vs2_plugin.training.plan import chosen_sites, fitted, make_plans
 from vs2_plugin.training.request import TrainRequest
@@ -120,7 +121,7 @@ def test_what_is_there_is_added_to_or_replaced_when_asked(store, put):
     [adding] = plans(store, name="n", pass_weight=0.8)
     assert [site.variant for site in adding.kept] == ["plain"]
     [replacing] = plans(store, name="n", overwrite=True)
-    assert replacing.existing is not None and replacing.kept == replacing.load_kept(DATA) == []
+    assert replacing.existing is not None and replacing.kept == replacing.load_kept(DATA, []) == []
     put("n", "plain", "pass")
     with pytest.raises(DataError, match="already exists with a PASS SAE"):
         plans(store, name="n", pass_weight=0.8)
@@ -154,10 +155,15 @@ def test_a_damaged_checkpoint_is_replaced_only_when_asked(store, put):
 def test_an_sae_that_stays_is_read_where_it_is_of_the_same_data(store, put):
     put("n", "plain")
     [plan] = plans(store, name="n", pass_weight=0.8)
-    [(site, sae)] = plan.load_kept(DATA)
+    [(site, sae)] = plan.load_kept(DATA, [])
     assert site.variant == "plain" and sae.config.num_latents == 8
+    parts = (GalleryPart("cifar10", 7, None, contents={"digests": "ab"}),)
+    held = replace(plan.existing, gallery=GalleryContents(parts, (), {}, False))
+    assert replace(plan, existing=held).load_kept(DATA, ["ab"])
+    with pytest.raises(DataError, match=r"was trained on other data \(other images now\); give --name"):
+        replace(plan, existing=held).load_kept(DATA, ["cd"])
     with pytest.raises(DataError, match="the other SAE of checkpoint 'n' was trained on other data .*; give --name"):
-        plan.load_kept(TrainingData(("cifar10",), 7))
+        plan.load_kept(TrainingData(("cifar10",), 7), [])
 
 
 def test_sites_are_those_that_are_named_in_the_order_of_the_tower(make_clip):

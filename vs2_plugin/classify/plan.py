@@ -149,7 +149,8 @@ def _sae(request: ClassifyRequest, spec: ModelString, store: Store) -> tuple[Che
     name = store.name_for(spec.backbone, request.pretrained, "+".join(dict.fromkeys(dataset.name for dataset in sets)))
     homes = [dataset.home for dataset in sets]
     digested = f"{name[:_SHORTER]}-{json_digest(homes)[:8]}"
-    for own in (name, digested) if len(name) <= LONGEST else (digested,):  # the first may be of other folders
+    names = (name, digested) if len(name) <= LONGEST else (digested,)
+    for own in names:  # the first may be of other folders
         try:
             checkpoint = store.find(own)
         except CheckpointNotFound:

@@ -25,7 +25,10 @@ from vs2_plugin.errors import DataError, Vs2Error
 from vs2_plugin.host import build, default_task
 from vs2_plugin.text import one_line, reason_of, said_by
 
-__all__ = ["Batch", "TrainingImages", "image_digest", "open_images", "place_of", "subset"]
+__all__ = ["SUBSET", "Batch", "TrainingImages", "image_digest", "open_images", "place_of", "subset"]
+
+#: The seed of the random subset of ``max_images``, whatever the seed of a training.
+SUBSET = 0
 
 
 class Batch(NamedTuple):
@@ -253,15 +256,14 @@ def subset(source: Dataset[Any], fingerprint: Any, max_images: int | None) -> tu
     """Return at most ``max_images`` random images of a data set, and the fingerprint of the choice. A stream is
     returned whole.
 
-    The choice does not depend on the seed of a training: all SAEs of a checkpoint, and all that are compared with each
-    other, are of the same images.
+    The choice does not depend on the seed of a training: SAEs of several seeds are trained on the same images.
     """
     total = _length(source)
     # Some streams know their length, and none can be indexed.
     if isinstance(source, IterableDataset) or max_images is None or total is None or max_images >= total:
         return source, fingerprint
-    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:max_images].sort().values
-    return Subset(source, chosen.tolist()), [fingerprint, total, max_images, 0]  # 0: as in caches of earlier versions
+    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(SUBSET))[:max_images].sort().values
+    return Subset(source, chosen.tolist()), [fingerprint, total, max_images, SUBSET]
 
 
 def _probe(source: Dataset[Any]) -> list[str]:

@@ -94,11 +94,13 @@ def load_encoder(
     if weights:
         _check_file(model, name, weights)
     encoder = TimmEncoder(model, preprocessing["mean"], preprocessing["std"]).to(device).eval()
-    if expected is not None and expected.parameters != (parameters := digest_of(model.state_dict())):
-        raise CheckpointError(
-            f"the retrieval encoder {name} has other weights than the one that the gallery was made with (SHA-256 "
-            f"{parameters[:12]}, expected {str(expected.parameters)[:12]})"
-        )
+    if expected is not None:
+        parameters = digest_of(model.state_dict())
+        if expected.parameters != parameters:
+            raise CheckpointError(
+                f"the retrieval encoder {name} has other weights than the one that the gallery was made with (SHA-256 "
+                f"{parameters[:12]}, expected {str(expected.parameters)[:12]})"
+            )
     return encoder
 
 

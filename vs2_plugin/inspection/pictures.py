@@ -156,9 +156,11 @@ class TrainingPictures:
             self._problems[f"Some training images of {dataset} are not shown: {type(error).__name__}: {error}"] = None
             return None
         if self._seen is None or not same:  # None: an unreadable image was replaced by another
+            earlier = self._checkpoint.data.max_images is not None
             self._problems[
                 f"Some training images of {dataset} are not shown: what --dataset_root holds now is not what the "
                 "checkpoint's gallery was made from"
+                + (", or an earlier version drew another subset by --max_images and --seed" if earlier else "")
             ] = None
             return None
         return thumbnail(self._seen, name=_path(images, row - self._starts[part]))

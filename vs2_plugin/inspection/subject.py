@@ -144,7 +144,7 @@ def open_subject(
         dataset: the data set whose classes and checkpoint are used; a folder of images, ``photos/``, or ``wds/NAME``
             for shards.
         dataset_root: the folder that holds a data set given by name. Training images are read from there again.
-        checkpoint: the checkpoint, unless ``model`` names one or the data set's is meant.
+        checkpoint: the checkpoint; None: the one that ``model`` names, else the data set's.
         classes: class names to use instead of the data set's.
         concepts: words to compare latents with in place of the classes.
         model_cache_dir: where downloaded models are kept.
@@ -171,10 +171,10 @@ def open_subject(
     warn_of_equals(classes, class_texts.T)
     steered.set_classifier(class_texts.T)
     problems: dict[str, None] = {}
-    pictures, checkpoint = None, steered.checkpoint
-    if checkpoint is not None and checkpoint.gallery is not None:
-        pictures = TrainingPictures(checkpoint, named, transform, wds_cache_dir, problems)
-    elif checkpoint is not None:
+    pictures, used = None, steered.checkpoint
+    if used is not None and used.gallery is not None:
+        pictures = TrainingPictures(used, named, transform, wds_cache_dir, problems)
+    elif used is not None:
         problems[NO_GALLERY] = None
     return Subject(
         steered, transform, device, classes, _wording(prompts), class_texts, concepts or classes, word_texts, pictures,

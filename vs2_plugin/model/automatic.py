@@ -75,6 +75,12 @@ class Automatic(nn.Module):
         self.choice: Choice | None = None
         self.steering: Steering | None = None
 
+    @property
+    def fixed(self) -> dict[str, float]:
+        """Options that accept ``auto`` but were given as numbers, with these numbers."""
+        values = ((option.name, self._given[option.name]) for option in self.method.options if option.auto)
+        return {name: value for name, value in values if isinstance(value, (int, float))}
+
     def build(self, values: Mapping[str, Scalar]) -> Steering:
         """Return the steering with these values of the automatic options."""
         return self._build({**self._given, **values})
@@ -254,10 +260,11 @@ def _check_first(automatic: Automatic, batches: Sequence[tuple[Tensor, Batch]]) 
         moved = (in_float32(partial(steer, automatic, batch=batch), x) - x).norm(dim=-1)
         if not (moved <= _STILL * x.norm(dim=-1)).all():
             values = ", ".join(f"{name}={value:g}" for name, value in automatic.candidates[0].items())
+            fixed = "".join(f" and {name}={value:g} as given" for name, value in automatic.fixed.items())
             raise PluginError(
-                f"method {automatic.method.name!r} moves activations by up to {float(moved.max()):.3g} with {values}; "
-                "expected that its automatic options, all at their first value, leave activations as they are, since "
-                "auto compares the others with that"
+                f"method {automatic.method.name!r} moves activations by up to {float(moved.max()):.3g} with {values}"
+                f"{fixed}; expected that its automatic options, all at their first value, leave activations as they "
+                "are, since auto compares the others with that"
             )
 
 

@@ -156,16 +156,17 @@ class Places(Sequence[Place]):
         """
         if self._classifier is not None and torch.equal(self._classifier, classifier):
             return
-        if self.retriever is not None:
-            self.retriever.set_classifier(classifier)
-        own = classifier.detach().clone()
+        self._classifier, own = None, classifier.detach().clone()
         classes = None if self.task is None else self.task.classes
-        for place in self:
-            if isinstance(place.steering, Automatic):
-                assert self.checkpoint is not None  # a method without a checkpoint has no automatic option
-                choose_at(place, self._model[0], self.checkpoint, own, self.spec, classes, quiet)
-        if self.readout is not None:
-            self.readout.set_classifier(own)
+        with torch.autocast(own.device.type, enabled=False):
+            if self.retriever is not None:
+                self.retriever.set_classifier(own)
+            for place in self:
+                if isinstance(place.steering, Automatic):
+                    assert self.checkpoint is not None  # a method without a checkpoint has no automatic option
+                    choose_at(place, self._model[0], self.checkpoint, own, self.spec, classes, quiet)
+            if self.readout is not None:
+                self.readout.set_classifier(own)
         self._require_facts()
         self._classifier = own
 

@@ -78,10 +78,10 @@ class Readout:
             self._learned()
 
     def _learned(self) -> Steering:
-        """Return the function that reads each batch as it comes, built at the first use, in full precision even if that
-        is under autocast."""
+        """Return the function that reads each batch as it comes, built at the first use, whatever autocast that is
+        under."""
         if self._read is None:
-            with torch.autocast(self._require_classifier().device.type, enabled=False):
+            with self._without_autocast():
                 self._read = self._build(None) if self._gallery is None else self._stood_up(self._gallery())
         return self._read
 
@@ -148,7 +148,11 @@ class Readout:
             logits = torch.cat(self._logits)
             return logits if rows is None else logits[list(rows)]
         x = torch.cat(self._embeddings)
-        x = x if rows is None else x[list(rows)]
+        with self._without_autocast():
+            return self._of_all(x, None) if rows is None else self._of_all(x[list(rows)], rows)
+
+    def _of_all(self, x: Tensor, rows: Sequence[int] | None) -> Tensor:
+        """Return the logits of images that the method sees all at once, or as a stream."""
         if self.protocol == "transductive":
             return self._checked(self._stood_up(x), x, Batch(rows=torch.arange(len(x), device=x.device)))
         read, logits_of = self._build(None), [torch.empty(0)] * len(x)
@@ -163,6 +167,9 @@ class Readout:
         autocast, clip_benchmark rounds its logits, which the method's are not.)"""
         own = self.logits()
         return own if self._chosen.get("used", True) else logits
+
+    def _without_autocast(self) -> torch.autocast:
+        return torch.autocast(self._require_classifier().device.type, enabled=False)
 
     def _require_classifier(self) -> Tensor:
         if self._classifier is None:
@@ -187,7 +194,7 @@ class Readout:
                 its own.
         """
         classifier = self._require_classifier()
-        with torch.autocast(x.device.type, enabled=False):
+        with self._without_autocast():
             try:
                 given = {"its embeddings": x, "context.classifier": classifier}
                 with unchanged(lambda: {**given, **batch.shared()}, self._weights):

@@ -109,7 +109,7 @@ class Retriever:
     def set_classifier(self, classifier: Tensor) -> None:
         """Set the zero-shot classifier ``[e, classes]`` of the data set under evaluation.
 
-        What is known for the same one is kept: the models of a sweep share a retriever.
+        What was computed for the same classes is kept: the models of a sweep share a retriever.
         """
         normal = F.normalize(classifier.detach().to(self.device, torch.float32), dim=0)
         if self._classifier is None or not torch.equal(self._classifier, normal):

@@ -169,8 +169,7 @@ class Subject:
         if model.readout is None:
             return model.encode_image(pixels)
         Read(model, model.readout).encode_image(pixels)
-        with torch.autocast(self.device, enabled=False):  # as in an evaluation, which computes logits after autocast
-            return model.readout.logits()
+        return model.readout.logits()
 
     @contextmanager
     def act(self) -> Iterator[Act]:

@@ -18,7 +18,7 @@ from vs2_plugin.clip.sites import Site
 from vs2_plugin.clip.tower import Tower
 from vs2_plugin.data.cache import ActivationCache, Encode, Extracted, extract, require_space
 from vs2_plugin.data.given import GivenImages
-from vs2_plugin.data.images import TrainingImages, open_images
+from vs2_plugin.data.images import SUBSET, TrainingImages, open_images
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.data.splits import Split
 from vs2_plugin.distributed import ALONE, Processes
@@ -189,7 +189,7 @@ class Extraction:
             "split": split.name,
             "images": images.fingerprint,
             "max_images": request.max_images,
-            "seed": 0 if request.max_images else None,  # of the subset; see data.images.subset
+            "seed": SUBSET if request.max_images else None,
             "labels": self.labels,
             "amp": self.amp,
             "device": self.device.partition(":")[0],

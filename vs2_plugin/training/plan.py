@@ -48,8 +48,12 @@ class Plan:
         """SAEs of the existing checkpoint that stay: those of other variants."""
         return [] if self.existing is None else [s for s in self.existing.sites if s.variant not in self.variants]
 
-    def load_kept(self, data: TrainingData) -> list[tuple[SiteSAE, TopKSAE]]:
+    def load_kept(self, data: TrainingData, images: Sequence[str]) -> list[tuple[SiteSAE, TopKSAE]]:
         """Return the SAEs of the existing checkpoint that stay, with their records.
+
+        Args:
+            data: the record of the training images.
+            images: for each data set, the SHA-256 of its images' digests.
 
         Raises:
             DataError: these SAEs were trained on other data.
@@ -57,7 +61,10 @@ class Plan:
         existing, staying = self.existing, self.kept
         if existing is None or not staying:
             return []
-        differences = ", ".join(existing.data.differences(data))
+        gallery = () if existing.gallery is None else existing.gallery.parts
+        before = [part.contents["digests"] for part in gallery if part.contents is not None]
+        changed = ["other images now"] if before and before != list(images) else []
+        differences = ", ".join(existing.data.differences(data) or changed)
         if differences:
             raise DataError(
                 f"the other SAE of checkpoint {existing.name!r} was trained on other data ({differences}); give --name"

@@ -103,7 +103,8 @@ def _train(request: TrainRequest, processes: Processes, report: Report, given: _
             foreign.require_width(sites[0].width)
         parts = [extraction.run(dataset, split) for dataset, split in splits.items()]
         data = _data(request, splits, parts, extraction.amp)
-        old_saes = [plan.load_kept(data) for plan in plans]
+        images = [part.tower.contents.get("digests", "") for part in parts]  # activations by themselves have none
+        old_saes = [plan.load_kept(data, images) for plan in plans]
         states = store.training / _identity(request, plans, sites, parts)
         trained = make_saes(request, plans, sites, parts, extraction, states, report, foreign)
         if not processes.first:
