@@ -129,7 +129,7 @@ def test_results_of_other_prompts_are_not_compared_with_each_other(write_run, ma
     (section,) = summarise(read([path.parent])[0])
     found = {group.title: (group.zero, group.steered) for group in section.groups}
     assert set(found) == {
-        *(f"B, laion, prompts with zero-shot {accuracy:.2f} %" for accuracy in ACCURACIES),
+        *(f"B, laion, zero-shot {accuracy:.2f} %" for accuracy in ACCURACIES),
         "B, laion",
     }
     names = [[row.run.path.stem for row in rows] for _, rows in found.values()]
@@ -186,7 +186,7 @@ def test_results_of_two_splits_are_not_compared_with_each_other(write_run, steer
     path = write_run("vs2:B@alpha=1", 0.75, folder="test", metrics=steered(alpha=1))
     (section,) = summarise(read([path.parents[1]])[0])
     titles = [group.title for group in section.groups]
-    assert titles == [f"B, laion, prompts with zero-shot {which}" for which in ("70.00 %", "40.00 %, split train")]
+    assert titles == [f"B, laion, zero-shot {which}" for which in ("70.00 %", "40.00 %, split train")]
     rows = [row for group in section.groups for row in group.steered]
     assert [round(row.change, 4) for row in rows] == [0.05, 0.1] and rows[1].about == "split train"
     write_run("vs2:B@alpha=2", 0.8, folder="alone", metrics=steered(alpha=2))
@@ -281,6 +281,14 @@ def test_a_curve_joins_results_of_the_same_seeds(write_run, steered):
     assert {*curves} == {"vs2, seeds 0, 1, 2", "vs2, seed 2"}
     assert curves["vs2, seeds 0, 1, 2"][0] == (1, 2) and curves["vs2, seed 2"][0] == (3, 4)
     assert [row.top1 for row in curves["vs2, seeds 0, 1, 2"][1]] == [pytest.approx(0.6)] * 2
+
+
+def test_a_curve_is_of_one_state_of_a_checkpoint(write_run, steered):
+    for alpha, digest in ((0, "ab" * 8), (1, "cd" * 8), (2, "ab" * 8), (3, "cd" * 8)):
+        facts = steered(alpha=alpha, checkpoint="mine", checkpoint_digest=digest)
+        path = write_run(f"vs2:B@alpha={alpha}", 0.5 + alpha / 100, metrics=facts)
+    curves = {curve.label: [value for value, _ in curve.points] for curve in group_of(path.parent).curves()["alpha"]}
+    assert curves == {"vs2, checkpoint's digest abababab": [0, 2], "vs2, checkpoint's digest cdcdcdcd": [1, 3]}
 
 
 def test_two_folders_with_one_setting_are_two_curves_and_otherwise_one(write_run, steered):

@@ -19,7 +19,7 @@ def told(folder):
         (0.6, "up", "raises top-1 accuracy from 49.50 % to 59.33 %: by 9.83 points (95 % interval +7."),
         (0.4, "down", "lowers top-1 accuracy from 49.50 % to 39.00 %: by 10.50 points (95 % interval -13."),
         (0.503, "", "by 0.17 points (95 % interval +0.0 to +0.5). That may be chance: the interval includes 0."),
-        (0.5, "", "leaves top-1 accuracy at 49.50 % (95 % interval +0.0 to +0.0). That may be chance"),
+        (0.5, "", "at 49.50 % (95 % interval +0.0 to +0.0). No image became right or wrong."),
     ],
 )
 def test_the_first_sentence_says_by_how_much_and_whether_it_is_chance(
@@ -119,6 +119,13 @@ def test_labels_and_a_missing_zero_shot_result_are_said(write_run, steered):
     assert sentence.startswith("pass, which used labels (train), raises top-1 accuracy from 50.00 % to 60.00 %")
     path.unlink()
     assert told(path.parent) is None
+
+
+def test_a_changed_file_is_never_the_best(write_run, steered):
+    write_run("B", 0.5)
+    write_run("vs2:B", 0.6, metrics=steered(alpha=1.05))
+    path = write_run("vs2:B@alpha=3", 0.9, metrics={**steered(alpha=3), "vs2_results_digest": "0" * 16})
+    assert not any("alpha=3" in sentence for sentence in told(path.parent).sentences)
 
 
 def test_a_zero_shot_result_of_another_split_is_no_comparison(write_run, steered):

@@ -34,6 +34,26 @@ def test_folders_are_searched_and_nothing_is_read_twice(write_run, tmp_path):
     assert "open_clip_config.json is not a results file of clip_benchmark" in passed_over[0]
 
 
+def test_of_copies_one_is_read_but_plain_results_beside_others_stay(write_run, make_images, steered, tmp_path):
+    paths = [write_run("vs2:B", 0.6, folder=folder, metrics=steered()) for folder in ("a", "a/old", "b")]
+    for path in paths:
+        sign(path)
+    write_run("B", folder="a")
+    write_run("B", folder="b")
+    write_run("B", folder="b", name="again")
+    runs, passed_over = read([tmp_path])
+    assert sorted(str(run.path.parent.name) for run in runs if run.method is None) == ["a", "b"]
+    assert [run.path for run in runs if run.method is not None] == [paths[0]]
+    assert f"{paths[1]}: it has the results of {paths[0]}" in passed_over and len(passed_over) == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no such pipes")
+def test_a_pipe_in_a_folder_is_passed_over(write_run):
+    path = write_run("B")
+    os.mkfifo(path.with_name("pipe.json"))
+    assert "pipe.json: it is no file; expected a results file" in read([path.parent])[1][0]
+
+
 @pytest.mark.parametrize(
     "content", ["", "no json", "[1]", "{}", '{"dataset": 1, "model": "m", "task": "t", "metrics": {}}', "[" * 100_000]
 )
@@ -57,7 +77,7 @@ def test_bytes_that_are_no_text_missing_files_and_empty_folders(tmp_path):
 
 @pytest.mark.parametrize("acc1", [True, 58.8, -0.1, float("nan"), float("inf"), "0.5", [0.5]])
 def test_an_accuracy_that_is_none(write_run, acc1):
-    with pytest.raises(DataError, match=rf"B.json: acc1 is {re.escape(str(acc1))}; expected a share from 0 to 1"):
+    with pytest.raises(DataError, match=rf"acc1 is {re.escape(str(acc1))}; expected a number, a share from 0 to 1"):
         read([write_run("B", metrics={"acc1": acc1})])
 
 

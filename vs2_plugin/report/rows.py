@@ -96,6 +96,11 @@ class Row:
         """The results that this row stands for: itself, or those of several seeds."""
         return self.seeds or (self,)
 
+    @property
+    def is_changed(self) -> bool:
+        """Whether a results file was changed after it was written."""
+        return any(row.run.changed for row in self.members)
+
     def _over(self, value: Callable[[Row], float | None]) -> float | None:
         """Return the value of the result, or its mean over the seeds; None unless all have it."""
         if not self.seeds:

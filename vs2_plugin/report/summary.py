@@ -75,7 +75,7 @@ class Group:
     def title(self) -> str:
         """The backbone, its weights, and the name of its prompts."""
         split = self.zero and self.zero.run.fact("split")
-        parts = (f"prompts with {self.prompts}", split and f"split {printable(split)}") if self.prompts else ()
+        parts = (self.prompts, split and f"split {printable(split)}") if self.prompts else ()
         return ", ".join(filter(None, (self.backbone, self.pretrained, *parts)))
 
     @property
@@ -348,17 +348,24 @@ def _by_seed(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def _parts_of(rows: Sequence[Row], place: Callable[[Row], Place | None]) -> Iterator[tuple[list[str], list[Row]]]:
-    """Yield rows of the same seeds of the SAE, and of one folder where two folders have a row at the same place, each
-    with words that tell them from the others."""
+    """Yield rows of the same seeds of the SAE and of the same state of its checkpoint, and of one folder where two
+    folders have a row at the same place, each with words that tell them from the others."""
     seeds = _grouped(rows, _seeds)
-    for numbers, same in seeds.items():
+    states = _grouped(rows, lambda row: (_seeds(row), _state(row)))
+    for (numbers, state), same in states.items():
         about = [written({"seed": numbers})] if len(seeds) > 1 and numbers else []
+        about += [f"checkpoint's digest {state}"] if state and len(states) > len(seeds) else []
         places = {(place(row), row.run.path.parent) for row in same}
         if len({at for at, _ in places}) == len(places):
             yield about, same
             continue
         for folder, mine in _grouped(same, lambda row: row.run.path.parent).items():
             yield [*about, "/".join(folder.parts[-2:])], mine
+
+
+def _state(row: Row) -> str:
+    """Return the beginning of the digest of the checkpoint, which differs once it was trained again."""
+    return printable(row.run.fact("checkpoint_digest") or "")[:8]
 
 
 def _seeds(row: Row) -> str:

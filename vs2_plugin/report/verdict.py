@@ -35,7 +35,7 @@ class Verdict:
 
 def verdict(group: Group) -> Verdict | None:
     """Return the verdict on a group; None where there is no steered result."""
-    unlabeled = [row for row in group.steered if row.run.labels == "none"]
+    unlabeled = _unlabeled(group)
     free = _own_images_only(unlabeled)
     usual = next(iter(sorted(free, key=lambda row: row.run.method != "vs2") or group.steered), None)
     if usual is None:
@@ -77,6 +77,11 @@ def _headline(usual: Row, before: float, changed: Sequence[Row]) -> tuple[str, s
         f"{max(changes):+.2f} points; the default setting is not among them."
     )
     return sentence, "", f"{run.method}, {len(alike)} settings"
+
+
+def _unlabeled(group: Group) -> list[Row]:
+    """Return the rows without labels, but for those whose files were changed after they were written."""
+    return [row for row in group.steered if row.run.labels == "none" and not row.is_changed]
 
 
 def _own_images_only(rows: Sequence[Row]) -> list[Row]:
@@ -138,6 +143,8 @@ def _are_few(row: Row) -> bool:
 def _chance(row: Row) -> str:
     if any(member.is_of_other_images for member in row.members):
         return "Zero-shot was evaluated on other images, or with other class names: the change may come from that."
+    if row.change_interval is not None and row.mended == row.broken == 0:
+        return "No image became right or wrong."
     if row.change_interval is None:
         return "Whether that is beyond chance is not known: there are no per-image results to compare."
     if _tone(row):

@@ -145,7 +145,8 @@ def read(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
     """Read the results in files and folders, each once, with the per-image results beside them.
 
     Returns:
-        The results, and the reasons why other JSON files in the folders were skipped.
+        The results, and the reasons why other JSON files in the folders were skipped. Of a result that is there
+        several times, such as in a copy of a folder, one file is taken.
 
     Raises:
         DataError: a file that was named is missing, no results file, or has damaged per-image results; or no results
@@ -156,19 +157,46 @@ def read(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
     for path in paths:
         for file in sorted(path.rglob("*.json")) if path.is_dir() else [path]:
             try:
-                run = _with_images(read_run(file))
+                run = _with_images(read_run(file) if file is path else _read_found(file))
             except DataError as error:
                 if file is path:
                     raise
                 passed_over.append(str(error))
             else:
                 runs.setdefault(file.resolve(), run)
+    runs, copies = _without_copies(runs)
+    passed_over += copies
     if not runs:
         raise DataError(
             "no results found" + (f" ({passed_over[0]})" if passed_over else "") + f"; expected {EXPECTED}; "
             "make some with: clip_benchmark eval"
         )
     return list(runs.values()), passed_over
+
+
+def _read_found(file: Path) -> Run:
+    """Read a results file found in a folder, where a name may be that of a pipe, for which reading would wait."""
+    if file.exists() and not file.is_file():
+        raise DataError(f"{file}: it is no file; expected {EXPECTED}")
+    return read_run(file)
+
+
+def _without_copies(runs: Mapping[Path, Run]) -> tuple[dict[Path, Run], list[str]]:
+    """Return the runs without copies of another one, and words on each that is left out: runs of the same digest, of
+    which one with per-image results is taken, else the one in the outermost folder; and without a digest, which plain
+    models' results lack, those of equal content in the same folder."""
+    kept: dict[Any, tuple[Path, Run]] = {}
+    copies = []
+    order = sorted(runs.items(), key=lambda item: (item[1].images is None, len(item[0].parts)))
+    for file, run in order:
+        own = None if run.changed else run.metrics.get(DIGEST)
+        equal = (digest_of({name: getattr(run, name) for name in _CONTENT}), file.parent)
+        key = own or (equal if run.method is None else file)
+        first = kept.setdefault(key, (file, run))[1]
+        if first is not run:
+            copies.append(f"{run.path}: it has the results of {first.path}")
+    taken = {file for file, _ in kept.values()}
+    return {file: run for file, run in runs.items() if file in taken}, copies
 
 
 def read_run(path: Path) -> Run:
@@ -182,14 +210,14 @@ def read_run(path: Path) -> Run:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); expected {EXPECTED}") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON ({error}); expected {EXPECTED}") from error
+        raise DataError(f"{path}: it is not JSON ({error}); expected {EXPECTED}") from error
     fits = isinstance(content, dict) and isinstance(content.get("metrics"), dict)
     if not fits or not all(isinstance(content.get(key), str) for key in ("dataset", "model", "task")):
         raise DataError(f"{path} is not {EXPECTED}")
     accuracy = content["metrics"].get("acc1")
     is_number = isinstance(accuracy, (int, float)) and not isinstance(accuracy, bool)
     if accuracy is not None and not (is_number and 0 <= accuracy <= 1):
-        raise DataError(f"{path}: acc1 is {printable(accuracy)}; expected a share from 0 to 1")
+        raise DataError(f"{path}: acc1 is {printable(accuracy)}; expected a number, a share from 0 to 1")
     language = content.get("language") or "en"
     languages = [language] if isinstance(language, str) else language
     return Run(
