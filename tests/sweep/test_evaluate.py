@@ -360,6 +360,26 @@ def test_results_of_other_settings_are_not_mixed_in(what, here, capsys):
     assert sweep(f"centre:{TINY}@alpha=1,3", output=output, words=("--skip_existing", *words)) == 0
 
 
+def test_per_image_results_that_a_sweep_replaces_are_named(here, caplog, monkeypatch):
+    monkeypatch.setenv("VS2_PER_IMAGE", "1")
+    (here / "z").mkdir()
+    harness(f"centre:{TINY}@alpha=1", output="z/{model}.json")
+    assert (here / f"z/centre:{TINY}@alpha=1.images.npz").is_file()
+    assert sweep(f"centre:{TINY}@alpha=1", output="z/{model}.json") == 0
+    assert "1 result with per-image results will be replaced by results without" in caplog.text
+
+
+def test_a_kept_result_of_an_earlier_sae_is_told(here, caplog):
+    (here / "y").mkdir()
+    harness(f"vs2:{TINY}", output="y/{model}.json")
+    file = here / f"y/vs2:{TINY}.json"
+    content = json.loads(file.read_text())
+    for digest, told in ((content["metrics"]["vs2_checkpoint_digest"], 0), ("0" * 16, 1)):
+        file.write_text(json.dumps({**content, "metrics": {**content["metrics"], "vs2_checkpoint_digest": digest}}))
+        harness(f"vs2:{TINY}", output="y/{model}.json", data=(*DATA, "--skip_existing"))
+        assert caplog.text.count("holds results of another SAE than local-dir-tiny-clip_wds-few is now") == told
+
+
 def test_results_of_another_precision_are_not_mixed_in(here, capsys):
     assert sweep(f"centre:{TINY}@alpha=1", output="a/{model}.json") == 0
     data = tuple(word for word in DATA if word != "--no_amp")
@@ -448,7 +468,7 @@ def test_mistakes_are_found_before_anything_is_loaded(here, monkeypatch, capsys,
 
 def test_a_method_that_looks_at_several_views_is_refused(here, capsys):
     assert sweep(f"zero:{TINY}", output="v/{model}.json") == 2
-    assert "looks at several views of each image, and a sweep encodes each once" in capsys.readouterr().err
+    assert "looks at several views of each image, which is encoded once here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

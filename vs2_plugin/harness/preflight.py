@@ -9,6 +9,7 @@ import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,13 +19,14 @@ from vs2_plugin.clip.backbone import check_backbone, ignores_pretrained, require
 from vs2_plugin.data.evaluated import CLASSIFICATION, fewer_workers, look
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.devices import emulates_bfloat16
-from vs2_plugin.errors import CheckpointNotFound, DataError, HarnessError, ModelStringError, SettingError
+from vs2_plugin.errors import CheckpointNotFound, DataError, HarnessError, ModelStringError, SettingError, Vs2Error
 from vs2_plugin.harness.advice import missing_checkpoint
 from vs2_plugin.host import Evaluation, build
 from vs2_plugin.model.parts import find_checkpoint, require
 from vs2_plugin.modelstring import GRAMMAR, ModelString, is_steered, parse
 from vs2_plugin.names import TRANSFORMERS
 from vs2_plugin.paths import PICTURES
+from vs2_plugin.results.runs import read_run
 from vs2_plugin.strength.prior import read_prior
 from vs2_plugin.text import counted
 
@@ -78,6 +80,7 @@ def check(evaluations: Sequence[Evaluation]) -> dict[str, int]:
     for model, run in parsed:
         check_backbone(model.backbone, run.pretrained)
     pending = [(model, run) for model, run in parsed if not _is_skipped(run)]
+    _warn_of_earlier(parsed)
     for model, run in pending:
         warn_about_quickgelu(model.backbone, run.pretrained)
         _check_task(model, run)
@@ -88,6 +91,21 @@ def check(evaluations: Sequence[Evaluation]) -> dict[str, int]:
     if emulates_bfloat16() and any(run.amp for _, run in pending):
         _LOG.info(_EMULATED)
     return fewer
+
+
+def _warn_of_earlier(planned: Sequence[tuple[ModelString, Evaluation]]) -> None:
+    """Warn of results that are kept, though they are of another SAE than the checkpoint's now."""
+    for model, run in planned:
+        if not _is_skipped(run) or run.skip_load:
+            continue
+        with suppress(Vs2Error):  # what is not evaluated need not be in order
+            told = read_run(Path(run.output_file)).fact("checkpoint_digest")
+            checkpoint = find_checkpoint(model, Store.default(), run.pretrained, run.dataset, run.data_set.home)
+            if checkpoint is not None and told not in (None, checkpoint.digest[:16]):
+                _LOG.warning(
+                    "%s is kept (--skip_existing), though it holds results of another SAE than %s is now; remove it to "
+                    "have it evaluated again", run.output_file, checkpoint.name,
+                )  # fmt: skip
 
 
 def _check_plain(evaluations: Sequence[Evaluation], beside_steered: bool) -> None:

@@ -289,7 +289,7 @@ class _SweptModel:
         spec = point.spec
         if spec.reading is not None and spec.reading.method.views:
             raise ModelStringError(
-                f"model {str(spec)!r} looks at several views of each image, and a sweep encodes each once; evaluate it "
+                f"model {str(spec)!r} looks at several views of each image, which is encoded once here; evaluate it "
                 "by clip_benchmark eval"
             )
         self.name, self.spec, self._model, self._current = point.model, spec, shared.model, shared.current

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,13 +19,17 @@ from vs2_plugin.harness import preflight
 from vs2_plugin.host import Evaluation, default_task
 from vs2_plugin.model.parts import find_checkpoint
 from vs2_plugin.names import file_stem, is_steered, weights_tag
+from vs2_plugin.results.images import images_file
 from vs2_plugin.results.runs import Run, read_run, write_run, write_table
 from vs2_plugin.sweep import evaluate
 from vs2_plugin.sweep.figures import all_best, draw, save
 from vs2_plugin.sweep.grid import Grid, Point, read_grids
 from vs2_plugin.sweep.request import SweepRequest
+from vs2_plugin.text import counted
 
 __all__ = ["Plan", "Summary", "plan", "sweep"]
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,12 @@ def sweep(planned: Plan, quiet: bool = False) -> Summary:
     for model, file in planned.files.items():
         if model not in planned.pending:
             planned.results[model] = _read(file, model, planned)
+    lost = [file.name for model in planned.pending if images_file(file := planned.files[model]).exists()]
+    if lost:
+        _LOG.warning(
+            "%s with per-image results will be replaced by results without, which a sweep does not keep: %s",
+            counted(len(lost), "result"), ", ".join(lost[:3]) + ", ..." * (len(lost) > 3),
+        )  # fmt: skip
     points = planned.points
     for backbone in planned.backbones:
         mine = [points[m] for m in planned.pending if m in points and points[m].spec.backbone == backbone]
