@@ -16,7 +16,7 @@ def test_a_subject_knows_its_classes_words_and_images(subject):
     assert opened.classes == CLASSES and opened.words == ["cat", "dog"]
     assert opened.class_texts.shape[0] == 10 and opened.word_texts.shape[0] == 2
     assert title["classes"] == "10, by the prompt 'a photo of the digit {c}'" and title["labels used"] == "none"
-    assert title["concepts"] == "2, by the prompt 'a photo of a {c}'"
+    assert title["concepts"] == "2, by the prompt 'a photo of a {c}.'"
     assert title["checkpoint"] == "local-dir-tiny-clip_wds-digits, trained on wds/digits"
     [place] = opened.model.places
     statistics = opened.statistics(place)

@@ -126,6 +126,14 @@ def test_predictions_with_labels_without_them_and_before_the_towers_end(subject)
     assert "rec:" in found["agreement"].why
 
 
+def test_activations_in_another_order_are_not_taken_for_held_out_ones(trained):
+    np.save(trained / "turned.npy", np.load(trained / "X.npy")[::-1])
+    subject = open_subject("s0", Store(trained), activations=trained / "turned.npy")
+    assert "those that it was trained on, in another order" in subject.images.about
+    assert subject.images.held_out == "400 images that it may have been trained on"
+    assert measure(subject).figures["explained_variance"].beside is None
+
+
 def test_what_is_left_of_predictions_is_kept_in_the_record(trained, subject):
     weights = torch.randn(WIDTH, 4, generator=torch.Generator().manual_seed(0))
     zero_shot = ZeroShot(lambda x: x, weights, True, "4 classes")

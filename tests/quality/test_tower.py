@@ -48,7 +48,7 @@ def test_of_several_saes_each_has_its_own_labels(first, folder):  # noqa: F811
     assert [one.labelled for one in found] == [first == 0, first == 1]
 
 
-def test_classes_are_of_the_tower_of_the_checkpoint_at_hand(folder, tmp_path, monkeypatch):  # noqa: F811
+def test_classes_are_of_the_tower_of_the_checkpoint_at_hand(folder, tmp_path, monkeypatch, caplog):  # noqa: F811
     """It is not looked up again by its name, which another one in the store may have; nor is the data set that it was
     trained on, if the classes are given."""
     shutil.copytree("store/checkpoints/local-dir-tiny-clip_wds-digits", tmp_path / "bare")  # a name that is taken
@@ -59,5 +59,8 @@ def test_classes_are_of_the_tower_of_the_checkpoint_at_hand(folder, tmp_path, mo
     elsewhere = replace(subject, checkpoint=replace(subject.checkpoint, data=data))
     [of_digits] = open_zero_shot([subject], "wds/digits", "digits", None)
     [of_words] = open_zero_shot([elsewhere], None, "root", ["one", "two"])
+    labelled = replace(subject, images=replace(subject.images, labels=np.arange(len(subject.images.activations)) % 2))
+    open_zero_shot([labelled], None, "root", ["one", "two"])
+    assert caplog.text.count("in this order: 0 is 'one', 1 is 'two'") == 1
     assert of_digits.about == "10 classes of wds/digits" and of_words.about == "2 classes given"
-    assert [one.model.checkpoint.folder for one in seen] == [tmp_path / "bare"] * 2
+    assert [one.model.checkpoint.folder for one in seen] == [tmp_path / "bare"] * 3

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vs2_plugin.checkpoint.checkpoint import Checkpoint
+from vs2_plugin.data.labels import PROMPT
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.data.splits import split_at_hand
 from vs2_plugin.errors import DataError
@@ -33,7 +34,6 @@ from vs2_plugin.steering.context import Task
 __all__ = ["Card", "Subject", "open_subject"]
 
 #: Prompt of class names and words that are given by the user.
-_PROMPT = "a photo of a {c}"
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Subject:
         title.append(("labels used", "none" if labels == "none" else f"{labels} labels"))
         title.append(("classes", f"{len(self.classes)}, by {self.prompts}"))
         if self.words is not self.classes:
-            title.append(("concepts", f"{len(self.words)}, by the prompt {_PROMPT!r}"))
+            title.append(("concepts", f"{len(self.words)}, by the prompt {PROMPT!r}"))
         return title
 
     def statistics(self, place: Place) -> LatentStatistics | None:
@@ -154,7 +154,7 @@ def open_subject(
     Raises:
         Vs2Error: the model or the data set cannot be loaded, or there are fewer than two classes or concepts.
     """
-    prompts: list[str] | dict[str, list[str]] = [_PROMPT]
+    prompts: list[str] | dict[str, list[str]] = [PROMPT]
     named = DataSet.of(dataset, dataset_root)
     if classes is None:
         classes, prompts = _classes_of(named, wds_cache_dir)
@@ -167,7 +167,7 @@ def open_subject(
     with zero_shot_classification() as harness:
         embed = partial(harness.zero_shot_classifier, steered.model, tokenizer, device=device, amp=False)
         class_texts = embed(classes, prompts).T.contiguous()
-        word_texts = class_texts if concepts is None else embed(concepts, [_PROMPT]).T.contiguous()
+        word_texts = class_texts if concepts is None else embed(concepts, [PROMPT]).T.contiguous()
     warn_of_equals(classes, class_texts.T)
     steered.set_classifier(class_texts.T)
     problems: dict[str, None] = {}

@@ -15,8 +15,8 @@ from vs2_plugin.checkpoint.store import Store
 from vs2_plugin.data.given import read_activations
 from vs2_plugin.errors import CheckpointError, DataError
 from vs2_plugin.gallery.gallery import CLIP
-from vs2_plugin.sae.fit import HELD_OUT, parted
-from vs2_plugin.sae.source import Rows
+from vs2_plugin.sae.fit import HELD_OUT, held_out_fvu, parted
+from vs2_plugin.sae.source import Rows, Source
 from vs2_plugin.sae.topk import TopKSAE
 from vs2_plugin.text import counted
 
@@ -24,6 +24,8 @@ __all__ = ["Images", "Subject", "open_elsewhere", "open_subject", "require_compa
 
 #: File name endings of activations.
 _FILES = (".npy", ".safetensors")
+#: How far, as a share of it, a FVU may be from the recorded one, by rounding on another machine.
+_SAME = 0.01
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def open_subject(
     sae, _ = checkpoint.sae(site)
     images = None
     if activations is not None:
-        images = _given(site, activations, labels)
+        images = _given(site, sae, activations, labels)
     elif checkpoint.gallery is not None and site.hookpoint in checkpoint.gallery.sites:
         images = _gallery(checkpoint, site)
     return Subject(checkpoint, site, sae, images)
@@ -111,16 +113,19 @@ def _gallery(checkpoint: Checkpoint, site: SiteSAE) -> Images:
     )  # fmt: skip
 
 
-def _given(site: SiteSAE, path: Path, labels: Path | None) -> Images:
-    """Return activations of a file. By their mean it is decided whether the SAE was trained on them."""
+def _given(site: SiteSAE, sae: TopKSAE, path: Path, labels: Path | None) -> Images:
+    """Return activations of a file. By their mean it is decided whether the SAE was trained on them, and by the FVU of
+    the held-out ones whether they are in the order in which it was."""
     rows = read_rows(path, site)
     held, rest = _parted(site, len(rows))
     mean = np.mean(rows, axis=0, dtype=np.float64)
     own = len(rest) > 0 and np.allclose(mean, site.mean, rtol=1e-4, atol=1e-4 * float(np.abs(mean).max()))
-    if not own:
+    ordered = own and abs(held_out_fvu(sae, Source(rows, "cpu"), held) - site.fvu) <= _SAME * site.fvu
+    if not ordered:
         order = np.random.default_rng(0).permutation(len(rows))
         held, rest = order[:HELD_OUT], order[:0]
     origin = "those that it was trained on" if own else "whose mean is not that of those that it was trained on"
+    origin += ", in another order" if own and not ordered else ""
     about = f"{counted(len(rows), 'activation')} of {path.name}, {origin}"
     classes = None if labels is None else _labels(labels, len(rows))
     return Images(about, rows, rows, "the activations themselves", held, rest, classes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,6 +18,7 @@ from vs2_plugin.quality.subject import Images, Subject
 
 __all__ = ["NO_CLASSES", "open_zero_shot"]
 
+_LOG = logging.getLogger(__name__)
 NO_CLASSES = "it needs classes: name a data set that has them with --dataset, or --classes FILE"
 
 
@@ -57,8 +59,13 @@ def open_zero_shot(
     named = DataSet.of(dataset or "", dataset_root).name if classes is None else None
     about = f"{len(opened.classes):,} classes {'given' if named is None else f'of {named}'}"
     zero_shot = ZeroShot(embed, opened.class_texts.T, False, about)
-    count = len(opened.classes)
-    return [replace(zero_shot, labelled=_is_labelled(subject.images, count, named)) for subject in subjects]
+    labelled = [_is_labelled(subject.images, len(opened.classes), named) for subject in subjects]
+    if named is None and any(labelled):
+        _LOG.warning(
+            "labels are taken as line numbers of --classes, so they have to be of these classes in this order: 0 is "
+            "%r, 1 is %r", *opened.classes[:2],
+        )  # fmt: skip
+    return [replace(zero_shot, labelled=own) for own in labelled]
 
 
 def _is_labelled(images: Images | None, classes: int, dataset: str | None) -> bool:
