@@ -111,13 +111,14 @@ def test_every_draw_has_its_own_subsets():
 
 def test_what_there_are_too_few_images_for_is_said(caplog):
     labels = np.repeat(np.arange(4), 12)
-    limits = {"present": (0.5, 0.25, 0.1), "tail": (12.0, 100.0), "images": (47, 48)}
+    limits = {"present": (0.5, 0.25, 0.1), "tail": (12.0, 100.0), "images": (47, 48), "batches": (2,)}
     run._warn_of_few(labels, StressRequest(model=("dn:X",), dataset="x", **limits))
     assert [record.getMessage() for record in caplog.records] == [
         "--present 0.1 of 4 classes is less than one class: one is taken",
         "--tail 100: the smallest class has 12 image(s), so the most frequent class has at most 12 times as many "
         "images as the rarest",
         "--images 48 is left out: there are only 48 images",
+        "--batches 2: so many classes may have only 24 images, not 64",
     ]
 
 

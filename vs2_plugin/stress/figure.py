@@ -31,7 +31,7 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> Path:
     shown: dict[str, Any] = {}
     for panel, axis in zip(panels, axes, strict=True):
         shown |= _panel(panel, axis, mean_of)
-    panels[0].set_ylabel("top-1 accuracy less zero-shot's, points")
+    panels[0].set_ylabel("top-1 accuracy less zero-shot's, points\n(bars: lowest to highest draw)")
     figure.legend(handles=[*shown.values()], labels=[*shown], loc="outside lower center", fontsize=8, ncols=3)
     return save(figure, path, "vs2 stress")
 

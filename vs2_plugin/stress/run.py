@@ -99,8 +99,8 @@ Subset = tuple[str, str, int, Rows]
 
 
 def _warn_of_few(labels: Rows, request: StressRequest) -> None:
-    """Warn of values of --present, --tail and --images that need more classes or images than there are."""
-    counts = np.unique(labels, return_counts=True)[1]
+    """Warn of values of --present, --tail, --images and --batches that need more classes or images than there are."""
+    counts = np.sort(np.unique(labels, return_counts=True)[1])
     least = int(counts.min())
     for share in request.present:
         if round(share * len(counts)) < 1:
@@ -114,6 +114,10 @@ def _warn_of_few(labels: Rows, request: StressRequest) -> None:
     for count in request.images:
         if count >= len(labels):
             _LOG.warning("--images %d is left out: there are only %d images", count, len(labels))
+    for classes in request.batches:
+        held = int(counts[:classes].sum())
+        if held < _BATCH:
+            _LOG.warning("--batches %d: so many classes may have only %d images, not %d", classes, held, _BATCH)
 
 
 def _subsets(labels: Rows, request: StressRequest) -> Iterator[Subset]:
