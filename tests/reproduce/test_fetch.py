@@ -20,6 +20,11 @@ def test_what_cannot_be_fetched_is_told_in_a_line(tmp_path, monkeypatch):
     assert missing_data("wds/x", "https://example.org/{dataset}", "test") is None
 
 
+def test_a_data_set_that_does_not_exist_is_no_matter_of_the_network():
+    line = str(missing_data("cifar1000", "root", "test"))
+    assert "knows no data set 'cifar1000'; did you mean 'cifar10" in line and "where there is a network" not in line
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_reasons_are_cut_between_words(monkeypatch, known):
     words = " ".join(["connection"] * 100)

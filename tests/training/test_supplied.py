@@ -103,6 +103,11 @@ def test_activations_give_the_sae_that_their_images_give(folder, images, activat
     assert Store.default().find("file").digest == by_file.digest
 
 
+def test_a_place_needs_a_tower(activations):
+    with pytest.raises(SettingError, match="--blocks 3 is a place in a tower; name that with --model, or omit"):
+        vs2_plugin.train(activations, blocks=3, samples=100, quiet=True)
+
+
 def test_without_a_model_an_sae_steers_none(activations, capsys):
     np.save("x.npy", activations.numpy())
     checkpoint = vs2_plugin.train(activations.numpy(), samples=300, quiet=True)

@@ -85,12 +85,7 @@ def load_encoder(
     try:
         model = _create(name, weights)
     except Exception as error:  # whatever timm, the hub client or the network raised
-        close = ", ".join(timm.list_models(f"*{name.partition('.')[0]}*")[:5])
-        suggestion = f" (timm knows: {close})" if close else ", which timm does not know"
-        raise DataError(
-            f"could not load the retrieval encoder {name}{suggestion}: {reason_of(error)}; without a network, "
-            f"give a file of weights: {name},FILE"
-        ) from error
+        raise DataError(f"could not load the retrieval encoder {name}{_why(name, weights, error)}") from error
     if weights:
         _check_file(model, name, weights)
     encoder = TimmEncoder(model, preprocessing["mean"], preprocessing["std"]).to(device).eval()
@@ -102,6 +97,17 @@ def load_encoder(
                 f"{parameters[:12]}, expected {str(expected.parameters)[:12]})"
             )
     return encoder
+
+
+def _why(name: str, weights: str | None, error: Exception) -> str:
+    """Return words on why an encoder could not be loaded, and on what mends it."""
+    architecture = name.partition(".")[0]
+    if not timm.is_model(architecture):
+        close = ", ".join(timm.list_models(f"*{architecture}*")[:5] or ["resnet50", "vit_small_patch14_dinov2"])
+        return f", which timm does not know; expected one of timm.list_models(), for example {close}"
+    if weights:
+        return f" from {weights} ({reason_of(error)}); expected a file with weights of this model"
+    return f": {reason_of(error)}; without a network, give a file of weights: {name},FILE"
 
 
 def _create(name: str, weights: str | None) -> nn.Module:

@@ -182,9 +182,10 @@ def words_of(
 
 def without(spec: ModelString, place: Place, latents: Sequence[int]) -> str:
     """Return the model string that leaves out ``latents`` at a place where ``spec`` steers along the same SAE; empty
-    for the SAE of PASS, without latents, and where ``spec`` chooses latents itself."""
+    for the SAE of PASS, without latents, where ``spec`` chooses latents itself, and where they are the neighbours'."""
     method = spec.method
-    if place.gate is None or method.sae != "plain" or method.name == BY_HAND or not latents:
+    own = place.gate is not None and method.sae == "plain" and method.gallery != "neighbours"
+    if not own or method.name == BY_HAND or not latents:
         return ""
     blocks = [] if spec.options.get("blocks") is None else [f"blocks={place.site.block}"]
     chosen = "suppress=" + "+".join(map(str, sorted(latents)))

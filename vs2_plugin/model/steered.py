@@ -224,8 +224,9 @@ class SteeredCLIP(nn.Module):
 
     @_in_turn
     def explain(self, image: OneImage, *, top: int = 5, latents: int = 8) -> Explanation:
-        """Explain what steering did to one image, latent by latent, in float32, as ``vs2 inspect`` does. Nearest words
-        are of the image's own activations, where those of ``vs2 inspect`` are of the training images' mean ones.
+        """Explain what steering did to one image, latent by latent, in float32, as ``vs2 inspect`` does, but with the
+        model's class embeddings (in float32 too, if it was loaded with ``amp=False``). Nearest words are of the image's
+        own activations, where those of ``vs2 inspect`` are of the training images' mean ones.
 
         Args:
             image: a PIL image, a path, or a preprocessed image ``[3, height, width]``, as a tensor or an array.

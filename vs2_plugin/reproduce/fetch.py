@@ -16,7 +16,7 @@ from vs2_plugin.data.archives import official_of
 from vs2_plugin.data.naming import DataSet
 from vs2_plugin.data.shards import LISTING, local_shards
 from vs2_plugin.errors import DataError, Vs2Error
-from vs2_plugin.host import build
+from vs2_plugin.host import build, unknown_data_set
 from vs2_plugin.text import one_line, reason_of
 
 __all__ = ["Missing", "missing_data", "missing_encoder", "missing_weights"]
@@ -95,6 +95,9 @@ def missing_data(dataset: str, dataset_root: str, split: str) -> Missing | None:
             warnings.simplefilter("ignore")  # clip_benchmark warns that it ignores the split
             build(named, "test")
     except DataError as error:
+        unknown = unknown_data_set(dataset)
+        if unknown is not None:
+            return Missing(unknown, unknown, "")
         reason = one_line(f"{reason_of(error.__cause__ or error)} {output.getvalue()}")
         return Missing(
             f"{dataset} is missing",

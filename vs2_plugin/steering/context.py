@@ -81,7 +81,10 @@ class Context:
     def require_classifier(self) -> Tensor:
         """Return the class embeddings. Raises PluginError if the method is declared for another site than logits."""
         if self.classifier is None:
-            raise PluginError("this method reads embeddings as classes, but is declared without (site='logits')")
+            raise PluginError(
+                "class embeddings are given to methods that read embeddings as classes, but this one is declared "
+                "without (site='logits')"
+            )
         return self.classifier
 
     def require_unlabeled(self) -> Tensor:

@@ -71,6 +71,9 @@ def supply(request: TrainRequest, given: GivenActivations, amp: bool, device: st
     """
     width = given.rows.shape[1]
     if not request.model:
+        if request.blocks != TrainRequest.blocks:
+            raise SettingError(f"--blocks {' '.join(request.blocks)} is a place in a tower; name that with --model, or "
+                               "omit --blocks")  # fmt: skip
         return Supplied(given, Site(_NOWHERE, width), None, amp, device, processes)
     loaded = load_backbone(request.model, request.pretrained, request.model_cache_dir, "cpu")
     sites = chosen_sites(loaded.sites, request.blocks)
