@@ -26,10 +26,9 @@ def missing_checkpoint(missing: Sequence[tuple[ModelString, Evaluation]], store:
         else:
             weights = "" if ignores_pretrained(model.backbone) else f" ({run.pretrained or 'random weights'})"
             name = store.name_for(model.backbone, run.pretrained, run.dataset)
-            close = difflib.get_close_matches(name, store.names(), n=1, cutoff=0.8)
             sentences.append(
                 f"no SAE checkpoint for {model.backbone}{weights} on {run.dataset} in the store {store.root}"
-                + "".join(f" (there is {similar!r})" for similar in close)
+                f"{_similar(name, model, store)}"
             )
             unknown = unknown_data_set(run.dataset)
             if unknown is None:
@@ -38,6 +37,19 @@ def missing_checkpoint(missing: Sequence[tuple[ModelString, Evaluation]], store:
                 sentences.append(unknown)
     hint = f"; train it with: {' && '.join(dict.fromkeys(commands))}" if commands else ""
     return CheckpointNotFound("; ".join(dict.fromkeys(sentences)) + hint)
+
+
+def _similar(name: str, model: ModelString, store: Store) -> str:
+    """Return words on checkpoints of a similar name: those of several seeds or settings, else the most similar one."""
+    names = store.names()
+    variants = [other for other in names if other.startswith(f"{name}-")]
+    if not variants:
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+        return "".join(f" (there is {similar!r})" for similar in close)
+    more = f" and {len(variants) - 3} more" if len(variants) > 3 else ""
+    return (
+        f" (there is {', '.join(map(repr, variants[:3]))}{more}; name one: {model.name}:{model.backbone}@{variants[0]})"
+    )
 
 
 def _train_command(model: ModelString, run: Evaluation, store: Store) -> str:
