@@ -24,10 +24,12 @@ def test_what_does_not_fit_is_refused(trained, tmp_path):  # noqa: F811
     (tmp_path / "y.npy").write_bytes((trained / "X.npy").read_bytes()[:10] + b"{'descr': (")
     with pytest.raises(DataError, match="cannot be read: it is not an npy file, or damaged; expected a file NAME.npy"):
         open_subject("s0", store, activations=trained / "X.npy", labels=tmp_path / "y.npy")
-    with pytest.raises(CheckpointError, match="no SAE at block 3"):
+    with pytest.raises(CheckpointError, match="no SAE at block 3 .*; it is of activations without a model, which have"):
         open_subject("s0", store, block=3)
+    with pytest.raises(CheckpointError, match="no pass SAE, only plain; it is of activations without a model"):
+        open_subject("s0", store, variant="pass")
     subject = open_subject("s0", store)
-    with pytest.raises(CheckpointError, match="for another tower"):
+    with pytest.raises(CheckpointError, match="'s1' is of activations without a model, and keeps none; give them as a"):
         open_elsewhere("s1", store, subject)
     assert np.array_equal(open_elsewhere(str(trained / "other.npy"), store, subject), np.load(trained / "other.npy"))
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from vs2_plugin.checkpoint.store import Store
+from vs2_plugin.errors import CheckpointError
 from vs2_plugin.inspection.subject import open_subject as open_one
 from vs2_plugin.quality import tower
-from vs2_plugin.quality.subject import Images, open_subject
+from vs2_plugin.quality.subject import Images, open_elsewhere, open_subject
 from vs2_plugin.quality.tower import _is_labelled, open_zero_shot
 
 from ..inspection.conftest import folder, trained  # noqa: F401
@@ -46,6 +47,15 @@ def test_of_several_saes_each_has_its_own_labels(first, folder):  # noqa: F811
     subjects = [own, other] if first == 0 else [other, own]
     found = open_zero_shot(subjects, "wds/digits", "digits", None)
     assert [one.labelled for one in found] == [first == 0, first == 1]
+
+
+def test_activations_of_another_tower_are_not_taken(folder):  # noqa: F811
+    name, store = "local-dir-tiny-clip_wds-digits", Store.default()
+    own = open_subject(name, store)
+    other = replace(own, checkpoint=replace(own.checkpoint, tower=replace(own.checkpoint.tower, parameters="0" * 64)))
+    assert len(open_elsewhere(name, store, own)) == len(own.images.activations)
+    with pytest.raises(CheckpointError, match="is for another tower than"):
+        open_elsewhere(name, store, other)
 
 
 def test_classes_are_of_the_tower_of_the_checkpoint_at_hand(folder, tmp_path, monkeypatch, caplog):  # noqa: F811

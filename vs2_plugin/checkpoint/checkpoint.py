@@ -206,9 +206,10 @@ class Checkpoint:
             variants = " and ".join(sorted({site.variant for site in self.sites}))
             how = " and --pass_weight 0.8 (it reads the training labels)" if variant == "pass" else ""
             again = "train your own with" if self.hub else "add one to it with"
+            again += f" vs2-train-sae with its --model, --pretrained and --dataset{how}"
             raise CheckpointError(
-                f"checkpoint {self.name!r} has no {variant} SAE, only {variants}; {again} vs2-train-sae with its "
-                f"--model, --pretrained and --dataset{how}"
+                f"checkpoint {self.name!r} has no {variant} SAE, only {variants}; "
+                f"{self._again() if self.tower is None else again}"
             )
         return [sites[-1]] if blocks is None else self._at_blocks(str(blocks), sites)
 
@@ -228,6 +229,8 @@ class Checkpoint:
 
     def _again(self, flags: str = "") -> str:
         """Return in words how to make the checkpoint again with ``flags``; one from a hub is trained anew."""
+        if self.tower is None:
+            return "it is of activations without a model, which have neither blocks, labels nor a gallery"
         if self.hub:
             return f"train your own with vs2-train-sae {flags}".rstrip()
         command = self.created.get("command")  # which vs2 classify and others run without its being typed

@@ -49,6 +49,8 @@ def _stress(args: argparse.Namespace) -> None:
         return
     averages = means(outcomes)
     columns = list(dict.fromkeys(key[1:] for key in averages))
+    names = {key[0]: f"{split(key[0]).label} ({mean.outcomes[0].protocol})" for key, mean in averages.items()}
+    width = max(44, *map(len, names.values()))
     say("top-1 accuracy, %, and its change over zero-shot on the same images (standard deviation over draws)")
     for axis, value in columns:
         say("")
@@ -57,10 +59,8 @@ def _stress(args: argparse.Namespace) -> None:
             if at != [axis, value]:
                 continue
             spread = "" if mean.spread is None else f" ({100 * mean.spread:.1f})"
-            label = split(model).label
-            change = "" if label == "zero-shot" else f"{100 * mean.change:+6.1f}{spread}"
-            sees = f"{label} ({mean.outcomes[0].protocol})"
-            say(f"  {sees:<44} {100 * mean.accuracy:5.1f}  {change}".rstrip())
+            change = "" if split(model).label == "zero-shot" else f"{100 * mean.change:+6.1f}{spread}"
+            say(f"  {names[model]:<{width}} {100 * mean.accuracy:5.1f}  {change}".rstrip())
     say("")
     for path in written:
         say(f"wrote {path}")

@@ -179,7 +179,12 @@ def open_elsewhere(name: str, store: Store, subject: Subject) -> Rows:
     other = store.find(name)
     ours, theirs = subject.checkpoint.tower, other.tower
     difference = "" if ours is None or theirs is None else ours.difference(theirs)
-    if ours is None or theirs is None or difference:
+    if theirs is None:
+        raise CheckpointError(
+            f"checkpoint {other.name!r} is of activations without a model, and keeps none; give them as a file: "
+            "--elsewhere FILE.npy"
+        )
+    if ours is None or difference:
         raise CheckpointError(
             f"checkpoint {other.name!r} is for another tower than {subject.checkpoint.name!r}"
             f"{f': {difference}' if difference else ''}; expected one of {subject.checkpoint.model}"

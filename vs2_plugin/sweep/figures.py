@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -95,13 +96,18 @@ def _heat_map(
     bar = figure.colorbar(mesh, label=f"{measure}, %")
     if values.min() <= plain <= values.max():
         bar.ax.axhline(plain, color="red", linewidth=2)
-    figure.suptitle(f"{grid.text}{' at ' + title if title else ''}", fontsize=9, wrap=True)
+    figure.suptitle(_wrapped(f"{grid.text}{' at ' + title if title else ''}"), fontsize=9)
     plot.set_title(
         f"star: best, {rows[best]:.2f} at {axes[0]}={best[0]}, {axes[1]}={best[1]}{and_others(others)}; "
         f"zero-shot (red): {plain:.2f}\n"
         f"{_NOTE}", fontsize=8,
     )  # fmt: skip
     return figure
+
+
+def _wrapped(text: str) -> str:
+    """Return text in lines that fit a figure's width; a model string has no spaces at which matplotlib would break."""
+    return "\n".join(textwrap.wrap(text, 100))
 
 
 def _rising(texts: Sequence[str]) -> list[str]:
@@ -131,7 +137,7 @@ def _curves(grid: Grid, along: str, sections: list[Section], plain: float, measu
     plot.set_xlabel(along)
     plot.set_ylabel(f"{measure}, %")
     plot.grid(alpha=0.3)
-    figure.suptitle(grid.text, fontsize=9, wrap=True)
+    figure.suptitle(_wrapped(grid.text), fontsize=9)
     plot.set_title(_NOTE, fontsize=8)
     figure.legend(loc="outside lower center", fontsize=7, ncols=2)
     return figure
