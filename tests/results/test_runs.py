@@ -47,6 +47,17 @@ def test_of_copies_one_is_read_but_plain_results_beside_others_stay(write_run, m
     assert f"{paths[1]}: it has the results of {paths[0]}" in passed_over and len(passed_over) == 3
 
 
+def test_nested_lists_of_any_depth_are_read_or_refused(write_run):
+    path = write_run("B")
+    content = path.read_text().rstrip("}")
+    for depth in range(600, 1000, 5):
+        path.write_text(f'{content}, "nested": {"[" * depth}{"]" * depth}}}}}')
+        try:
+            assert len(read([path.parent])[0]) == 1
+        except DataError as error:
+            assert "not JSON" in str(error)
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no such pipes")
 def test_a_pipe_in_a_folder_is_passed_over(write_run):
     path = write_run("B")

@@ -189,10 +189,11 @@ def _without_copies(runs: Mapping[Path, Run]) -> tuple[dict[Path, Run], list[str
     copies = []
     order = sorted(runs.items(), key=lambda item: (item[1].images is None, len(item[0].parts)))
     for file, run in order:
-        own = None if run.changed else run.metrics.get(DIGEST)
-        equal = (digest_of({name: getattr(run, name) for name in _CONTENT}), file.parent)
-        key = own or (equal if run.method is None else file)
-        first = kept.setdefault(key, (file, run))[1]
+        key: Any = None if run.changed else run.metrics.get(DIGEST)
+        if key is None and run.method is None:
+            with suppress(RecursionError):  # deeply nested lists, which no run writes
+                key = digest_of({name: getattr(run, name) for name in _CONTENT}), file.parent
+        first = kept.setdefault(key or file, (file, run))[1]
         if first is not run:
             copies.append(f"{run.path}: it has the results of {first.path}")
     taken = {file for file, _ in kept.values()}

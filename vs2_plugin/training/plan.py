@@ -62,7 +62,7 @@ class Plan:
         if existing is None or not staying:
             return []
         gallery = () if existing.gallery is None else existing.gallery.parts
-        before = [part.contents["digests"] for part in gallery if part.contents is not None]
+        before = [part.contents.get("digests") for part in gallery if part.contents is not None]
         changed = ["other images now"] if before and before != list(images) else []
         differences = ", ".join(existing.data.differences(data) or changed)
         if differences:
